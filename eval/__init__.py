@@ -1,0 +1,1 @@
+"""Retrieval evaluation: encode, search, measure."""

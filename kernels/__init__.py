@@ -1,0 +1,1 @@
+"""Log-sum-exp over query-passage similarities, tile by tile."""

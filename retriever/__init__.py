@@ -1,0 +1,1 @@
+"""Dense retrieval training with batches of any size: gradient cache and tiled contrastive loss."""

@@ -1,0 +1,1 @@
+"""From text files to the token chunks that an encoder sees."""

@@ -1,0 +1,79 @@
+"""Texts to token ids, and the special tokens that go around them.
+
+Texts are tokenised once, bare; the template adds special tokens and truncates when a chunk is built, so the
+stored tokens serve any length limit. The result equals what the tokenizer gives at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+Side = Literal["query", "passage"]
+
+_PROBES = ("retrieval", "a dense passage")
+
+
+def tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
+    """Token ids of `prompt + text` for each text, without special tokens and untruncated."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        [prompt + text for text in texts],
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+@dataclass(frozen=True)
+class TokenTemplate:
+    """What a tokenizer puts before and after a single text: `prefix + tokens + suffix`."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad_id: int
+    keep_end: bool = False  # the tokenizer truncates on the left
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> TokenTemplate:
+        """Reads the template off two probe texts. Raises ValueError where the tokenizer follows no such template."""
+        found = set()
+        for probe in _PROBES:
+            bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+            full = tokenizer(probe)["input_ids"]
+            start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
+            if start is None:
+                raise ValueError(
+                    f"{type(tokenizer).__name__} changes a text's tokens when it adds special tokens ({bare} is not inside {full}): not supported"
+                )
+            found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
+        if len(found) != 1:
+            raise ValueError(f"{type(tokenizer).__name__} adds different special tokens to different texts: {sorted(found)}")
+        prefix, suffix = found.pop()
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad_id is None:
+            raise ValueError(f"{type(tokenizer).__name__} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json")
+        return cls(prefix, suffix, int(pad_id), keep_end=tokenizer.truncation_side == "left")
+
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens the template adds to a text."""
+        return len(self.prefix) + len(self.suffix)
+
+    def lengths(self, bare_lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+        """Lengths [n] int64 that texts of `bare_lengths` tokens have once wrapped."""
+        return np.minimum(bare_lengths, max_tokens - self.special_tokens) + self.special_tokens
+
+    def wrap(self, tokens: np.ndarray, max_tokens: int) -> np.ndarray:
+        """`prefix + tokens + suffix` [at most max_tokens] int64; tokens are cut where they do not fit."""
+        room = max_tokens - self.special_tokens
+        kept = tokens[max(0, len(tokens) - room) :] if self.keep_end else tokens[:room]
+        return np.concatenate([self.prefix, kept, self.suffix]).astype(np.int64)

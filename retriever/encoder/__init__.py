@@ -1,0 +1,1 @@
+"""Two towers over Hugging Face models: pooling, normalisation, export."""

@@ -1,0 +1,1 @@
+"""The contrastive objective and the strategies that compute it over many ranks."""

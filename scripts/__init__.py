@@ -1,0 +1,1 @@
+"""Commands around training: demo, data builders, benchmarks."""
