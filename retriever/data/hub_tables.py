@@ -1,0 +1,103 @@
+"""Tables from Hugging Face `datasets`: by name, or from a folder written by `save_to_disk`. No code of a data set is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retriever.data.records import DataError, Record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ROWS = 4096
+
+
+class DatasetTable:
+    """The rows of one split as records."""
+
+    def __init__(self, dataset: Dataset, label: str) -> None:
+        self.dataset = dataset
+        self._label = label
+
+    @property
+    def label(self) -> str:
+        """The data set's name and split."""
+        return self._label
+
+    def records(self) -> Iterator[Record]:
+        """The rows, numbered from 1."""
+        row = 0
+        for batch in self.dataset.with_format("arrow").iter(_ROWS):
+            for values in batch.to_pylist():
+                row += 1
+                yield Record(values, self.label, row, "row")
+
+    def digest(self) -> str:
+        """blake2b of the rows' Arrow data: the same content has the same digest wherever it was downloaded or saved."""
+        import pyarrow as pa
+
+        hasher = hashlib.blake2b(digest_size=16)
+        for batch in self.dataset.with_format("arrow").iter(_ROWS):
+            table = batch.combine_chunks().replace_schema_metadata(None)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            hasher.update(sink.getvalue())
+        return hasher.hexdigest()
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether the folder was written by `datasets.save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def saved_table(path: Path, split: str) -> DatasetTable:
+    """A folder written by `save_to_disk`; of a DatasetDict, its `split`. Raises DataError where that is missing."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"expected split {split!r} (data.train.<n>.split), found {', '.join(loaded)}", path)
+        return DatasetTable(loaded[split], f"{path} [{split}]")
+    return DatasetTable(loaded, str(path))
+
+
+def named_table(name: str, revision: str | None = None, split: str | None = None) -> DatasetTable:
+    """The data set `name`, or `name:subset`; `split` None takes its only split. Raises DataError where it cannot be loaded."""
+    import datasets
+
+    repository, _, subset = name.partition(":")
+    try:
+        loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}: {error}") from error
+    if split is None:
+        if len(loaded) != 1:
+            raise DataError(f"Hugging Face data set {name!r}: expected one split, found {', '.join(loaded)}")
+        loaded = next(iter(loaded.values()))
+    return DatasetTable(loaded, f"{name} [{split}]" if split else name)
+
+
+def is_collection(name: str, revision: str | None) -> bool:
+    """Whether the data set has the subsets `corpus` and `queries`, as BEIR's have."""
+    return {"corpus", "queries"} <= set(_subsets(name, revision))
+
+
+def collection_tables(name: str, revision: str | None, split: str) -> tuple[DatasetTable, DatasetTable, DatasetTable]:
+    """(corpus, queries, judgments of `split`) of a BEIR data set, its judgments in its own subset or in `<name>-qrels`."""
+    own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
+    judgments = named_table(f"{name}:{own}", revision, split) if own else named_table(f"{name}-qrels", None, split)
+    return named_table(f"{name}:corpus", revision), named_table(f"{name}:queries", revision), judgments
+
+
+def _subsets(name: str, revision: str | None) -> list[str]:
+    import datasets
+
+    try:
+        return datasets.get_dataset_config_names(name.partition(":")[0], revision=revision)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Hugging Face data set {name!r}, revision {revision!r}: {error}") from error

@@ -1,0 +1,122 @@
+"""Examples from files that name passages by id: judgments (BEIR, MS MARCO), MS MARCO triples, mined hard negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+
+from retriever.data.collection import data_files, read_qrels, split_of
+from retriever.data.files import FileTable, Table, kind_of, read_lines
+from retriever.data.records import DataError, Example, Passage, Record
+
+Queries = Mapping[str, str]
+_QRELS, _TRIPLES, _HARD_NEGATIVES = "qrels", "triples", "hard-negatives"
+
+
+def judged_examples(qrels: Mapping[str, Mapping[str, int]], queries: Queries, label: str) -> Iterator[Example]:
+    """One example a judged query: grades above 0 are positives, grade 0 is a judged negative, below 0 is neither.
+
+    Raises DataError for a judged query that has no text.
+    """
+    for query_id, judged in qrels.items():
+        yield Example(
+            query_id,
+            _query_text(queries, query_id, label),
+            positives=tuple(Passage(id=p) for p, grade in judged.items() if grade > 0),
+            negatives=tuple(Passage(id=p) for p, grade in judged.items() if grade == 0),
+        )
+
+
+def relation_files(path: Path, split: str) -> list[Path]:
+    """What relates queries to passages: `path` itself, or a folder's judgments, hard negatives and id triples of `split`.
+
+    Text triples are taken from a folder only where there is nothing else: they carry no ids to merge with the rest.
+    """
+    if not path.is_dir():
+        return [path]
+    there = [f for f in data_files(path) if relation_of(f) and split_of(f) in (None, split)]
+    by_id = [f for f in there if relation_of(f) != _TRIPLES or triples_by_id(f)]
+    found = sorted(by_id or there, key=lambda f: (relation_of(f) != _QRELS, f.name))
+    if not found:
+        expected = f"qrels.{split}*.tsv, *triples*{split}*.tsv or *hard-negatives*.jsonl"
+        raise DataError(f"expected MS MARCO relations of split {split!r}: {expected}", path)
+    return found
+
+
+def relation_of(path: Path) -> str | None:
+    """`qrels`, `triples` or `hard-negatives` by the file's name; None for any other file of a folder."""
+    name = path.name.lower()
+    if "hard-negatives" in name or "hard_negatives" in name:
+        return _HARD_NEGATIVES
+    return next((kind for kind in (_QRELS, _TRIPLES) if kind in name and kind_of(path) in (".tsv", ".txt")), None)
+
+
+def triples_by_id(path: Path) -> bool:
+    """Whether a triples file holds ids (three whole numbers on its first line) rather than texts."""
+    row = next((line for _, line in read_lines(path)), "").split()
+    return len(row) == 3 and all(field.isdecimal() for field in row)
+
+
+def msmarco_examples(files: list[Path], queries: Queries) -> Iterator[Example]:
+    """The examples of all `files`, judgments first. Raises DataError naming file, line and field."""
+    return chain.from_iterable(_relation_examples(file, queries) for file in files)
+
+
+def needs_corpus(files: list[Path]) -> bool:
+    """Whether passages (and queries) are given by id, in any of the files."""
+    return any(_kind(file) != _TRIPLES or triples_by_id(file) for file in files)
+
+
+def _kind(file: Path) -> str:
+    return relation_of(file) or (_HARD_NEGATIVES if kind_of(file) in (".jsonl", ".json") else _TRIPLES)
+
+
+def _relation_examples(file: Path, queries: Queries) -> Iterator[Example]:
+    if _kind(file) == _QRELS:
+        return judged_examples(read_qrels(file), queries, str(file))
+    if _kind(file) == _HARD_NEGATIVES:
+        return _hard_negative_examples(FileTable(file), queries)
+    return _id_triples(file, queries) if triples_by_id(file) else _text_triples(FileTable(file, ("query", "positive", "negative")))
+
+
+def _id_triples(file: Path, queries: Queries) -> Iterator[Example]:
+    for number, line in read_lines(file):
+        row = line.split()
+        if len(row) != 3:
+            raise DataError(f"expected 'qid pid+ pid-', received {line[:60]!r}", file, number)
+        query_id, positive, negative = row
+        yield Example(query_id, _query_text(queries, query_id, str(file), number), (Passage(positive),), (Passage(negative),))
+
+
+def _text_triples(table: FileTable) -> Iterator[Example]:
+    for record in table.records():
+        query = record.text("query", empty=False)
+        positive, negative = Passage(None, record.text("positive")), Passage(None, record.text("negative"))
+        yield Example(str(record.line), query, (positive,), (negative,))
+
+
+def _hard_negative_examples(table: Table, queries: Queries) -> Iterator[Example]:
+    """Lines {qid, pos: [pid], neg: {system: [pid]}} (or neg: [pid]); the systems' lists are united."""
+    for record in table.records():
+        query_id = record.identifier("qid", "query_id")
+        negatives = record.values.get("neg")
+        if isinstance(negatives, Mapping):
+            systems = Record(negatives, record.file, record.line, record.unit, "neg")
+            mined = list(chain.from_iterable(systems.identifiers(name) for name in negatives))
+        else:
+            mined = record.identifiers("neg")
+        yield Example(
+            query_id,
+            _query_text(queries, query_id, record.file, record.line),
+            positives=tuple(Passage(id=p) for p in record.identifiers("pos")),
+            negatives=tuple(Passage(id=p) for p in dict.fromkeys(mined)),
+        )
+
+
+def _query_text(queries: Queries, query_id: str, file: str, line: int | None = None) -> str:
+    text = queries.get(query_id)
+    if text is None:
+        message = f"query id {query_id!r} is not among the {len(queries):,} queries; data.train.<n>.queries names their file"
+        raise DataError(message, file, line)
+    return text

@@ -1,0 +1,127 @@
+"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, sentence-transformers columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retriever.data.records import DataError, Example, Passage, Record
+
+
+def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
+    """Tevatron's version 1 (positive_passages with their texts) and version 2 (positive_document_ids, to be looked up)."""
+    for record in records:
+        if "positive_document_ids" in record.values:
+            positives = tuple(Passage(id=p) for p in record.identifiers("positive_document_ids"))
+            negatives = tuple(Passage(id=p) for p in record.identifiers("negative_document_ids"))
+        else:
+            record.require("positive_passages", "a list of passages")
+            positives = tuple(_tevatron_passage(child) for child in record.children("positive_passages"))
+            negatives = tuple(_tevatron_passage(child) for child in record.children("negative_passages"))
+        query = record.text("query_text", "query", empty=False)
+        yield Example(record.identifier("query_id"), query, positives, negatives)
+
+
+def dpr_examples(records: Iterable[Record]) -> Iterator[Example]:
+    """DPR's records; `negative_ctxs` serve where a record has no `hard_negative_ctxs`. A query's id is its number."""
+    for number, record in enumerate(records):
+        record.require("positive_ctxs", "a list of passages")
+        negatives = tuple(_dpr_passage(child) for child in record.children("hard_negative_ctxs"))
+        yield Example(
+            str(number),
+            record.text("question", empty=False),
+            positives=tuple(_dpr_passage(child) for child in record.children("positive_ctxs")),
+            negatives=negatives or tuple(_dpr_passage(child) for child in record.children("negative_ctxs")),
+        )
+
+
+def flagembedding_examples(records: Iterable[Record]) -> Iterator[Example]:
+    """FlagEmbedding's records with their teacher scores and prompt, where there are any. A query's id is its number."""
+    for number, record in enumerate(records):
+        record.require("pos", "a list of texts")
+        positives, negatives = record.texts("pos"), record.texts("neg")
+        yield Example(
+            str(number),
+            record.text("query", empty=False),
+            positives=tuple(Passage(None, text) for text in positives),
+            negatives=tuple(Passage(None, text) for text in negatives),
+            positive_scores=record.numbers("pos_scores", len(positives)),
+            negative_scores=record.numbers("neg_scores", len(negatives)),
+            prompt=record.text("prompt") if record.has("prompt") else None,
+        )
+
+
+@dataclass(frozen=True)
+class ColumnRoles:
+    """Which columns hold what; see `column_roles`."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...]
+    query_id: str | None
+
+
+def column_roles(there: Sequence[str], asked: Sequence[str] | None, label: str) -> ColumnRoles:
+    """The roles of a table's columns, as sentence-transformers reads them: anchor, positive, then any number of negatives.
+
+    `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else their
+    order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels.
+    """
+    query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
+    names = list(asked or [name for name in there if name != query_id])
+    if asked is None and {"anchor", "positive"} <= set(names):
+        names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
+    spelled = f"the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
+    if missing := [name for name in names if name not in there]:
+        raise DataError(f"no column {', '.join(map(repr, missing))}: {spelled}", label)
+    if len(names) < 2:
+        raise DataError(f"expected an anchor and a positive column: {spelled}", label)
+    if labels := [name for name in names if name.lower() in ("label", "labels", "score", "scores")]:
+        raise DataError(f"column {labels[0]!r} is no passage: {spelled}", label)
+    return ColumnRoles(names[0], names[1], tuple(names[2:]), query_id)
+
+
+def column_examples(
+    records: Iterable[Record], roles: ColumnRoles, queries: Mapping[str, str] | None = None, by_id: bool = False
+) -> Iterator[Example]:
+    """Rows of anchor, positive[, negatives...]; a cell is a text or a list of texts, and an empty negative is none.
+
+    With `queries`, anchors are query ids; with `by_id`, the other cells are passage ids. Otherwise every row is a query of
+    its own and its number the id, unless a query_id column says which.
+    """
+    for number, record in enumerate(records):
+        if queries is None:
+            query_id = record.identifier(roles.query_id) if roles.query_id else str(number)
+            query = record.text(roles.anchor, empty=False)
+        else:
+            query_id = record.identifier(roles.anchor)
+            if query_id not in queries:
+                raise record.error(roles.anchor, f"an id among the {len(queries):,} queries", query_id)
+            query = queries[query_id]
+        positives = _cell(record, roles.positive, by_id)
+        if not positives:
+            raise record.error(roles.positive, "text or a list of texts", record.values.get(roles.positive))
+        negatives = [passage for name in roles.negatives for passage in _cell(record, name, by_id)]
+        yield Example(query_id, query, tuple(positives), tuple(negatives))
+
+
+def _cell(record: Record, name: str, by_id: bool) -> list[Passage]:
+    value: Any = record.values.get(name)
+    if value is None or value == "":
+        return []
+    if by_id:
+        return [Passage(id=p) for p in (record.identifiers(name) if isinstance(value, list) else [record.identifier(name)])]
+    return [Passage(None, text) for text in (record.texts(name) if isinstance(value, list) else [record.text(name)])]
+
+
+def _tevatron_passage(record: Record) -> Passage:
+    """Its text may be missing, to be looked up in a corpus by docid."""
+    docid = record.identifier("docid") if record.has("docid") else None
+    text = record.text("text") if docid is None or record.has("text") else None
+    return Passage(docid, text, record.optional_text("title"))
+
+
+def _dpr_passage(record: Record) -> Passage:
+    name = next((name for name in ("passage_id", "psg_id") if record.has(name)), None)
+    return Passage(record.identifier(name) if name else None, record.text("text"), record.optional_text("title"))

@@ -1,0 +1,151 @@
+"""What every format is read into: passages, examples, and records that name the place of a wrong field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage as it stands in a file. `text` None: to be looked up by `id` in the source's corpus."""
+
+    id: str | None
+    text: str | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A query with its positives and negatives, any number of each; examples of one `query_id` are merged later.
+
+    Scores (a teacher's, any unit) are empty or as many as the passages they belong to. `prompt` replaces the
+    configured query prompt for this query; None keeps the configured one.
+    """
+
+    query_id: str
+    query: str
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+    positive_scores: tuple[float, ...] = ()
+    negative_scores: tuple[float, ...] = ()
+    prompt: str | None = None
+
+
+class DataError(ValueError):
+    """Data that cannot be read as asked. The message begins with the file and the line (or row), where known."""
+
+    def __init__(self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line") -> None:
+        place = ", ".join([*([str(file)] if file is not None else []), *([f"{unit} {line}"] if line is not None else [])])
+        super().__init__(f"{place}: {message}" if place else message)
+        self.file = file
+        self.line = line
+
+
+def final_text(passage: Passage, title: Literal["join", "drop"], separator: str) -> str:
+    """The text a passage is known by: title + separator + text under `join`, unless the title is empty; else the text.
+
+    Raises DataError for a passage whose text has not been looked up.
+    """
+    if passage.text is None:
+        raise DataError(f"passage {passage.id!r}: its text has not been looked up in a corpus")
+    return f"{passage.title}{separator}{passage.text}" if title == "join" and passage.title else passage.text
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a file with its place; the accessors return a checked value or raise a DataError naming the field."""
+
+    values: Mapping[str, Any]
+    file: str
+    line: int
+    unit: str = "line"
+    within: str = ""  # the field this record is a part of, e.g. positive_passages[2]
+
+    def error(self, field: str, expected: str, received: Any) -> DataError:
+        """A DataError: `file, line n: field f: expected ..., received ...`."""
+        name = f"{self.within}.{field}" if self.within else field
+        shown = repr(received)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return DataError(f"field {name!r}: expected {expected}, received {shown}", self.file, self.line, self.unit)
+
+    def has(self, field: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(field) is not None
+
+    def text(self, *names: str, empty: bool = True) -> str:
+        """The text under the first of `names` that is there."""
+        value = self._first(names)
+        if not isinstance(value, str):
+            raise self.error(self._spell(names), "text", value)
+        if not (empty or value.strip()):
+            raise self.error(self._spell(names), "text that is not blank", value)
+        return value
+
+    def identifier(self, *names: str) -> str:
+        """The id under the first of `names` that is there: text or a whole number."""
+        return self._as_identifier(self._spell(names), self._first(names))
+
+    def optional_text(self, name: str) -> str:
+        """The text under `name`, or "" where it is missing or null."""
+        return self.text(name) if self.has(name) else ""
+
+    def require(self, name: str, expected: str) -> None:
+        """Raises DataError where the field is missing or null."""
+        if not self.has(name):
+            raise self.error(name, expected, self.values.get(name) if name in self.values else f"fields {', '.join(map(str, self.values))}")
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; a missing field is an empty list."""
+        values = self._list(name)
+        for i, value in enumerate(values):
+            if not isinstance(value, str):
+                raise self.error(f"{name}[{i}]", "text", value)
+        return values
+
+    def identifiers(self, name: str) -> list[str]:
+        """A list of ids; a missing field is an empty list."""
+        return [self._as_identifier(f"{name}[{i}]", value) for i, value in enumerate(self._list(name))]
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers; a missing or empty list is an empty tuple."""
+        values = self._list(name)
+        for i, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise self.error(f"{name}[{i}]", "a number", value)
+        if values and len(values) != count:
+            raise self.error(name, f"{count} numbers, one for each passage", values)
+        return tuple(float(value) for value in values)
+
+    def children(self, name: str) -> Iterator[Record]:
+        """The records of a list field; a missing field has none."""
+        for i, value in enumerate(self._list(name)):
+            if not isinstance(value, Mapping):
+                raise self.error(f"{name}[{i}]", "a mapping with the passage's text", value)
+            yield Record(value, self.file, self.line, self.unit, f"{name}[{i}]")
+
+    def _first(self, names: tuple[str, ...]) -> Any:
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        if not any(name in self.values for name in names):
+            raise self.error(" or ".join(names), "this field", f"fields {', '.join(map(str, self.values))}")
+        return None
+
+    def _spell(self, names: tuple[str, ...]) -> str:
+        return next((name for name in names if self.has(name)), names[0])
+
+    def _as_identifier(self, field: str, value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise self.error(field, "an id (text or a whole number)", value)
+        return str(value)
+
+    def _list(self, name: str) -> list[Any]:
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.error(name, "a list", value)
+        return value
