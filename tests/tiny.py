@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-MAX_POSITIONS = 128
+MAX_POSITIONS = 256
 
 _TEXT = (
     "a an the of in on at by for to from with and or not is are was were be it this that what which who how why when where "

@@ -1,0 +1,151 @@
+"""The two towers: a transformer, pooling and normalisation for queries, and the same or another one for passages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from retriever.config import ConfigError, ModelConfig
+from retriever.data.tokens import Side
+from retriever.encoder.architectures import check_lengths, check_modules, is_decoder
+from retriever.encoder.pooling import pool, unit
+from retriever.encoder.settings import read_model_config, read_settings, tower_folder
+
+
+class DualEncoder(nn.Module):
+    """Embeddings of queries and passages.
+
+    Parameters stay as they were loaded (fp32 masters); with `autocast_dtype` the transformer computes in that precision, while
+    pooling and normalisation never go below fp32.
+    """
+
+    def __init__(
+        self,
+        query_tower: PreTrainedModel,
+        passage_tower: PreTrainedModel,
+        *,
+        pooling: str,
+        normalize: bool = True,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tied = query_tower is passage_tower
+        towers = {"shared": query_tower} if self.tied else {"query": query_tower, "passage": passage_tower}
+        self.towers = nn.ModuleDict(towers)
+        self.pooling = pooling
+        self.normalize = normalize
+        self.autocast_dtype = autocast_dtype
+        # Heads that no embedding depends on, by side: kept out of training, put back into exports.
+        self.unused_weights = {name: _detach_pooler(tower) for name, tower in towers.items()}
+
+    @classmethod
+    def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
+        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `pooling: auto` is resolved.
+
+        A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from the same weights.
+        Raises ConfigError where the model cannot be trained exactly, or has fewer positions than `config` asks for.
+        """
+        name = config.name_or_path
+        model_config = read_model_config(name)
+        check_lengths(model_config, config.query_max_tokens, config.passage_max_tokens)
+        pooling = read_settings(name).pooling if config.pooling == "auto" else config.pooling
+        if config.tied and tower_folder(name, "query") != tower_folder(name, "passage"):
+            raise ConfigError(f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder")
+        passage_tower = load_tower(name, "passage")
+        query_tower = passage_tower if config.tied else load_tower(name, "query")
+        encoder = cls(query_tower, passage_tower, pooling=pooling, normalize=config.normalize, autocast_dtype=autocast_dtype)
+        if config.gradient_checkpointing:
+            encoder.enable_gradient_checkpointing()
+        return encoder
+
+    @property
+    def query_tower(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.towers["shared" if self.tied else "query"])
+
+    @property
+    def passage_tower(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.towers["shared" if self.tied else "passage"])
+
+    @property
+    def dimension(self) -> int:
+        """D, the length of an embedding."""
+        return int(self.passage_tower.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, side: Side, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings [n, D] float32 (float64 after `.double()`) of one side's texts.
+
+        input_ids and attention_mask [n, T] int64, padded on the right (decoders: either side), at least one token a row.
+        """
+        if input_ids.shape[1] == 0:
+            raise ValueError(f"a chunk of {len(input_ids)} texts on the {side} side without a token; expected at least one token a text")
+        tower = self.query_tower if side == "query" else self.passage_tower
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if is_decoder(tower.config):
+            inputs |= {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, T]
+        with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            hidden = tower(**inputs).last_hidden_state  # [n, T, D]
+        embeddings = pool(hidden, attention_mask, self.pooling)  # [n, D]
+        return unit(embeddings) if self.normalize else embeddings
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG state.
+
+        Raises ConfigError where the architecture has no such layers.
+        """
+        for tower in self.towers.values():
+            if not tower.supports_gradient_checkpointing:
+                raise ConfigError(f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false")
+            # transformers 5 renamed the method along the way.
+            enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "preserve_rng_state": True})
+
+
+def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
+    """One side's transformer in fp32, in train mode.
+
+    Raises ConfigError where a weight that embeddings depend on is missing from the file, or a module couples a batch's rows.
+    """
+    name = str(name_or_path)
+    with _quiet():
+        model, report = AutoModel.from_pretrained(
+            name, subfolder=tower_folder(name, side), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    missing = sorted(str(key) for key in report["missing_keys"])
+    if wanted := [key for key in missing if not key.startswith("pooler.")]:
+        raise ConfigError(f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all")
+    if missing:  # a pooler made of random numbers is nothing to keep
+        model.pooler = None
+    check_modules(model, name)
+    return model.train()
+
+
+def _detach_pooler(tower: Any) -> dict[str, Tensor]:
+    """Takes the head off a BERT-like model and returns its weights: no embedding depends on it, so it would never get a gradient."""
+    pooler = getattr(tower, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return {}
+    weights = {f"pooler.{key}": value.detach().clone() for key, value in pooler.state_dict().items()}
+    tower.pooler = None
+    return weights
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' report of unused and missing weights, which `load_tower` judges itself."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

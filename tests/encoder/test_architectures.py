@@ -1,0 +1,133 @@
+"""What puts an architecture on the allow-list: padding changes nothing, every parameter is trained, dropout replays bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from retriever.config import ConfigError, ModelConfig
+from retriever.data.chunks import pad_rows
+from retriever.encoder.architectures import DECODERS, ENCODERS, check_lengths, check_modules, longest_input
+from retriever.encoder.dual_encoder import DualEncoder
+from tests.tiny import MAX_POSITIONS, save_tiny_model
+
+LENGTHS = (3, 41, 17, 90, 1)
+WITHOUT_CHECKPOINTING = {"albert", "mpnet"}
+
+
+@pytest.fixture(scope="module", params=sorted(ENCODERS | DECODERS))
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), request.param)
+    return DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS))
+
+
+@pytest.fixture
+def rows(encoder: DualEncoder) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, encoder.passage_tower.config.vocab_size, (n,), generator=generator) for n in LENGTHS]
+
+
+def _padded(encoder: DualEncoder, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return pad_rows([row.numpy() for row in rows], encoder.passage_tower.config.pad_token_id)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_padding_changes_no_embedding(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
+    alone_encoder = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling=pooling).double().eval()
+    input_ids, mask = _padded(encoder, rows)
+    with torch.no_grad():
+        together = alone_encoder("passage", input_ids, mask)
+        alone = torch.cat([alone_encoder("passage", row[None], torch.ones(1, len(row), dtype=torch.int64)) for row in rows])
+    alone_encoder.float().train()
+    assert (alone[0] - alone[1]).abs().max() > 0.01
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_every_parameter_receives_a_gradient(encoder: DualEncoder, rows: list[Tensor]) -> None:
+    encoder.zero_grad()
+    embeddings = encoder("passage", *_padded(encoder, rows))
+    (embeddings * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    untrained = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+    assert untrained == []
+    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
+    assert sum(float(p.grad.abs().sum()) for p in encoder.parameters() if p.grad is not None) > 0.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor], checkpointing: bool) -> None:
+    inputs = _padded(encoder, rows)
+    with _gradient_checkpointing(encoder, checkpointing):
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            first = encoder("passage", *inputs)
+        other = encoder("passage", *inputs)
+        torch.set_rng_state(state)
+        again = encoder("passage", *inputs)
+    assert again.requires_grad
+    assert not torch.equal(first, other), "dropout is off"
+    assert torch.equal(first, again)
+
+
+def test_gradient_checkpointing_changes_no_gradient(encoder: DualEncoder, rows: list[Tensor]) -> None:
+    inputs, gradients = _padded(encoder, rows), []
+    for checkpointing in (False, True):
+        with _gradient_checkpointing(encoder, checkpointing):
+            encoder.zero_grad()
+            torch.manual_seed(3)
+            embeddings = encoder("passage", *inputs)
+            torch.manual_seed(4)  # the backward pass must not depend on where the generator stands
+            (embeddings[:, 0].sum()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    assert torch.equal(*gradients)
+
+
+@contextmanager
+def _gradient_checkpointing(encoder: DualEncoder, enabled: bool) -> Iterator[None]:
+    layers = [module for module in encoder.modules() if hasattr(module, "gradient_checkpointing")]
+    if enabled and encoder.passage_tower.config.model_type in WITHOUT_CHECKPOINTING:
+        with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing: true, but \w+ does not support it"):
+            encoder.enable_gradient_checkpointing()
+    elif enabled:
+        encoder.enable_gradient_checkpointing()
+        assert any(layer.gradient_checkpointing for layer in layers)
+    yield
+    for layer in layers:
+        layer.gradient_checkpointing = False
+
+
+def test_an_unverified_architecture_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+    config = AutoConfig.for_model("roformer", **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.name_or_path.*'roformer'.*expected one of albert"):
+        DualEncoder.from_pretrained(ModelConfig(str(tmp_path)))
+
+
+def test_batch_normalisation_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ConfigError, match="BatchNorm1d at '1'"):
+        check_modules(model, "some-model")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
+def test_lengths_beyond_the_positions_are_refused(architecture: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, architecture)
+    config = AutoConfig.from_pretrained(folder)
+    assert longest_input(config) == MAX_POSITIONS
+    check_lengths(config, MAX_POSITIONS, MAX_POSITIONS)
+    with pytest.raises(ConfigError, match=rf"model\.passage_max_tokens: {MAX_POSITIONS + 1} tokens.*at most {MAX_POSITIONS}"):
+        DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS + 1))
+    # The limit is the true one: one token more fails in the model itself.
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder))).eval()
+    ids = torch.full((1, MAX_POSITIONS), 9)
+    assert encoder("query", ids, torch.ones_like(ids)).shape == (1, 32)
+    ids = torch.full((1, MAX_POSITIONS + 1), 9)
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder("query", ids, torch.ones_like(ids))
