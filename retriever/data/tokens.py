@@ -45,22 +45,20 @@ class TokenTemplate:
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> TokenTemplate:
         """Reads the template off two probe texts. Raises ValueError where the tokenizer follows no such template."""
-        found = set()
+        name, found = type(tokenizer).__name__, set()
         for probe in _PROBES:
             bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
             full = tokenizer(probe)["input_ids"]
             start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
             if start is None:
-                raise ValueError(
-                    f"{type(tokenizer).__name__} changes a text's tokens when it adds special tokens ({bare} is not inside {full}): not supported"
-                )
+                raise ValueError(f"{name} changes a text's tokens when it adds special tokens ({bare} is not inside {full}): not supported")
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
-            raise ValueError(f"{type(tokenizer).__name__} adds different special tokens to different texts: {sorted(found)}")
+            raise ValueError(f"{name} adds different special tokens to different texts: {sorted(found)}")
         prefix, suffix = found.pop()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
-            raise ValueError(f"{type(tokenizer).__name__} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json")
+            raise ValueError(f"{name} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json")
         return cls(prefix, suffix, int(pad_id), keep_end=tokenizer.truncation_side == "left")
 
     @property

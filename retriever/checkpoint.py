@@ -1,0 +1,131 @@
+"""Training state on disk: written aside and renamed, so that a folder with a final name is whole; resumed exactly.
+
+A step's random numbers come from (seed, step, rank) and its batch from (seed, step, store), so weights, optimizer state,
+the fp16 scaler's state and the step number are all there is to restore.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from retriever.config import Config, ConfigError, from_dict, to_dict
+from retriever.optim import Optimizer, load_state_tensors, state_tensors
+
+_FORMAT_VERSION = 1
+_WRITING, _REMOVING = ".writing-", ".removing-"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything of a run that changes with its steps."""
+
+    encoder: nn.Module
+    objective: nn.Module
+    optimizer: Optimizer
+
+    def modules(self) -> nn.ModuleDict:
+        """What holds weights, under the names they are stored by."""
+        return nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
+
+
+def save(root: Path, step: int, state: TrainingState, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
+    """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
+    final = root / f"step-{step:08d}"
+    writing = root / f"{_WRITING}{final.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in state.modules().state_dict().items()}
+    save_file(weights, writing / "model.safetensors")
+    save_file({key: value.contiguous().cpu() for key, value in state_tensors(state.optimizer).items()}, writing / "optimizer.safetensors")
+    export(writing / "export")
+    manifest = {
+        "format_version": _FORMAT_VERSION,
+        "step": step,
+        "scaler": state.optimizer.scaler.state_dict(),
+        "store": store_fingerprint,
+        "torch": torch.__version__,
+        "config": to_dict(config),
+    }
+    (writing / "state.json").write_text(json.dumps(manifest, indent=2))
+    if final.exists():
+        remove(final)
+    os.replace(writing, final)
+    return final
+
+
+def load(folder: Path, state: TrainingState, store_fingerprint: str, device: torch.device) -> int:
+    """Restores `state` in place and returns the number of finished steps. Raises ConfigError where the data changed since."""
+    manifest = _manifest(folder)
+    if manifest["store"] != store_fingerprint:
+        raise ConfigError(
+            f"{folder} was trained on other data or another tokenisation (fingerprint {manifest['store']}, now {store_fingerprint}); "
+            "set run.resume=never and another run.output_dir to start afresh"
+        )
+    state.modules().load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+    load_state_tensors(state.optimizer, load_file(folder / "optimizer.safetensors"))
+    state.optimizer.scaler.load_state_dict(manifest["scaler"])
+    return int(manifest["step"])
+
+
+def saved_config(folder: Path) -> Config:
+    """The resolved configuration that a checkpoint was written under."""
+    return from_dict(_manifest(folder)["config"])
+
+
+def finished_steps(folder: Path) -> int:
+    """How many optimizer steps a checkpoint stands after."""
+    return int(_manifest(folder)["step"])
+
+
+def newest(root: Path) -> Path | None:
+    """The checkpoint of the latest step under `root`, or None."""
+    return max(root.glob("step-*"), default=None)
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed run left half-written or half-removed."""
+    for leftover in (*root.glob(f"{_WRITING}*"), *root.glob(f"{_REMOVING}*")):
+        shutil.rmtree(leftover)
+
+
+def keep_last(root: Path, count: int) -> None:
+    """Removes all but the `count` latest checkpoints."""
+    for old in sorted(root.glob("step-*"))[:-count]:
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder; its name is free at once, and a kill in the middle leaves nothing under it."""
+    doomed = folder.with_name(f"{_REMOVING}{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Makes `target` a copy of `folder`, replacing what stood there."""
+    writing = target.with_name(f"{_WRITING}{target.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    shutil.copytree(folder, writing)
+    if target.exists():
+        remove(target)
+    os.replace(writing, target)
+
+
+def _manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / "state.json").read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"run.resume: {folder} is no checkpoint: it has no state.json") from error
+    if manifest.get("format_version") != _FORMAT_VERSION:
+        raise ConfigError(f"{folder}: checkpoint format {manifest.get('format_version')!r}; this version reads {_FORMAT_VERSION}")
+    return manifest

@@ -1,0 +1,111 @@
+"""One rank's part of a step: what is compared with what, and the chunks to encode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retriever.config import ModelConfig
+from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+from retriever.data.planner import Planner, known_positives, slice_for_rank
+from retriever.data.store import Store, TextTable
+from retriever.data.tokens import Side, TokenTemplate
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which passages each query is compared with, and how. B queries and N passages on this rank."""
+
+    positives: Tensor  # [B] int64: this rank's column of each query's positive, -1 for an ignored row
+    passage_ids: Tensor  # [N] int64, unique across sources and ranks
+    known_ptr: Tensor  # [B + 1] int64
+    known_ids: Tensor  # [known_ptr[-1]] int64: passages that are no negatives of a row; the positive is among them
+    global_queries: int  # queries of the whole batch, over all ranks
+
+    def to(self, device: torch.device) -> Targets:
+        """The same targets on `device`."""
+        moved = (t.to(device) for t in (self.positives, self.passage_ids, self.known_ptr, self.known_ids))
+        return Targets(*moved, self.global_queries)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch."""
+
+    step: int
+    epoch: int
+    source: str
+    chunks: Chunks  # of queries and passages; at most tokens_per_chunk tokens each
+    targets: Targets
+    sizes: tuple[int, int]  # B, N
+    tokens: int  # special tokens included, padding not
+
+
+class BatchLoader:
+    """Plans steps and prepares this rank's batches, the next one while this one is trained on."""
+
+    def __init__(
+        self,
+        store: Store,
+        planner: Planner,
+        template: TokenTemplate,
+        model: ModelConfig,
+        *,
+        tokens_per_chunk: int,
+        mask_known_positives: bool,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._store, self._planner, self._template = store, planner, template
+        self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
+        self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
+        self._tokens_per_chunk = tokens_per_chunk
+        self._masked = mask_known_positives
+        self._device, self._rank, self._world_size = device, rank, world_size
+
+    def load(self, step: int) -> Batch:
+        """This rank's batch of optimizer step `step`, counted from 0."""
+        whole = self._planner.plan(step)
+        mine = slice_for_rank(
+            whole, self._lengths("query", whole.queries), self._lengths("passage", whole.passages), self._rank, self._world_size
+        )
+        known = known_positives(self._store, mine, self._masked)
+        targets = Targets(
+            torch.from_numpy(mine.targets),
+            torch.from_numpy(mine.passages),
+            torch.from_numpy(np.ascontiguousarray(known.ptr)),
+            torch.from_numpy(np.ascontiguousarray(known.ids)),
+            global_queries=len(whole.queries),
+        )
+        builders = self._builders("query", mine.queries) + self._builders("passage", mine.passages)
+        tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())
+        chunks = Chunks(builders, self._device)
+        return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches of the steps from `first` to before `last`; the next is planned in a thread meanwhile."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan") as pool:
+            coming = pool.submit(self.load, first) if first < last else None
+            for step in range(first, last):
+                assert coming is not None
+                batch = coming.result()
+                coming = pool.submit(self.load, step + 1) if step + 1 < last else None
+                yield batch
+
+    def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
+        return self._template.lengths(self._tables[side].lengths[rows], self._max_tokens[side])
+
+    def _builders(self, side: Side, rows: np.ndarray) -> list[Callable[[], Chunk]]:
+        plan = plan_chunks(self._lengths(side, rows), self._tokens_per_chunk)
+        return [lambda positions=positions: self._build(side, positions, rows[positions]) for positions in plan]  # type: ignore[misc]
+
+    def _build(self, side: Side, positions: np.ndarray, rows: np.ndarray) -> Chunk:
+        table, limit = self._tables[side], self._max_tokens[side]
+        input_ids, mask = pad_rows([self._template.wrap(table.tokens(row), limit) for row in rows], self._template.pad_id)
+        return Chunk(side, torch.from_numpy(positions), input_ids, mask)

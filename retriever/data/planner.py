@@ -1,0 +1,169 @@
+"""The global batch of every step, as a pure function of (seed, step, store): which queries, which passages, on which rank.
+
+Nothing is drawn from a stateful generator. Orders and draws come from hashes of (seed, store, what, index), so any
+step can be planned at once, on any rank, and a run resumes at step k without replaying k steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from retriever.data.store import Csr, Store
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One step's batch over all ranks, in rows of the store. Every passage stands once."""
+
+    step: int
+    epoch: int
+    source: str
+    queries: np.ndarray  # [b] int64
+    targets: np.ndarray  # [b] int64: the positive drawn for each query
+    passages: np.ndarray  # [n] int64, ascending: all targets and negatives
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """The part of a global batch that one rank encodes. A query's target is among its rank's passages."""
+
+    queries: np.ndarray  # [B] int64, rows of the store
+    passages: np.ndarray  # [N] int64, rows of the store, ascending
+    targets: np.ndarray  # [B] int64, positions in `passages`
+
+
+class Planner:
+    """Plans the batches of a run.
+
+    `weights` are each source's passes per epoch. A source's batches in an epoch differ by at most one query and none
+    exceeds `queries`; with `one_source` false, sources are mixed within every batch.
+    """
+
+    def __init__(
+        self, store: Store, *, queries: int, negatives: int, seed: int, weights: Sequence[float] | None = None, one_source: bool = True
+    ) -> None:
+        self._store = store
+        self._negatives = negatives
+        self._key = _hash(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
+        self._one_source = one_source
+        weights = weights if weights is not None else [1.0] * len(store.sources)
+        self._sizes = [source.last - source.first for source in store.sources]
+        # Queries that each source gives to an epoch; constant, so that a step's epoch needs no running sum.
+        self._per_epoch = [max(1, round(weight * n)) for weight, n in zip(weights, self._sizes, strict=True)]
+        if one_source:
+            self._batches = [-(-taken // queries) for taken in self._per_epoch]
+        else:
+            self._batches = [-(-sum(self._per_epoch) // queries)]
+        self._schedule = lru_cache(maxsize=2)(self._make_schedule)
+        self._pass_order = lru_cache(maxsize=2 * len(self._sizes))(self._make_pass_order)
+        self._mixed_epoch = lru_cache(maxsize=1)(self._make_mixed_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return sum(self._batches)
+
+    def plan(self, step: int) -> GlobalBatch:
+        """The batch of optimizer step `step`, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._one_source:
+            source, part = self._schedule(epoch)[index]
+            taken, parts = self._per_epoch[source], self._batches[source]
+            positions = np.arange(part * taken // parts, (part + 1) * taken // parts) + epoch * taken
+            queries, passes = self._at(source, positions)
+            name = self._store.sources[source].name
+        else:
+            queries, passes = (column[index :: self.steps_per_epoch] for column in self._mixed_epoch(epoch))
+            name = "mixed"
+        targets = self._draw_positives(queries, passes)
+        negatives = self._draw_negatives(queries, passes)
+        return GlobalBatch(step, epoch, name, queries, targets, np.unique(np.concatenate([targets, negatives])))
+
+    def _make_schedule(self, epoch: int) -> list[tuple[int, int]]:
+        """The epoch's batches as (source, part), in their shuffled order."""
+        batches = [(source, part) for source, parts in enumerate(self._batches) for part in range(parts)]
+        order = _order(_hash(self._key, np.uint64(1), np.uint64(epoch)), len(batches))
+        return [batches[i] for i in order]
+
+    def _make_pass_order(self, source: int, turn: int) -> np.ndarray:
+        return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
+
+    def _at(self, source: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Query rows, and the pass over the source that each belongs to, at `positions` of its endless shuffled sequence."""
+        turns, places = np.divmod(positions, self._sizes[source])
+        rows = np.empty_like(positions)
+        for turn in np.unique(turns):
+            here = turns == turn
+            rows[here] = self._pass_order(source, int(turn))[places[here]]
+        return rows + self._store.sources[source].first, turns
+
+    def _make_mixed_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        parts = [self._at(source, np.arange(taken) + epoch * taken) for source, taken in enumerate(self._per_epoch)]
+        queries, turns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = _order(_hash(self._key, np.uint64(3), np.uint64(epoch)), len(queries))
+        return queries[order], turns[order]
+
+    def _draw_positives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """One positive of each query: a random first one, then the next in every pass."""
+        ptr, ids = self._store.positives
+        start = ptr[queries]
+        count = (ptr[queries + 1] - start).astype(np.uint64)
+        first = _hash(self._key, np.uint64(4), queries.astype(np.uint64))
+        return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
+
+    def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
+        """At most `negatives` of each query's, without replacement: a window of its shuffled list that moves with every pass."""
+        if self._negatives == 0:
+            return np.empty(0, dtype=np.int64)
+        ptr, ids = self._store.negatives.take(queries)
+        row = np.repeat(np.arange(len(queries)), np.diff(ptr))
+        place = np.arange(len(ids)) - ptr[row]  # within the row
+        keys = _hash(self._key, np.uint64(5), queries[row].astype(np.uint64), place.astype(np.uint64))
+        order = np.lexsort((keys, row))  # shuffles every row for itself; `row` stays sorted
+        count = np.diff(ptr)[row]
+        chosen = (place - passes[row] * self._negatives) % np.maximum(count, 1) < self._negatives
+        return ids[order[chosen]]
+
+
+def slice_for_rank(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, rank: int, world_size: int) -> RankSlice:
+    """The rank's slice of `batch`, balanced by tokens over the ranks.
+
+    query_lengths [b], passage_lengths [n]: tokens that `batch.queries` and `batch.passages` take in the encoder. A passage
+    and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down, to and fro.
+    """
+    target = np.searchsorted(batch.passages, batch.targets)
+    cost = passage_lengths + np.bincount(target, weights=query_lengths, minlength=len(batch.passages))
+    place = np.empty(len(cost), dtype=np.int64)
+    place[np.argsort(-cost, kind="stable")] = np.arange(len(cost))
+    lap, seat = np.divmod(place, world_size)
+    owner = np.where(lap % 2 == 0, seat, world_size - 1 - seat)
+    own = np.flatnonzero(owner == rank)
+    mine = owner[target] == rank
+    return RankSlice(batch.queries[mine], batch.passages[own], np.searchsorted(own, target[mine]))
+
+
+def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
+    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its target alone."""
+    if masked:
+        return store.known.take(rank_slice.queries)
+    return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])
+
+
+def _order(key: np.uint64, n: int) -> np.ndarray:
+    return np.argsort(_hash(key, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def _hash(*parts: np.ndarray | np.uint64) -> np.ndarray:
+    """A 64-bit hash of the parts (splitmix64 over them in turn), element by element."""
+    mixed = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            mixed = mixed + part + np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed

@@ -1,0 +1,78 @@
+"""The objective: in-batch-negative InfoNCE over the passages of all ranks, value and gradient.
+
+With s_ij = ⟨q_i, p_j⟩, scale = 1/temperature, t the target of query i and neg(i) the columns that are no known positive of i:
+
+    row_i    = log(exp(scale·s_it) + Σ_{j ∈ neg(i)} exp(scale·s_ij)) − scale·s_it
+    column_i = log(exp(scale·s_it) + Σ_{k : t ∈ neg(k)} exp(scale·s_kt)) − scale·s_it
+    loss     = Σ_i row_i / global queries,     symmetric: Σ_i ½(row_i + column_i) / global queries
+
+A loss is this rank's part of it: the loss of the batch is the sum over ranks, and so is every parameter's gradient.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels.lse import Exclusions
+from kernels.lse_reference import rounded
+from retriever.config import LossConfig
+from retriever.data.batch import Targets
+from retriever.loss.strategies import STRATEGIES, Problem
+from retriever.parallel.world import World
+
+
+class ContrastiveObjective(nn.Module):
+    """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)), requires_grad=config.learn_temperature)
+
+    @property
+    def temperature(self) -> float:
+        """The present temperature."""
+        return math.exp(-self.log_scale.item())
+
+    @torch.no_grad()
+    def forward(
+        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's loss [], dqueries [B, D] and dpassages [N, D], of the dtype of queries [B, D] and passages [N, D].
+
+        Where the temperature is learned, this rank's part of its gradient is added to `log_scale.grad`. Gradients, not the
+        loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16.
+        """
+        problem = self._problem(queries, passages, targets.to(queries.device), gradient_scale)
+        row_losses, dqueries, dpassages = STRATEGIES[self._config.strategy](problem, world)
+        if self.log_scale.requires_grad:
+            # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
+            gradient = (problem.queries.double() * dqueries.double()).sum().to(self.log_scale.dtype)
+            self.log_scale.grad = gradient if self.log_scale.grad is None else self.log_scale.grad + gradient
+        loss = row_losses.sum() / targets.global_queries
+        return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)
+
+    def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float) -> Problem:
+        # Positive and negative similarities come from the same rounded vectors: a loss is never below zero.
+        queries, passages = rounded(queries, self._config.precision), rounded(passages, self._config.precision)
+        ignored = targets.positives < 0
+        threshold = None
+        if self._config.false_negative_margin is not None or bool(ignored.any()):
+            margin = self._config.false_negative_margin
+            target_similarity = (queries * passages[targets.positives.clamp(min=0)]).sum(dim=1)  # [B]
+            threshold = target_similarity + margin if margin is not None else torch.full_like(target_similarity, torch.inf)
+            threshold[ignored] = -torch.inf  # no column of an ignored row takes part
+        exclusions = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids, threshold)
+        return Problem(
+            queries,
+            passages,
+            targets.positives,
+            exclusions,
+            scale=self.log_scale.double().exp().item(),
+            weight=gradient_scale / targets.global_queries,
+            symmetric=self._config.symmetric,
+            precision=self._config.precision,
+        )

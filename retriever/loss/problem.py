@@ -1,0 +1,43 @@
+"""What every strategy is given: one rank's rows and columns, and which pairs count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.lse import Exclusions, Precision
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One rank's part of the loss. B queries, N passages; float32, or float64 for float64 representations."""
+
+    queries: Tensor  # [B, D], with the values of the precision tier
+    passages: Tensor  # [N, D]
+    positives: Tensor  # [B] int64: column of each query's positive, -1 for an ignored row
+    exclusions: Exclusions  # the positive of a row is among its exclusions
+    scale: float
+    weight: float  # of each query's loss in the gradient: 1 / global queries, times the gradient scale
+    symmetric: bool
+    precision: Precision
+
+    @property
+    def active(self) -> Tensor:
+        """Rows [B] that are not ignored."""
+        return self.positives >= 0
+
+    @property
+    def columns(self) -> Tensor:
+        """Column [B] of each row's positive; column 0 stands in where the row is ignored."""
+        return self.positives.clamp(min=0)
+
+    def positive_logits(self) -> Tensor:
+        """scale · s_it [B] for each row's positive t."""
+        return self.scale * (self.queries * self.passages[self.columns]).sum(dim=1)
+
+
+def nll(negatives_lse: Tensor, positive_logits: Tensor) -> Tensor:
+    """log(exp(s) + exp(lse)) − s, without cancellation where the positive dominates; 0 where lse is −inf."""
+    return torch.logaddexp(negatives_lse - positive_logits, torch.zeros_like(positive_logits))

@@ -1,0 +1,135 @@
+"""Four ways to compute one loss over many ranks; they differ in memory, arithmetic and traffic, not in the result.
+
+b = Σ B and n = Σ N over ranks. Per rank:
+
+    dense   gathers queries and passages and holds b × n similarities; every rank computes the whole loss, so that no
+            gradient travels
+    local   gathers passages (queries too where symmetric) and holds B × n; gradients come home through the gather, by a
+            reduce-scatter (OpenCLIP's local loss)
+    disco   holds B × n too; the gradient's own-rank part never leaves the rank, the cross-rank part is all-reduced
+            (Chen et al. 2023, arXiv:2304.08480)
+    tiled   gathers passages and holds no similarities: O((B + n)·D) memory, see `tiled.py`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.lse import Exclusions
+from kernels.lse_reference import known_pairs
+from retriever.loss.problem import Problem, nll
+from retriever.loss.tiled import tiled
+from retriever.parallel.world import World
+
+
+def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses [B], dqueries [B, D], dpassages [N, D] from all b × n similarities on every rank."""
+    queries, passages = world.gather_rows(problem.queries), world.gather_rows(problem.passages)
+    exclusions = _exclusions_of_all_rows(problem, world, world.gather_rows(problem.exclusions.passage_ids).rows)
+    offset = torch.where(problem.active, passages.own.start, 0)
+    positives = world.gather_rows(problem.positives + offset).rows
+    whole = replace(problem, queries=queries.rows, passages=passages.rows, positives=positives, exclusions=exclusions)
+    with torch.enable_grad():
+        q, p = whole.queries.requires_grad_(), whole.passages.requires_grad_()
+        logits = _masked_logits(q, p, exclusions, problem.scale)
+        positive = whole.positive_logits()
+        losses = nll(logits.logsumexp(dim=1), positive)
+        if problem.symmetric:
+            losses = 0.5 * (losses + nll(logits.logsumexp(dim=0)[whole.columns], positive))
+        losses = losses.where(whole.active, 0.0)
+        dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
+    return losses.detach()[queries.own], dqueries[queries.own], dpassages[passages.own]
+
+
+def local(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses [B], dqueries [B, D], dpassages [N, D]; autograd runs back through the gather."""
+    with torch.enable_grad():
+        q, p = problem.queries.detach().requires_grad_(), problem.passages.detach().requires_grad_()
+        every_q = _GatherRows.apply(q, world) if problem.symmetric else None
+        losses = _rows_against_all(problem, world, q, p, every_q, _GatherRows.apply(p, world))
+        dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
+    return losses.detach(), dqueries, dpassages
+
+
+def disco(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses [B], dqueries [B, D], dpassages [N, D] from own-rank and cross-rank parts of the gradient."""
+    queries, passages = world.gather_rows(problem.queries), world.gather_rows(problem.passages)
+    with torch.enable_grad():
+        q, p = problem.queries.detach().requires_grad_(), problem.passages.detach().requires_grad_()
+        every_q, every_p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
+        losses = _rows_against_all(problem, world, q, p, every_q if problem.symmetric else None, every_p)
+        inputs = (q, p, every_p, every_q) if problem.symmetric else (q, p, every_p)
+        dqueries, dpassages, *crossing = torch.autograd.grad(problem.weight * losses.sum(), inputs)
+    dpassages = dpassages + _own_plus_crossing(crossing[0], passages.own, world)
+    if problem.symmetric:
+        dqueries = dqueries + _own_plus_crossing(crossing[1], queries.own, world)
+    return losses.detach(), dqueries, dpassages
+
+
+STRATEGIES: dict[str, Callable[[Problem, World], tuple[Tensor, Tensor, Tensor]]] = {
+    "dense": dense,
+    "local": local,
+    "disco": disco,
+    "tiled": tiled,
+}
+
+
+def _rows_against_all(problem: Problem, world: World, q: Tensor, p: Tensor, every_q: Tensor | None, every_p: Tensor) -> Tensor:
+    """Losses [B] of this rank's rows: own queries against every passage, and own positives against every query if given."""
+    every_id = world.gather_rows(problem.exclusions.passage_ids).rows
+    rows = _masked_logits(q, every_p, replace(problem.exclusions, passage_ids=every_id), problem.scale)  # [B, n]
+    positive = replace(problem, queries=q, passages=p).positive_logits()
+    losses = nll(rows.logsumexp(dim=1), positive)
+    if every_q is not None:
+        exclusions = _exclusions_of_all_rows(problem, world, problem.exclusions.passage_ids)
+        columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
+        losses = 0.5 * (losses + nll(columns.logsumexp(dim=0)[problem.columns], positive))
+    return losses.where(problem.active, 0.0)
+
+
+def _own_plus_crossing(gradient: Tensor, own: slice, world: World) -> Tensor:
+    """Own rows of Σ over ranks of `gradient`, of which only what crosses ranks is sent."""
+    kept = gradient[own].clone()
+    gradient[own] = 0
+    return kept + world.sum(gradient)[own]
+
+
+def _masked_logits(queries: Tensor, passages: Tensor, exclusions: Exclusions, scale: float) -> Tensor:
+    """scale · Q Pᵀ with −inf on the excluded pairs."""
+    similarities = queries @ passages.T
+    excluded = torch.zeros(similarities.shape, dtype=torch.bool, device=similarities.device)
+    excluded[known_pairs(exclusions)] = True
+    if exclusions.threshold is not None:
+        excluded |= similarities > exclusions.threshold[:, None]
+    return (scale * similarities).masked_fill(excluded, -torch.inf)
+
+
+def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor) -> Exclusions:
+    """The exclusions of every rank's queries against the columns of `passage_ids`."""
+    own = problem.exclusions
+    counts = world.gather_rows(own.known_ptr.diff()).rows
+    known_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    threshold = own.threshold
+    if world.max(torch.tensor(float(threshold is not None), device=problem.queries.device)) > 0:  # some ranks may have none
+        threshold = threshold if threshold is not None else problem.queries.new_full((len(problem.queries),), torch.inf)
+        threshold = world.gather_rows(threshold).rows
+    return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; the gradient of own rows is the sum over ranks, by a reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        gathered = world.gather_rows(x)
+        ctx.counts, ctx.world = gathered.counts, world
+        return gathered.rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.world.reduce_rows(gradients[0], ctx.counts), None

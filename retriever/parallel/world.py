@@ -1,0 +1,135 @@
+"""The ranks of a run and the few collectives that training needs. With one rank every call is the identity.
+
+Ranks may hold unequal numbers of rows: rows travel padded to the longest rank and are cut again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of all ranks, rank after rank, and where each rank's stand."""
+
+    rows: Tensor  # [sum of counts, ...]
+    counts: tuple[int, ...]
+    rank: int
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's rows stand in `rows`."""
+        start = sum(self.counts[: self.rank])
+        return slice(start, start + self.counts[self.rank])
+
+
+class World:
+    """`size` ranks of torch's default process group, this being `rank`, computing on `device`."""
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        if size > 1 and not dist.is_initialized():
+            raise ValueError(f"a world of {size} ranks needs torch.distributed to be initialised first")
+        self.device, self.rank, self.size = device, rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Σ over ranks of `x`, the same shape on each; `x` itself is left as it is."""
+        return self._all_reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        return self._all_reduce(x, dist.ReduceOp.MAX)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """log Σ over ranks of exp(x), element-wise; −inf where every rank has −inf."""
+        if self.size == 1:
+            return x
+        shift = self.max(x).nan_to_num(neginf=0.0)
+        return self.sum((x - shift).exp()).log() + shift
+
+    def gather_rows(self, x: Tensor) -> Gathered:
+        """All ranks' rows of `x` [n, ...], n free on each rank."""
+        if self.size == 1:
+            return Gathered(x, (len(x),), 0)
+        counts = self._counts(len(x))
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return Gathered(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts, self.rank)
+
+    def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """This rank's rows of Σ over ranks of `x` [Σ counts, D], where every rank holds a term for every row."""
+        if self.size == 1:
+            return x
+        parts = list(x.split(list(counts)))
+        padded = x.new_zeros((self.size, max(counts), *x.shape[1:]))
+        for row, part in zip(padded, parts, strict=True):
+            row[: len(part)] = part
+        own = torch.empty_like(padded[0])
+        dist.reduce_scatter_tensor(own, padded)
+        return own[: counts[self.rank]]
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Σ over ranks of every parameter's gradient, in flat buckets: a step's only parameter collective.
+
+        A parameter that has no gradient here enters as zeros; one that has none on any rank keeps none.
+        """
+        if self.size == 1:
+            return
+        trainable = [p for p in parameters if p.requires_grad]
+        for dtype in sorted({p.dtype for p in trainable}, key=str):
+            of_dtype = [p for p in trainable if p.dtype == dtype]
+            for bucket in _buckets(of_dtype):
+                self._sum_bucket(bucket)
+
+    def _sum_bucket(self, bucket: Sequence[nn.Parameter]) -> None:
+        present = torch.tensor([p.grad is not None for p in bucket], dtype=bucket[0].dtype, device=bucket[0].device)
+        gradients = [p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in bucket]
+        flat = self.sum(torch.cat([present, *gradients]))
+        sums = flat[len(bucket) :].split([p.numel() for p in bucket])
+        for p, somewhere, total in zip(bucket, flat[: len(bucket)].tolist(), sums, strict=True):
+            p.grad = total.view_as(p).clone() if somewhere else None
+
+    def _all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return x
+        result = x.clone()
+        dist.all_reduce(result, operation)
+        return result
+
+    def _counts(self, n: int) -> tuple[int, ...]:
+        mine = torch.tensor([n], device=self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine)
+        return tuple(int(part) for part in parts)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Consecutive parameters, at most `_BUCKET_BYTES` together."""
+    buckets: list[list[nn.Parameter]] = [[]]
+    filled = 0
+    for p in parameters:
+        size = p.numel() * p.element_size()
+        if buckets[-1] and filled + size > _BUCKET_BYTES:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(p)
+        filled += size
+    return buckets

@@ -1,0 +1,50 @@
+"""One optimizer step over a batch of any size. This is the page to read first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retriever.data.batch import Batch
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.optim import Optimizer
+from retriever.parallel.world import World
+from retriever.rng import seed_step
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, the same on every rank."""
+
+    step: int
+    loss: float  # mean over all queries of the global batch
+    grad_norm: float  # before clipping
+    lr: float
+    temperature: float
+    queries: int
+
+
+def train_step(
+    encoder: DualEncoder, objective: ContrastiveObjective, batch: Batch, optimizer: Optimizer, world: World, seed: int
+) -> StepReport:
+    """Encode, differentiate the loss at the representations, encode again and backpropagate, update.
+
+    (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
+    """
+    seed_step(seed, batch.step, world.rank)
+
+    # 1. Encode every chunk without a graph; remember the RNG state of each.
+    representations, states = encode_without_graph(encoder, batch)  # queries [B, D], passages [N, D]
+
+    # 2. The loss over all ranks' passages, and its gradient at the representations.
+    loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)
+
+    # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
+    backward_through_encoder(encoder, batch, gradients, states)
+
+    # 4. The step's only parameter collective, then the update.
+    world.sum_gradients(optimizer.parameters)
+    lr = optimizer.set_learning_rate(batch.step)
+    grad_norm = optimizer.clip_and_step(batch.step)
+    return StepReport(batch.step, world.sum(loss).item(), grad_norm, lr, objective.temperature, batch.targets.global_queries)

@@ -1,0 +1,94 @@
+"""What a person sees of a run: a progress bar, a line of JSON per logged step, trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from retriever.step import StepReport
+
+
+class Telemetry:
+    """Reports steps on the first rank; on the others every call does nothing."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, *, finished: int, total: int, log_every: int) -> None:
+        self._accelerator, self._log_every = accelerator, log_every
+        self._first = accelerator.is_main_process
+        self._metrics = output_dir / "metrics.jsonl"
+        self._bar = tqdm(total=total, initial=finished, desc="train", unit="step", disable=not self._first, dynamic_ncols=True)
+        self._since, self._pairs = time.perf_counter(), 0
+        if self._first:
+            _forget_after(self._metrics, finished)
+
+    def step(self, report: StepReport, tokens: int) -> None:
+        """One finished step of `tokens` tokens on this rank."""
+        self._pairs += report.queries
+        done = report.step + 1
+        elapsed = time.perf_counter() - self._since
+        self._bar.update()
+        if done % self._log_every and done != self._bar.total:
+            self._bar.set_postfix_str(f"loss {report.loss:.4f}, {self._pairs / elapsed:,.0f} pairs/s")
+            return
+        values = {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "temperature": report.temperature,
+            "pairs_per_s": self._pairs / elapsed,
+            "tokens": tokens,
+        }
+        if torch.cuda.is_available():
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {values['pairs_per_s']:,.0f} pairs/s")
+        self.log(done, {f"train/{name}": value for name, value in values.items()})
+        self._since, self._pairs = time.perf_counter(), 0
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Values of one step, to `metrics.jsonl` and the trackers."""
+        if not self._first:
+            return
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log(values, step=step)
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self._first:
+            tqdm.write(message)
+
+    def pause(self) -> None:
+        """Time from here to `resume` does not count into pairs/s."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """See `pause`."""
+        self._since += time.perf_counter() - self._paused
+
+    def close(self) -> None:
+        """Ends the bar and the trackers."""
+        self._bar.close()
+        self._accelerator.end_training()
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run does again, and a last line that a kill cut short."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # only the line being written when the run was killed
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    aside = metrics.with_name(f".writing-{metrics.name}")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(aside, metrics)

@@ -1,0 +1,107 @@
+"""The gradient contract on the user's own data: cached gradient against the whole batch's, by autograd, before step 1."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from retriever.config import LossConfig
+from retriever.data.batch import Batch
+from retriever.data.chunks import Chunk
+from retriever.data.tokens import Side
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from retriever.rng import RngState
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """How far the cached gradient is from the whole batch's."""
+
+    queries: int
+    passages: int
+    chunks: int
+    loss_error: float  # relative
+    gradient_error: float  # ‖g − g*‖ / ‖g*‖ over all parameters together
+
+    def __str__(self) -> str:
+        return (
+            f"{self.queries:,} queries and {self.passages:,} passages in {self.chunks} chunks: "
+            f"gradient equal to the whole batch's to {self.gradient_error:.1e}, loss to {self.loss_error:.1e}"
+        )
+
+
+def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> GradientCheck:
+    """Compares the cached gradient of one rank's `batch` with that of a whole-batch forward pass and autograd.
+
+    Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is measured is
+    the method and not the rounding. The whole batch must fit in memory. The encoder and the global RNG state are left as they are.
+    """
+    state = RngState.capture(encoder.device)
+    exact = copy.deepcopy(encoder).double().eval()
+    exact.autocast_dtype = None
+    world = World(encoder.device)
+    loss = replace(loss, precision="fp32", learn_temperature=False)
+
+    with state.restored():
+        representations, states = encode_without_graph(exact, batch)
+        value, gradients = representation_gradients(ContrastiveObjective(loss), representations, batch, world)
+        backward_through_encoder(exact, batch, gradients, states)
+        cached = _take_gradients(exact)
+
+        whole = {side: _encode_whole(exact, batch, side) for side in ("query", "passage")}
+        reference = _autograd_loss(whole["query"], whole["passage"], batch, loss)
+        reference.backward()
+        expected = _take_gradients(exact)
+
+    norm = torch.linalg.vector_norm(expected)
+    if not norm > 0:
+        raise ValueError("the whole batch's gradient is zero: this batch proves nothing")
+    error = torch.linalg.vector_norm(cached - expected) / norm
+    queries, passages = batch.sizes
+    return GradientCheck(queries, passages, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
+
+
+def _encode_whole(encoder: DualEncoder, batch: Batch, side: Side) -> Tensor:
+    """All of one side in a single forward pass, in the batch's order."""
+    chunks: list[Chunk] = [chunk for chunk in batch.chunks if chunk.side == side]
+    width = max(chunk.input_ids.shape[1] for chunk in chunks)
+    ids, mask = (
+        torch.cat([pad(getattr(chunk, name), (0, width - chunk.input_ids.shape[1])) for chunk in chunks]) for name in ("input_ids", "attention_mask")
+    )
+    order = torch.cat([chunk.rows for chunk in chunks]).argsort()
+    return encoder(side, ids[order], mask[order])
+
+
+def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossConfig) -> Tensor:
+    """The objective written out plainly over the full similarity matrix, for autograd."""
+    targets = batch.targets.to(queries.device)
+    similarities = queries @ passages.T
+    logits = similarities / loss.temperature
+    row = torch.arange(len(queries), device=queries.device)
+    known = torch.zeros(similarities.shape, dtype=torch.bool, device=queries.device)
+    for i in row.tolist():
+        own = targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]]
+        known[i] = torch.isin(targets.passage_ids, own)
+    positive = similarities[row, targets.positives]
+    if loss.false_negative_margin is not None:
+        known |= similarities.detach() > positive.detach()[:, None] + loss.false_negative_margin
+    negatives = logits.masked_fill(known, -torch.inf)
+    s = positive / loss.temperature
+    losses = torch.logaddexp(s, negatives.logsumexp(dim=1)) - s
+    if loss.symmetric:
+        losses = 0.5 * (losses + torch.logaddexp(s, negatives.logsumexp(dim=0)[targets.positives]) - s)
+    return losses.mean()
+
+
+def _take_gradients(encoder: DualEncoder) -> Tensor:
+    """All gradients in one vector, and clears them."""
+    gradients = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in encoder.parameters()])
+    encoder.zero_grad(set_to_none=True)
+    return gradients
