@@ -1,0 +1,128 @@
+"""Which passages belong to which queries: compressed rows (CSR), and the buffer that collects them while sources are read."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# A pair is one int64, query << 32 | passage: sorting the keys sorts by query, then passage, and equal pairs meet.
+PASSAGE_BITS = 32
+PASSAGE_MASK = (1 << PASSAGE_BITS) - 1
+REFERENCE = 1 << 31  # set in a pair's passage: not a row yet but the number of an id, to be looked up in the corpus
+_COMPACT_PAIRS = 1 << 22
+
+
+class Csr(NamedTuple):
+    """Lists of passages, one a row: row i is ids[ptr[i]:ptr[i+1]], ascending."""
+
+    ptr: np.ndarray  # [n + 1] int64
+    ids: np.ndarray  # [ptr[n]] int64
+
+    def row(self, i: int) -> np.ndarray:
+        """The passages of row i, as a view."""
+        return self.ids[self.ptr[i] : self.ptr[i + 1]]
+
+    def take(self, rows: np.ndarray) -> Csr:
+        """The given rows, in the given order, as a new Csr of len(rows) rows."""
+        starts = self.ptr[rows]
+        counts = self.ptr[rows + 1] - starts
+        ptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        within = np.arange(ptr[-1]) - np.repeat(ptr[:-1], counts)
+        return Csr(ptr, self.ids[np.repeat(starts, counts) + within])
+
+
+def csr_of_keys(keys: np.ndarray, rows: int) -> Csr:
+    """The Csr of `rows` rows from sorted, distinct pair keys [n] int64."""
+    counts = np.bincount(keys >> PASSAGE_BITS, minlength=rows)
+    return Csr(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys & PASSAGE_MASK)
+
+
+def without(keys: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """The keys that are not among `excluded`; both sorted and distinct."""
+    if len(excluded) == 0:
+        return keys
+    place = np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)
+    return keys[excluded[place] != keys]
+
+
+class Pairs(NamedTuple):
+    """Sorted, distinct pair keys [n] int64, with float32 scores [n] (NaN: none) where any pair has one."""
+
+    keys: np.ndarray
+    scores: np.ndarray | None
+
+    def kept(self, keys: np.ndarray) -> Pairs:
+        """The pairs of `keys`, a sorted subset of its own."""
+        return Pairs(keys, None if self.scores is None else self.scores[np.searchsorted(self.keys, keys)])
+
+
+class PairBuffer:
+    """Collects pairs in any order and any number of times; memory is that of the distinct pairs, about twice over at worst."""
+
+    def __init__(self) -> None:
+        self._recent = array("q")
+        self._distinct = np.empty(0, np.int64)
+        self._scored = array("q")
+        self._scores = array("f")
+
+    def extend(self, query: int, passages: Sequence[int], scores: Sequence[float] = ()) -> None:
+        """Adds pairs of one query; `scores` is empty or as long as `passages`."""
+        high = query << PASSAGE_BITS
+        keys = [high | passage for passage in passages]
+        self._recent.extend(keys)
+        if scores:
+            self._scored.extend(keys)
+            self._scores.extend(scores)
+        if len(self._recent) > max(_COMPACT_PAIRS, len(self._distinct) // 2):
+            self._compact()
+
+    def queries(self, count: int) -> np.ndarray:
+        """[count] bool: which queries have a pair."""
+        self._compact()
+        return np.bincount(self._distinct >> PASSAGE_BITS, minlength=count) > 0
+
+    def references(self) -> np.ndarray:
+        """The keys [n] whose passage is still a reference."""
+        self._compact()
+        return self._distinct[(self._distinct & REFERENCE) != 0]
+
+    def resolved(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> Pairs:
+        """The pairs in rows of the store: query q becomes query_rows[q] (-1: dropped), reference r becomes passage_rows[r].
+
+        Where a pair was given several scores, the first counts.
+        """
+        self._compact()
+        keys = np.unique(_resolve(self._distinct, query_rows, passage_rows)[0])
+        if not self._scores:
+            return Pairs(keys, None)
+        scored, kept = _resolve(np.frombuffer(self._scored, np.int64), query_rows, passage_rows)
+        scores = np.full(len(keys), np.nan, np.float32)
+        place, first = np.unique(np.searchsorted(keys, scored), return_index=True)
+        scores[place] = np.frombuffer(self._scores, np.float32)[kept][first]
+        return Pairs(keys, scores)
+
+    def _compact(self) -> None:
+        if self._recent:
+            self._distinct = np.unique(np.concatenate([self._distinct, np.frombuffer(self._recent, np.int64)]))
+            self._recent = array("q")
+
+
+def _resolve(keys: np.ndarray, query_rows: np.ndarray, passage_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(keys in rows of the store, bool mask of the keys that are kept)."""
+    queries, passages = query_rows[keys >> PASSAGE_BITS], keys & PASSAGE_MASK
+    referred = (passages & REFERENCE) != 0
+    passages[referred] = passage_rows[passages[referred] ^ REFERENCE]
+    kept = queries >= 0
+    return (queries[kept] << PASSAGE_BITS) | passages[kept], kept
+
+
+def join_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of all sources, whose query rows ascend from part to part."""
+    keys = np.concatenate([part.keys for part in parts])
+    if all(part.scores is None for part in parts):
+        return Pairs(keys, None)
+    missing = [np.full(len(part.keys), np.nan, np.float32) if part.scores is None else part.scores for part in parts]
+    return Pairs(keys, np.concatenate(missing))

@@ -1,0 +1,172 @@
+"""The token store: every text of the training data tokenised once, and which passages belong to which queries.
+
+`build_or_open` builds it where it is missing and opens it memory-mapped; the folder's name is a fingerprint of the sources'
+content, the tokenizer and the settings, so a store is never stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from retriever.config import Config
+from retriever.data.formats import Source, open_source
+from retriever.data.relations import Csr
+from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
+from retriever.data.text_table import TextTable, load_array
+
+__all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open", "store_fingerprint", "tokenizer_fingerprint"]
+
+_LAYOUT = 1  # raised whenever a store that was written earlier could no longer be read
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """One source's queries: rows first (included) to last (excluded) of the store."""
+
+    name: str
+    format: str
+    first: int
+    last: int
+    left_out: int  # queries without a positive
+
+
+class Store:
+    """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct final text.
+
+    `positives`, `negatives` and `known` are Csr over query rows. `known` holds the positives and any passage whose text is the
+    query's own; `negatives` holds none of the known. Scores are float32, aligned with the Csr's ids, NaN where there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self.folder = folder
+        self.fingerprint: str = manifest["fingerprint"]
+        self.sources = tuple(StoredSource(**source) for source in manifest["sources"])
+        self.queries = TextTable(folder / QUERIES)
+        self.passages = TextTable(folder / PASSAGES)
+        self.positives = self._relation("positives")
+        self.negatives = self._relation("negatives")
+        self.known = self._relation("known")
+        self.positive_scores = self._scores("positives")  # [positives.ptr[-1]] or None
+        self.negative_scores = self._scores("negatives")  # [negatives.ptr[-1]] or None
+
+    def _relation(self, name: str) -> Csr:
+        return Csr(load_array(self.folder / f"{name}.ptr.npy"), load_array(self.folder / f"{name}.ids.npy"))
+
+    def _scores(self, name: str) -> np.ndarray | None:
+        path = self.folder / f"{name}.scores.npy"
+        return load_array(path) if path.exists() else None
+
+
+def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> Store:
+    """The store of `config.data` under `config.data.cache_dir`, built first if it is not there.
+
+    Safe to call in several processes at once: one builds, the others say that they wait. Call it before any process group
+    exists, since building can take longer than a collective may. Raises DataError for data that cannot be used.
+    """
+    sources = [open_source(source) for source in config.data.train]
+    fingerprint = store_fingerprint(config, tokenizer, sources)
+    cache = Path(config.data.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"store-{fingerprint}"
+    if not _is_complete(folder):
+        with _locked(folder):
+            if not _is_complete(folder):
+                _build(folder, config, tokenizer, sources, fingerprint, progress)
+    return Store(folder)
+
+
+def store_fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
+    """32 hexadecimal digits of all that the store's content depends on: sources, tokenizer, prompts, title policy."""
+    settings = _settings(config) | {"sources": [s.fingerprint() for s in sources], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    return _hash(settings)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer as serialised, the truncation and padding it was last called with left out."""
+    if tokenizer.is_fast:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        described |= {"truncation": None, "padding": None}
+    else:
+        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "special": str(tokenizer.special_tokens_map)}
+    return _hash(described)
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    model, data = config.model, config.data
+    return {
+        "layout": _LAYOUT,
+        "query_prompt": model.query_prompt,
+        "passage_prompt": model.passage_prompt,
+        "title": data.title,
+        "title_separator": data.title_separator,
+    }
+
+
+def _build(
+    folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], fingerprint: str, progress: bool
+) -> None:
+    """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
+    if folder.exists():
+        print(f"{folder} is damaged (a file is missing or of another size) and is built again", flush=True)
+        shutil.rmtree(folder)
+    _remove_abandoned(folder.parent)
+    building = folder.with_suffix(".building")
+    shutil.rmtree(building, ignore_errors=True)
+    if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
+        print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
+    described = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in config.data.train]
+    manifest = _settings(config) | {"fingerprint": fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer), "train": described}
+    try:
+        StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file that the manifest lists is there in its size."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock file beside `folder`; a lock goes with its process, so a killed one leaves none."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process builds {folder}: waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what killed builds of other stores left: folders under construction whose lock nobody holds."""
+    for building in cache.glob("store-*.building"):
+        with building.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(building)

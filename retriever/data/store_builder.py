@@ -1,0 +1,183 @@
+"""Builds a token store in a folder: reads every source once for its examples, then its corpus for the passages they name.
+
+Texts stream through; what stays in memory is one 16-byte digest a passage, the ids that are referred to, and the pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from retriever.config import Config
+from retriever.data.formats import DataError, Example, Passage, Source, final_text
+from retriever.data.relations import PASSAGE_BITS, REFERENCE, PairBuffer, Pairs, csr_of_keys, join_pairs, without
+from retriever.data.text_table import TextTableWriter, write_json
+
+QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
+
+
+@dataclass
+class _SourceReading:
+    """What is gathered from one source before its rows are known. Queries and passage ids are numbered as they appear."""
+
+    source: Source
+    queries: dict[str, int] = field(default_factory=dict)
+    query_digests: list[bytes] = field(default_factory=list)
+    references: dict[str, int] = field(default_factory=dict)
+    positives: PairBuffer = field(default_factory=PairBuffer)
+    negatives: PairBuffer = field(default_factory=PairBuffer)
+
+
+class StoreBuilder:
+    """Builds one store; `build` is called once."""
+
+    def __init__(self, folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool) -> None:
+        self._folder, self._config, self._tokenizer, self._progress = folder, config, tokenizer, progress
+        self._passage_rows: dict[bytes, int] = {}  # digest of the final text -> row
+        self._query_digests: list[bytes] = []  # by row
+        self._positives: list[Pairs] = []
+        self._negatives: list[Pairs] = []
+
+    def build(self, sources: Sequence[Source], manifest: dict[str, Any]) -> None:
+        """Writes the whole store, its manifest (`manifest` and what was found) last. Raises DataError."""
+        self._folder.mkdir(parents=True)
+        with ExitStack() as stack:
+            self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
+            self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
+            described = [self._add_source(source) for source in sources]
+        self._write_relations()
+        files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
+        write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
+
+    def _add_source(self, source: Source) -> dict[str, Any]:
+        reading, first = _SourceReading(source), len(self._query_digests)
+        spool = self._folder / "queries.spool"  # a query's row is known once it is known to have a positive
+        with spool.open("w", encoding="utf-8") as stream:
+            for example in self._bar(source.examples(), f"{source.name}: examples"):
+                if self._read_example(reading, example):
+                    stream.write(json.dumps([example.query_id, example.prompt, example.query]) + "\n")
+        passage_rows = self._look_up(reading)
+        query_rows = self._write_queries(reading, spool)
+        spool.unlink()
+        self._positives.append(reading.positives.resolved(query_rows, passage_rows))
+        self._negatives.append(reading.negatives.resolved(query_rows, passage_rows))
+        last = len(self._query_digests)
+        return {"name": source.name, "format": source.format, "first": first, "last": last, "left_out": len(query_rows) - (last - first)}
+
+    def _read_example(self, reading: _SourceReading, example: Example) -> bool:
+        """Adds the example's pairs; returns whether its query is new."""
+        name, digest = reading.source.name, _digest(example.query, f"query {example.query_id!r}")
+        number = reading.queries.setdefault(example.query_id, len(reading.queries))
+        new = number == len(reading.query_digests)
+        if new:
+            reading.query_digests.append(digest)
+        elif reading.query_digests[number] != digest:
+            raise DataError(f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}")
+        positives = [self._passage(reading, passage) for passage in example.positives]
+        negatives = [self._passage(reading, passage) for passage in example.negatives]
+        reading.positives.extend(number, positives, example.positive_scores)
+        reading.negatives.extend(number, negatives, example.negative_scores)
+        return new
+
+    def _passage(self, reading: _SourceReading, passage: Passage) -> int:
+        """The passage's row where its text is at hand, else a reference to be looked up."""
+        if passage.text is not None:
+            return self._row(passage)
+        if passage.id is None:
+            raise DataError(f"source {reading.source.name!r}: a passage has neither text nor id")
+        return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
+
+    def _row(self, passage: Passage) -> int:
+        """The row of the passage's final text, written to the store when it is met for the first time."""
+        data, model = self._config.data, self._config.model
+        text = final_text(passage, data.title, data.title_separator)
+        digest = _digest(text, f"passage {passage.id!r}")
+        row = self._passage_rows.get(digest)
+        if row is None:
+            row = self._passage_rows[digest] = len(self._passage_rows)
+            self._passages.add(passage.id, model.passage_prompt + text)
+        return row
+
+    def _look_up(self, reading: _SourceReading) -> np.ndarray:
+        """The rows [references] int64 of the passages that were given by id. Raises DataError for an id the corpus lacks."""
+        source, references = reading.source, reading.references
+        rows = np.full(len(references), -1, np.int64)
+        if not references:
+            return rows
+        with self._bar(None, f"{source.name}: passages", len(references)) as bar:
+            for passage in source.corpus():
+                number = references.get(passage.id) if passage.id is not None else None
+                if number is None:
+                    continue
+                row = self._row(passage)
+                if rows[number] not in (-1, row):
+                    raise DataError(f"source {source.name!r}: passage id {passage.id!r} stands for two texts in the corpus")
+                rows[number] = row
+                bar.update()
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            raise DataError(self._missing_message(reading, missing))
+        return rows
+
+    def _missing_message(self, reading: _SourceReading, missing: np.ndarray) -> str:
+        name, passage_ids, query_ids = reading.source.name, list(reading.references), list(reading.queries)
+        for kind, pairs in (("positive", reading.positives), ("negative", reading.negatives)):
+            keys = pairs.references()
+            found = np.flatnonzero(np.isin(keys & (REFERENCE - 1), missing))
+            if len(found):
+                key = int(keys[found[0]])
+                first = f"{passage_ids[key & (REFERENCE - 1)]!r}, a {kind} of query {query_ids[key >> PASSAGE_BITS]!r}"
+                break
+        where = "its corpus" if reading.source.corpus_tables else "no corpus: data.train.<n>.corpus names one"
+        return f"source {name!r}: {len(missing):,} passage ids are not in {where}; the first is {first}"
+
+    def _write_queries(self, reading: _SourceReading, spool: Path) -> np.ndarray:
+        """Writes the queries that have a positive; returns the row of every query [queries] int64, -1 for those left out."""
+        source, count, before = reading.source, len(reading.queries), len(self._query_digests)
+        kept = reading.positives.queries(count)
+        if not kept.any():
+            raise DataError(f"source {source.name!r}: none of its {count:,} queries has a positive passage")
+        if not kept.all():
+            print(f"{source.name}: {count - int(kept.sum()):,} of {count:,} queries have no positive passage and are left out", flush=True)
+        with spool.open(encoding="utf-8") as stream:
+            for number, line in enumerate(self._bar(stream, f"{source.name}: queries", count)):
+                if kept[number]:
+                    id_, prompt, text = json.loads(line)
+                    self._queries.add(id_, (self._config.model.query_prompt if prompt is None else prompt) + text)
+                    self._query_digests.append(reading.query_digests[number])
+        return np.where(kept, before + np.cumsum(kept) - 1, -1)
+
+    def _write_relations(self) -> None:
+        """Positives, known positives (with any passage whose text is the query's own) and negatives (without the known)."""
+        count = len(self._query_digests)
+        positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
+        rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
+        own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
+        known = np.union1d(positives.keys, own)
+        negatives = negatives.kept(without(negatives.keys, known))
+        for name, keys in (("positives", positives.keys), ("known", known), ("negatives", negatives.keys)):
+            ptr, ids = csr_of_keys(keys, count)
+            np.save(self._folder / f"{name}.ptr.npy", ptr, allow_pickle=False)
+            np.save(self._folder / f"{name}.ids.npy", ids, allow_pickle=False)
+        for name, scores in (("positives", positives.scores), ("negatives", negatives.scores)):
+            if scores is not None:
+                np.save(self._folder / f"{name}.scores.npy", scores, allow_pickle=False)
+
+    def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> tqdm:
+        return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
+
+
+def _digest(text: str, what: str) -> bytes:
+    try:
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what}: expected Unicode text, received a lone surrogate {text[error.start]!r} at {error.start}") from error
