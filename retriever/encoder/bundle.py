@@ -24,7 +24,7 @@ from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
 
 Precision = Literal["fp32", "bf16", "fp16"]
-AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TEXTS_AHEAD = 16_384  # tokenised while the texts before them are encoded
 
@@ -41,6 +41,11 @@ class EncoderBundle:
     def dimension(self) -> int:
         """D, the length of an embedding."""
         return self.encoder.dimension
+
+    @property
+    def precision(self) -> Precision:
+        """What the transformer computes in."""
+        return next(name for name, dtype in AUTOCAST_DTYPES.items() if dtype == self.encoder.autocast_dtype)
 
     def encode(self, texts: Sequence[str], side: Side, *, tokens_per_chunk: int | None = None, progress: bool = False) -> np.ndarray:
         """Embeddings [n, D] float32 of texts (without prompt: the settings' own is put in front), in the texts' order.

@@ -1,0 +1,183 @@
+"""The command that turns texts into embedding shards: `accelerate launch retriever/encode.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tqdm import tqdm
+
+if not __package__:  # run as a script, Python looks for modules in this folder first, and not in the project
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry).resolve() != _HERE)]
+
+if TYPE_CHECKING:
+    from retriever.data.tokens import Side
+    from retriever.encoder.bundle import EncoderBundle
+
+SHARD_ROWS = 16_384
+
+
+def encode_to_shards(
+    bundle: EncoderBundle,
+    texts: Iterable[tuple[str, str]],
+    side: Side,
+    folder: str | Path,
+    *,
+    texts_fingerprint: str,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] | None = None,
+    shard_rows: int = SHARD_ROWS,
+    dtype: Literal["float32", "float16"] = "float32",
+    tokens_per_chunk: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
+
+    All ranks see the same texts in the same order; rank r encodes shards r, r + world_size, … and rank 0 writes the manifest
+    when all are done, so more than one rank needs `barrier`, a function that returns once every rank has called it.
+    Shards of the same job (model, prompt, length, dtype, `texts_fingerprint`, …) that are already there are kept, whatever
+    the number of ranks that wrote them; where all are, nothing is encoded.
+    """
+    from retriever.shards import ShardJob, ShardWriter
+
+    if world_size > 1 and barrier is None:
+        raise ValueError(f"world_size is {world_size} without a barrier; expected a function that waits for all ranks")
+    wait = barrier or (lambda: None)
+    job = ShardJob(
+        side=side,
+        model=bundle.model_hash(),
+        prompt=bundle.settings.prompt(side),
+        max_tokens=bundle.settings.max_tokens(side),
+        pooling=bundle.encoder.pooling,
+        normalize=bundle.encoder.normalize,
+        precision=bundle.precision,
+        dimension=bundle.dimension,
+        dtype=dtype,
+        texts=texts_fingerprint,
+        shard_rows=shard_rows,
+    )
+    writer = ShardWriter(folder, job)
+    finished = writer.finished()
+    wait()  # no rank may change the folder before every rank has looked at it
+    if finished:
+        return writer.folder
+    if rank == 0:
+        writer.prepare()
+    wait()
+    rows = 0
+    with tqdm(unit="text", desc=f"encode {side}", disable=not progress or rank != 0) as bar:
+        for shard, pairs in enumerate(_slices(texts, shard_rows)):
+            if shard % world_size == rank and not writer.has(shard):
+                ids, contents = zip(*pairs, strict=True)
+                writer.write(shard, bundle.encode(contents, side, tokens_per_chunk=tokens_per_chunk), ids)
+            rows += len(pairs)
+            bar.update(len(pairs))
+    wait()
+    if rank == 0:
+        writer.finish(rows)
+    wait()
+    return writer.folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `accelerate launch retriever/encode.py`, or `python -m retriever.encode`."""
+    given = _parser().parse_args(arguments)
+
+    from retriever.environment import check_environment
+
+    check_environment()
+    from accelerate import PartialState
+
+    from retriever.config import ConfigError
+    from retriever.data.formats import DataError
+    from retriever.encoder.bundle import load_encoder
+    from retriever.shards import ShardError
+
+    state = PartialState()
+    try:
+        bundle = load_encoder(
+            given.model,
+            pooling=given.pooling,
+            normalize=given.normalize,
+            precision=given.precision,
+            device=state.device,
+            **{f"{given.side}_prompt": given.prompt, f"{given.side}_max_tokens": given.max_tokens},
+        )
+        title, separator = given.title or bundle.settings.title, given.title_separator
+        separator = bundle.settings.title_separator if separator is None else separator
+        folder = encode_to_shards(
+            bundle,
+            _read_texts(given.input, given.side, title, separator),
+            given.side,
+            given.output,
+            texts_fingerprint=_fingerprint(given.input, given.side, title, separator),
+            rank=state.process_index,
+            world_size=state.num_processes,
+            barrier=state.wait_for_everyone,
+            shard_rows=given.shard_rows,
+            dtype=given.dtype,
+            tokens_per_chunk=given.tokens_per_chunk,
+        )
+    except (ConfigError, DataError, ShardError) as error:
+        raise SystemExit(f"{error}") from error
+    finally:
+        state.destroy_process_group()
+    if state.is_main_process:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        print(f"{folder}: {manifest['rows']} embeddings of dimension {manifest['dimension']}, {manifest['dtype']}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="retriever/encode.py", description="texts -> embedding shards (npy, ids, manifest)")
+    parser.add_argument("--model", required=True, help="model folder or Hugging Face name")
+    parser.add_argument("--input", required=True, type=Path, help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one")
+    parser.add_argument("--side", required=True, choices=("query", "passage"))
+    parser.add_argument("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept")
+    told = "(default: what the model says)"
+    parser.add_argument("--prompt", help=f"put in front of every text {told}")
+    parser.add_argument("--max-tokens", type=int, help=f"a text's length, prompt and special tokens included {told}")
+    parser.add_argument("--pooling", choices=("cls", "mean", "last"), help=told)
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help=f"unit vectors {told}")
+    parser.add_argument("--title", choices=("join", "drop"), help=f"of a passage {told}")
+    parser.add_argument("--title-separator", help=f"between title and text {told}")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the shards (default: %(default)s)")
+    parser.add_argument("--tokens-per-chunk", type=int, help="padded tokens the encoder sees at once (default: 65536, on a CPU 8192)")
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="embeddings a shard (default: %(default)s)")
+    return parser
+
+
+def _read_texts(path: Path, side: Side, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
+    from retriever.data.formats import final_text, read_corpus, read_queries
+
+    if side == "query":
+        yield from read_queries(path)
+        return
+    for passage in read_corpus(path):
+        yield str(passage.id), final_text(passage, title, separator)
+
+
+def _fingerprint(path: Path, side: Side, title: str, separator: str) -> str:
+    from retriever.data.collection import corpus_tables, query_tables
+
+    tables = query_tables(path) if side == "query" else corpus_tables(path)
+    made_of = [side, [table.digest() for table in tables], *([title, separator] if side == "passage" else [])]
+    return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
+
+
+def _slices(texts: Iterable[tuple[str, str]], rows: int) -> Iterator[list[tuple[str, str]]]:
+    stream = iter(texts)
+    while part := list(islice(stream, rows)):
+        yield part
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Embeddings on disk: a folder of `00000.npy` [rows, D] and `00000.ids.arrow` pairs, and one `manifest.json`, written last.
+
+A shard is there once its ids are (they are written after the embeddings), a folder is finished once its manifest is. Until
+then `job.json` says which embeddings the shards are of, so that interrupted work goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from retriever.data.text_table import write_json
+from retriever.data.tokens import Side
+
+FORMAT_VERSION = 1
+MANIFEST, _JOB = "manifest.json", "job.json"
+_DTYPES = ("float32", "float16")
+_SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")
+_IDS = pa.schema([("id", pa.string())])
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be read or continued; the message names the file."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Everything the content of a folder of shards depends on."""
+
+    side: Side
+    model: str  # hash of weights, architecture, tokenizer, pooling
+    prompt: str
+    max_tokens: int
+    pooling: str
+    normalize: bool
+    precision: Literal["fp32", "bf16", "fp16"]
+    dimension: int
+    dtype: Literal["float32", "float16"]
+    texts: str  # fingerprint of the texts and their ids
+    shard_rows: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ShardError(f"dtype of embedding shards is {self.dtype!r}; expected one of {', '.join(_DTYPES)}")
+        if self.shard_rows < 1:
+            raise ShardError(f"shard_rows is {self.shard_rows}; expected at least 1")
+
+
+class ShardWriter:
+    """Fills a folder with the shards of one job, by any number of processes; every shard is written by one of them."""
+
+    def __init__(self, folder: str | Path, job: ShardJob) -> None:
+        self.folder = Path(folder)
+        self.job = job
+
+    def finished(self) -> bool:
+        """Whether the folder already holds all of this job's embeddings."""
+        manifest = _read_json(self.folder / MANIFEST)
+        if manifest is None or manifest | asdict(self.job) | {"format_version": FORMAT_VERSION} != manifest:
+            return False
+        return all(self.has(shard) for shard in range(len(manifest["shards"])))
+
+    def prepare(self) -> None:
+        """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if _read_json(self.folder / _JOB) == asdict(self.job):
+            return
+        (self.folder / _JOB).unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            if _SHARD_FILE.fullmatch(file.name):
+                file.unlink()
+        write_json(self.folder / _JOB, asdict(self.job))
+
+    def has(self, shard: int) -> bool:
+        """Whether shard number `shard` is complete."""
+        return _ids_file(self.folder, shard).is_file() and _embeddings_file(self.folder, shard).is_file()
+
+    def write(self, shard: int, embeddings: np.ndarray, ids: Sequence[str]) -> None:
+        """Writes shard number `shard`: embeddings [n, D], stored in the job's dtype, and their n ids.
+
+        Raises ShardError for a wrong shape, or a value that is not finite once stored.
+        """
+        if embeddings.shape != (len(ids), self.job.dimension):
+            raise ShardError(f"shard {shard}: embeddings are {embeddings.shape}; expected {(len(ids), self.job.dimension)}")
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(embeddings, dtype=self.job.dtype)
+        if not np.isfinite(stored).all():
+            row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
+        file, ids_file = _embeddings_file(self.folder, shard), _ids_file(self.folder, shard)
+        with _beside(file).open("wb") as stream:
+            np.save(stream, stored, allow_pickle=False)
+        os.replace(_beside(file), file)
+        with pa.OSFile(str(_beside(ids_file)), "wb") as sink, pa.ipc.new_file(sink, _IDS) as writer:
+            writer.write_batch(pa.record_batch([pa.array(ids, type=pa.string())], schema=_IDS))
+        os.replace(_beside(ids_file), ids_file)
+
+    def finish(self, rows: int) -> None:
+        """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to `rows`."""
+        count = -(-rows // self.job.shard_rows)
+        missing = [shard for shard in range(count) if not self.has(shard)]
+        if missing:
+            raise ShardError(f"{self.folder}: {len(missing)} of {count} shards are missing, {missing[0]:05d} first")
+        shards = []
+        for shard in range(count):
+            found = min(self.job.shard_rows, rows - shard * self.job.shard_rows)
+            shards.append({"file": _embeddings_file(self.folder, shard).name, "ids": _ids_file(self.folder, shard).name, "rows": found})
+        write_json(self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **asdict(self.job), "shards": shards})
+
+
+class EmbeddingShards:
+    """A finished folder of shards; iterating yields (embeddings [n, D] memory-mapped, n ids) shard by shard, any number of times."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.rows = int(manifest["rows"])
+        self.dimension = int(manifest["dimension"])
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Raises ShardError where a file is missing, damaged, or not what the manifest says."""
+        for shard in self.manifest["shards"]:
+            yield self._embeddings(shard), self._ids(shard)
+
+    def _embeddings(self, shard: dict[str, Any]) -> np.ndarray:
+        file = self.folder / shard["file"]
+        try:
+            embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
+        expected = ((shard["rows"], self.dimension), self.manifest["dtype"])
+        if (embeddings.shape, embeddings.dtype.name) != expected:
+            raise ShardError(f"{file}: holds {embeddings.shape} {embeddings.dtype.name}; its manifest says {expected[0]} {expected[1]}")
+        return embeddings
+
+    def _ids(self, shard: dict[str, Any]) -> list[str]:
+        file = self.folder / shard["ids"]
+        try:
+            with pa.memory_map(str(file)) as source:
+                table = pa.ipc.open_file(source).read_all()
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{file}: not readable as an Arrow file ({error}); encode the texts again") from error
+        if table.schema != _IDS or len(table) != shard["rows"]:
+            raise ShardError(f"{file}: holds {len(table)} rows of {table.schema.names}; expected {shard['rows']} of {_IDS.names}")
+        return table.column("id").to_pylist()
+
+
+def open_shards(folder: str | Path) -> EmbeddingShards:
+    """The embeddings of a folder that `retriever/encode.py` finished. Raises ShardError where it is unfinished or of another format."""
+    folder = Path(folder)
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is None:
+        state = "its encoding was interrupted; run it again" if (folder / _JOB).is_file() else "not a folder of embedding shards"
+        raise ShardError(f"{folder}: no {MANIFEST}: {state}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ShardError(f"{folder / MANIFEST}: format_version is {manifest.get('format_version')!r}; expected {FORMAT_VERSION}")
+    wanted = {"rows", "shards", *(field.name for field in fields(ShardJob))}
+    if lacking := sorted(wanted - manifest.keys()):
+        raise ShardError(f"{folder / MANIFEST}: {', '.join(lacking)} missing")
+    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["rows"]:
+        raise ShardError(f"{folder / MANIFEST}: its shards do not add up to its {manifest['rows']} rows")
+    return EmbeddingShards(folder, manifest)
+
+
+def _embeddings_file(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.npy"
+
+
+def _ids_file(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.ids.arrow"
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.tmp")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ShardError(f"{path}: not readable as JSON ({error}); delete the folder and encode the texts again") from error
+    if not isinstance(found, dict):
+        raise ShardError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
