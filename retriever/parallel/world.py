@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET_BYTES = 256 * 2**20
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class World:
         for row, part in zip(padded, parts, strict=True):
             row[: len(part)] = part
         own = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(own, padded)
+        _reduce_scatter(own, padded.flatten(0, 1))
         return own[: counts[self.rank]]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

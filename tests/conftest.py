@@ -1,0 +1,19 @@
+"""Every test runs offline, on one thread per process, with uninitialised memory filled with NaN."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+from tests.determinism import make_strict  # noqa: E402
+
+make_strict()
+
+
+@pytest.fixture(autouse=True)
+def _strict_torch() -> None:
+    make_strict()

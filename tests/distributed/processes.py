@@ -1,0 +1,37 @@
+"""Runs a function on several gloo ranks and collects what each returns."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from retriever.parallel.world import World
+from tests.determinism import make_strict
+
+
+def run_on_ranks(function: Callable[[World, Path], Any], world_size: int, folder: Path) -> list[Any]:
+    """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_work, (function, world_size, port, folder), nprocs=world_size)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, port: int, folder: Path) -> None:
+    make_strict()
+    device = torch.device("cpu")
+    if world_size == 1:
+        result = function(World(device), folder)
+    else:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        result = function(World(device, rank, world_size), folder)
+        dist.destroy_process_group()
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,143 @@
+"""The gradient contract: on any number of ranks, in any chunks, loss and gradient are those of one process and one batch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retriever.config import LossConfig, ModelConfig
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from tests.distributed.processes import run_on_ranks
+from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
+from tests.tiny import save_tiny_model
+
+BOUND = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the gradient. Chunk budgets: 19 holds one long passage, 10**6 a whole side."""
+
+    strategy: str
+    tokens_per_chunk: int = 57
+    tied: bool = True
+    symmetric: bool = False
+    learn_temperature: bool = False
+    margin: float | None = None
+    ignored: int = 0
+
+    def __str__(self) -> str:
+        features = [name for name in ("symmetric", "learn_temperature") if getattr(self, name)]
+        features += [f"margin={self.margin}"] if self.margin is not None else []
+        features += [f"ignored={self.ignored}"] if self.ignored else []
+        return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
+
+
+def _cases(strategies: tuple[str, ...]) -> list[Case]:
+    cases = []
+    for strategy in strategies:
+        plain = Case(strategy)
+        cases += [replace(plain, tokens_per_chunk=t, tied=tied) for t, tied in itertools.product((19, 57, 10**6), (True, False))]
+        cases += [
+            replace(plain, symmetric=True),
+            replace(plain, learn_temperature=True),
+            replace(plain, margin=0.05),
+            replace(plain, ignored=3),
+            replace(plain, tied=False, symmetric=True, learn_temperature=True, margin=0.1, ignored=2),
+        ]
+    return cases
+
+
+CASES = {1: _cases(("dense", "tiled", "local", "disco")), 2: _cases(("dense", "tiled", "local", "disco")), 4: _cases(("dense", "tiled"))}
+
+
+def _encoder(folder: Path, case: Case) -> DualEncoder:
+    encoder = DualEncoder.from_pretrained(ModelConfig(name_or_path=str(folder), tied=case.tied, query_max_tokens=32, passage_max_tokens=32))
+    if not case.tied:  # towers that differ, so that a gradient on the wrong one is seen
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for p in encoder.query_tower.parameters():
+                p += 0.02 * torch.randn_like(p)
+    return encoder.double().eval()
+
+
+def _named_gradients(encoder: DualEncoder, objective: ContrastiveObjective) -> dict[str, Tensor]:
+    modules = torch.nn.ModuleDict({"encoder": encoder, "objective": objective})
+    return {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}
+
+
+def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
+    return {str(case): _measure_case(world, folder, case) for case in CASES[world.size]}
+
+
+def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
+    whole = random_batch(ranks=world.size, ignored=case.ignored)
+    encoder, objective = _encoder(folder, case), _objective(case)
+    batch, _, _ = rank_batch(whole, world.rank, case.tokens_per_chunk)
+    representations, states = encode_without_graph(encoder, batch)
+    loss, gradients = representation_gradients(objective, representations, batch, world)
+    backward_through_encoder(encoder, batch, gradients, states)
+    world.sum_gradients([*encoder.parameters(), *objective.parameters()])
+    found, loss = _named_gradients(encoder, objective), world.sum(loss)
+
+    expected_loss, expected = _oracle(folder, replace(case, strategy="dense", tokens_per_chunk=0), world.size)
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
+    errors = {name: (found[name] - g).norm() for name, g in expected.items() if name in found}
+    return {
+        "missing": sorted(expected.keys() ^ found.keys()),
+        "norm": total.item(),
+        "loss": abs(loss.item() / expected_loss - 1),
+        "together": (torch.stack(list(errors.values())).norm() / total).item(),
+        "worst": max((errors[name] / g.norm()).item() for name, g in expected.items() if g.norm() > 1e-12 * total and name in errors),
+    }
+
+
+@cache
+def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the whole batch in one process; strategy and chunks of `case` play no part."""
+    whole = random_batch(ranks=ranks, ignored=case.ignored)
+    encoder, objective = _encoder(folder, case), _objective(case)
+    queries = encode_whole(encoder, whole.query_tokens, "query")
+    passages = encode_whole(encoder, whole.passage_tokens, "passage")
+    loss = oracle_loss(queries, passages, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin)
+    loss.backward()
+    return loss.item(), _named_gradients(encoder, objective)
+
+
+def _objective(case: Case) -> ContrastiveObjective:
+    config = LossConfig(
+        strategy=case.strategy,  # type: ignore[arg-type]
+        precision="fp32",
+        temperature=0.1,
+        learn_temperature=case.learn_temperature,
+        symmetric=case.symmetric,
+        false_negative_margin=case.margin,
+    )
+    return ContrastiveObjective(config).double()
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, dict[str, Any]]]]:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    return request.param, run_on_ranks(_measure, request.param, folder)
+
+
+def test_loss_and_gradient_equal_one_process_over_the_whole_batch(measured: tuple[int, list[dict[str, dict[str, Any]]]]) -> None:
+    world_size, ranks = measured
+    failures = []
+    for case in map(str, CASES[world_size]):
+        for rank, result in enumerate(r[case] for r in ranks):
+            assert result["norm"] > 1e-3, f"{case}: the oracle's gradient is zero"
+            if result["missing"] or max(result["loss"], result["together"], result["worst"]) > BOUND:
+                failures.append(f"W={world_size} rank {rank} {case}: {result}")
+    assert not failures, "\n".join(failures)

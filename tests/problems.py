@@ -1,0 +1,105 @@
+"""Random contrastive batches spread over ranks, and the loss written out pair by pair as their oracle."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retriever.data.batch import Batch, Targets
+from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """A global batch: texts as token ids, and which passages each query knows as positive."""
+
+    query_tokens: list[np.ndarray]
+    passage_tokens: list[np.ndarray]
+    passage_ids: list[int]
+    positives: list[int]  # column of each query's positive, -1: ignored
+    known: list[list[int]]  # passage ids, the positive's among them; ids of passages outside the batch too
+    owners: list[int]  # rank of each passage
+
+
+def random_batch(
+    *, queries: int = 14, passages: int = 31, ranks: int = 1, ignored: int = 0, vocabulary: tuple[int, int] = (40, 150), seed: int = 0
+) -> WholeBatch:
+    """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal ranks.
+
+    The last of several ranks holds passages only.
+    """
+    draw = random.Random(seed)
+    ids = draw.sample(range(10_000), passages)
+    columns = [draw.randrange(passages * 2 // 3) for _ in range(queries - 2)] + [0, 0]  # three queries may share column 0
+    known = []
+    for column in columns:
+        others = draw.sample(ids, draw.choice([0, 0, 1, 3])) + draw.sample(range(10_000, 10_050), draw.choice([0, 2]))
+        known.append(sorted({ids[column], *others}))
+    with_queries = set(columns)
+    owners = [draw.choice([0, 0, 0, *range(max(1, ranks - 1))]) if c in with_queries else draw.randrange(ranks) for c in range(passages)]
+    for row in draw.sample(range(queries), ignored):
+        columns[row] = -1
+    tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
+    return WholeBatch(
+        [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
+    )
+
+
+def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Batch, list[int], list[int]]:
+    """The rank's Batch, and which rows of the whole batch its queries and passages are."""
+    columns = [c for c, owner in enumerate(whole.owners) if owner == rank]
+    home = [whole.owners[c] if c >= 0 else 0 for c in whole.positives]
+    rows = [r for r, owner in enumerate(home) if owner == rank]
+    local = {c: i for i, c in enumerate(columns)}
+    known = [whole.known[r] for r in rows]
+    targets = Targets(
+        torch.tensor([local[whole.positives[r]] if whole.positives[r] >= 0 else -1 for r in rows], dtype=torch.int64),
+        torch.tensor([whole.passage_ids[c] for c in columns], dtype=torch.int64),
+        torch.tensor([0, *np.cumsum([len(k) for k in known])], dtype=torch.int64),
+        torch.tensor([i for k in known for i in k], dtype=torch.int64),
+        global_queries=len(whole.positives),
+    )
+    sides = {"query": [whole.query_tokens[r] for r in rows], "passage": [whole.passage_tokens[c] for c in columns]}
+    chunks = []
+    for side, texts in sides.items():
+        for part in plan_chunks(np.array([len(t) for t in texts], dtype=np.int64), tokens_per_chunk):
+            chunk = Chunk(side, torch.from_numpy(part), *pad_rows([texts[i] for i in part], 0))  # type: ignore[arg-type]
+            chunks.append(lambda chunk=chunk: chunk)
+    batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
+    return batch, rows, columns
+
+
+def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:
+    """All texts in one forward pass, in their order."""
+    return encoder(side, *pad_rows(texts, 0))
+
+
+def oracle_loss(
+    queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Tensor, *, symmetric: bool = False, margin: float | None = None
+) -> Tensor:
+    """The loss of the whole batch, each term summed as it is defined, for autograd in one process."""
+    scale = log_scale.exp()
+    s = queries @ passages.T
+    b, n = s.shape
+
+    def negative(i: int, j: int) -> bool:
+        column = whole.positives[i]
+        if column < 0 or whole.passage_ids[j] in whole.known[i]:
+            return False
+        return margin is None or not bool(s[i, j] > s[i, column] + margin)
+
+    total = s.new_zeros(())
+    for i, t in enumerate(whole.positives):
+        if t < 0:
+            continue
+        row = torch.stack([s[i, t], *(s[i, j] for j in range(n) if negative(i, j))])
+        loss = torch.logsumexp(scale * row, dim=0) - scale * s[i, t]
+        if symmetric:
+            column = torch.stack([s[i, t], *(s[k, t] for k in range(b) if negative(k, t))])
+            loss = 0.5 * (loss + torch.logsumexp(scale * column, dim=0) - scale * s[i, t])
+        total = total + loss
+    return total / b
