@@ -77,9 +77,10 @@ def encode_to_shards(
         for shard, pairs in enumerate(_slices(texts, shard_rows)):
             if shard % world_size == rank and not writer.has(shard):
                 ids, contents = zip(*pairs, strict=True)
-                writer.write(shard, bundle.encode(contents, side, tokens_per_chunk=tokens_per_chunk), ids)
+                writer.write(shard, bundle.encode(contents, side, tokens_per_chunk=tokens_per_chunk, progress=bar.update), ids)
+            else:
+                bar.update(len(pairs))
             rows += len(pairs)
-            bar.update(len(pairs))
     wait()
     if rank == 0:
         writer.finish(rows)

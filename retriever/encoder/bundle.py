@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from retriever.data.chunks import pad_rows, plan_chunks
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
+from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -47,21 +48,28 @@ class EncoderBundle:
         """What the transformer computes in."""
         return next(name for name, dtype in AUTOCAST_DTYPES.items() if dtype == self.encoder.autocast_dtype)
 
-    def encode(self, texts: Sequence[str], side: Side, *, tokens_per_chunk: int | None = None, progress: bool = False) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        side: Side,
+        *,
+        tokens_per_chunk: int | None = None,
+        progress: bool | Callable[[int], object] = False,
+    ) -> np.ndarray:
         """Embeddings [n, D] float32 of texts (without prompt: the settings' own is put in front), in the texts' order.
 
         Texts are sorted by length and padded into chunks of at most `tokens_per_chunk` tokens. Dropout is off while this runs;
-        a text without any token gets the zero vector.
+        a text without any token gets the zero vector. `progress` shows a bar, or is called with the number of texts just done.
         """
         budget = tokens_per_chunk or (65_536 if self.encoder.device.type == "cuda" else 8_192)
         embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
         template = TokenTemplate.from_tokenizer(self.tokenizer)
-        with _inference(self.encoder), tqdm(total=len(texts), unit="text", desc=f"encode {side}", disable=not progress) as bar:
+        with _inference(self.encoder), tqdm(total=len(texts), unit="text", desc=f"encode {side}", disable=progress is not True) as bar:
+            done = progress if callable(progress) else bar.update
             start = 0
             for rows in self._tokenize_ahead(texts, side, template):
-                embeddings[start : start + len(rows)] = self._encode_rows(rows, side, budget, template.pad_id)
+                embeddings[start : start + len(rows)] = self._encode_rows(rows, side, budget, template.pad_id, done)
                 start += len(rows)
-                bar.update(len(rows))
         return embeddings
 
     def model_hash(self) -> str:
@@ -93,7 +101,7 @@ class EncoderBundle:
                     upcoming = thread.submit(tokenize, following)
                 yield rows
 
-    def _encode_rows(self, rows: Sequence[np.ndarray], side: Side, budget: int, pad_id: int) -> np.ndarray:
+    def _encode_rows(self, rows: Sequence[np.ndarray], side: Side, budget: int, pad_id: int, done: Callable[[int], object]) -> np.ndarray:
         """Embeddings [n, D] of texts of the given tokens; one chunk at a time is on the device."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         found = torch.zeros(len(rows), self.dimension, device=self.encoder.device)
@@ -102,13 +110,15 @@ class EncoderBundle:
             chunk = filled[positions]
             input_ids, mask = (t.to(found.device) for t in pad_rows([rows[i] for i in chunk], pad_id))
             found[torch.from_numpy(chunk).to(found.device)] = self.encoder(side, input_ids, mask).float()  # [n, D]
+            done(len(chunk))
+        done(len(rows) - len(filled))
         return found.cpu().numpy()
 
 
 def load_encoder(
     name_or_path: str | Path,
     *,
-    pooling: Literal["cls", "mean", "last"] | None = None,
+    pooling: PoolingMode | None = None,
     normalize: bool | None = None,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,

@@ -117,7 +117,7 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     Raises ConfigError where a weight that embeddings depend on is missing from the file, or a module couples a batch's rows.
     """
     name = str(name_or_path)
-    with _quiet():
+    with quiet_transformers():
         model, report = AutoModel.from_pretrained(
             name, subfolder=tower_folder(name, side), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -141,11 +141,14 @@ def _detach_pooler(tower: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' report of unused and missing weights, which `load_tower` judges itself."""
-    level = transformers_logging.get_verbosity()
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' bars and its report of unused and missing weights, which `load_tower` judges itself."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

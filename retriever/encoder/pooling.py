@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PoolingMode = Literal["cls", "mean", "last"]
 MODES = ("cls", "mean", "last")
 
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, cast
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from retriever.config import ConfigError
+from retriever.config import Config, ConfigError
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_architecture, is_decoder, longest_input
-from retriever.encoder.pooling import MODES
+from retriever.encoder.pooling import MODES, PoolingMode
 
 SETTINGS_FILE = "bigbatch.json"
 SETTINGS_VERSION = 1
@@ -35,7 +35,7 @@ class EncoderSettings:
     Scores are dot products of the embeddings; `similarity` is the name that says so elsewhere: `cosine` for unit vectors.
     """
 
-    pooling: Literal["cls", "mean", "last"]
+    pooling: PoolingMode
     normalize: bool
     query_prompt: str
     passage_prompt: str
@@ -56,6 +56,22 @@ class EncoderSettings:
     def max_tokens(self, side: Side) -> int:
         """How many tokens of a text of that side the encoder sees."""
         return self.query_max_tokens if side == "query" else self.passage_max_tokens
+
+
+def settings_of(config: Config, pooling: str) -> EncoderSettings:
+    """The settings of a training run whose encoder pools by `pooling` (what `auto` was resolved to)."""
+    model = config.model
+    return EncoderSettings(
+        pooling=cast(PoolingMode, pooling),
+        normalize=model.normalize,
+        query_prompt=model.query_prompt,
+        passage_prompt=model.passage_prompt,
+        query_max_tokens=model.query_max_tokens,
+        passage_max_tokens=model.passage_max_tokens,
+        title=config.data.title,
+        title_separator=config.data.title_separator,
+        tied=model.tied,
+    )
 
 
 def read_settings(name_or_path: str | Path) -> EncoderSettings:
@@ -135,7 +151,7 @@ def _from_sentence_transformers(name: str, modules: list[dict[str, Any]], longes
     )
 
 
-def _pooling(name: str, modules: list[dict[str, Any]]) -> Literal["cls", "mean", "last"]:
+def _pooling(name: str, modules: list[dict[str, Any]]) -> PoolingMode:
     path = next((str(m["path"]) for m in modules if _kind(m) == "Pooling"), None)
     if path is None:
         raise ConfigError(f"model.name_or_path: modules.json of {name} has no Pooling module; expected one, of {', '.join(MODES)}")
@@ -147,7 +163,7 @@ def _pooling(name: str, modules: list[dict[str, Any]]) -> Literal["cls", "mean",
         raise ConfigError(f"model.pooling: {name}/{path} pools by {named or active}; expected one of {', '.join(_POOLING_NAMES)}")
     if not found.get("include_prompt", True):
         raise ConfigError(f"model.name_or_path: {name} leaves the prompt out of its pooling (include_prompt: false): not supported")
-    return cast(Literal["cls", "mean", "last"], mode)
+    return cast(PoolingMode, mode)
 
 
 def _kind(module: dict[str, Any]) -> str:

@@ -1,0 +1,174 @@
+"""A trained encoder as a folder that transformers, sentence-transformers and this project load with the same embeddings.
+
+The schema is the long-standing one of sentence-transformers, so that older servers read it too; what it cannot say (two
+lengths, title policy) stands in `bigbatch.json`. Untied towers become two such folders, `query/` and `passage/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from retriever.config import Config, to_dict
+from retriever.data.tokens import Side
+from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.encoder.dual_encoder import DualEncoder, quiet_transformers
+from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
+from retriever.model_card import model_card
+from retriever.rng import RngState
+
+_PARITY = 1e-5  # how far an embedding may move by being written and read, in units of the largest entry or of 1
+_POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+_UNUSED_FLAGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
+
+
+class ExportError(RuntimeError):
+    """A written model that does not give the embeddings of the live one."""
+
+
+def export(
+    encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, *, probe_texts: Sequence[str]
+) -> Path:
+    """Writes the encoder in fp32 to `folder`, replacing what is there, and returns it. The same weights give the same bytes.
+
+    The folder gets its name only after it was loaded again and embedded `probe_texts` as the live encoder does. Neither the
+    encoder's modes nor any generator's state change. Raises ExportError where an embedding differs by more than 1e-5.
+    """
+    if not probe_texts:
+        raise ValueError("export: probe_texts is empty; expected at least one text to compare the written model by")
+    folder = Path(folder)
+    settings = settings_of(config, encoder.pooling)
+    writing = folder.parent / f".writing-{folder.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    if encoder.tied:
+        prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
+        max_tokens = max(settings.query_max_tokens, settings.passage_max_tokens)
+        _write_tower(writing, encoder.passage_tower, encoder.unused_weights["shared"], tokenizer, settings, prompts, max_tokens)
+    else:
+        _write_tower_of("query", writing, encoder, tokenizer, settings, config)
+        _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
+    _write_json(writing / SETTINGS_FILE, {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)})
+    (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
+    with RngState.capture(encoder.device).restored():
+        _check_parity(EncoderBundle(encoder, tokenizer, settings), writing, probe_texts)
+    _rename_into_place(writing, folder)
+    return folder
+
+
+def _write_tower_of(
+    side: Side, writing: Path, encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, config: Config
+) -> None:
+    """One tower of two, as a folder that stands on its own."""
+    tower = encoder.query_tower if side == "query" else encoder.passage_tower
+    prompts = {"query" if side == "query" else "document": settings.prompt(side)}
+    _write_tower(writing / side, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side))
+    (writing / side / "README.md").write_text(model_card(settings, config, encoder.dimension, side), encoding="utf-8")
+
+
+def _write_tower(
+    folder: Path,
+    tower: PreTrainedModel,
+    unused_weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    prompts: dict[str, str],
+    max_tokens: int,
+) -> None:
+    """A sentence-transformers folder of one transformer, its pooling and, where asked, normalisation."""
+    weights = {**tower.state_dict(), **unused_weights}
+    with quiet_transformers():
+        tower.save_pretrained(folder, state_dict={name: _as_fp32(tensor) for name, tensor in weights.items()})
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "config.json", described | {"dtype": "float32"})
+    _save_tokenizer(tokenizer, folder, max_tokens)
+
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if settings.normalize else [])]
+    named = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(modules)
+    ]
+    _write_json(folder / "modules.json", named)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    for path, _ in modules[1:]:
+        (folder / path).mkdir()
+    flags = {flag: mode == settings.pooling for mode, flag in _POOLING_FLAGS.items()} | dict.fromkeys(_UNUSED_FLAGS, False)
+    pooling = {"word_embedding_dimension": int(tower.config.hidden_size), **flags, "include_prompt": True}
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    described = {
+        "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+        "prompts": prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": settings.similarity,
+    }
+    _write_json(folder / "config_sentence_transformers.json", described)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens: int) -> None:
+    """The tokenizer as training used it: cut at `max_tokens`, able to pad, without the settings of its last call."""
+    saved = copy.deepcopy(tokenizer)
+    saved.model_max_length = max_tokens
+    if saved.pad_token is None:
+        saved.pad_token = saved.eos_token
+    if (backend := getattr(saved, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    saved.save_pretrained(folder)
+
+
+def _check_parity(live: EncoderBundle, written: Path, probe_texts: Sequence[str]) -> None:
+    """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the live encoder."""
+    reloaded = load_encoder(written, device=live.encoder.device)
+    sides: tuple[Side, ...] = ("query", "passage")
+    autocast_dtype, live.encoder.autocast_dtype = live.encoder.autocast_dtype, None
+    try:
+        expected = {side: live.encode(probe_texts, side) for side in sides}
+    finally:
+        live.encoder.autocast_dtype = autocast_dtype
+    for side in sides:
+        found = reloaded.encode(probe_texts, side)
+        allowed = _PARITY * max(1.0, float(np.abs(expected[side]).max()))
+        difference = float(np.abs(found - expected[side]).max())
+        if not difference <= allowed:  # NaN is no parity either
+            raise ExportError(
+                f"{written}: reloaded, a {side} embedding differs from the live one by {difference:.2e}; expected at most {allowed:.2e}. "
+                "The folder is left under this name; the encoder is unchanged"
+            )
+
+
+def _rename_into_place(written: Path, folder: Path) -> None:
+    removing = folder.parent / f".removing-{folder.name}"
+    shutil.rmtree(removing, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, removing)
+    os.replace(written, folder)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:
+    """Where the model comes from; nothing that differs between two runs of the same configuration in different places."""
+    plain = to_dict(config)
+    trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")} | {"seed": config.run.seed}
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
+    return {"similarity": settings.similarity, "base_model": config.model.name_or_path, "config_sha256": digest}
+
+
+def _as_fp32(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
