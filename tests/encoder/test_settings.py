@@ -1,0 +1,122 @@
+"""What a model folder says of itself, in our own file, in those of sentence-transformers, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retriever.config import Config, ConfigError, DataConfig, ModelConfig
+from retriever.encoder.settings import EncoderSettings, read_settings, settings_of, tower_folder
+from tests.tiny import MAX_POSITIONS, save_tiny_model
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def _sentence_transformers(folder: Path, *kinds: str, pooling: dict[str, Any], described: dict[str, Any] | None = None) -> Path:
+    paths = {"Transformer": ""} | {kind: f"{i}_{kind}" for i, kind in enumerate(kinds) if i}
+    _write(
+        folder / "modules.json", [{"idx": i, "path": paths[k], "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)]
+    )
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": 60, "do_lower_case": False})
+    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **pooling})
+    _write(folder / "config_sentence_transformers.json", described or {})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model")
+
+
+def test_a_plain_folder_gets_the_defaults_of_its_architecture(folder: Path, tmp_path: Path) -> None:
+    assert read_settings(folder) == EncoderSettings("mean", True, "", "", MAX_POSITIONS, MAX_POSITIONS)
+    assert read_settings(save_tiny_model(tmp_path / "llama", "llama")).pooling == "last"
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": "lasttoken", "include_prompt": True}, "last"),
+    ],
+)
+def test_sentence_transformers_files_are_read(folder: Path, pooling: dict[str, Any], expected: str) -> None:
+    described = {"prompts": {"query": "query: ", "passage": "find: ", "document": ""}}
+    _sentence_transformers(folder, "Transformer", "Pooling", "Normalize", pooling=pooling, described=described)
+    assert read_settings(folder) == EncoderSettings(expected, True, "query: ", "find: ", 60, 60)
+
+
+def test_vectors_are_normalised_where_a_module_or_cosine_similarity_says_so(folder: Path) -> None:
+    mean = {"pooling_mode_mean_tokens": True}
+    for described, expected in (({}, False), ({"similarity_fn_name": "dot"}, False), ({"similarity_fn_name": "cosine"}, True)):
+        _sentence_transformers(folder, "Transformer", "Pooling", pooling=mean, described=described)
+        assert read_settings(folder).normalize is expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooling", "message"),
+    [
+        (("Transformer", "Pooling", "Dense"), {"pooling_mode_mean_tokens": True}, r"module 'sentence_transformers\.models\.Dense'"),
+        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, r"model\.pooling: .*pools by \['pooling_mode_max_tokens'\]"),
+        (("Transformer", "Pooling"), {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "pools by .*cls.*mean"),
+        (("Transformer", "Pooling"), {"pooling_mode": "weightedmean"}, "pools by weightedmean"),
+        (("Transformer", "Pooling"), {"pooling_mode": "mean", "include_prompt": False}, "include_prompt: false"),
+        (("Transformer",), {}, "has no Pooling module"),
+    ],
+)
+def test_what_is_not_computed_is_refused(folder: Path, kinds: tuple[str, ...], pooling: dict[str, Any], message: str) -> None:
+    _sentence_transformers(folder, *kinds, pooling=pooling)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(folder)
+
+
+def test_the_transformer_may_lie_in_a_sub_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    save_tiny_model(folder / "0_Transformer")
+    _write(
+        folder / "modules.json", [{"path": p, "type": f"m.{k}"} for p, k in (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"))]
+    )
+    _write(folder / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
+    _write(folder / "0_Transformer" / "sentence_bert_config.json", {"max_seq_length": 40})
+    assert tower_folder(folder, "query") == tower_folder(folder, "passage") == "0_Transformer"
+    assert read_settings(folder) == EncoderSettings("cls", False, "", "", 40, 40)
+
+
+def test_our_own_file_decides_over_all_others(folder: Path) -> None:
+    config = Config(
+        model=ModelConfig(query_prompt="q ", passage_prompt="p ", query_max_tokens=17, passage_max_tokens=99, normalize=False),
+        data=DataConfig(title="drop", title_separator=" | "),
+    )
+    settings = settings_of(config, "cls")
+    _sentence_transformers(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"})
+    _write(folder / "bigbatch.json", {"format_version": 1, "config_sha256": "0", **vars(settings)})
+    assert read_settings(folder) == settings == EncoderSettings("cls", False, "q ", "p ", 17, 99, "drop", " | ", True)
+    assert (settings.similarity, settings.prompt("query"), settings.max_tokens("passage")) == ("dot", "q ", 99)
+
+
+def test_our_own_file_of_another_version_or_cut_short_is_refused(folder: Path) -> None:
+    _write(folder / "bigbatch.json", {"format_version": 2})
+    with pytest.raises(ConfigError, match="format_version is 2; this version of bigbatch reads 1"):
+        read_settings(folder)
+    _write(folder / "bigbatch.json", {"format_version": 1, "pooling": "mean"})
+    with pytest.raises(ConfigError, match="'normalize' is missing"):
+        read_settings(folder)
+    (folder / "bigbatch.json").write_text('{"format_version": 1,')
+    with pytest.raises(ConfigError, match="bigbatch.json: expected JSON"):
+        read_settings(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.name_or_path: there is no folder {tmp_path}/nowhere"):
+        read_settings(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is no folder or Hugging Face name of a loadable model"):
+        read_settings(tmp_path / "empty")
