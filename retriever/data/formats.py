@@ -79,7 +79,11 @@ def open_source(config: SourceConfig) -> Source:
         whole = ":" not in config.name  # name:subset is one table
         if config.format == "beir" or (config.format == "auto" and whole and hub_tables.is_collection(config.name, config.revision)):
             corpus, queries, judgments = hub_tables.collection_tables(config.name, config.revision, config.split)
-            return _judged(config, [corpus], [queries], judgments)
+            side_corpus, side_queries = (
+                _side_tables(config.corpus, config, corpus_tables),
+                _side_tables(config.queries, config, query_tables),
+            )
+            return _judged(config, side_corpus or [corpus], side_queries or [queries], judgments)
         return _inline(config, [hub_tables.named_table(config.name, config.revision, config.split)])
     path = _path_of(config)
     if hub_tables.is_saved_dataset(path):
@@ -171,9 +175,10 @@ def _side_corpus(config: SourceConfig, table: Table, kind: str) -> list[Table]:
 
 
 def _side_tables(value: str | None, config: SourceConfig, at_path: Callable[[Path], list[Table]]) -> list[Table]:
-    """Tables of a corpus or queries file or folder; beside a Hugging Face source it may be a data set's name too."""
+    """Tables of a corpus or queries file or folder; beside a Hugging Face name, of a file or of another such name."""
     if value is None:
         return []
-    if config.name is not None and not Path(value).expanduser().exists():
+    path = Path(value).expanduser()
+    if config.name is not None and not path.is_file():
         return [hub_tables.named_table(value)]
-    return at_path(Path(value).expanduser())
+    return at_path(path)

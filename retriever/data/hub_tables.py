@@ -41,7 +41,8 @@ class DatasetTable:
 
         hasher = hashlib.blake2b(digest_size=16)
         for batch in self.dataset.with_format("arrow").iter(_ROWS):
-            table = batch.combine_chunks().replace_schema_metadata(None)
+            table = batch.take(pa.array(range(len(batch)))).combine_chunks()  # a copy: a slice's buffers hold more than its rows
+            table = table.replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)

@@ -86,7 +86,8 @@ class Record:
 
     def identifier(self, *names: str) -> str:
         """The id under the first of `names` that is there: text or a whole number."""
-        return self._as_identifier(self._spell(names), self._first(names))
+        value = self._first(names)
+        return value if type(value) is str and value else self._as_identifier(self._spell(names), value)
 
     def optional_text(self, name: str) -> str:
         """The text under `name`, or "" where it is missing or null."""
@@ -95,7 +96,7 @@ class Record:
     def require(self, name: str, expected: str) -> None:
         """Raises DataError where the field is missing or null."""
         if not self.has(name):
-            raise self.error(name, expected, self.values.get(name) if name in self.values else f"fields {', '.join(map(str, self.values))}")
+            raise self.error(name, expected, None) if name in self.values else self._missing(name)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts; a missing field is an empty list."""
@@ -131,8 +132,15 @@ class Record:
             if self.values.get(name) is not None:
                 return self.values[name]
         if not any(name in self.values for name in names):
-            raise self.error(" or ".join(names), "this field", f"fields {', '.join(map(str, self.values))}")
+            raise self._missing(*names)
         return None
+
+    def _missing(self, *names: str) -> DataError:
+        place = f" in {self.within}" if self.within else ""
+        expected, received = " or ".join(map(repr, names)), ", ".join(map(str, self.values))
+        return DataError(
+            f"field {names[0]!r} is missing{place}: expected {expected}, received fields {received}", self.file, self.line, self.unit
+        )
 
     def _spell(self, names: tuple[str, ...]) -> str:
         return next((name for name in names if self.has(name)), names[0])

@@ -1,0 +1,192 @@
+"""BEIR and MS MARCO folders as their projects lay them out, and the real collections' published counts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retriever.config import SourceConfig
+from retriever.data.formats import DataError, Example, Passage, Source, find_qrels, open_source, read_corpus, read_qrels, read_queries
+
+REAL = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"the real collection {REAL / name} is not there; BIGBATCH_TEST_DATA names the folder that holds it")
+    return REAL / name
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def lines(*records: dict[str, Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def opened(path: Path, **settings: Any) -> Source:
+    return open_source(SourceConfig(path=str(path), **settings))
+
+
+def by_id(query_id: str, query: str, positives: str, negatives: str = "") -> Example:
+    return Example(query_id, query, tuple(map(Passage, positives.split())), tuple(map(Passage, negatives.split())))
+
+
+DOCUMENTS = [{"_id": "d1", "title": "One", "text": "first"}, {"_id": "d2", "title": "", "text": "second\u2028still"}]
+FROM_DOCUMENTS = [Passage("d1", "first", "One"), Passage("d2", "second\u2028still")]
+
+
+def beir(folder: Path, ending: str = "") -> Path:
+    write(folder / f"corpus.jsonl{ending}", lines(*DOCUMENTS))
+    write(folder / f"queries.jsonl{ending}", lines({"_id": "q1", "text": "what", "metadata": {}}, {"_id": "q2", "text": "why"}))
+    judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td1\t-1\n"
+    write(folder / f"qrels/train.tsv{ending}", judged)
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_beir_grades_above_zero_are_positives_zero_negatives_below_zero_neither(tmp_path: Path, ending: str) -> None:
+    source = opened(beir(tmp_path / "set", ending))
+    assert (source.format, source.name) == ("beir", "set")
+    assert list(source.examples()) == [by_id("q1", "what", "d1", "d2"), by_id("q2", "why", "d2")]
+    assert list(source.corpus()) == FROM_DOCUMENTS
+    assert list(opened(tmp_path / "set", limit=1).examples()) == [by_id("q1", "what", "d1", "d2")]
+
+
+def test_beir_corpus_of_parquet_shards_and_overrides(tmp_path: Path) -> None:
+    beir(tmp_path / "set")
+    (tmp_path / "set/corpus.jsonl").unlink()
+    (tmp_path / "set/corpus").mkdir()
+    for i, document in enumerate(DOCUMENTS):
+        pq.write_table(pa.Table.from_pylist([document]), tmp_path / f"set/corpus/{i:05d}.parquet")
+    assert list(opened(tmp_path / "set").corpus()) == FROM_DOCUMENTS
+    other = write(tmp_path / "other.tsv", "pid\ttitle\ttext\nd1\tT\tnew\n")
+    queries = write(tmp_path / "other.queries.tsv", "q1\thow\nq2\twhen\n")
+    source = opened(tmp_path / "set", corpus=str(other), queries=str(queries))
+    assert list(source.corpus()) == [Passage("d1", "new", "T")]
+    assert [example.query for example in source.examples()] == ["how", "when"]
+
+
+def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
+    beir(tmp_path)
+    with pytest.raises(DataError, match=r"expected one file qrels/dev\.tsv or qrels\.dev\.tsv, found qrels/train\.tsv"):
+        opened(tmp_path, split="dev")
+    write(tmp_path / "queries.jsonl", lines({"_id": "q1", "text": "what"}))
+    with pytest.raises(DataError, match=r"train\.tsv: query id 'q2' is not among the 1 queries"):
+        list(opened(tmp_path).examples())
+    write(tmp_path / "corpus.jsonl.gz", lines(*DOCUMENTS))
+    with pytest.raises(DataError, match=r"expected one corpus file, found corpus\.jsonl, corpus\.jsonl\.gz"):
+        opened(tmp_path)
+    write(tmp_path / "corpus.jsonl", lines(DOCUMENTS[0], {"_id": "d2", "title": "x"}))
+    with pytest.raises(
+        DataError,
+        match=r"corpus\.jsonl, line 2: field 'text' is missing: expected 'text' or 'contents' or 'passage', received fields _id, title",
+    ):
+        list(read_corpus(tmp_path / "corpus.jsonl"))
+
+
+def msmarco(folder: Path) -> Path:
+    write(folder / "collection.tsv", '10\tthe "first" one\n11\tsecond\r\n12\tthird\n')
+    write(folder / "queries.train.tsv", "1\thow far\n2\t why so\n3\tnever judged\n")
+    write(folder / "queries.dev.small.tsv", "9\tdev query\n")
+    write(folder / "qrels.train.tsv", "1\t0\t10\t1\n2\t0\t12\t1\n")
+    write(folder / "qrels.dev.small.tsv", "9\t0\t11\t1\n")
+    return folder
+
+
+def test_msmarco_judgments_with_collection_and_queries_beside(tmp_path: Path) -> None:
+    source = opened(msmarco(tmp_path))
+    assert source.format == "msmarco"
+    assert list(source.examples()) == [by_id("1", "how far", "10"), by_id("2", " why so", "12")]
+    assert list(source.corpus()) == [Passage("10", 'the "first" one'), Passage("11", "second"), Passage("12", "third")]
+    assert list(opened(tmp_path, split="dev").examples()) == [by_id("9", "dev query", "11")]
+    assert list(opened(tmp_path / "qrels.dev.small.tsv").examples()) == [by_id("9", "dev query", "11")]
+
+
+def test_msmarco_folder_unites_judgments_hard_negatives_and_id_triples_but_not_text_triples(tmp_path: Path) -> None:
+    msmarco(tmp_path)
+    mined = [{"qid": 1, "pos": [10], "neg": {"bm25": [12, 11], "ance": [11]}}, {"qid": "2", "pos": [], "neg": ["10"]}]
+    hard = write(tmp_path / "msmarco-hard-negatives.jsonl.gz", lines(*mined))
+    triples = write(tmp_path / "qidpidtriples.train.full.2.tsv.gz", "2\t12\t10\n2 12 11\n")
+    texts = write(tmp_path / "triples.train.small.tsv", 'what "is" it\tthis\tthat\n')
+    judged = [by_id("1", "how far", "10"), by_id("2", " why so", "12")]
+    from_mined = [by_id("1", "how far", "10", "12 11"), by_id("2", " why so", "", "10")]
+    from_triples = [by_id("2", " why so", "12", "10"), by_id("2", " why so", "12", "11")]
+    assert list(opened(tmp_path).examples()) == judged + from_mined + from_triples
+    assert list(opened(hard).examples()) == from_mined
+    assert list(opened(triples).examples()) == from_triples
+    source = opened(texts)
+    assert list(source.examples()) == [Example("1", 'what "is" it', (Passage(None, "this"),), (Passage(None, "that"),))]
+    assert list(source.corpus()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("query-id\tcorpus-id\tscore\nq a\td\t1\n", {"q a": {"d": 1}}),
+        ("q 0 d 1\nq\t0\te\t0\n", {"q": {"d": 1, "e": 0}}),
+        ("q Q0 d -1\n\nr Q0 d 3\nr Q0 d 3\n", {"q": {"d": -1}, "r": {"d": 3}}),
+        ("q d 2\n", {"q": {"d": 2}}),
+    ],
+)
+def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dict[str, int]]) -> None:
+    assert read_qrels(write(tmp_path / "qrels.txt", text)) == expected
+    assert read_qrels(write(tmp_path / "qrels.tsv.gz", text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("q 0 d one\n", r"line 1: field 'grade': expected a whole number, received 'one'"),
+        ("q 0 d 1\nq 0 e 0.5\n", r"line 2: field 'grade': expected a whole number, received '0\.5'"),
+        ("q 0 d 1\nq d\n", r"line 2: expected 'qid 0 pid grade' or 'qid pid grade', received 'q d'"),
+        ("q 0 d 1\nq 0 d 2\n", r"line 2: query 'q', passage 'd': grade 2, but 1 before"),
+    ],
+)
+def test_malformed_qrels(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=r"qrels\.txt, " + message):
+        read_qrels(write(tmp_path / "qrels.txt", text))
+
+
+def test_malformed_tsv_and_triples_name_the_line(tmp_path: Path) -> None:
+    msmarco(tmp_path)
+    write(tmp_path / "collection.tsv", "10\tone\n11\ttwo\tthree\n")
+    with pytest.raises(DataError, match=r"collection\.tsv, line 2: expected 2 columns \(id, text\), received 3"):
+        list(read_corpus(tmp_path))
+    with pytest.raises(DataError, match=r"triples\.tsv, line 2: expected 'qid pid\+ pid-', received '1 10'"):
+        list(opened(write(tmp_path / "triples.tsv", "1\t10\t11\n1 10\n")).examples())
+    with pytest.raises(DataError, match=r"triples\.tsv, line 1: query id '77' is not among the 3 queries"):
+        list(opened(write(tmp_path / "triples.tsv", "77\t10\t11\n")).examples())
+
+
+def test_real_msmarco_dev_queries_and_judgments() -> None:
+    folder = real("msmarco")
+    qrels = read_qrels(folder / "qrels.msmarco-passage.dev-subset.txt")
+    queries = dict(read_queries(folder / "topics.msmarco-passage.dev-subset.txt"))
+    assert (len(qrels), sum(map(len, qrels.values())), len(queries)) == (6980, 7437, 6980)
+    assert qrels.keys() == queries.keys()
+    assert qrels["300674"] == {"7067032": 1}
+    assert queries["2"] == " Androgen receptor define"
+    for year, count in (("19", 43), ("20", 54)):
+        assert len(read_qrels(folder / f"qrels.dl{year}-passage.txt")) == count
+
+
+def test_real_scifact_and_cranfield() -> None:
+    folder = real("scifact")
+    source = opened(folder)
+    examples = list(source.examples())
+    passages = {passage.id: passage for passage in source.corpus()}
+    assert (source.format, len(examples), len(passages), len(dict(read_queries(folder)))) == ("beir", 809, 5183, 1109)
+    assert all(example.positives and all(p.id in passages for p in example.positives) for example in examples)
+    assert len(read_qrels(find_qrels(folder, "test"))) == 300
+    assert sum(grade == 0 for judged in read_qrels(find_qrels(real("cranfield"), "test")).values() for grade in judged.values()) == 225

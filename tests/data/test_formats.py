@@ -1,0 +1,257 @@
+"""Every format, from files as their projects publish them, becomes the same kind of example; a wrong record is named by its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retriever.config import SourceConfig
+from retriever.data import files
+from retriever.data.formats import DataError, Example, Passage, Source, open_source
+
+ODD = 'a "quoted" text, with\u2028a line separator, \x85 and 日本語'
+
+
+def write(path: Path, content: str | list[dict[str, Any]]) -> Path:
+    """Writes text, or records in the form that the file's ending asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+        return path
+    text = content if isinstance(content, str) else "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def opened(path: Path, **settings: Any) -> Source:
+    return open_source(SourceConfig(path=str(path), **settings))
+
+
+def triple(query_id: str, query: str, positive: str, *negatives: str) -> Example:
+    return Example(query_id, query, (Passage(None, positive),), tuple(Passage(None, text) for text in negatives))
+
+
+TEVATRON_1 = [
+    {
+        "query_id": 7,
+        "query": "who sings",
+        "positive_passages": [{"docid": "3", "title": "Song", "text": ODD}, {"docid": "4", "text": "the band"}],
+        "negative_passages": [{"docid": "9", "title": None, "text": "a river"}],
+    },
+    {"query_id": 8, "query": "where", "positive_passages": [{"docid": "3", "title": "Song", "text": ODD}], "negative_passages": []},
+]
+FROM_TEVATRON_1 = [
+    Example("7", "who sings", (Passage("3", ODD, "Song"), Passage("4", "the band")), (Passage("9", "a river"),)),
+    Example("8", "where", (Passage("3", ODD, "Song"),)),
+]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "data/train-00000-of-00001.parquet"])
+def test_tevatron_version_1(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, TEVATRON_1)
+    for place in (path, tmp_path):
+        source = opened(place)
+        assert source.format == "tevatron"
+        assert list(source.examples()) == FROM_TEVATRON_1
+        assert list(source.corpus()) == []
+
+
+@pytest.mark.parametrize("corpus", ["corpus.jsonl", "elsewhere/passages.jsonl.gz", "corpus/part-0.parquet"])
+def test_tevatron_version_2_looks_passages_up_in_its_corpus(tmp_path: Path, corpus: str) -> None:
+    record = {"query_id": "q", "query_text": "who", "positive_document_ids": ["a", 2], "negative_document_ids": ["c"], "answer": None}
+    write(tmp_path / "train.jsonl", [record])
+    passages = [{"docid": name, "text": f"text {name}", "title": ""} for name in ("a", "2", "c", "d")]
+    place = write(tmp_path / corpus, passages)
+    configured = str(place) if "elsewhere" in corpus else None
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        source = opened(path, corpus=configured)
+        assert list(source.examples()) == [Example("q", "who", (Passage("a"), Passage("2")), (Passage("c"),))]
+        assert list(source.corpus()) == [Passage(p["docid"], p["text"]) for p in passages]
+
+
+DPR = [
+    {
+        "dataset": "nq",
+        "question": "big little lies how many episodes",
+        "answers": ["seven"],
+        "positive_ctxs": [{"title": "Big Little Lies", "text": "seven [episodes] {tv}", "score": 1000, "passage_id": "18768923"}],
+        "negative_ctxs": [{"title": "Cormac", "text": "no lies", "passage_id": 1}],
+        "hard_negative_ctxs": [{"title": "Little", "text": "cast", "psg_id": "5"}],
+    },
+    {"question": "second", "positive_ctxs": [{"title": "", "text": ODD}], "negative_ctxs": [{"title": "t", "text": "easy"}]},
+]
+FROM_DPR = [
+    Example(
+        "0",
+        "big little lies how many episodes",
+        (Passage("18768923", "seven [episodes] {tv}", "Big Little Lies"),),
+        (Passage("5", "cast", "Little"),),
+    ),
+    Example("1", "second", (Passage(None, ODD),), (Passage(None, "easy", "t"),)),  # no hard negatives: the plain ones serve
+]
+
+
+@pytest.mark.parametrize("window", [1, 37, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 4])
+def test_dpr_json_list_through_a_window_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, indent: int | None
+) -> None:
+    monkeypatch.setattr(files, "_PIECE_CHARACTERS", window)
+    text = json.dumps(DPR, indent=indent, ensure_ascii=False)
+    for name in ("nq-train.json", "nq-train.json.gz"):
+        assert list(opened(write(tmp_path / name, text)).examples()) == FROM_DPR
+    assert list(opened(write(tmp_path / "lines.jsonl", DPR)).examples()) == FROM_DPR
+
+
+def test_dpr_list_cut_off_is_an_error_and_not_a_shorter_list(tmp_path: Path) -> None:
+    text = json.dumps(DPR, indent=1)
+    path = write(tmp_path / "nq.json", text.rstrip("]\n "))
+    with pytest.raises(DataError, match=rf"nq\.json, line {len(text.splitlines()) - 1}: expected a JSON list"):
+        list(opened(path).examples())
+    packed = gzip.compress(text.encode())
+    (tmp_path / "nq.json.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match="complete gzip file"):
+        list(opened(tmp_path / "nq.json.gz").examples())
+
+
+def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
+    records = [
+        {"query": "q one", "pos": ["p1", "p2"], "neg": ["n1"], "pos_scores": [0.9, 1], "neg_scores": [0.25], "prompt": "find: "},
+        {"query": "q two", "pos": ["p1"], "neg": []},
+    ]
+    source = opened(write(tmp_path / "toy.jsonl.gz", records))
+    assert source.format == "flagembedding"
+    passages = (Passage(None, "p1"), Passage(None, "p2"))
+    assert list(source.examples()) == [
+        Example("0", "q one", passages, (Passage(None, "n1"),), (0.9, 1.0), (0.25,), "find: "),
+        Example("1", "q two", passages[:1]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.jsonl", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
+        ("pairs.parquet", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
+        ("pairs.tsv", f"anchor\tpositive\tnegative\r\na\t{ODD}\tn\r\nb\tp\t\r\n"),
+        ("pairs.csv.gz", 'anchor,positive,negative\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),
+        ("pairs.csv", 'label,negative,positive,anchor\n1,n,"{}",a\n0,,p,b\n'.format(ODD.replace('"', '""'))),  # by name, in any order
+        ("unnamed.csv", 'question,answer,wrong\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),  # by order
+    ],
+)
+def test_columns_from_every_kind_of_file(tmp_path: Path, name: str, content: Any) -> None:
+    source = opened(write(tmp_path / name, content))
+    assert source.format == "columns"
+    assert list(source.examples()) == [triple("0", "a", ODD, "n"), triple("1", "b", "p")]
+
+
+def test_columns_ragged_lists_several_positives_and_a_query_id(tmp_path: Path) -> None:
+    records = [
+        {"query_id": 5, "anchor": "a", "positive": ["p", "q"], "negative_1": "n", "negative_2": ["m", "o"]},
+        {"query_id": 5, "anchor": "a", "positive": ["r"], "negative_1": "", "negative_2": []},
+    ]
+    examples = list(opened(write(tmp_path / "x.jsonl", records)).examples())
+    assert [e.query_id for e in examples] == ["5", "5"]
+    assert [[p.text for p in e.positives] for e in examples] == [["p", "q"], ["r"]]
+    assert [[p.text for p in e.negatives] for e in examples] == [["n", "m", "o"], []]
+
+
+def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path) -> None:
+    path = write(tmp_path / "ids.jsonl", [{"score": 3.5, "neg": [12, "13"], "query": 1, "pos": "11"}])
+    settings = {"format": "columns", "columns": ("query", "pos", "neg")}
+    corpus, queries = write(tmp_path / "c.tsv", "11\tx\n12\ty\n13\tz\n"), write(tmp_path / "q.tsv", "1\twho\n")
+    source = opened(path, corpus=str(corpus), queries=str(queries), **settings)
+    assert list(source.examples()) == [Example("1", "who", (Passage("11"),), (Passage("12"), Passage("13")))]
+    assert list(source.corpus()) == [Passage("11", "x"), Passage("12", "y"), Passage("13", "z")]
+    with pytest.raises(DataError, match="'score' is no passage"):
+        list(opened(path, format="columns").examples())
+
+
+def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-0.jsonl", "dev.jsonl"):
+        write(tmp_path / name, [{"anchor": name, "positive": "p"}])
+    assert [(e.query_id, e.query) for e in opened(tmp_path).examples()] == [("0", "train-0.jsonl"), ("1", "train-1.jsonl")]
+    assert [e.query for e in opened(tmp_path, split="dev").examples()] == ["dev.jsonl"]
+    assert [e.query for e in opened(tmp_path, limit=1).examples()] == ["train-0.jsonl"]
+    with pytest.raises(DataError, match="split 'test'"):
+        opened(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "t.jsonl",
+            [TEVATRON_1[0], {"query_id": 1, "query": "x"}],
+            "line 2: field 'positive_passages' is missing: .* received fields query_id, query",
+        ),
+        ("t.jsonl", [{**TEVATRON_1[0], "query": 5}], "line 1: field 'query': expected text, received 5"),
+        (
+            "t.jsonl",
+            [{**TEVATRON_1[0], "negative_passages": [{"docid": "1", "text": ["x"]}]}],
+            r"line 1: field 'negative_passages\[0\].text': expected text, received \['x'\]",
+        ),
+        ("t.jsonl", [{**TEVATRON_1[0], "query_id": 1.5}], r"line 1: field 'query_id': expected an id .*, received 1\.5"),
+        ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received '3'"),
+        ("f.jsonl", [{"query": "q", "pos": "p"}], "line 1: field 'pos': expected a list, received 'p'"),
+        ("f.jsonl", [{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}], "field 'pos_scores': expected 1 numbers"),
+        (
+            "f.jsonl",
+            '{"query": "q", "pos": ["p"]}\n\n{"query": \n',
+            "line 3: expected one JSON object on a line: .* received '{\"query\": '",
+        ),
+        ("c.csv", "anchor,positive\na,b\nc,d,e\n", r"line 3: expected 2 columns \(anchor, positive\), received 3"),
+        ("c.csv", 'anchor,positive\na,"b\nc', "line 3: expected comma-separated values"),
+        ("c.tsv", "anchor\tpositive\na\n", r"line 2: expected 2 columns \(anchor, positive\), received 1"),
+        (
+            "c.parquet",
+            [{"anchor": "a", "positive": "b"}, {"anchor": " ", "positive": "d"}],
+            "row 2: field 'anchor': expected text that is ",
+        ),
+        (
+            "c.jsonl",
+            [{"anchor": "a", "positive": None, "x": "y"}],
+            "line 1: field 'positive': expected text or a list of texts, received None",
+        ),
+    ],
+)
+def test_a_malformed_record_names_file_line_field_expected_and_received(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(opened(path).examples())
+    assert str(caught.value).startswith(str(path))
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"query": "q", "pos": ["p"]}\n{"query": "\xff"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, received byte 0xff"):
+        list(opened(tmp_path / "a.jsonl").examples())
+    for name, message in (
+        ("b.parquet", "expected a Parquet file"),
+        ("c.jsonl.gz", "complete gzip file"),
+        ("d.zip", "expected a file ending in"),
+    ):
+        (tmp_path / name).write_bytes(b"not that")
+        with pytest.raises(DataError, match=message):
+            opened(tmp_path / name)
+    with pytest.raises(DataError, match="no such file or folder"):
+        opened(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="received fields body, url"):
+        opened(write(tmp_path / "e.jsonl", [{"url": 1, "body": 2}]))
+    with pytest.raises(DataError, match="name its format"):
+        opened(write(tmp_path / "f.tsv", "how tall\tvery tall\n"))
+
+
+def test_the_fingerprint_follows_content_and_reading_and_nothing_else(tmp_path: Path) -> None:
+    first = opened(write(tmp_path / "a/train.jsonl", TEVATRON_1)).fingerprint()
+    assert opened(write(tmp_path / "b/other.jsonl", TEVATRON_1)).fingerprint() == first
+    assert opened(tmp_path / "a", weight=0.5).fingerprint() == first
+    assert opened(tmp_path / "a", limit=1).fingerprint() != first
+    changed = json.loads(json.dumps(TEVATRON_1).replace("a river", "a rivet"))
+    assert opened(write(tmp_path / "a/train.jsonl", changed)).fingerprint() != first
