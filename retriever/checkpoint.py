@@ -17,11 +17,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retriever.config import Config, ConfigError, from_dict, to_dict
+from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 
+FOLDER = "checkpoints"  # inside a run's folder
 _FORMAT_VERSION = 1
 _WRITING, _REMOVING = ".writing-", ".removing-"
+# What may differ between the runs that write one checkpoint after the other.
+_FREE = (
+    *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s", "data.cache_dir"),
+    *("train.log_every", "train.save_every", "train.keep_last"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,34 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str, device: tor
     return int(manifest["step"])
 
 
-def saved_config(folder: Path) -> Config:
-    """The resolved configuration that a checkpoint was written under."""
-    return from_dict(_manifest(folder)["config"])
+def find(run: RunConfig) -> Path | None:
+    """The checkpoint that `run.resume` asks to go on from: the newest of the run's folder, the one named, or none.
+
+    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint.
+    """
+    root = Path(run.output_dir) / FOLDER
+    if run.resume == "auto":
+        return newest(root)
+    if run.resume != "never":
+        _manifest(Path(run.resume))
+        return Path(run.resume)
+    if newest(root) is not None:
+        raise ConfigError(f"run.resume: never, but {run.output_dir} already holds a run; choose another run.output_dir or remove it")
+    return None
 
 
-def finished_steps(folder: Path) -> int:
-    """How many optimizer steps a checkpoint stands after."""
-    return int(_manifest(folder)["step"])
+def continued(config: Config, folder: Path) -> Config:
+    """`config` for going on from `folder`: `auto` means what it was resolved to then.
+
+    Raises ConfigError with the keys that differ in anything but logging, saving, trackers and places.
+    """
+    before = from_dict(_manifest(folder)["config"])
+    config = adopt_auto(config, before)
+    changed = [line for line in differences(before, config) if line.partition(":")[0] not in _FREE]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ConfigError(f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}")
+    return config
 
 
 def newest(root: Path) -> Path | None:

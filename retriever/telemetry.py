@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from retriever.step import StepReport
 class Telemetry:
     """Reports steps on the first rank; on the others every call does nothing."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, *, finished: int, total: int, log_every: int) -> None:
+    def __init__(self, accelerator: Accelerator, metrics: Path, *, finished: int, total: int, log_every: int) -> None:
         self._accelerator, self._log_every = accelerator, log_every
         self._first = accelerator.is_main_process
-        self._metrics = output_dir / "metrics.jsonl"
+        self._metrics = metrics
         self._bar = tqdm(total=total, initial=finished, desc="train", unit="step", disable=not self._first, dynamic_ncols=True)
         self._since, self._pairs = time.perf_counter(), 0
         if self._first:
@@ -32,9 +34,9 @@ class Telemetry:
         self._pairs += report.queries
         done = report.step + 1
         elapsed = time.perf_counter() - self._since
+        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {self._pairs / elapsed:,.0f} pairs/s", refresh=False)
         self._bar.update()
         if done % self._log_every and done != self._bar.total:
-            self._bar.set_postfix_str(f"loss {report.loss:.4f}, {self._pairs / elapsed:,.0f} pairs/s")
             return
         values = {
             "loss": report.loss,
@@ -46,7 +48,6 @@ class Telemetry:
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {values['pairs_per_s']:,.0f} pairs/s")
         self.log(done, {f"train/{name}": value for name, value in values.items()})
         self._since, self._pairs = time.perf_counter(), 0
 
@@ -58,18 +59,12 @@ class Telemetry:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(values, step=step)
 
-    def say(self, message: str) -> None:
-        """A line above the progress bar."""
-        if self._first:
-            tqdm.write(message)
-
-    def pause(self) -> None:
-        """Time from here to `resume` does not count into pairs/s."""
-        self._paused = time.perf_counter()
-
-    def resume(self) -> None:
-        """See `pause`."""
-        self._since += time.perf_counter() - self._paused
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count into pairs/s."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
 
     def close(self) -> None:
         """Ends the bar and the trackers."""

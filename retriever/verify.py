@@ -73,7 +73,8 @@ def _encode_whole(encoder: DualEncoder, batch: Batch, side: Side) -> Tensor:
     chunks: list[Chunk] = [chunk for chunk in batch.chunks if chunk.side == side]
     width = max(chunk.input_ids.shape[1] for chunk in chunks)
     ids, mask = (
-        torch.cat([pad(getattr(chunk, name), (0, width - chunk.input_ids.shape[1])) for chunk in chunks]) for name in ("input_ids", "attention_mask")
+        torch.cat([pad(getattr(chunk, name), (0, width - chunk.input_ids.shape[1])) for chunk in chunks])
+        for name in ("input_ids", "attention_mask")
     )
     order = torch.cat([chunk.rows for chunk in chunks]).argsort()
     return encoder(side, ids[order], mask[order])

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.config import ModelConfig
+from retriever.config import Config, ModelConfig
 from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
 from retriever.data.planner import Planner, known_positives, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.tokens import Side, TokenTemplate
+from retriever.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on `device`."""
-        moved = (t.to(device) for t in (self.positives, self.passage_ids, self.known_ptr, self.known_ids))
-        return Targets(*moved, self.global_queries)
+        positives, passage_ids = self.positives.to(device), self.passage_ids.to(device)
+        return Targets(positives, passage_ids, self.known_ptr.to(device), self.known_ids.to(device), self.global_queries)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class BatchLoader:
         self._tokens_per_chunk = tokens_per_chunk
         self._masked = mask_known_positives
         self._device, self._rank, self._world_size = device, rank, world_size
+
+    @classmethod
+    def from_config(cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> BatchLoader:
+        """The loader of one rank of a run whose `auto` values are resolved."""
+        return cls(
+            store,
+            planner,
+            template,
+            config.model,
+            tokens_per_chunk=int(config.batch.tokens_per_chunk),
+            mask_known_positives=config.loss.mask_known_positives,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+        )
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""

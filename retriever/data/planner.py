@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from retriever.config import Config
 from retriever.data.store import Csr, Store
 
 
@@ -61,6 +62,18 @@ class Planner:
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
         self._pass_order = lru_cache(maxsize=2 * len(self._sizes))(self._make_pass_order)
         self._mixed_epoch = lru_cache(maxsize=1)(self._make_mixed_epoch)
+
+    @classmethod
+    def from_config(cls, store: Store, config: Config) -> Planner:
+        """The planner of a run."""
+        return cls(
+            store,
+            queries=config.batch.queries,
+            negatives=config.data.negatives,
+            seed=config.run.seed,
+            weights=[source.weight for source in config.data.train],
+            one_source=config.batch.one_source,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -153,7 +166,7 @@ def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
     return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])
 
 
-def _order(key: np.uint64, n: int) -> np.ndarray:
+def _order(key: np.ndarray, n: int) -> np.ndarray:
     return np.argsort(_hash(key, np.arange(n, dtype=np.uint64)), kind="stable")
 
 

@@ -34,8 +34,8 @@ class ContrastiveObjective(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """The present temperature."""
-        return math.exp(-self.log_scale.item())
+        """The present temperature; one that is not learned is the configuration's to the last bit."""
+        return math.exp(-self.log_scale.item()) if self.log_scale.requires_grad else self._config.temperature
 
     @torch.no_grad()
     def forward(
@@ -71,7 +71,7 @@ class ContrastiveObjective(nn.Module):
             passages,
             targets.positives,
             exclusions,
-            scale=self.log_scale.double().exp().item(),
+            scale=1.0 / self.temperature,
             weight=gradient_scale / targets.global_queries,
             symmetric=self._config.symmetric,
             precision=self._config.precision,

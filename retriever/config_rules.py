@@ -1,0 +1,74 @@
+"""Which values can be run together, and which ask for what this version does not have."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from retriever.config_tree import ConfigError
+
+if TYPE_CHECKING:
+    from retriever.config import Config
+
+# Settings whose room is not built yet. Each is refused by name; the room that brings it deletes its line.
+_NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
+    "model.attention": ("packed",),
+    "model.compile": (True,),
+    "batch.retain": (True,),
+    "batch.offload": (True,),
+    "loss.exchange": ("ring",),
+    "run.preflight": ("only",),
+}
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError where the values cannot be run together."""
+    for key, refused in _NOT_AVAILABLE.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value in refused and type(value) is type(refused[0]):
+            raise ConfigError(f"{key}: {value!r} is not available in this version; leave it at its default")
+    model, loss, train = config.model, config.loss, config.train
+    _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
+    _require(model.lora is None, "model.lora", "null: LoRA is not available in this version", model.lora)
+    _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
+    _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)
+    _require(len(config.data.train) > 0, "data.train", "at least one source", [])
+    for i, source in enumerate(config.data.train):
+        key = f"data.train.{i}"
+        _require((source.path is None) != (source.name is None), key, "exactly one of path and name", asdict(source))
+        _require(source.weight > 0, f"{key}.weight", "a number above 0", source.weight)
+        _require(source.limit is None or source.limit > 0, f"{key}.limit", "null or at least 1", source.limit)
+    _require(config.data.negatives >= 0, "data.negatives", "0 or more", config.data.negatives)
+    _require(config.batch.queries >= 2, "batch.queries", "at least 2: a batch of one has no negatives", config.batch.queries)
+    if config.batch.tokens_per_chunk != "auto":
+        longest = max(model.query_max_tokens, model.passage_max_tokens)
+        _require(
+            config.batch.tokens_per_chunk >= longest,
+            "batch.tokens_per_chunk",
+            f"auto or at least {longest}, the longest text of model.*_max_tokens",
+            config.batch.tokens_per_chunk,
+        )
+    _require(loss.temperature > 0, "loss.temperature", "a number above 0", loss.temperature)
+    _require(loss.dims == (), "loss.dims", "[]: Matryoshka losses are not available in this version", list(loss.dims))
+    margin = loss.false_negative_margin
+    _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
+    _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)
+    _require(config.optim.warmup >= 0, "optim.warmup", "0 or more", config.optim.warmup)
+    _require(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "a number above 0", config.optim.max_grad_norm)
+    one = (train.max_steps is None) != (train.epochs is None)
+    _require(one, "train", "exactly one of train.max_steps and train.epochs", asdict(train))
+    _require(train.max_steps is None or train.max_steps > 0, "train.max_steps", "at least 1", train.max_steps)
+    _require(train.epochs is None or train.epochs > 0, "train.epochs", "a number above 0", train.epochs)
+    for name in ("log_every", "save_every", "keep_last"):
+        _require(getattr(train, name) >= 1, f"train.{name}", "at least 1", getattr(train, name))
+    _require(train.eval_every >= 0, "train.eval_every", "0 or more", train.eval_every)
+    _require(train.eval_every == 0 or config.eval is not None, "train.eval_every", "0 where there is no eval section", train.eval_every)
+    if config.eval is not None:
+        _require(config.eval.path != "", "eval.path", "a BEIR folder", "")
+        _require(config.eval.index == "flat", "eval.index", "flat: other indexes are not available in this version", config.eval.index)
+
+
+def _require(holds: bool, key: str, expected: str, received: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: expected {expected}; received {received!r}")

@@ -1,0 +1,42 @@
+"""Joining the other ranks: what accelerate set up, and where our own settings win."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from retriever.config import Config, ConfigError, flat
+from retriever.parallel.world import World
+
+
+def join(config: Config) -> tuple[Accelerator, World]:
+    """The accelerator (devices, trackers) and the world of ranks; a collective that waits longer than `run.timeout_s` fails.
+
+    Raises ConfigError where accelerate was set up for something that this version does not do.
+    """
+    for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigError(f"accelerate's configuration asks for {what}, which is not available in this version")
+    asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")  # Accelerator reads it over its own argument
+    accumulation = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=list(config.run.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s))],
+    )
+    if asked not in ("no", config.optim.precision):
+        accelerator.print(f"note: accelerate asks for {asked}; optim.precision={config.optim.precision} is used")
+    if accumulation != "1":
+        accelerator.print(f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step")
+    if accelerator.is_main_process:
+        accelerator.init_trackers("bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)})
+    return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
+def _is_loggable(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str))

@@ -1,0 +1,104 @@
+"""Before step 1: `auto` values resolved from the model and the machine, and what looks wrong said aloud."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from retriever.config import Config
+from retriever.data.batch import BatchLoader
+from retriever.data.planner import Planner
+from retriever.data.store import Store
+from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.parallel.world import World
+from retriever.verify import GradientCheck, gradient_error
+
+_VERIFY_QUERIES = 32
+_VERIFY_TOKENS_PER_CHUNK = 256
+_CPU_TOKENS_PER_CHUNK = 8_192
+_GPU_TOKENS_PER_CHUNK = 65_536
+# Activations that one token of a transformer layer keeps for backward, in bytes per hidden unit, under bf16 autocast:
+# BERT-base takes 29 GiB for 65,536 tokens. Without autocast they are twice as large.
+_ACTIVATION_BYTES = 52
+_ACTIVATION_SHARE = 0.4  # of the memory that is free before step 1
+
+
+def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
+    """The configuration with every `auto` replaced by what this run uses, the same on every rank."""
+    tokens = config.batch.tokens_per_chunk
+    if tokens == "auto":
+        fitting = _tokens_per_chunk(config, encoder, world.device)
+        tokens = -int(world.max(torch.tensor(-fitting, device=world.device)))  # the smallest of all ranks
+    return replace(
+        config,
+        model=replace(config.model, pooling=encoder.pooling, attention="padded", compile=False),
+        batch=replace(config.batch, tokens_per_chunk=tokens, retain=False),
+        loss=replace(config.loss, exchange="gather"),
+    )
+
+
+def warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is allowed and probably not meant. Nothing is changed silently."""
+    found = []
+    if config.batch.queries >= 8192 and config.optim.lr < 1e-4:
+        found.append(f"optim.lr={config.optim.lr:g} is small for batch.queries={config.batch.queries}: 1e-4 and more is usual at this size")
+    if not config.model.normalize and config.loss.temperature < 0.1:
+        found.append(f"model.normalize=false with loss.temperature={config.loss.temperature:g}: logits may be very large")
+    model = config.model
+    sides: list[tuple[Side, str, int]] = [
+        ("query", model.query_prompt, model.query_max_tokens),
+        ("passage", model.passage_prompt, model.passage_max_tokens),
+    ]
+    for side, prompt, limit in sides:
+        length = len(tokenize_batch(tokenizer, [prompt])[0])
+        if 2 * length > limit:
+            found.append(f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short")
+    return found
+
+
+def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner, total: int, world: World) -> str:
+    """A few lines on what is about to run."""
+    parameters = sum(p.numel() for p in encoder.parameters())
+    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
+    towers = "tied" if encoder.tied else "untied"
+    return "\n".join(
+        (
+            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling",
+            f"data    queries of {sources}; {len(store.passages):,} passages",
+            f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
+            f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
+            f"run     {total:,} steps ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
+            f"output in {config.run.output_dir}",
+        )
+    )
+
+
+def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
+    """The gradient contract on a small batch of this run's own data; see `retriever.verify`."""
+    small = replace(
+        config,
+        batch=replace(
+            config.batch,
+            queries=min(config.batch.queries, _VERIFY_QUERIES),
+            tokens_per_chunk=max(_VERIFY_TOKENS_PER_CHUNK, config.model.query_max_tokens, config.model.passage_max_tokens),
+        ),
+    )
+    alone = World(encoder.device)
+    batch = BatchLoader.from_config(store, Planner.from_config(store, small), template, small, alone).load(0)
+    return gradient_error(encoder, config.loss, batch)
+
+
+def _tokens_per_chunk(config: Config, encoder: DualEncoder, device: torch.device) -> int:
+    """Tokens whose activations fill a share of the free memory; a fixed number on the CPU, where nothing is gained by more."""
+    longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)
+    if device.type != "cuda":
+        return max(_CPU_TOKENS_PER_CHUNK, longest)
+    free, _ = torch.cuda.mem_get_info(device)
+    tower = encoder.passage_tower.config
+    per_token = _ACTIVATION_BYTES * tower.hidden_size * tower.num_hidden_layers * (1 if encoder.autocast_dtype is not None else 2)
+    fitting = int(_ACTIVATION_SHARE * free / per_token) // 1024 * 1024
+    return max(longest, min(_GPU_TOKENS_PER_CHUNK, fitting))

@@ -1,0 +1,122 @@
+"""Train a dense retriever: `accelerate launch retriever/train.py --config configs/x.yaml key.sub=value ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # started as a file: the project's root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from retriever.config import Config, ConfigError, EvalConfig, load
+from retriever.environment import check_environment
+
+if TYPE_CHECKING:
+    from retriever.encoder.bundle import EncoderBundle
+    from retriever.outputs import Outputs
+    from retriever.parallel.world import World
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 finished, 2 a configuration or data error (said in one line), 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="retriever/train.py", description=__doc__)
+    parser.add_argument("--config", help="a YAML file; configs/ has examples")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    options = parser.parse_args(arguments)
+    check_environment()
+    from retriever.data.records import DataError
+
+    try:
+        train(load(options.config, options.overrides))
+    except (ConfigError, DataError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: Config) -> None:
+    """One training run, from its configuration to its last export."""
+    from retriever import checkpoint, launch, preflight
+    from retriever.data.batch import BatchLoader
+    from retriever.data.planner import Planner
+    from retriever.data.store import build_or_open
+    from retriever.data.tokens import TokenTemplate
+    from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle, load_tokenizer
+    from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.settings import settings_of
+    from retriever.loss.contrastive import ContrastiveObjective
+    from retriever.optim import Optimizer
+    from retriever.outputs import Outputs
+    from retriever.step import train_step
+    from retriever.telemetry import Telemetry
+
+    last = checkpoint.find(config.run)
+    if last is not None:
+        config = checkpoint.continued(config, last)
+
+    # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
+    tokenizer = load_tokenizer(config.model.name_or_path)
+    store = build_or_open(config, tokenizer, progress=int(os.environ.get("RANK", 0)) == 0)
+    accelerator, world = launch.join(config)
+
+    encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
+    objective = ContrastiveObjective(config.loss).to(world.device)
+    config = preflight.resolve(config, encoder, world)
+    planner = Planner.from_config(store, config)
+    template = TokenTemplate.from_tokenizer(tokenizer)
+    loader = BatchLoader.from_config(store, planner, template, config, world)
+    total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
+    optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
+
+    state = checkpoint.TrainingState(encoder, objective, optimizer)
+    finished = checkpoint.load(last, state, store.fingerprint, world.device) if last is not None else 0
+    outputs = Outputs(config, state, encoder, tokenizer, store, world)
+    accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
+    for warning in preflight.warnings(config, tokenizer):
+        accelerator.print(f"warning: {warning}")
+    if config.run.verify and finished < total:
+        accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
+    if finished:
+        accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
+
+    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
+    for batch in loader.batches(finished, total):
+        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed)
+        telemetry.step(report, batch.tokens)
+        done = report.step + 1
+        with telemetry.paused():
+            # Evaluated before it is saved: a run killed in between evaluates this step again instead of skipping it.
+            if config.eval is not None and _due(done, config.train.eval_every, total):
+                telemetry.log(
+                    done, _evaluate(config.eval, EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling)), world, outputs)
+                )
+                outputs.keep_if_best(f"eval/{config.eval.metrics[0]}", done)
+            if _due(done, config.train.save_every, total):
+                outputs.save(done)
+    telemetry.close()
+    outputs.finish()
+
+
+def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:
+    """Measures of the present weights, encoded by all ranks; empty on ranks other than the first."""
+    from eval.evaluate import Ranks, evaluate
+
+    ranks = Ranks(world.rank, world.size, world.barrier)
+    result = evaluate(
+        bundle, config.path, config.split, config.metrics, config.k, index=config.index, shards_dir=outputs.embeddings, ranks=ranks
+    )
+    return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
+
+
+def _due(done: int, every: int, total: int) -> bool:
+    return done == total or (every > 0 and done % every == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
