@@ -1,0 +1,126 @@
+"""Which functions train and which are held out: whole modules, twins together, nothing identical on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from scripts.code_pairs.functions import Function
+
+# Copies are told from coincidences ("Close the file.", `return self._name`) by their length.
+TIE_SUMMARY_WORDS = 6
+TIE_CODE_LINES = 3
+
+_TWIN_PREFIX = re.compile(r"^_(py_?)?(?=[a-z])")
+_TWIN_SUFFIX = re.compile(r"_(abc|pure|py)$")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A function and the unit of source (top-level module or subpackage) that holds it."""
+
+    unit: str
+    function: Function
+
+
+@dataclass(frozen=True)
+class Split:
+    """Members of each side; `family` names the tied units a unit belongs to, by the first of them."""
+
+    train: list[Member]
+    dev: list[Member]
+    test: list[Member]
+    family: dict[str, str]
+
+
+def split_by_family(
+    members: Sequence[Member], seed: int, test_queries: int, dev_queries: int, max_per_family: int, max_family_size: int
+) -> Split:
+    """Whole families, in an order drawn by `seed`, to test until it can hold `test_queries`, then to dev, the rest to train.
+
+    A family of more than `max_family_size` functions trains: held out, it would cost many pairs for the `max_per_family` queries it may
+    give. A held-out function whose summary or code also stands on another side is left out.
+    """
+    family = _families(members)
+    sizes = Counter(family[member.unit] for member in members)
+    small = [name for name in sizes if sizes[name] <= max_family_size]
+    order = sorted(small, key=lambda name: drawn(seed, name))
+    side_of = dict.fromkeys(sizes, "train")
+    wanted = {"test": test_queries, "dev": dev_queries}
+    for name in order:
+        side = next((side for side, missing in wanted.items() if missing > 0), None)
+        if side is None:
+            break
+        side_of[name] = side
+        wanted[side] -= min(sizes[name], max_per_family)
+
+    sides: dict[str, list[Member]] = {"train": [], "dev": [], "test": []}
+    taken: set[str] = set()
+    for side in ("train", "test", "dev"):
+        texts: set[str] = set()
+        for member in members:
+            if side_of[family[member.unit]] != side:
+                continue
+            own = {f"summary {normal(member.function.summary)}", f"code {normal(member.function.code)}"}
+            if side == "train" or not own & taken:
+                sides[side].append(member)
+                texts |= own
+        taken |= texts
+    return Split(sides["train"], sides["dev"], sides["test"], family)
+
+
+def drawn(seed: int, name: str) -> bytes:
+    """A key to sort by: a random order that depends on the seed and the names alone."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def normal(text: str) -> str:
+    """The text without differences of spacing and case."""
+    return " ".join(text.split()).lower()
+
+
+def _families(members: Sequence[Member]) -> dict[str, str]:
+    """unit -> the first unit, by name, of those tied to it by twin names, by a copied function or by a copied docstring."""
+    parent: dict[str, str] = {}
+
+    def root(unit: str) -> str:
+        while parent.setdefault(unit, unit) != unit:
+            parent[unit] = parent[parent[unit]]
+            unit = parent[unit]
+        return unit
+
+    for key in (_twin_key, _summary_key, _code_key):
+        for tied in _units_by(key, members):
+            first, *others = sorted(tied)
+            for other in others:
+                a, b = sorted((root(first), root(other)))
+                parent[b] = a
+    return {member.unit: root(member.unit) for member in members}
+
+
+def _units_by(key: Callable[[Member], str | None], members: Iterable[Member]) -> Iterable[set[str]]:
+    units: dict[str, set[str]] = defaultdict(set)
+    for member in members:
+        value = key(member)
+        if value is not None:
+            units[value].add(member.unit)
+    return units.values()
+
+
+def _twin_key(member: Member) -> str:
+    """`decimal` for `_pydecimal` and `decimal`, `collections` for `_collections_abc`."""
+    *package, name = member.unit.split(".")
+    return ".".join([*package, _TWIN_SUFFIX.sub("", _TWIN_PREFIX.sub("", name))])
+
+
+def _summary_key(member: Member) -> str | None:
+    summary = normal(member.function.summary)
+    return summary if len(summary.split()) >= TIE_SUMMARY_WORDS else None
+
+
+def _code_key(member: Member) -> str | None:
+    code = member.function.code
+    return normal(code) if len(code.splitlines()) >= TIE_CODE_LINES else None

@@ -1,0 +1,165 @@
+"""Builds BEIR folders of docstring-to-code pairs from the Python sources installed here; nothing is downloaded.
+
+    python -m scripts.make_code_pairs --output data/code
+    python -m scripts.make_code_pairs --output data/code-large --packages auto --test-queries 2000
+
+OUTPUT/          first paragraph of a docstring -> source of the function without it: train, dev and test by module
+OUTPUT/details/  first paragraph -> rest of the docstring: train, from the training modules alone
+
+Whole modules are held out, with their twins and copies. The function's name is taken out of its source (`--names keep`
+leaves it), since a query often says little more than the name. The same sources and settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import tokenize
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from scripts.code_pairs.functions import documented_functions, without_name
+from scripts.code_pairs.pairs import Collection, code_collection, details_collection
+from scripts.code_pairs.sources import STDLIB, WELL_KNOWN, installed, python_files, version
+from scripts.code_pairs.split import Member, split_by_family
+
+FORMAT = 1  # raised where the same sources would give other pairs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pairs depend on, besides the sources."""
+
+    packages: tuple[str, ...] = (STDLIB,)
+    seed: int = 0
+    names: Literal["hide", "keep"] = "hide"
+    test_queries: int = 700
+    dev_queries: int = 150
+    max_test_per_module: int = 20
+    max_held_out_module: int = 60
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write")
+    add(
+        "--packages",
+        nargs="+",
+        default=[STDLIB],
+        metavar="NAME",
+        help=f"import names; {STDLIB} is the standard library, auto it and the well-known packages found (default {STDLIB})",
+    )
+    add("--seed", type=int, default=default.seed, help="draws the modules held out")
+    add("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source (default %(default)s)")
+    add("--test-queries", type=int, default=default.test_queries, help="hold out modules for about so many (default %(default)s)")
+    add("--dev-queries", type=int, default=default.dev_queries, help="likewise (default %(default)s)")
+    add("--max-test-per-module", type=int, default=default.max_test_per_module, help="functions (default %(default)s)")
+    add("--max-held-out-module", type=int, default=default.max_held_out_module, help="larger ones train (default %(default)s functions)")
+    options = vars(parser.parse_args(arguments))
+    output, names = options.pop("output"), options.pop("packages")
+    packages = installed(WELL_KNOWN) if names == ["auto"] else names
+    try:
+        manifest = build(output, Settings(packages=tuple(packages), **options))
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{output}: {summary(manifest)}")
+
+
+def build(output: Path, settings: Settings) -> dict[str, Any]:
+    """Reads the sources, writes both folders (the manifest last) and returns the manifest.
+
+    Raises ValueError for a package that isn't installed, and where no query could be held out.
+    """
+    members, unreadable = read_members(settings)
+    split = split_by_family(
+        members, settings.seed, settings.test_queries, settings.dev_queries, settings.max_test_per_module, settings.max_held_out_module
+    )
+    code = code_collection(split, settings.seed, settings.max_test_per_module)
+    details = details_collection(split)
+    for name, pairs in code.qrels.items():
+        if not pairs:
+            raise ValueError(f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages")
+    files = {**_texts(code), **{f"details/{name}": text for name, text in _texts(details).items()}}
+    (output / "manifest.json").unlink(missing_ok=True)
+    for name, text in files.items():
+        _write(output / name, text)
+    manifest = {
+        "format": FORMAT,
+        "settings": asdict(settings),
+        "versions": {name: version(name) for name in dict.fromkeys([STDLIB, *settings.packages])},
+        "functions": dict(Counter(member.function.id.partition(":")[0].partition(".")[0] for member in members)),
+        "counts": _counts(code, details),
+        "unreadable_modules": unreadable,
+        "content_sha256": hashlib.sha256("".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()).hexdigest(),
+    }
+    _write(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def read_members(settings: Settings) -> tuple[list[Member], list[str]]:
+    """Every documented function of the packages, by module and line; and the modules that this Python cannot parse."""
+    members, unreadable = [], []
+    for package in settings.packages:
+        for file in tqdm(list(python_files(package)), f"reading {package}", unit="files", delay=2, leave=False):
+            try:
+                with tokenize.open(file.path) as source:
+                    functions = list(documented_functions(source.read(), file.module))
+            except (SyntaxError, ValueError):  # ValueError: null bytes, or not the encoding it declares
+                unreadable.append(file.module)
+                continue
+            members += [Member(file.unit, without_name(f) if settings.names == "hide" else f) for f in functions]
+    return members, unreadable
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """One line for a person: how many of what, from where."""
+    counts = manifest["counts"]
+    sources = ", ".join(f"{name} {manifest['versions'][name]}" for name in manifest["settings"]["packages"])
+    return (
+        f"{counts['passages']:,} functions, {counts['train_queries']:,} training queries (+ {counts['details_queries']:,} on details), "
+        f"{counts['test_queries']:,} test queries from {counts['test_modules']:,} held-out modules; from {sources}"
+    )
+
+
+def _counts(code: Collection, details: Collection) -> dict[str, int]:
+    counts = {"passages": len(code.corpus)}
+    for name, pairs in code.qrels.items():
+        counts[f"{name}_queries"] = len({query for query, _ in pairs})
+        counts[f"{name}_pairs"] = len(pairs)
+        counts[f"{name}_modules"] = len({code.queries[query][1] for query, _ in pairs})
+    counts["details_queries"], counts["details_pairs"] = len(details.queries), len(details.qrels["train"])
+    return counts
+
+
+def _texts(collection: Collection) -> dict[str, str]:
+    """File name -> content, in BEIR's formats; a query's module goes into its metadata."""
+    corpus: list[dict[str, Any]] = [{"_id": passage_id, "title": "", "text": text} for passage_id, text in collection.corpus.values()]
+    queries: list[dict[str, Any]] = [
+        {"_id": query_id, "text": text, "metadata": {"module": module}} for query_id, (text, module) in collection.queries.items()
+    ]
+    files = {"corpus.jsonl": corpus, "queries.jsonl": queries}
+    texts = {name: "".join(json.dumps(record) + "\n" for record in records) for name, records in files.items()}
+    for split, pairs in collection.qrels.items():
+        texts[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(f"{query}\t{passage}\t1\n" for query, passage in pairs)
+    return texts
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    main()

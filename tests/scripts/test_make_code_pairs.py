@@ -1,0 +1,226 @@
+"""The pair builder: what a pair is made of, what stays on one side, and that the same sources give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scripts.code_pairs.functions import documented_functions, without_name
+from scripts.code_pairs.sources import STDLIB, python_files
+from scripts.code_pairs.split import Member, split_by_family
+from scripts.make_code_pairs import Settings, build, main
+
+SOURCE = '''
+import typing
+
+class Shelf:
+    @property
+    def width(self):
+        """Width of the shelf in metres.
+
+        Measured between the inner sides of the two vertical boards.
+        """
+
+        # the boards are equally thick
+        return self.outer - 2 * self.board
+
+    @width.setter
+    def width(self, value):
+        """Sets the width of the shelf."""
+        self.outer = value + 2 * self.board
+
+    def books(self): "Docstring on the line of the definition."; return []
+    def undocumented(self):
+        return 1
+    def short(self):
+        """Too short."""
+        return 1
+    def abstract(self):
+        """Says what a subclass does."""
+        raise NotImplementedError
+
+@typing.overload
+def load(path: str) -> int:
+    """Load a shelf from disk."""
+    return 1
+
+if True:
+    async def load(path):
+        """load(path) -> Shelf
+        Load a shelf from disk."""
+        def inner():
+            """A function inside of another."""
+            return load
+        return await inner()
+'''
+
+
+def test_functions_are_taken_apart_into_summary_details_and_code() -> None:
+    width, setter, load = documented_functions(SOURCE, "furniture")
+    assert (width.id, setter.id, load.id) == ("furniture:Shelf.width", "furniture:Shelf.width~2", "furniture:load")
+    assert width.summary == "Width of the shelf in metres."
+    assert width.details == "Measured between the inner sides of the two vertical boards."
+    assert width.code == "@property\ndef width(self):\n    # the boards are equally thick\n    return self.outer - 2 * self.board"
+    assert load.summary == "Load a shelf from disk."  # the signature line is no description
+    assert load.code.startswith("async def load(path):\n    def inner():") and '"""A function inside' in load.code
+
+
+def test_a_hidden_name_occurs_nowhere_in_the_code() -> None:
+    _, setter, load = documented_functions(SOURCE, "furniture")
+    assert without_name(setter).code.splitlines()[:2] == ["@_.setter", "def _(self, value):"]
+    assert without_name(load).code.endswith("return _\n    return await inner()")
+
+
+def _package(folder: Path, name: str, modules: dict[str, str]) -> None:
+    for module, source in modules.items():
+        path = folder / name / f"{module}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+
+
+def _function(name: str, summary: str, *body: str) -> str:
+    return f'def {name}(a, b):\n    """{summary}"""\n' + "".join(f"    {line}\n" for line in body)
+
+
+def _modules(count: int) -> dict[str, str]:
+    """Modules of five functions that nothing ties together."""
+    return {
+        f"module{m}": "".join(_function(f"f{m}_{i}", f"Adds number {m} to value {i}.", f"return a + {m} * b + {i}") for i in range(5))
+        for m in range(count)
+    }
+
+
+@pytest.fixture
+def furniture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable package `furniture` of twelve unrelated modules, and `_vendor`, `tests` and a broken file to be passed over."""
+    modules = _modules(12)
+    modules["tests/test_module"] = modules["_vendor/copy"] = modules["module0"]
+    modules["template"] = "def {{ name }}: pass"
+    _package(tmp_path / "site", "furniture", modules | {"__init__": ""})
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return tmp_path
+
+
+def _small(**changes: object) -> Settings:
+    return Settings(**{"packages": ("furniture",), "test_queries": 10, "dev_queries": 5, **changes})  # type: ignore[arg-type]
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, dict], dict[str, list[tuple[str, str]]]]:
+    corpus, queries = (
+        {record["_id"]: record for record in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())}
+        for name in ("corpus", "queries")
+    )
+    qrels = {}
+    for path in (folder / "qrels").iterdir():
+        header, *lines = path.read_text().splitlines()
+        assert header == "query-id\tcorpus-id\tscore"
+        qrels[path.stem] = [(query, passage) for query, passage, score in (line.split("\t") for line in lines) if score == "1"]
+    return {passage: record["text"] for passage, record in corpus.items()}, queries, qrels
+
+
+def test_the_folder_is_complete_and_whole_modules_are_held_out(furniture: Path) -> None:
+    manifest = build(furniture / "out", _small())
+    corpus, queries, qrels = _read(furniture / "out")
+    assert manifest["unreadable_modules"] == ["furniture.template"]
+    assert len(corpus) == 60 and len(queries) == 60  # every function is a passage; vendored and test files are none
+    assert {split: len(pairs) for split, pairs in qrels.items()} == {"train": 45, "dev": 5, "test": 10}
+    modules = {split: {queries[query]["metadata"]["module"] for query, _ in pairs} for split, pairs in qrels.items()}
+    assert not modules["train"] & modules["test"] and not modules["train"] & modules["dev"] and not modules["dev"] & modules["test"]
+    for query, passage in qrels["test"]:
+        assert query == passage and passage.rpartition(":")[2] not in corpus[passage]
+
+
+def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> None:
+    build(furniture / "out", _small())
+    files = sorted(path.relative_to(furniture / "out") for path in (furniture / "out").rglob("*") if path.is_file())
+    for hash_seed in ("1", "2"):
+        command = [sys.executable, "-m", "scripts.make_code_pairs", "--output", str(furniture / hash_seed), "--packages", "furniture"]
+        command += ["--test-queries", "10", "--dev-queries", "5"]
+        path = os.pathsep.join([str(furniture / "site"), str(Path(__file__).parents[2])])
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+        assert all((furniture / hash_seed / file).read_bytes() == (furniture / "out" / file).read_bytes() for file in files)
+    other = build(furniture / "other", _small(seed=1))
+    assert other["content_sha256"] != json.loads((furniture / "out" / "manifest.json").read_text())["content_sha256"]
+
+
+def _members(modules: dict[str, str]) -> list[Member]:
+    return [Member(unit, function) for unit, source in modules.items() for function in documented_functions(source, unit)]
+
+
+COPY = _function("copied", "Weighs both boards.", "a = b", "b = a", "return a, b")
+LONG = "Tells whether two boards are of equal length."
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("_pydecimal", "decimal"),
+        ("_collections_abc", "collections"),
+        ("one", "two"),  # tied by COPY
+        ("three", "four"),  # tied by LONG
+    ],
+)
+def test_twins_and_copies_stay_on_one_side(first: str, second: str) -> None:
+    modules = _modules(20)
+    modules[first], modules[second] = modules.pop("module0"), modules.pop("module1")
+    if first == "one":
+        modules["one"], modules["two"] = modules["one"] + COPY, modules["two"] + COPY
+    if first == "three":
+        modules["three"] += _function("equal", LONG, "return a == b")
+        modules["four"] += _function("same", LONG, "return not a != b")
+    for seed in range(8):
+        split = split_by_family(_members(modules), seed, 40, 15, 20, 60)
+        sides = [{member.unit for member in side} for side in (split.train, split.dev, split.test)]
+        assert split.family[first] == split.family[second]
+        assert [first in side for side in sides] == [second in side for side in sides]
+        assert sum(map(len, sides)) == 20 and all(sides)
+
+
+def test_nothing_identical_stands_on_two_sides() -> None:
+    short = _function("close", "Close the file.", "return a") + _function("name", "The shelf's name.", "return b")
+    members = _members({name: source + short for name, source in _modules(12).items()})
+    split = split_by_family(members, 0, 10, 5, 20, 60)
+    summaries = [{member.function.summary for member in side} for side in (split.train, split.dev, split.test)]
+    codes = [{member.function.code for member in side} for side in (split.train, split.dev, split.test)]
+    assert "Close the file." in summaries[0] and min(map(len, codes)) > 0
+    assert all(not sides[i] & sides[j] for sides in (summaries, codes) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_shared_docstring_is_one_query_and_identical_code_one_passage(furniture: Path) -> None:
+    shared = _function("left", "Shifts to the left.", "return a << b") + _function("also_left", "Shifts to the left.", "return a * 2**b")
+    shared += _function("twice", "Twice the left shift.", "return a << b")
+    _package(furniture / "site", "furniture", {name: source + shared for name, source in _modules(1).items()})
+    build(furniture / "out", _small(max_held_out_module=6))  # the module of eight trains
+    corpus, _, qrels = _read(furniture / "out")
+    positives = [passage for query, passage in qrels["train"] if query == "furniture.module0:left"]
+    assert positives == ["furniture.module0:left", "furniture.module0:also_left"]
+    assert ("furniture.module0:twice", "furniture.module0:left") in qrels["train"]
+    assert "furniture.module0:also_left" not in [query for query, _ in qrels["train"]]
+
+
+def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
+    manifest = build(tmp_path, Settings())
+    corpus, queries, qrels = _read(tmp_path)
+    counts = manifest["counts"]
+    assert counts["test_queries"] >= 500 and counts["train_queries"] >= 3000 and counts["test_modules"] >= 40
+    assert counts["passages"] == len(corpus) == len(set(corpus.values()))
+    units = {split: {query.partition(":")[0].split(".")[1] for query, _ in pairs} for split, pairs in qrels.items()}
+    assert not units["train"] & units["test"] and not units["train"] & units["dev"]
+    per_module = Counter(queries[query]["metadata"]["module"] for query, _ in qrels["test"])
+    assert max(per_module.values()) <= 20
+    details, _, judged = _read(tmp_path / "details")
+    assert list(judged) == ["train"] and not set(details) & set(corpus) and len(details) > 500
+    assert {query for query, _ in judged["train"]} <= {query for query, _ in qrels["train"]}
+    assert not any(file.module.startswith((f"{STDLIB}.test", f"{STDLIB}.ensurepip")) for file in python_files(STDLIB))
+
+
+def test_an_unknown_package_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), "--packages", "no_such_package"])
+    assert "--packages no_such_package: no module of this name is installed" in capsys.readouterr().err
