@@ -1,0 +1,49 @@
+"""BM25 runs (bm25s, Lucene's formula), the lexical baseline of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import bm25s
+import numpy as np
+import Stemmer
+
+from eval.trec import Ranking, ranking
+
+K1, B = 0.9, 0.4  # Anserini's defaults for passages
+DESCRIPTION = f"bm25s, Lucene's formula, k1 {K1}, b {B}, Snowball English stemmer, bm25s's English stop words"
+
+
+def bm25_run(
+    passages: Iterable[tuple[str, str]], queries: Mapping[str, str], k: int = 1000, *, exclude_self: bool = False, progress: bool = False
+) -> dict[str, Ranking]:
+    """The k passages of highest BM25 score for each query, in trec_eval's order; passages that share no word with it are left out.
+
+    passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds one score a passage.
+    Raises ValueError where there are no passages, or none has a word.
+    """
+    ids, texts = [], []
+    for passage_id, text in passages:
+        ids.append(passage_id)
+        texts.append(text)
+    stemmer = Stemmer.Stemmer("english")
+    tokens = bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, show_progress=progress)
+    if not any(len(row) for row in tokens.ids):
+        raise ValueError(f"{len(ids)} passages without a single word: BM25 needs text")
+    index = bm25s.BM25(k1=K1, b=B)
+    index.index(tokens, show_progress=progress)
+    query_tokens = bm25s.tokenize(list(queries.values()), stopwords="en", stemmer=stemmer, show_progress=progress, return_ids=False)
+    run = {}
+    for query_id, words in zip(queries, query_tokens, strict=True):
+        scores = index.get_scores(words) if words else np.zeros(len(ids), dtype=np.float32)  # [N]
+        run[query_id] = _best(ids, scores, k, query_id if exclude_self else None)
+    return run
+
+
+def _best(ids: list[str], scores: np.ndarray, k: int, excluded: str | None) -> Ranking:
+    """The k best of the positive scores [N]; everything equal to the k-th best takes part in the tie."""
+    wanted = min(k + 1, len(scores))  # one more: the excluded passage may be among the k best
+    line = np.partition(scores, -wanted)[-wanted]
+    hits = [int(i) for i in np.flatnonzero((scores > 0) & (scores >= line)) if ids[i] != excluded]
+    found = ranking([ids[i] for i in hits], scores[hits])
+    return Ranking(found.passage_ids[:k], found.scores[:k])

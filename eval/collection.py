@@ -1,0 +1,93 @@
+"""What an evaluation reads: passages, the judged queries, judgments, and fingerprints of the three."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from retriever.data.collection import corpus_tables, find_qrels, passages_of, queries_of, query_tables
+from retriever.data.files import FileTable, Table
+from retriever.data.formats import read_qrels
+from retriever.data.records import DataError, final_text
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One test collection: a corpus with the queries and judgments of one split."""
+
+    name: str
+    split: str
+    queries: Mapping[str, str]  # query id -> text, the judged queries only; empty where texts were not read
+    qrels: Mapping[str, Mapping[str, int]]  # query id -> passage id -> grade
+    corpus: Sequence[Table]  # empty where texts were not read
+    relevance: int = 1  # lowest grade that is relevant for binary measures
+    exclude_self: bool = False  # BEIR: a passage whose id is the query's is no answer
+
+    def passages(self, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
+        """(id, final text) of every passage. Raises DataError at a malformed record."""
+        for table in self.corpus:
+            for passage in passages_of(table):
+                yield str(passage.id), final_text(passage, title, separator)
+
+    def notes(self, passage_ids: Iterable[str]) -> tuple[str, ...]:
+        """What a reader of the figures should know about the judgments and the ids of the corpus."""
+        judged = {passage_id for grades in self.qrels.values() for passage_id in grades}
+        known = judged | self.queries.keys()
+        found = {passage_id for passage_id in passage_ids if passage_id in known}
+        notes = []
+        if absent := len(judged - found):
+            notes.append(f"{absent:,} of {len(judged):,} judged passages are not in the corpus and cannot be found")
+        if self.exclude_self and (shared := len(found & self.queries.keys())):
+            notes.append(
+                f"{shared:,} queries have the id of a passage, which their results leave out (BEIR's rule; --no-exclude-self keeps it)"
+            )
+        return tuple(notes)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the judgments and, where texts were read, of the corpus files' bytes and of the judged queries."""
+        judgments = {"qrels": fingerprint({query_id: dict(grades) for query_id, grades in self.qrels.items()})}
+        if not self.corpus:
+            return judgments
+        return {"corpus": fingerprint([table.digest() for table in self.corpus]), "queries": fingerprint(dict(self.queries)), **judgments}
+
+
+def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None = None, *, texts: bool = True) -> Collection:
+    """A BEIR folder: `corpus.jsonl`, `queries.jsonl`, and `qrels/<split>.tsv` unless `qrels` names another judgments file.
+
+    Without `texts` only the judgments are read, which is all that measuring a run needs.
+    Raises DataError where a file is missing or malformed, or a judged query has no text.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", folder)
+    judgments = read_qrels(qrels) if qrels is not None else read_qrels(find_qrels(folder, split))
+    queries = judged_queries(query_tables(folder, split), judgments) if texts else {}
+    corpus = corpus_tables(folder) if texts else ()
+    return Collection(folder.resolve().name, split, queries, judgments, corpus, exclude_self=True)
+
+
+def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """The texts of the queries that have judgments, in the file's order. Raises DataError for a judged query without text."""
+    found = {query_id: text for table in tables for query_id, text in queries_of(table) if query_id in qrels}
+    missing = [query_id for query_id in qrels if query_id not in found]
+    if missing:
+        names = ", ".join(table.label for table in tables)
+        raise DataError(
+            f"{len(missing)} of {len(qrels)} judged queries are not there, first {missing[0]!r}; expected a text for each", names
+        )
+    return found
+
+
+def fingerprint(content: object) -> str:
+    """A hash of plain values (what JSON can hold), 32 hexadecimal digits."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file's bytes, 32 hexadecimal digits."""
+    return FileTable(path).digest()

@@ -1,0 +1,131 @@
+"""The body of the evaluation commands: a run from a model, BM25 or a file; its measures; files and a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.arguments import load_bundle, output_folder
+
+if TYPE_CHECKING:
+    from eval.collection import Collection
+    from eval.evaluate import EvalResult, Ranks
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with the message alone where settings, data or shards cannot be used."""
+    from retriever.config import ConfigError
+    from retriever.data.records import DataError
+    from retriever.shards import ShardError
+
+    try:
+        yield
+    except (ConfigError, DataError, ShardError) as error:
+        raise SystemExit(str(error)) from error
+
+
+@contextmanager
+def launched_ranks(threads: int | None) -> Iterator[tuple[Ranks, Any]]:
+    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end."""
+    from retriever.environment import check_environment
+
+    check_environment()
+    import faiss
+    from accelerate import PartialState
+
+    from eval.evaluate import Ranks
+
+    if threads:
+        faiss.omp_set_num_threads(threads)
+    state = PartialState()
+    try:
+        yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone), state.device
+    finally:
+        state.destroy_process_group()
+
+
+def report_all(
+    given: argparse.Namespace,
+    work: Sequence[tuple[Collection, Sequence[str]]],
+    ranks: Ranks,
+    device: Any,
+    *,
+    msmarco: bool = False,
+    check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
+) -> None:
+    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes and prints.
+
+    `msmarco` writes runs in that format too; `check` adds notes on a result.
+
+    Raises ConfigError for an unknown measure or index before anything is encoded.
+    """
+    from eval.metrics import parse_measure
+    from retriever.config import ConfigError
+
+    try:
+        for name in (name for _, metrics in work for name in metrics):
+            parse_measure(name)
+    except ValueError as error:
+        raise ConfigError(f"--metrics: {error}") from error
+    folder = output_folder(given)
+    bundle = load_bundle(given, device) if given.model is not None else None
+    for collection, metrics in work:
+        if bundle is not None:
+            result = _of_model(given, bundle, collection, metrics, folder, ranks)
+        elif ranks.rank == 0:
+            result = _of_bm25(given, collection, metrics) if given.bm25 else _of_run(given, collection, metrics)
+        else:
+            result = None
+        if result is not None:
+            _report(given, replace(result, notes=(*result.notes, *check(result))), folder, msmarco)
+
+
+def _of_model(
+    given: argparse.Namespace, bundle: Any, collection: Collection, metrics: Sequence[str], folder: Path, ranks: Ranks
+) -> EvalResult | None:
+    from eval.evaluate import evaluate_collection
+
+    return evaluate_collection(
+        bundle, collection, metrics, given.k, folder, index=given.index, ranks=ranks, tokens_per_chunk=given.batch, progress=True
+    )
+
+
+def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
+    from eval.bm25 import bm25_run
+    from eval.evaluate import EvalResult
+    from eval.metrics import measure_run
+
+    passages = list(collection.passages(given.title or "join", " "))
+    run = bm25_run(passages, collection.queries, given.k, exclude_self=collection.exclude_self, progress=True)
+    scores = measure_run(collection.qrels, run, metrics, collection.relevance)
+    return EvalResult(collection, scores, run, len(passages), notes=collection.notes(passage_id for passage_id, _ in passages))
+
+
+def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
+    from eval.evaluate import EvalResult
+    from eval.metrics import measure_run
+    from eval.trec import read_run
+
+    run = read_run(given.run)
+    without = sum(query_id not in run for query_id in collection.qrels)
+    notes = (f"{without:,} of {len(collection.qrels):,} judged queries are not in the run and count 0",) if without else ()
+    return EvalResult(collection, measure_run(collection.qrels, run, metrics, collection.relevance), run, notes=notes)
+
+
+def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:
+    from eval.bm25 import DESCRIPTION
+    from eval.report import format_table, write_result
+
+    source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
+    search = {"index": given.index, "k": given.k, "exclude_self": result.collection.exclude_self} if not given.run else {}
+    path = write_result(result, folder, source=source, search=search, msmarco=msmarco)
+    passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
+    print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")
+    for note in result.notes:
+        print(f"note: {note}")
+    print(format_table({"BM25" if given.bm25 else str(given.model or given.run): result.means}), flush=True)

@@ -1,0 +1,140 @@
+"""One evaluation from model to measures: encode the collection, search it exactly, measure the run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.collection import Collection, fingerprint, read_beir
+from eval.metrics import Scores, measure_run, parse_measure
+from eval.search import load_queries, search
+from eval.trec import Run
+from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.shards import open_shards
+
+if TYPE_CHECKING:
+    from retriever.encoder.bundle import EncoderBundle
+
+_SMALL_CORPUS = 4 * SHARD_ROWS
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that encode together; rank 0 searches and measures."""
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable[[], None] | None = None  # returns once every rank has called it
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The measures of one run over one collection."""
+
+    collection: Collection
+    scores: Scores
+    run: Run
+    n_passages: int | None = None  # None where a run was measured without reading the corpus
+    encoding: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # how the shards were made
+    notes: tuple[str, ...] = ()  # what a reader of the figures should know
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Measure name -> mean over all judged queries."""
+        return self.scores.means
+
+    @property
+    def n_queries(self) -> int:
+        """Judged queries, the number the means are over."""
+        return len(self.scores.query_ids)
+
+
+def evaluate(
+    bundle: EncoderBundle,
+    data_path: str | Path,
+    split: str,
+    metrics: Sequence[str],
+    k: int = 1000,
+    *,
+    index: str = "flat",
+    shards_dir: str | Path | None = None,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+) -> EvalResult | None:
+    """Measures an encoder, in memory or loaded, on one split of a BEIR folder; None on ranks other than the first.
+
+    Every rank calls it. `shards_dir` keeps the embeddings for the next call, which reuses those that still fit; without it (one
+    rank only) they go to a temporary folder. Raises ValueError for an unknown measure, ConfigError for an unknown index, DataError.
+    """
+    for name in metrics:
+        parse_measure(name)
+    collection = read_beir(data_path, split)
+    if shards_dir is not None:
+        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), index=index, ranks=ranks, progress=progress)
+    if ranks is not None and ranks.size > 1:
+        raise ValueError(f"{ranks.size} ranks without shards_dir; expected a folder that all of them share")
+    with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
+        return evaluate_collection(bundle, collection, metrics, k, Path(folder), index=index, progress=progress)
+
+
+def evaluate_collection(
+    bundle: EncoderBundle,
+    collection: Collection,
+    metrics: Sequence[str],
+    k: int,
+    shards_dir: Path,
+    *,
+    index: str = "flat",
+    ranks: Ranks | None = None,
+    tokens_per_chunk: int | None = None,
+    progress: bool = False,
+) -> EvalResult | None:
+    """As `evaluate`, for any collection: shards go to `shards_dir`/passages and `shards_dir`/queries-<split>."""
+    ranks, settings = ranks or Ranks(), bundle.settings
+    prints = collection.fingerprints()
+    texts = {
+        "passage": (collection.passages(settings.title, settings.title_separator), "passages"),
+        "query": (iter(collection.queries.items()), f"queries-{collection.split}"),
+    }
+    identity = {"passage": [prints["corpus"], settings.title, settings.title_separator], "query": [prints["queries"]]}
+    folders = {}
+    for side in ("passage", "query"):
+        stream, shard_rows = _sized(texts[side][0])
+        folders[side] = encode_to_shards(
+            bundle,
+            stream,
+            side,
+            shards_dir / texts[side][1],
+            texts_fingerprint=fingerprint([side, *identity[side]]),
+            rank=ranks.rank,
+            world_size=ranks.size,
+            barrier=ranks.barrier,
+            shard_rows=shard_rows,
+            tokens_per_chunk=tokens_per_chunk,
+            progress=progress,
+        )
+    if ranks.rank != 0:
+        return None
+    passages = open_shards(folders["passage"])
+    queries, query_ids = load_queries(open_shards(folders["query"]))
+    run = search(queries, query_ids, passages, k, index=index, exclude_self=collection.exclude_self, progress=progress)
+    scores = measure_run(collection.qrels, run, metrics, collection.relevance)
+    encoding = {"query": _of_interest(open_shards(folders["query"]).manifest), "passage": _of_interest(passages.manifest)}
+    notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
+    return EvalResult(collection, scores, run, passages.rows, encoding, notes)
+
+
+def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int]:
+    """The texts and the rows of a shard: a small collection is cut into about 16, so that several ranks share the work."""
+    stream = iter(texts)
+    head = list(islice(stream, _SMALL_CORPUS))
+    rows = SHARD_ROWS if len(head) == _SMALL_CORPUS else max(256, -(-len(head) // 16))
+    return chain(head, stream), rows
+
+
+def _of_interest(manifest: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in manifest.items() if key not in ("shards", "format_version", "side", "shard_rows")}

@@ -1,0 +1,169 @@
+"""Runs: what a search returned for each query, and their TREC and MS MARCO files (`.gz` ones too).
+
+A `Ranking` is in trec_eval's order: float32 score descending, equal scores by passage id descending (byte order), whatever rank
+the file states. MS MARCO's files carry ranks and no scores: there the rank is the order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from retriever.data.files import read_lines
+from retriever.data.records import DataError
+
+TREC_LINE = "query-id Q0 passage-id rank score tag"
+MSMARCO_LINE = "query-id<tab>passage-id<tab>rank"
+
+
+class Ranking(NamedTuple):
+    """One query's passages, best first, and their scores [n] float32, descending."""
+
+    passage_ids: list[str]
+    scores: np.ndarray
+
+
+Run = Mapping[str, Ranking]  # query id -> ranking
+
+
+def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) -> Ranking:
+    """The passages in trec_eval's order; `scores` are rounded to float32 first, as trec_eval reads them.
+
+    Raises ValueError where a passage comes twice, a score is NaN, or the lengths differ.
+    """
+    rounded = np.asarray(scores, dtype=np.float64).astype(np.float32)  # [n]
+    if len(rounded) != len(passage_ids):
+        raise ValueError(f"{len(passage_ids)} passage ids but {len(rounded)} scores: expected one score a passage")
+    if len(set(passage_ids)) != len(passage_ids):
+        twice = Counter(passage_ids).most_common(1)[0][0]
+        raise ValueError(f"passage {twice!r} stands twice in one ranking: expected each passage once")
+    if np.isnan(rounded).any():
+        raise ValueError(f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number")
+    # Python compares strings by code point, which is the byte order of UTF-8 that trec_eval's strcmp sees.
+    by_id = sorted(range(len(passage_ids)), key=lambda i: passage_ids[i], reverse=True)
+    order = np.array(by_id, dtype=np.int64)[np.argsort(-rounded[by_id], kind="stable")]  # [n]
+    return Ranking([passage_ids[i] for i in order], rounded[order])
+
+
+def write_trec(path: str | Path, run: Run, tag: str = "bigbatch") -> None:
+    """`query-id Q0 passage-id rank score tag`, ranks from 1; a float32 score reads back to the same float32.
+
+    Raises ValueError where an id or the tag is empty or has white space in it, which the format cannot hold.
+    """
+    _require_words([tag], "run tag")
+    _require_words(run, "query id")
+
+    def lines() -> Iterator[str]:
+        for query_id, (passage_ids, scores) in run.items():
+            _require_words(passage_ids, "passage id")
+            for rank, (passage_id, score) in enumerate(zip(passage_ids, scores.tolist(), strict=True), start=1):
+                yield f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n"  # 9 digits name a float32 uniquely
+
+    _write_lines(path, lines())
+
+
+def write_msmarco(path: str | Path, run: Run, k: int | None = None) -> None:
+    """`query-id<tab>passage-id<tab>rank`, the first `k` passages of each query (None: all), ranks from 1. Raises as `write_trec`."""
+    _require_words(run, "query id")
+
+    def lines() -> Iterator[str]:
+        for query_id, (passage_ids, _) in run.items():
+            _require_words(passage_ids[:k], "passage id")
+            for rank, passage_id in enumerate(passage_ids[:k], start=1):
+                yield f"{query_id}\t{passage_id}\t{rank}\n"
+
+    _write_lines(path, lines())
+
+
+def read_trec(path: str | Path) -> dict[str, Ranking]:
+    """A TREC run file; the rank column is not used, what follows the score is the tag, lines starting with `#` are comments.
+
+    Raises DataError naming file and line where a line is malformed or repeats a passage of its query.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for number, line in _numbered_lines(path):
+        parts = line.split(maxsplit=5)
+        if len(parts) < 6:
+            raise DataError(f"{len(parts)} fields; expected 6: {TREC_LINE}", path, number)
+        query_id, _, passage_id, _, score, _ = parts
+        passages = found.setdefault(query_id, {})
+        if passage_id in passages:
+            raise DataError(f"passage {passage_id!r} of query {query_id!r} stands twice; expected once", path, number)
+        passages[passage_id] = _number(score, path, number)
+    return {query_id: ranking(list(passages), list(passages.values())) for query_id, passages in found.items()}
+
+
+def read_msmarco(path: str | Path) -> dict[str, Ranking]:
+    """An MS MARCO run file; a passage's score is minus its rank, so that its order is the file's ranks.
+
+    Raises DataError naming file and line where a line is malformed, or a query repeats a passage or a rank.
+    """
+    found: dict[str, dict[str, int]] = {}
+    taken: set[tuple[str, int]] = set()
+    for number, line in _numbered_lines(path):
+        parts = line.split()
+        if len(parts) != 3:
+            raise DataError(f"{len(parts)} fields; expected 3: {MSMARCO_LINE}", path, number)
+        query_id, passage_id, rank_text = parts
+        if not rank_text.isascii() or not rank_text.isdigit() or int(rank_text) < 1:
+            raise DataError(f"rank {rank_text!r}; expected a whole number from 1 on", path, number)
+        rank = int(rank_text)
+        passages = found.setdefault(query_id, {})
+        if passage_id in passages or (query_id, rank) in taken:
+            what = f"passage {passage_id!r}" if passage_id in passages else f"rank {rank}"
+            raise DataError(f"{what} of query {query_id!r} stands twice; expected once", path, number)
+        passages[passage_id] = rank
+        taken.add((query_id, rank))
+    by_rank = {query_id: sorted(passages, key=passages.__getitem__) for query_id, passages in found.items()}
+    return {query_id: Ranking(ids, -np.array([found[query_id][p] for p in ids], dtype=np.float32)) for query_id, ids in by_rank.items()}
+
+
+def read_run(path: str | Path) -> dict[str, Ranking]:
+    """A run file of either kind, told apart by its first line's number of fields. Raises as the two readers."""
+    for _, line in _numbered_lines(path):
+        return read_msmarco(path) if len(line.split()) == 3 else read_trec(path)
+    raise DataError(f"no lines; expected a run: {TREC_LINE}, or {MSMARCO_LINE}", path)
+
+
+def _number(text: str, path: str | Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise DataError(f"score {text!r}; expected a number", path, line)
+    return value
+
+
+def _numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in read_lines(Path(path)) if line.strip() and not line.startswith("#"))
+
+
+def _require_words(words: Iterable[str], name: str) -> None:
+    for word in words:
+        if len(word.split()) != 1 or word != word.strip():
+            raise ValueError(f"{name} {word!r}: a run file separates its fields by white space; expected an id without any")
+
+
+def _write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Writes beside `path`, then renames: a run file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(aside, "wt", encoding="utf-8") as file:
+                file.writelines(lines)
+        else:
+            with aside.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
