@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -166,22 +166,31 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         merged = OmegaConf.load(path) if path is not None else OmegaConf.create({})
-        for override in overrides:
-            key, separator, value = override.partition("=")
-            if not separator or not key:
-                raise ConfigError(f"override {override!r}: expected key.sub=value")
-            parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
-            OmegaConf.update(merged, key, parsed, force_add=True)
-        tree = OmegaConf.to_container(merged, resolve=True)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from error
+        raise ConfigError(f"--config {path}: {error.strerror or 'expected a mapping of sections'}") from error
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of sections, found {type(tree).__name__}")
-    config = from_dict(tree)
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(merged, DictConfig):
+        raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
+    for override in overrides:
+        _override(merged, override)
+    config = from_dict(OmegaConf.to_container(merged, resolve=False))  # type: ignore[arg-type]
     validate(config)
     return config
+
+
+def _override(merged: DictConfig, override: str) -> None:
+    """Sets one `key.sub=value`; the value is read as YAML, but text with a colon stays text: `model.query_prompt=query: `."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+        if isinstance(parsed, Mapping) and not value.lstrip().startswith("{"):
+            parsed = value
+        OmegaConf.update(merged, key, parsed, force_add=True)
+    except (OmegaConfBaseException, YAMLError, TypeError, IndexError) as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
 
 
 def from_dict(tree: Mapping[Any, Any]) -> Config:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from retriever.config_tree import ConfigError
+from retriever.config_tree import ConfigError, flatten
 
 if TYPE_CHECKING:
     from retriever.config import Config
@@ -29,6 +30,10 @@ def validate(config: Config) -> None:
         if value in refused and type(value) is type(refused[0]):
             raise ConfigError(f"{key}: {value!r} is not available in this version; leave it at its default")
     model, loss, train = config.model, config.loss, config.train
+    for key, number in flatten(asdict(config)).items():
+        _require(not isinstance(number, float) or math.isfinite(number), key, "a finite number", number)
+    _require(config.run.seed >= 0, "run.seed", "0 or more", config.run.seed)
+    _require(config.run.timeout_s > 0, "run.timeout_s", "a number of seconds above 0", config.run.timeout_s)
     _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
     _require(model.lora is None, "model.lora", "null: LoRA is not available in this version", model.lora)
     _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
@@ -54,6 +59,8 @@ def validate(config: Config) -> None:
     margin = loss.false_negative_margin
     _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
     _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)
+    _require(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "two numbers from 0 to below 1", list(config.optim.betas))
+    _require(config.optim.weight_decay >= 0, "optim.weight_decay", "0 or more", config.optim.weight_decay)
     _require(config.optim.warmup >= 0, "optim.warmup", "0 or more", config.optim.warmup)
     _require(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "a number above 0", config.optim.max_grad_norm)
     one = (train.max_steps is None) != (train.epochs is None)
@@ -65,6 +72,8 @@ def validate(config: Config) -> None:
     _require(train.eval_every >= 0, "train.eval_every", "0 or more", train.eval_every)
     _require(train.eval_every == 0 or config.eval is not None, "train.eval_every", "0 where there is no eval section", train.eval_every)
     if config.eval is not None:
+        _require(config.eval.k >= 1, "eval.k", "at least 1", config.eval.k)
+        _require(len(config.eval.metrics) > 0, "eval.metrics", "at least one measure, such as nDCG@10", [])
         _require(config.eval.path != "", "eval.path", "a BEIR folder", "")
         _require(config.eval.index == "flat", "eval.index", "flat: other indexes are not available in this version", config.eval.index)
 

@@ -90,15 +90,17 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
     for i in row.tolist():
         own = targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]]
         known[i] = torch.isin(targets.passage_ids, own)
-    positive = similarities[row, targets.positives]
+    active, column = targets.positives >= 0, targets.positives.clamp(min=0)
+    known[~active] = True
+    positive = similarities[row, column]
     if loss.false_negative_margin is not None:
         known |= similarities.detach() > positive.detach()[:, None] + loss.false_negative_margin
     negatives = logits.masked_fill(known, -torch.inf)
     s = positive / loss.temperature
     losses = torch.logaddexp(s, negatives.logsumexp(dim=1)) - s
     if loss.symmetric:
-        losses = 0.5 * (losses + torch.logaddexp(s, negatives.logsumexp(dim=0)[targets.positives]) - s)
-    return losses.mean()
+        losses = 0.5 * (losses + torch.logaddexp(s, negatives.logsumexp(dim=0)[column]) - s)
+    return losses.where(active, 0.0).sum() / targets.global_queries
 
 
 def _take_gradients(encoder: DualEncoder) -> Tensor:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from retriever.config import Config
+from retriever.config import Config, ConfigError
 from retriever.data.store import Csr, Store
 
 
@@ -53,6 +53,9 @@ class Planner:
         self._one_source = one_source
         weights = weights if weights is not None else [1.0] * len(store.sources)
         self._sizes = [source.last - source.first for source in store.sources]
+        for source, size in zip(store.sources, self._sizes, strict=True):
+            if size == 0:
+                raise ConfigError(f"data.train: {source.name} has no query with a positive; expected at least one")
         # Queries that each source gives to an epoch; constant, so that a step's epoch needs no running sum.
         self._per_epoch = [max(1, round(weight * n)) for weight, n in zip(weights, self._sizes, strict=True)]
         if one_source:

@@ -163,9 +163,13 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hugging Face name; both towers of a folder share one. Raises ConfigError."""
     name = str(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path: {name} has no tokenizer that can be loaded: {error}") from error
+    # Without any tokenizer file transformers makes up an empty tokenizer of the architecture's class.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(f"model.name_or_path: {name} has no tokenizer that knows a word; expected its tokenizer files beside the weights")
+    return tokenizer
 
 
 @contextmanager

@@ -33,9 +33,9 @@ def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     exclusions = _exclusions_of_all_rows(problem, world, world.gather_rows(problem.exclusions.passage_ids).rows)
     offset = torch.where(problem.active, passages.own.start, 0)
     positives = world.gather_rows(problem.positives + offset).rows
-    whole = replace(problem, queries=queries.rows, passages=passages.rows, positives=positives, exclusions=exclusions)
     with torch.enable_grad():
-        q, p = whole.queries.requires_grad_(), whole.passages.requires_grad_()
+        q, p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
+        whole = replace(problem, queries=q, passages=p, positives=positives, exclusions=exclusions)
         logits = _masked_logits(q, p, exclusions, problem.scale)
         positive = whole.positive_logits()
         losses = nll(logits.logsumexp(dim=1), positive)
