@@ -1,0 +1,218 @@
+"""The configuration: what is written is what is read, and every refusal names its key."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retriever.config import Config, ConfigError, EvalConfig, LossConfig, ModelConfig, SourceConfig
+from retriever.config import adopt_auto, differences, from_dict, load, to_dict, to_yaml, validate
+
+MINIMAL = """
+model: {name_or_path: some/model}
+data: {train: [{path: a}, {name: b, weight: 0.5}]}
+train: {max_steps: 5}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        # Unknown keys, with the nearest known one.
+        ("loss.temprature=0.1", "loss.temprature: .*did you mean temperature"),
+        ("los.temperature=0.1", "los: .*did you mean loss"),
+        ("data.train.1.wait=2", r"data.train.1.wait: .*weight"),
+        ("eval.paht=x", "eval.paht: .*path"),
+        # Wrong types.
+        ("run.seed=1.5", "run.seed: expected a whole number, received 1.5"),
+        ("run.seed=true", "run.seed: expected a whole number, received True"),
+        ("model.tied=1", "model.tied: expected true or false, received 1"),
+        ("model.query_prompt=5", "model.query_prompt: expected text, received 5"),
+        ("optim.lr=fast", "optim.lr: expected a number, received 'fast'"),
+        ("optim.betas=[0.9]", "optim.betas: expected .*received"),
+        ("optim.betas=[0.9,x]", "optim.betas.1: expected a number, received 'x'"),
+        ("run.trackers=tensorboard", "run.trackers: expected a list"),
+        ("loss.strategy=sparse", r"loss.strategy: expected tiled \| dense \| local \| disco, received 'sparse'"),
+        ("batch.tokens_per_chunk=many", r"batch.tokens_per_chunk: expected a whole number \| auto, received 'many'"),
+        ("batch.tokens_per_chunk=true", "batch.tokens_per_chunk: "),
+        ("optim=adamw", "optim: expected a mapping"),
+        ("data.train=[5]", "data.train.0: expected a mapping"),
+        # Impossible alone or together.
+        ("run.seed=-1", "run.seed: "),
+        ("model.name_or_path=''", "model.name_or_path: "),
+        ("model.query_max_tokens=3", "model.query_max_tokens: "),
+        ("data.train=[]", "data.train: expected at least one source"),
+        ("data.train.0.name=both", "data.train.0: expected exactly one of path and name"),
+        ("data.train.1.weight=0", "data.train.1.weight: "),
+        ("data.train.1.limit=0", "data.train.1.limit: "),
+        ("data.negatives=-1", "data.negatives: "),
+        ("batch.queries=1", "batch.queries: "),
+        ("batch.tokens_per_chunk=143", "batch.tokens_per_chunk: expected auto or at least 144"),
+        ("loss.temperature=0", "loss.temperature: "),
+        ("loss.temperature=.nan", "loss.temperature: "),
+        ("loss.false_negative_margin=-0.1", "loss.false_negative_margin: "),
+        ("optim.lr=-1e-5", "optim.lr: "),
+        ("optim.warmup=-1", "optim.warmup: "),
+        ("optim.betas=[1.5,0.9]", "optim.betas"),
+        ("optim.weight_decay=-1", "optim.weight_decay: "),
+        ("optim.max_grad_norm=0", "optim.max_grad_norm: "),
+        ("train.epochs=1", "train: expected exactly one of train.max_steps and train.epochs"),
+        ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
+        ("train.keep_last=0", "train.keep_last: "),
+        ("train.eval_every=10", "train.eval_every: "),
+        ("eval={split: dev}", "eval.path: "),
+        # Not built yet.
+        ("model.attention=packed", "model.attention: .*not available"),
+        ("model.compile=true", "model.compile: .*not available"),
+        ("model.lora={r: 8}", "model.lora: .*not available"),
+        ("batch.retain=true", "batch.retain: .*not available"),
+        ("batch.offload=true", "batch.offload: .*not available"),
+        ("loss.exchange=ring", "loss.exchange: .*not available"),
+        ("loss.dims=[64]", "loss.dims: .*not available"),
+        # Overrides that are none, or go nowhere.
+        ("run.seed", "run.seed.*expected key.sub=value"),
+        ("=1", "expected key.sub=value"),
+        ("eval.metrics=[nDCG@10", "eval.metrics"),
+        ("data.train.2.path=c", r"data.train.2|data.train\[2\]"),
+        ("data.train.first.path=c", "data.train.first"),
+    ],
+)
+def test_every_refusal_names_its_key(minimal: Path, override: str, message: str) -> None:
+    """Nothing that cannot be run is accepted, and the message says where it was set."""
+    load(minimal)
+    with pytest.raises(ConfigError, match=message):
+        load(minimal, [override])
+
+
+@pytest.mark.parametrize("text", ["- a\n", "5\n", "model: [1,\n", "model: {}\nmodel: {}\n", "run:\n", "3: 4\n"])
+def test_a_file_that_is_no_configuration_is_refused_as_such(tmp_path: Path, text: str) -> None:
+    """A malformed file is a ConfigError with or without overrides, never a parser's traceback."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    for overrides in ((), ("run.seed=1",)):
+        if overrides and text == "run:\n":
+            continue  # the override gives the empty section its value
+        with pytest.raises(ConfigError):
+            load(path, overrides)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load("nowhere.yaml")
+
+
+def test_overrides_reach_every_kind_of_value(minimal: Path) -> None:
+    """Numbers without a point or with an exponent, lists, list entries, sections that are absent by default, null."""
+    config = load(
+        minimal,
+        [
+            "optim.lr=2e-5",
+            "loss.temperature=1",
+            "optim.betas=[0.9,0.95]",
+            "data.train.1.limit=100",
+            "run.trackers=[]",
+            "eval.path=dev",
+            "train.max_steps=null",
+            "train.epochs=0.5",
+            "run.output_dir=a=b",
+            "model.compile=false",
+        ],
+    )
+    assert config.optim.lr == 2e-5
+    assert (config.loss.temperature, type(config.loss.temperature)) == (1.0, float)
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.data.train == (SourceConfig(path="a"), SourceConfig(name="b", weight=0.5, limit=100))
+    assert config.run.trackers == ()
+    assert config.eval == EvalConfig(path="dev")
+    assert (config.train.max_steps, config.train.epochs) == (None, 0.5)
+    assert config.run.output_dir == "a=b"
+    assert config.model.compile is False
+
+
+@pytest.mark.parametrize("prompt", ["query: ", "Represent ", " it: {text}", "rank #1 ", "a=b"])
+def test_a_prompt_on_the_command_line_is_taken_as_it_stands(minimal: Path, prompt: str) -> None:
+    """Text with YAML's punctuation and outer blanks, as prompts have, needs no second layer of quotes."""
+    assert load(minimal, [f"model.query_prompt={prompt}"]).model.query_prompt == prompt
+
+
+def test_an_exponent_in_a_file_is_a_number(tmp_path: Path) -> None:
+    """`2e-5` without a point is a number, which plain YAML 1.1 readers deny."""
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + "optim: {lr: 2e-5}\n")
+    assert load(path).optim.lr == 2e-5
+
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
+    ["null", "true", "on", "~", "1e5", "0x10", "1_000", "1:30", "2024-01-01", "???", "${a}", "\\${a}", "<<", "=", "- a", "\u2028", "a\r\nb"]
+)
+_NUMBER = st.floats(min_value=1e-12, max_value=1e12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(_TEXT, min_size=4, max_size=4), numbers=st.lists(_NUMBER, min_size=3, max_size=3), evaluate=st.booleans())
+def test_what_to_yaml_writes_load_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], numbers: list[float], evaluate: bool
+) -> None:
+    """load(to_yaml(config)) == config, for any text and number that a user may have set."""
+    config = Config(
+        model=ModelConfig(name_or_path="m", query_prompt=texts[0], passage_prompt=texts[1]),
+        loss=LossConfig(temperature=numbers[0], false_negative_margin=numbers[1]),
+        eval=EvalConfig(path="x", metrics=(texts[2],)) if evaluate else None,
+    )
+    sources = (SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=numbers[2]), SourceConfig(name="n", limit=3))
+    config = replace(config, data=replace(config.data, train=sources), train=replace(config.train, epochs=numbers[2]))
+    path = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load(path) == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_the_default_configuration_lacks_only_what_nobody_can_guess() -> None:
+    """Model, data and length of training have no default; everything else does."""
+    given_values = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a"}]}, "train": {"epochs": 1}}
+    validate(from_dict(given_values))
+    for section in given_values:
+        with pytest.raises(ConfigError, match=section):
+            validate(from_dict({k: v for k, v in given_values.items() if k != section}))
+
+
+def test_differences_lists_each_changed_key_once_and_nothing_else() -> None:
+    """Old and new value of every changed leaf, lists whole, a section that came or went."""
+    old = from_dict({"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a"}]}})
+    assert differences(old, old) == []
+    new = replace(old, optim=replace(old.optim, lr=1.0), data=replace(old.data, train=()), eval=EvalConfig(path="x"))
+    found = differences(old, new)
+    assert "optim.lr: 2e-05 -> 1.0" in found
+    assert "eval.path: None -> 'x'" in found
+    assert {line.partition(":")[0] for line in found} <= {"optim.lr", "data.train", "eval", *(f"eval.{f.name}" for f in fields(EvalConfig))}
+    assert any(line.startswith("data.train: ") for line in found)
+
+
+def test_adopt_auto_replaces_auto_and_nothing_else() -> None:
+    """A resumed run takes over what `auto` was resolved to; what was set stays; `resume: auto` is not a value to adopt."""
+    asked = from_dict({"model": {"name_or_path": "m", "pooling": "auto"}, "batch": {"queries": 8}})
+    resolved = from_dict(
+        {"model": {"name_or_path": "n", "pooling": "cls"}, "batch": {"queries": 4, "tokens_per_chunk": 512}, "run": {"resume": "never"}}
+    )
+    adopted = adopt_auto(asked, resolved)
+    assert (adopted.model.pooling, adopted.batch.tokens_per_chunk) == ("cls", 512)
+    assert (adopted.model.name_or_path, adopted.batch.queries, adopted.run.resume) == ("m", 8, "auto")
+
+
+def test_every_section_is_frozen_and_documented() -> None:
+    """A configuration cannot change during a run, and every section says what it is for."""
+    for field in fields(Config):
+        kind = EvalConfig if field.name == "eval" else type(getattr(Config(), field.name))
+        assert is_dataclass(kind) and kind.__dataclass_params__.frozen, field.name
+        assert not kind.__doc__.startswith(f"{kind.__name__}("), field.name  # dataclass makes one up where there is none

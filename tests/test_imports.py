@@ -1,0 +1,165 @@
+"""The arrows between rooms, read from the source: imports never point back up, and nothing in the house shadows what it stands on."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "retriever", "eval", "scripts")
+
+# Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
+FLOORS = (
+    ("rng", "config", "config_tree", "config_rules", "environment"),
+    ("data", "encoder", "parallel"),
+    ("loss",),
+    ("gradcache", "optim"),
+    ("step",),
+    ("checkpoint", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
+    ("train", "encode"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def _sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+            if node.module in PACKAGES:  # from retriever import step
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT / "retriever").parts[0].removesuffix(".py")
+
+
+def _arrows() -> Iterator[tuple[Path, int, str]]:
+    for package in PACKAGES:
+        for path in _sources(package):
+            yield from ((path, line, name) for line, name in _imports(path))
+
+
+def test_the_walk_sees_the_house() -> None:
+    """Guard: arrows that are known to exist are found, so that an empty result means something."""
+    found = {(path.relative_to(ROOT).as_posix(), name) for path, _, name in _arrows()}
+    assert ("retriever/step.py", "retriever.gradcache") in found
+    assert ("retriever/loss/tiled.py", "kernels.lse") in found
+
+
+def test_packages_import_downwards_only() -> None:
+    """kernels <- retriever <- eval <- scripts, and absolutely; only retriever/train.py, where things are wired, may import eval."""
+    wrong = []
+    for path, line, name in _arrows():
+        package, target = path.relative_to(ROOT).parts[0], name.partition(".")[0]
+        wiring = path == ROOT / "retriever" / "train.py" and target == "eval"
+        up = target in PACKAGES and PACKAGES.index(target) > PACKAGES.index(package) and not wiring
+        if up or name.startswith(".") or target == "tests":
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_stand_on_torch_and_triton_alone() -> None:
+    """What a kernel imports is the standard library, torch, triton and its own package."""
+    allowed = sys.stdlib_module_names | {"torch", "triton", "kernels"}
+    wrong = [
+        f"{path.name}:{line} imports {name}"
+        for path in _sources("kernels")
+        for line, name in _imports(path)
+        if name.partition(".")[0] not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rooms_of_retriever_import_downwards_only() -> None:
+    """rng, config <- data, encoder, parallel <- loss <- gradcache <- step <- what serves a run <- commands."""
+    wrong = []
+    for path in _sources("retriever"):
+        if path == ROOT / "retriever" / "__init__.py":
+            continue
+        assert _room(path) in FLOOR, f"retriever/{_room(path)} stands on no floor: give it one in {Path(__file__).name}"
+        for line, name in _imports(path):
+            if name.startswith("retriever.") and FLOOR[name.split(".")[1]] > FLOOR[_room(path)]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_of_retriever_import_in_no_circle() -> None:
+    """Rooms of one floor may use each other one way; no module reaches itself. Imports for type checkers alone do not count."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in _sources("retriever")}
+    graph = {module: _running_imports(path) & modules.keys() for module, path in modules.items()}
+    finished: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in finished:
+            for target in sorted(graph[module]):
+                visit(target, (*above, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def _running_imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {str(node.module) for node in found} | {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+
+
+def _requirements(name: str, seen: set[str]) -> set[str]:
+    """The distribution and all it requires without extras, as far as they are installed here."""
+    if name in seen:
+        return seen
+    try:
+        required = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return seen
+    seen.add(name)
+    for line in required:
+        if "extra ==" not in line:
+            _requirements(_distribution(line), seen)
+    return seen
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def foreign_modules() -> set[str]:
+    """Top-level modules of everything that the project's dependencies, extras included, bring along."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    distributions: set[str] = set()
+    for line in lines:
+        _requirements(_distribution(line), distributions)
+    distributions.discard(project["name"])
+    return {module for module, owners in metadata.packages_distributions().items() if distributions & {_distribution(o) for o in owners}}
+
+
+def test_nothing_in_retriever_shadows_a_dependency(foreign_modules: set[str]) -> None:
+    """`python retriever/train.py` puts retriever/ first on sys.path: `import datasets` must not find a room of ours."""
+    assert {"torch", "transformers", "tokenizers", "datasets", "numpy"} <= foreign_modules
+    ours = {path.name.removesuffix(".py") for path in (ROOT / "retriever").iterdir() if not path.name.startswith("_")}
+    assert not ours & (foreign_modules | sys.stdlib_module_names)
+
+
+def test_kernels_init_is_a_docstring() -> None:
+    """A distribution named `kernels` exists: importing ours by accident must do nothing."""
+    (only,) = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant) and isinstance(only.value.value, str)
