@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from retriever.environment import check_environment
 
     check_environment()
+    import torch
     from accelerate import PartialState
 
     from retriever.config import ConfigError
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from retriever.encoder.bundle import load_encoder
     from retriever.shards import ShardError
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # not told so, accelerate runs processes on CPUs as strangers to each other
     try:
         bundle = load_encoder(
             given.model,

@@ -120,6 +120,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
     """The tokenizer as training used it: cut at `max_tokens`, able to pad, without the settings of its last call."""
     saved = copy.deepcopy(tokenizer)
     saved.model_max_length = max_tokens
+    saved.padding_side = "right"  # absolute positions (GPT-2) would be wrong behind padding
     if saved.pad_token is None:
         saved.pad_token = saved.eos_token
     if (backend := getattr(saved, "backend_tokenizer", None)) is not None:

@@ -1,0 +1,203 @@
+"""Texts to shards: by one process or several, interrupted or not, from files by the command, the embeddings are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retriever import encode as encode_module
+from retriever.encode import encode_to_shards, main
+from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.shards import ShardError, open_shards
+from tests.tiny import random_texts, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [(f"p{i}", text) for i, text in enumerate(random_texts(23))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def bundle(model: Path) -> EncoderBundle:
+    return load_encoder(model, passage_prompt="find the ")
+
+
+def _read(folder: Path) -> tuple[np.ndarray, list[str]]:
+    parts = list(open_shards(folder))
+    return np.concatenate([embeddings for embeddings, _ in parts]), [i for _, ids in parts for i in ids]
+
+
+def _encode(bundle: EncoderBundle, folder: Path, **changed: Any) -> Path:
+    settings: dict[str, Any] = {"texts_fingerprint": "abc", "shard_rows": 5, "progress": False} | changed
+    return encode_to_shards(bundle, iter(TEXTS), "passage", folder, **settings)
+
+
+class _Counting(EncoderBundle):
+    """Counts the texts it encodes, and may be stopped at a text."""
+
+    texts = 0
+    stop_at = 10**9
+
+    def encode(self, texts: Any, *arguments: Any, **named: Any) -> np.ndarray:
+        self.texts += len(texts)
+        if self.texts > self.stop_at:
+            raise KeyboardInterrupt
+        return super().encode(texts, *arguments, **named)
+
+
+def _counting(bundle: EncoderBundle, **changed: Any) -> _Counting:
+    return _Counting(bundle.encoder, bundle.tokenizer, replace(bundle.settings, **changed))
+
+
+@pytest.mark.parametrize("shard_rows", [5, 23, 100])
+def test_shards_hold_the_embeddings_in_the_order_of_the_texts(bundle: EncoderBundle, tmp_path: Path, shard_rows: int) -> None:
+    folder = _encode(bundle, tmp_path / "shards", shard_rows=shard_rows)
+    embeddings, ids = _read(folder)
+    assert ids == [i for i, _ in TEXTS]
+    np.testing.assert_allclose(embeddings, bundle.encode([text for _, text in TEXTS], "passage"), rtol=0, atol=1e-6)
+    manifest = open_shards(folder).manifest
+    wanted = {"rows": 23, "dimension": 32, "dtype": "float32", "side": "passage", "prompt": "find the ", "texts": "abc", "pooling": "mean"}
+    assert manifest | wanted == manifest
+    assert (manifest["model"], manifest["max_tokens"], len(manifest["shards"])) == (bundle.model_hash(), 256, -(-23 // shard_rows))
+
+
+def test_half_precision_shards_round_the_same_embeddings(bundle: EncoderBundle, tmp_path: Path) -> None:
+    exact, _ = _read(_encode(bundle, tmp_path / "exact"))
+    rounded, _ = _read(_encode(bundle, tmp_path / "rounded", dtype="float16"))
+    assert rounded.dtype == np.float16
+    np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+
+
+def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBundle, tmp_path: Path) -> None:
+    """Three ranks, one after the other: a barrier that lets the next rank run is enough, for none needs another's result before the end."""
+    alone = _encode(bundle, tmp_path / "alone")
+    ranks = [_counting(bundle) for _ in range(3)]
+    folder = tmp_path / "together"
+
+    def run_from(rank: int) -> None:
+        waits: Iterator[int] = iter(range(4))
+
+        def barrier() -> None:
+            if rank == 0 and next(waits) == 2:  # rank 0 has encoded its shards; now the others do, and come to their own end
+                for other in (1, 2):
+                    _encode(ranks[other], folder, rank=other, world_size=3, barrier=lambda: None)
+
+        _encode(ranks[0], folder, rank=0, world_size=3, barrier=barrier)
+
+    run_from(0)
+    assert [rank.texts for rank in ranks] == [10, 8, 5]
+    for file in sorted(alone.iterdir()):
+        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(ValueError, match="world_size is 3 without a barrier"):
+        _encode(bundle, folder, world_size=3)
+
+
+def test_what_is_there_is_not_encoded_again(bundle: EncoderBundle, tmp_path: Path) -> None:
+    interrupted = _counting(bundle)
+    interrupted.stop_at = 12
+    with pytest.raises(KeyboardInterrupt):
+        _encode(interrupted, tmp_path)
+    with pytest.raises(ShardError, match="interrupted"):
+        open_shards(tmp_path)
+    resumed, again = _counting(bundle), _counting(bundle)
+    _encode(resumed, tmp_path)
+    assert resumed.texts == 13  # two of five shards were there
+    _encode(again, tmp_path)
+    assert again.texts == 0
+    np.testing.assert_array_equal(_read(tmp_path)[0], _read(_encode(bundle, tmp_path / "fresh"))[0])
+
+
+@pytest.mark.parametrize(
+    ("of_bundle", "of_call"),
+    [({"passage_prompt": "other "}, {}), ({"passage_max_tokens": 9}, {}), ({}, {"texts_fingerprint": "new"}), ({}, {"dtype": "float16"})],
+)
+def test_another_job_encodes_everything_again(
+    bundle: EncoderBundle, tmp_path: Path, of_bundle: dict[str, Any], of_call: dict[str, Any]
+) -> None:
+    _encode(bundle, tmp_path)
+    changed = _counting(bundle, **of_bundle)
+    _encode(changed, tmp_path, **of_call)
+    assert changed.texts == 23
+    # Another query prompt is no other job on the passage side.
+    same = _counting(changed, query_prompt="unseen ")
+    _encode(same, tmp_path, **of_call)
+    assert same.texts == 0
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Path:
+    folder = tmp_path / "beir"
+    folder.mkdir()
+    passages = [{"_id": i, "title": "river" if n % 2 else "", "text": text} for n, (i, text) in enumerate(TEXTS)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in TEXTS[:4]))
+    return folder
+
+
+def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", str(model), "--input", str(beir), "--pooling", "cls", "--max-tokens", "16", "--prompt", "a "]
+    main([*common, "--side", "passage", "--output", str(tmp_path / "p"), "--title-separator", " of ", "--shard-rows", "10"])
+    assert capsys.readouterr().out == f"{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
+    main([*common, "--side", "query", "--output", str(tmp_path / "q")])
+    loaded = load_encoder(
+        model, pooling="cls", passage_prompt="a ", query_prompt="a ", passage_max_tokens=16, query_max_tokens=16, device="cpu"
+    )
+    passages = [f"river of {text}" if n % 2 else text for n, (_, text) in enumerate(TEXTS)]
+    embeddings, ids = _read(tmp_path / "p")
+    assert ids == [i for i, _ in TEXTS]
+    np.testing.assert_allclose(embeddings, loaded.encode(passages, "passage"), rtol=0, atol=1e-6)
+    embeddings, ids = _read(tmp_path / "q")
+    assert ids == [f"q{i}" for i, _ in TEXTS[:4]]
+    np.testing.assert_allclose(embeddings, loaded.encode([text for _, text in TEXTS[:4]], "query"), rtol=0, atol=1e-6)
+
+
+def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprints: list[str] = []
+    whole = encode_module.encode_to_shards
+
+    def recorded(*arguments: Any, **named: Any) -> Path:
+        fingerprints.append(named["texts_fingerprint"])
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(encode_module, "encode_to_shards", recorded)
+    arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p")]
+    main(arguments)
+    main(arguments)
+    main([*arguments, "--title", "drop"])
+    (beir / "corpus.jsonl").write_text((beir / "corpus.jsonl").read_text().replace("p22", "p99"))
+    main([*arguments, "--title", "drop"])
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+    assert _read(tmp_path / "p")[1][-1] == "p99"
+
+
+@pytest.mark.parametrize("missing", ["model", "input"])
+def test_the_command_says_in_one_line_what_is_missing(model: Path, beir: Path, tmp_path: Path, missing: str) -> None:
+    places = {"model": str(model), "input": str(beir)} | {missing: str(tmp_path / "nowhere")}
+    with pytest.raises(SystemExit, match="nowhere") as stopped:
+        main(["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")])
+    assert "\n" not in str(stopped.value)
+
+
+def test_two_processes_run_the_command_as_a_script(model: Path, beir: Path, tmp_path: Path) -> None:
+    """As `accelerate launch` starts it: the script's own folder first on the path, the project itself not on it."""
+    arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p"), "--shard-rows", "5"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, *settings, str(ROOT / "retriever" / "encode.py"), *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("23 embeddings of dimension 32") == 1, "only the first process reports"
+    assert _read(tmp_path / "p")[1] == [i for i, _ in TEXTS]

@@ -1,0 +1,141 @@
+"""Embedding shards: what is written is read, what is damaged is named, what belongs to another job is not taken for this one's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retriever.shards import ShardError, ShardJob, ShardWriter, open_shards
+
+JOB = ShardJob("passage", "hash", "", 144, "mean", True, "fp32", 3, "float32", "texts", shard_rows=4)
+
+
+def _fill(folder: Path, job: ShardJob = JOB, rows: int = 10) -> np.ndarray:
+    embeddings = np.random.default_rng(0).normal(size=(rows, job.dimension)).astype(np.float32)
+    writer = ShardWriter(folder, job)
+    writer.prepare()
+    for shard, start in enumerate(range(0, rows, job.shard_rows)):
+        part = embeddings[start : start + job.shard_rows]
+        writer.write(shard, part, [f"p{start + i}" for i in range(len(part))])
+    writer.finish(rows)
+    return embeddings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
+    embeddings = _fill(tmp_path, replace(JOB, dtype=dtype))
+    shards = open_shards(tmp_path)
+    for _ in range(2):  # any number of times
+        parts, ids = zip(*shards, strict=True)
+        assert [len(part) for part in parts] == [4, 4, 2]
+        assert all(isinstance(part, np.memmap) and part.dtype == dtype for part in parts)
+        np.testing.assert_array_equal(np.concatenate(parts), embeddings.astype(dtype))
+        assert sum(ids, []) == [f"p{i}" for i in range(10)]
+    assert (shards.rows, len(shards), shards.dimension, shards.manifest["side"]) == (10, 10, 3, "passage")
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".arrow"] * 3 + [".json"] * 2 + [".npy"] * 3
+
+
+def test_no_text_is_no_shard(tmp_path: Path) -> None:
+    _fill(tmp_path, rows=0)
+    assert list(open_shards(tmp_path)) == []
+    assert open_shards(tmp_path).rows == 0
+
+
+def test_an_unfinished_folder_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="not a folder of embedding shards"):
+        open_shards(tmp_path / "nowhere")
+    writer = ShardWriter(tmp_path, JOB)
+    writer.prepare()
+    writer.write(0, np.zeros((4, 3)), list("abcd"))
+    with pytest.raises(ShardError, match="its encoding was interrupted; run it again"):
+        open_shards(tmp_path)
+    with pytest.raises(ShardError, match="1 of 2 shards are missing, 00001 first"):
+        writer.finish(6)
+
+
+def test_shards_of_the_same_job_are_kept_and_others_go(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert ShardWriter(tmp_path, JOB).finished()
+    other = ShardWriter(tmp_path, replace(JOB, prompt="passage: "))
+    assert not other.finished()
+    (tmp_path / "00001.npy").unlink()
+    same = ShardWriter(tmp_path, JOB)
+    assert not same.finished()
+    same.prepare()
+    assert [same.has(shard) for shard in range(3)] == [True, False, True]
+    other.prepare()
+    assert not any(other.has(shard) for shard in range(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("part", ["embeddings", "ids"])
+def test_an_interrupted_shard_is_written_again(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ShardWriter(tmp_path, JOB)
+    writer.prepare()
+    name = {"embeddings": "00000.npy", "ids": "00000.ids.arrow"}[part]
+
+    def killed(source: object, target: Path) -> None:
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        Path(str(source)).rename(target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("retriever.shards.os.replace", killed)
+        writer.write(0, np.zeros((2, 3)), ["a", "b"])
+    assert not writer.has(0)
+    writer.write(0, np.ones((2, 3)), ["a", "b"])
+    writer.finish(2)
+    [(embeddings, ids)] = list(open_shards(tmp_path))
+    assert embeddings.all() and ids == ["a", "b"]
+
+
+def test_damage_names_its_file(tmp_path: Path) -> None:
+    _fill(tmp_path)
+    files = {name: (tmp_path / name).read_bytes() for name in ("00000.npy", "00001.ids.arrow", "manifest.json")}
+
+    def refused(match: str) -> None:
+        with pytest.raises(ShardError, match=match):
+            list(open_shards(tmp_path))
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+
+    (tmp_path / "00000.npy").write_bytes(files["00000.npy"][:-8])
+    refused(r"00000\.npy: not readable as npy")
+    (tmp_path / "00000.npy").unlink()
+    refused(r"00000\.npy: not readable as npy .*No such file")
+    np.save(tmp_path / "00000.npy", np.array([{}], dtype=object), allow_pickle=True)
+    refused(r"00000\.npy: not readable as npy")
+    np.save(tmp_path / "00000.npy", np.zeros((4, 2), dtype=np.float32))
+    refused(r"00000\.npy: holds \(4, 2\) float32; its manifest says \(4, 3\) float32")
+    (tmp_path / "00001.ids.arrow").write_bytes(files["00001.ids.arrow"][:20])
+    refused(r"00001\.ids\.arrow: not readable as an Arrow file")
+    (tmp_path / "00001.ids.arrow").write_bytes((tmp_path / "00002.ids.arrow").read_bytes())
+    refused(r"00001\.ids\.arrow: holds 2 rows of \['id'\]; expected 4")
+    (tmp_path / "manifest.json").write_text('{"rows": ')
+    refused(r"manifest\.json: not readable as JSON")
+    manifest = json.loads(files["manifest.json"])
+    for change, message in (
+        ({"format_version": 7}, "format_version is 7; expected 1"),
+        ({"rows": 11}, "do not add up to its 11 rows"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
+        refused(message)
+    del manifest["pooling"], manifest["model"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    refused("model, pooling missing")
+
+
+def test_embeddings_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, replace(JOB, dtype="float16"))
+    writer.prepare()
+    with pytest.raises(ShardError, match=r"embeddings are \(2, 4\); expected \(2, 3\)"):
+        writer.write(0, np.zeros((2, 4)), ["a", "b"])
+    with pytest.raises(ShardError, match="the embedding of 'b' is not finite in float16"):
+        writer.write(0, np.array([[0, 0, 0], [1e6, 0, 0]]), ["a", "b"])
+    with pytest.raises(ShardError, match="'int8'; expected one of float32, float16"):
+        replace(JOB, dtype="int8")
