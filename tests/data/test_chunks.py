@@ -1,0 +1,102 @@
+"""Chunks: every row once, within the budget, the same at every pass; prepared a few ahead by a thread that ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(40, 200))
+def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: list[int], budget: int) -> None:
+    """The chunks are a permutation of all rows; rows × longest ≤ budget; lengths descend; no chunk could take its successor's first row."""
+    array = np.array(lengths, dtype=np.int64)
+    plan = plan_chunks(array, budget)
+    rows = [int(row) for part in plan for row in part]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
+    assert all(len(part) * array[part].max() <= budget for part in plan)
+    assert all((len(part) + 1) * array[part].max() > budget for part in plan[:-1])
+    assert all(np.array_equal(a, b) for a, b in zip(plan, plan_chunks(array.copy(), budget), strict=True))
+
+
+def test_a_text_longer_than_the_budget_is_refused() -> None:
+    """The message names the key, the budget and the length."""
+    with pytest.raises(ValueError, match="batch.tokens_per_chunk=40 .* 41 tokens"):
+        plan_chunks(np.array([3, 41]), 40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=9), min_size=1, max_size=8), st.sampled_from([0, 1, 7]))
+def test_padding_keeps_every_token_and_marks_the_rest(rows: list[list[int]], pad_id: int) -> None:
+    """The mask recovers the rows, all else is the padding token, the width is the longest row's."""
+    ids, mask = pad_rows([np.array(row) for row in rows], pad_id)
+    assert ids.shape == mask.shape == (len(rows), max(map(len, rows))) and ids.dtype == mask.dtype == torch.int64
+    assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == rows
+    assert torch.all(ids[mask == 0] == pad_id)
+    assert torch.all(mask.diff(dim=1) <= 0), "padding stands on the right"
+
+
+def _builders(count: int, built: list[int], fail_at: int | None = None) -> list[Callable[[], Chunk]]:
+    def build(i: int) -> Chunk:
+        if i == fail_at:
+            raise OSError(f"chunk {i} cannot be read")
+        built.append(i)
+        return Chunk("query", torch.tensor([i]), torch.full((1, 2), i), torch.ones(1, 2, dtype=torch.int64))
+
+    return [lambda i=i: build(i) for i in range(count)]  # type: ignore[misc]
+
+
+def _threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "chunks"]
+
+
+def test_chunks_come_in_order_at_every_pass() -> None:
+    """Iterating twice gives the same chunks in the same order, and no thread stays."""
+    chunks = Chunks(_builders(11, []), CPU)
+    for _ in range(2):
+        assert [int(chunk.rows) for chunk in chunks] == list(range(11)) and len(chunks) == 11
+    assert not _threads()
+
+
+def test_only_a_few_chunks_are_prepared_ahead() -> None:
+    """Data memory does not grow with the batch: builders are called at most a handful before their turn."""
+    built: list[int] = []
+    for taken, _ in enumerate(Chunks(_builders(60, built), CPU), start=1):
+        threading.Event().wait(0.002)  # lets the thread run as far ahead as it will
+        assert len(built) <= taken + 6
+    assert len(built) == 60
+
+
+@pytest.mark.parametrize("fail_at", [0, 3, 29])
+def test_an_error_in_the_thread_is_raised_at_the_reader(fail_at: int) -> None:
+    """The reader gets the chunks before the failing one, then the builder's own exception; nothing hangs, no thread stays."""
+    read = []
+    with pytest.raises(OSError, match=f"chunk {fail_at} cannot be read"):
+        for chunk in Chunks(_builders(30, [], fail_at), CPU):
+            read.append(int(chunk.rows))
+    assert read == list(range(fail_at))
+    assert not _threads()
+
+
+def test_leaving_the_loop_early_ends_the_thread() -> None:
+    """By break or by an exception in the loop's body, the thread stops and the remaining chunks are never built."""
+    built: list[int] = []
+    for _ in Chunks(_builders(1000, built), CPU):
+        break
+    assert not _threads() and len(built) < 10
+    with pytest.raises(ZeroDivisionError):
+        for _ in Chunks(_builders(1000, built), CPU):
+            raise ZeroDivisionError
+    assert not _threads() and len(built) < 20

@@ -1,0 +1,83 @@
+"""Special tokens and truncation: what is stored and wrapped is what the tokenizer gives at inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import processors
+
+from retriever.data.tokens import TokenTemplate, tokenize_batch
+from tests.tiny import ARCHITECTURES, DECODERS, random_texts, tiny_tokenizer
+
+TEXTS = ["", "river", *random_texts(20, longest=24, seed=1), "unknown çharacters & punctuation!?"]
+PROMPTS = ["", "query: ", "find the passage that answers: "]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -> None:
+    """wrap(tokenize(prompt + text)) == tokenizer(prompt + text, truncation=True, max_length) for every limit, and `lengths` foretells it."""
+    tokenizer = tiny_tokenizer(architecture)
+    tokenizer.truncation_side = side
+    template = TokenTemplate.from_tokenizer(tokenizer)
+    assert template.special_tokens == (1 if architecture in DECODERS else 2)
+    assert template.pad_id == tokenizer.pad_token_id
+    cut = 0
+    for prompt in PROMPTS:
+        bare = [np.array(row, dtype=np.uint16) for row in tokenize_batch(tokenizer, TEXTS, prompt)]
+        for limit in (4, 5, 12, 256):
+            wrapped = [template.wrap(row, limit).tolist() for row in bare]
+            assert wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
+            lengths = template.lengths(np.array([len(row) for row in bare]), limit)
+            assert lengths.tolist() == [len(row) for row in wrapped]
+            cut += sum(len(row) + template.special_tokens > limit for row in bare)
+    assert cut > 50, "the limits cut nothing: this proves nothing"
+
+
+def test_tokenising_does_not_depend_on_what_the_tokenizer_did_last() -> None:
+    """A tokenizer that was last called with truncation and padding still gives whole texts."""
+    tokenizer = tiny_tokenizer()
+    fresh = tokenize_batch(tokenizer, TEXTS)
+    tokenizer(TEXTS, truncation=True, max_length=4, padding=True)
+    assert tokenize_batch(tokenizer, TEXTS) == fresh
+    assert tokenize_batch(tokenizer, []) == []
+
+
+class _Changed:
+    """A tokenizer whose special tokens depend on the text, or that changes a text when it adds them."""
+
+    truncation_side = "right"
+    pad_token_id: int | None = 0
+    eos_token_id: int | None = None
+
+    def __init__(self, full: Any) -> None:
+        self._full = full
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        bare = [ord(c) for c in text]
+        return {"input_ids": self._full(bare) if add_special_tokens else bare}
+
+
+def test_tokenizers_without_a_template_are_refused() -> None:
+    """A guessed template would train on other tokens than inference uses: each case is an error that says why."""
+    with pytest.raises(ValueError, match="different special tokens"):
+        TokenTemplate.from_tokenizer(_Changed(lambda bare: [len(bare), *bare]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="changes a text's tokens"):
+        TokenTemplate.from_tokenizer(_Changed(lambda bare: [1, *reversed(bare)]))  # type: ignore[arg-type]
+    without_padding = _Changed(lambda bare: bare)
+    without_padding.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token"):
+        TokenTemplate.from_tokenizer(without_padding)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:
+    """GPT-2 adds nothing to a text; its end-of-text token pads where it has no padding token."""
+    tokenizer = tiny_tokenizer("gpt2")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.pad_token = None
+    template = TokenTemplate.from_tokenizer(tokenizer)
+    assert (template.prefix, template.suffix, template.pad_id) == ((), (), tokenizer.eos_token_id)
+    wrapped = template.wrap(np.array([7, 65535], dtype=np.uint16), 4)
+    assert wrapped.dtype == np.int64 and wrapped.tolist() == [7, 65535]
