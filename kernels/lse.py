@@ -11,6 +11,7 @@ row-wise product. Memory is O(B + N) beside inputs and outputs. (Cheng et al. 20
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,22 +19,130 @@ import torch
 from torch import Tensor
 
 from kernels import lse_reference
+from kernels.exclusions import Exclusions, MaskTables
+
+__all__ = ["Exclusions", "InfoNCE", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
 
 Precision = Literal["bf16", "high", "fp32"]
 
+_AUTO_WORKSPACE = 2**30
+
 
 @dataclass(frozen=True)
-class Exclusions:
-    """Which query–passage pairs are no negatives.
+class InfoNCE:
+    """Per-row losses and, where asked for, the gradients of Σ weight · loss."""
 
-    Row i excludes every column whose `passage_ids` entry stands in `known_ids[known_ptr[i] : known_ptr[i + 1]]`
-    (any number a row), and every column with s_ij > `threshold[i]`; a threshold of −inf excludes the whole row.
+    loss: Tensor  # [B] float32, 0 for an ignored row
+    dqueries: Tensor | None  # [B, D] float32
+    dpassages: Tensor | None  # [N, D] float32
+    dscale: Tensor | None  # []
+
+
+def infonce(
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor,
+    scale: float,
+    *,
+    exclusions: Exclusions | None = None,
+    weights: Tensor | None = None,
+    symmetric: bool = False,
+    precision: Precision = "bf16",
+    workspace_mib: int | None = None,
+    gradients: bool = True,
+) -> InfoNCE:
+    """loss_i = log(e^{x_it} + Σ_{j : (i,j) ∈ neg} e^{x_ij}) − x_it with x = scale · Q Pᵀ and t = targets_i, and its gradients.
+
+    neg is what `exclusions` leaves, the target excepted in any case. `symmetric`: ½(row + column), the column term of
+    query i being log(e^{x_it} + Σ_{k : (k,t) ∈ neg} e^{x_kt}) − x_it. A row with target −1 has loss 0 and is no negative
+    of any passage; a row without negatives has loss 0 and gradient 0.
+
+    queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
+    weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32 accumulation),
+    "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB, None: up to 1 GiB
+    of what is free; more makes fewer, larger matrix products. Results are float32 (float64 for float64 inputs), the same bits
+    every time. Raises ValueError where shapes, dtypes, devices or targets do not fit. (Gao et al. 2021, arXiv:2101.06983;
+    Cheng et al. 2024, arXiv:2410.17243)
     """
+    _check(queries, passages, scale, exclusions, precision)
+    _check_vector("targets", targets, len(queries), queries)
+    if weights is not None:
+        _check_vector("weights", weights, len(queries), queries)
+    if workspace_mib is not None and workspace_mib < 1:
+        raise ValueError(f"expected workspace_mib of at least 1, received {workspace_mib}")
+    accumulated = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
+    least, most, ignored = _range_of(targets)
+    if least < -1 or most >= len(passages):
+        raise ValueError(f"expected targets between -1 and {len(passages) - 1} (a column of passages), received {least} to {most}")
+    if ignored:
+        return _without_ignored(
+            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients
+        )  # fmt: skip
+    if not len(queries):
+        empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
+        return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
+    if not _on_kernels(queries):
+        return InfoNCE(
+            *lse_reference.infonce(
+                queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
+                precision=precision, gradients=gradients,
+            )
+        )  # fmt: skip
+    from kernels import infonce_tiled
 
-    passage_ids: Tensor  # [N] int64
-    known_ptr: Tensor  # [B + 1] int64
-    known_ids: Tensor  # [known_ptr[-1]] int64
-    threshold: Tensor | None = None  # [B] in similarity units, before scale
+    masks = MaskTables.of(exclusions, targets, len(passages))
+    return InfoNCE(
+        *infonce_tiled.infonce(
+            queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
+            budget=_workspace_bytes(queries, workspace_mib), gradients=gradients,
+        )
+    )  # fmt: skip
+
+
+def _without_ignored(
+    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | None, weights: Tensor,
+    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool,
+) -> InfoNCE:  # fmt: skip
+    """`infonce` of the rows that have a target, spread over all rows again."""
+    kept = (targets >= 0).nonzero()[:, 0]
+    some = infonce(
+        queries[kept], passages, targets[kept], scale, exclusions=None if exclusions is None else exclusions.of_rows(kept),
+        weights=weights[kept], symmetric=symmetric, precision=precision, workspace_mib=workspace_mib, gradients=gradients,
+    )  # fmt: skip
+    loss = some.loss.new_zeros(len(queries))
+    loss[kept] = some.loss
+    dqueries = None
+    if some.dqueries is not None:
+        dqueries = some.dqueries.new_zeros(queries.shape)
+        dqueries[kept] = some.dqueries
+    return InfoNCE(loss, dqueries, some.dpassages, some.dscale)
+
+
+def _range_of(targets: Tensor) -> tuple[int, int, int]:
+    """(smallest, largest, how many are −1), with one wait for the device."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"expected targets as int64, received {targets.dtype}")
+    if not len(targets):
+        return 0, -1, 0
+    least, most, ignored = torch.stack([targets.min(), targets.max(), (targets == -1).sum()]).tolist()
+    return least, most, ignored
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """Whether `x` is computed on the Triton kernels: on a GPU, or through Triton's interpreter; float64 never is."""
+    if x.dtype == torch.float64:
+        return False
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _workspace_bytes(x: Tensor, workspace_mib: int | None) -> int:
+    if workspace_mib is not None:
+        return workspace_mib * 2**20
+    if not x.is_cuda:
+        return _AUTO_WORKSPACE
+    free = torch.cuda.mem_get_info(x.device)[0] + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return min(_AUTO_WORKSPACE, free // 2)
 
 
 def negatives_lse(
@@ -52,6 +161,11 @@ def negatives_lse(
     are, "high" promises an error below 1e-5. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
+    if _on_kernels(queries) and len(queries) and len(passages):
+        from kernels import lse_tiled
+
+        masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
+        return lse_tiled.negatives_lse(lse_tiled.Operands.of(queries, passages, precision), scale, masks, columns)
     return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
 
 
@@ -76,6 +190,14 @@ def negatives_gradient(
     _check_vector("row_log_weights", row_log_weights, len(queries), queries)
     if column_log_weights is not None:
         _check_vector("column_log_weights", column_log_weights, len(passages), queries)
+    if _on_kernels(queries) and len(queries) and len(passages):
+        from kernels import infonce_tiled, lse_tiled
+
+        masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
+        return infonce_tiled.negatives_gradient(
+            lse_tiled.Operands.of(queries, passages, precision), scale, masks, row_log_weights, column_log_weights,
+            _workspace_bytes(queries, None),
+        )  # fmt: skip
     return lse_reference.negatives_gradient(
         queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision
     )
@@ -97,7 +219,7 @@ def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusio
         return
     _check_vector("exclusions.passage_ids", exclusions.passage_ids, len(passages), queries)
     _check_vector("exclusions.known_ptr", exclusions.known_ptr, len(queries) + 1, queries)
-    if exclusions.passage_ids.dtype != torch.int64 or exclusions.known_ptr.dtype != torch.int64 or exclusions.known_ids.dtype != torch.int64:
+    if any(ids.dtype != torch.int64 for ids in (exclusions.passage_ids, exclusions.known_ptr, exclusions.known_ids)):
         raise ValueError("expected exclusions.passage_ids, known_ptr and known_ids as int64")
     if exclusions.threshold is not None:
         _check_vector("exclusions.threshold", exclusions.threshold, len(queries), queries)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.lse import Exclusions
+from kernels.exclusions import Exclusions, known_pairs
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -57,9 +55,65 @@ def negatives_gradient(
     return dqueries, dpassages
 
 
+def infonce(
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor,
+    scale: float,
+    *,
+    exclusions: Exclusions | None = None,
+    weights: Tensor,
+    symmetric: bool = False,
+    precision: str = "fp32",
+    gradients: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """See `kernels.lse.infonce`; every row has a target. Returns (loss, dqueries, dpassages, dscale)."""
+    exclusions = with_targets(exclusions, targets, len(passages))
+    row_lse, column_lse = negatives_lse(queries, passages, scale, exclusions, columns=symmetric, precision=precision)
+    q, p = rounded(queries, precision), rounded(passages, precision)
+    logit = scale * (q * p[targets]).sum(dim=1)  # [B]
+    against_row = row_lse - logit
+    loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()  # pull: −dL/dlogit of the target
+    row_pull, column_log_weights = pull, None
+    if column_lse is not None:
+        against_column = column_lse[targets] - logit
+        loss = (loss + log_one_plus_exp(against_column)) / 2
+        row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
+        pull = row_pull + column_pull
+        passage_pull = torch.zeros_like(column_lse).index_add(0, targets, column_pull)
+        column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
+    if not gradients:
+        return loss, None, None, None
+    row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
+    dqueries, dpassages = negatives_gradient(
+        queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision
+    )  # fmt: skip
+    dqueries -= scale * pull[:, None] * p[targets]
+    dpassages.index_add_(0, targets, -scale * pull[:, None] * q)
+    return loss, dqueries, dpassages, (q * dqueries).sum() / scale
+
+
+def log_one_plus_exp(x: Tensor) -> Tensor:
+    """log(1 + eˣ) in full precision for any x, −inf included."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def with_targets(exclusions: Exclusions | None, targets: Tensor, N: int) -> Exclusions:
+    """`exclusions` by column, with every row's target among them."""
+    rows = torch.arange(len(targets), device=targets.device)
+    columns, threshold = targets, None
+    if exclusions is not None:
+        known_rows, known_columns = known_pairs(exclusions)
+        order = torch.cat([rows, known_rows]).sort(stable=True).indices
+        rows, columns = torch.cat([rows, known_rows])[order], torch.cat([columns, known_columns])[order]
+        threshold = exclusions.threshold
+    ptr = torch.searchsorted(rows, torch.arange(len(targets) + 1, device=targets.device))
+    return Exclusions(torch.arange(N, device=targets.device), ptr, columns, threshold)
+
+
 def _tiles(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
-    rows, columns = _known_pairs(exclusions) if exclusions is not None else (None, None)
+    rows, columns = known_pairs(exclusions) if exclusions is not None else (None, None)
     for r in range(0, len(queries), _TILE_ROWS):
         i = slice(r, min(r + _TILE_ROWS, len(queries)))
         for c in range(0, len(passages), _TILE_COLUMNS):
@@ -72,13 +126,3 @@ def _tiles(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusio
                 if exclusions.threshold is not None:
                     logits.masked_fill_(similarities > exclusions.threshold[i, None], -torch.inf)
             yield i, j, logits
-
-
-def _known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
-    """The excluded pairs that stand in this block, as (rows [E], columns [E]); an id may stand in several columns."""
-    ids, order = exclusions.passage_ids.sort()
-    first = torch.searchsorted(ids, exclusions.known_ids)
-    count = torch.searchsorted(ids, exclusions.known_ids, right=True) - first  # columns each known id matches
-    row_of = torch.repeat_interleave(exclusions.known_ptr.diff())
-    offset = torch.arange(int(count.sum()), device=ids.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    return row_of.repeat_interleave(count), order[first.repeat_interleave(count) + offset]

@@ -1,0 +1,209 @@
+"""InfoNCE and its gradients on Triton kernels and cuBLAS: slabs of exponentials in a bounded workspace, matrix products over them.
+
+One direction, 6·B·N·D operations: a pass over the tiles writes a slab of rows of E = 2^(logits − shift) and sums the
+rounded rows; then dQ = E P, weighted by row, and dP += Eᵀ (weighted Q) are plain products. Both directions, 8·B·N·D: one pass
+sums rows and columns at once, a second one writes the gradient at the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.exclusions import MaskTables
+from kernels.lse_reference import log_one_plus_exp
+from kernels.lse_tiled import Operands, estimate_shifts, exact_row_shifts, log_of, negatives_lse, outside, slabs
+from kernels.lse_triton import LOG2E, aligned, tile_pass
+from kernels.matmul import add_product, parts_of
+from kernels.rows_triton import finish_passages, finish_queries, weigh_rows
+
+_LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
+_INNER = {"bf16": None, "high": 2048, "fp32": None}
+
+
+class Workspace:
+    """Room for a slab of exponentials: a bf16 matrix, two of them (value and residual), or an fp32 one."""
+
+    def __init__(self, like: Tensor, precision: str, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        width = -(-columns // 64) * 64
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.parts = [like.new_empty(rows, width, dtype=dtype) for _ in range(2 if precision == "high" else 1)]
+
+    def views(self, rows: int, columns: int) -> list[Tensor]:
+        """Its upper left corner."""
+        return [part[:rows, :columns] for part in self.parts]
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: int) -> int:
+    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is room for one."""
+    rows = budget // ((2 if precision == "bf16" else 4) * -(-N // 64) * 64)
+    if rows >= B:
+        return B
+    wave = max(1, processors // -(-D // 256)) * 128
+    if rows >= wave:
+        return rows // wave * wave
+    return max(256, rows // 256 * 256)
+
+
+def _products(
+    e: list[Tensor], dqueries: Tensor, dpassages: Tensor, queries: list[Tensor], passages: list[Tensor],
+    fresh: tuple[bool, bool], inner: int | None,
+) -> None:  # fmt: skip
+    """dqueries (+)= E P and dpassages (+)= Eᵀ Q, side by side: the tiles of the one fill the processors the other leaves idle."""
+    transposed = [part.T for part in e]
+    if not dqueries.is_cuda:
+        add_product(dqueries, e, passages, fresh=fresh[0], inner=inner)
+        add_product(dpassages, transposed, queries, fresh=fresh[1], inner=inner)
+        return
+    main, side = torch.cuda.current_stream(dqueries.device), _side_stream(dqueries.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        add_product(dqueries, e, passages, fresh=fresh[0], inner=inner)
+    add_product(dpassages, transposed, queries, fresh=fresh[1], inner=inner)
+    main.wait_stream(side)
+
+
+def _one_direction(
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, shift: Tensor, clamp: bool, workspace: Workspace,
+    dqueries: Tensor, dpassages: Tensor, fresh: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', the queries weighted; (row_sum, similarity, coefficient) [B]."""
+    N, D = x.passages.shape
+    passages = parts_of(x.passages, x.precision)
+    weighted = [x.queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
+    found = []
+    for i in slabs(len(x.queries), workspace.rows):
+        n = i.stop - i.start
+        e = workspace.views(n, N)
+        partial, _ = tile_pass(
+            x.queries[i], x.passages, scale, masks, row_shift=shift[i], written=e[0], residual=e[1] if len(e) > 1 else None,
+            rows=True, clamp=clamp, row_start=i.start, precision=x.dot,
+        )  # fmt: skip
+        assert partial is not None
+        q = [part[:n] for part in weighted]
+        found.append(
+            weigh_rows(x.queries[i], x.passages, targets[i], partial, shift[i], weights[i], scale, q[0], q[1] if len(q) > 1 else None)
+        )
+        _products(e, dqueries[i], dpassages, q, passages, (True, fresh), _INNER[x.precision])
+        fresh = False
+    row_sum, similarity, coefficient = (torch.cat(vectors) for vectors in zip(*found, strict=True))
+    return row_sum, similarity, coefficient
+
+
+def row_infonce(
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], dqueries [B, D], dpassages [N, D], dscale []) of the one-direction loss, in one pass; targets in 0..N−1."""
+    B, D = x.queries.shape
+    dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
+    dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
+    shifts = estimate_shifts(x, scale, columns=False)
+    row_sum, similarity, coefficient = _one_direction(
+        x, targets, scale, masks, weights, shifts.rows, not shifts.safe, workspace, dqueries, dpassages, True
+    )
+    row_lse = log_of(row_sum, shifts.rows)
+    if not shifts.safe and len(again := outside(row_sum)):
+        some = Operands(aligned(x.queries[again]), x.passages, x.precision)
+        some_masks = masks.select_rows(again)
+        exact = exact_row_shifts(some, scale, some_masks)
+        some_dqueries = dqueries.new_empty(len(again), D)
+        row_sum, _, coefficient[again] = _one_direction(
+            some, targets[again], scale, some_masks, weights[again], exact, False, workspace, some_dqueries, dpassages, False
+        )
+        row_lse[again] = log_of(row_sum, exact)
+        dqueries[again] = some_dqueries
+    against_target = row_lse - scale * similarity
+    target_weight = scale * weights * against_target.sigmoid()
+    along = finish_queries(dqueries, x.queries, x.passages, targets, coefficient, target_weight)
+    finish_passages(dpassages, x.queries, targets, target_weight)
+    return log_one_plus_exp(against_target), dqueries, dpassages, along.sum() / scale
+
+
+def negatives_gradient(
+    x: Operands, scale: float, masks: MaskTables, row_log_weights: Tensor | None, column_log_weights: Tensor | None, budget: int
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.lse.negatives_gradient`: a second pass over the tiles writes its blocks of dlogits, two products use each."""
+    (B, D), N = x.queries.shape, len(x.passages)
+    dqueries, dpassages = (side.new_empty(side.shape, dtype=torch.float32) for side in (x.queries, x.passages))
+    rows = slab_rows(B, N, D, x.precision, budget, _processors(x.queries))
+    columns = N
+    if rows < min(B, 2 * _LEAST_SLAB_ROWS):  # square blocks: the fewest reads and writes of the sums
+        rows = columns = max(256, int((budget // (2 if x.precision == "bf16" else 4)) ** 0.5) // 256 * 256)
+    workspace = Workspace(x.queries, x.precision, min(rows, B), min(columns, N))
+    queries, passages = parts_of(x.queries, x.precision), parts_of(x.passages, x.precision)
+    row_shift, column_shift = (_as_shift(w, scale) for w in (row_log_weights, column_log_weights))
+    for i in slabs(B, rows):
+        for j in slabs(N, columns):
+            e = workspace.views(i.stop - i.start, j.stop - j.start)
+            tile_pass(
+                x.queries[i], x.passages[j], scale, masks, row_shift=None if row_shift is None else row_shift[i],
+                column_shift=None if column_shift is None else column_shift[j], written=e[0], residual=e[1] if len(e) > 1 else None,
+                row_start=i.start, column_start=j.start, precision=x.dot,
+            )  # fmt: skip
+            _products(
+                e, dqueries[i], dpassages[j], [q[i] for q in queries], [p[j] for p in passages], (j.start == 0, i.start == 0),
+                _INNER[x.precision],
+            )  # fmt: skip
+    return dqueries, dpassages
+
+
+def _as_shift(log_weights: Tensor | None, scale: float) -> Tensor | None:
+    """−log₂(scale · weight): the shift that leaves weighted gradients; +inf leaves a row or column out."""
+    return None if log_weights is None else -(log_weights.float() * LOG2E) - math.log2(scale)
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def target_similarities(x: Operands, targets: Tensor) -> Tensor:
+    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as the tier rounds them."""
+    return torch.cat([(x.queries[i].float() * x.passages[targets[i]].float()).sum(1) for i in slabs(len(targets), 4096)])
+
+
+def two_pass_infonce(
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
+    row_lse, column_lse = negatives_lse(x, scale, masks, symmetric)
+    logit = scale * target_similarities(x, targets)
+    against_row = row_lse - logit
+    loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()
+    row_pull, column_log_weights = pull, None
+    if column_lse is not None:
+        against_column = column_lse[targets] - logit
+        loss = (loss + log_one_plus_exp(against_column)) / 2
+        row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
+        pull = row_pull + column_pull
+        # A passage that is the target of several queries has a term for each; index_put_ adds them in a fixed order.
+        passage_pull = torch.zeros_like(column_lse).index_put_((targets,), column_pull, accumulate=True)
+        column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
+    if not gradients:
+        return loss, None, None, None
+    row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
+    dqueries, dpassages = negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, budget)
+    along = finish_queries(dqueries, x.queries, x.passages, targets, None, scale * pull)
+    finish_passages(dpassages, x.queries, targets, scale * pull)
+    return loss, dqueries, dpassages, along.sum() / scale
+
+
+def infonce(
+    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, *, symmetric: bool,
+    precision: str, budget: int, gradients: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """See `kernels.lse.infonce`; every row has a target, `budget` bytes bound the slabs."""
+    x = Operands.of(queries, passages, precision)
+    (B, D), N = queries.shape, len(passages)
+    rows = slab_rows(B, N, D, precision, budget, _processors(queries))
+    if symmetric or not gradients or rows < min(B, _LEAST_SLAB_ROWS):
+        return two_pass_infonce(x, targets, scale, masks, weights, symmetric, gradients, budget)
+    return row_infonce(x, targets, scale, masks, weights, Workspace(x.queries, precision, rows, N))

@@ -1,0 +1,270 @@
+"""The Triton kernel of the contrastive loss: one pass over the tiles of scale · Q Pᵀ.
+
+`tile_pass` visits every tile of logits x_ij = scale · log₂e · ⟨q_i, p_j⟩ (base 2 throughout) once, drops the excluded
+pairs and, as asked,
+
+    writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]  as bf16, as a bf16 pair (value, residual) or as fp32
+    reduces  Σ_j 2^(x_ij − row_shift_i) by rows and Σ_i 2^(x_ij − column_shift_j) by columns, or the maxima of x_ij
+
+Sums are of the values as written, so that weights built from them sum to one. A tile writes its own partial reductions
+and the host adds them up in a fixed order: repeated runs give the same bits.
+
+Descriptors carry 64-bit addresses and return zeros outside of the matrix, so loads at ragged edges need no mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.exclusions import MaskTables
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of logits, and how one program works on it."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    programs_per_sm: int = 1
+    store_columns: int | None = None  # written this many columns at a time, to leave shared memory to the loads; None: all
+
+
+# Tuned on an H100 SXM; the other entries are sized to fit shared memory and registers.
+_HALF_TILES = {8: Tile(128, 128, 64, 8, 3), 9: Tile(128, 256, 64, 8, 3), 10: Tile(128, 256, 64, 8, 3)}
+_FLOAT_TILE = Tile(64, 64, 32, 8, 2)
+
+
+def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
+    """The pinned tile for inputs of `dtype` on a GPU of this generation."""
+    return _FLOAT_TILE if dtype == torch.float32 else _HALF_TILES[min(max(capability_major, 8), 10)]
+
+
+@triton.jit
+def _store(matrix, tile, first_row, first_column, COLUMNS: tl.constexpr):
+    if tile.shape[1] == COLUMNS:
+        matrix.store([first_row, first_column], tile)
+    else:
+        halves = tl.permute(tl.reshape(tile, (tile.shape[0], 2, COLUMNS)), (0, 2, 1))
+        left, right = tl.split(halves)
+        matrix.store([first_row, first_column], left)
+        matrix.store([first_row, first_column + COLUMNS], right)
+
+
+@triton.jit
+def _exponential(x, shift, CLAMP: tl.constexpr):
+    y = x - shift
+    if CLAMP:
+        y = tl.minimum(y, 126.0)
+    return tl.exp2(y)
+
+
+@triton.jit(do_not_specialize=["B", "N", "row_start", "column_start", "slot_stride", "pair_stride"])
+def _tile_pass(
+    queries,  # descriptor [B, D]
+    passages,  # descriptor [N, D]
+    written,  # descriptor [B, N] or None
+    residual,  # descriptor [B, N] or None
+    row_shift,  # [B] or None
+    column_shift,  # [N] or None
+    slots,  # [SLOTS, all rows] int32: excluded columns of a row, −1 where unused
+    threshold,  # [all rows] or None, in similarity units
+    pair_ptr,  # [all row tiles · all column tiles + 1] int32 or None: further excluded pairs, by tile
+    pair_rows,
+    pair_columns,
+    row_out,  # [column tiles, B] or None
+    column_out,  # [row tiles, N] or None
+    B,
+    N,
+    D,
+    row_start,  # where this block stands in the masks
+    column_start,
+    slot_stride,
+    pair_stride,
+    scale_log2,
+    SLOTS: tl.constexpr,
+    MAXIMUM: tl.constexpr,
+    CLAMP: tl.constexpr,
+    RAGGED_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STORE_COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    row_tiles = tl.cdiv(B, BLOCK_B)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    tiles_per_group = GROUP * column_tiles
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=FLATTEN):
+        # Down the rows of a group first: its queries stay in L2 while the passages stream by once.
+        group_start = tile // tiles_per_group * GROUP
+        group_rows = min(row_tiles - group_start, GROUP)
+        row_tile = group_start + tile % tiles_per_group % group_rows
+        column_tile = tile % tiles_per_group // group_rows
+        first_row = row_tile * BLOCK_B
+        first_column = column_tile * BLOCK_N
+
+        x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        for d in tl.range(0, D, BLOCK_D):
+            q = queries.load([first_row, d])
+            p = passages.load([first_column, d])
+            x = tl.dot(q, p.T, x, input_precision=PRECISION)
+
+        rows = first_row + tl.arange(0, BLOCK_B)
+        columns = first_column + tl.arange(0, BLOCK_N)
+        row_inside = rows < B
+        column_inside = columns < N
+        mask_rows = row_start + rows
+        mask_columns = column_start + columns
+        dropped = mask_columns[None, :] == tl.load(slots + mask_rows, row_inside, other=-1)[:, None]
+        for slot in tl.static_range(1, SLOTS):
+            dropped |= mask_columns[None, :] == tl.load(slots + slot * slot_stride + mask_rows, row_inside, other=-1)[:, None]
+        if threshold is not None:
+            dropped |= x > tl.load(threshold + mask_rows, row_inside, other=0.0)[:, None]
+        if RAGGED_COLUMNS:
+            dropped |= (columns >= N)[None, :]
+        if pair_ptr is not None:
+            pairs = pair_ptr + (row_start // BLOCK_B + row_tile).to(tl.int64) * pair_stride + column_start // BLOCK_N + column_tile
+            for pair in tl.range(tl.load(pairs), tl.load(pairs + 1)):
+                here = (mask_rows == tl.load(pair_rows + pair))[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :]
+                dropped |= here
+
+        if column_shift is not None:
+            dropped |= (rows >= B)[:, None]
+        x = tl.where(dropped, -float("inf"), x * scale_log2)
+
+        if MAXIMUM:
+            if row_out is not None:
+                tl.store(row_out + column_tile.to(tl.int64) * B + rows, tl.max(x, 1), row_inside)
+            if column_out is not None:
+                x = tl.where(row_inside[:, None], x, -float("inf"))
+                tl.store(column_out + row_tile.to(tl.int64) * N + columns, tl.max(x, 0), column_inside)
+        else:
+            # Rows outside have a shift of +inf, so they add nothing to a column.
+            if row_shift is not None:
+                e = _exponential(x, tl.load(row_shift + rows, row_inside, other=float("inf"))[:, None], CLAMP)
+            if column_shift is not None:
+                e_column = _exponential(x, tl.load(column_shift + columns, column_inside, other=float("inf"))[None, :], CLAMP)
+            elif column_out is not None:
+                e_column = e
+            if written is not None:
+                if row_shift is None:
+                    e = e_column
+                elif column_shift is not None:
+                    e += e_column
+                e_written = e.to(written.dtype)
+                _store(written, e_written, first_row, first_column, STORE_COLUMNS)
+                if residual is not None:
+                    e_residual = (e - e_written.to(tl.float32)).to(residual.dtype)
+                    _store(residual, e_residual, first_row, first_column, STORE_COLUMNS)
+                    e = e_written.to(tl.float32) + e_residual.to(tl.float32)
+                else:
+                    e = e_written.to(tl.float32)
+            if row_out is not None:
+                tl.store(row_out + column_tile.to(tl.int64) * B + rows, tl.sum(e, 1), row_inside)
+            if column_out is not None:
+                tl.store(column_out + row_tile.to(tl.int64) * N + columns, tl.sum(e_column, 0), column_inside)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` [rows, D] itself where a tensor descriptor can read it, else a copy with padded rows."""
+    unit = 16 // x.itemsize
+    if x.stride(1) == 1 and x.stride(0) % unit == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0:
+        return x
+    copy = x.new_zeros(x.shape[0], -(-x.shape[1] // unit) * unit)[:, : x.shape[1]]
+    return copy.copy_(x)
+
+
+def _programs(x: Tensor, tiles: int, per_sm: int) -> int:
+    if not x.is_cuda:
+        return min(tiles, 2)
+    return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count * per_sm)
+
+
+def tile_pass(
+    queries: Tensor,
+    passages: Tensor,
+    scale: float,
+    masks: MaskTables,
+    *,
+    row_shift: Tensor | None = None,
+    column_shift: Tensor | None = None,
+    written: Tensor | None = None,
+    residual: Tensor | None = None,
+    rows: bool = False,
+    columns: bool = False,
+    maximum: bool = False,
+    clamp: bool = False,
+    row_start: int = 0,
+    column_start: int = 0,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The pass over all tiles that this file's head describes; returns the partial reductions.
+
+    queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. `written` and `residual` [B, N] receive E. Returns
+    ([column tiles, B] where `rows`, [row tiles, N] where `columns`), float32, in base-2 units of scale · similarity.
+    Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite where shifts are estimates.
+    """
+    (B, D), N = queries.shape, len(passages)
+    major = torch.cuda.get_device_capability(queries.device)[0] if queries.is_cuda else 9
+    tile = tile or (tile_for(queries.dtype, major) if queries.is_cuda else Tile(32, 32, 32, 4, 1))
+    row_tiles, column_tiles = triton.cdiv(B, tile.rows), triton.cdiv(N, tile.columns)
+    row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if rows else None
+    column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if columns else None
+    block = [tile.rows, tile.store_columns or tile.columns]
+    programs = _programs(queries, row_tiles * column_tiles, tile.programs_per_sm)
+    pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns) or (None, None, None)
+    if pair_ptr is not None and (row_start % tile.rows or column_start % tile.columns):
+        raise ValueError(f"expected a block that starts on a tile of {tile.rows} × {tile.columns}, received {row_start}, {column_start}")
+    _tile_pass[(programs,)](
+        TensorDescriptor.from_tensor(queries, [tile.rows, tile.inner]),
+        TensorDescriptor.from_tensor(passages, [tile.columns, tile.inner]),
+        TensorDescriptor.from_tensor(written, block) if written is not None else None,
+        TensorDescriptor.from_tensor(residual, block) if residual is not None else None,
+        row_shift,
+        column_shift,
+        masks.slots,
+        masks.threshold,
+        pair_ptr,
+        pair_rows,
+        pair_columns,
+        row_out,
+        column_out,
+        B,
+        N,
+        D,
+        row_start,
+        column_start,
+        masks.slots.stride(0),
+        triton.cdiv(masks.N, tile.columns),
+        scale * LOG2E,
+        SLOTS=len(masks.slots),
+        MAXIMUM=maximum,
+        CLAMP=clamp,
+        RAGGED_COLUMNS=N % tile.columns != 0,
+        PRECISION=precision,
+        BLOCK_B=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_D=tile.inner,
+        STORE_COLUMNS=tile.store_columns or tile.columns,
+        GROUP=64,
+        PROGRAMS=programs,
+        FLATTEN=pair_ptr is None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return row_out, column_out
