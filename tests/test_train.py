@@ -1,0 +1,168 @@
+"""The training command as a user runs it: it trains, resumes after a kill as if nothing had happened, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from retriever.train import main
+from tests.tiny import random_texts, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and a BEIR folder whose queries are words out of their passages."""
+    folder = tmp_path_factory.mktemp("train")
+    save_tiny_model(folder / "model")
+    (folder / "data" / "qrels").mkdir(parents=True)
+    texts = random_texts(160, shortest=6, longest=20, seed=3)
+    draw = random.Random(0)
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
+    queries = [{"_id": f"q{i}", "text": " ".join(draw.sample(text.split(), 3))} for i, text in enumerate(texts)]
+    for name, records in (("corpus", corpus), ("queries", queries)):
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for split, rows in (("train", range(120)), ("dev", range(120, 160))):
+        lines = "".join(f"q{i}\td{i}\t1\n" for i in rows)
+        (folder / "data" / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    (folder / "run.yaml").write_text(
+        f"""
+model: {{name_or_path: {folder}/model, query_max_tokens: 16, passage_max_tokens: 32}}
+data: {{train: [{{path: {folder}/data}}], cache_dir: {folder}/cache}}
+batch: {{queries: 24, tokens_per_chunk: 192}}
+loss: {{temperature: 0.05, learn_temperature: true}}
+optim: {{lr: 1.0e-3, precision: fp32}}
+train: {{max_steps: {STEPS}, save_every: 3, eval_every: 10, log_every: 5}}
+eval: {{path: {folder}/data, split: dev, metrics: [MRR@10, "Recall@20"], k: 50}}
+"""
+    )
+    return folder
+
+
+def _command(workplace: Path, output: str, *overrides: str) -> list[str]:
+    script = str(ROOT / "retriever" / "train.py")
+    return [sys.executable, script, "--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / output}", *overrides]
+
+
+def _run(workplace: Path, output: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(workplace, output, *overrides), cwd=workplace, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace: Path) -> Path:
+    finished = _run(workplace, "undisturbed", "run.verify=true")
+    assert finished.returncode == 0, finished.stderr
+    error = float(finished.stdout.split("gradient equal to the whole batch's to ")[1].split(",")[0])
+    assert error < 1e-9
+    return workplace / "undisturbed"
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) -> None:
+    lines = _metrics(undisturbed)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    evaluated = [line["step"] for line in lines if "eval/MRR@10" in line]
+    assert evaluated == [10, 20, 30, 40]
+    assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
+    for folder in ("export", "best", "checkpoints/step-00000039/export"):
+        assert (undisturbed / folder / "model.safetensors").exists()
+    assert "<img" in (undisturbed / "report.html").read_text()
+    assert "tokens_per_chunk: 192" in (undisturbed / "config.yaml").read_text()
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workplace: Path, undisturbed: Path) -> None:
+    """SIGKILL at three random moments, once while a checkpoint is being written, then a last start: nothing may differ."""
+    run, draw = workplace / "killed", random.Random(11)
+    kill_at = sorted(draw.sample(range(2, STEPS), 2))
+    for number, step in enumerate([*kill_at, None]):
+        log = workplace / f"killed-{number}.log"
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output) as process,
+        ):
+            _wait_for(lambda step=step: _reached(run, step), process, log)
+            time.sleep(draw.random() * 0.1 if step is not None else 0)
+            os.kill(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, f"kill {number} came after the end"
+    finished = _run(workplace, "killed")
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming at step" in finished.stdout
+    _assert_same_run(run, undisturbed)
+
+
+def _reached(run: Path, step: int | None) -> bool:
+    """Whether a checkpoint of `step` or later is there; with None, whether one is just being written."""
+    if step is None:
+        return any((run / "checkpoints").glob(".writing-*"))
+    return any(int(p.name.removeprefix("step-")) >= step for p in (run / "checkpoints").glob("step-*"))
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"the run ended or stalled before the moment to kill it: {log.read_text()}")
+        time.sleep(0.002)
+
+
+def _assert_same_run(run: Path, other: Path) -> None:
+    for name in (
+        "checkpoints/step-00000040/model.safetensors",
+        "checkpoints/step-00000040/optimizer.safetensors",
+        "export/model.safetensors",
+    ):
+        found, expected = load_file(run / name), load_file(other / name)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert found[key].tobytes() == expected[key].tobytes(), f"{name}: {key} differs"
+    assert not any(p.name.startswith(".") for p in [*run.iterdir(), *(run / "checkpoints").iterdir()])
+    timeless = lambda lines: [{k: v for k, v in line.items() if k != "train/pairs_per_s"} for line in lines]  # noqa: E731
+    assert timeless(_metrics(run)) == timeless(_metrics(other))
+
+
+def test_a_finished_run_says_so(workplace: Path, undisturbed: Path) -> None:
+    again = _run(workplace, "undisturbed")
+    assert again.returncode == 0, again.stderr
+    assert "already finished at step 40 of 40" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lr=5e-4"], "optim.lr: 0.001 -> 0.0005"),
+        (["loss.temprature=1"], "loss.temprature: unknown key; did you mean temperature?"),
+        (["model.attention=packed"], "model.attention: 'packed' is not available"),
+        (["run.resume=never"], "already holds a run"),
+        (["model.name_or_path=/nowhere/model", "run.output_dir=fresh"], "/nowhere/model"),
+        (["data.train.0.path=/nowhere/data", "run.output_dir=fresh"], "/nowhere/data"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message_without_a_traceback(
+    workplace: Path, undisturbed: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command(workplace, "undisturbed", *overrides)[2:]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed: Path) -> None:
+    again = _run(workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "run.trackers=[]")
+    assert again.returncode == 0, again.stderr
