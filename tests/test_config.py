@@ -9,8 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.config import Config, ConfigError, EvalConfig, LossConfig, ModelConfig, SourceConfig
-from retriever.config import adopt_auto, differences, from_dict, load, to_dict, to_yaml, validate
+from retriever.config import (
+    Config,
+    ConfigError,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    SourceConfig,
+    adopt_auto,
+    differences,
+    from_dict,
+    load,
+    to_dict,
+    to_yaml,
+    validate,
+)
 
 MINIMAL = """
 model: {name_or_path: some/model}

@@ -18,7 +18,7 @@ PROMPTS = ["", "query: ", "find the passage that answers: "]
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -> None:
-    """wrap(tokenize(prompt + text)) == tokenizer(prompt + text, truncation=True, max_length) for every limit, and `lengths` foretells it."""
+    """wrap(tokenize(prompt + text)) == tokenizer(prompt + text, truncation=True, max_length), of the length that `lengths` foretells."""
     tokenizer = tiny_tokenizer(architecture)
     tokenizer.truncation_side = side
     template = TokenTemplate.from_tokenizer(tokenizer)
