@@ -180,13 +180,14 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def _override(merged: DictConfig, override: str) -> None:
-    """Sets one `key.sub=value`; the value is read as YAML, but text with a colon stays text: `model.query_prompt=query: `."""
+    """Sets one `key.sub=value`; the value is read as YAML, but unquoted text is taken as it stands: `model.query_prompt=query: `."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key.sub=value")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-        if isinstance(parsed, Mapping) and not value.lstrip().startswith("{"):
+        first = value.lstrip()[:1]
+        if isinstance(parsed, str) and first not in ("'", '"') or isinstance(parsed, Mapping) and first != "{":
             parsed = value
         OmegaConf.update(merged, key, parsed, force_add=True)
     except (OmegaConfBaseException, YAMLError, TypeError, IndexError) as error:

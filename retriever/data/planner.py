@@ -138,8 +138,10 @@ class Planner:
         ptr, ids = self._store.negatives.take(queries)
         row = np.repeat(np.arange(len(queries)), np.diff(ptr))
         place = np.arange(len(ids)) - ptr[row]  # within the row
-        keys = _hash(self._key, np.uint64(5), queries[row].astype(np.uint64), place.astype(np.uint64))
-        order = np.lexsort((keys, row))  # shuffles every row for itself; `row` stays sorted
+        hashes = _hash(self._key, np.uint64(5), queries[row].astype(np.uint64), place.astype(np.uint64))
+        row_bits = np.uint64(max(1, len(queries).bit_length()))
+        keys = (row.astype(np.uint64) << (np.uint64(64) - row_bits)) | (hashes >> row_bits)  # the row in the high bits
+        order = np.argsort(keys, kind="stable")  # shuffles every row for itself; `row` stays sorted
         count = np.diff(ptr)[row]
         chosen = (place - passes[row] * self._negatives) % np.maximum(count, 1) < self._negatives
         return ids[order[chosen]]
