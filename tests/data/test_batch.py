@@ -1,0 +1,160 @@
+"""A rank's batch: the tokens inference would see, targets that point at the right columns, the same from any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
+from retriever.data.batch import Batch, BatchLoader
+from retriever.data.planner import Planner
+from retriever.data.store import Store, build_or_open
+from retriever.data.tokens import TokenTemplate
+from tests.tiny import random_texts, tiny_tokenizer
+
+MODEL = ModelConfig(query_prompt="query: ", passage_prompt="passage: ", query_max_tokens=12, passage_max_tokens=24)
+BUDGET = 100
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """50 queries with one or two positives and negatives; every fifth shares a positive with its neighbour."""
+    folder = tmp_path_factory.mktemp("store")
+    texts = random_texts(200, longest=30, seed=8)
+    lines = []
+    for i, text in enumerate(texts[:50]):
+        positives = [f"{texts[50 + i - (i % 5 == 1)]} p", f"{text} second"][: 1 + i % 2]
+        lines.append({"query": f"{text} {i}", "pos": positives, "neg": [f"{t} n" for t in texts[100 + i : 101 + i + i % 2]]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = SourceConfig(path=str(folder / "train.jsonl"), format="flagembedding")
+    config = Config(model=MODEL, data=DataConfig(train=(source,), cache_dir=str(folder / "cache")))
+    return build_or_open(config, tiny_tokenizer(), progress=False)
+
+
+def _loader(store: Store, *, rank: int = 0, world_size: int = 1, masked: bool = True) -> BatchLoader:
+    planner = Planner(store, queries=16, negatives=2, seed=3)
+    template = TokenTemplate.from_tokenizer(tiny_tokenizer())
+    return BatchLoader(
+        store,
+        planner,
+        template,
+        MODEL,
+        tokens_per_chunk=BUDGET,
+        mask_known_positives=masked,
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _rows(batch: Batch, side: str) -> list[list[int]]:
+    """Token ids of every row of one side, in the batch's order, without padding."""
+    found = {}
+    for chunk in batch.chunks:
+        assert chunk.input_ids.numel() <= BUDGET
+        if chunk.side == side:
+            for row, ids, mask in zip(chunk.rows.tolist(), chunk.input_ids, chunk.attention_mask, strict=True):
+                assert row not in found
+                found[row] = ids[mask.bool()].tolist()
+    return [found[i] for i in range(len(found))]
+
+
+def _pairs(batch: Batch) -> set[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """(query's tokens, its positive's tokens, its positive's id)."""
+    queries, passages, targets = _rows(batch, "query"), _rows(batch, "passage"), batch.targets
+    return {
+        (tuple(query), tuple(passages[column]), int(targets.passage_ids[column]))
+        for query, column in zip(queries, targets.positives.tolist(), strict=True)
+    }
+
+
+def test_chunks_hold_what_the_tokenizer_gives_at_inference(store: Store) -> None:
+    """Each query's and passage's row is tokenizer(prompt + text, truncation=True, max_length) of its side; sizes and tokens count them."""
+    tokenizer, cut, whole = tiny_tokenizer(), 0, 0
+    sides = {"query": (store.queries, MODEL.query_max_tokens), "passage": (store.passages, MODEL.passage_max_tokens)}
+    planner = Planner(store, queries=16, negatives=2, seed=3)
+    for step in range(planner.steps_per_epoch):
+        batch, plan = _loader(store).load(step), planner.plan(step)
+        for (side, (table, limit)), rows in zip(sides.items(), (plan.queries, plan.passages), strict=True):
+            texts = [tokenizer.decode(table.tokens(row)) for row in rows]
+            assert texts[0].startswith(f"{side} :")
+            expected = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            assert _rows(batch, side) == expected
+            cut += sum(len(row) == limit for row in expected)
+            whole += sum(len(row) < limit for row in expected)
+        assert batch.sizes == (len(plan.queries), len(plan.passages))
+        assert batch.tokens == sum(len(row) for side in sides for row in _rows(batch, side))
+    assert cut > 20 and whole > 20, "one of truncated and whole texts is missing: this proves little"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ranks_batches_make_up_one_batch(store: Store, world_size: int) -> None:
+    """Over all ranks: the same pairs as on one rank, each passage id once, the same number of global queries everywhere."""
+    for step in range(STEPS):
+        alone = _loader(store).load(step)
+        parts = [_loader(store, rank=rank, world_size=world_size).load(step) for rank in range(world_size)]
+        assert set().union(*map(_pairs, parts)) == _pairs(alone)
+        assert sum(part.sizes[0] for part in parts) == alone.sizes[0] == alone.targets.global_queries
+        assert {part.targets.global_queries for part in parts} == {alone.targets.global_queries}
+        ids = torch.cat([part.targets.passage_ids for part in parts]).tolist()
+        assert sorted(ids) == sorted(set(ids)) == sorted(alone.targets.passage_ids.tolist())
+
+
+def test_known_positives_of_a_batch(store: Store) -> None:
+    """The target is always among a row's known ids; masking adds the others that the store knows."""
+    counts = []
+    for masked in (True, False):
+        targets = _loader(store, masked=masked).load(0).targets
+        counts.append(len(targets.known_ids))
+        for i, column in enumerate(targets.positives.tolist()):
+            known = targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]].tolist()
+            assert int(targets.passage_ids[column]) in known
+        tensors = (targets.positives, targets.passage_ids, targets.known_ptr, targets.known_ids)
+        assert {t.dtype for t in tensors} == {torch.int64}
+    assert counts[0] > counts[1] == len(targets.positives)
+
+
+def test_batches_prepared_ahead_are_those_loaded_one_by_one(store: Store) -> None:
+    """`batches(first, last)` gives the steps first … last − 1 in order; leaving early stops its thread."""
+    loader = _loader(store)
+    ahead = list(loader.batches(2, STEPS))
+    assert [batch.step for batch in ahead] == list(range(2, STEPS))
+    for batch in ahead:
+        again = _loader(store).load(batch.step)
+        assert _pairs(batch) == _pairs(again) and (batch.epoch, batch.source) == (again.epoch, again.source)
+        assert torch.equal(batch.targets.known_ids, again.targets.known_ids)
+    assert list(loader.batches(3, 3)) == []
+    for _ in loader.batches(0, 10**6):
+        break
+    assert not [t for t in threading.enumerate() if t.name.startswith("plan")]
+
+
+def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failing step's own exception is raised when its turn comes, not swallowed in the thread."""
+    loader = _loader(store)
+    load = loader.load
+
+    def failing(step: int) -> Batch:
+        if step == 2:
+            raise OSError("the store went away")
+        return load(step)
+
+    monkeypatch.setattr(loader, "load", failing)
+    seen = []
+    with pytest.raises(OSError, match="went away"):
+        for batch in loader.batches(0, 5):
+            seen.append(batch.step)
+    assert seen == [0, 1]
+
+
+def test_a_text_above_the_chunk_budget_is_refused(store: Store, tmp_path: Path) -> None:
+    """A budget below the longest text fails at the first batch, naming the key."""
+    loader = _loader(store)
+    loader._tokens_per_chunk = 20
+    with pytest.raises(ValueError, match="batch.tokens_per_chunk=20"):
+        loader.load(0)
