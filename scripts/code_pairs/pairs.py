@@ -59,8 +59,9 @@ def details_collection(split: Split) -> Collection:
 
 def _add_query(collection: Collection, sharing: Sequence[Member], split: Split) -> str:
     function: Function = sharing[0].function
-    collection.queries[function.id] = (function.summary, split.family[sharing[0].unit])
-    return function.id
+    query_id = f"{function.id}#summary"  # BEIR's evaluation drops a passage whose id is the query's
+    collection.queries[query_id] = (function.summary, split.family[sharing[0].unit])
+    return query_id
 
 
 def _by_summary(members: Sequence[Member]) -> list[list[Member]]:

@@ -133,7 +133,7 @@ def test_the_folder_is_complete_and_whole_modules_are_held_out(furniture: Path) 
     modules = {split: {queries[query]["metadata"]["module"] for query, _ in pairs} for split, pairs in qrels.items()}
     assert not modules["train"] & modules["test"] and not modules["train"] & modules["dev"] and not modules["dev"] & modules["test"]
     for query, passage in qrels["test"]:
-        assert query == passage and passage.rpartition(":")[2] not in corpus[passage]
+        assert query == f"{passage}#summary" and passage.rpartition(":")[2] not in corpus[passage]
 
 
 def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> None:
@@ -198,10 +198,10 @@ def test_a_shared_docstring_is_one_query_and_identical_code_one_passage(furnitur
     _package(furniture / "site", "furniture", {name: source + shared for name, source in _modules(1).items()})
     build(furniture / "out", _small(max_held_out_module=6))  # the module of eight trains
     corpus, _, qrels = _read(furniture / "out")
-    positives = [passage for query, passage in qrels["train"] if query == "furniture.module0:left"]
+    positives = [passage for query, passage in qrels["train"] if query == "furniture.module0:left#summary"]
     assert positives == ["furniture.module0:left", "furniture.module0:also_left"]
-    assert ("furniture.module0:twice", "furniture.module0:left") in qrels["train"]
-    assert "furniture.module0:also_left" not in [query for query, _ in qrels["train"]]
+    assert ("furniture.module0:twice#summary", "furniture.module0:left") in qrels["train"]
+    assert "furniture.module0:also_left#summary" not in [query for query, _ in qrels["train"]]
 
 
 def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:

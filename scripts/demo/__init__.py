@@ -1,0 +1,1 @@
+"""The demo: what one command shows of the whole project."""

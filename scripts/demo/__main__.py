@@ -1,0 +1,173 @@
+"""The whole path in one command: pairs from installed code, BM25, the model before, training, the model after, your own queries.
+
+    python -m scripts.demo               # the standard library on a CPU; every large package found, and batches of 4,096, on a GPU
+    python -m scripts.demo --smallest    # a few steps, to see that every part works
+
+A query is the first paragraph of a docstring, and the passage to find is the function's code without docstring and name.
+Modules asked about are not trained on. The interval is a bootstrap over those modules of the difference, query by query.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.code_pairs.bounded import write_bounded
+from scripts.code_pairs.sources import installed
+from scripts.demo.model import StartingModelError, starting_model
+from scripts.make_code_pairs import Settings, build, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One size of the demo: the pairs, how many functions are searched (None: all), settings that replace the configuration's."""
+
+    pairs: Settings
+    searched: int | None
+    overrides: tuple[str, ...] = ()
+    cpu: bool = True
+
+
+def form_called(name: str) -> Form:
+    """The form `smallest`, `cpu` or `gpu`."""
+    if name == "smallest":
+        return Form(Settings(test_queries=120, dev_queries=20), 400, ("batch.queries=16", "train.max_steps=4"))
+    if name == "cpu":
+        return Form(Settings(), 2500)
+    large = Settings(packages=tuple(installed()), test_queries=2000, dev_queries=500)
+    lengths = ("model.query_max_tokens=64", "model.passage_max_tokens=128")
+    steps = ("batch.queries=4096", "batch.tokens_per_chunk=auto", "train.max_steps=60", "optim.lr=2e-4", "optim.precision=bf16")
+    return Form(large, None, lengths + steps, cpu=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a part failed (said in one line), 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    for name in ("smallest", "cpu", "gpu"):
+        size.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, help=f"the {name} form (default: gpu where there is one)"
+        )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of the training run (default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the configuration's and the form's")
+    given = parser.parse_args(arguments)
+
+    from retriever.environment import check_environment
+
+    check_environment()
+    from retriever.config import ConfigError
+    from retriever.data.records import DataError
+
+    try:
+        demo(given.form or _fitting_form(), given.config, given.output_dir, given.overrides)
+    except (StartingModelError, ConfigError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"error: the training command ended with status {error.returncode}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -> None:
+    """Runs every part in order and leaves `result.json` in `output`."""
+    form, started = form_called(name), time.perf_counter()
+    weights = starting_model()
+
+    _headline("Docstring-to-code pairs", started)
+    manifest = build(output / "data", form.pairs)
+    print(summary(manifest))
+    data = output / "data"
+    if form.searched is not None:
+        data = output / "search"
+        searched = write_bounded(output / "data", data, "test", form.searched, form.pairs.seed)
+        print(f"searched: {searched:,} of the functions, the {manifest['counts']['test_queries']:,} queries' own among them")
+
+    # Imported here: torch takes seconds, and what can be wrong above is told without waiting for it.
+    from scripts.demo.parts import bm25_scores, evaluate_encoder, exactness, load_bundle, run_config, train
+    from scripts.demo.report import outcome, table
+    from scripts.demo.search import Searcher, answer_own_queries, read_test, sample_queries
+
+    settings = [*_places(weights, output), *form.overrides, *overrides]
+    config = run_config(config_file, settings)
+    test, modules = read_test(data)
+
+    _headline("BM25", started)
+    scores = {"BM25": bm25_scores(test)}
+
+    _headline("The model before training", started)
+    before = load_bundle(weights, config)
+    scores["before training"] = evaluate_encoder(before, test, output / "embeddings" / "before")
+
+    _headline("Training", started)
+    check = exactness(config, before)
+    print(f"exactness, in float64: {check}")
+    speed = train(config_file, settings, output / "run", cpu=form.cpu)
+
+    _headline("The model after training", started)
+    after = load_bundle(output / "run" / "export", config)
+    scores["after training"] = evaluate_encoder(after, test, output / "embeddings" / "after")
+
+    _headline("Held-out search", started)
+    result = outcome(scores, modules)
+    print(table(result, config, speed, check))
+    record = {
+        "form": name,
+        **result,
+        **speed,
+        "exactness": str(check),
+        "pairs": manifest,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    aside = output / "result.json.partial"
+    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, output / "result.json")
+
+    _headline("Three of the queries, drawn at random", started)
+    searcher = Searcher(after, output / "embeddings" / "after" / "passages", data / "corpus.jsonl")
+    for query_id in sample_queries(test.queries, 3, form.pairs.seed):
+        print(searcher.answer(test.queries[query_id], test.qrels[query_id]), end="\n\n")
+    answer_own_queries(searcher.answer)
+
+
+def _fitting_form() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _places(weights: Path, output: Path) -> list[str]:
+    """The settings that say where things lie."""
+    near = (
+        weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
+    )  # short, and the same wherever the project lies
+    return [
+        f"model.name_or_path={near}",
+        f"run.output_dir={output / 'run'}",
+        f"data.train.0.path={output / 'data'}",
+        f"data.train.1.path={output / 'data' / 'details'}",
+        f"data.cache_dir={output / 'cache'}",
+    ]
+
+
+def _headline(text: str, started: float) -> None:
+    print(f"\n── {text} " + "─" * (70 - len(text)) + f" {time.perf_counter() - started:4.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What the demo found: three rows, the interval of the difference, and how fast and how exactly it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.metrics import Scores
+from eval.report import format_table
+from retriever.config import Config
+from retriever.verify import GradientCheck
+from scripts.cluster_bootstrap import cluster_interval
+
+HEADLINE = "nDCG@10"
+
+
+def outcome(scores: Mapping[str, Scores], modules: Mapping[str, str]) -> dict[str, Any]:
+    """Means of every row; and of `HEADLINE`, after − before: its mean and its 95% interval over `modules` (query id -> module)."""
+    before, after = scores["before training"], scores["after training"]
+    if before.query_ids != after.query_ids:
+        raise ValueError("before and after training were measured on different queries: expected the same, in the same order")
+    differences = after.per_query[HEADLINE] - before.per_query[HEADLINE]  # [Q]
+    clusters = [modules[query_id] for query_id in after.query_ids]
+    return {
+        "rows": {name: row.means for name, row in scores.items()},
+        "gain": float(differences.mean()),
+        "interval": cluster_interval(differences, clusters),
+        "queries": len(clusters),
+        "modules": len(set(clusters)),
+    }
+
+
+def table(result: Mapping[str, Any], config: Config, speed: Mapping[str, float], check: GradientCheck) -> str:
+    """The outcome as a person reads it."""
+    low, high = result["interval"]
+    verdict = "" if low > 0 else "; not above 0 beyond doubt"
+    memory = f", at most {speed['peak_gib']:.1f} GiB" if "peak_gib" in speed else ""
+    return "\n".join(
+        (
+            format_table(result["rows"]),
+            f"\n{HEADLINE} after − before: {result['gain']:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}] over modules{verdict}",
+            f"{result['queries']:,} queries from {result['modules']:,} modules that were not trained on",
+            f"trained {config.train.max_steps:,} steps × {config.batch.queries:,} pairs at {speed['pairs_per_s']:,.0f} pairs/s{memory}",
+            f"exactness, in float64: {check}",
+        )
+    )
