@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -98,7 +99,8 @@ def read_model_config(name_or_path: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model: {reason}") from error
     check_architecture(config, name)
     return config
 
@@ -175,6 +177,12 @@ def _tokenizer_limit(name: str, folder: str = "") -> int | None:
     return int(found) if found is not None else None
 
 
+@cache
+def _hub_file(name: str, file: str) -> str | None:
+    """Where the file of a Hugging Face model lies, once downloaded; the hub is asked once a process."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+
+
 def _read_json(name: str, file: str) -> Any | None:
     """The file's content, or None where the model has no such file."""
     if Path(name).exists():
@@ -182,7 +190,7 @@ def _read_json(name: str, file: str) -> Any | None:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"model.name_or_path: there is no folder {name}")
     else:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        path = _hub_file(name, file)
     if path is None:
         return None
     try:

@@ -15,6 +15,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.chunks import pad_rows
 from retriever.encoder.architectures import DECODERS, ENCODERS, check_lengths, check_modules, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.rng import RngState
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
 LENGTHS = (3, 41, 17, 90, 1)
@@ -70,6 +71,23 @@ def test_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows:
         torch.set_rng_state(state)
         again = encoder("passage", *inputs)
     assert again.requires_grad
+    assert not torch.equal(first, other), "dropout is off"
+    assert torch.equal(first, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_dropout_replays_bitwise_on_a_gpu(encoder: DualEncoder, rows: list[Tensor], dtype: torch.dtype | None) -> None:
+    device = torch.device("cuda", 0)
+    input_ids, mask = (t.to(device) for t in _padded(encoder, rows))
+    there = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling="mean", autocast_dtype=dtype).to(device)
+    state = RngState.capture(device)
+    with torch.no_grad():
+        first = there("passage", input_ids, mask)
+    other = there("passage", input_ids, mask)
+    with state.restored():
+        again = there("passage", input_ids, mask)
+    there.to("cpu")
     assert not torch.equal(first, other), "dropout is off"
     assert torch.equal(first, again)
 
