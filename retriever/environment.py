@@ -23,7 +23,7 @@ def check_environment() -> None:
     spec = importlib.util.find_spec("kernels")
     found = Path(spec.origin).resolve().parent if spec is not None and spec.origin is not None else None
     if version is not None:
-        hidden = "bigbatch's own kernels" if found != _OURS else "the one transformers asks for"
-        raise SystemExit(f"the distribution kernels {version} hides {hidden}: run `pip uninstall kernels` in this environment")
+        what = "hides bigbatch's own package" if found != _OURS else "is hidden from transformers by bigbatch's own package"
+        raise SystemExit(f"the distribution kernels {version} {what} kernels: run `pip uninstall kernels` in this environment")
     if found != _OURS:
         raise SystemExit(f"the package kernels is found at {found}, not at {_OURS}: rename or remove it, or install bigbatch again")

@@ -28,8 +28,10 @@ def test_this_environment_passes() -> None:
     check_environment()
 
 
-@pytest.mark.parametrize(("theirs_first", "hidden"), [(True, "bigbatch's own kernels"), (False, "the one transformers asks for")])
-def test_the_distribution_called_kernels_is_named(tmp_path: Path, theirs_first: bool, hidden: str) -> None:
+@pytest.mark.parametrize(
+    ("theirs_first", "what"), [(True, "hides bigbatch's own"), (False, "is hidden from transformers by bigbatch's own")]
+)
+def test_the_distribution_called_kernels_is_named(tmp_path: Path, theirs_first: bool, what: str) -> None:
     """In a process of its own: which of the two packages is found depends on the path that Python starts with."""
     theirs = _fake_distribution(tmp_path, with_code=True)
     path = [str(theirs), str(ROOT)] if theirs_first else [str(ROOT), str(theirs)]
@@ -37,7 +39,7 @@ def test_the_distribution_called_kernels_is_named(tmp_path: Path, theirs_first: 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     ran = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 1
-    assert ran.stderr == f"the distribution kernels 0.99 hides {hidden}: run `pip uninstall kernels` in this environment\n"
+    assert ran.stderr == f"the distribution kernels 0.99 {what} package kernels: run `pip uninstall kernels` in this environment\n"
 
 
 def test_a_stray_package_called_kernels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
