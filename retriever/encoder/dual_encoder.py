@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_lengths, check_modules, is_decoder
-from retriever.encoder.pooling import pool, unit
+from retriever.encoder.pooling import PoolingMode, pool, unit
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
 
 
@@ -31,7 +31,7 @@ class DualEncoder(nn.Module):
         query_tower: PreTrainedModel,
         passage_tower: PreTrainedModel,
         *,
-        pooling: str,
+        pooling: PoolingMode,
         normalize: bool = True,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:

@@ -59,11 +59,11 @@ class EncoderSettings:
         return self.query_max_tokens if side == "query" else self.passage_max_tokens
 
 
-def settings_of(config: Config, pooling: str) -> EncoderSettings:
+def settings_of(config: Config, pooling: PoolingMode) -> EncoderSettings:
     """The settings of a training run whose encoder pools by `pooling` (what `auto` was resolved to)."""
     model = config.model
     return EncoderSettings(
-        pooling=cast(PoolingMode, pooling),
+        pooling=pooling,
         normalize=model.normalize,
         query_prompt=model.query_prompt,
         passage_prompt=model.passage_prompt,
