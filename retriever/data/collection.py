@@ -29,12 +29,12 @@ def read_corpus(path: str | Path) -> Iterator[Passage]:
         yield from passages_of(table)
 
 
-def read_queries(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(query id, text) from a file (JSONL, Parquet, or TSV of id, text), or a folder that holds one queries file.
+def read_queries(path: str | Path, split: str | None = None) -> Iterator[tuple[str, str]]:
+    """(query id, text) from a file (JSONL, Parquet, or TSV of id, text), or from a folder's queries.<split>.* or queries.*.
 
     Raises DataError naming file, line and field.
     """
-    for table in query_tables(Path(path)):
+    for table in query_tables(Path(path), split):
         yield from queries_of(table)
 
 

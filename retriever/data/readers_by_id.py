@@ -39,7 +39,7 @@ def relation_files(path: Path, split: str) -> list[Path]:
     by_id = [f for f in there if relation_of(f) != _TRIPLES or triples_by_id(f)]
     found = sorted(by_id or there, key=lambda f: (relation_of(f) != _QRELS, f.name))
     if not found:
-        expected = f"qrels.{split}*.tsv, *triples*{split}*.tsv or *hard-negatives*.jsonl"
+        expected = f"qrels.{split}*.tsv, *triples*{split}*.tsv or msmarco-hard-negatives*.jsonl"
         raise DataError(f"expected MS MARCO relations of split {split!r}: {expected}", path)
     return found
 
@@ -47,7 +47,7 @@ def relation_files(path: Path, split: str) -> list[Path]:
 def relation_of(path: Path) -> str | None:
     """`qrels`, `triples` or `hard-negatives` by the file's name; None for any other file of a folder."""
     name = path.name.lower()
-    if "hard-negatives" in name or "hard_negatives" in name:
+    if "msmarco" in name and "hard-negatives" in name:  # elsewhere such a name says nothing about the format
         return _HARD_NEGATIVES
     return next((kind for kind in (_QRELS, _TRIPLES) if kind in name and kind_of(path) in (".tsv", ".txt")), None)
 

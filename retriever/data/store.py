@@ -145,7 +145,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return False
 
 

@@ -111,6 +111,9 @@ def test_msmarco_judgments_with_collection_and_queries_beside(tmp_path: Path) ->
     assert list(source.corpus()) == [Passage("10", 'the "first" one'), Passage("11", "second"), Passage("12", "third")]
     assert list(opened(tmp_path, split="dev").examples()) == [by_id("9", "dev query", "11")]
     assert list(opened(tmp_path / "qrels.dev.small.tsv").examples()) == [by_id("9", "dev query", "11")]
+    assert list(read_queries(tmp_path, "dev")) == [("9", "dev query")]
+    with pytest.raises(DataError, match=r"expected one queries file, found queries\.dev\.small\.tsv, queries\.train\.tsv"):
+        list(read_queries(tmp_path))
 
 
 def test_msmarco_folder_unites_judgments_hard_negatives_and_id_triples_but_not_text_triples(tmp_path: Path) -> None:
@@ -156,6 +159,15 @@ def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dic
 def test_malformed_qrels(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=r"qrels\.txt, " + message):
         read_qrels(write(tmp_path / "qrels.txt", text))
+
+
+def test_hard_negatives_of_another_project_are_read_as_what_they_are(tmp_path: Path) -> None:
+    mined = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    assert opened(write(tmp_path / "train-hard-negatives.jsonl", lines(mined))).format == "flagembedding"
+    mined = {"qid": "9", "pos": ["11"], "neg": []}
+    settings = {"queries": str(msmarco(tmp_path / "set") / "queries.dev.small.tsv"), "corpus": str(tmp_path / "set/collection.tsv")}
+    source = opened(write(tmp_path / "renamed.jsonl", lines(mined)), **settings)
+    assert (source.format, list(source.examples())) == ("msmarco", [by_id("9", "dev query", "11")])
 
 
 def test_malformed_tsv_and_triples_name_the_line(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
         ("pairs.jsonl", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
         ("pairs.parquet", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
         ("pairs.tsv", f"anchor\tpositive\tnegative\r\na\t{ODD}\tn\r\nb\tp\t\r\n"),
+        ("bom.jsonl", "\ufeff" + json.dumps({"anchor": "a", "positive": ODD, "negative": "n"}) + '\n\n{"anchor": "b", "positive": "p"}\n'),
         ("pairs.csv.gz", 'anchor,positive,negative\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),
         ("pairs.csv", 'label,negative,positive,anchor\n1,n,"{}",a\n0,,p,b\n'.format(ODD.replace('"', '""'))),  # by name, in any order
         ("unnamed.csv", 'question,answer,wrong\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),  # by order

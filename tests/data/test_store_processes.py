@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_pairs(path: Path) -> Path:
-    """40 pairs in one columns file."""
+    """40 pairs in one columns file, and beside it the tokenizer's folder: a process that loads it from there needs no torch."""
+    tiny_tokenizer().save_pretrained(path.parent / "tokenizer")
     texts = random_texts(80, longest=60, seed=3)
     pairs = [{"anchor": f"{texts[i]} {i}", "positive": f"{texts[40 + i]} {i}"} for i in range(40)]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -35,7 +36,7 @@ import os, sys, time
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data import text_table
 from retriever.data.store import build_or_open
-from tests.tiny import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 def announced(name, function):
     def call(*arguments):
@@ -50,13 +51,13 @@ os.replace = announced("RENAME", os.replace)
 config = Config(model=ModelConfig(query_prompt="find: "), data=DataConfig(train=(SourceConfig(path=sys.argv[1]),), cache_dir=sys.argv[2]))
 print("READY", flush=True)
 sys.stdin.readline()
-store = build_or_open(config, tiny_tokenizer(), progress=False)
+store = build_or_open(config, PreTrainedTokenizerFast.from_pretrained(sys.argv[3]), progress=False)
 print("OPENED", store.fingerprint, len(store.passages), int(store.passages.lengths.sum()), flush=True)
 """
 
 
 def start_build(pairs: Path, cache: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", _BUILD, str(pairs), str(cache)]
+    command = [sys.executable, "-c", _BUILD, str(pairs), str(cache), str(pairs.parent / "tokenizer")]
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "READY\n"
