@@ -79,19 +79,16 @@ def open_source(config: SourceConfig) -> Source:
         whole = ":" not in config.name  # name:subset is one table
         if config.format == "beir" or (config.format == "auto" and whole and hub_tables.is_collection(config.name, config.revision)):
             corpus, queries, judgments = hub_tables.collection_tables(config.name, config.revision, config.split)
-            side_corpus, side_queries = (
-                _side_tables(config.corpus, config, corpus_tables),
-                _side_tables(config.queries, config, query_tables),
-            )
-            return _judged(config, side_corpus or [corpus], side_queries or [queries], judgments)
+            own_corpus, own_queries = _side_tables(config.corpus, config, corpus_tables), _side_tables(config.queries, config, query_tables)
+            return _judged(config, own_corpus or [corpus], own_queries or [queries], judgments)
         return _inline(config, [hub_tables.named_table(config.name, config.revision, config.split)])
     path = _path_of(config)
     if hub_tables.is_saved_dataset(path):
         return _inline(config, [hub_tables.saved_table(path, config.split)])
     kind = config.format if config.format != "auto" else detect_format(path, config.split)
     if kind == "beir":
-        corpus_files, query_files = corpus_tables(Path(config.corpus or path)), query_tables(Path(config.queries or path), config.split)
-        return _judged(config, corpus_files, query_files, FileTable(find_qrels(path, config.split)))
+        texts = corpus_tables(_expanded(config.corpus, path)), query_tables(_expanded(config.queries, path), config.split)
+        return _judged(config, *texts, FileTable(find_qrels(path, config.split)))
     if kind == "msmarco":
         return _msmarco(config, path)
     return _inline(config, [FileTable(file) for file in example_files(path, config.split)], kind)
@@ -102,6 +99,10 @@ def _path_of(config: SourceConfig) -> Path:
     if not path.exists():
         raise DataError("no such file or folder (data.train.<n>.path)", path)
     return path
+
+
+def _expanded(configured: str | None, otherwise: Path) -> Path:
+    return otherwise if configured is None else Path(configured).expanduser()
 
 
 def _name_of(config: SourceConfig) -> str:
@@ -130,7 +131,7 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
     queries: list[Table] = []
     if readers_by_id.needs_corpus(files):
         split = (split_of(path) if path.is_file() else None) or config.split
-        corpus, queries = corpus_tables(Path(config.corpus or folder)), query_tables(Path(config.queries or folder), split)
+        corpus, queries = corpus_tables(_expanded(config.corpus, folder)), query_tables(_expanded(config.queries, folder), split)
 
     def examples() -> Iterator[Example]:
         return readers_by_id.msmarco_examples(files, _queries_of(queries))
@@ -142,6 +143,8 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
 def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = None) -> Source:
     """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids, with a corpus to look them up in."""
     kind = kind or (config.format if config.format != "auto" else detect_record_format(tables[0]))
+    if kind not in ("columns", *_INLINE):
+        raise DataError(f"format {kind!r} is read from its own files or folder; here are records of one table", tables[0].label)
     corpus, queries = _side_corpus(config, tables[0], kind), _side_tables(config.queries, config, query_tables)
 
     def records() -> Iterator[Record]:
@@ -149,9 +152,7 @@ def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = No
 
     def examples() -> Iterator[Example]:
         if kind == "columns":
-            first = next(records(), None)
-            roles = readers_inline.column_roles(list(first.values) if first else [], config.columns, tables[0].label)
-            return readers_inline.column_examples(records(), roles, _queries_of(queries) if queries else None, by_id=bool(corpus))
+            return readers_inline.column_examples(records(), config.columns, _queries_of(queries) if queries else None, by_id=bool(corpus))
         return _INLINE[kind](records())
 
     return Source(_name_of(config), kind, (*tables, *queries, *corpus), tuple(corpus), examples, config.limit, config.columns)

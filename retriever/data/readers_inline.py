@@ -62,35 +62,39 @@ class ColumnRoles:
     query_id: str | None
 
 
-def column_roles(there: Sequence[str], asked: Sequence[str] | None, label: str) -> ColumnRoles:
-    """The roles of a table's columns, as sentence-transformers reads them: anchor, positive, then any number of negatives.
+def column_roles(record: Record, asked: Sequence[str] | None) -> ColumnRoles:
+    """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of negatives.
 
     `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else their
     order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels.
     """
+    there = list(record.values)
     query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
     names = list(asked or [name for name in there if name != query_id])
     if asked is None and {"anchor", "positive"} <= set(names):
         names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
-    spelled = f"the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
-    if missing := [name for name in names if name not in there]:
-        raise DataError(f"no column {', '.join(map(repr, missing))}: {spelled}", label)
-    if len(names) < 2:
-        raise DataError(f"expected an anchor and a positive column: {spelled}", label)
-    if labels := [name for name in names if name.lower() in ("label", "labels", "score", "scores")]:
-        raise DataError(f"column {labels[0]!r} is no passage: {spelled}", label)
+    labels = [name for name in names if name.lower() in ("label", "labels", "score", "scores")]
+    problem = next((f"no column {name!r}" for name in names if name not in there), None)
+    problem = problem or ("expected an anchor and a positive column" if len(names) < 2 else None)
+    problem = problem or (f"column {labels[0]!r} is no passage" if labels else None)
+    if problem:
+        message = f"{problem}: the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
+        raise DataError(message, record.file, record.line, record.unit)
     return ColumnRoles(names[0], names[1], tuple(names[2:]), query_id)
 
 
 def column_examples(
-    records: Iterable[Record], roles: ColumnRoles, queries: Mapping[str, str] | None = None, by_id: bool = False
+    records: Iterable[Record], asked: Sequence[str] | None, queries: Mapping[str, str] | None = None, by_id: bool = False
 ) -> Iterator[Example]:
     """Rows of anchor, positive[, negatives...]; a cell is a text or a list of texts, and an empty negative is none.
 
     With `queries`, anchors are query ids; with `by_id`, the other cells are passage ids. Otherwise every row is a query of
-    its own and its number the id, unless a query_id column says which.
+    its own and its number the id, unless a query_id column says which. JSON rows may differ in their columns.
     """
+    known: dict[tuple[str, ...], ColumnRoles] = {}
     for number, record in enumerate(records):
+        there = tuple(record.values)
+        roles = known.get(there) or known.setdefault(there, column_roles(record, asked))
         if queries is None:
             query_id = record.identifier(roles.query_id) if roles.query_id else str(number)
             query = record.text(roles.anchor, empty=False)

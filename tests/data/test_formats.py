@@ -156,11 +156,13 @@ def test_columns_ragged_lists_several_positives_and_a_query_id(tmp_path: Path) -
     records = [
         {"query_id": 5, "anchor": "a", "positive": ["p", "q"], "negative_1": "n", "negative_2": ["m", "o"]},
         {"query_id": 5, "anchor": "a", "positive": ["r"], "negative_1": "", "negative_2": []},
+        {"query_id": 6, "anchor": "b", "positive": "p"},
+        {"query_id": 6, "anchor": "b", "positive": "p", "negative_1": "n", "negative_2": "m", "negative_3": "o"},
     ]
     examples = list(opened(write(tmp_path / "x.jsonl", records)).examples())
-    assert [e.query_id for e in examples] == ["5", "5"]
-    assert [[p.text for p in e.positives] for e in examples] == [["p", "q"], ["r"]]
-    assert [[p.text for p in e.negatives] for e in examples] == [["n", "m", "o"], []]
+    assert [e.query_id for e in examples] == ["5", "5", "6", "6"]
+    assert [[p.text for p in e.positives] for e in examples] == [["p", "q"], ["r"], ["p"], ["p"]]
+    assert [[p.text for p in e.negatives] for e in examples] == [["n", "m", "o"], [], [], ["n", "m", "o"]]
 
 
 def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path) -> None:

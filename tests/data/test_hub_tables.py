@@ -110,6 +110,8 @@ def test_errors_name_the_data_set_and_row() -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk("saved")
     with pytest.raises(DataError, match=r"saved: expected split 'dev' .*, found train"):
         opened(path="saved", split="dev")
+    with pytest.raises(DataError, match="format 'msmarco' is read from its own files"):
+        opened(name=name, format="msmarco")
     broken = repository("broken", ("default", "train", [RECORDS[0], {**RECORDS[1], "query": None}]))
     with pytest.raises(DataError, match=r"broken \[train\], row 2: field 'query_text': expected text, received None"):
         list(opened(name=broken).examples())
