@@ -1,0 +1,186 @@
+"""Schedules by hand, decay where it belongs, clipping and the fp16 scaler, and a state that goes on bitwise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from retriever.config import OptimConfig
+from retriever.optim import Optimizer, learning_rate, load_state_tensors, state_tensors
+
+CPU = torch.device("cpu")
+
+
+class _Model(nn.Module):
+    """A matrix, a bias, a norm, a scalar, a frozen weight."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.log_scale = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+
+
+def _optimizer(model: nn.Module, total: int = 20, **settings: Any) -> Optimizer:
+    return Optimizer(OptimConfig(**({"precision": "fp32", "lr": 0.01} | settings)), [model], total, CPU)
+
+
+def _set_gradients(optimizer: Optimizer, seed: int, size: float = 1.0) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for p in optimizer.parameters:
+        p.grad = size * torch.randn(p.shape, generator=draw)
+
+
+def _rates(total: int, **settings: Any) -> list[float]:
+    return [learning_rate(OptimConfig(lr=1.0, **settings), step, total) for step in range(total)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "expected"),
+    [
+        ({"schedule": "linear", "warmup": 0.0}, 4, [1, 0.75, 0.5, 0.25]),
+        ({"schedule": "linear", "warmup": 0.4}, 5, [0.5, 1, 0.75, 0.5, 0.25]),
+        ({"schedule": "linear", "warmup": 2}, 5, [0.5, 1, 0.75, 0.5, 0.25]),  # from 1 on a number of steps
+        ({"schedule": "linear", "warmup": 1}, 4, [1, 0.75, 0.5, 0.25]),
+        ({"schedule": "cosine", "warmup": 0.0}, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ({"schedule": "cosine", "warmup": 3}, 6, [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        ({"schedule": "linear", "warmup": 8}, 4, [0.125, 0.25, 0.375, 0.5]),  # a run that ends while it warms up
+        ({"schedule": "cosine", "warmup": 0.1}, 1, [1]),
+    ],
+)
+def test_schedules_by_hand(settings: dict[str, Any], total: int, expected: list[float]) -> None:
+    """Linear warm-up that reaches lr, then a line or half a cosine down to 0, which the step after the last would have."""
+    assert _rates(total, **settings) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_every_step_trains(schedule: str) -> None:
+    """No step of a run has rate 0 or above lr; the peak is lr; the rate rises in warm-up and falls after it."""
+    for total in (1, 2, 3, 17, 1000):
+        for warmup in (0.0, 0.1, 0.33, 1, 5):
+            rates = _rates(total, schedule=schedule, warmup=warmup)
+            assert min(rates) > 0 and max(rates) <= 1
+            peak = rates.index(max(rates))
+            assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+            if warmup < total:
+                assert max(rates) == pytest.approx(1, abs=1 / (warmup * total if 0 < warmup < 1 else 1000))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_only_matrices_decay(name: str) -> None:
+    """With zero gradients decay alone moves weights: matrices shrink; biases, norms, the log-scale and frozen weights stay."""
+    model = _Model()
+    optimizer = _optimizer(model, name=name, weight_decay=0.5, warmup=0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in optimizer.parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.set_learning_rate(0)
+    optimizer.clip_and_step(0)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"linear.weight"}
+    assert model.linear.weight.norm() < before["linear.weight"].norm()
+
+
+def test_settings_reach_torchs_adamw() -> None:
+    """A few steps equal torch's own AdamW with the same betas, decay, clipping and the schedule's rates."""
+    ours, theirs = _Model(), _Model()
+    optimizer = _optimizer(ours, total=4, betas=(0.8, 0.95), weight_decay=0.1, max_grad_norm=0.7, warmup=0)
+    decayed = [p for p in theirs.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in theirs.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95))
+    for step, size in enumerate((1.0, 0.01, 3.0)):
+        _set_gradients(optimizer, step, size)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.7)
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * (4 - step) / 4
+        assert optimizer.set_learning_rate(step) == pytest.approx(0.01 * (4 - step) / 4)
+        reference.step()
+        assert optimizer.clip_and_step(step) == pytest.approx(norm.item())
+        assert all(p.grad is None for p in optimizer.parameters), "gradients are cleared"
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_fp16_skips_a_non_finite_step_and_lowers_the_scale() -> None:
+    """An overflow leaves the weights as they were and halves the scale; the next finite step is unscaled and made."""
+    model = _Model()
+    optimizer = _optimizer(model, precision="fp16", warmup=0)
+    optimizer.set_learning_rate(0)
+    before, scale = [p.detach().clone() for p in model.parameters()], optimizer.gradient_scale
+    assert scale > 1
+    _set_gradients(optimizer, 0)
+    model.linear.weight.grad[0, 0] = torch.inf
+    assert not math.isfinite(optimizer.clip_and_step(0))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert optimizer.gradient_scale == scale / 2 and model.linear.weight.grad is None
+    _set_gradients(optimizer, 1)
+    expected = torch.stack([p.grad.norm() for p in optimizer.parameters if p.grad is not None]).norm().item()
+    for p in optimizer.parameters:
+        p.grad *= scale / 2
+    assert optimizer.clip_and_step(1) == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(model.linear.weight, before[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_gradient_stops_the_run_and_names_the_step(precision: str, bad: float) -> None:
+    """Without a scaler it is an error that names step and parameter, before any weight has changed."""
+    model = _Model()
+    optimizer = _optimizer(model, precision=precision)
+    assert optimizer.gradient_scale == 1.0
+    before = [p.detach().clone() for p in model.parameters()]
+    _set_gradients(optimizer, 0)
+    model.norm.bias.grad[1] = bad
+    with pytest.raises(FloatingPointError, match=r"step 8: .*norm.bias"):
+        optimizer.clip_and_step(7)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_restored_state_goes_on_bitwise(name: str, precision: str) -> None:
+    """k + m steps equal k steps, state_tensors into a fresh optimizer, m steps, to the last bit."""
+
+    def train(optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.set_learning_rate(step)
+            _set_gradients(optimizer, step)
+            optimizer.clip_and_step(step)
+
+    straight, first, second = _Model(), _Model(), _Model(seed=9)
+    settings: dict[str, Any] = {"name": name, "precision": precision, "lr": 0.05}
+    train(_optimizer(straight, **settings), range(9))
+    interrupted, resumed = _optimizer(first, **settings), _optimizer(second, **settings)
+    train(interrupted, range(4))
+    tensors = {key: value.clone() for key, value in state_tensors(interrupted).items()}
+    assert {key.rpartition("/")[0] for key in tensors} == set(resumed.names)
+    second.load_state_dict(first.state_dict())
+    load_state_tensors(resumed, tensors)
+    resumed.scaler.load_state_dict(interrupted.scaler.state_dict())
+    train(resumed, range(4, 9))
+    for p, q, start in zip(straight.parameters(), second.parameters(), _Model().parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, start) != p.requires_grad, "nothing was trained"
+
+
+def test_state_of_an_unknown_parameter_is_refused() -> None:
+    """A checkpoint of another model is an error that names the parameter."""
+    optimizer = _optimizer(_Model())
+    with pytest.raises(ValueError, match="linear.bia"):
+        load_state_tensors(optimizer, {"linear.bia/exp_avg": torch.zeros(5)})
+
+
+def test_a_shared_parameter_is_trained_once() -> None:
+    """Tied towers hold a parameter once; the objective's log-scale counts only where it is learned."""
+    shared = nn.Linear(2, 2)
+    tied = nn.ModuleDict({"query": shared, "passage": shared})
+    assert len(Optimizer(OptimConfig(precision="fp32"), [tied, _Model()], 5, CPU).parameters) == 2 + 5
