@@ -1,0 +1,179 @@
+"""The gradient cache: the second pass of a chunk is the first one bit by bit, and the gradient is that of kept graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from retriever.config import LossConfig, ModelConfig
+from retriever.data.batch import Batch
+from retriever.data.chunks import Chunk, Chunks, pad_rows
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.gradcache import Representations, backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from retriever.rng import RngState, seed_step
+from tests.problems import WholeBatch, encode_whole, random_batch, rank_batch
+from tests.tiny import save_tiny_model
+
+CPU = World(torch.device("cpu"))
+OBJECTIVE = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1))
+WHOLE = random_batch(queries=8, passages=14)
+
+
+class Recording(nn.Module):
+    """An encoder that notes, for each call, what came out and whether a graph was built."""
+
+    def __init__(self, encoder: DualEncoder) -> None:
+        super().__init__()
+        self.encoder, self.dimension = encoder, encoder.dimension
+        self.outputs: list[Tensor] = []
+        self.with_graph: list[bool] = []
+
+    def forward(self, side: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.encoder(side, input_ids, attention_mask)
+        self.outputs.append(output.detach().clone())
+        self.with_graph.append(output.requires_grad)
+        return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+
+
+def _encoder(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)).double()
+    return encoder.train(dropout)
+
+
+def _gradients(encoder: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+
+def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """‖g − g*‖ / ‖g*‖ over all parameters together."""
+    norm = torch.stack([e.norm() for e in expected]).norm()
+    assert norm > 1e-3, "the expected gradient is zero: this comparison proves nothing"
+    return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
+
+
+def _cached(encoder: nn.Module, batch: Batch) -> list[Tensor]:
+    """Gradients through the cache, from a fixed RNG state on."""
+    encoder.zero_grad()
+    seed_step(0, 0, 0)
+    representations, states = encode_without_graph(encoder, batch)  # type: ignore[arg-type]
+    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    backward_through_encoder(encoder, batch, gradients, states)  # type: ignore[arg-type]
+    return _gradients(encoder)
+
+
+def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
+    """Gradients of the same chunks under the same dropout masks, all graphs kept until one backward pass."""
+    encoder.zero_grad()
+    seed_step(0, 0, 0)
+    sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
+    for chunk in batch.chunks:
+        sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.input_ids, chunk.attention_mask))
+    detached = Representations(*(x.detach() for x in sides.values()))
+    _, gradients = representation_gradients(OBJECTIVE, detached, batch, CPU)
+    torch.autograd.backward(list(sides.values()), list(gradients))
+    return _gradients(encoder)
+
+
+def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path) -> None:
+    """Each chunk's embeddings in the backward pass equal those that the loss saw; the first pass builds no graph, the second does."""
+    recording = Recording(_encoder(folder, dropout=True))
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    assert len(batch.chunks) > 4
+    _cached(recording, batch)
+    first, second = recording.outputs[: len(batch.chunks)], recording.outputs[len(batch.chunks) :]
+    assert recording.with_graph == [False] * len(first) + [True] * len(second)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    seed_step(0, 1, 0)
+    encode_without_graph(recording, batch)  # type: ignore[arg-type]
+    assert not any(torch.equal(a, b) for a, b in zip(first, recording.outputs[-len(first) :], strict=True)), "dropout is off"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens_per_chunk", [19, 40, 10**6])
+def test_with_dropout_the_gradient_equals_that_of_kept_graphs(folder: Path, tied: bool, tokens_per_chunk: int) -> None:
+    """Nothing but memory tells the cache from one graph over the same chunks: gradients agree to 1e-9."""
+    encoder = _encoder(folder, dropout=True, tied=tied)
+    batch, _, _ = rank_batch(WHOLE, 0, tokens_per_chunk)
+    assert _error(_cached(encoder, batch), _with_kept_graphs(encoder, batch)) < 1e-9
+
+
+def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
+    """Guard: a second pass under another RNG state is far outside the bound, so the tests above can fail."""
+    encoder = _encoder(folder, dropout=True)
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    expected = _with_kept_graphs(encoder, batch)
+    encoder.zero_grad()
+    seed_step(0, 0, 0)
+    representations, states = encode_without_graph(encoder, batch)
+    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    backward_through_encoder(encoder, batch, gradients, [RngState.capture(CPU.device)] * len(states))
+    assert _error(_gradients(encoder), expected) > 1e-3
+
+
+def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
+    """The batch in chunks cut anywhere in any order, rows shuffled, some padded wider than they need to be."""
+    batch, _, _ = rank_batch(whole, 0, 10**6)
+    chunks: list[Chunk] = []
+    for side, texts in (("query", whole.query_tokens), ("passage", whole.passage_tokens)):
+        order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
+        for rows in (part for part in np.split(order, cuts) if len(part)):
+            extra = int(draw.integers(0, 3))
+            ids, mask = (torch.nn.functional.pad(t, (0, extra)) for t in pad_rows([texts[i] for i in rows], 0))
+            chunks.append(Chunk(side, torch.from_numpy(rows), ids, mask))  # type: ignore[arg-type]
+    shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
+    return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def without_dropout(folder: Path) -> Iterator[tuple[DualEncoder, list[Tensor]]]:
+    """An encoder, and its gradient of the whole batch by autograd through the representations' gradients."""
+    encoder = _encoder(folder, dropout=False)
+    batch, _, _ = rank_batch(WHOLE, 0, 10**6)
+    sides = [encode_whole(encoder, WHOLE.query_tokens, "query"), encode_whole(encoder, WHOLE.passage_tokens, "passage")]
+    _, gradients = representation_gradients(OBJECTIVE, Representations(*(x.detach() for x in sides)), batch, CPU)
+    torch.autograd.backward(sides, list(gradients))
+    yield encoder, _gradients(encoder)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_chunking_gives_the_same_gradient(without_dropout: tuple[DualEncoder, list[Tensor]], seed: int) -> None:
+    """With dropout off, where and in which order the batch is cut changes nothing beyond 1e-9."""
+    encoder, expected = without_dropout
+    assert _error(_cached(encoder, _cut(WHOLE, np.random.default_rng(seed))), expected) < 1e-9
+
+
+def test_gradients_add_to_what_stands_there(folder: Path) -> None:
+    """Backward accumulates, so that several calls before one update sum up."""
+    encoder = _encoder(folder, dropout=False)
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    once = _cached(encoder, batch)
+    representations, states = encode_without_graph(encoder, batch)
+    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    backward_through_encoder(encoder, batch, gradients, states)
+    assert _error(_gradients(encoder), [2 * g for g in once]) < 1e-12
+
+
+def test_a_pass_that_lacks_a_chunk_is_an_error(folder: Path) -> None:
+    """A number of states other than that of the chunks is refused, never silently cut to the shorter."""
+    encoder = _encoder(folder, dropout=False)
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    representations, states = encode_without_graph(encoder, batch)
+    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    with pytest.raises(ValueError, match="shorter"):
+        backward_through_encoder(encoder, batch, gradients, states[:-1])
