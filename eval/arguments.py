@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,14 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, and in `command` the line that gave them, which goes into the result. Default: the process's own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_args(words)
+    given.command = f"{parser.prog} {shlex.join(words)}"
+    return given
+
+
 def load_bundle(given: argparse.Namespace, device: Any) -> EncoderBundle:
     """The encoder of `--model`, what is given on the command line going before what the model folder says. Raises ConfigError."""
     from retriever.encoder.bundle import load_encoder
@@ -59,12 +70,15 @@ def load_bundle(given: argparse.Namespace, device: Any) -> EncoderBundle:
 
 
 def output_folder(given: argparse.Namespace) -> Path:
-    """`--output-dir`, else evaluations/<model, bm25 or run>/<data folder>; a model folder is known by its last two names."""
-    if given.output_dir is not None:
-        return given.output_dir
-    if given.model is None:
-        name = "bm25" if given.bm25 else given.run.name.removesuffix(".gz").rpartition(".")[0] or given.run.name
-    else:
-        folder = Path(given.model)
-        name = "-".join(folder.resolve().parts[-2:]) if folder.exists() else given.model.replace("/", "--")
-    return Path("evaluations") / name / given.data.resolve().name
+    """`--output-dir`, else evaluations/<what is evaluated>/<data folder>."""
+    return given.output_dir or Path("evaluations") / label(given).replace("/", "-") / given.data.resolve().name
+
+
+def label(given: argparse.Namespace) -> str:
+    """A short name of what is evaluated: BM25, the run file's name, the hub name, or the last two names of a model folder."""
+    if given.bm25:
+        return "BM25"
+    if given.run is not None:
+        return given.run.name
+    folder = Path(given.model)
+    return "/".join(folder.resolve().parts[-2:]) if folder.exists() else given.model

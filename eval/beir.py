@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.arguments import command_parser
+from eval.arguments import command_parser, parsed
 from eval.commands import launched_ranks, one_line_errors, report_all
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--relevance", type=int, default=1, help="lowest grade that is relevant for binary measures (default: 1)")
     exclude = "drop a passage whose id is the query's, as BEIR does for every collection (default: do)"
     parser.add_argument("--exclude-self", action=argparse.BooleanOptionalAction, default=True, help=exclude)
-    given = parser.parse_args(arguments)
+    given = parsed(parser, arguments)
     if given.qrels is not None and len(given.split) > 1:
         parser.error(f"--qrels is one judgments file, for one --split; received {' '.join(given.split)}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from retriever.data.collection import corpus_tables, find_qrels, passages_of, queries_of, query_tables
-from retriever.data.files import FileTable, Table
+from retriever.data.files import Table
 from retriever.data.formats import read_qrels
 from retriever.data.records import DataError, final_text
 
@@ -90,4 +90,5 @@ def fingerprint(content: object) -> str:
 
 def file_fingerprint(path: Path) -> str:
     """A hash of a file's bytes, 32 hexadecimal digits."""
-    return FileTable(path).digest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

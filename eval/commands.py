@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.arguments import load_bundle, output_folder
+from eval.arguments import label, load_bundle, output_folder
 
 if TYPE_CHECKING:
     from eval.collection import Collection
@@ -123,9 +123,9 @@ def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco
 
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
     search = {"index": given.index, "k": given.k, "exclude_self": result.collection.exclude_self} if not given.run else {}
-    path = write_result(result, folder, source=source, search=search, msmarco=msmarco)
+    path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
     passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
     print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")
     for note in result.notes:
         print(f"note: {note}")
-    print(format_table({"BM25" if given.bm25 else str(given.model or given.run): result.means}), flush=True)
+    print(format_table({label(given): result.means}), flush=True)

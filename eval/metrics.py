@@ -135,13 +135,12 @@ def _recall(judged: _Judged, cutoff: int | None) -> np.ndarray:
 def _precision(judged: _Judged, cutoff: int | None) -> np.ndarray:
     """Relevant passages among the first k, divided by k, however many were retrieved."""
     assert cutoff is not None  # parse_measure refuses P without a cutoff
-    counts: np.ndarray = judged.relevant[:, :cutoff].sum(axis=1)  # [Q]
-    return counts / cutoff
+    return judged.relevant[:, :cutoff].sum(axis=1) / cutoff
 
 
 def _success(judged: _Judged, cutoff: int | None) -> np.ndarray:
     """1 where a relevant passage is among the first k, else 0."""
-    return judged.relevant[:, :cutoff].any(axis=1).astype(np.float64)
+    return np.asarray(judged.relevant[:, :cutoff].any(axis=1), dtype=np.float64)
 
 
 def _r_precision(judged: _Judged, cutoff: int | None) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.arguments import command_parser
+from eval.arguments import command_parser, parsed
 from eval.commands import launched_ranks, one_line_errors, report_all
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m eval.msmarco`."""
     parser = command_parser("python -m eval.msmarco", "evaluate on a folder with MS MARCO's passage files: dev small, TREC DL 2019, 2020")
     parser.add_argument("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are in the folder")
-    given = parser.parse_args(arguments)
+    given = parsed(parser, arguments)
     with one_line_errors(), launched_ranks(given.threads) as (ranks, device):
         names = given.split or available_splits(given.data)
         collections = [read_msmarco(given.data, name, texts=given.run is None) for name in names]

@@ -6,8 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,12 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def write_result(result: EvalResult, folder: Path, *, source: Mapping[str, Any], search: Mapping[str, Any], msmarco: bool = False) -> Path:
+def write_result(
+    result: EvalResult, folder: Path, *, command: str, source: Mapping[str, Any], search: Mapping[str, Any], msmarco: bool = False
+) -> Path:
     """Writes `<split>.trec` (with `msmarco`, `<split>.msmarco.tsv` too) and `<split>.json` into `folder`; returns the JSON file.
 
-    `source` says where the run came from (model, BM25, a run file), `search` how passages were searched.
+    `command` is the line that made it, `source` where the run came from (model, BM25, a run file), `search` how passages were searched.
     """
     collection = result.collection
     run_file = folder / f"{collection.split}.trec"
@@ -43,7 +43,7 @@ def write_result(result: EvalResult, folder: Path, *, source: Mapping[str, Any],
         write_msmarco(folder / f"{collection.split}.msmarco.tsv", result.run)
     scores = result.scores
     content = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": command,
         "data": {"name": collection.name, "split": collection.split, "queries": result.n_queries, "passages": result.n_passages},
         "source": dict(source),
         "encoding": dict(result.encoding),

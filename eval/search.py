@@ -19,10 +19,12 @@ from tqdm import tqdm
 from eval.index import build_index
 from eval.topk import PassageOrder, TopK
 from eval.trec import Ranking, write_msmarco, write_trec
+from retriever.config import ConfigError
+from retriever.shards import ShardError, open_shards
 
 _MARGIN = 32  # passages asked for beyond k, so that equal scores at the k-th place rarely need a second search
 _QUERIES_AT_ONCE = 8192  # bounds what one search returns: 12 bytes x (k + margin) a query
-_PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together, in float64
+_PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 
 
 class Embeddings(Protocol):
@@ -117,8 +119,8 @@ def _inner_products(queries: np.ndarray, block: np.ndarray, rows: np.ndarray, co
 
     def score(first: int) -> None:
         part = slice(first, first + _PAIRS_AT_ONCE)
-        left, right = queries[rows[part]].astype(np.float64), block[columns[part]].astype(np.float64)
-        scores[part] = np.einsum("pd,pd->p", left, right)
+        # einsum casts a buffer at a time: six times faster than float64 copies of the rows
+        scores[part] = np.einsum("pd,pd->p", queries[rows[part]], block[columns[part]], dtype=np.float64)
 
     with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
         list(pool.map(score, range(0, len(rows), _PAIRS_AT_ONCE)))  # list: raises what a thread raised
@@ -170,19 +172,27 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
     given = parser.parse_args(list(arguments) if arguments is not None else None)
 
-    from retriever.shards import open_shards
-
     if given.threads:
         faiss.omp_set_num_threads(given.threads)
-    query_shards, passage_shards = open_shards(given.queries), open_shards(given.passages)
-    queries, query_ids = load_queries(query_shards)
-    run = search(
-        queries, query_ids, passage_shards, given.k,
-        index=given.index, exclude_self=given.exclude_self, block_mib=given.block_mib, progress=True,
-    )  # fmt: skip
+    try:
+        run = _search_folders(given)
+    except (ShardError, ConfigError) as error:
+        raise SystemExit(str(error)) from error
     write = write_trec if given.format == "trec" else write_msmarco
     write(given.output, run)
     print(f"{given.output}: {len(run)} queries, {sum(len(r.passage_ids) for r in run.values())} lines")
+
+
+def _search_folders(given: argparse.Namespace) -> dict[str, Ranking]:
+    query_shards, passage_shards = open_shards(given.queries), open_shards(given.passages)
+    models = query_shards.manifest["model"], passage_shards.manifest["model"]
+    if models[0] != models[1]:
+        raise ShardError(f"{given.queries} and {given.passages} hold embeddings of different models: {models[0]}, {models[1]}")
+    queries, query_ids = load_queries(query_shards)
+    return search(
+        queries, query_ids, passage_shards, given.k,
+        index=given.index, exclude_self=given.exclude_self, block_mib=given.block_mib, progress=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

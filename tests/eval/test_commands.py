@@ -1,0 +1,194 @@
+"""The evaluation commands on a small real collection, against embeddings searched by brute force and measured by pytrec_eval."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytrec_eval
+
+from eval import beir, msmarco
+from eval.collection import read_beir
+from eval.evaluate import Ranks, evaluate
+from eval.trec import read_run, read_trec
+from retriever.encoder.bundle import EncoderBundle, load_encoder
+from tests.eval.texts import Texts, help_texts, write_beir, write_msmarco
+from tests.tiny import save_tiny_model
+
+LENGTHS = ["--query-max-tokens", "24", "--passage-max-tokens", "48"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    found = help_texts()
+    assert len(found.queries) >= 15 and len(found.passages) >= 150
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, texts: Texts) -> tuple[Path, Path, Path]:
+    """(model, BEIR folder, MS MARCO folder)."""
+    root = tmp_path_factory.mktemp("collections")
+    return save_tiny_model(root / "model"), write_beir(root / "help", texts), write_msmarco(root / "marco", texts)
+
+
+def reference_run(model: Path, passages: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, float]]:
+    """All passages of every query with their float32 scores."""
+    bundle = load_encoder(model, query_max_tokens=24, passage_max_tokens=48, device="cpu")
+    q, p = bundle.encode(list(queries.values()), "query"), bundle.encode(list(passages.values()), "passage")
+    scores = (q.astype(np.float64) @ p.astype(np.float64).T).astype(np.float32)
+    return {query_id: dict(zip(passages, map(float, row), strict=True)) for query_id, row in zip(queries, scores, strict=True)}
+
+
+def trec_mean(qrels: Any, run: Any, measure: str, name: str, level: int = 1) -> float:
+    values = pytrec_eval.RelevanceEvaluator(qrels, {measure}, relevance_level=level).evaluate(run)
+    return sum(row[name] for row in values.values()) / len(qrels)
+
+
+def result_of(folder: Path, split: str) -> dict[str, Any]:
+    return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+
+
+def test_beir_measures_what_brute_force_gives(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+    model, data, _ = folders
+    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), "--split", "test", "half", *LENGTHS]
+    beir.main([*arguments, "--metrics", "nDCG@10", "Recall@20", "MAP"])
+    titled = {i: f"{text[:20]} {text}" for i, text in texts.passages.items()}
+    run = reference_run(model, titled, texts.queries)
+    for split, qrels in (("test", texts.qrels), ("half", {q: texts.qrels[q] for q in list(texts.qrels)[::2]})):
+        result = result_of(tmp_path, split)
+        assert result["metrics"]["nDCG@10"] == pytest.approx(trec_mean(qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9)
+        assert result["metrics"]["Recall@20"] == pytest.approx(trec_mean(qrels, run, "recall.20", "recall_20"), abs=1e-9)
+        assert result["metrics"]["MAP"] == pytest.approx(trec_mean(qrels, run, "map", "map"), abs=1e-9)
+        assert result["data"] == {"name": "help", "split": split, "queries": len(qrels), "passages": len(texts.passages)}
+        assert result["per_query"]["nDCG@10"].keys() == qrels.keys()
+        assert result["encoding"]["query"]["max_tokens"] == 24
+        assert len(read_trec(tmp_path / f"{split}.trec")) == len(qrels)
+    assert 0.05 < result["metrics"]["nDCG@10"] < 0.95
+    printed = capsys.readouterr().out
+    assert f"help half: {len(qrels)} queries, {len(texts.passages)} passages" in printed
+    assert f"{result['metrics']['nDCG@10']:.4f}" in printed
+
+
+def test_shards_that_match_are_used_again_and_others_made_anew(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, _ = folders
+    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
+    beir.main(arguments)
+    first = result_of(tmp_path, "test")
+    sides: list[str] = []
+    encode = EncoderBundle.encode
+
+    def counted(self: EncoderBundle, texts: Any, side: Any, **options: Any) -> np.ndarray:
+        sides.append(side)
+        return encode(self, texts, side, **options)
+
+    monkeypatch.setattr(EncoderBundle, "encode", counted)
+    beir.main(arguments)
+    assert sides == []
+    again = result_of(tmp_path, "test")
+    assert again["fingerprints"] == first["fingerprints"] and again["metrics"] == first["metrics"]
+    beir.main([*arguments, "--query-prompt", "query: "])
+    assert set(sides) == {"query"}
+    assert result_of(tmp_path, "test")["fingerprints"]["run"] != first["fingerprints"]["run"]
+    sides.clear()
+    beir.main([*arguments, "--query-prompt", "query: ", "--title", "drop"])
+    assert set(sides) == {"passage"}
+
+
+def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, data, _ = folders
+    beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "model"), *LENGTHS])
+    beir.main(["--run", str(tmp_path / "model" / "test.trec"), "--data", str(data), "--output-dir", str(tmp_path / "run")])
+    made, measured = result_of(tmp_path / "model", "test"), result_of(tmp_path / "run", "test")
+    assert measured["metrics"] == made["metrics"]
+    assert measured["fingerprints"] == {key: made["fingerprints"][key] for key in ("run", "qrels")}
+
+
+def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, data, _ = folders
+    arguments = ["--model", str(model), "--data", str(data), *LENGTHS]
+    beir.main([*arguments, "--output-dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [*launch, "-m", "eval.beir", *arguments, "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nDCG@10") == 1  # one process prints
+    one, two = result_of(tmp_path / "one", "test"), result_of(tmp_path / "two", "test")
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-9)
+    runs = [read_trec(tmp_path / folder / "test.trec") for folder in ("one", "two")]
+    assert all(runs[0][q].passage_ids == runs[1][q].passage_ids for q in runs[0])
+
+
+def test_msmarco_files_give_the_official_measures(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+    model, _, data = folders
+    msmarco.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS])
+    run = reference_run(model, texts.passages, texts.queries)
+    dev, dl19 = result_of(tmp_path, "dev"), result_of(tmp_path, "dl19")
+    best = {query_id: max(grades, key=lambda p: grades[p]) for query_id, grades in texts.qrels.items()}
+    reciprocal = []
+    for query_id, answer in best.items():  # the official script: 1 / rank within the first ten, from the run file
+        lines = [line.split("\t") for line in (tmp_path / "dev.msmarco.tsv").read_text().splitlines()]
+        reciprocal += [next((1 / int(rank) for q, p, rank in lines if (q, p) == (query_id, answer) and int(rank) <= 10), 0.0)]
+    assert dev["metrics"]["MRR@10"] == pytest.approx(np.mean(reciprocal), abs=1e-12)
+    assert max(reciprocal) > 0
+    assert dl19["metrics"]["nDCG@10"] == pytest.approx(trec_mean(texts.qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9)
+    assert dl19["metrics"]["MAP"] == pytest.approx(trec_mean(texts.qrels, run, "map", "map", level=2), abs=1e-9)
+    assert dl19["relevance"] == 2 and dev["relevance"] == 1
+    assert {q: r.passage_ids for q, r in read_run(tmp_path / "dev.msmarco.tsv").items()} == {
+        q: r.passage_ids for q, r in read_run(tmp_path / "dev.trec").items()
+    }
+    printed = capsys.readouterr().out
+    assert f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; {len(best)} judged queries, not 6,980" in printed
+
+
+def test_msmarco_says_what_is_missing_and_where_it_is(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no judgments of MS MARCO; expected one of these.*qrels.dev.small.tsv.*microsoft"):
+        msmarco.main(["--bm25", "--data", str(tmp_path)])
+    data = write_msmarco(tmp_path / "marco", texts)
+    (data / "collection.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"no passages: expected collection.tsv or .* \(or .gz\); to be had from https://microsoft"):
+        msmarco.main(["--bm25", "--data", str(data), "--split", "dev"])
+    with pytest.raises(SystemExit, match="no judgments of dl20: .*nist.gov"):
+        msmarco.main(["--bm25", "--data", str(data), "--split", "dl20"])
+
+
+def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, data, _ = folders
+    beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), "--metrics", "nDCG@10", *LENGTHS])
+    bundle = load_encoder(model, query_max_tokens=24, passage_max_tokens=48, device="cpu")
+    result = evaluate(bundle, data, "test", ["ndcg@10"])
+    assert result is not None
+    assert result.means == result_of(tmp_path, "test")["metrics"]
+    assert result.n_queries == len(result.scores.per_query["nDCG@10"]) == len(result.collection.qrels)
+    with pytest.raises(ValueError, match="2 ranks without shards_dir"):
+        evaluate(bundle, data, "test", ["nDCG@10"], ranks=Ranks(0, 2, lambda: None))
+
+
+def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
+    data = write_beir(tmp_path / "odd", texts)
+    with (data / "qrels" / "test.tsv").open("a") as file:
+        file.write("unjudged\tnot there\t1\n")
+    with (data / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "unjudged", "title": "", "text": "a passage with a query's id"}) + "\n")
+    collection = read_beir(data)
+    notes = collection.notes(passage_id for passage_id, _ in collection.passages("join", " "))
+    assert [note.split(",")[0] for note in notes] == [
+        f"1 of {1 + sum(map(len, texts.qrels.values()))} judged passages are not in the corpus and cannot be found",
+        "1 queries have the id of a passage",
+    ]
+    with (data / "qrels" / "test.tsv").open("a") as file:
+        file.write("nobody\tx\t1\n")
+    with pytest.raises(SystemExit, match="1 of .* judged queries are not there, first 'nobody'"):
+        beir.main(["--bm25", "--data", str(data)])
+    with pytest.raises(SystemExit, match="--metrics: measure 'F1'"):
+        beir.main(["--bm25", "--data", str(folders[1]), "--metrics", "F1"])

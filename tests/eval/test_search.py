@@ -1,0 +1,167 @@
+"""Exact search against brute force in float64: ties, blocks, shards, threads, and the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import search as search_module
+from eval.index import build_index
+from eval.search import main, search
+from eval.trec import Ranking, read_msmarco, read_trec
+from retriever.config import ConfigError
+from retriever.shards import ShardJob, ShardWriter
+
+MIB_OF_ONE_BLOCK = 1
+
+
+class Parts:
+    """Embeddings in memory, cut into shards."""
+
+    def __init__(self, embeddings: np.ndarray, ids: list[str], cuts: list[int]) -> None:
+        self.rows, self.dimension = embeddings.shape
+        ends = [0, *sorted(cuts), len(ids)]
+        self._parts = [(embeddings[a:b], ids[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        return iter(self._parts)
+
+
+def brute_force(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> list[list[str]]:
+    """Every pair's float64 score as float32; sorted by score, then id, both descending."""
+    scores = (queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32)
+    return [[ids[j] for j in sorted(range(len(ids)), key=lambda j: (row[j], ids[j]), reverse=True)[:k]] for row in scores]
+
+
+def same_rankings(a: dict[str, Ranking], b: dict[str, Ranking]) -> bool:
+    return a.keys() == b.keys() and all(a[q].passage_ids == b[q].passage_ids and a[q].scores.tobytes() == b[q].scores.tobytes() for q in a)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None:
+    n, n_queries, dimension = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    distinct = data.draw(st.integers(1, n))  # few distinct passages: many equal scores, at the k-th place too
+    passages = rng.integers(-3, 4, (distinct, dimension)).astype(np.float32)[rng.integers(0, distinct, n)]  # exact in float32
+    queries = rng.integers(-3, 4, (n_queries, dimension)).astype(np.float32)
+    ids = [str(i) for i in rng.permutation(n)]
+    k = data.draw(st.integers(1, n + 5))
+    parts = Parts(passages, ids, data.draw(st.lists(st.integers(0, n), max_size=3)))
+    run = search(queries, [f"q{i}" for i in range(n_queries)], parts, k)
+    assert [found.passage_ids for found in run.values()] == brute_force(queries, passages, ids, k)
+
+
+def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More equal passages than the margin, in several blocks, near the k-th place; FAISS alone rounds them differently."""
+    monkeypatch.setattr(search_module, "_QUERIES_AT_ONCE", 7)
+    rng = np.random.default_rng(0)
+    passages = rng.standard_normal((30_000, 24)).astype(np.float32)
+    passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+    for twin in range(3):
+        passages[rng.choice(30_000, 300, replace=False)] = passages[twin]
+    queries = np.concatenate([passages[:3] + 0.05, rng.standard_normal((25, 24))]).astype(np.float32)
+    ids = [f"p{i}" for i in rng.permutation(30_000)]
+    query_ids = [f"q{i}" for i in range(len(queries))]
+    wanted = brute_force(queries, passages, ids, 100)
+    whole = search(queries, query_ids, Parts(passages, ids, []), 100)
+    assert [found.passage_ids for found in whole.values()] == wanted
+    assert len(set(whole["q0"].scores.tolist())) < 50  # the case is what it says
+    blocks = search(queries, query_ids, Parts(passages, ids, [1, 9_000, 9_001]), 100, block_mib=MIB_OF_ONE_BLOCK)
+    assert same_rankings(whole, blocks)
+    alone = {q: search(queries[i : i + 1], [q], Parts(passages, ids, []), 100)[q] for i, q in enumerate(query_ids)}
+    assert same_rankings(whole, alone)
+
+
+def test_threads_change_nothing() -> None:
+    rng = np.random.default_rng(1)
+    passages, queries = rng.standard_normal((3_000, 16)).astype(np.float16), rng.standard_normal((40, 16)).astype(np.float32)
+    parts, query_ids = Parts(passages, [f"p{i}" for i in range(3_000)], [700]), [f"q{i}" for i in range(40)]
+    before = faiss.omp_get_max_threads()
+    runs = []
+    try:
+        for threads in (1, 2):
+            faiss.omp_set_num_threads(threads)
+            runs.append(search(queries, query_ids, parts, 50))
+    finally:
+        faiss.omp_set_num_threads(before)
+    assert same_rankings(*runs)
+    assert [found.passage_ids for found in runs[0].values()] == brute_force(queries, passages, [f"p{i}" for i in range(3_000)], 50)
+
+
+def test_excluding_the_query_itself_still_returns_k_passages() -> None:
+    vectors = np.eye(5, dtype=np.float32)
+    ids = ["a", "b", "c", "d", "e"]
+    run = search(vectors, ids, Parts(vectors, ids, [2]), 2, exclude_self=True)
+    assert run["a"].passage_ids == ["e", "d"]
+    assert run["e"].passage_ids == ["d", "c"]
+    assert search(vectors, ids, Parts(vectors, ids, [2]), 2)["a"].passage_ids == ["a", "e"]
+
+
+def test_negative_zero_and_negative_scores_keep_their_order() -> None:
+    passages = np.array([[0.0], [-0.0], [-1.0], [2.0]], dtype=np.float32)
+    found = search(np.array([[1.0]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4)["q"]
+    assert found.passage_ids == ["d", "b", "a", "c"]
+    assert found.scores.tolist() == [2.0, 0.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0}, "k 0: expected at least 1"),
+        ({"queries": np.zeros((2, 3), dtype=np.float32)}, r"shape \[2, 3\]: expected \[Q, 4\]"),
+        ({"query_ids": ["q", "q"]}, "2 queries and 1 distinct ids"),
+        ({"queries": np.full((2, 4), np.nan)}, "query embedding has a value that is not finite"),
+        ({"queries": np.zeros((0, 4)), "query_ids": []}, "no queries"),
+        ({"passages": Parts(np.zeros((2, 4)), ["p", "p"], [1])}, "passage id 'p' stands twice"),
+        ({"passages": Parts(np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]]), ["p", "r"], [1])}, "passage embedding 1 has a value that is not"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(change: dict, message: str) -> None:
+    good = {"queries": np.zeros((2, 4)), "query_ids": ["q", "r"], "passages": Parts(np.zeros((2, 4)), ["p", "s"], []), "k": 1}
+    with pytest.raises(ValueError, match=message):
+        search(**(good | change))
+
+
+def test_only_the_flat_index_is_available() -> None:
+    assert isinstance(build_index("flat", 3), faiss.IndexFlatIP)
+    with pytest.raises(ConfigError, match="expected one of flat; received 'ivf'"):
+        build_index("ivf", 3)
+
+
+def write_shards(folder: Path, side: str, embeddings: np.ndarray, ids: list[str], model: str = "m") -> Path:
+    job = ShardJob(side, model, "", 32, "mean", True, "fp32", embeddings.shape[1], "float32", "t", 4)  # type: ignore[arg-type]
+    writer = ShardWriter(folder, job)
+    writer.prepare()
+    for shard, start in enumerate(range(0, len(ids), 4)):
+        writer.write(shard, embeddings[start : start + 4], ids[start : start + 4])
+    writer.finish(len(ids))
+    return folder
+
+
+def test_the_command_turns_shards_into_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(2)
+    passages, queries = rng.standard_normal((11, 6)).astype(np.float32), rng.standard_normal((5, 6)).astype(np.float32)
+    ids, query_ids = [f"p{i}" for i in range(11)], [f"q{i}" for i in range(5)]
+    write_shards(tmp_path / "passages", "passage", passages, ids)
+    write_shards(tmp_path / "queries", "query", queries, query_ids)
+    folders = ["--queries", str(tmp_path / "queries"), "--passages", str(tmp_path / "passages"), "--k", "3"]
+    main([*folders, "--output", str(tmp_path / "run.trec")])
+    main([*folders, "--output", str(tmp_path / "run.tsv"), "--format", "msmarco"])
+    wanted = dict(zip(query_ids, brute_force(queries, passages, ids, 3), strict=True))
+    assert {q: found.passage_ids for q, found in read_trec(tmp_path / "run.trec").items()} == wanted
+    assert {q: found.passage_ids for q, found in read_msmarco(tmp_path / "run.tsv").items()} == wanted
+    assert "5 queries, 15 lines" in capsys.readouterr().out
+
+
+def test_shards_of_two_models_are_not_searched_together(tmp_path: Path) -> None:
+    write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"], model="one")
+    write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"], model="two")
+    with pytest.raises(SystemExit, match="different models"):
+        main(["--queries", str(tmp_path / "queries"), "--passages", str(tmp_path / "passages"), "--output", str(tmp_path / "run")])
