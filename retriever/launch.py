@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
@@ -24,6 +25,7 @@ def join(config: Config) -> tuple[Accelerator, World]:
     asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")  # Accelerator reads it over its own argument
     accumulation = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it, processes launched on a CPU do not join one another
         mixed_precision="no",
         log_with=list(config.run.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")),

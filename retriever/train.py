@@ -99,8 +99,8 @@ def train(config: Config) -> None:
                 outputs.keep_if_best(f"eval/{config.eval.metrics[0]}", done)
             if _due(done, config.train.save_every, total):
                 outputs.save(done)
-    telemetry.close()
     outputs.finish()
+    telemetry.close()
 
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:
