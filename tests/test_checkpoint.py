@@ -1,0 +1,216 @@
+"""Checkpoints: training goes on bitwise from one, a folder with a final name is whole, and other data is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from retriever import checkpoint
+from retriever.checkpoint import TrainingState
+from retriever.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.optim import Optimizer
+from retriever.parallel.world import World
+from retriever.step import train_step
+from tests.problems import random_batch, rank_batch
+from tests.tiny import save_tiny_model
+
+CPU = World(torch.device("cpu"))
+WHOLE = random_batch(queries=6, passages=9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Config:
+    return Config(
+        run=RunConfig(output_dir=str(tmp_path / "run")),
+        model=ModelConfig(str(folder), tied=False, query_max_tokens=32, passage_max_tokens=32),
+        data=DataConfig(train=(SourceConfig(path="x"),)),
+        loss=LossConfig(learn_temperature=True, precision="fp32"),
+        optim=OptimConfig(lr=1e-3, precision="fp32"),
+        train=TrainConfig(max_steps=8),
+    )
+
+
+def _state(config: Config) -> TrainingState:
+    encoder = DualEncoder.from_pretrained(config.model)
+    objective = ContrastiveObjective(config.loss)
+    return TrainingState(encoder, objective, Optimizer(config.optim, [encoder, objective], 8, CPU.device))
+
+
+def _train(state: TrainingState, steps: range) -> list[Tensor]:
+    batch, _, _ = rank_batch(WHOLE, 0, 60)
+    for step in steps:
+        train_step(state.encoder, state.objective, replace(batch, step=step), state.optimizer, CPU, seed=1)  # type: ignore[arg-type]
+    return [w.detach().clone() for w in state.modules().parameters()]
+
+
+def _export(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+def _save(config: Config, step: int, state: TrainingState | None = None) -> Path:
+    return checkpoint.save(Path(config.run.output_dir) / checkpoint.FOLDER, step, state or _state(config), config, "f1", _export)
+
+
+@pytest.mark.parametrize("optim", [{}, {"name": "adafactor"}, {"precision": "fp16"}])
+def test_training_goes_on_bitwise(config: Config, optim: dict[str, Any]) -> None:
+    """k + m steps equal k steps, save, load into fresh objects, m steps: weights, optimizer, scaler, temperature, dropout."""
+    config = replace(config, optim=replace(config.optim, **optim))
+    start, straight = _train(_state(config), range(0)), _train(_state(config), range(6))
+    first = _state(config)
+    _train(first, range(3))
+    if optim.get("precision") == "fp16":
+        first.optimizer.scaler.update(1024.0)  # a scale that a fresh scaler would not have
+    saved = _save(config, 3, first)
+    resumed = _state(config)
+    assert checkpoint.load(saved, resumed, "f1", CPU.device) == 3
+    assert resumed.optimizer.gradient_scale == first.optimizer.gradient_scale
+    weights = _train(resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(weights, _train(first, range(3, 6)), strict=True))
+    if optim.get("precision") != "fp16":
+        assert all(torch.equal(a, b) for a, b in zip(weights, straight, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, start, strict=True)), "nothing was trained"
+
+
+def test_a_checkpoint_before_the_first_step_loads(config: Config) -> None:
+    """An optimizer that has no state yet is saved and restored as such."""
+    saved = _save(config, 0)
+    resumed = _state(config)
+    assert checkpoint.load(saved, resumed, "f1", CPU.device) == 0
+    assert all(torch.equal(a, b) for a, b in zip(_train(resumed, range(2)), _train(_state(config), range(2)), strict=True))
+
+
+def test_what_a_checkpoint_holds(config: Config) -> None:
+    """Safetensors and JSON alone, the resolved configuration, the data's fingerprint, and an export."""
+    saved = _save(config, 3)
+    assert saved.name == "step-00000003" and (saved / "export" / "config.json").exists()
+    assert {p.suffix for p in saved.rglob("*") if p.is_file()} == {".safetensors", ".json"}
+    manifest = json.loads((saved / "state.json").read_text())
+    assert (manifest["step"], manifest["store"]) == (3, "f1")
+    with safe_open(saved / "model.safetensors", "pt") as weights:
+        assert "objective.log_scale" in weights.keys() and any(k.startswith("encoder.towers.query.") for k in weights.keys())  # noqa: SIM118
+
+
+def test_other_data_and_other_formats_are_refused(config: Config, tmp_path: Path) -> None:
+    """A changed store, a folder that is no checkpoint and a format of another version stop with a reason, before a weight changes."""
+    saved, state = _save(config, 3), _state(config)
+    with torch.no_grad():
+        for w in state.modules().parameters():
+            w.zero_()
+    with pytest.raises(ConfigError, match=r"other data.*f1.*f2.*run.resume=never"):
+        checkpoint.load(saved, state, "f2", CPU.device)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        checkpoint.load(tmp_path, state, "f1", CPU.device)
+    manifest = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ConfigError, match="99"):
+        checkpoint.load(saved, state, "f1", CPU.device)
+    assert all(not w.any() for w in state.modules().parameters())
+
+
+@pytest.mark.parametrize("stage", ["export", "model", "rename"])
+def test_a_save_that_dies_leaves_nothing_that_counts(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Wherever it stops, no folder of a final name appears, the one before stays, `clean` removes the rest, and saving again works."""
+    before = _save(config, 3)
+    root = before.parent
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if stage == "model":
+            patch.setattr(checkpoint, "save_file", die)
+        if stage == "rename":
+            patch.setattr(os, "replace", die)
+        checkpoint.save(root, 5, _state(config), config, "f1", die if stage == "export" else _export)
+    assert checkpoint.newest(root) == before
+    assert len(list(root.iterdir())) == 2, "the half-written folder is there to be cleaned"
+    checkpoint.clean(root)
+    assert list(root.iterdir()) == [before]
+    assert checkpoint.newest(root.parent / "nowhere") is None
+    assert checkpoint.newest(root) != _save(config, 5) == checkpoint.newest(root)
+
+
+def test_a_removal_that_dies_leaves_nothing_that_counts(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is being removed loses its name first, so that no half of one is ever resumed from."""
+    saved = _save(config, 3)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = checkpoint.shutil.rmtree
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **k: real(path, **k) if k else die())
+        checkpoint.remove(saved)
+    assert checkpoint.newest(saved.parent) is None
+    checkpoint.clean(saved.parent)
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_keep_last_removes_the_oldest(config: Config) -> None:
+    """By step, not by time of writing; fewer than asked for are all kept."""
+    root = _save(config, 900).parent
+    for step in (1000, 20):
+        _save(config, step)
+    checkpoint.keep_last(root, 5)
+    assert len(list(root.iterdir())) == 3
+    checkpoint.keep_last(root, 2)
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000900", "step-00001000"]
+    assert checkpoint.newest(root) == root / "step-00001000"
+
+
+def test_publish_replaces_the_whole_folder(tmp_path: Path) -> None:
+    """The target is the source's copy, without files of what stood there before; the source stays; nothing else is left."""
+    source, target = tmp_path / "new", tmp_path / "best"
+    for folder, name in ((source, "weights"), (target, "stale")):
+        folder.mkdir()
+        (folder / name).write_text(name)
+    for _ in range(2):
+        checkpoint.publish(source, target)
+        assert [p.name for p in target.iterdir()] == ["weights"] and [p.name for p in source.iterdir()] == ["weights"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "new"]
+
+
+def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path: Path) -> None:
+    """auto: the newest or none; a path: that one; never: none, and no run in the folder."""
+    run = config.run
+    assert checkpoint.find(run) is None and checkpoint.find(replace(run, resume="never")) is None
+    old, new = _save(config, 3), _save(config, 5)
+    assert checkpoint.find(run) == new
+    assert checkpoint.find(replace(run, resume=str(old))) == old
+    with pytest.raises(ConfigError, match="run.resume: never"):
+        checkpoint.find(replace(run, resume="never"))
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        checkpoint.find(replace(run, resume=str(tmp_path)))
+
+
+def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config: Config) -> None:
+    """Logging, saving, trackers and places may differ; any other key stops with a list of all that differ."""
+    resolved = replace(config, batch=replace(config.batch, tokens_per_chunk=512))
+    saved = _save(resolved, 3)
+    assert checkpoint.continued(config, saved) == resolved
+    free = replace(
+        config,
+        run=replace(config.run, trackers=(), resume="never", output_dir="elsewhere", timeout_s=5),
+        train=replace(config.train, log_every=1, save_every=1, keep_last=9),
+        data=replace(config.data, cache_dir="elsewhere"),
+    )
+    assert checkpoint.continued(free, saved) == replace(free, batch=resolved.batch)
+    changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
+    with pytest.raises(ConfigError, match=r"(?s)optim.lr: 0.001 -> 1.0.*run.seed: 0 -> 7"):
+        checkpoint.continued(changed, saved)

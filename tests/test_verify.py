@@ -1,0 +1,127 @@
+"""The check that users see: tiny on a sound setup, large on each broken one, and it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retriever import verify
+from retriever.config import LossConfig, ModelConfig
+from retriever.data.batch import Batch
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.gradcache import Representations, backward_through_encoder
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.strategies import STRATEGIES
+from retriever.rng import RngState
+from retriever.verify import gradient_error
+from tests.problems import random_batch, rank_batch
+from tests.tiny import save_tiny_model
+
+BOUND = 1e-9
+BROKEN = 1e-4
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+    return DualEncoder.from_pretrained(ModelConfig(str(folder), query_max_tokens=32, passage_max_tokens=32))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return rank_batch(random_batch(queries=8, passages=14), 0, 40)[0]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"temperature": 0.02},
+        {"temperature": 0.07, "symmetric": True, "false_negative_margin": 0.1, "learn_temperature": True},
+        {"temperature": 0.05, "precision": "bf16", "mask_known_positives": False},
+    ],
+)
+def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: str, loss: dict[str, Any]) -> None:
+    """Any loss setting, on a model in train mode and any precision: what is measured is the method, to 1e-9."""
+    check = gradient_error(encoder, LossConfig(strategy=strategy, **loss), batch)  # type: ignore[arg-type]
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+    assert (check.queries, check.passages, check.chunks) == (8, 14, len(batch.chunks)) and check.chunks > 4
+    assert f"{check.gradient_error:.1e}" in str(check)
+
+
+def test_nothing_is_changed(encoder: DualEncoder, batch: Batch) -> None:
+    """Weights, gradients, modes, autocast and the RNG state are afterwards what they were."""
+    encoder.autocast_dtype = torch.bfloat16
+    for p in encoder.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    weights, state = [p.detach().clone() for p in encoder.parameters()], torch.get_rng_state()
+    assert gradient_error(encoder, LossConfig(), batch).gradient_error < BOUND
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, w) and torch.all(p.grad == 0.5) for p, w in zip(encoder.parameters(), weights, strict=True))
+    assert encoder.training and encoder.autocast_dtype == torch.bfloat16 and next(encoder.parameters()).dtype == torch.float32
+    encoder.zero_grad(set_to_none=True)
+    encoder.autocast_dtype = None
+
+
+def test_a_lost_chunk_is_found(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk whose gradient is not pulled back shows."""
+
+    def without_first_rows(encoder: DualEncoder, batch: Batch, gradients: Representations, states: Sequence[RngState]) -> None:
+        chunk = next(iter(batch.chunks))
+        getattr(gradients, chunk.side)[chunk.rows] = 0
+        backward_through_encoder(encoder, batch, gradients, states)
+
+    monkeypatch.setattr(verify, "backward_through_encoder", without_first_rows)
+    assert gradient_error(encoder, LossConfig(), batch).gradient_error > BROKEN
+
+
+@pytest.mark.parametrize("broken", ["loss", "dqueries", "dpassages"])
+def test_a_wrong_objective_is_found(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    """A loss or either gradient that is off by a thousandth shows, each by itself."""
+
+    class Wrong(ContrastiveObjective):
+        def forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            results = dict(zip(("loss", "dqueries", "dpassages"), super().forward(*arguments), strict=True))
+            results[broken] = results[broken] * 1.001
+            return tuple(results.values())  # type: ignore[return-value]
+
+    monkeypatch.setattr(verify, "ContrastiveObjective", Wrong)
+    check = gradient_error(encoder, LossConfig(), batch)
+    assert max(check.loss_error, check.gradient_error) > BROKEN
+
+
+def test_an_encoder_that_mixes_rows_is_found(encoder: DualEncoder, batch: Batch) -> None:
+    """Where an embedding depends on what else is in its chunk, chunking changes the gradient, and the check says so."""
+
+    def centre(module: nn.Module, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state - 0.1 * output.last_hidden_state.mean(dim=0, keepdim=True)
+        return output
+
+    handle = encoder.passage_tower.register_forward_hook(centre)
+    try:
+        assert gradient_error(encoder, LossConfig(), batch).gradient_error > BROKEN
+    finally:
+        handle.remove()
+    assert gradient_error(encoder, LossConfig(), batch).gradient_error < BOUND
+
+
+def test_a_part_of_a_larger_batch_is_weighed_as_such(encoder: DualEncoder) -> None:
+    """Global queries beyond this rank's, and rows without a target, enter the reference as they enter the loss."""
+    part = rank_batch(random_batch(queries=8, passages=14, ranks=3, ignored=2), 0, 40)[0]
+    assert part.sizes[0] > 1 and part.targets.positives.min() == -1
+    object.__setattr__(part.targets, "global_queries", 32)
+    check = gradient_error(encoder, LossConfig(), part)
+    assert max(check.loss_error, check.gradient_error) < BOUND
+
+
+def test_a_batch_that_proves_nothing_is_refused(encoder: DualEncoder) -> None:
+    """Without a negative, loss and gradient are 0: equality would mean nothing."""
+    lonely = rank_batch(random_batch(queries=2, passages=3), 0, 40)[0]
+    object.__setattr__(lonely.targets, "known_ids", lonely.targets.passage_ids.repeat(2))
+    object.__setattr__(lonely.targets, "known_ptr", torch.tensor([0, 3, 6]))
+    with pytest.raises(ValueError, match="proves nothing"):
+        gradient_error(encoder, LossConfig(), lonely)
