@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retriever.config import Config, ModelConfig
-from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+from retriever.data.chunks import Chunk, Chunks, plan_chunks
 from retriever.data.planner import Planner, known_positives, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.tokens import Side, TokenTemplate
@@ -122,6 +122,7 @@ class BatchLoader:
         return [lambda positions=positions: self._build(side, positions, rows[positions]) for positions in plan]  # type: ignore[misc]
 
     def _build(self, side: Side, positions: np.ndarray, rows: np.ndarray) -> Chunk:
-        table, limit = self._tables[side], self._max_tokens[side]
-        input_ids, mask = pad_rows([self._template.wrap(table.tokens(row), limit) for row in rows], self._template.pad_id)
-        return Chunk(side, torch.from_numpy(positions), input_ids, mask)
+        room = self._max_tokens[side] - self._template.special_tokens
+        tokens, counts = self._tables[side].gather(rows, room, keep_end=self._template.keep_end)
+        input_ids, mask = self._template.wrap_rows(tokens, counts)
+        return Chunk(side, torch.from_numpy(positions), torch.from_numpy(input_ids), torch.from_numpy(mask))

@@ -42,10 +42,14 @@ class TextTable:
         """The token ids of one text, as a read-only view of the file."""
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
-    def gather(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The token ids of the given rows, in their order, as read-only views."""
-        starts, ends = self._offsets[rows].tolist(), self._offsets[rows + 1].tolist()
-        return [self._tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+    def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each has [n]."""
+        starts, lengths = self._offsets[rows], self.lengths[rows]
+        kept = np.minimum(lengths, limit)
+        if keep_end:
+            starts = starts + lengths - kept
+        within = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
+        return self._tokens[np.repeat(starts, kept) + within], kept
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:

@@ -75,3 +75,17 @@ class TokenTemplate:
         room = max_tokens - self.special_tokens
         kept = tokens[max(0, len(tokens) - room) :] if self.keep_end else tokens[:room]
         return np.concatenate([self.prefix, kept, self.suffix]).astype(np.int64)
+
+    def wrap_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """input_ids and attention mask [n, longest] int64, padded on the right: as `wrap`, for many texts at once.
+
+        tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n].
+        """
+        start, end = len(self.prefix), len(self.prefix) + counts  # of the text's own tokens in each row
+        column = np.arange((end + len(self.suffix)).max(initial=0))[None, :]
+        input_ids = np.full((len(counts), column.shape[1]), self.pad_id, dtype=np.int64)
+        input_ids[:, :start] = self.prefix
+        input_ids[(column >= start) & (column < end[:, None])] = tokens
+        for place, token in enumerate(self.suffix):
+            input_ids[np.arange(len(counts)), end + place] = token
+        return input_ids, (column < (end + len(self.suffix))[:, None]).astype(np.int64)

@@ -36,7 +36,7 @@ def built(tmp_path: Path, *sources: SourceConfig | str, **data: Any) -> Store:
 
 
 def texts_of(table: TextTable, rows: Any = None) -> list[tuple[int, ...]]:
-    return [tuple(tokens.tolist()) for tokens in table.gather(np.arange(len(table)) if rows is None else rows)]
+    return [tuple(table.tokens(row).tolist()) for row in (range(len(table)) if rows is None else rows)]
 
 
 def token_ids(text: str) -> tuple[int, ...]:
