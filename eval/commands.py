@@ -36,13 +36,14 @@ def launched_ranks(threads: int | None) -> Iterator[tuple[Ranks, Any]]:
 
     check_environment()
     import faiss
+    import torch
     from accelerate import PartialState
 
     from eval.evaluate import Ranks
 
     if threads:
         faiss.omp_set_num_threads(threads)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # else accelerate leaves processes on CPUs each on its own
     try:
         yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone), state.device
     finally:
@@ -62,16 +63,22 @@ def report_all(
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
-    Raises ConfigError for an unknown measure or index before anything is encoded.
+    Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
-    from eval.metrics import parse_measure
+    from eval.index import build_index
+    from eval.metrics import check_relevance, parse_measure
+    from eval.search import check_k
     from retriever.config import ConfigError
 
     try:
-        for name in (name for _, metrics in work for name in metrics):
-            parse_measure(name)
+        for collection, metrics in work:
+            check_relevance(collection.relevance)
+            for name in metrics:
+                parse_measure(name)
+        check_k(given.k)
+        build_index(given.index, 1)
     except ValueError as error:
-        raise ConfigError(f"--metrics: {error}") from error
+        raise ConfigError(str(error)) from error
     folder = output_folder(given)
     bundle = load_bundle(given, device) if given.model is not None else None
     for collection, metrics in work:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.collection import Collection, fingerprint, read_beir
+from eval.index import build_index
 from eval.metrics import Scores, measure_run, parse_measure
 from eval.search import load_queries, search
 from eval.trec import Run
@@ -95,6 +96,7 @@ def evaluate_collection(
 ) -> EvalResult | None:
     """As `evaluate`, for any collection: shards go to `shards_dir`/passages and `shards_dir`/queries-<split>."""
     ranks, settings = ranks or Ranks(), bundle.settings
+    build_index(index, bundle.dimension)  # an index that is not available is refused before the encoding
     prints = collection.fingerprints()
     texts = {
         "passage": (collection.passages(settings.title, settings.title_separator), "passages"),

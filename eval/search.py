@@ -138,9 +138,14 @@ def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k
         yield Ranking(row_ids[keep].tolist(), scores[keep])
 
 
-def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
+def check_k(k: int) -> None:
+    """Raises ValueError where `k` is below 1."""
     if k < 1:
         raise ValueError(f"k {k}: expected at least 1 passage a query")
+
+
+def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
+    check_k(k)
     if len(query_ids) == 0:
         raise ValueError("no queries: expected at least one")
     if queries.ndim != 2 or queries.shape[1] != dimension:

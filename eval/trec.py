@@ -143,7 +143,10 @@ def _number(text: str, path: str | Path, line: int) -> float:
 
 
 def _numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in read_lines(Path(path)) if line.strip() and not line.startswith("#"))
+    path = Path(path)
+    if not path.is_file():
+        raise DataError("no such file; expected a run", path)
+    yield from ((number, line) for number, line in read_lines(path) if line.strip() and not line.startswith("#"))
 
 
 def _require_words(words: Iterable[str], name: str) -> None:

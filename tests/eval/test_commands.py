@@ -190,5 +190,28 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
         file.write("nobody\tx\t1\n")
     with pytest.raises(SystemExit, match="1 of .* judged queries are not there, first 'nobody'"):
         beir.main(["--bm25", "--data", str(data)])
-    with pytest.raises(SystemExit, match="--metrics: measure 'F1'"):
-        beir.main(["--bm25", "--data", str(folders[1]), "--metrics", "F1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics", "F1"], "measure 'F1': expected one of nDCG"),
+        (["--index", "hnsw"], "expected one of flat; received 'hnsw'"),
+        (["--k", "0"], "k 0: expected at least 1"),
+        (["--relevance", "0"], "relevance 0"),
+        (["--split", "train"], "expected one file qrels/train.tsv"),
+        (["--pooling", "mean", "--passage-max-tokens", "4000"], "4000"),
+    ],
+)
+def test_what_cannot_be_evaluated_stops_before_the_encoding(
+    folders: tuple[Path, Path, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    model, data, _ = folders
+    with pytest.raises(SystemExit, match=message):
+        beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
+        beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])

@@ -88,7 +88,7 @@ SCORE = st.sampled_from([0.5, 0.5 + 1e-9, 0.25, 1.0, -1.0, 0.0, -0.0, 16777216.0
 HITS = st.dictionaries(st.sampled_from([f"d{i}" for i in range(16)]), SCORE, max_size=16)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     # trec_eval never returns where all of a query's grades are negative; test_negative_grades covers that.
     qrels=st.dictionaries(st.sampled_from("abcd"), GRADES.filter(lambda grades: max(grades.values(), default=-1) >= 0), min_size=1),
