@@ -69,9 +69,10 @@ class Optimizer:
         In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError.
         """
         self.scaler.unscale_(self.torch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made")
+        nn.utils.clip_grads_with_norm_(self.parameters, self._config.max_grad_norm, norm)
         self.scaler.step(self.torch)
         self.scaler.update()
         self.torch.zero_grad(set_to_none=True)

@@ -30,7 +30,9 @@ class ContrastiveObjective(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self._config = config
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)), requires_grad=config.learn_temperature)
+        self.log_scale = nn.Parameter(
+            torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
+        )
 
     @property
     def temperature(self) -> float:
