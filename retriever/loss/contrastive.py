@@ -77,4 +77,5 @@ class ContrastiveObjective(nn.Module):
             weight=gradient_scale / targets.global_queries,
             symmetric=self._config.symmetric,
             precision=self._config.precision,
+            workspace_mib=None if self._config.workspace_mib == "auto" else self._config.workspace_mib,
         )

@@ -22,6 +22,7 @@ class Problem:
     weight: float  # of each query's loss in the gradient: 1 / global queries, times the gradient scale
     symmetric: bool
     precision: Precision
+    workspace_mib: int | None = None  # of the tiled strategy on a GPU; None: up to 1 GiB of what is free
 
     @property
     def active(self) -> Tensor:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.lse import negatives_gradient, negatives_lse
+from kernels.lse import infonce, negatives_gradient, negatives_lse
 from retriever.loss.problem import Problem, nll
-from retriever.parallel.world import World
+from retriever.parallel.world import Gathered, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,35 +19,50 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     Passages are gathered in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
     """
     travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
-    queries, active = problem.queries.to(travelling), problem.active
-    passages = world.gather_rows(problem.passages.to(travelling))
-    exclusions = replace(problem.exclusions, passage_ids=world.gather_rows(problem.exclusions.passage_ids).rows)
-    positive = problem.positive_logits()  # [B]
-    row_lse, column_lse = negatives_lse(
-        queries, passages.rows, problem.scale, exclusions, columns=problem.symmetric, precision=problem.precision
+    queries, passages = problem.queries.to(travelling), world.gather_rows(problem.passages.to(travelling))
+    passage_ids = world.gather_rows(problem.exclusions.passage_ids).rows
+    problem = replace(problem, exclusions=replace(problem.exclusions, passage_ids=passage_ids))
+    if problem.symmetric and world.size > 1:
+        return _symmetric_over_ranks(problem, queries, passages, world)
+    result = infonce(
+        queries,
+        passages.rows,
+        torch.where(problem.active, problem.positives + passages.own.start, -1),
+        problem.scale,
+        exclusions=problem.exclusions,
+        weights=queries.new_full((len(queries),), problem.weight, dtype=problem.queries.dtype),
+        symmetric=problem.symmetric,
+        precision=problem.precision,
+        workspace_mib=problem.workspace_mib,
     )
-    share = 0.5 if problem.symmetric else 1.0  # of each direction
-    log_weight = math.log(share * problem.weight)
-    losses = share * nll(row_lse, positive)
-    dpositive = -share * problem.weight * torch.sigmoid(row_lse - positive)  # −(1 − p), in full precision
+    assert result.dqueries is not None and result.dpassages is not None
+    return result.loss, result.dqueries, world.reduce_rows(result.dpassages, passages.counts)
+
+
+def _symmetric_over_ranks(problem: Problem, queries: Tensor, passages: Gathered, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """`tiled` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been seen."""
+    positive, active = problem.positive_logits(), problem.active  # [B]
+    row_lse, column_lse = negatives_lse(
+        queries, passages.rows, problem.scale, problem.exclusions, columns=True, precision=problem.precision
+    )
+    assert column_lse is not None
+    column_lse = world.logsumexp(column_lse)[passages.own][problem.columns]  # [B]: of each row's positive
+    losses = 0.5 * (nll(row_lse, positive) + nll(column_lse, positive))
+    log_weight = math.log(0.5 * problem.weight)
     row_log_weights = log_weight - torch.logaddexp(positive, row_lse)
-    column_log_weights = None
-    if column_lse is not None:
-        column_lse = world.logsumexp(column_lse)[passages.own][problem.columns]  # [B]: of each row's positive
-        losses = losses + share * nll(column_lse, positive)
-        dpositive = dpositive - share * problem.weight * torch.sigmoid(column_lse - positive)
-        of_rows = (log_weight - torch.logaddexp(positive, column_lse)).where(active, -torch.inf)
-        column_log_weights = world.gather_rows(_segment_logsumexp(of_rows, problem.columns, len(problem.passages))).rows
+    of_rows = (log_weight - torch.logaddexp(positive, column_lse)).where(active, -torch.inf)
     dqueries, dpassages = negatives_gradient(
         queries,
         passages.rows,
         problem.scale,
         row_log_weights.where(active, -torch.inf),
-        column_log_weights,
-        exclusions,
+        world.gather_rows(_segment_logsumexp(of_rows, problem.columns, len(problem.passages))).rows,
+        problem.exclusions,
         precision=problem.precision,
     )
     dpassages = world.reduce_rows(dpassages, passages.counts)
+    # The positive's own term, −(1 − p) of each direction, in full precision.
+    dpositive = -0.5 * problem.weight * (torch.sigmoid(row_lse - positive) + torch.sigmoid(column_lse - positive))
     dpositive = (problem.scale * dpositive).where(active, 0.0)[:, None]  # [B, 1]
     dqueries = dqueries + dpositive * problem.passages[problem.columns]
     # index_put_ sorts before it adds, so that shared positives sum in the same order every time; index_add_ does not.
