@@ -103,7 +103,8 @@ class LossConfig:
     symmetric: bool = False
     mask_known_positives: bool = True
     false_negative_margin: float | None = None
-    dims: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()  # leading dimensions to sum the loss over (Matryoshka); empty: all dimensions at once
+    dim_weights: tuple[float, ...] = ()  # of each of dims; empty: ones
     workspace_mib: int | Auto = "auto"
 
 

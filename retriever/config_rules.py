@@ -55,7 +55,9 @@ def validate(config: Config) -> None:
             config.batch.tokens_per_chunk,
         )
     _require(loss.temperature > 0, "loss.temperature", "a number above 0", loss.temperature)
-    _require(loss.dims == (), "loss.dims", "[]: Matryoshka losses are not available in this version", list(loss.dims))
+    _require(all(d >= 1 for d in loss.dims), "loss.dims", "numbers of at least 1", list(loss.dims))
+    as_many = len(loss.dim_weights) in (0, len(loss.dims)) and all(weight > 0 for weight in loss.dim_weights)
+    _require(as_many, "loss.dim_weights", f"[] or {len(loss.dims)} numbers above 0, one for each of loss.dims", list(loss.dim_weights))
     margin = loss.false_negative_margin
     _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
     _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)

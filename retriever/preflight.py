@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever.config import Config
+from retriever.config import Config, ConfigError
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store
@@ -28,6 +28,10 @@ _ACTIVATION_SHARE = 0.4  # of the memory that is free before step 1
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
     """The configuration with every `auto` replaced by what this run uses, the same on every rank."""
+    if max(config.loss.dims, default=0) > encoder.dimension:
+        raise ConfigError(
+            f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of {config.model.name_or_path}"
+        )
     tokens = config.batch.tokens_per_chunk
     if tokens == "auto":
         fitting = _tokens_per_chunk(config, encoder, world.device)

@@ -66,7 +66,7 @@ def train(config: Config) -> None:
     accelerator, world = launch.join(config)
 
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
-    objective = ContrastiveObjective(config.loss).to(world.device)
+    objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from retriever.config import LossConfig
 from retriever.data.batch import Batch
@@ -51,12 +51,18 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
 
     with state.restored():
         representations, states = encode_without_graph(exact, batch)
-        value, gradients = representation_gradients(ContrastiveObjective(loss), representations, batch, world)
+        objective = ContrastiveObjective(loss, unit=exact.normalize)
+        value, gradients = representation_gradients(objective, representations, batch, world)
         backward_through_encoder(exact, batch, gradients, states)
         cached = _take_gradients(exact)
 
         whole = {side: _encode_whole(exact, batch, side) for side in ("query", "passage")}
-        reference = _autograd_loss(whole["query"], whole["passage"], batch, loss)
+        reference = torch.zeros((), dtype=torch.float64, device=exact.device)
+        for d, weight in zip(loss.dims or (exact.dimension,), loss.dim_weights or (1.0,) * max(1, len(loss.dims)), strict=True):
+            queries, passages = (whole[side][:, :d] for side in ("query", "passage"))
+            if loss.dims and exact.normalize:
+                queries, passages = normalize(queries, dim=1), normalize(passages, dim=1)
+            reference = reference + weight * _autograd_loss(queries, passages, batch, loss)
         reference.backward()
         expected = _take_gradients(exact)
 
@@ -64,8 +70,7 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
     if not norm > 0:
         raise ValueError("the whole batch's gradient is zero: this batch proves nothing")
     error = torch.linalg.vector_norm(cached - expected) / norm
-    queries, passages = batch.sizes
-    return GradientCheck(queries, passages, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
+    return GradientCheck(*batch.sizes, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
 
 
 def _encode_whole(encoder: DualEncoder, batch: Batch, side: Side) -> Tensor:

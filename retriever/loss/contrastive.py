@@ -6,6 +6,8 @@ With s_ij = ⟨q_i, p_j⟩, scale = 1/temperature, t the target of query i and n
     column_i = log(exp(scale·s_it) + Σ_{k : t ∈ neg(k)} exp(scale·s_kt)) − scale·s_it
     loss     = Σ_i row_i / global queries,     symmetric: Σ_i ½(row_i + column_i) / global queries
 
+summed over several leading dimensions of the embeddings where `loss.dims` names them.
+
 A loss is this rank's part of it: the loss of the batch is the sum over ranks, and so is every parameter's gradient.
 """
 
@@ -20,6 +22,7 @@ from kernels.lse import Exclusions
 from kernels.lse_reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import Targets
+from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
 
@@ -27,9 +30,10 @@ from retriever.parallel.world import World
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, *, unit: bool = True) -> None:
+        """`unit`: embeddings are unit vectors, and so are their leading parts where `loss.dims` asks for them."""
         super().__init__()
-        self._config = config
+        self._config, self._unit = config, unit
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )
@@ -48,7 +52,20 @@ class ContrastiveObjective(nn.Module):
         Where the temperature is learned, this rank's part of its gradient is added to `log_scale.grad`. Gradients, not the
         loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16.
         """
-        problem = self._problem(queries, passages, targets.to(queries.device), gradient_scale)
+        targets = targets.to(queries.device)
+        if not self._config.dims:
+            return self._contrast(queries, passages, targets, world, gradient_scale)
+        weights = self._config.dim_weights or (1.0,) * len(self._config.dims)
+
+        def contrast(q: Tensor, p: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+            return self._contrast(q, p, targets, world, gradient_scale * weight)
+
+        return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit)
+
+    def _contrast(
+        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem = self._problem(queries, passages, targets, gradient_scale)
         row_losses, dqueries, dpassages = STRATEGIES[self._config.strategy](problem, world)
         if self.log_scale.requires_grad:
             # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.

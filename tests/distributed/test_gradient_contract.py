@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from retriever.config import LossConfig, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
@@ -22,6 +23,7 @@ from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 BOUND = 1e-9
+DIM_WEIGHTS = (1.0, 0.3)
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Case:
     learn_temperature: bool = False
     margin: float | None = None
     ignored: int = 0
+    dims: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         features = [name for name in ("symmetric", "learn_temperature") if getattr(self, name)]
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
+        features += [f"dims={self.dims}"] if self.dims else []
         return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
 
 
@@ -53,6 +57,7 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
             replace(plain, learn_temperature=True),
             replace(plain, margin=0.05),
             replace(plain, ignored=3),
+            replace(plain, dims=(8, 32), learn_temperature=True),
             replace(plain, tied=False, symmetric=True, learn_temperature=True, margin=0.1, ignored=2),
         ]
     return cases
@@ -109,7 +114,9 @@ def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tens
     encoder, objective = _encoder(folder, case), _objective(case)
     queries = encode_whole(encoder, whole.query_tokens, "query")
     passages = encode_whole(encoder, whole.passage_tokens, "passage")
-    loss = oracle_loss(queries, passages, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin)
+    cuts = [(normalize(queries[:, :d]), normalize(passages[:, :d])) for d in case.dims] or [(queries, passages)]
+    losses = [oracle_loss(q, p, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin) for q, p in cuts]
+    loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
     loss.backward()
     return loss.item(), _named_gradients(encoder, objective)
 
@@ -122,6 +129,8 @@ def _objective(case: Case) -> ContrastiveObjective:
         learn_temperature=case.learn_temperature,
         symmetric=case.symmetric,
         false_negative_margin=case.margin,
+        dims=case.dims,
+        dim_weights=DIM_WEIGHTS[: len(case.dims)],
     )
     return ContrastiveObjective(config).double()
 
