@@ -166,3 +166,32 @@ def test_what_is_wrong_is_said_in_one_message_without_a_traceback(
 def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed: Path) -> None:
     again = _run(workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "run.trackers=[]")
     assert again.returncode == 0, again.stderr
+
+
+def test_two_ranks_train_as_one(workplace: Path) -> None:
+    """With dropout off, the losses of one and two ranks differ by rounding alone, and so do the weights they end with."""
+    save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    overrides = (
+        f"model.name_or_path={workplace}/still",
+        "train.max_steps=12",
+        "train.save_every=6",
+        "train.log_every=1",
+        "run.trackers=[]",
+    )
+    alone = _run(workplace, "one-rank", *overrides)
+    assert alone.returncode == 0, alone.stderr
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launcher, *settings, *_command(workplace, "two-ranks", *overrides)[1:]]
+    together = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=240)
+    assert together.returncode == 0, together.stderr
+    assert "on 2 × CPU" in together.stdout
+    losses = [[line["train/loss"] for line in _metrics(workplace / run) if "train/loss" in line] for run in ("one-rank", "two-ranks")]
+    assert len(losses[0]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    found, expected = (load_file(workplace / run / "export" / "model.safetensors") for run in ("two-ranks", "one-rank"))
+    started = load_file(workplace / "still" / "model.safetensors")
+    trained = [key for key in expected if not key.endswith("key.bias")]  # a key bias has no gradient but rounding, which Adam makes large
+    distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
+    assert distance(expected, started) > 0.1
+    assert distance(found, expected) < 0.01 * distance(expected, started)
