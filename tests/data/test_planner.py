@@ -174,15 +174,21 @@ def test_the_ranks_share_one_global_batch(size: int, passages: int, ranks: int, 
     assert all(np.all(np.diff(s.passages) > 0) for s in slices)
 
 
-@pytest.mark.parametrize("negatives", [0, 7])
-def test_slices_are_balanced_by_tokens(negatives: int) -> None:
-    """2,000 pairs with lognormal lengths on 4 ranks: the largest rank holds at most 1.05 times the mean number of tokens."""
-    batch = Planner(_store(2000), queries=2000, negatives=negatives, seed=0).plan(0)
-    slices, query_lengths, passage_lengths = _slices(batch, 4, np.random.default_rng(0))
+def _imbalance(pairs: int, negatives: int, seed: int) -> float:
+    """Tokens of the largest of 4 ranks over their mean."""
+    batch = Planner(_store(pairs, seed=seed), queries=pairs, negatives=negatives, seed=seed).plan(0)
+    slices, query_lengths, passage_lengths = _slices(batch, 4, np.random.default_rng(seed))
     tokens = [
         query_lengths[np.isin(batch.queries, s.queries)].sum() + passage_lengths[np.isin(batch.passages, s.passages)].sum() for s in slices
     ]
-    assert max(tokens) <= 1.05 * np.mean(tokens)
+    return float(max(tokens) / np.mean(tokens))
+
+
+@pytest.mark.parametrize("negatives", [0, 7])
+def test_slices_are_balanced_by_tokens(negatives: int) -> None:
+    """Lognormal lengths on 4 ranks: 2,000 pairs within 1.05 of the mean always, as few as 64 on average."""
+    assert _imbalance(2000, negatives, 0) <= 1.05
+    assert np.mean([_imbalance(64, negatives, seed) for seed in range(10)]) <= 1.05
 
 
 def test_known_positives_follow_the_mask_setting() -> None:
