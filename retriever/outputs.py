@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Outputs:
         newest = checkpoint.newest(self._checkpoints)
         if self._world.is_first and newest is not None:
             checkpoint.publish(newest / "export", self.folder / "export")
+            shutil.rmtree(self.embeddings, ignore_errors=True)
             write_report(self.folder / "report.html", self._config, self._logged())
         self._world.barrier()
 

@@ -51,6 +51,8 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         found.append(f"optim.lr={config.optim.lr:g} is small for batch.queries={config.batch.queries}: 1e-4 and more is usual at this size")
     if not config.model.normalize and config.loss.temperature < 0.1:
         found.append(f"model.normalize=false with loss.temperature={config.loss.temperature:g}: logits may be very large")
+    if config.eval is not None and config.eval.split.startswith("test"):
+        found.append(f"eval.split={config.eval.split}: best/ is chosen on a test split, so its score there is no fair estimate any more")
     model = config.model
     sides: list[tuple[Side, str, int]] = [
         ("query", model.query_prompt, model.query_max_tokens),
