@@ -32,8 +32,20 @@ def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -
             assert wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
             lengths = template.lengths(np.array([len(row) for row in bare]), limit)
             assert lengths.tolist() == [len(row) for row in wrapped]
+            assert _wrapped_together(template, bare, limit) == wrapped
             cut += sum(len(row) + template.special_tokens > limit for row in bare)
     assert cut > 50, "the limits cut nothing: this proves nothing"
+
+
+def _wrapped_together(template: TokenTemplate, bare: list[np.ndarray], limit: int) -> list[list[int]]:
+    """The rows of `wrap_rows`, which a chunk is built by, without their padding."""
+    room = limit - template.special_tokens
+    cut = [row[max(0, len(row) - room) :] if template.keep_end else row[:room] for row in bare]
+    ids, mask = template.wrap_rows(np.concatenate(cut), np.array([len(row) for row in cut]))
+    assert ids.dtype == mask.dtype == np.int64 and ids.shape == mask.shape and mask.sum(axis=1).max() == ids.shape[1]
+    assert np.all(ids[mask == 0] == template.pad_id)
+    assert np.all(np.diff(mask, axis=1) <= 0), "padding stands on the right"
+    return [row[m.astype(bool)].tolist() for row, m in zip(ids, mask, strict=True)]
 
 
 def test_tokenising_does_not_depend_on_what_the_tokenizer_did_last() -> None:
@@ -81,3 +93,5 @@ def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:
     assert (template.prefix, template.suffix, template.pad_id) == ((), (), tokenizer.eos_token_id)
     wrapped = template.wrap(np.array([7, 65535], dtype=np.uint16), 4)
     assert wrapped.dtype == np.int64 and wrapped.tolist() == [7, 65535]
+    ids, mask = template.wrap_rows(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 1]))
+    assert ids.tolist() == [[7, 65535], [9, template.pad_id]] and mask.tolist() == [[1, 1], [1, 0]]
