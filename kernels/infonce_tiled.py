@@ -8,17 +8,16 @@ sums rows and columns at once, a second one writes the gradient at the logits.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.exclusions import MaskTables
 from kernels.lse_reference import log_one_plus_exp
-from kernels.lse_tiled import Operands, estimate_shifts, exact_row_shifts, log_of, negatives_lse, outside, slabs
+from kernels.lse_tiled import Operands, constant_shift, estimate_shifts, exact_row_shifts, log_of, negatives_lse, outside, slabs
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.matmul import add_product, parts_of
-from kernels.rows_triton import finish_passages, finish_queries, weigh_rows
+from kernels.rows_triton import finish_passages, finish_queries, target_similarities, weigh_rows
 
 _LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
 _INNER = {"bf16": None, "high": 2048, "fp32": None}
@@ -38,13 +37,8 @@ class Workspace:
         return [part[:rows, :columns] for part in self.parts]
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: int) -> int:
-    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is room for one."""
+    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is room."""
     rows = budget // ((2 if precision == "bf16" else 4) * -(-N // 64) * 64)
     if rows >= B:
         return B
@@ -54,49 +48,32 @@ def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: i
     return max(256, rows // 256 * 256)
 
 
-def _products(
-    e: list[Tensor], dqueries: Tensor, dpassages: Tensor, queries: list[Tensor], passages: list[Tensor],
-    fresh: tuple[bool, bool], inner: int | None,
-) -> None:  # fmt: skip
-    """dqueries (+)= E P and dpassages (+)= Eᵀ Q, side by side: the tiles of the one fill the processors the other leaves idle."""
-    transposed = [part.T for part in e]
-    if not dqueries.is_cuda:
-        add_product(dqueries, e, passages, fresh=fresh[0], inner=inner)
-        add_product(dpassages, transposed, queries, fresh=fresh[1], inner=inner)
-        return
-    main, side = torch.cuda.current_stream(dqueries.device), _side_stream(dqueries.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        add_product(dqueries, e, passages, fresh=fresh[0], inner=inner)
-    add_product(dpassages, transposed, queries, fresh=fresh[1], inner=inner)
-    main.wait_stream(side)
-
-
 def _one_direction(
-    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, shift: Tensor, clamp: bool, workspace: Workspace,
+    x: Operands, similarity: Tensor, scale: float, masks: MaskTables, weights: Tensor, shift: Tensor, clamp: bool, workspace: Workspace,
     dqueries: Tensor, dpassages: Tensor, fresh: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', the queries weighted; (row_sum, similarity, coefficient) [B]."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum, coefficient) [B]."""
     N, D = x.passages.shape
     passages = parts_of(x.passages, x.precision)
     weighted = [x.queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
-    found = []
+    row_sum, coefficient = torch.empty_like(similarity), torch.empty_like(similarity)
     for i in slabs(len(x.queries), workspace.rows):
         n = i.stop - i.start
-        e = workspace.views(n, N)
+        e, q = workspace.views(n, N), [part[:n] for part in weighted]
         partial, _ = tile_pass(
             x.queries[i], x.passages, scale, masks, row_shift=shift[i], written=e[0], residual=e[1] if len(e) > 1 else None,
-            rows=True, clamp=clamp, row_start=i.start, precision=x.dot,
+            rows=True, clamp=clamp, row_start=i.start, accurate=x.accurate,
         )  # fmt: skip
         assert partial is not None
-        q = [part[:n] for part in weighted]
-        found.append(
-            weigh_rows(x.queries[i], x.passages, targets[i], partial, shift[i], weights[i], scale, q[0], q[1] if len(q) > 1 else None)
-        )
-        _products(e, dqueries[i], dpassages, q, passages, (True, fresh), _INNER[x.precision])
+        weigh_rows(
+            x.queries[i], similarity[i], partial, shift[i], weights[i], scale, row_sum[i], coefficient[i], q[0],
+            q[1] if len(q) > 1 else None,
+        )  # fmt: skip
+        inner = _INNER[x.precision]
+        add_product(dqueries[i], e, passages, fresh=True, inner=inner)
+        add_product(dpassages, [part.T for part in e], q, fresh=fresh, inner=inner)
         fresh = False
-    row_sum, similarity, coefficient = (torch.cat(vectors) for vectors in zip(*found, strict=True))
-    return row_sum, similarity, coefficient
+    return row_sum, coefficient
 
 
 def row_infonce(
@@ -107,8 +84,9 @@ def row_infonce(
     dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
     dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
     shifts = estimate_shifts(x, scale, columns=False)
-    row_sum, similarity, coefficient = _one_direction(
-        x, targets, scale, masks, weights, shifts.rows, not shifts.safe, workspace, dqueries, dpassages, True
+    similarity = target_similarities(x.queries, x.passages, targets)
+    row_sum, coefficient = _one_direction(
+        x, similarity, scale, masks, weights, shifts.rows, shifts.estimated, workspace, dqueries, dpassages, True
     )
     row_lse = log_of(row_sum, shifts.rows)
     if not shifts.safe and len(again := outside(row_sum)):
@@ -116,8 +94,8 @@ def row_infonce(
         some_masks = masks.select_rows(again)
         exact = exact_row_shifts(some, scale, some_masks)
         some_dqueries = dqueries.new_empty(len(again), D)
-        row_sum, _, coefficient[again] = _one_direction(
-            some, targets[again], scale, some_masks, weights[again], exact, False, workspace, some_dqueries, dpassages, False
+        row_sum, coefficient[again] = _one_direction(
+            some, similarity[again], scale, some_masks, weights[again], exact, False, workspace, some_dqueries, dpassages, False
         )
         row_lse[again] = log_of(row_sum, exact)
         dqueries[again] = some_dqueries
@@ -129,9 +107,9 @@ def row_infonce(
 
 
 def negatives_gradient(
-    x: Operands, scale: float, masks: MaskTables, row_log_weights: Tensor | None, column_log_weights: Tensor | None, budget: int
+    x: Operands, scale: float, masks: MaskTables, row_log_weights: Tensor, column_log_weights: Tensor | None, budget: int
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.lse.negatives_gradient`: a second pass over the tiles writes its blocks of dlogits, two products use each."""
+    """See `kernels.lse.negatives_gradient`: a second pass over the tiles writes blocks of dlogits, two products use each."""
     (B, D), N = x.queries.shape, len(x.passages)
     dqueries, dpassages = (side.new_empty(side.shape, dtype=torch.float32) for side in (x.queries, x.passages))
     rows = slab_rows(B, N, D, x.precision, budget, _processors(x.queries))
@@ -140,34 +118,37 @@ def negatives_gradient(
         rows = columns = max(256, int((budget // (2 if x.precision == "bf16" else 4)) ** 0.5) // 256 * 256)
     workspace = Workspace(x.queries, x.precision, min(rows, B), min(columns, N))
     queries, passages = parts_of(x.queries, x.precision), parts_of(x.passages, x.precision)
-    row_shift, column_shift = (_as_shift(w, scale) for w in (row_log_weights, column_log_weights))
+    row_shift, column_shift, offset = _gradient_shifts(x, scale, row_log_weights, column_log_weights)
     for i in slabs(B, rows):
         for j in slabs(N, columns):
             e = workspace.views(i.stop - i.start, j.stop - j.start)
             tile_pass(
-                x.queries[i], x.passages[j], scale, masks, row_shift=None if row_shift is None else row_shift[i],
+                x.queries[i], x.passages[j], scale, masks, row_shift=row_shift[i], offset=offset,
                 column_shift=None if column_shift is None else column_shift[j], written=e[0], residual=e[1] if len(e) > 1 else None,
-                row_start=i.start, column_start=j.start, precision=x.dot,
+                row_start=i.start, column_start=j.start, accurate=x.accurate,
             )  # fmt: skip
-            _products(
-                e, dqueries[i], dpassages[j], [q[i] for q in queries], [p[j] for p in passages], (j.start == 0, i.start == 0),
-                _INNER[x.precision],
-            )  # fmt: skip
+            inner = _INNER[x.precision]
+            add_product(dqueries[i], e, [p[j] for p in passages], fresh=j.start == 0, inner=inner)
+            add_product(dpassages[j], [part.T for part in e], [q[i] for q in queries], fresh=i.start == 0, inner=inner)
     return dqueries, dpassages
 
 
-def _as_shift(log_weights: Tensor | None, scale: float) -> Tensor | None:
-    """−log₂(scale · weight): the shift that leaves weighted gradients; +inf leaves a row or column out."""
-    return None if log_weights is None else -(log_weights.float() * LOG2E) - math.log2(scale)
+def _gradient_shifts(
+    x: Operands, scale: float, row_log_weights: Tensor, column_log_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, float | None]:
+    """What `tile_pass` needs to write 2^x · scale · weight for rows and columns: factors and an offset where safe, else shifts."""
+    in_base_2 = [None if w is None else w.float() * LOG2E + math.log2(scale) for w in (row_log_weights, column_log_weights)]
+    rows, columns = in_base_2
+    assert rows is not None
+    if columns is not None:
+        offset = constant_shift(x, scale)
+        if offset is not None:
+            return (rows + offset).exp2(), (columns + offset).exp2(), offset
+    return -rows, None if columns is None else -columns, None
 
 
 def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def target_similarities(x: Operands, targets: Tensor) -> Tensor:
-    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as the tier rounds them."""
-    return torch.cat([(x.queries[i].float() * x.passages[targets[i]].float()).sum(1) for i in slabs(len(targets), 4096)])
 
 
 def two_pass_infonce(
@@ -175,7 +156,7 @@ def two_pass_infonce(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
     row_lse, column_lse = negatives_lse(x, scale, masks, symmetric)
-    logit = scale * target_similarities(x, targets)
+    logit = scale * target_similarities(x.queries, x.passages, targets)
     against_row = row_lse - logit
     loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()
     row_pull, column_log_weights = pull, None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import lse_reference
+from kernels.deferred import Deferred
 from kernels.exclusions import Exclusions, MaskTables
 
 __all__ = ["Exclusions", "InfoNCE", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
@@ -66,37 +67,49 @@ def infonce(
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("targets", targets, len(queries), queries)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"expected targets as int64, received {targets.dtype}")
     if weights is not None:
         _check_vector("weights", weights, len(queries), queries)
     if workspace_mib is not None and workspace_mib < 1:
         raise ValueError(f"expected workspace_mib of at least 1, received {workspace_mib}")
     accumulated = torch.float64 if queries.dtype == torch.float64 else torch.float32
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
-    least, most, ignored = _range_of(targets)
-    if least < -1 or most >= len(passages):
-        raise ValueError(f"expected targets between -1 and {len(passages) - 1} (a column of passages), received {least} to {most}")
-    if ignored:
-        return _without_ignored(
-            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients
-        )  # fmt: skip
     if not len(queries):
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
         return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
-    if not _on_kernels(queries):
-        return InfoNCE(
-            *lse_reference.infonce(
-                queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
-                precision=precision, gradients=gradients,
-            )
+    extent = Deferred(torch.stack(torch.aminmax(targets)))
+    if _on_kernels(queries) and gradients and not symmetric:
+        # Queued before the targets are known to be right: the check at the end then waits for nothing.
+        results = _tiled_infonce(
+            queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
+            workspace_mib, True,
         )  # fmt: skip
+        _check_extent(extent.get(), len(passages))
+        return InfoNCE(results[0] * (targets >= 0), *results[1:])
+    if _check_extent(extent.get(), len(passages)):
+        return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
+    if _on_kernels(queries):
+        return InfoNCE(
+            *_tiled_infonce(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
+        )
+    return InfoNCE(
+        *lse_reference.infonce(
+            queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
+            precision=precision, gradients=gradients,
+        )
+    )  # fmt: skip
+
+
+def _tiled_infonce(
+    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | None, weights: Tensor,
+    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from kernels import infonce_tiled
 
-    masks = MaskTables.of(exclusions, targets, len(passages))
-    return InfoNCE(
-        *infonce_tiled.infonce(
-            queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
-            budget=_workspace_bytes(queries, workspace_mib), gradients=gradients,
-        )
+    return infonce_tiled.infonce(
+        queries, passages, targets, scale, MaskTables.of(exclusions, targets, len(passages)), weights, symmetric=symmetric,
+        precision=precision, budget=_workspace_bytes(queries, workspace_mib), gradients=gradients,
     )  # fmt: skip
 
 
@@ -119,14 +132,12 @@ def _without_ignored(
     return InfoNCE(loss, dqueries, some.dpassages, some.dscale)
 
 
-def _range_of(targets: Tensor) -> tuple[int, int, int]:
-    """(smallest, largest, how many are −1), with one wait for the device."""
-    if targets.dtype != torch.int64:
-        raise ValueError(f"expected targets as int64, received {targets.dtype}")
-    if not len(targets):
-        return 0, -1, 0
-    least, most, ignored = torch.stack([targets.min(), targets.max(), (targets == -1).sum()]).tolist()
-    return least, most, ignored
+def _check_extent(extent: list[float], N: int) -> bool:
+    """Whether rows are to be ignored, from the smallest and the largest target."""
+    least, most = extent
+    if least < -1 or most >= N:
+        raise ValueError(f"expected targets between -1 and {N - 1} (a column of passages), received {least:.0f} to {most:.0f}")
+    return least < 0
 
 
 def _on_kernels(x: Tensor) -> bool:
@@ -141,7 +152,9 @@ def _workspace_bytes(x: Tensor, workspace_mib: int | None) -> int:
         return workspace_mib * 2**20
     if not x.is_cuda:
         return _AUTO_WORKSPACE
-    free = torch.cuda.mem_get_info(x.device)[0] + torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    free = torch.cuda.mem_get_info(x.device)[0]
+    if free < 2 * _AUTO_WORKSPACE:  # what PyTorch holds without using it counts, but takes longer to ask for
+        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
     return min(_AUTO_WORKSPACE, free // 2)
 
 
@@ -198,9 +211,7 @@ def negatives_gradient(
             lse_tiled.Operands.of(queries, passages, precision), scale, masks, row_log_weights, column_log_weights,
             _workspace_bytes(queries, None),
         )  # fmt: skip
-    return lse_reference.negatives_gradient(
-        queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision
-    )
+    return lse_reference.negatives_gradient(queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision)
 
 
 def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | None, precision: str) -> None:

@@ -14,7 +14,7 @@ _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
 def rounded(x: Tensor, precision: str) -> Tensor:
     """`x` with the values that a tier computes from, in float32 (float64 for float64 inputs)."""
-    if precision == "bf16":
+    if precision == "bf16" and x.dtype != torch.float16:
         x = x.to(torch.bfloat16)
     return x if x.dtype == torch.float64 else x.float()
 

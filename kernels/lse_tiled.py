@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.deferred import Deferred
 from kernels.exclusions import MaskTables
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.rows_triton import LARGEST_SUM, SMALLEST_SUM
 
 _SAFE_BOUND = 78.0  # |logit| in base 2 below which the constant shift loses nothing
 _HEADROOM = 60.0  # how far a shift stays below the largest logit there may be
+_UNIT_SCALE = 105.0  # with unit vectors, the constant shift nearly always does up to here
 _SAMPLE = 256
 _SLAB_MULTIPLE = 256  # a multiple of every tile's rows and columns
 _PARTIAL_ELEMENTS = 2**31  # logits of a pass whose partial sums are kept at a time
@@ -34,22 +36,31 @@ class Operands:
 
     @staticmethod
     def of(queries: Tensor, passages: Tensor, precision: str) -> Operands:
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, queries.dtype)
+        """The operands of a tier: half-precision inputs multiply exactly in each of them."""
+        dtype = queries.dtype
+        if precision == "fp32" or (precision == "bf16" and dtype == torch.float32):
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         return Operands(aligned(queries.to(dtype)), aligned(passages.to(dtype)), precision)
 
     @property
-    def dot(self) -> str:
-        """Precision of the logits' products; half-precision inputs multiply exactly in any case."""
-        return "tf32x3" if self.precision == "high" else "ieee"
+    def accurate(self) -> bool:
+        """Whether logits need more than plain products of these operands."""
+        return self.precision == "high"
 
 
 @dataclass(frozen=True)
 class Shifts:
-    """What is taken off the logits (base 2) before they are exponentiated, and whether that is known to be safe."""
+    """What is taken off the logits (base 2) before they are exponentiated."""
 
     rows: Tensor  # [B]
     columns: Tensor | None  # [N]; None where one constant serves both
-    safe: bool
+    bound: Deferred  # [1]: no logit is larger
+    estimated: bool  # from a sample: exponentials may overflow
+
+    @property
+    def safe(self) -> bool:
+        """Whether no sum can have lost terms; waits for the bound."""
+        return not (self.estimated or self.bound.get()[0] > _SAFE_BOUND)  # NaN is as good as any: the loss is NaN
 
 
 def slabs(total: int, size: int) -> Iterator[slice]:
@@ -57,17 +68,28 @@ def slabs(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def _largest_logit(x: Operands, scale: float) -> Tensor:
+    """A bound on every |logit|, base 2, [1]."""
+    norms = [torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax(dim=0, keepdim=True) for side in (x.queries, x.passages)]
+    return norms[0] * norms[1] * (scale * LOG2E)
+
+
+def constant_shift(x: Operands, scale: float) -> float | None:
+    """The shift that suits all logits, base 2, or None where they may lie too far apart for one; waits for the device."""
+    bound = float(_largest_logit(x, scale))
+    return None if bound > _SAFE_BOUND else bound - _HEADROOM
+
+
 def estimate_shifts(x: Operands, scale: float, columns: bool) -> Shifts:
-    """Shifts from the norms where these bound the logits tightly, else from a sample of the columns (and rows)."""
-    norms = [torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).max() for side in (x.queries, x.passages)]
-    bound = float(norms[0] * norms[1]) * scale * LOG2E  # the one wait for the device in the common case
-    top = bound - _HEADROOM
-    if not bound > _SAFE_BOUND:  # NaN goes this way too, and on into the loss
-        return Shifts(x.queries.new_full((len(x.queries),), top, dtype=torch.float32), None, True)
-    rows = _sampled_maximum(x.queries, x.passages, scale).add_(_HEADROOM / 2).clamp_(max=top)
+    """One constant where the norms, or the guess that vectors have unit length, say that it will do, else from samples."""
+    largest = _largest_logit(x, scale)
+    top, bound = largest - _HEADROOM, Deferred(largest)
+    if scale <= _UNIT_SCALE or bound.get()[0] <= _SAFE_BOUND:
+        return Shifts(top.expand(len(x.queries)).contiguous(), None, bound, False)
+    rows = torch.minimum(_sampled_maximum(x.queries, x.passages, scale).add_(_HEADROOM / 2), top)
     if not columns:
-        return Shifts(rows, None, False)
-    return Shifts(rows, _sampled_maximum(x.passages, x.queries, scale).add_(_HEADROOM / 2).clamp_(max=top), False)
+        return Shifts(rows, None, bound, True)
+    return Shifts(rows, torch.minimum(_sampled_maximum(x.passages, x.queries, scale).add_(_HEADROOM / 2), top), bound, True)
 
 
 def _sampled_maximum(x: Tensor, others: Tensor, scale: float) -> Tensor:
@@ -82,8 +104,15 @@ def outside(sums: Tensor) -> Tensor:
 
 
 def reduce_tiles(
-    x: Operands, scale: float, masks: MaskTables, row_shift: Tensor | None, column_shift: Tensor | None, rows: bool, columns: bool,
-    maximum: bool = False, clamp: bool = False,
+    x: Operands,
+    scale: float,
+    masks: MaskTables,
+    row_shift: Tensor | None,
+    column_shift: Tensor | None,
+    rows: bool,
+    columns: bool,
+    maximum: bool = False,
+    clamp: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sums (or maxima) of rows [B] and of columns [N], a slab of rows at a time."""
     (B, _), N = x.queries.shape, len(x.passages)
@@ -93,7 +122,7 @@ def reduce_tiles(
     for i in slabs(B, size):
         row_partial, column_partial = tile_pass(
             x.queries[i], x.passages, scale, masks, row_shift=None if row_shift is None else row_shift[i], column_shift=column_shift,
-            rows=rows, columns=columns, maximum=maximum, clamp=clamp, row_start=i.start, precision=x.dot,
+            rows=rows, columns=columns, maximum=maximum, clamp=clamp, row_start=i.start, accurate=x.accurate,
         )  # fmt: skip
         if row_result is not None and row_partial is not None:
             row_result[i] = row_partial.amax(dim=0) if maximum else row_partial.sum(dim=0)
@@ -120,7 +149,7 @@ def exact_row_shifts(x: Operands, scale: float, masks: MaskTables) -> Tensor:
 def negatives_lse(x: Operands, scale: float, masks: MaskTables, columns: bool) -> tuple[Tensor, Tensor | None]:
     """See `kernels.lse.negatives_lse`."""
     shifts = estimate_shifts(x, scale, columns)
-    row_sum, column_sum = reduce_tiles(x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=not shifts.safe)
+    row_sum, column_sum = reduce_tiles(x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=shifts.estimated)
     assert row_sum is not None
     row_lse = log_of(row_sum, shifts.rows)
     column_lse = None
@@ -133,10 +162,14 @@ def negatives_lse(x: Operands, scale: float, masks: MaskTables, columns: bool) -
         some, some_masks = Operands(aligned(x.queries[again]), x.passages, x.precision), masks.select_rows(again)
         exact = exact_row_shifts(some, scale, some_masks)
         sums = reduce_tiles(some, scale, some_masks, exact, None, rows=True, columns=False)[0]
+        assert sums is not None
         row_lse[again] = log_of(sums, exact)
     if column_sum is not None and column_lse is not None and len(again := outside(column_sum)):
         some, some_masks = Operands(x.queries, aligned(x.passages[again]), x.precision), masks.select_columns(again)
-        exact = reduce_tiles(some, scale, some_masks, None, None, rows=False, columns=True, maximum=True)[1].nan_to_num_(neginf=0.0)
+        maxima = reduce_tiles(some, scale, some_masks, None, None, rows=False, columns=True, maximum=True)[1]
+        assert maxima is not None
+        exact = maxima.nan_to_num_(neginf=0.0)
         sums = reduce_tiles(some, scale, some_masks, None, exact, rows=False, columns=True)[1]
+        assert sums is not None
         column_lse[again] = log_of(sums, exact)
     return row_lse, column_lse

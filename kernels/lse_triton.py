@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The Triton kernel of the contrastive loss: one pass over the tiles of scale · Q Pᵀ.
 
 `tile_pass` visits every tile of logits x_ij = scale · log₂e · ⟨q_i, p_j⟩ (base 2 throughout) once, drops the excluded
@@ -41,13 +42,18 @@ class Tile:
 
 
 # Tuned on an H100 SXM; the other entries are sized to fit shared memory and registers.
-_HALF_TILES = {8: Tile(128, 128, 64, 8, 3), 9: Tile(128, 256, 64, 8, 3), 10: Tile(128, 256, 64, 8, 3)}
+_HALF_TILES = {8: Tile(128, 128, 32, 8, 3), 9: Tile(128, 256, 64, 8, 3), 10: Tile(128, 256, 64, 8, 3)}
+_ACCURATE_TILE = Tile(128, 128, 64, 8, 3)
 _FLOAT_TILE = Tile(64, 64, 32, 8, 2)
+_CHUNK = 256
+_GROUP = 16
 
 
-def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
+def tile_for(dtype: torch.dtype, capability_major: int, accurate: bool) -> Tile:
     """The pinned tile for inputs of `dtype` on a GPU of this generation."""
-    return _FLOAT_TILE if dtype == torch.float32 else _HALF_TILES[min(max(capability_major, 8), 10)]
+    if dtype == torch.float32:
+        return _FLOAT_TILE
+    return _ACCURATE_TILE if accurate else _HALF_TILES[min(max(capability_major, 8), 10)]
 
 
 @triton.jit
@@ -62,14 +68,14 @@ def _store(matrix, tile, first_row, first_column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _exponential(x, shift, CLAMP: tl.constexpr):
-    y = x - shift
+def _exponential(x, scale_log2, shift, CLAMP: tl.constexpr):
+    y = x * scale_log2 - shift
     if CLAMP:
         y = tl.minimum(y, 126.0)
     return tl.exp2(y)
 
 
-@triton.jit(do_not_specialize=["B", "N", "row_start", "column_start", "slot_stride", "pair_stride"])
+@triton.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride"])
 def _tile_pass(
     queries,  # descriptor [B, D]
     passages,  # descriptor [N, D]
@@ -77,7 +83,7 @@ def _tile_pass(
     residual,  # descriptor [B, N] or None
     row_shift,  # [B] or None
     column_shift,  # [N] or None
-    slots,  # [SLOTS, all rows] int32: excluded columns of a row, −1 where unused
+    targets,  # [all rows] int32: a column excluded from each row, −1: none
     threshold,  # [all rows] or None, in similarity units
     pair_ptr,  # [all row tiles · all column tiles + 1] int32 or None: further excluded pairs, by tile
     pair_rows,
@@ -89,26 +95,26 @@ def _tile_pass(
     D,
     row_start,  # where this block stands in the masks
     column_start,
-    slot_stride,
     pair_stride,
     scale_log2,
-    SLOTS: tl.constexpr,
+    offset,  # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i [+ column_shift_j]), with one exponential where that is safe
+    FACTORED: tl.constexpr,
     MAXIMUM: tl.constexpr,
     CLAMP: tl.constexpr,
     RAGGED_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STORE_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     row_tiles = tl.cdiv(B, BLOCK_B)
     column_tiles = tl.cdiv(N, BLOCK_N)
     tiles_per_group = GROUP * column_tiles
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
         # Down the rows of a group first: its queries stay in L2 while the passages stream by once.
         group_start = tile // tiles_per_group * GROUP
         group_rows = min(row_tiles - group_start, GROUP)
@@ -118,10 +124,15 @@ def _tile_pass(
         first_column = column_tile * BLOCK_N
 
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        for d in tl.range(0, D, BLOCK_D):
-            q = queries.load([first_row, d])
-            p = passages.load([first_column, d])
-            x = tl.dot(q, p.T, x, input_precision=PRECISION)
+        if CHUNK is None:
+            for d in tl.range(0, D, BLOCK_D):
+                x = tl.dot(queries.load([first_row, d]), passages.load([first_column, d]).T, x, input_precision=PRECISION)
+        else:
+            for start in tl.range(0, D, CHUNK):
+                part = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+                for d in tl.range(start, start + CHUNK, BLOCK_D):
+                    part = tl.dot(queries.load([first_row, d]), passages.load([first_column, d]).T, part, input_precision=PRECISION)
+                x += part
 
         rows = first_row + tl.arange(0, BLOCK_B)
         columns = first_column + tl.arange(0, BLOCK_N)
@@ -129,41 +140,41 @@ def _tile_pass(
         column_inside = columns < N
         mask_rows = row_start + rows
         mask_columns = column_start + columns
-        dropped = mask_columns[None, :] == tl.load(slots + mask_rows, row_inside, other=-1)[:, None]
-        for slot in tl.static_range(1, SLOTS):
-            dropped |= mask_columns[None, :] == tl.load(slots + slot * slot_stride + mask_rows, row_inside, other=-1)[:, None]
         if threshold is not None:
-            dropped |= x > tl.load(threshold + mask_rows, row_inside, other=0.0)[:, None]
+            x = tl.where(x > tl.load(threshold + mask_rows, row_inside, other=0.0)[:, None], -float("inf"), x)
+        x = tl.where(mask_columns[None, :] == tl.load(targets + mask_rows, row_inside, other=-1)[:, None], -float("inf"), x)
         if RAGGED_COLUMNS:
-            dropped |= (columns >= N)[None, :]
+            x = tl.where(column_inside[None, :], x, -float("inf"))
+        if column_out is not None or column_shift is not None:
+            x = tl.where(row_inside[:, None], x, -float("inf"))
         if pair_ptr is not None:
             pairs = pair_ptr + (row_start // BLOCK_B + row_tile).to(tl.int64) * pair_stride + column_start // BLOCK_N + column_tile
             for pair in tl.range(tl.load(pairs), tl.load(pairs + 1)):
-                here = (mask_rows == tl.load(pair_rows + pair))[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :]
-                dropped |= here
-
-        if column_shift is not None:
-            dropped |= (rows >= B)[:, None]
-        x = tl.where(dropped, -float("inf"), x * scale_log2)
+                row = mask_rows == tl.load(pair_rows + pair)
+                x = tl.where(row[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :], -float("inf"), x)
 
         if MAXIMUM:
+            x *= scale_log2
             if row_out is not None:
                 tl.store(row_out + column_tile.to(tl.int64) * B + rows, tl.max(x, 1), row_inside)
             if column_out is not None:
-                x = tl.where(row_inside[:, None], x, -float("inf"))
                 tl.store(column_out + row_tile.to(tl.int64) * N + columns, tl.max(x, 0), column_inside)
         else:
-            # Rows outside have a shift of +inf, so they add nothing to a column.
-            if row_shift is not None:
-                e = _exponential(x, tl.load(row_shift + rows, row_inside, other=float("inf"))[:, None], CLAMP)
-            if column_shift is not None:
-                e_column = _exponential(x, tl.load(column_shift + columns, column_inside, other=float("inf"))[None, :], CLAMP)
+            if FACTORED:
+                factor = tl.load(row_shift + rows, row_inside, other=0.0)[:, None]
+                if column_shift is not None:
+                    factor = factor + tl.load(column_shift + columns, column_inside, other=0.0)[None, :]
+                e = _exponential(x, scale_log2, offset, CLAMP) * factor
+            elif row_shift is not None:
+                e = _exponential(x, scale_log2, tl.load(row_shift + rows, row_inside, other=0.0)[:, None], CLAMP)
+            if column_shift is not None and not FACTORED:
+                e_column = _exponential(x, scale_log2, tl.load(column_shift + columns, column_inside, other=0.0)[None, :], CLAMP)
             elif column_out is not None:
                 e_column = e
             if written is not None:
                 if row_shift is None:
                     e = e_column
-                elif column_shift is not None:
+                elif column_shift is not None and not FACTORED:
                     e += e_column
                 e_written = e.to(written.dtype)
                 _store(written, e_written, first_row, first_column, STORE_COLUMNS)
@@ -202,6 +213,7 @@ def tile_pass(
     *,
     row_shift: Tensor | None = None,
     column_shift: Tensor | None = None,
+    offset: float | None = None,
     written: Tensor | None = None,
     residual: Tensor | None = None,
     rows: bool = False,
@@ -210,24 +222,34 @@ def tile_pass(
     clamp: bool = False,
     row_start: int = 0,
     column_start: int = 0,
-    precision: str = "ieee",
+    accurate: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The pass over all tiles that this file's head describes; returns the partial reductions.
 
     queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. `written` and `residual` [B, N] receive E. Returns
     ([column tiles, B] where `rows`, [row tiles, N] where `columns`), float32, in base-2 units of scale · similarity.
+    With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential instead of two.
     Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite where shifts are estimates.
+    `accurate` splits fp32 inputs into three tf32 products, and sums D in short pieces: the matrix unit's accumulator rounds towards zero.
     """
     (B, D), N = queries.shape, len(passages)
+    if tile is None and row_shift is not None and residual is None and not (accurate or maximum or clamp):
+        from kernels import lse_hopper
+
+        if lse_hopper.fits(queries) and not (columns and column_shift is not None):
+            return lse_hopper.tile_pass(
+                queries, passages, scale * LOG2E, masks, row_shift=row_shift, column_shift=column_shift, offset=offset,
+                written=written, rows=rows, columns=columns, row_start=row_start, column_start=column_start,
+            )  # fmt: skip
     major = torch.cuda.get_device_capability(queries.device)[0] if queries.is_cuda else 9
-    tile = tile or (tile_for(queries.dtype, major) if queries.is_cuda else Tile(32, 32, 32, 4, 1))
+    tile = tile or (tile_for(queries.dtype, major, accurate) if queries.is_cuda else Tile(32, 32, 32, 4, 1))
     row_tiles, column_tiles = triton.cdiv(B, tile.rows), triton.cdiv(N, tile.columns)
     row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if rows else None
     column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if columns else None
     block = [tile.rows, tile.store_columns or tile.columns]
     programs = _programs(queries, row_tiles * column_tiles, tile.programs_per_sm)
-    pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns) or (None, None, None)
+    pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns)
     if pair_ptr is not None and (row_start % tile.rows or column_start % tile.columns):
         raise ValueError(f"expected a block that starts on a tile of {tile.rows} × {tile.columns}, received {row_start}, {column_start}")
     _tile_pass[(programs,)](
@@ -237,7 +259,7 @@ def tile_pass(
         TensorDescriptor.from_tensor(residual, block) if residual is not None else None,
         row_shift,
         column_shift,
-        masks.slots,
+        masks.targets,
         masks.threshold,
         pair_ptr,
         pair_rows,
@@ -249,21 +271,21 @@ def tile_pass(
         D,
         row_start,
         column_start,
-        masks.slots.stride(0),
         triton.cdiv(masks.N, tile.columns),
         scale * LOG2E,
-        SLOTS=len(masks.slots),
+        offset or 0.0,
+        FACTORED=offset is not None,
         MAXIMUM=maximum,
         CLAMP=clamp,
         RAGGED_COLUMNS=N % tile.columns != 0,
-        PRECISION=precision,
+        PRECISION="tf32x3" if accurate and queries.dtype == torch.float32 else "ieee",
+        CHUNK=_CHUNK if accurate else None,
         BLOCK_B=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_D=tile.inner,
         STORE_COLUMNS=tile.store_columns or tile.columns,
-        GROUP=64,
+        GROUP=_GROUP,
         PROGRAMS=programs,
-        FLATTEN=pair_ptr is None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

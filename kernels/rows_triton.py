@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernels over rows: what stands between the pass over tiles and the matrix products, and after them.
 
 With Z_i the sum of row i's exponentials and t_i its target's logit, a one-direction row of weight w has the gradient
@@ -20,39 +21,21 @@ from kernels.lse_triton import LOG2E
 SMALLEST_SUM, LARGEST_SUM = 2.0**-96, 2.0**84
 
 
-@triton.jit(do_not_specialize=["B", "column_tiles"])
-def _weigh_rows(
+@triton.jit(do_not_specialize=["B"])
+def _target_similarities(
     queries,
     passages,
     targets,
-    partial,  # [column tiles, B]: sums of a row's exponentials, tile by tile
-    shift,
-    weights,
-    row_sum,  # out [B]
-    target_similarity,  # out [B]
-    coefficient,  # out [B]: what a row's exponentials are multiplied with in the gradient
-    weighted,  # out [B, D]: coefficient · query
-    residual,  # out [B, D] or None: what rounding left of it
+    out,  # [B]
     B,
     D,
-    column_tiles,
     query_stride,
     passage_stride,
-    weighted_stride,
-    scale,
-    scale_log2,
-    smallest,
-    largest,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = rows < B
-    total = tl.zeros((BLOCK_B,), tl.float32)
-    of_tile = partial + rows
-    for _ in range(column_tiles):
-        total += tl.load(of_tile, inside, other=0.0)
-        of_tile += B
     query_rows = queries + rows.to(tl.int64)[:, None] * query_stride
     target_rows = passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * passage_stride
     similarity = tl.zeros((BLOCK_B,), tl.float32)
@@ -61,18 +44,53 @@ def _weigh_rows(
         mask = inside[:, None] & (at < D)[None, :]
         q = tl.load(query_rows + at[None, :], mask, other=0.0).to(tl.float32)
         similarity += tl.sum(q * tl.load(target_rows + at[None, :], mask, other=0.0).to(tl.float32), 1)
+    tl.store(out + rows, similarity, inside)
+
+
+@triton.jit(do_not_specialize=["B", "column_tiles"])
+def _weigh_rows(
+    queries,
+    similarity,  # [B]: with the target
+    partial,  # [column tiles, B]: sums of a row's exponentials, tile by tile
+    shift,
+    weights,
+    row_sum,  # out [B]
+    coefficient,  # out [B]: what a row's exponentials are multiplied with in the gradient
+    weighted,  # out [B, D]: coefficient · query
+    residual,  # out [B, D] or None: what rounding left of it
+    B,
+    D,
+    column_tiles,
+    query_stride,
+    weighted_stride,
+    scale,
+    scale_log2,
+    smallest,
+    largest,
+    BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = rows < B
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    for first in range(0, column_tiles, BLOCK_T):
+        tiles = first + tl.arange(0, BLOCK_T)
+        of_tiles = partial + tiles.to(tl.int64)[:, None] * B + rows[None, :]
+        total += tl.sum(tl.load(of_tiles, (tiles < column_tiles)[:, None] & inside[None, :], other=0.0), 0)
     usable = (total >= smallest) & (total <= largest)
     denominator = tl.where(usable, total, 1.0)
-    against = similarity * scale_log2 - (tl.log2(denominator) + tl.load(shift + rows, inside, other=0.0))
+    row_lse = tl.log2(denominator) + tl.load(shift + rows, inside, other=0.0)
+    against = tl.load(similarity + rows, inside, other=0.0) * scale_log2 - row_lse
     weight = tl.load(weights + rows, inside, other=0.0) * scale / (1.0 + tl.exp2(tl.minimum(against, 126.0)))
     weight = tl.where(usable, weight / denominator, 0.0)
     tl.store(row_sum + rows, total, inside)
-    tl.store(target_similarity + rows, similarity, inside)
     tl.store(coefficient + rows, weight, inside)
     for d in range(0, D, BLOCK_D):
         at = d + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (at < D)[None, :]
-        out = weight[:, None] * tl.load(query_rows + at[None, :], mask, other=0.0).to(tl.float32)
+        q = tl.load(queries + rows.to(tl.int64)[:, None] * query_stride + at[None, :], mask, other=0.0)
+        out = weight[:, None] * q.to(tl.float32)
         offset = rows.to(tl.int64)[:, None] * weighted_stride + at[None, :]
         high = out.to(weighted.dtype.element_ty)
         tl.store(weighted + offset, high, mask)
@@ -142,33 +160,41 @@ def _finish_passages(
         tl.store(dpassages + passage * D + at, dp, mask)
 
 
+def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor) -> Tensor:
+    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as given; targets [B] in 0..N−1."""
+    B, D = queries.shape
+    out = queries.new_empty(B, dtype=torch.float32)
+    _target_similarities[(triton.cdiv(B, 8),)](
+        queries, passages, targets, out, B, D, queries.stride(0), passages.stride(0), BLOCK_B=8, BLOCK_D=256, num_warps=4
+    )
+    return out
+
+
 def weigh_rows(
     queries: Tensor,
-    passages: Tensor,
-    targets: Tensor,
+    similarity: Tensor,
     partial: Tensor,
     shift: Tensor,
     weights: Tensor,
     scale: float,
+    row_sum: Tensor,
+    coefficient: Tensor,
     weighted: Tensor,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_sum, target_similarity, coefficient), each [B] float32; writes coefficient · query to `weighted` (+ `residual`) [B, D].
+) -> None:
+    """Writes `row_sum` and `coefficient` [B] and coefficient · query to `weighted` (+ `residual`) [B, D].
 
-    partial [column tiles, B] from `tile_pass`; shift [B] in base-2 units; targets [B] in 0..N−1. A row whose sum lost
+    similarity [B] with the targets; partial [column tiles, B] from `tile_pass`; shift [B] in base-2 units. A row whose sum lost
     terms or is empty gets the coefficient 0.
     """
     B, D = queries.shape
-    row_sum, similarity, coefficient = (partial.new_empty(B) for _ in range(3))
-    _weigh_rows[(triton.cdiv(B, 16),)](
+    _weigh_rows[(triton.cdiv(B, 8),)](
         queries,
-        passages,
-        targets,
+        similarity,
         partial,
         shift,
         weights,
         row_sum,
-        similarity,
         coefficient,
         weighted,
         residual,
@@ -176,17 +202,16 @@ def weigh_rows(
         D,
         len(partial),
         queries.stride(0),
-        passages.stride(0),
         weighted.stride(0),
         scale,
         scale * LOG2E,
         SMALLEST_SUM,
         LARGEST_SUM,
-        BLOCK_B=16,
-        BLOCK_D=128,
+        BLOCK_T=64,
+        BLOCK_B=8,
+        BLOCK_D=256,
         num_warps=4,
     )
-    return row_sum, similarity, coefficient
 
 
 def finish_queries(
@@ -217,6 +242,6 @@ def finish_queries(
 def finish_passages(dpassages: Tensor, queries: Tensor, targets: Tensor, target_weight: Tensor) -> None:
     """dp_j −= Σ_{i : target_i = j} target_weight_i · q_i, in place and in the order of i."""
     N, D = dpassages.shape
-    ordered, by_target = targets.sort(stable=True)
-    first = torch.searchsorted(ordered, torch.arange(N + 1, device=targets.device))
+    ordered, by_target = targets.int().sort(stable=True)  # half the passes of a 64-bit sort
+    first = torch.searchsorted(ordered, torch.arange(N + 1, device=targets.device, dtype=torch.int32))
     _finish_passages[(N,)](dpassages, queries, by_target, first, target_weight, D, queries.stride(0), BLOCK_D=256, num_warps=1)
