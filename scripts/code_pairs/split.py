@@ -47,29 +47,26 @@ def split_by_family(
     family = _families(members)
     sizes = Counter(family[member.unit] for member in members)
     small = [name for name in sizes if sizes[name] <= max_family_size]
-    order = sorted(small, key=lambda name: drawn(seed, name))
     side_of = dict.fromkeys(sizes, "train")
     wanted = {"test": test_queries, "dev": dev_queries}
-    for name in order:
-        side = next((side for side, missing in wanted.items() if missing > 0), None)
-        if side is None:
-            break
+    for name in sorted(small, key=lambda name: drawn(seed, name)):
+        side = next((side for side, missing in wanted.items() if missing > 0), "train")
         side_of[name] = side
-        wanted[side] -= min(sizes[name], max_per_family)
+        if side in wanted:
+            wanted[side] -= min(sizes[name], max_per_family)
 
-    sides: dict[str, list[Member]] = {"train": [], "dev": [], "test": []}
+    sides: dict[str, list[Member]] = {"train": [], "test": [], "dev": []}
+    for member in members:
+        sides[side_of[family[member.unit]]].append(member)
     taken: set[str] = set()
-    for side in ("train", "test", "dev"):
-        texts: set[str] = set()
-        for member in members:
-            if side_of[family[member.unit]] != side:
-                continue
-            own = {f"summary {normal(member.function.summary)}", f"code {normal(member.function.code)}"}
-            if side == "train" or not own & taken:
-                sides[side].append(member)
-                texts |= own
-        taken |= texts
+    for side in sides:
+        sides[side] = [member for member in sides[side] if side == "train" or not _texts(member) & taken]
+        taken.update(*map(_texts, sides[side]))
     return Split(sides["train"], sides["dev"], sides["test"], family)
+
+
+def _texts(member: Member) -> set[str]:
+    return {f"summary {normal(member.function.summary)}", f"code {normal(member.function.code)}"}
 
 
 def drawn(seed: int, name: str) -> bytes:

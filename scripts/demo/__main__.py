@@ -1,6 +1,6 @@
 """The whole path in one command: pairs from installed code, BM25, the model before, training, the model after, your own queries.
 
-    python -m scripts.demo               # the standard library on a CPU; every large package found, and batches of 4,096, on a GPU
+    python -m scripts.demo               # as large as suits the machine: --small on a CPU, --large on a GPU
     python -m scripts.demo --smallest    # a few steps, to see that every part works
 
 A query is the first paragraph of a docstring, and the passage to find is the function's code without docstring and name.
@@ -34,19 +34,18 @@ class Form:
     pairs: Settings
     searched: int | None
     overrides: tuple[str, ...] = ()
-    cpu: bool = True
 
 
 def form_called(name: str) -> Form:
-    """The form `smallest`, `cpu` or `gpu`."""
+    """The form `smallest`, `small` (minutes on two CPU cores) or `large` (a GPU's)."""
     if name == "smallest":
         return Form(Settings(test_queries=120, dev_queries=20), 400, ("batch.queries=16", "train.max_steps=4"))
-    if name == "cpu":
-        return Form(Settings(), 2500)
+    if name == "small":
+        return Form(Settings(), 2000)
     large = Settings(packages=tuple(installed()), test_queries=2000, dev_queries=500)
     lengths = ("model.query_max_tokens=64", "model.passage_max_tokens=128")
     steps = ("batch.queries=4096", "batch.tokens_per_chunk=auto", "train.max_steps=60", "optim.lr=2e-4", "optim.precision=bf16")
-    return Form(large, None, lengths + steps, cpu=False)
+    return Form(large, None, lengths + steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    for name in ("smallest", "cpu", "gpu"):
-        size.add_argument(
-            f"--{name}", dest="form", action="store_const", const=name, help=f"the {name} form (default: gpu where there is one)"
-        )
+    told = {
+        "smallest": "a few steps",
+        "small": "the standard library, batches of 64; the default without a GPU",
+        "large": "every well-known package found, batches of 4,096; the default with a GPU",
+    }
+    for name, meaning in told.items():
+        size.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=meaning)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of the training run (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the configuration's and the form's")
@@ -117,7 +119,7 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
     _headline("Training", started)
     check = exactness(config, before)
     print(f"exactness, in float64: {check}")
-    speed = train(config_file, settings, output / "run", cpu=form.cpu)
+    speed = train(config_file, settings, output / "run")
 
     _headline("The model after training", started)
     after = load_bundle(output / "run" / "export", config)
@@ -148,7 +150,7 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
 def _fitting_form() -> str:
     import torch
 
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    return "large" if torch.cuda.is_available() else "small"
 
 
 def _places(weights: Path, output: Path) -> list[str]:

@@ -62,7 +62,7 @@ def exactness(config: Config, bundle: EncoderBundle) -> GradientCheck:
     return verify(config, bundle.encoder, store, TokenTemplate.from_tokenizer(bundle.tokenizer))
 
 
-def train(config_file: Path, overrides: Sequence[str], output: Path, *, cpu: bool) -> dict[str, float]:
+def train(config_file: Path, overrides: Sequence[str], output: Path) -> dict[str, float]:
     """Runs the training command afresh and returns its speed, from the metrics it wrote.
 
     Raises subprocess.CalledProcessError where the command fails; it has said why.
@@ -70,8 +70,8 @@ def train(config_file: Path, overrides: Sequence[str], output: Path, *, cpu: boo
     shutil.rmtree(output, ignore_errors=True)
     script = os.path.relpath(Path(__file__).resolve().parents[2] / "retriever" / "train.py")
     rest = [script, "--config", os.path.relpath(config_file), *overrides]
-    print(f"$ accelerate launch {shlex.join([*_launch_options(cpu), *rest])}", flush=True)
-    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *_launch_options(cpu), *rest], check=True)
+    print(f"$ accelerate launch {shlex.join([*_launch_options(), *rest])}", flush=True)
+    subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *_launch_options(), *rest], check=True)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [line for line in lines if "train/pairs_per_s" in line]
     steady = logged[1:] or logged  # the first step warms up
@@ -81,10 +81,10 @@ def train(config_file: Path, overrides: Sequence[str], output: Path, *, cpu: boo
     return speed
 
 
-def _launch_options(cpu: bool) -> list[str]:
+def _launch_options() -> list[str]:
     """What accelerate would otherwise guess, and warn that it guesses; on a CPU it would leave all but one core idle."""
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if cpu or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return [*options, "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", str(torch.get_num_threads())]
     devices = torch.cuda.device_count()
     return [*options, *(["--multi_gpu"] if devices > 1 else []), "--num_processes", str(devices)]
