@@ -81,6 +81,8 @@ def report_all(
         raise ConfigError(str(error)) from error
     folder = output_folder(given)
     bundle = load_bundle(given, device) if given.model is not None else None
+    if given.run is not None:
+        work = _in_run(given.run, work) if ranks.rank == 0 else []
     for collection, metrics in work:
         if bundle is not None:
             result = _of_model(given, bundle, collection, metrics, folder, ranks)
@@ -111,6 +113,19 @@ def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequenc
     run = bm25_run(passages, collection.queries, given.k, exclude_self=collection.exclude_self, progress=True)
     scores = measure_run(collection.qrels, run, metrics, collection.relevance)
     return EvalResult(collection, scores, run, len(passages), notes=collection.notes(passage_id for passage_id, _ in passages))
+
+
+def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:
+    """The part of the work that the run is about: zeros for the queries of another split would say nothing about it."""
+    from eval.trec import read_run
+    from retriever.data.records import DataError
+
+    query_ids = read_run(path).keys()
+    found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels)]
+    if not found:
+        splits = ", ".join(collection.split for collection, _ in work)
+        raise DataError(f"none of its {len(query_ids):,} queries is judged in {splits}; expected a run of that split (--split)", path)
+    return found
 
 
 def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:

@@ -41,6 +41,7 @@ def test_ties_at_the_kth_place_exclusion_and_queries_without_hits() -> None:
     run = bm25_run(PASSAGES, {"d": "river bridge", "x": "zebra", "empty": ""}, k=1)
     assert (run["d"].passage_ids, run["x"].passage_ids, run["empty"].passage_ids) == (["d"], [], [])
     assert bm25_run(PASSAGES, {"d": "river bridge"}, k=1, exclude_self=True)["d"].passage_ids == ["b"]
+    assert bm25_run(PASSAGES, {"c": "mountain storm"}, k=1, exclude_self=True)["c"].passage_ids == ["a"]
 
 
 def test_passages_without_words_are_refused() -> None:

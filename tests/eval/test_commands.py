@@ -174,6 +174,33 @@ def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path]
         evaluate(bundle, data, "test", ["nDCG@10"], ranks=Ranks(0, 2, lambda: None))
 
 
+def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+    data = write_msmarco(tmp_path / "marco", texts)
+    (data / "2019qrels-pass.txt").write_text("another Q0 1 3\n")
+    query_id, grades = next(iter(texts.qrels.items()))
+    (tmp_path / "run.tsv").write_text(f"{query_id}\t{max(grades, key=lambda p: grades[p])}\t2\n")
+    msmarco.main(["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--output-dir", str(tmp_path / "out")])
+    assert result_of(tmp_path / "out", "dev")["metrics"]["MRR@10"] == pytest.approx(0.5 / len(texts.queries))
+    assert not (tmp_path / "out" / "dl19.json").exists()
+    assert f"{len(texts.queries) - 1} of {len(texts.queries)} judged queries are not in the run and count 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="none of its 1 queries is judged in dl19"):
+        msmarco.main(["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--split", "dl19"])
+
+
+@pytest.mark.parametrize("source", ["model", "bm25"])
+def test_a_passage_with_the_querys_id_is_left_out_unless_asked_for(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, source: str
+) -> None:
+    data = write_beir(tmp_path / "own", texts)
+    with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"_id": i, "title": "", "text": text}) + "\n" for i, text in texts.queries.items())
+    run_of = ["--bm25"] if source == "bm25" else ["--model", str(folders[0]), *LENGTHS]
+    for option, there in (("--exclude-self", False), ("--no-exclude-self", True)):
+        beir.main([*run_of, "--data", str(data), "--output-dir", str(tmp_path / "out"), option])
+        run = read_trec(tmp_path / "out" / "test.trec")
+        assert {query_id in found.passage_ids for query_id, found in run.items()} == {there}
+
+
 def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
     data = write_beir(tmp_path / "odd", texts)
     with (data / "qrels" / "test.tsv").open("a") as file:

@@ -104,11 +104,17 @@ def test_excluding_the_query_itself_still_returns_k_passages() -> None:
     assert search(vectors, ids, Parts(vectors, ids, [2]), 2)["a"].passage_ids == ["a", "e"]
 
 
-def test_negative_zero_and_negative_scores_keep_their_order() -> None:
-    passages = np.array([[0.0], [-0.0], [-1.0], [2.0]], dtype=np.float32)
-    found = search(np.array([[1.0]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4)["q"]
+def test_products_that_round_to_negative_zero_tie_with_zero() -> None:
+    passages = np.array([[0.0], [-1e-30], [-1.0], [2.0]], dtype=np.float32)
+    found = search(np.array([[1e-30]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4)["q"]
     assert found.passage_ids == ["d", "b", "a", "c"]
-    assert found.scores.tolist() == [2.0, 0.0, 0.0, -1.0]
+    assert found.scores.tolist() == [np.float32(2e-30), 0.0, 0.0, np.float32(-1e-30)]
+
+
+def test_scores_are_summed_in_float64() -> None:
+    passages = np.array([[3e8, 1.0, -3e8], [3e8, 2.0, -3e8], [0.0, 1.5, 0.0]], dtype=np.float32)
+    found = search(np.ones((1, 3)), ["q"], Parts(passages, ["a", "b", "c"], []), 3)["q"]
+    assert (found.passage_ids, found.scores.tolist()) == (["b", "c", "a"], [2.0, 1.5, 1.0])
 
 
 @pytest.mark.parametrize(
