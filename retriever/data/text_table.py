@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from retriever.data.tokens import tokenize_batch
+from retriever.data.records import DataError
+from retriever.data.tokens import TokenTemplate, tokenize_batch
 
 _BATCH_TEXTS = 8192
 _BATCH_CHARACTERS = 1 << 24
@@ -68,6 +69,7 @@ class TextTableWriter:
         folder.mkdir(parents=True)
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype = token_dtype(tokenizer)
+        self._adds_nothing = TokenTemplate.from_tokenizer(tokenizer).special_tokens == 0
         self._lengths: list[np.ndarray] = []
         self._ids: list[str | None] = []
         self._texts: list[str] = []
@@ -111,6 +113,11 @@ class TextTableWriter:
     def _write(self, ids: Sequence[str | None], texts: Sequence[str]) -> None:
         rows = tokenize_batch(self._tokenizer, texts)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        if self._adds_nothing and not lengths.all():
+            empty = ids[int(np.argmin(lengths))]
+            raise DataError(
+                f"text {empty!r} has no token, and the tokenizer adds none: it cannot be embedded; expected a text that is not empty"
+            )
         self._tokens.write(np.fromiter(chain.from_iterable(rows), self._dtype, int(lengths.sum())).tobytes())
         self._lengths.append(lengths)
         self._arrow.write_batch(pa.record_batch([pa.array(ids, pa.string())], schema=_ID_SCHEMA))

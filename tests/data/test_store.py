@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data import store as store_module
 from retriever.data import text_table
 from retriever.data.formats import DataError
 from retriever.data.store import Csr, Store, TextTable, build_or_open
+from retriever.data.text_table import TextTableWriter
 from tests.tiny import random_texts, tiny_tokenizer
 
 
@@ -225,3 +227,15 @@ def test_a_damaged_store_is_built_again(tmp_path: Path, beir: Path, capsys: pyte
     os.truncate(tokens, tokens.stat().st_size - 2)
     assert texts_of(built(tmp_path, str(beir)).passages) == whole
     assert "is damaged" in capsys.readouterr().out
+
+
+def test_an_empty_text_under_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
+    """It would have no token to embed; with special tokens around it, it has."""
+    tokenizer = tiny_tokenizer()
+    with TextTableWriter(tmp_path / "wrapped", tokenizer) as writer:
+        writer.add("p1", "")
+    assert TextTable(tmp_path / "wrapped").lengths.tolist() == [0]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    with pytest.raises(DataError, match="'p2' has no token"), TextTableWriter(tmp_path / "bare", tokenizer) as writer:
+        writer.add("p1", "river")
+        writer.add("p2", "")
