@@ -103,7 +103,7 @@ def read_trec(path: str | Path) -> dict[str, Ranking]:
 def read_msmarco(path: str | Path) -> dict[str, Ranking]:
     """An MS MARCO run file; a passage's score is minus its rank, so that its order is the file's ranks.
 
-    Raises DataError naming file and line where a line is malformed, or a query repeats a passage or a rank.
+    Raises DataError naming file and line where a line is malformed, or a query repeats a passage or a rank, or leaves a rank out.
     """
     found: dict[str, dict[str, int]] = {}
     taken: set[tuple[str, int]] = set()
@@ -121,8 +121,14 @@ def read_msmarco(path: str | Path) -> dict[str, Ranking]:
             raise DataError(f"{what} of query {query_id!r} stands twice; expected once", path, number)
         passages[passage_id] = rank
         taken.add((query_id, rank))
-    by_rank = {query_id: sorted(passages, key=passages.__getitem__) for query_id, passages in found.items()}
-    return {query_id: Ranking(ids, -np.array([found[query_id][p] for p in ids], dtype=np.float32)) for query_id, ids in by_rank.items()}
+    run = {}
+    for query_id, passages in found.items():
+        ids = sorted(passages, key=passages.__getitem__)
+        absent = next((rank for rank, passage_id in enumerate(ids, start=1) if passages[passage_id] != rank), None)
+        if absent is not None:
+            raise DataError(f"query {query_id!r} has no rank {absent} but a later one; expected the ranks 1 to {len(ids)}", path)
+        run[query_id] = Ranking(ids, -np.arange(1, len(ids) + 1, dtype=np.float32))
+    return run
 
 
 def read_run(path: str | Path) -> dict[str, Ranking]:

@@ -178,7 +178,7 @@ def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, 
     data = write_msmarco(tmp_path / "marco", texts)
     (data / "2019qrels-pass.txt").write_text("another Q0 1 3\n")
     query_id, grades = next(iter(texts.qrels.items()))
-    (tmp_path / "run.tsv").write_text(f"{query_id}\t{max(grades, key=lambda p: grades[p])}\t2\n")
+    (tmp_path / "run.tsv").write_text(f"{query_id}\tother\t1\n{query_id}\t{max(grades, key=lambda p: grades[p])}\t2\n")
     msmarco.main(["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--output-dir", str(tmp_path / "out")])
     assert result_of(tmp_path / "out", "dev")["metrics"]["MRR@10"] == pytest.approx(0.5 / len(texts.queries))
     assert not (tmp_path / "out" / "dl19.json").exists()

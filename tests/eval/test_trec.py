@@ -46,7 +46,7 @@ def test_files_hold_the_fields_of_their_format(tmp_path: Path) -> None:
 
 def test_an_msmarco_run_is_ordered_by_its_ranks(tmp_path: Path) -> None:
     path = tmp_path / "run.tsv"
-    path.write_text("q\tz\t3\nq\ta\t1\nq\tm\t7\n")
+    path.write_text("q\tm\t3\nq\tz\t2\nq\ta\t1\n")
     assert read_msmarco(path)["q"].passage_ids == ["a", "z", "m"]
     assert read_run(path)["q"].passage_ids == ["a", "z", "m"]
 
@@ -87,6 +87,13 @@ def test_a_malformed_msmarco_line_is_named(tmp_path: Path, line: str, message: s
     path = tmp_path / "run.tsv"
     path.write_text("q\tfirst\t1\n" + line)
     with pytest.raises(DataError, match=rf"run\.tsv, line 2: {message}"):
+        read_msmarco(path)
+
+
+def test_an_msmarco_run_with_a_gap_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    path.write_text("q\ta\t1\nq\tb\t3\n")
+    with pytest.raises(DataError, match="query 'q' has no rank 2 but a later one; expected the ranks 1 to 2"):
         read_msmarco(path)
 
 
