@@ -50,7 +50,8 @@ def cosine_for(loss: float, b: int, d: int, temperature: float) -> float:
     low, high = 0.0, 0.999
     for _ in range(50):
         middle = (low + high) / 2
-        logits = scale * (middle + math.sqrt((1 - middle**2) / d) * z)
+        across = math.sqrt((1 - middle**2) / d) * z  # of the noise along the query
+        logits = scale * (middle + across) / (1 + 2 * middle * across).sqrt()
         low, high = (middle, high) if (density * torch.logaddexp(lse - logits, z * 0)).sum() > loss else (low, middle)
     return (low + high) / 2
 
@@ -96,7 +97,7 @@ def errors(result: tuple[Tensor, Tensor | None, Tensor | None], truth: tuple[Ten
     return loss, max(both) if all(math.isfinite(e) for e in both) else math.nan
 
 
-def median_ms(call: Callable[[], object], seconds: float = 0.7, least: int = 3, most: int = 30) -> float:
+def median_ms(call: Callable[[], object], seconds: float = 0.7, least: int = 2, most: int = 30) -> float:
     """The median time of calls queued one after the other."""
     call()
     torch.cuda.synchronize()

@@ -70,9 +70,9 @@ def markdown(table: Table, dim: int = 768) -> str:
     ]
     for row in table.rows:
         if row.metric == "gradient_error" and ",t=" in row.case:
-            b, temperature, kind, tier = row.case.split(",")
+            size, temperature, kind, tier = row.case.split(",")
             loss_error = table.get(row.case, row.method, "loss_error")
-            lines.append(f"| {int(b[2:]):,} | {temperature[2:]} | {kind} | {tier} | {row.value:.1e} | {loss_error:.1e} | {row.note} |")
+            lines.append(f"| {int(size[2:]):,} | {temperature[2:]} | {kind} | {tier} | {row.value:.1e} | {loss_error:.1e} | {row.note} |")
     return "\n".join(lines) + "\n"
 
 
