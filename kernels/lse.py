@@ -178,7 +178,8 @@ def negatives_lse(
         from kernels import lse_tiled
 
         masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
-        return lse_tiled.negatives_lse(lse_tiled.Operands.of(queries, passages, precision), scale, masks, columns)
+        x = lse_tiled.Operands.of(queries, passages, precision)
+        return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns), columns)
     return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
 
 
@@ -207,10 +208,10 @@ def negatives_gradient(
         from kernels import infonce_tiled, lse_tiled
 
         masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
-        return infonce_tiled.negatives_gradient(
-            lse_tiled.Operands.of(queries, passages, precision), scale, masks, row_log_weights, column_log_weights,
-            _workspace_bytes(queries, None),
-        )  # fmt: skip
+        x = lse_tiled.Operands.of(queries, passages, precision)
+        constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False).constant
+        budget = _workspace_bytes(queries, None)
+        return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget)
     return lse_reference.negatives_gradient(queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision)
 
 
