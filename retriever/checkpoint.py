@@ -120,7 +120,7 @@ def newest(root: Path) -> Path | None:
 def clean(root: Path) -> None:
     """Removes what a killed run left half-written or half-removed."""
     for leftover in (*root.glob(f"{_WRITING}*"), *root.glob(f"{_REMOVING}*")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def keep_last(root: Path, count: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint
+from retriever.atomic import write_text
 from retriever.checkpoint import TrainingState
 from retriever.config import Config, to_yaml
 from retriever.data.store import Store
@@ -39,13 +40,14 @@ class Outputs:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self._checkpoints)
             checkpoint.clean(self.folder)
-            (self.folder / "config.yaml").write_text(to_yaml(config))
+            write_text(self.folder / "config.yaml", to_yaml(config))
+            self._publish_newest()
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps, its export as the run's newest, older ones removed."""
         if self._world.is_first:
-            folder = checkpoint.save(self._checkpoints, step, self._state, self._config, self._store_fingerprint, self._export)
-            checkpoint.publish(folder / "export", self.folder / "export")
+            checkpoint.save(self._checkpoints, step, self._state, self._config, self._store_fingerprint, self._export)
+            self._publish_newest()
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
         self._world.barrier()
 
@@ -58,13 +60,17 @@ class Outputs:
         self._world.barrier()
 
     def finish(self) -> None:
-        """Brings `export/` and the report up to the newest checkpoint, as a kill right after saving may have left them behind."""
-        newest = checkpoint.newest(self._checkpoints)
-        if self._world.is_first and newest is not None:
-            checkpoint.publish(newest / "export", self.folder / "export")
+        """Writes the report."""
+        if self._world.is_first:
             shutil.rmtree(self.embeddings, ignore_errors=True)
             write_report(self.folder / "report.html", self._config, self._logged())
         self._world.barrier()
+
+    def _publish_newest(self) -> None:
+        """Brings `export/` up to the newest checkpoint, as a kill right after saving may have left it behind."""
+        newest = checkpoint.newest(self._checkpoints)
+        if newest is not None:
+            checkpoint.publish(newest / "export", self.folder / "export")
 
     def _export(self, folder: Path) -> None:
         export(self._encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retriever.atomic import write_text
 from retriever.step import StepReport
 
 
@@ -84,6 +84,4 @@ def _forget_after(metrics: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    aside = metrics.with_name(f".writing-{metrics.name}")
-    aside.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(aside, metrics)
+    write_text(metrics, "".join(f"{line}\n" for line in kept))

@@ -77,9 +77,10 @@ def train(config: Config) -> None:
     state = checkpoint.TrainingState(encoder, objective, optimizer)
     finished = checkpoint.load(last, state, store.fingerprint, world.device) if last is not None else 0
     outputs = Outputs(config, state, encoder, tokenizer, store, world)
-    accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
-    for warning in preflight.warnings(config, tokenizer):
-        accelerator.print(f"warning: {warning}")
+    if config.run.preflight != "off":
+        accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
+        for warning in preflight.warnings(config, tokenizer):
+            accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:
         accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
     if finished:
