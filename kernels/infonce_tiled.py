@@ -115,7 +115,7 @@ def negatives_gradient(
     constant: float | None,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.lse.negatives_gradient`; `constant` from `Shifts`. A second pass over the tiles writes blocks of dlogits, two products use each."""
+    """See `kernels.lse.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two products use each."""
     (B, D), N = x.queries.shape, len(x.passages)
     dqueries, dpassages = (side.new_empty(side.shape, dtype=torch.float32) for side in (x.queries, x.passages))
     rows = slab_rows(B, N, D, x.precision, budget, _processors(x.queries))

@@ -79,14 +79,14 @@ def infonce(
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
         return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
     extent = Deferred(torch.stack(torch.aminmax(targets)))
-    if _on_kernels(queries) and gradients and not symmetric:
+    if _on_kernels(queries) and not symmetric:
         # Queued before the targets are known to be right: the check at the end then waits for nothing.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
-            workspace_mib, True,
+            workspace_mib, gradients,
         )  # fmt: skip
         _check_extent(extent.get(), len(passages))
-        return InfoNCE(results[0] * (targets >= 0), *results[1:])
+        return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     if _check_extent(extent.get(), len(passages)):
         return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
     if _on_kernels(queries):
