@@ -72,8 +72,11 @@ def _module() -> str:
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("BIGBATCH_COMMIT", "unknown")
+    """The checkout's commit; BIGBATCH_COMMIT names it where the code was copied without its history."""
+    if "BIGBATCH_COMMIT" in os.environ:
+        return os.environ["BIGBATCH_COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def _hardware() -> str:
