@@ -177,6 +177,8 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
         "train.max_steps=12",
         "train.save_every=6",
         "train.log_every=1",
+        "train.eval_every=0",
+        "eval=null",
         "run.trackers=[]",
     )
     alone = _run(workplace, "one-rank", *overrides)
