@@ -95,7 +95,8 @@ def _exponentials(
 
 @gluon.jit
 def _reduce(
-    q_stages, p_stages, staging, ready, free, begun, written, row_shift, column_shift, targets, threshold, pair_ptr, pair_rows, pair_columns, row_out, column_out,
+    q_stages, p_stages, staging, ready, free, begun, written, row_shift, column_shift, targets, threshold,
+    pair_ptr, pair_rows, pair_columns, row_out, column_out,
     B, N, D, row_start, column_start, pair_stride, scale_log2, offset, FACTORED: gl.constexpr, RAGGED_COLUMNS: gl.constexpr,
     GROUP: gl.constexpr, PROGRAMS: gl.constexpr, LOWER: gl.constexpr,
 ):
