@@ -19,7 +19,6 @@ from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.rng import RngState
 
-
 _ROUNDING = 1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
 
 
