@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from eval.collection import read_beir
 
-    with one_line_errors(), launched_ranks(given.threads) as (ranks, device):
+    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
         collections = [
             replace(
                 read_beir(given.data, split, given.qrels, texts=given.run is None),

@@ -14,6 +14,7 @@ from eval.arguments import label, load_bundle, output_folder
 if TYPE_CHECKING:
     from eval.collection import Collection
     from eval.evaluate import EvalResult, Ranks
+    from eval.faiss_build import GpuUse
 
 
 @contextmanager
@@ -30,11 +31,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def launched_ranks(threads: int | None) -> Iterator[tuple[Ranks, Any]]:
-    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end."""
+def launched_ranks(threads: int | None, faiss_gpu: GpuUse = "off") -> Iterator[tuple[Ranks, Any]]:
+    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end.
+
+    Raises ConfigError where the FAISS that is installed cannot do what `faiss_gpu` asks.
+    """
+    from eval.faiss_build import check_faiss_build
     from retriever.environment import check_environment
 
     check_environment()
+    check_faiss_build(faiss_gpu)
     import faiss
     import torch
     from accelerate import PartialState
@@ -65,7 +71,6 @@ def report_all(
 
     Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
-    from eval.index import build_index
     from eval.metrics import check_relevance, parse_measure
     from eval.search import check_k
     from retriever.config import ConfigError
@@ -76,7 +81,6 @@ def report_all(
             for name in metrics:
                 parse_measure(name)
         check_k(given.k)
-        build_index(given.index, 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = output_folder(given)
@@ -97,10 +101,11 @@ def report_all(
 def _of_model(
     given: argparse.Namespace, bundle: Any, collection: Collection, metrics: Sequence[str], folder: Path, ranks: Ranks
 ) -> EvalResult | None:
-    from eval.evaluate import evaluate_collection
+    from eval.evaluate import SearchOptions, evaluate_collection
 
+    search = SearchOptions(given.index, given.engine, given.memory_gib, given.faiss_gpu)
     return evaluate_collection(
-        bundle, collection, metrics, given.k, folder, index=given.index, ranks=ranks, tokens_per_chunk=given.batch, progress=True
+        bundle, collection, metrics, given.k, folder, search=search, ranks=ranks, tokens_per_chunk=given.batch, progress=True
     )
 
 
@@ -144,7 +149,7 @@ def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco
     from eval.report import format_table, write_result
 
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
-    search = {"index": given.index, "k": given.k, "exclude_self": result.collection.exclude_self} if not given.run else {}
+    search = {"k": given.k, "exclude_self": result.collection.exclude_self, **result.index} if not given.run else {}
     path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
     passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
     print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")

@@ -223,7 +223,7 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
     ("arguments", "message"),
     [
         (["--metrics", "F1"], "measure 'F1': expected one of nDCG"),
-        (["--index", "hnsw"], "expected one of flat; received 'hnsw'"),
+        (["--index", "hsnw"], "expected flat, ivf, ivfpq, hnsw or a FAISS factory string .*received 'hsnw'"),
         (["--k", "0"], "k 0: expected at least 1"),
         (["--relevance", "0"], "relevance 0"),
         (["--split", "train"], "expected one file qrels/train.tsv"),
