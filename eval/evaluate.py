@@ -17,6 +17,7 @@ from eval.metrics import Scores, measure_run, parse_measure
 from eval.search import Engine
 from eval.search import search as search_passages
 from eval.trec import Run
+from retriever.config import ConfigError
 from retriever.encode import SHARD_ROWS, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import open_shards
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
 
 _SMALL_CORPUS = 4 * SHARD_ROWS
+_ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,28 @@ class EvalResult:
     def n_queries(self) -> int:
         """Judged queries, the number the means are over."""
         return len(self.scores.query_ids)
+
+
+def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
+    """Finds out now, not after hours of training, whether `evaluate` could run.
+
+    Raises ConfigError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
+    """
+    check_measures(metrics, k)
+    if index != "flat":
+        check_index(index, _ANY_DIMENSION)
+    read_beir(data_path, split)
+
+
+def check_measures(metrics: Sequence[str], k: int) -> None:
+    """Raises ConfigError for an unknown measure, or one that looks deeper than the `k` passages a query that are kept."""
+    for name in metrics:
+        try:
+            measure = parse_measure(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if measure.cutoff is not None and measure.cutoff > k:
+            raise ConfigError(f"{measure} looks at {measure.cutoff} passages a query, of which k={k} are kept; raise k")
 
 
 def evaluate(

@@ -130,10 +130,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
     given = parser.parse_args(list(arguments) if arguments is not None else None)
 
     from eval.commands import launched_ranks, one_line_errors
+    from retriever.config import ConfigError
     from retriever.parallel.world import World
 
     with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
-        run = _search_folders(given, World(device, ranks.rank, ranks.size))
+        try:
+            run = _search_folders(given, World(device, ranks.rank, ranks.size))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if ranks.rank == 0:
             write = write_trec if given.format == "trec" else write_msmarco
             write(given.output, run)

@@ -58,10 +58,13 @@ def validate(config: Config) -> None:
     _require(all(d >= 1 for d in loss.dims), "loss.dims", "numbers of at least 1", list(loss.dims))
     as_many = len(loss.dim_weights) in (0, len(loss.dims)) and all(weight > 0 for weight in loss.dim_weights)
     _require(as_many, "loss.dim_weights", f"[] or {len(loss.dims)} numbers above 0, one for each of loss.dims", list(loss.dim_weights))
+    _require(loss.workspace_mib == "auto" or loss.workspace_mib >= 1, "loss.workspace_mib", "auto or at least 1", loss.workspace_mib)
     margin = loss.false_negative_margin
     _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
     _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)
     _require(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "two numbers from 0 to below 1", list(config.optim.betas))
+    unused = config.optim.name == "adafactor" and tuple(config.optim.betas) != (0.9, 0.999)
+    _require(not unused, "optim.betas", "its default with optim.name=adafactor, which has none", list(config.optim.betas))
     _require(config.optim.weight_decay >= 0, "optim.weight_decay", "0 or more", config.optim.weight_decay)
     _require(config.optim.warmup >= 0, "optim.warmup", "0 or more", config.optim.warmup)
     _require(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "a number above 0", config.optim.max_grad_norm)

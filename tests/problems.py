@@ -44,9 +44,7 @@ def random_batch(
     for row in draw.sample(range(queries), ignored):
         columns[row] = -1
     tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
-    return WholeBatch(
-        [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
-    )
+    return WholeBatch([tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners)
 
 
 def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Batch, list[int], list[int]]:
