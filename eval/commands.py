@@ -65,8 +65,8 @@ def report_all(
     *,
     msmarco: bool = False,
     check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
-) -> None:
-    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes and prints.
+) -> list[EvalResult]:
+    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints and returns it.
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
@@ -88,6 +88,7 @@ def report_all(
     bundle = load_bundle(given, device) if given.model is not None else None
     if given.run is not None:
         work = _in_run(given.run, work) if ranks.rank == 0 else []
+    results = []
     for collection, metrics in work:
         if bundle is not None:
             result = _of_model(given, bundle, collection, metrics, folder, ranks)
@@ -96,7 +97,9 @@ def report_all(
         else:
             result = None
         if result is not None:
-            _report(given, replace(result, notes=(*result.notes, *check(result))), folder, msmarco)
+            results.append(replace(result, notes=(*result.notes, *check(result))))
+            _report(given, results[-1], folder, msmarco)
+    return results
 
 
 def _of_model(
