@@ -30,7 +30,7 @@ def t_tail(t: float, degrees: int) -> float:
 
     (Abramowitz and Stegun 1964, 26.7.1 and 26.5.8)
     """
-    if t * t == 0.0:
+    if abs(t) < 1e-20:  # 1 - p is below what a float64 near 1 can show
         return 1.0
     x, rest = degrees / (degrees + t * t), t * t / (degrees + t * t)  # rest = 1 - x, exact where x is nearly 1
     a, b = degrees / 2, 0.5
