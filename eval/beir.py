@@ -26,7 +26,8 @@ METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m eval.beir`."""
-    parser = command_parser("python -m eval.beir", "evaluate on a BEIR folder: corpus.jsonl, queries.jsonl, qrels/<split>.tsv")
+    what = "evaluate on a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv) or on a folder of many"
+    parser = command_parser("python -m eval.beir", what, hub=True)
     parser.add_argument("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)")
     parser.add_argument("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv")
     parser.add_argument("--relevance", type=int, default=1, help="lowest grade that is relevant for binary measures (default: 1)")

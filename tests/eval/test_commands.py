@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import pytrec_eval
@@ -242,6 +243,23 @@ def test_what_cannot_be_evaluated_stops_before_the_encoding(
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
         beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])
+
+
+def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = write_beir(tmp_path / "help", texts)
+    rows = [json.dumps({"query-id": q, "corpus-id": p, "score": grade}) for q, grades in texts.qrels.items() for p, grade in grades.items()]
+    (data / "test.jsonl").write_text("\n".join(rows) + "\n")
+    parts = (("corpus", "corpus", "corpus.jsonl"), ("queries", "queries", "queries.jsonl"), ("default", "test", "test.jsonl"))
+    lines = [f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {file}\n" for name, split, file in parts]
+    (data / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
+    for source, out in ((str(data), "folder"), (f"hf:{data}", "hub")):
+        beir.main(["--bm25", "--data", source, "--output-dir", str(tmp_path / out)])
+    folder, hub = result_of(tmp_path / "folder", "test"), result_of(tmp_path / "hub", "test")
+    assert hub["metrics"] == folder["metrics"] and hub["data"] == folder["data"]
+    assert all(hub["fingerprints"][key] == folder["fingerprints"][key] for key in ("run", "queries", "qrels"))
+    with pytest.raises(SystemExit, match="Hugging Face data set .*dev"):
+        beir.main(["--bm25", "--data", f"hf:{data}", "--split", "dev"])
 
 
 def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any) -> None:
