@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
 
 
-def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def command_parser(prog: str, description: str, *, hub: bool = False) -> argparse.ArgumentParser:
     """A parser with the arguments of every evaluation command: where the run comes from, how texts are encoded, where results go."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
+    data = "folder of the collection" + (", or hf:<name> of a Hugging Face data set of BEIR's form" if hub else "")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="model folder or Hugging Face name")
     source.add_argument("--run", type=Path, help="measure this TREC or MS MARCO run instead of a model")
     source.add_argument("--bm25", action="store_true", help="measure BM25 instead of a model")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the collection")
+    parser.add_argument("--data", required=True, type=Path, help=data)
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="as nDCG@10 MRR@10 Recall@100 MAP")
     parser.add_argument("--k", type=int, default=1000, help="passages a query in the run (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)")
-    parser.add_argument("--index", default="flat", help="flat: exact, FAISS IndexFlatIP (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
+    add_search_arguments(parser)
     parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
     model = parser.add_argument_group("encoding", "each by default what the model folder says")
@@ -39,6 +39,18 @@ def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
     model.add_argument("--passage-max-tokens", type=int, help="of passages, goes before --max-tokens")
     model.add_argument("--title", choices=("join", "drop"), help="of a passage")
     return parser
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """How passages are searched."""
+    names = "flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: 'IVF4096,Flat nprobe=64'"
+    parser.add_argument("--index", default="flat", help=f"{names} (default: %(default)s)")
+    engines = "of flat: torch on GPUs, FAISS on CPUs; auto: torch where there are GPUs (default: %(default)s)"
+    parser.add_argument("--engine", choices=("auto", "faiss", "torch"), default="auto", help=engines)
+    parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
+    gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"
+    parser.add_argument("--faiss-gpu", choices=("off", "shard", "replicate"), default="off", help=gpus)
+    parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from retriever.data.collection import corpus_tables, find_qrels, passages_of, queries_of, query_tables
+from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, queries_of, query_tables
 from retriever.data.files import Table
 from retriever.data.formats import read_qrels
+from retriever.data.hub_tables import collection_tables
 from retriever.data.records import DataError, final_text
+
+HUB = "hf:"  # in front of the name of a Hugging Face data set
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,12 @@ class Collection:
 def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None = None, *, texts: bool = True) -> Collection:
     """A BEIR folder: `corpus.jsonl`, `queries.jsonl`, and `qrels/<split>.tsv` unless `qrels` names another judgments file.
 
+    `hf:<name>` is a Hugging Face data set of BEIR's form (subsets corpus, queries and judgments, or these in `<name>-qrels`).
     Without `texts` only the judgments are read, which is all that measuring a run needs.
     Raises DataError where a file is missing or malformed, or a judged query has no text.
     """
+    if str(folder).startswith(HUB):
+        return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_qrels(qrels), texts)
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", folder)
@@ -68,6 +74,15 @@ def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None 
     queries = judged_queries(query_tables(folder, split), judgments) if texts else {}
     corpus = corpus_tables(folder) if texts else ()
     return Collection(folder.resolve().name, split, queries, judgments, corpus, exclude_self=True)
+
+
+def _read_hub(name: str, split: str, qrels: dict[str, dict[str, int]] | None, texts: bool) -> Collection:
+    corpus, queries, judgments = collection_tables(name, None, split)
+    qrels = qrels_of(judgments) if qrels is None else qrels
+    label = Path(name).name
+    if not texts:
+        return Collection(label, split, {}, qrels, (), exclude_self=True)
+    return Collection(label, split, judged_queries([queries], qrels), qrels, [corpus], exclude_self=True)
 
 
 def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from eval.arguments import label, load_bundle, output_folder
 if TYPE_CHECKING:
     from eval.collection import Collection
     from eval.evaluate import EvalResult, Ranks
+    from eval.faiss_build import GpuUse
 
 
 @contextmanager
@@ -31,11 +32,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def launched_ranks(threads: int | None) -> Iterator[tuple[Ranks, Any]]:
-    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end."""
+def launched_ranks(threads: int | None, faiss_gpu: GpuUse = "off") -> Iterator[tuple[Ranks, Any]]:
+    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end.
+
+    Raises ConfigError where the FAISS that is installed cannot do what `faiss_gpu` asks.
+    """
+    from eval.faiss_build import check_faiss_build
     from retriever.environment import check_environment
 
     check_environment()
+    check_faiss_build(faiss_gpu)
     import faiss
     import torch
     from accelerate import PartialState
@@ -59,15 +65,14 @@ def report_all(
     *,
     msmarco: bool = False,
     check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
-) -> None:
-    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes and prints.
+) -> list[EvalResult]:
+    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints and returns it.
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
     Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
     from eval.evaluate import check_measures
-    from eval.index import build_index
     from eval.metrics import check_relevance
     from eval.search import check_k
     from retriever.config import ConfigError
@@ -77,13 +82,13 @@ def report_all(
         for collection, metrics in work:
             check_relevance(collection.relevance)
             check_measures(metrics, given.k if not given.run else sys.maxsize)
-        build_index(given.index, 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = output_folder(given)
     bundle = load_bundle(given, device) if given.model is not None else None
     if given.run is not None:
         work = _in_run(given.run, work) if ranks.rank == 0 else []
+    results = []
     for collection, metrics in work:
         if bundle is not None:
             result = _of_model(given, bundle, collection, metrics, folder, ranks)
@@ -92,16 +97,19 @@ def report_all(
         else:
             result = None
         if result is not None:
-            _report(given, replace(result, notes=(*result.notes, *check(result))), folder, msmarco)
+            results.append(replace(result, notes=(*result.notes, *check(result))))
+            _report(given, results[-1], folder, msmarco)
+    return results
 
 
 def _of_model(
     given: argparse.Namespace, bundle: Any, collection: Collection, metrics: Sequence[str], folder: Path, ranks: Ranks
 ) -> EvalResult | None:
-    from eval.evaluate import evaluate_collection
+    from eval.evaluate import SearchOptions, evaluate_collection
 
+    search = SearchOptions(given.index, given.engine, given.memory_gib, given.faiss_gpu)
     return evaluate_collection(
-        bundle, collection, metrics, given.k, folder, index=given.index, ranks=ranks, tokens_per_chunk=given.batch, progress=True
+        bundle, collection, metrics, given.k, folder, search=search, ranks=ranks, tokens_per_chunk=given.batch, progress=True
     )
 
 
@@ -145,7 +153,7 @@ def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco
     from eval.report import format_table, write_result
 
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
-    search = {"index": given.index, "k": given.k, "exclude_self": result.collection.exclude_self} if not given.run else {}
+    search = {"k": given.k, "exclude_self": result.collection.exclude_self, **result.index} if not given.run else {}
     path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
     passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
     print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")

@@ -1,36 +1,51 @@
-"""One evaluation from model to measures: encode the collection, search it exactly, measure the run."""
+"""One evaluation from model to measures: encode the collection, search it, measure the run."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.collection import Collection, fingerprint, read_beir
-from eval.index import build_index
+from eval.embeddings import load_queries
+from eval.faiss_build import GpuUse
+from eval.index import check_index, describe
 from eval.metrics import Scores, measure_run, parse_measure
-from eval.search import load_queries, search
+from eval.search import Engine
+from eval.search import search as search_passages
 from eval.trec import Run
 from retriever.config import ConfigError
 from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.parallel.world import World
 from retriever.shards import open_shards
 
 if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
 
 _SMALL_CORPUS = 4 * SHARD_ROWS
+_ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that encode together; rank 0 searches and measures."""
+    """The processes that encode and search together; rank 0 measures."""
 
     rank: int = 0
     size: int = 1
     barrier: Callable[[], None] | None = None  # returns once every rank has called it
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How passages are searched, in the words of `eval.search.search`."""
+
+    index: str = "flat"
+    engine: Engine = "auto"
+    memory_gib: float = 8.0
+    faiss_gpu: GpuUse = "off"
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class EvalResult:
     run: Run
     n_passages: int | None = None  # None where a run was measured without reading the corpus
     encoding: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # how the shards were made
+    index: Mapping[str, object] = field(default_factory=dict)  # as `eval.index.describe` says it
     notes: tuple[str, ...] = ()  # what a reader of the figures should know
 
     @property
@@ -61,7 +77,8 @@ def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], 
     Raises ConfigError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
     """
     check_measures(metrics, k)
-    build_index(index, 1)
+    if index != "flat":
+        check_index(index, _ANY_DIMENSION)
     read_beir(data_path, split)
 
 
@@ -95,13 +112,13 @@ def evaluate(
     """
     for name in metrics:
         parse_measure(name)
-    collection = read_beir(data_path, split)
+    collection, options = read_beir(data_path, split), SearchOptions(index)
     if shards_dir is not None:
-        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), index=index, ranks=ranks, progress=progress)
+        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), search=options, ranks=ranks, progress=progress)
     if ranks is not None and ranks.size > 1:
         raise ValueError(f"{ranks.size} ranks without shards_dir; expected a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
-        return evaluate_collection(bundle, collection, metrics, k, Path(folder), index=index, progress=progress)
+        return evaluate_collection(bundle, collection, metrics, k, Path(folder), search=options, progress=progress)
 
 
 def evaluate_collection(
@@ -111,14 +128,14 @@ def evaluate_collection(
     k: int,
     shards_dir: Path,
     *,
-    index: str = "flat",
+    search: SearchOptions | None = None,
     ranks: Ranks | None = None,
     tokens_per_chunk: int | None = None,
     progress: bool = False,
 ) -> EvalResult | None:
     """As `evaluate`, for any collection: shards go to `shards_dir`/passages and `shards_dir`/queries-<split>."""
-    ranks, settings = ranks or Ranks(), bundle.settings
-    build_index(index, bundle.dimension)  # an index that is not available is refused before the encoding
+    ranks, settings, options = ranks or Ranks(), bundle.settings, search or SearchOptions()
+    check_index(options.index, bundle.dimension)  # an index that FAISS cannot build is refused before the encoding
     prints = collection.fingerprints()
     texts = {
         "passage": (collection.passages(settings.title, settings.title_separator), "passages"),
@@ -141,15 +158,19 @@ def evaluate_collection(
             tokens_per_chunk=tokens_per_chunk,
             progress=progress,
         )
-    if ranks.rank != 0:
-        return None
     passages = open_shards(folders["passage"])
     queries, query_ids = load_queries(open_shards(folders["query"]))
-    run = search(queries, query_ids, passages, k, index=index, exclude_self=collection.exclude_self, progress=progress)
+    run = search_passages(
+        queries, query_ids, passages, k, exclude_self=collection.exclude_self, progress=progress,
+        world=World(bundle.encoder.device, ranks.rank, ranks.size), **asdict(options),
+    )  # fmt: skip
+    if ranks.rank != 0:
+        return None
     scores = measure_run(collection.qrels, run, metrics, collection.relevance)
     encoding = {"query": _of_interest(open_shards(folders["query"]).manifest), "passage": _of_interest(passages.manifest)}
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
-    return EvalResult(collection, scores, run, passages.rows, encoding, notes)
+    found = describe(options.index, passages.rows, passages.dimension, k)
+    return EvalResult(collection, scores, run, passages.rows, encoding, found, notes)
 
 
 def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int]:

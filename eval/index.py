@@ -1,21 +1,189 @@
-"""Indexes over passage embeddings, by name. `flat` is exact: FAISS's IndexFlatIP in float32."""
+"""FAISS indexes over passage embeddings, by name, with defaults by corpus size; trained on a sample, saved beside the shards, reused.
+
+| name | FAISS factory string for N passages of dimension D | at search |
+|---|---|---|
+| `flat` | no index: exact search, see `eval.search` | |
+| `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe = nlist/64, 16 to nlist |
+| `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each): 96 bytes a passage for D = 768 | the same |
+| `hnsw` | `HNSW32,Flat`, efConstruction 200 | efSearch = 256, or k if that is more |
+
+Anything else is a factory string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a default.
+An index's scores are FAISS's: for all but quantised ones, inner products in float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import faiss
+import numpy as np
 
+from eval.embeddings import Embeddings, blocks_of
 from retriever.config import ConfigError
+from retriever.data.text_table import write_json
+from retriever.shards import EmbeddingShards
 
-_INDEXES: dict[str, Callable[[int], faiss.Index]] = {"flat": faiss.IndexFlatIP}
+NAMES = ("flat", "ivf", "ivfpq", "hnsw")
+_FORMAT_VERSION, _SEED = 1, 0
+_PER_CENTROID = 39  # FAISS asks for as many training vectors a centroid
+_TRAIN_PER_LIST, _TRAIN_LEAST = 64, 16_384
+_BLOCK_ROWS = 65_536
+_BUILD_PARAMETERS = ("efConstruction",)  # the others matter at search alone, and changing them rebuilds nothing
 
 
-def build_index(name: str, dimension: int) -> faiss.Index:
-    """An empty inner-product index for float32 vectors [n, dimension].
+@dataclass(frozen=True)
+class IndexSpec:
+    """An index in FAISS's terms."""
 
-    Raises ConfigError where `name` is not `flat` (no approximate index is available in this version).
+    factory: str
+    parameters: tuple[str, ...] = ()  # name=value, of building and searching
+
+    @property
+    def build_parameters(self) -> tuple[str, ...]:
+        """Those that the finished index depends on."""
+        return tuple(p for p in self.parameters if p.partition("=")[0] in _BUILD_PARAMETERS)
+
+
+def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpec:
+    """What `index` means for a collection of `rows` passages. Raises ConfigError where FAISS cannot build it."""
+    name, *given = index.split()
+    nlist = _lists(rows)
+    probes = f"nprobe={min(nlist, max(16, nlist // 64))}"
+    if name == "ivf":
+        spec = IndexSpec(f"IVF{nlist},Flat", (probes, *given))
+    elif name == "ivfpq":
+        if rows < 256 * _PER_CENTROID:
+            raise _refused(index, f"flat or ivf for {rows:,} passages: ivfpq learns from at least {256 * _PER_CENTROID:,}")
+        codes = max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
+        spec = IndexSpec(f"IVF{nlist},PQ{codes}", (probes, *given))
+    elif name == "hnsw":
+        spec = IndexSpec("HNSW32,Flat", ("efConstruction=200", f"efSearch={max(256, k)}", *given))
+    else:
+        spec = IndexSpec(name, tuple(given))
+    _empty(index, spec, dimension)
+    return spec
+
+
+def check_index(index: str, dimension: int) -> None:
+    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, whatever the collection's size."""
+    if index != "flat":
+        index_spec(index, 10_000_000, dimension)
+
+
+def open_index(passages: Embeddings, index: str, k: int = 1000) -> faiss.Index:
+    """The index over all passages, position = place in the collection; built if it is not saved beside the shards already.
+
+    Embeddings in memory are indexed in memory; a saved index is read memory-mapped. Raises ConfigError as `index_spec`.
     """
-    if name not in _INDEXES:
-        raise ConfigError(f"eval.index (--index): expected one of {', '.join(_INDEXES)}; received {name!r}, not available in this version")
-    return _INDEXES[name](dimension)
+    spec = index_spec(index, passages.rows, passages.dimension, k)
+    found = _saved(passages, index, spec) if isinstance(passages, EmbeddingShards) else _build(passages, index, spec)
+    _set(index, found, spec.parameters)
+    return found
+
+
+def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Index:
+    folder = passages.folder / ("index-" + re.sub(r"[^A-Za-z0-9]+", "-", spec.factory).lower())
+    file, manifest_file = folder / "index.faiss", folder / "manifest.json"
+    wanted = {
+        "format_version": _FORMAT_VERSION,
+        "factory": spec.factory,
+        "build_parameters": list(spec.build_parameters),
+        "metric": "inner product",
+        "train_rows": _train_rows(spec, passages),
+        "seed": _SEED,
+        "embeddings": shards_fingerprint(passages),
+    }
+    manifest = _manifest(manifest_file)
+    if {key: manifest.get(key) for key in wanted} != wanted or not file.is_file():
+        built = _build(passages, index, spec)
+        folder.mkdir(exist_ok=True)
+        manifest_file.unlink(missing_ok=True)
+        aside = file.with_name(f"{file.name}.tmp")
+        faiss.write_index(built, str(aside))
+        os.replace(aside, file)
+        write_json(manifest_file, wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size})
+    by_lists = "IVF" in spec.factory  # inverted lists are mapped by one flag, vectors and graphs by the other
+    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
+
+
+def shards_fingerprint(passages: EmbeddingShards) -> str:
+    """A hash of the shards' manifest and of every shard's first and last embedding."""
+    found = hashlib.blake2b(json.dumps(passages.manifest, sort_keys=True).encode(), digest_size=16)
+    for embeddings, _ in passages:
+        found.update(np.concatenate([embeddings[:1], embeddings[-1:]]).tobytes())
+    return found.hexdigest()
+
+
+def describe(index: str, rows: int, dimension: int, k: int) -> dict[str, Any]:
+    """What a result says of its index, `flat` included."""
+    return {"index": index} | (asdict(index_spec(index, rows, dimension, k)) if index != "flat" else {})
+
+
+def _build(passages: Embeddings, index: str, spec: IndexSpec) -> faiss.Index:
+    built = _empty(index, spec, passages.dimension)
+    if not built.is_trained:
+        built.train(_sample(passages, _train_rows(spec, passages)))
+    for _, block in blocks_of(passages, _BLOCK_ROWS):
+        built.add(block)
+    return built
+
+
+def _train_rows(spec: IndexSpec, passages: Embeddings) -> int:
+    index = faiss.index_factory(passages.dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    lists = faiss.try_extract_index_ivf(index)
+    return min(passages.rows, max(_TRAIN_LEAST, _TRAIN_PER_LIST * lists.nlist if lists is not None else 0))
+
+
+def _sample(passages: Embeddings, rows: int) -> np.ndarray:
+    """`rows` passages drawn at random, always the same ones, [rows, D] float32."""
+    drawn = np.sort(np.random.default_rng(_SEED).choice(passages.rows, rows, replace=False))
+    sample, start = np.empty((rows, passages.dimension), dtype=np.float32), 0
+    for embeddings, _ in passages:
+        first, last = np.searchsorted(drawn, [start, start + len(embeddings)])
+        sample[first:last] = embeddings[drawn[first:last] - start]
+        start += len(embeddings)
+    return sample
+
+
+def _lists(rows: int) -> int:
+    lists = 2 ** round(np.log2(max(1.0, 4 * rows**0.5)))
+    while lists > 1 and lists * _PER_CENTROID > rows:
+        lists //= 2
+    return int(lists)
+
+
+def _empty(index: str, spec: IndexSpec, dimension: int) -> faiss.Index:
+    try:
+        empty = faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise _refused(index, f"{', '.join(NAMES)} or a FAISS factory string for dimension {dimension} ({reason})") from error
+    _set(index, empty, spec.parameters)
+    return empty
+
+
+def _set(index: str, target: faiss.Index, parameters: tuple[str, ...]) -> None:
+    space = faiss.ParameterSpace()
+    for parameter in parameters:
+        try:
+            space.set_index_parameters(target, parameter)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise _refused(index, f"parameters that this index has, as nprobe=32 or efSearch=128; FAISS refuses {parameter}") from error
+
+
+def _refused(index: str, expected: str) -> ConfigError:
+    return ConfigError(f"eval.index (--index): expected {expected}; received {index!r}")
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # absent or damaged: the index is built again
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser("python -m eval.msmarco", "evaluate on a folder with MS MARCO's passage files: dev small, TREC DL 2019, 2020")
     parser.add_argument("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are in the folder")
     given = parsed(parser, arguments)
-    with one_line_errors(), launched_ranks(given.threads) as (ranks, device):
+    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
         names = given.split or available_splits(given.data)
         collections = [read_msmarco(given.data, name, texts=given.run is None) for name in names]
         work = [(collection, given.metrics or SPLITS[collection.split].metrics) for collection in collections]

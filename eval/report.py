@@ -14,7 +14,7 @@ from eval.collection import file_fingerprint
 from eval.evaluate import EvalResult
 from eval.trec import write_msmarco, write_trec
 
-_VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s", "PyStemmer")
+_VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:

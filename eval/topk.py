@@ -44,6 +44,13 @@ class TopK:
     def __init__(self, n_queries: int, k: int) -> None:
         self._keys = np.full((n_queries, k), _EMPTY, dtype=np.uint64)  # [Q, k], ascending
 
+    @classmethod
+    def of(cls, keys: np.ndarray) -> TopK:
+        """From keys [Q, k] uint64 as this module defines them, each row ascending."""
+        found = cls(0, keys.shape[1])
+        found._keys = keys
+        return found
+
     def worst_scores(self, queries: slice) -> np.ndarray:
         """The k-th best score of each query of the slice, float32; -inf where there are fewer than k passages so far."""
         last = self._keys[queries, -1]

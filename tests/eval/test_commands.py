@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import pytrec_eval
@@ -223,7 +224,7 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
     ("arguments", "message"),
     [
         (["--metrics", "F1"], "measure 'F1': expected one of nDCG"),
-        (["--index", "hnsw"], "expected one of flat; received 'hnsw'"),
+        (["--index", "hsnw"], "expected flat, ivf, ivfpq, hnsw or a FAISS factory string .*received 'hsnw'"),
         (["--k", "0"], "k 0: expected at least 1"),
         (["--relevance", "0"], "relevance 0"),
         (["--split", "train"], "expected one file qrels/train.tsv"),
@@ -242,3 +243,49 @@ def test_what_cannot_be_evaluated_stops_before_the_encoding(
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
         beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])
+
+
+def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = write_beir(tmp_path / "help", texts)
+    rows = [json.dumps({"query-id": q, "corpus-id": p, "score": grade}) for q, grades in texts.qrels.items() for p, grade in grades.items()]
+    (data / "test.jsonl").write_text("\n".join(rows) + "\n")
+    parts = (("corpus", "corpus", "corpus.jsonl"), ("queries", "queries", "queries.jsonl"), ("default", "test", "test.jsonl"))
+    lines = [f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {file}\n" for name, split, file in parts]
+    (data / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
+    for source, out in ((str(data), "folder"), (f"hf:{data}", "hub")):
+        beir.main(["--bm25", "--data", source, "--output-dir", str(tmp_path / out)])
+    folder, hub = result_of(tmp_path / "folder", "test"), result_of(tmp_path / "hub", "test")
+    assert hub["metrics"] == folder["metrics"] and hub["data"] == folder["data"]
+    assert all(hub["fingerprints"][key] == folder["fingerprints"][key] for key in ("run", "queries", "qrels"))
+    with pytest.raises(SystemExit, match="Hugging Face data set .*dev"):
+        beir.main(["--bm25", "--data", f"hf:{data}", "--split", "dev"])
+
+
+def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "many"
+    for name, every in (("single", 1), ("forums/one", 2), ("forums/two", 3)):
+        part = {query_id: texts.qrels[query_id] for query_id in list(texts.qrels)[::every]}
+        write_beir(data / name, Texts(texts.passages, texts.queries, part))
+    beir.main(["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out"), "--metrics", "nDCG@10", "MAP"])
+    table = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
+    alone = {name: result_of(tmp_path / "out" / name, "test")["metrics"] for name in ("single", "forums/one", "forums/two")}
+    assert {name: table[name] for name in alone} == alone
+    for measure in ("nDCG@10", "MAP"):
+        forums = (alone["forums/one"][measure] + alone["forums/two"][measure]) / 2
+        assert table["forums (mean of 2)"][measure] == pytest.approx(forums, abs=1e-12)
+        assert table["mean of 2 collections"][measure] == pytest.approx((forums + alone["single"][measure]) / 2, abs=1e-12)
+    assert len({row["MAP"] for row in alone.values()}) == 3
+    assert f"mean of 2 collections   {table['mean of 2 collections']['nDCG@10']:.4f}" in capsys.readouterr().out
+
+
+def test_a_folder_of_many_is_refused_what_is_about_one(texts: Texts, tmp_path: Path, capsys: Any) -> None:
+    write_beir(tmp_path / "many" / "single", texts)
+    write_beir(tmp_path / "many" / "other", texts)
+    with pytest.raises(SystemExit):
+        beir.main(["--run", "run.trec", "--data", str(tmp_path / "many")])
+    assert "holds 2 collections; expected --model or --bm25" in capsys.readouterr().err
+    (tmp_path / "many" / "other" / "qrels" / "test.tsv").unlink()
+    with pytest.raises(SystemExit, match="expected one file qrels/test.tsv"):
+        beir.main(["--bm25", "--data", str(tmp_path / "many"), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

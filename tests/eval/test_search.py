@@ -11,11 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import search as search_module
-from eval.index import build_index
+from eval import flat
 from eval.search import main, search
 from eval.trec import Ranking, read_msmarco, read_trec
-from retriever.config import ConfigError
 from retriever.shards import ShardJob, ShardWriter
 
 MIB_OF_ONE_BLOCK = 1
@@ -60,7 +58,7 @@ def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None
 
 def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     """More equal passages than the margin, in several blocks, near the k-th place; FAISS alone rounds them differently."""
-    monkeypatch.setattr(search_module, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(flat, "_QUERIES_AT_ONCE", 7)
     rng = np.random.default_rng(0)
     passages = rng.standard_normal((30_000, 24)).astype(np.float32)
     passages /= np.linalg.norm(passages, axis=1, keepdims=True)
@@ -133,12 +131,6 @@ def test_what_cannot_be_searched_is_refused(change: dict, message: str) -> None:
     good = {"queries": np.zeros((2, 4)), "query_ids": ["q", "r"], "passages": Parts(np.zeros((2, 4)), ["p", "s"], []), "k": 1}
     with pytest.raises(ValueError, match=message):
         search(**(good | change))
-
-
-def test_only_the_flat_index_is_available() -> None:
-    assert isinstance(build_index("flat", 3), faiss.IndexFlatIP)
-    with pytest.raises(ConfigError, match="expected one of flat; received 'ivf'"):
-        build_index("ivf", 3)
 
 
 def write_shards(folder: Path, side: str, embeddings: np.ndarray, ids: list[str], model: str = "m") -> Path:

@@ -1,0 +1,191 @@
+"""The command that compares runs: what differs, whether by more than chance, and on which queries.
+
+python -m eval.compare base.trec tuned.trec --data datasets/scifact
+python -m eval.compare base.trec tuned.trec longer.trec --qrels qrels.dev.small.tsv --metrics MRR@10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.arguments import parsed
+from eval.commands import one_line_errors
+
+if TYPE_CHECKING:
+    from eval.collection import Collection
+    from eval.metrics import Scores
+
+METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run against the baseline by one measure, over the same judged queries."""
+
+    run: str
+    measure: str
+    baseline_mean: float
+    mean: float
+    interval: tuple[float, float]  # 95%, of mean - baseline_mean
+    t_p: float
+    randomisation_p: float
+    randomisation_p_holm: float  # corrected for the number of runs compared with the baseline
+    better: int  # queries
+    equal: int
+    worse: int
+    moved: tuple[tuple[str, float, float], ...]  # (query id, baseline's value, run's value), the largest differences first
+
+    @property
+    def difference(self) -> float:
+        """Mean of the run minus the baseline's."""
+        return self.mean - self.baseline_mean
+
+
+def compare(runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int = 0, n_moved: int = 10) -> list[Comparison]:
+    """Every run but the first against the first, by every measure; all scored on the same queries by the same measures.
+
+    Raises ValueError for fewer than two runs, fewer than two queries, or runs scored on different queries.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"{len(runs)} run: expected at least two, the baseline first")
+    base, *others = runs.values()
+    if any(other.query_ids != base.query_ids or other.per_query.keys() != base.per_query.keys() for other in others):
+        raise ValueError("the runs are scored on different queries or measures: expected the same for all")
+    found = []
+    for measure in base.per_query:
+        found += _by_measure(runs, measure, permutations, seed, n_moved)
+    return found
+
+
+def _by_measure(runs: Mapping[str, Scores], measure: str, permutations: int, seed: int, n_moved: int) -> list[Comparison]:
+    from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
+
+    base, *others = (scores.per_query[measure] for scores in runs.values())  # each [Q]
+    query_ids = next(iter(runs.values())).query_ids
+    chances = [randomisation_test(values - base, permutations, seed) for values in others]
+    found = []
+    for name, values, chance, corrected in zip(list(runs)[1:], others, chances, holm(chances), strict=True):
+        d = values - base  # [Q]
+        by_size = (-abs(d)).argsort(kind="stable")[:n_moved]
+        moved = tuple((query_ids[q], float(base[q]), float(values[q])) for q in by_size if d[q] != 0)
+        means, interval, (_, t_p) = (float(base.mean()), float(values.mean())), bootstrap_interval(d, seed=seed), paired_t_test(d)
+        counts = int((d > 0).sum()), int((d == 0).sum()), int((d < 0).sum())
+        found.append(Comparison(name, measure, *means, interval, t_p, chance, corrected, *counts, moved))
+    return found
+
+
+def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: Mapping[str, str]) -> str:
+    """A table a measure, then the queries that moved most by the first measure, with their texts where `texts` has them."""
+    width = max(len(name) for name in (baseline, *(c.run for c in comparisons)))
+    lines = []
+    for measure in dict.fromkeys(c.measure for c in comparisons):
+        rows = [c for c in comparisons if c.measure == measure]
+        lines += ["", f"{measure:<{width}}    mean     diff  95% interval         t test  random.    Holm  better/equal/worse"]
+        lines.append(f"{baseline:<{width}}  {rows[0].baseline_mean:.4f}")
+        for c in rows:
+            interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
+            chances = f"{c.t_p:>7.4f}  {c.randomisation_p:>7.4f} {c.randomisation_p_holm:>7.4f}"
+            lines.append(f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  {c.better}/{c.equal}/{c.worse}")
+    for c in (c for c in comparisons if c.measure == comparisons[0].measure and c.moved):
+        lines += ["", f"{c.run}: queries that moved most by {c.measure}"]
+        lines += [f"  {before:.4f} -> {after:.4f}  {query}  {texts.get(query, '')}".rstrip() for query, before, after in c.moved]
+    return "\n".join(lines[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `python -m eval.compare`."""
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description="compare runs query by query, the first being the baseline")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts")
+    source.add_argument("--qrels", type=Path, help="judgments file alone")
+    parser.add_argument("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}")
+    parser.add_argument("--relevance", type=int, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)")
+    parser.add_argument("--permutations", type=int, default=10_000, help="of the randomisation test (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the randomisation test and the bootstrap (default: %(default)s)")
+    parser.add_argument("--moved", type=int, default=10, help="queries to show (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the comparison as JSON")
+    given = parsed(parser, arguments)
+    if len(given.runs) < 2 or len(set(given.runs)) != len(given.runs):
+        parser.error(f"expected at least two different runs, the baseline first; received {' '.join(map(str, given.runs))}")
+    if given.permutations < 1 or given.moved < 0:
+        parser.error(f"expected --permutations of at least 1 and --moved of at least 0; received {given.permutations}, {given.moved}")
+    with one_line_errors():
+        _compare_files(given)
+
+
+def _compare_files(given: argparse.Namespace) -> None:
+    from eval.metrics import measure_run
+    from eval.trec import read_run
+    from retriever.config import ConfigError
+
+    collection = _collection(given)
+    names = _names(given.runs)
+    relevance = collection.relevance if given.relevance is None else given.relevance
+    runs, notes = {}, []
+    try:
+        for name, path in zip(names, given.runs, strict=True):
+            run = read_run(path)
+            runs[name] = measure_run(collection.qrels, run, given.metrics, relevance)
+            if without := len(collection.qrels.keys() - run.keys()):
+                notes.append(f"{name}: {without:,} of {len(collection.qrels):,} judged queries are not in the run and count 0")
+        comparisons = compare(runs, permutations=given.permutations, seed=given.seed, n_moved=given.moved)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"{collection.name} {collection.split}: {len(collection.qrels):,} judged queries; baseline {names[0]}")
+    print("".join(f"note: {note}\n" for note in notes) + format_comparisons(names[0], comparisons, collection.queries), flush=True)
+    if given.output is not None:
+        _write(given, names[0], collection, comparisons, notes)
+
+
+def _collection(given: argparse.Namespace) -> Collection:
+    from eval.collection import Collection, read_beir
+    from eval.msmarco import SPLITS, read_msmarco
+    from retriever.data.formats import read_qrels
+    from retriever.data.records import DataError
+
+    if given.qrels is not None:
+        return Collection(given.qrels.name, given.split or "", {}, read_qrels(given.qrels), ())
+    if (given.data / "qrels").is_dir() or not given.data.is_dir():
+        return read_beir(given.data, given.split or "test")
+    if given.split not in SPLITS:
+        raise DataError(f"--split {given.split}: expected one of {', '.join(SPLITS)} for a folder without qrels/", given.data)
+    return read_msmarco(given.data, given.split)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell all of them apart: file names, else with folders in front."""
+    parts = [path.resolve().parts for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _write(given: argparse.Namespace, baseline: str, collection: Collection, found: Sequence[Comparison], notes: Sequence[str]) -> None:
+    content = {
+        "command": given.command,
+        "baseline": baseline,
+        "queries": len(collection.qrels),
+        "permutations": given.permutations,
+        "seed": given.seed,
+        "notes": list(notes),
+        "fingerprints": collection.fingerprints(),
+        "comparisons": [asdict(c) | {"difference": c.difference} for c in found],
+    }
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    aside = given.output.with_name(f"{given.output.name}.tmp")
+    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a search reads: embeddings in parts, as `retriever.shards.open_shards` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+
+class Embeddings(Protocol):
+    """A collection of embeddings in parts; it can be iterated more than once."""
+
+    rows: int
+    dimension: int
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]: ...  # (embeddings [n, D], their ids)
+
+
+def blocks_of(passages: Embeddings, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(position of the first row in the collection, finite float32 [n, D]); a block never spans two parts."""
+    start = 0
+    for embeddings, _ in passages:
+        for first in range(0, len(embeddings), block_rows):
+            block = np.ascontiguousarray(embeddings[first : first + block_rows], dtype=np.float32)
+            if not np.isfinite(block).all():
+                raise not_finite(start + int((~np.isfinite(block).all(axis=1)).argmax()))
+            yield start, block
+            start += len(block)
+
+
+def not_finite(position: int) -> ValueError:
+    """The error for a passage, given by its position in the collection, whose embedding cannot be searched."""
+    return ValueError(f"passage embedding {position} has a value that is not finite: encode the collection again")
+
+
+def passage_ids(passages: Embeddings) -> pa.LargeStringArray:
+    """All ids [N] in the collection's order."""
+    return pa.chunked_array([pa.array(ids, type=pa.large_string()) for _, ids in passages], type=pa.large_string()).combine_chunks()
+
+
+def load_queries(shards: Embeddings) -> tuple[np.ndarray, list[str]]:
+    """All embeddings [Q, D] float32 and ids of a folder of shards, in memory: queries are few."""
+    parts = [(np.asarray(embeddings, dtype=np.float32), ids) for embeddings, ids in shards]
+    embeddings = np.concatenate([part for part, _ in parts]) if parts else np.empty((0, shards.dimension), dtype=np.float32)
+    return embeddings, [i for _, ids in parts for i in ids]

@@ -1,0 +1,103 @@
+"""Is the difference of two runs more than chance? Paired tests over the same queries, from per-query differences d [Q].
+
+All p-values are two-sided. With several runs against one baseline, `holm` corrects for how many comparisons were made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+_AT_ONCE = 2**21  # float64 values that one batch of resamples holds
+
+
+def paired_t_test(differences: np.ndarray) -> tuple[float, float]:
+    """(t, p) of Student's paired test: t = mean(d) / (std(d) / √Q), Q - 1 degrees of freedom.
+
+    differences [Q]. Without any spread t is 0 and p 1 where all are 0, else t is infinite and p 0. Raises ValueError where Q < 2.
+    """
+    d = _checked(differences)
+    if np.ptp(d) == 0.0:  # the computed deviation of equal values need not be 0
+        return (0.0, 1.0) if d[0] == 0.0 else (math.copysign(math.inf, d[0]), 0.0)
+    t = float(d.mean() / (d.std(ddof=1) / math.sqrt(len(d))))
+    return t, t_tail(t, len(d) - 1)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """P(|T| >= |t|) of Student's t distribution = I_x(ν/2, 1/2) at x = ν / (ν + t²), I the regularised incomplete beta function.
+
+    (Abramowitz and Stegun 1964, 26.7.1 and 26.5.8)
+    """
+    if abs(t) < 1e-20:  # 1 - p is below what a float64 near 1 can show
+        return 1.0
+    x, rest = degrees / (degrees + t * t), t * t / (degrees + t * t)  # rest = 1 - x, exact where x is nearly 1
+    a, b = degrees / 2, 0.5
+    log_scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) - a * math.log1p(t * t / degrees) + b * math.log(rest)
+    if x < (a + 1) / (a + b + 2):  # where the fraction converges fast
+        return math.exp(log_scale) * _beta_fraction(x, a, b) / a
+    return 1.0 - math.exp(log_scale) * _beta_fraction(rest, b, a) / b
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """The continued fraction of I_x(a, b), from the front (modified Lentz)."""
+    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1))
+    value = d
+    for m in range(1, 10_000):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1.0 / (1.0 + term * d)
+            c = 1.0 + term / c
+            value *= c * d
+        if abs(c * d - 1.0) < 1e-15:
+            return value
+    raise ArithmeticError(f"the incomplete beta function did not converge at x={x}, a={a}, b={b}")
+
+
+def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed: int = 0) -> float:
+    """p of Fisher's randomisation test: how often |Σ ±d|, signs drawn at random, is at least |Σ d|.
+
+    The observed signs count as one of the draws, so p is at least 1 / (permutations + 1). Raises ValueError where Q < 2.
+    """
+    d = _checked(differences)
+    observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # a sum in another order is the same sum
+    rng, at_least = np.random.default_rng(seed), 1
+    for rows in _batches(permutations, len(d)):
+        signs = rng.integers(0, 2, (rows, len(d)), dtype=np.int8) * 2.0 - 1.0  # [rows, Q]
+        at_least += int((np.abs(signs @ d) >= observed).sum())
+    return at_least / (permutations + 1)
+
+
+def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of mean(d) over queries drawn with replacement. Raises ValueError where Q < 2."""
+    d = _checked(differences)
+    rng = np.random.default_rng(seed)
+    means = [d[rng.integers(0, len(d), (rows, len(d)))].mean(axis=1) for rows in _batches(resamples, len(d))]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values, corrected so that the chance of any false finding among them is bounded. (Holm 1979)"""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for done, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - done)))
+        corrected[place] = largest
+    return corrected
+
+
+def _checked(differences: np.ndarray) -> np.ndarray:
+    d = np.asarray(differences, dtype=np.float64)
+    if d.ndim != 1 or len(d) < 2:
+        raise ValueError(f"differences of shape {list(d.shape)}: expected [Q] with at least 2 queries to compare runs on")
+    return d
+
+
+def _batches(draws: int, width: int) -> Iterator[int]:
+    """Sizes of batches that add up to `draws` and hold at most `_AT_ONCE` values each."""
+    rows = max(1, _AT_ONCE // width)
+    for first in range(0, draws, rows):
+        yield min(rows, draws - first)

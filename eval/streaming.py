@@ -1,0 +1,224 @@
+"""Exact search on GPUs without FAISS: shards stream through the device, and only what may be among the k best is looked at twice.
+
+A block of passages is scored with TF32 matrix units (plain fp32 where there are none). Such a score differs from ⟨q, p⟩ by at most
+
+    slack = (2⁻⁹ + 2⁻¹⁶ + D·2⁻²²)·‖q‖·‖p‖:
+
+TF32 keeps 10 bits behind the point, cut off at worst, of both factors (2·2⁻¹⁰), D fp32 additions add less than 2⁻²³ each, and the
+rest covers the roundings of this bound itself. A passage whose approximate score is below the k-th best exact score minus slack
+cannot be among the k best; all others are scored again in float64, so that the result is exact, always. The float64 sum is a fixed
+tree of additions: the same bits on every device, in every block, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.embeddings import Embeddings, not_finite
+from eval.topk import PassageOrder, TopK
+from retriever.config import ConfigError
+from retriever.parallel.world import World
+
+_MOST_ROWS = 65_536  # of a block: more gain nothing
+_PAIR_BYTES = 64  # of a query-passage pair, should all pass: score, mask, places, keys, and their sort
+_LOW = 0xFFFF_FFFF
+_EMPTY = -(2**63)  # sorts behind every passage
+_COPY_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is on the device at once."""
+
+    block_rows: int
+    queries: int  # scored against a block together
+    pairs: int  # scored again together
+
+
+def sizes(n_queries: int, rows: int, dimension: int, k: int, memory_gib: float) -> Sizes:
+    """Sizes that keep the search within `memory_gib` of a device's memory. Raises ConfigError where that is impossible."""
+    fixed = n_queries * (12 * dimension + 8 * k)  # queries in fp32 and fp64, the best so far
+    free = int(memory_gib * 2**30) - fixed
+    block_rows = max(1, min(_MOST_ROWS, rows, free // 8 // (10 * dimension)))  # as stored, in fp32, squared a slice at a time
+    queries = min(n_queries, free * 3 // 4 // (_PAIR_BYTES * block_rows + 32 * k))
+    pairs = free // 8 // (24 * dimension)  # two fp64 rows, and what indexing makes of them
+    if queries < 1 or pairs < 1:
+        raise ConfigError(f"--memory-gib {memory_gib:g}: too little for {n_queries:,} queries of dimension {dimension} and k {k:,}")
+    return Sizes(block_rows, queries, min(pairs, 131_072))
+
+
+def search_streaming(
+    queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, *, world: World | None, memory_gib: float, bar: tqdm
+) -> TopK:
+    """The k best passages of each query [Q, D] float32, on every rank; a score is the inner product in float64, rounded to float32.
+
+    Each rank streams its share of the blocks through its device. Host memory: two blocks, beside ids and results.
+    Raises ValueError for a value that is not finite, ConfigError where `memory_gib` is too little.
+    """
+    world = world or World(torch.device("cpu"))
+    size = sizes(len(queries), passages.rows, passages.dimension, k, memory_gib)
+    search = _Search(torch.from_numpy(queries).to(world.device), k, size)
+    precedence = torch.from_numpy(order.precedence.astype(np.int64))  # [N]
+    with _tf32(), torch.no_grad():
+        for start, stored in _stream(passages, size.block_rows, world):
+            block = stored.to(world.device).float()  # [n, D]; returns once the copy is done
+            search.add(block, precedence[start : start + len(block)].to(world.device), start)
+            bar.update(min(len(block) * world.size, passages.rows - bar.n))
+    return TopK.of(_to_topk(_of_all_ranks(search.best, world)))
+
+
+class _Search:
+    """The k best passages of every query so far, as keys [Q, k] int64, descending: score above, then precedence, 0 first."""
+
+    def __init__(self, queries: Tensor, k: int, size: Sizes) -> None:
+        self._queries, self._k, self._size = queries, k, size
+        self._queries64 = queries.double()
+        self._norms = self._queries64.norm(dim=1)  # [Q]
+        self._slack = 2.0**-9 + 2.0**-16 + queries.shape[1] * 2.0**-22
+        self.best = torch.full((len(queries), k), _EMPTY, dtype=torch.int64, device=queries.device)
+
+    def add(self, block: Tensor, precedence: Tensor, start: int) -> None:
+        """Looks at passages [n, D], the first of which stands at `start` in the collection."""
+        norms = torch.linalg.vector_norm(block, dim=1)  # [n]; not finite where a value is not
+        if not torch.isfinite(norms).all() and not torch.isfinite(block).all():
+            raise not_finite(start + int((~torch.isfinite(block).all(dim=1)).int().argmax()))
+        longest = norms.double().max()
+        for first in range(0, len(self._queries), self._size.queries):
+            part = slice(first, first + self._size.queries)
+            self._add_to(part, block, precedence, longest)
+
+    def _add_to(self, part: slice, block: Tensor, precedence: Tensor, longest: Tensor) -> None:
+        approximate = self._queries[part] @ block.T  # [q, n]
+        slack = self._slack * longest * self._norms[part] + block.shape[1] * 2.0**-126  # [q]; the last term where products underflow
+        mask = self._candidates(approximate, _scores(self.best[part, -1]).double(), slack)
+        counts = mask.sum(dim=1)  # [q]
+        rows, columns = mask.nonzero(as_tuple=True)  # [P], rows ascending
+        del approximate, mask
+        if len(rows) == 0:
+            return
+        scores = self._exact(part.start + rows, block, columns)
+        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # of a candidate in its row
+        found = torch.full((len(counts), int(counts.max())), _EMPTY, dtype=torch.int64, device=rows.device)  # [q, m]
+        found[rows, places] = _keys(scores, precedence[columns])
+        merged = torch.cat([self.best[part], found], dim=1).sort(dim=1, descending=True).values  # [q, k + m]
+        self.best[part] = merged[:, : self._k]
+
+    def _candidates(self, approximate: Tensor, worst: Tensor, slack: Tensor) -> Tensor:
+        """Mask [q, n] that holds every passage that can be among the k best; worst [q] is the k-th best exact score, -inf if none."""
+        mask = ~(approximate < (worst - slack).float()[:, None])  # a NaN, from sums that overflow, stays in
+        many = 4 * self._k
+        if approximate.shape[1] > many and int(mask.sum()) > many * len(approximate):
+            kth = approximate.topk(self._k, dim=1, sorted=False).values.amin(dim=1).double()  # k passages score at least kth - slack
+            mask = ~(approximate < torch.maximum(worst - slack, kth - 2 * slack).float()[:, None])
+        return mask
+
+    def _exact(self, rows: Tensor, block: Tensor, columns: Tensor) -> Tensor:
+        """⟨queries[rows], block[columns]⟩ [P] as float32."""
+        scores = torch.empty(len(rows), dtype=torch.float32, device=block.device)
+        for first in range(0, len(rows), self._size.pairs):
+            part = slice(first, first + self._size.pairs)
+            products = self._queries64.index_select(0, rows[part])  # [p, D]; fp32 factors have exact fp64 products
+            products *= block.index_select(0, columns[part])
+            scores[part] = _tree_sum(products).float()
+        return scores
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """Σ_j x[:, j] for x [p, D], which it overwrites: halves are added until one column is left."""
+    width = x.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        x[:, : width - half] += x[:, half:width]
+        width = half
+    return x[:, 0]
+
+
+def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tuple[int, Tensor]]:
+    """(position of the first row, [n, D] as stored, page-locked for a GPU) of every world.size-th block, read ahead of its use."""
+    pinned = world.device.type == "cuda"
+    buffers = [torch.empty(4 * block_rows * passages.dimension, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(_COPY_THREADS) as copiers:
+
+        def read(turn: int, parts: list[np.ndarray]) -> Tensor:
+            dtype = torch.float16 if all(part.dtype == np.float16 for part in parts) else torch.float32
+            n = sum(map(len, parts))
+            into = buffers[turn % 2].view(dtype)[: n * passages.dimension].view(n, passages.dimension)
+            copies, first = [], 0
+            for part in parts:
+                step = -(-len(part) // _COPY_THREADS)
+                for at in range(0, len(part), step):
+                    piece = part[at : at + step]
+                    copies.append(copiers.submit(np.copyto, into[first : first + len(piece)].numpy(), piece, "same_kind"))
+                    first += len(piece)
+            for copy in copies:
+                copy.result()
+            return into
+
+        pending = None
+        for turn, (start, parts) in enumerate(_blocks(passages, block_rows, world)):
+            ahead = start, reader.submit(read, turn, parts)
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = ahead
+        if pending is not None:
+            yield pending[0], pending[1].result()
+
+
+def _blocks(passages: Embeddings, block_rows: int, world: World) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(position of the first row, slices of the shards that make up the block) of this rank's blocks, all but the last full."""
+    number, start, n = 0, 0, 0
+    parts: list[np.ndarray] = []
+    for embeddings, _ in passages:
+        first = 0
+        while first < len(embeddings):
+            part = embeddings[first : first + block_rows - n]
+            parts, n, first = [*parts, part], n + len(part), first + len(part)
+            if n == block_rows:
+                if number % world.size == world.rank:
+                    yield start, parts
+                number, start, n, parts = number + 1, start + n, 0, []
+    if n and number % world.size == world.rank:
+        yield start, parts
+
+
+def _of_all_ranks(best: Tensor, world: World) -> Tensor:
+    """The k best [Q, k] of all ranks' k best."""
+    if world.size == 1:
+        return best
+    every = world.gather_rows(best).rows.view(world.size, *best.shape)
+    return every.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, : best.shape[1]]
+
+
+def _keys(scores: Tensor, precedence: Tensor) -> Tensor:
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one score
+    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).long() << 32 | (_LOW - precedence)
+
+
+def _scores(keys: Tensor) -> Tensor:
+    """The float32 scores of keys, -inf for an empty place."""
+    bits = (keys >> 32).int()
+    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).view(torch.float32).masked_fill(keys == _EMPTY, -torch.inf)
+
+
+def _to_topk(keys: Tensor) -> np.ndarray:
+    """The same places in the keys of `eval.topk`, which ascend and are unsigned."""
+    return ~(keys.cpu().numpy().view(np.uint64) ^ np.uint64(2**63))
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """fp32 products on TF32 matrix units, where there are any."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -1,0 +1,221 @@
+"""Search at corpus scale: exact streaming search of random unit vectors, checked in float64; approximate indexes on clustered ones.
+
+python -m scripts.bench.search                      # 8,841,823 passages of dimension 768; one GPU, 16 cores, 16 GiB of disk
+python -m scripts.bench.search --passages 20000 --queries 50 --dimension 32 --k 100 --ann-passages 12000 --ann-queries 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.embeddings import passage_ids
+from eval.index import index_spec
+from eval.search import search
+from eval.topk import PassageOrder
+from eval.trec import Ranking
+from retriever.parallel.world import World
+from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
+from scripts.bench.tables import Table
+
+_SHARD_ROWS = 65_536
+_PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "pyarrow")
+_ADDED_AT_ONCE = 20_000
+
+
+def unit_vectors(n: int, dimension: int, seed: int, device: torch.device) -> Tensor:
+    """[n, dimension] float32 of unit length, directions uniform."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, dimension, generator=generator, device=device))
+
+
+def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: torch.device) -> EmbeddingShards:
+    """Random unit vectors as a finished folder of shards, made on `device`; what is there already stays."""
+    job = ShardJob("passage", "random", "", 1, "mean", True, "fp32", dimension, dtype, f"random {rows}", _SHARD_ROWS)  # type: ignore[arg-type]
+    writer = ShardWriter(folder, job)
+    if not writer.finished():
+        writer.prepare()
+
+        def write(shard: int) -> None:
+            first, last = shard * _SHARD_ROWS, min(rows, (shard + 1) * _SHARD_ROWS)
+            vectors = unit_vectors(last - first, dimension, shard + 1, device).to(getattr(torch, dtype))
+            writer.write(shard, vectors.cpu().numpy(), [str(i) for i in range(first, last)])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(-(-rows // _SHARD_ROWS))))  # list: raises what a thread raised
+        writer.finish(rows)
+    return open_shards(folder)
+
+
+def disagreement(queries: np.ndarray, found: list[Ranking], passages: EmbeddingShards, device: torch.device) -> tuple[float, float]:
+    """(share of the true k best that `found` has, ties at the k-th place counting as equal; largest error of a score).
+
+    The truth is every product in float64, by a matrix product; it is told from the search's float32 scores by one part in 2^23.
+    """
+    k = len(found[0].passage_ids)
+    wide = torch.from_numpy(queries).to(device).double()  # [S, D]
+    scores = torch.cat([wide @ torch.from_numpy(np.array(part)).to(device).double().T for part, _ in passages], dim=1)  # [S, N]
+    kth = scores.topk(k, dim=1).values[:, -1:]  # [S, 1]
+    positions = torch.tensor([[int(i) for i in ranking.passage_ids] for ranking in found], device=device)  # [S, k]
+    of_found = scores.gather(1, positions)
+    distinct = all(len(set(ranking.passage_ids)) == k for ranking in found)
+    right = (of_found >= kth - kth.abs() * 2.0**-23).double().mean() if distinct else 0.0
+    stated = torch.from_numpy(np.stack([ranking.scores for ranking in found])).to(device)
+    return float(right), float((stated - of_found).abs().max())
+
+
+def measure_exact(table: Table, given: argparse.Namespace, device: torch.device) -> None:
+    """Time, memory and exactness of the search at the size that `given` asks for. Raises ArithmeticError where it is not exact."""
+    case = f"{given.passages:,} × {given.dimension} {given.dtype}, {given.queries:,} queries, k {given.k:,}"
+    with tempfile.TemporaryDirectory(prefix="search-", dir=given.folder) as folder:
+        started = time.perf_counter()
+        passages = write_shards(Path(folder), given.passages, given.dimension, given.dtype, device)
+        table.add(case, "shards", "written", time.perf_counter() - started, "s")
+        for shard in sorted(passages.folder.glob("*.npy")):  # into the page cache
+            shard.read_bytes()
+        queries = unit_vectors(given.queries, given.dimension, 0, device).cpu().numpy()
+        query_ids = [str(i) for i in range(given.queries)]
+        started = time.perf_counter()
+        PassageOrder(passage_ids(passages))
+        table.add(case, "ids", "read and ordered", time.perf_counter() - started, "s", "part of every search")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for repeat in range(given.repeats):
+            started = time.perf_counter()
+            run = search(queries, query_ids, passages, given.k, world=World(device), engine="torch", memory_gib=given.memory_gib)
+            table.add(case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings")
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            table.add(case, "exact, torch", "device memory", peak, "GiB", f"--memory-gib {given.memory_gib:g}")
+        table.add(case, "exact, torch", "host memory, peak", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
+        table.add(case, "exact, torch", "host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards")
+        sample = np.linspace(0, given.queries - 1, min(given.sample, given.queries)).astype(int)
+        right, error = disagreement(queries[sample], [run[str(i)] for i in sample], passages, device)
+    table.add(case, "exact, torch", "agreement with fp64", 100 * right, "%", f"{len(sample)} queries, up to ties")
+    table.add(case, "exact, torch", "largest score error", error, "")
+    if right < 1.0 or error > 2.0**-23:
+        raise ArithmeticError(f"the search is not exact: {100 * right}% of the float64 result, scores off by up to {error}")
+
+
+class Clustered:
+    """Unit vectors around random centres, a hundred a centre on average, and queries around the same ones, in memory."""
+
+    def __init__(self, rows: int, queries: int, dimension: int, device: torch.device) -> None:
+        """Noise is as long as the centre."""
+        self.rows, self.dimension = rows, dimension
+        centres = unit_vectors(max(1, rows // 100), dimension, 1, device)
+        generator = torch.Generator(device).manual_seed(2)
+        chosen = torch.randint(len(centres), (rows + queries,), generator=generator, device=device)
+        every = torch.nn.functional.normalize(centres[chosen] + unit_vectors(rows + queries, dimension, 3, device)).cpu().numpy()
+        self.passages, self.queries = every[:rows], every[rows:]  # [N, D], [Q, D] float32
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        yield self.passages, [str(i) for i in range(self.rows)]
+
+
+def measure_indexes(table: Table, given: argparse.Namespace, device: torch.device) -> None:
+    """Recall@100 against exact search and queries/s of FAISS's indexes on the CPU, each at several depths of search."""
+    data = Clustered(given.ann_passages, given.ann_queries, given.ann_dimension, device)
+    case = f"{data.rows:,} × {data.dimension} clustered, {len(data.queries):,} queries"
+    run = search(data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch")
+    exact = np.array([[int(i) for i in ranking.passage_ids] for ranking in run.values()])  # [Q, 100]
+    plan = [("flat", [""]), ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]), ("ivfpq", [f"nprobe={n}" for n in (64, 256)])]
+    plan.append((f"hnsw efConstruction={given.ef_construction}", [f"efSearch={n}" for n in (128, 256, 512)]))
+    for name, depths in plan:
+        factory = "Flat" if name == "flat" else index_spec(name, data.rows, data.dimension, 100).factory
+        index, seconds = _built(name, factory, data, given.build_seconds)
+        method = f"{name} ({factory})"
+        enough = index.ntotal == data.rows
+        note = f"{faiss.omp_get_max_threads()} threads" if enough else f"stopped after {index.ntotal:,} passages"
+        table.add(case, method, "built", seconds if enough else None, "s", note)
+        for depth in depths if enough else []:
+            if depth:
+                faiss.ParameterSpace().set_index_parameters(index, depth)  # type: ignore[arg-type]
+            index.search(data.queries[:16], 100)  # threads started
+            started = time.perf_counter()
+            _, positions = index.search(data.queries, 100)
+            rate = len(data.queries) / (time.perf_counter() - started)
+            recall = np.mean([len(np.intersect1d(a, b)) / 100 for a, b in zip(exact, positions, strict=True)])
+            table.add(case, f"{method} {depth}".strip(), "recall@100", float(recall), "")
+            table.add(case, f"{method} {depth}".strip(), "queries/s", rate, "1/s")
+
+
+def _built(name: str, factory: str, data: Clustered, seconds: float) -> tuple[faiss.Index, float]:
+    """The index and how long it took; adding stops after `seconds`."""
+    started = time.perf_counter()
+    index = faiss.index_factory(data.dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    for parameter in name.split()[1:]:
+        faiss.ParameterSpace().set_index_parameters(index, parameter)  # type: ignore[arg-type]
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        drawn = np.random.default_rng(0).permutation(data.rows)[: max(16_384, 64 * lists.nlist)]
+        index.train(data.passages[drawn])
+    for first in range(0, data.rows, _ADDED_AT_ONCE):
+        if time.perf_counter() - started > seconds:
+            break
+        index.add(data.passages[first : first + _ADDED_AT_ONCE])
+    return index, time.perf_counter() - started
+
+
+def _status_gib(field: str) -> float | None:
+    """A field of /proc/self/status in GiB, None where the system has none."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def format_markdown(table: Table) -> str:
+    """The table for `docs/bench`: a section a case."""
+    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
+    lines = ["# Search", "", f"`{table.command}` at {table.commit[:10]}; {table.hardware}; {versions}."]
+    for case in dict.fromkeys(row.case for row in table.rows):
+        lines += ["", f"## {case}", "", "| method | figure | value | |", "|---|---|---|---|"]
+        for row in (row for row in table.rows if row.case == case):
+            value = "not measured" if row.value is None else f"{row.value:.4g} {row.unit}".strip()
+            lines.append(f"| {row.method} | {row.metric} | {value} | {row.note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `python -m scripts.bench.search`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passages", type=int, default=8_841_823, help="0: leave exact search out (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=6_980)
+    parser.add_argument("--dimension", type=int, default=768)
+    parser.add_argument("--k", type=int, default=1000)
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the shards (default: %(default)s)")
+    parser.add_argument("--memory-gib", type=float, default=16.0, help="of the device (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--sample", type=int, default=20, help="queries checked in float64 (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="for the shards, which are deleted again (default: the system's temporary folder)")
+    parser.add_argument("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out (default: %(default)s)")
+    parser.add_argument("--ann-queries", type=int, default=1_000)
+    parser.add_argument("--ann-dimension", type=int, default=128)
+    parser.add_argument("--ef-construction", type=int, default=64, help="of HNSW (default: %(default)s)")
+    parser.add_argument("--build-seconds", type=float, default=60, help="adding to an index stops then (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/bench/search.json"), help="and .md beside it (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table.begin(_PACKAGES)
+    try:
+        if given.passages:
+            measure_exact(table, given, device)
+        if given.ann_passages:
+            measure_indexes(table, given, device)
+    finally:  # what was measured is kept, whatever happens after it
+        table.save(given.output)
+        given.output.with_suffix(".md").write_text(format_markdown(table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
