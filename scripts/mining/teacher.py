@@ -47,7 +47,7 @@ class CrossEncoder:
     def score(self, queries: Sequence[str], passages: Sequence[str], tokens_per_batch: int) -> np.ndarray:
         """The scores [n] float32 of the pairs (queries[i], passages[i]), sorted by length into batches of at most `tokens_per_batch`.
 
-        A function of the pairs and the batch size alone: the same call gives the same bits.
+        The same call gives the same bits on the same machine with the same number of threads.
         """
         scores = np.empty(len(queries), dtype=np.float32)
         if not len(queries):
