@@ -14,7 +14,7 @@ from eval.evaluate import Ranks
 from eval.search import load_queries, search
 from eval.trec import Ranking
 from retriever.encode import SHARD_ROWS, encode_to_shards
-from retriever.shards import EmbeddingShards, open_shards
+from retriever.shards import EmbeddingShards
 from scripts.code_pairs.split import drawn
 from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
@@ -26,15 +26,12 @@ NONE = -1  # fills a row of candidates whose search found fewer
 _QUERIES_AT_ONCE = 65_536  # searched together and written as one file
 
 
-def encode(
-    pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens_per_chunk: int | None
-) -> tuple[EmbeddingShards, EmbeddingShards]:
-    """The shards of the pool's queries and passages, whose ids are rows and numbers; those already in `folder` are kept."""
+def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens_per_chunk: int | None) -> None:
+    """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there already are kept."""
     texts = {"query": (pool.numbered_queries(), len(pool.queries)), "passage": (pool.numbered_texts(), len(pool.texts))}
-    folders = {}
     for side in ("query", "passage"):
         stream, count = texts[side]
-        folders[side] = encode_to_shards(
+        encode_to_shards(
             bundle,
             stream,
             side,
@@ -46,7 +43,6 @@ def encode(
             shard_rows=min(SHARD_ROWS, max(256, -(-count // 16))),
             tokens_per_chunk=tokens_per_chunk,
         )
-    return open_shards(folders["query"]), open_shards(folders["passage"])
 
 
 def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path) -> list[str]:

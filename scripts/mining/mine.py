@@ -15,7 +15,7 @@ from eval.bm25 import DESCRIPTION
 from eval.collection import fingerprint
 from eval.evaluate import Ranks
 from retriever.data.formats import Passage
-from retriever.shards import EmbeddingShards
+from retriever.shards import EmbeddingShards, open_shards
 from scripts.mining.candidates import encode, read_candidates, search_bm25, search_model, shortlist
 from scripts.mining.pool import Pool
 from scripts.mining.scores import model_judge, read_scores, teacher_judge, write_scores
@@ -80,7 +80,7 @@ class Mining:
     def _mine(self, folder: Path) -> list[str]:
         shards = None
         if self.bundle is not None:
-            shards = encode(self.pool, self.bundle, self.work / "embeddings", self.ranks, self.tokens_per_chunk)
+            shards = self._encode(self.bundle)
         searched = [self._search(name, shards) for name in self.settings.retrievers]
         shortlists = shortlist(self.pool, [numbers for numbers, _ in searched], self.settings)
         scores = None
@@ -89,6 +89,16 @@ class Mining:
         if self.ranks.rank == 0:
             self._write(folder / DATA, shortlists, scores)
         return [DATA]
+
+    def _encode(self, bundle: EncoderBundle) -> Shards:
+        def work(folder: Path) -> list[str]:
+            encode(self.pool, bundle, folder, self.ranks, self.tokens_per_chunk)
+            return [f"{side}/manifest.json" for side in ("query", "passage")]
+
+        folder = self.work / "embeddings"
+        model = {key: value for key, value in self._retriever("model").items() if key != "index"}
+        run_stage("encode", folder, {"data": self.pool.fingerprint, "model": model}, work, ranks=self.ranks)
+        return open_shards(folder / "query"), open_shards(folder / "passage")
 
     def _search(self, name: Retriever, shards: Shards | None) -> tuple[np.ndarray, Outputs]:
         def work(folder: Path) -> list[str]:
