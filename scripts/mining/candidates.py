@@ -45,15 +45,17 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens
         )
 
 
-def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path) -> list[str]:
-    """Writes the numbers of the `depth` passages nearest to each query; parts that are in `folder` already are kept."""
+def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, ranks: Ranks) -> list[str]:
+    """Writes the numbers of the `depth` passages nearest to each query, a part of the queries a file; rank r writes parts r, r + size, …
+
+    Parts that are in `folder` already are kept. Returns the names of all.
+    """
     embeddings, ids = load_queries(queries)
-    files = []
-    for first in range(0, len(ids), _QUERIES_AT_ONCE):
-        part = slice(first, first + _QUERIES_AT_ONCE)
-        files.append(f"{first // _QUERIES_AT_ONCE:05d}.npy")
-        if not (folder / files[-1]).exists():
-            write_array(folder / files[-1], _numbers(search(embeddings[part], ids[part], passages, depth, index=index), ids[part], depth))
+    files = [f"{part:05d}.npy" for part in range(-(-len(ids) // _QUERIES_AT_ONCE))]
+    for number, file in enumerate(files):
+        if number % ranks.size == ranks.rank and not (folder / file).exists():
+            part = slice(number * _QUERIES_AT_ONCE, (number + 1) * _QUERIES_AT_ONCE)
+            write_array(folder / file, _numbers(search(embeddings[part], ids[part], passages, depth, index=index), ids[part], depth))
     return files
 
 

@@ -102,13 +102,11 @@ class Mining:
 
     def _search(self, name: Retriever, shards: Shards | None) -> tuple[np.ndarray, Outputs]:
         def work(folder: Path) -> list[str]:
-            if self.ranks.rank != 0:
-                return []
             if name == "bm25":
-                return search_bm25(self.pool, self.settings.last_rank, folder)
+                return search_bm25(self.pool, self.settings.last_rank, folder) if self.ranks.rank == 0 else []
             assert shards is not None
             queries, passages = shards
-            return search_model(queries, passages, self.settings.last_rank, self.index, folder)
+            return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.ranks)
 
         inputs = {"data": self.pool.fingerprint, "retriever": self._retriever(name), "depth": self.settings.last_rank}
         folder = self.work / f"search-{name}"

@@ -13,12 +13,17 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eval.bm25 import bm25_run
+from eval.evaluate import Ranks
 from retriever.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
+from retriever.parallel.world import World
+from scripts.mine_negatives import _parser, main, mine
+from scripts.mining import candidates as candidates_module
 from scripts.mining import scores as scores_module
 from scripts.mining.settings import MiningSettings
 from scripts.mining.teacher import CrossEncoder
+from tests.distributed.processes import run_on_ranks
 from tests.scripts.mining.workplace import QUERIES, Workplace, make_workplace, mined, read, save_tiny_teacher
 from tests.tiny import tiny_tokenizer
 
@@ -186,6 +191,32 @@ def test_inline_sources_are_mined_from_their_own_passages(workplace: Workplace, 
     assert {text for record in records for text in _negatives(record)} <= set(texts[:40])
     assert max(len(_negatives(record)) for record in records) == 5
     assert read(workplace.folder / "inline") == records
+
+
+def _mine_on_rank(world: World, folder: Path) -> None:
+    """As the command does under a launcher, in small parts, so that each rank has some of each kind of work."""
+    scores_module._QUERIES_A_PART = candidates_module._QUERIES_AT_ONCE = 7
+    arguments = ["--data", str(folder / "data"), "--model", str(folder / "model"), "--teacher", str(folder / "teacher")]
+    given = _parser().parse_args([*arguments, "--teacher-max-tokens", "64", "--ranks", "1", "30", "--output-dir", str(folder / "ranks")])
+    mine(given, Ranks(world.rank, world.size, world.barrier), world.device)
+
+
+def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
+    """The same negatives; scores differ by rounding at most."""
+    run_on_ranks(_mine_on_rank, 2, workplace.folder)
+    together = read(workplace.folder / "ranks")
+    alone = mined(workplace, "alone", "--teacher", str(workplace.folder / "teacher"), "--negatives", "8")
+    for found, expected in zip(together, alone, strict=True):
+        for side in ("positive", "negative"):
+            assert found.pop(f"{side}_scores") == pytest.approx(expected.pop(f"{side}_scores"), abs=2e-4)
+        assert found == expected and len(found["negative_passages"]) == 8
+
+
+def test_filters_need_scores(workplace: Workplace) -> None:
+    """BM25's candidates have no score to be filtered by: a model or a teacher is asked for."""
+    folder = str(workplace.folder / "none")
+    with pytest.raises(SystemExit, match="--model: expected a model"):
+        main(["--data", str(workplace.data), "--retrievers", "bm25", "--margin", "0.1", "--output-dir", folder])
 
 
 @pytest.mark.parametrize(
