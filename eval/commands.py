@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,17 +66,17 @@ def report_all(
 
     Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
+    from eval.evaluate import check_measures
     from eval.index import build_index
-    from eval.metrics import check_relevance, parse_measure
+    from eval.metrics import check_relevance
     from eval.search import check_k
     from retriever.config import ConfigError
 
     try:
+        check_k(given.k)
         for collection, metrics in work:
             check_relevance(collection.relevance)
-            for name in metrics:
-                parse_measure(name)
-        check_k(given.k)
+            check_measures(metrics, given.k if not given.run else sys.maxsize)
         build_index(given.index, 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -14,6 +14,7 @@ from eval.index import build_index
 from eval.metrics import Scores, measure_run, parse_measure
 from eval.search import load_queries, search
 from eval.trec import Run
+from retriever.config import ConfigError
 from retriever.encode import SHARD_ROWS, encode_to_shards
 from retriever.shards import open_shards
 
@@ -52,6 +53,27 @@ class EvalResult:
     def n_queries(self) -> int:
         """Judged queries, the number the means are over."""
         return len(self.scores.query_ids)
+
+
+def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
+    """Finds out now, not after hours of training, whether `evaluate` could run.
+
+    Raises ConfigError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
+    """
+    check_measures(metrics, k)
+    build_index(index, 1)
+    read_beir(data_path, split)
+
+
+def check_measures(metrics: Sequence[str], k: int) -> None:
+    """Raises ConfigError for an unknown measure, or one that looks deeper than the `k` passages a query that are kept."""
+    for name in metrics:
+        try:
+            measure = parse_measure(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if measure.cutoff is not None and measure.cutoff > k:
+            raise ConfigError(f"{measure} looks at {measure.cutoff} passages a query, of which k={k} are kept; raise k")
 
 
 def evaluate(

@@ -181,7 +181,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         faiss.omp_set_num_threads(given.threads)
     try:
         run = _search_folders(given)
-    except (ShardError, ConfigError) as error:
+    except (ShardError, ConfigError, ValueError) as error:
         raise SystemExit(str(error)) from error
     write = write_trec if given.format == "trec" else write_msmarco
     write(given.output, run)

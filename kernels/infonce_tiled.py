@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.exclusions import MaskTables
 from kernels.lse_reference import log_one_plus_exp
-from kernels.lse_tiled import Operands, constant_shift, estimate_shifts, exact_row_shifts, log_of, negatives_lse, outside, slabs
+from kernels.lse_tiled import Operands, estimate_shifts, exact_row_shifts, log_of, negatives_lse, outside, slabs
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.matmul import add_product, parts_of
 from kernels.rows_triton import finish_passages, finish_queries, target_similarities, weigh_rows
@@ -107,9 +107,15 @@ def row_infonce(
 
 
 def negatives_gradient(
-    x: Operands, scale: float, masks: MaskTables, row_log_weights: Tensor, column_log_weights: Tensor | None, budget: int
+    x: Operands,
+    scale: float,
+    masks: MaskTables,
+    row_log_weights: Tensor,
+    column_log_weights: Tensor | None,
+    constant: float | None,
+    budget: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.lse.negatives_gradient`: a second pass over the tiles writes blocks of dlogits, two products use each."""
+    """See `kernels.lse.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two products use each."""
     (B, D), N = x.queries.shape, len(x.passages)
     dqueries, dpassages = (side.new_empty(side.shape, dtype=torch.float32) for side in (x.queries, x.passages))
     rows = slab_rows(B, N, D, x.precision, budget, _processors(x.queries))
@@ -118,7 +124,7 @@ def negatives_gradient(
         rows = columns = max(256, int((budget // (2 if x.precision == "bf16" else 4)) ** 0.5) // 256 * 256)
     workspace = Workspace(x.queries, x.precision, min(rows, B), min(columns, N))
     queries, passages = parts_of(x.queries, x.precision), parts_of(x.passages, x.precision)
-    row_shift, column_shift, offset = _gradient_shifts(x, scale, row_log_weights, column_log_weights)
+    row_shift, column_shift, offset = _gradient_shifts(scale, row_log_weights, column_log_weights, constant)
     for i in slabs(B, rows):
         for j in slabs(N, columns):
             e = workspace.views(i.stop - i.start, j.stop - j.start)
@@ -134,17 +140,16 @@ def negatives_gradient(
 
 
 def _gradient_shifts(
-    x: Operands, scale: float, row_log_weights: Tensor, column_log_weights: Tensor | None
+    scale: float, row_log_weights: Tensor, column_log_weights: Tensor | None, constant: float | None
 ) -> tuple[Tensor, Tensor | None, float | None]:
-    """What `tile_pass` needs to write 2^x · scale · weight for rows and columns: factors and an offset where safe, else shifts."""
-    in_base_2 = [None if w is None else w.float() * LOG2E + math.log2(scale) for w in (row_log_weights, column_log_weights)]
-    rows, columns = in_base_2
-    assert rows is not None
-    if columns is not None:
-        offset = constant_shift(x, scale)
-        if offset is not None:
-            return (rows + offset).exp2(), (columns + offset).exp2(), offset
-    return -rows, None if columns is None else -columns, None
+    """What `tile_pass` needs to write scale · 2^x · weight for rows and columns: factors and an offset where that is safe, else shifts."""
+    rows = row_log_weights.float() * LOG2E + math.log2(scale)
+    if column_log_weights is None:
+        return -rows, None, None
+    columns = column_log_weights.float() * LOG2E + math.log2(scale)
+    if constant is None:
+        return -rows, -columns, None
+    return (rows + constant).exp2(), (columns + constant).exp2(), constant
 
 
 def _processors(x: Tensor) -> int:
@@ -155,7 +160,8 @@ def two_pass_infonce(
     x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
-    row_lse, column_lse = negatives_lse(x, scale, masks, symmetric)
+    shifts = estimate_shifts(x, scale, symmetric)
+    row_lse, column_lse = negatives_lse(x, scale, masks, shifts, symmetric)
     logit = scale * target_similarities(x.queries, x.passages, targets)
     against_row = row_lse - logit
     loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()
@@ -171,7 +177,7 @@ def two_pass_infonce(
     if not gradients:
         return loss, None, None, None
     row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
-    dqueries, dpassages = negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, budget)
+    dqueries, dpassages = negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, shifts.constant, budget)
     along = finish_queries(dqueries, x.queries, x.passages, targets, None, scale * pull)
     finish_passages(dpassages, x.queries, targets, scale * pull)
     return loss, dqueries, dpassages, along.sum() / scale

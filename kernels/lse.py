@@ -79,14 +79,14 @@ def infonce(
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
         return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
     extent = Deferred(torch.stack(torch.aminmax(targets)))
-    if _on_kernels(queries) and gradients and not symmetric:
+    if _on_kernels(queries) and not symmetric:
         # Queued before the targets are known to be right: the check at the end then waits for nothing.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
-            workspace_mib, True,
+            workspace_mib, gradients,
         )  # fmt: skip
         _check_extent(extent.get(), len(passages))
-        return InfoNCE(results[0] * (targets >= 0), *results[1:])
+        return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     if _check_extent(extent.get(), len(passages)):
         return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
     if _on_kernels(queries):
@@ -178,7 +178,8 @@ def negatives_lse(
         from kernels import lse_tiled
 
         masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
-        return lse_tiled.negatives_lse(lse_tiled.Operands.of(queries, passages, precision), scale, masks, columns)
+        x = lse_tiled.Operands.of(queries, passages, precision)
+        return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns), columns)
     return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
 
 
@@ -207,10 +208,10 @@ def negatives_gradient(
         from kernels import infonce_tiled, lse_tiled
 
         masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
-        return infonce_tiled.negatives_gradient(
-            lse_tiled.Operands.of(queries, passages, precision), scale, masks, row_log_weights, column_log_weights,
-            _workspace_bytes(queries, None),
-        )  # fmt: skip
+        x = lse_tiled.Operands.of(queries, passages, precision)
+        constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False).constant
+        budget = _workspace_bytes(queries, None)
+        return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget)
     return lse_reference.negatives_gradient(queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision)
 
 

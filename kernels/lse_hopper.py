@@ -26,6 +26,7 @@ _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, ra
 _TRITON_VERSIONS = ("3.6.", "3.7.")  # Gluon is marked experimental; other versions take the portable kernel
 
 
+# fmt: off
 @gluon.jit
 def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
     tiles_per_group = GROUP * column_tiles
@@ -60,19 +61,7 @@ def _store_column_sums(out, e, first_column, N):
 
 @gluon.jit
 def _exponentials(
-    x,
-    staging,
-    written,
-    row_shift,
-    column_shift,
-    column_out,
-    first_row,
-    first_column,
-    part,
-    B,
-    N,
-    scale_log2,
-    offset,
+    x, staging, written, row_shift, column_shift, column_out, first_row, first_column, part, B, N, scale_log2, offset,
     FACTORED: gl.constexpr,
 ):
     """Writes and sums 2^x of half a tile, [64, 128]; returns the sums of its rows."""
@@ -106,35 +95,10 @@ def _exponentials(
 
 @gluon.jit
 def _reduce(
-    q_stages,
-    p_stages,
-    staging,
-    ready,
-    free,
-    begun,
-    written,
-    row_shift,
-    column_shift,
-    targets,
-    threshold,
-    pair_ptr,
-    pair_rows,
-    pair_columns,
-    row_out,
-    column_out,
-    B,
-    N,
-    D,
-    row_start,
-    column_start,
-    pair_stride,
-    scale_log2,
-    offset,
-    FACTORED: gl.constexpr,
-    RAGGED_COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    LOWER: gl.constexpr,
+    q_stages, p_stages, staging, ready, free, begun, written, row_shift, column_shift, targets, threshold,
+    pair_ptr, pair_rows, pair_columns, row_out, column_out,
+    B, N, D, row_start, column_start, pair_stride, scale_log2, offset, FACTORED: gl.constexpr, RAGGED_COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr, PROGRAMS: gl.constexpr, LOWER: gl.constexpr,
 ):
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     row_tiles = gl.cdiv(B, 2 * ROWS)
@@ -150,7 +114,9 @@ def _reduce(
         for d in range(0, D, INNER):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), step // STAGES & 1)
-            x = warpgroup_mma(q_stages.index(2 * stage + LOWER), p_stages.index(stage).permute((1, 0)), x, use_acc=d > 0, is_async=True)
+            x = warpgroup_mma(
+                q_stages.index(2 * stage + LOWER), p_stages.index(stage).permute((1, 0)), x, use_acc=d > 0, is_async=True
+            )
             x = warpgroup_mma_wait(1, deps=(x,))
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=d > 0)  # the previous product has been read
             step += 1
@@ -185,170 +151,18 @@ def _reduce(
         # Half of the columns at a time: the registers do not hold more.
         left, right = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
         total = _exponentials(
-            left,
-            staging,
-            written,
-            row_shift,
-            column_shift,
-            column_out,
-            first_row,
-            first_column,
-            2 * row_tile + LOWER,
-            B,
-            N,
-            scale_log2,
-            offset,
-            FACTORED,
+            left, staging, written, row_shift, column_shift, column_out, first_row, first_column, 2 * row_tile + LOWER, B, N,
+            scale_log2, offset, FACTORED,
         )
         total += _exponentials(
-            right,
-            staging,
-            written,
-            row_shift,
-            column_shift,
-            column_out,
-            first_row,
-            first_column + HALF,
-            2 * row_tile + LOWER,
-            B,
-            N,
-            scale_log2,
-            offset,
-            FACTORED,
+            right, staging, written, row_shift, column_shift, column_out, first_row, first_column + HALF, 2 * row_tile + LOWER, B, N,
+            scale_log2, offset, FACTORED,
         )
         if row_out is not None:
             sum_rows = first_row + gl.arange(0, ROWS, total.type.layout)
             gl.store(row_out + column_tile.to(gl.int64) * B + sum_rows, total, sum_rows < B)
     if written is not None:
         tma.store_wait(0)
-
-
-@gluon.jit
-def _upper(
-    q_stages,
-    p_stages,
-    staging,
-    ready,
-    free,
-    begun,
-    written,
-    row_shift,
-    column_shift,
-    targets,
-    threshold,
-    pair_ptr,
-    pair_rows,
-    pair_columns,
-    row_out,
-    column_out,
-    B,
-    N,
-    D,
-    row_start,
-    column_start,
-    pair_stride,
-    scale_log2,
-    offset,
-    FACTORED: gl.constexpr,
-    RAGGED_COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):
-    _reduce(
-        q_stages,
-        p_stages,
-        staging,
-        ready,
-        free,
-        begun,
-        written,
-        row_shift,
-        column_shift,
-        targets,
-        threshold,
-        pair_ptr,
-        pair_rows,
-        pair_columns,
-        row_out,
-        column_out,
-        B,
-        N,
-        D,
-        row_start,
-        column_start,
-        pair_stride,
-        scale_log2,
-        offset,
-        FACTORED,
-        RAGGED_COLUMNS,
-        GROUP,
-        PROGRAMS,
-        0,
-    )
-
-
-@gluon.jit
-def _lower(
-    q_stages,
-    p_stages,
-    staging,
-    ready,
-    free,
-    begun,
-    written,
-    row_shift,
-    column_shift,
-    targets,
-    threshold,
-    pair_ptr,
-    pair_rows,
-    pair_columns,
-    row_out,
-    column_out,
-    B,
-    N,
-    D,
-    row_start,
-    column_start,
-    pair_stride,
-    scale_log2,
-    offset,
-    FACTORED: gl.constexpr,
-    RAGGED_COLUMNS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):
-    _reduce(
-        q_stages,
-        p_stages,
-        staging,
-        ready,
-        free,
-        begun,
-        written,
-        row_shift,
-        column_shift,
-        targets,
-        threshold,
-        pair_ptr,
-        pair_rows,
-        pair_columns,
-        row_out,
-        column_out,
-        B,
-        N,
-        D,
-        row_start,
-        column_start,
-        pair_stride,
-        scale_log2,
-        offset,
-        FACTORED,
-        RAGGED_COLUMNS,
-        GROUP,
-        PROGRAMS,
-        1,
-    )
 
 
 @gluon.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride"])
@@ -392,77 +206,22 @@ def _tile_pass_hopper(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (
-                _upper,
-                (
-                    q_stages,
-                    p_stages,
-                    staging.index(0),
-                    ready,
-                    free,
-                    begun,
-                    written,
-                    row_shift,
-                    column_shift,
-                    targets,
-                    threshold,
-                    pair_ptr,
-                    pair_rows,
-                    pair_columns,
-                    row_out,
-                    column_out,
-                    B,
-                    N,
-                    D,
-                    row_start,
-                    column_start,
-                    pair_stride,
-                    scale_log2,
-                    offset,
-                    FACTORED,
-                    RAGGED_COLUMNS,
-                    GROUP,
-                    PROGRAMS,
-                ),
-            ),
-            (
-                _lower,
-                (
-                    q_stages,
-                    p_stages,
-                    staging.index(1),
-                    ready,
-                    free,
-                    begun,
-                    written,
-                    row_shift,
-                    column_shift,
-                    targets,
-                    threshold,
-                    pair_ptr,
-                    pair_rows,
-                    pair_columns,
-                    row_out,
-                    column_out,
-                    B,
-                    N,
-                    D,
-                    row_start,
-                    column_start,
-                    pair_stride,
-                    scale_log2,
-                    offset,
-                    FACTORED,
-                    RAGGED_COLUMNS,
-                    GROUP,
-                    PROGRAMS,
-                ),
-            ),
+            (_reduce, (
+                q_stages, p_stages, staging.index(0), ready, free, begun, written, row_shift, column_shift, targets, threshold,
+                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride, scale_log2,
+                offset, FACTORED, RAGGED_COLUMNS, GROUP, PROGRAMS, gl.constexpr(0),
+            )),
+            (_reduce, (
+                q_stages, p_stages, staging.index(1), ready, free, begun, written, row_shift, column_shift, targets, threshold,
+                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride, scale_log2,
+                offset, FACTORED, RAGGED_COLUMNS, GROUP, PROGRAMS, gl.constexpr(1),
+            )),
             (_copy, (queries, passages, q_stages, p_stages, ready, free, B, N, D, GROUP, PROGRAMS)),
         ],
         [4, 1],
         [240, 24],
     )
+# fmt: on
 
 
 def fits(queries: Tensor) -> bool:

@@ -14,9 +14,10 @@ _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
 def rounded(x: Tensor, precision: str) -> Tensor:
     """`x` with the values that a tier computes from, in float32 (float64 for float64 inputs)."""
-    if precision == "bf16" and x.dtype != torch.float16:
+    accumulated = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if precision == "bf16" and x.dtype != torch.float16:  # half-precision inputs multiply exactly
         x = x.to(torch.bfloat16)
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulated)
 
 
 def negatives_lse(

@@ -62,6 +62,11 @@ class Shifts:
         """Whether no sum can have lost terms; waits for the bound."""
         return not (self.estimated or self.bound.get()[0] > _SAFE_BOUND)  # NaN is as good as any: the loss is NaN
 
+    @property
+    def constant(self) -> float | None:
+        """The one shift that serves all logits, where that is safe."""
+        return self.bound.get()[0] - _HEADROOM if self.safe else None
+
 
 def slabs(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
@@ -72,12 +77,6 @@ def _largest_logit(x: Operands, scale: float) -> Tensor:
     """A bound on every |logit|, base 2, [1]."""
     norms = [torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax(dim=0, keepdim=True) for side in (x.queries, x.passages)]
     return norms[0] * norms[1] * (scale * LOG2E)
-
-
-def constant_shift(x: Operands, scale: float) -> float | None:
-    """The shift that suits all logits, base 2, or None where they may lie too far apart for one; waits for the device."""
-    bound = float(_largest_logit(x, scale))
-    return None if bound > _SAFE_BOUND else bound - _HEADROOM
 
 
 def estimate_shifts(x: Operands, scale: float, columns: bool) -> Shifts:
@@ -146,9 +145,8 @@ def exact_row_shifts(x: Operands, scale: float, masks: MaskTables) -> Tensor:
     return maxima.nan_to_num_(neginf=0.0)
 
 
-def negatives_lse(x: Operands, scale: float, masks: MaskTables, columns: bool) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.lse.negatives_lse`."""
-    shifts = estimate_shifts(x, scale, columns)
+def negatives_lse(x: Operands, scale: float, masks: MaskTables, shifts: Shifts, columns: bool) -> tuple[Tensor, Tensor | None]:
+    """See `kernels.lse.negatives_lse`; `shifts` from `estimate_shifts`."""
     row_sum, column_sum = reduce_tiles(x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=shifts.estimated)
     assert row_sum is not None
     row_lse = log_of(row_sum, shifts.rows)

@@ -220,7 +220,7 @@ def finish_queries(
     """Turns Σ_j E_ij p_j into dq_i in place, as this file's head says; returns ⟨q_i, dq_i⟩ [B]. `coefficient` None: ones."""
     B, D = queries.shape
     along = dqueries.new_empty(B)
-    _finish_queries[(triton.cdiv(B, 8),)](
+    _finish_queries[(triton.cdiv(B, 4),)](
         dqueries,
         queries,
         passages,
@@ -232,7 +232,7 @@ def finish_queries(
         D,
         queries.stride(0),
         passages.stride(0),
-        BLOCK_B=8,
+        BLOCK_B=4,
         BLOCK_D=256,
         num_warps=4,
     )

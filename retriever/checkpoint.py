@@ -68,7 +68,7 @@ def save(root: Path, step: int, state: TrainingState, config: Config, store_fing
     return final
 
 
-def load(folder: Path, state: TrainingState, store_fingerprint: str, device: torch.device) -> int:
+def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
     """Restores `state` in place and returns the number of finished steps. Raises ConfigError where the data changed since."""
     manifest = _manifest(folder)
     if manifest["store"] != store_fingerprint:
@@ -76,7 +76,7 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str, device: tor
             f"{folder} was trained on other data or another tokenisation (fingerprint {manifest['store']}, now {store_fingerprint}); "
             "set run.resume=never and another run.output_dir to start afresh"
         )
-    state.modules().load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+    state.modules().load_state_dict(load_file(folder / "model.safetensors"))
     load_state_tensors(state.optimizer, load_file(folder / "optimizer.safetensors"))
     state.optimizer.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
@@ -91,8 +91,13 @@ def find(run: RunConfig) -> Path | None:
     if run.resume == "auto":
         return newest(root)
     if run.resume != "never":
-        _manifest(Path(run.resume))
-        return Path(run.resume)
+        named = Path(run.resume)
+        step = int(_manifest(named)["step"])
+        if later := [p.name for p in steps(root) if p.parent.resolve() == named.resolve().parent and step_of(p) > step]:
+            raise ConfigError(
+                f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
+            )
+        return named
     if newest(root) is not None:
         raise ConfigError(f"run.resume: never, but {run.output_dir} already holds a run; choose another run.output_dir or remove it")
     return None
@@ -114,18 +119,28 @@ def continued(config: Config, folder: Path) -> Config:
 
 def newest(root: Path) -> Path | None:
     """The checkpoint of the latest step under `root`, or None."""
-    return max(root.glob("step-*"), default=None)
+    return max(steps(root), default=None)
+
+
+def steps(root: Path) -> list[Path]:
+    """The checkpoints under `root`, oldest first."""
+    return sorted(root.glob("step-*"))
+
+
+def step_of(folder: Path) -> int:
+    """How many optimizer steps a checkpoint stands after, by its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def clean(root: Path) -> None:
     """Removes what a killed run left half-written or half-removed."""
     for leftover in (*root.glob(f"{_WRITING}*"), *root.glob(f"{_REMOVING}*")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def keep_last(root: Path, count: int) -> None:
     """Removes all but the `count` latest checkpoints."""
-    for old in sorted(root.glob("step-*"))[:-count]:
+    for old in steps(root)[:-count]:
         remove(old)
 
 
@@ -152,6 +167,8 @@ def _manifest(folder: Path) -> dict:
         manifest = json.loads((folder / "state.json").read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"run.resume: {folder} is no checkpoint: it has no state.json") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{folder}/state.json is damaged ({error}); remove {folder} to go on from the checkpoint before it") from error
     if manifest.get("format_version") != _FORMAT_VERSION:
         raise ConfigError(f"{folder}: checkpoint format {manifest.get('format_version')!r}; this version reads {_FORMAT_VERSION}")
     return manifest

@@ -66,7 +66,7 @@ class SourceConfig:
     corpus: str | None = None
     queries: str | None = None
     weight: float = 1.0
-    limit: int | None = None
+    limit: int | None = None  # the first so many queries
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
                 continue
         raise ConfigError(f"{key}: expected {_spell(hint)}, received {value!r}")
     if origin is Literal:
+        if value is False and "off" in arguments:  # YAML reads a bare off as false
+            return "off"
         if value in arguments and not isinstance(value, bool):
             return value
     elif origin is tuple:

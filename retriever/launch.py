@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,20 @@ def join(config: Config) -> tuple[Accelerator, World]:
     if accelerator.is_main_process:
         accelerator.init_trackers("bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)})
     return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
+def agree(world: World, **values: object) -> None:
+    """Raises ConfigError, on every rank, naming the first of `values` that is not the same on all ranks.
+
+    Nodes that do not share a file system would otherwise train on together from different states.
+    """
+    for name, value in values.items():
+        digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest())
+        extent = world.max(torch.tensor([digest, -digest], device=world.device))
+        if int(extent[0]) != -int(extent[1]):
+            raise ConfigError(
+                f"the ranks disagree on the {name} (rank {world.rank}: {value}): all nodes need the same run.output_dir and data"
+            )
 
 
 def _is_loggable(value: object) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from retriever.config import OptimConfig
 
+_SMALLEST_SCALE = 2.0**-4  # of fp16: gradients that overflow below it are no matter of range
+
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The rate of step `step` of `total_steps`, counted from 0: linear warm-up to `lr`, then linear or cosine decay to 0.
@@ -75,6 +77,11 @@ class Optimizer:
         nn.utils.clip_grads_with_norm_(self.parameters, self._config.max_grad_norm, norm)
         self.scaler.step(self.torch)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"step {step + 1}: gradients are not finite at a loss scale of {self.scaler.get_scale():g} either; "
+                "optim.precision=bf16 has the range of fp32"
+            )
         self.torch.zero_grad(set_to_none=True)
         return norm.item()
 

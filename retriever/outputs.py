@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint
+from retriever.atomic import write_text
 from retriever.checkpoint import TrainingState
 from retriever.config import Config, to_yaml
 from retriever.data.store import Store
@@ -39,32 +40,48 @@ class Outputs:
             self._checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self._checkpoints)
             checkpoint.clean(self.folder)
-            (self.folder / "config.yaml").write_text(to_yaml(config))
+            write_text(self.folder / "config.yaml", to_yaml(config))
+            self._publish()
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps, its export as the run's newest, older ones removed."""
+        """A checkpoint after `step` steps, its export as the run's newest and perhaps its best, older ones removed."""
         if self._world.is_first:
-            folder = checkpoint.save(self._checkpoints, step, self._state, self._config, self._store_fingerprint, self._export)
-            checkpoint.publish(folder / "export", self.folder / "export")
+            checkpoint.save(self._checkpoints, step, self._state, self._config, self._store_fingerprint, self._export)
+            self._publish()
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
         self._world.barrier()
 
-    def keep_if_best(self, metric: str, step: int) -> None:
-        """Exports the present weights to `best/` where no evaluation before `step`'s logged a higher `metric`."""
-        if self._world.is_first:
-            values = {line["step"]: line[metric] for line in self._logged() if metric in line}
-            if values[step] == max(values.values()):
-                self._export(self.folder / "best")
-        self._world.barrier()
-
     def finish(self) -> None:
-        """Brings `export/` and the report up to the newest checkpoint, as a kill right after saving may have left them behind."""
-        newest = checkpoint.newest(self._checkpoints)
-        if self._world.is_first and newest is not None:
-            checkpoint.publish(newest / "export", self.folder / "export")
+        """Writes the report."""
+        if self._world.is_first:
             shutil.rmtree(self.embeddings, ignore_errors=True)
             write_report(self.folder / "report.html", self._config, self._logged())
         self._world.barrier()
+
+    def _publish(self) -> None:
+        """Brings `export/` and `best/` up to the newest checkpoint; at a start too, as a kill right after saving leaves them behind."""
+        newest = checkpoint.newest(self._checkpoints)
+        if newest is None:
+            return
+        step = checkpoint.step_of(newest)
+        if self._recorded("export") != step:
+            checkpoint.publish(newest / "export", self.folder / "export")
+            write_text(self.folder / "export.json", json.dumps({"step": step}))
+        metric, values = self._evaluations()
+        if values and max(values, key=lambda at: (values[at], at)) == step and self._recorded("best") != step:
+            checkpoint.publish(newest / "export", self.folder / "best")
+            write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
+
+    def _evaluations(self) -> tuple[str, dict[int, float]]:
+        """The first evaluation metric's name and its value by step."""
+        lines = [line for line in self._logged() if any(key.startswith("eval/") for key in line)]
+        metric = next((key for line in lines for key in line if key.startswith("eval/")), "")
+        return metric, {line["step"]: line[metric] for line in lines}
+
+    def _recorded(self, name: str) -> int | None:
+        """The step whose export a published folder holds."""
+        record = self.folder / f"{name}.json"
+        return int(json.loads(record.read_text())["step"]) if record.exists() and (self.folder / name).exists() else None
 
     def _export(self, folder: Path) -> None:
         export(self._encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)

@@ -16,7 +16,9 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
+_WORKSPACE_MIB = 1024
 _VERIFY_QUERIES = 32
+_VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
 _CPU_TOKENS_PER_CHUNK = 8_192
 _GPU_TOKENS_PER_CHUNK = 65_536
@@ -40,13 +42,15 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
         config,
         model=replace(config.model, pooling=encoder.pooling, attention="padded", compile=False),
         batch=replace(config.batch, tokens_per_chunk=tokens, retain=False),
-        loss=replace(config.loss, exchange="gather"),
+        loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
     )
 
 
-def warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What is allowed and probably not meant. Nothing is changed silently."""
+def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> list[str]:
+    """What is allowed and probably not meant in a run of `total` steps. Nothing is changed silently."""
     found = []
+    if config.optim.warmup >= total:
+        found.append(f"optim.warmup={config.optim.warmup:g} steps of {total}: the learning rate never arrives at optim.lr")
     if config.batch.queries >= 8192 and config.optim.lr < 1e-4:
         found.append(f"optim.lr={config.optim.lr:g} is small for batch.queries={config.batch.queries}: 1e-4 and more is usual at this size")
     if not config.model.normalize and config.loss.temperature < 0.1:
@@ -95,7 +99,18 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
     )
     alone = World(encoder.device)
     batch = BatchLoader.from_config(store, Planner.from_config(store, small), template, small, alone).load(0)
-    return gradient_error(encoder, config.loss, batch)
+    check = gradient_error(encoder, config.loss, batch)
+    if not max(check.gradient_error, check.loss_error) <= _VERIFY_BOUND:
+        raise ConfigError(f"run.verify: {check}; expected at most {_VERIFY_BOUND:g}. Please report it; the run was not started")
+    return check
+
+
+def _workspace_mib(config: Config, world: World) -> int:
+    """Up to 1 GiB of what is free on every rank, chosen once so that a resume uses the same."""
+    if config.loss.workspace_mib != "auto":
+        return config.loss.workspace_mib
+    free_mib = torch.cuda.mem_get_info(world.device)[0] // 2**21 if world.device.type == "cuda" else _WORKSPACE_MIB
+    return max(1, -int(world.max(torch.tensor(-min(_WORKSPACE_MIB, free_mib), device=world.device))))
 
 
 def _tokens_per_chunk(config: Config, encoder: DualEncoder, device: torch.device) -> int:

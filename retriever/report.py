@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retriever.atomic import write_text
 from retriever.config import Config, to_yaml
 
 _STYLE = """
@@ -35,9 +35,7 @@ def write_report(path: Path, config: Config, lines: Sequence[dict[str, Any]]) ->
     if evaluations:
         parts.append(f"<h2>Evaluations</h2>{_table(evaluations)}")
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(to_yaml(config))}</pre>")
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "\n".join(parts))
 
 
 def _curves(training: Sequence[dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ def train_step(
     (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
     """
     seed_step(seed, batch.step, world.rank)
+    temperature = objective.temperature
 
     # 1. Encode every chunk without a graph; remember the RNG state of each.
     representations, states = encode_without_graph(encoder, batch)  # queries [B, D], passages [N, D]
@@ -47,4 +48,4 @@ def train_step(
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(batch.step)
     grad_norm = optimizer.clip_and_step(batch.step)
-    return StepReport(batch.step, world.sum(loss).item(), grad_norm, lr, objective.temperature, batch.targets.global_queries)
+    return StepReport(batch.step, world.sum(loss).item(), grad_norm, lr, temperature, batch.targets.global_queries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retriever.atomic import write_text
 from retriever.step import StepReport
 
 
@@ -29,8 +30,8 @@ class Telemetry:
         if self._first:
             _forget_after(self._metrics, finished)
 
-    def step(self, report: StepReport, tokens: int) -> None:
-        """One finished step of `tokens` tokens on this rank."""
+    def step(self, report: StepReport) -> None:
+        """One finished step."""
         self._pairs += report.queries
         done = report.step + 1
         elapsed = time.perf_counter() - self._since
@@ -40,11 +41,10 @@ class Telemetry:
             return
         values = {
             "loss": report.loss,
-            "grad_norm": report.grad_norm,
+            "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,  # an fp16 step that was skipped
             "lr": report.lr,
             "temperature": report.temperature,
             "pairs_per_s": self._pairs / elapsed,
-            "tokens": tokens,
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -84,6 +84,4 @@ def _forget_after(metrics: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    aside = metrics.with_name(f".writing-{metrics.name}")
-    aside.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(aside, metrics)
+    write_text(metrics, "".join(f"{line}\n" for line in kept))

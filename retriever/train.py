@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever.config import Config, ConfigError, EvalConfig, load
+from retriever.config import Config, ConfigError, EvalConfig, differences, load
 from retriever.environment import check_environment
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_environment()
     from retriever.data.records import DataError
+    from retriever.export import ExportError
 
     try:
         train(load(options.config, options.overrides))
-    except (ConfigError, DataError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, ExportError, FloatingPointError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     """One training run, from its configuration to its last export."""
+    from eval.evaluate import check_evaluation
     from retriever import checkpoint, launch, preflight
     from retriever.data.batch import BatchLoader
     from retriever.data.planner import Planner
@@ -62,8 +65,12 @@ def train(config: Config) -> None:
 
     # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
     tokenizer = load_tokenizer(config.model.name_or_path)
-    store = build_or_open(config, tokenizer, progress=int(os.environ.get("RANK", 0)) == 0)
+    store = build_or_open(config, tokenizer)
     accelerator, world = launch.join(config)
+    start = checkpoint.step_of(last) if last is not None else 0
+    launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
+    if config.eval is not None:
+        check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
 
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
@@ -75,29 +82,29 @@ def train(config: Config) -> None:
     optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
 
     state = checkpoint.TrainingState(encoder, objective, optimizer)
-    finished = checkpoint.load(last, state, store.fingerprint, world.device) if last is not None else 0
+    finished = checkpoint.load(last, state, store.fingerprint) if last is not None else 0
     outputs = Outputs(config, state, encoder, tokenizer, store, world)
-    accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
-    for warning in preflight.warnings(config, tokenizer):
-        accelerator.print(f"warning: {warning}")
+    if config.run.preflight != "off":
+        accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
+        for warning in preflight.warnings(config, tokenizer, total):
+            accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:
         accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
     if finished:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
+    bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
     for batch in loader.batches(finished, total):
         report = train_step(encoder, objective, batch, optimizer, world, config.run.seed)
-        telemetry.step(report, batch.tokens)
+        telemetry.step(report)
         done = report.step + 1
         with telemetry.paused():
-            # Evaluated before it is saved: a run killed in between evaluates this step again instead of skipping it.
-            if config.eval is not None and _due(done, config.train.eval_every, total):
-                telemetry.log(
-                    done, _evaluate(config.eval, EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling)), world, outputs)
-                )
-                outputs.keep_if_best(f"eval/{config.eval.metrics[0]}", done)
-            if _due(done, config.train.save_every, total):
+            evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
+            if config.eval is not None and evaluated:
+                telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
+            # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
+            if evaluated or _due(done, config.train.save_every, total):
                 outputs.save(done)
     outputs.finish()
     telemetry.close()
@@ -109,7 +116,15 @@ def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: 
 
     ranks = Ranks(world.rank, world.size, world.barrier)
     result = evaluate(
-        bundle, config.path, config.split, config.metrics, config.k, index=config.index, shards_dir=outputs.embeddings, ranks=ranks
+        bundle,
+        config.path,
+        config.split,
+        config.metrics,
+        config.k,
+        index=config.index,
+        shards_dir=outputs.embeddings,
+        ranks=ranks,
+        progress=world.is_first,
     )
     return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, mse_loss, normalize, pad
 
-from retriever.config import LossConfig
+from retriever.config import ConfigError, LossConfig
 from retriever.data.batch import Batch, Targets
 from retriever.data.chunks import Chunk
 from retriever.data.tokens import Side
@@ -18,6 +18,8 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.rng import RngState
+
+_ROUNDING = 1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
 
     Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is measured is
     the method and not the rounding. The whole batch must fit in memory. The encoder and the global RNG state are left as they are.
+    Raises ConfigError where the whole batch's gradient is rounding alone.
     """
     state = RngState.capture(encoder.device)
     exact = copy.deepcopy(encoder).double().eval()
@@ -67,8 +70,8 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
         expected = _take_gradients(exact)
 
     norm = torch.linalg.vector_norm(expected)
-    if not norm > 0:
-        raise ValueError("the whole batch's gradient is zero: this batch proves nothing")
+    if not norm > _ROUNDING:
+        raise ConfigError(f"run.verify: the gradient of {batch.sizes[0]} queries is {norm:.1e}, rounding alone, and proves nothing")
     error = torch.linalg.vector_norm(cached - expected) / norm
     return GradientCheck(*batch.sizes, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
 

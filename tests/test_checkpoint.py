@@ -78,7 +78,7 @@ def test_training_goes_on_bitwise(config: Config, optim: dict[str, Any]) -> None
         first.optimizer.scaler.update(1024.0)  # a scale that a fresh scaler would not have
     saved = _save(config, 3, first)
     resumed = _state(config)
-    assert checkpoint.load(saved, resumed, "f1", CPU.device) == 3
+    assert checkpoint.load(saved, resumed, "f1") == 3
     assert resumed.optimizer.gradient_scale == first.optimizer.gradient_scale
     weights = _train(resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(weights, _train(first, range(3, 6)), strict=True))
@@ -91,7 +91,7 @@ def test_a_checkpoint_before_the_first_step_loads(config: Config) -> None:
     """An optimizer that has no state yet is saved and restored as such."""
     saved = _save(config, 0)
     resumed = _state(config)
-    assert checkpoint.load(saved, resumed, "f1", CPU.device) == 0
+    assert checkpoint.load(saved, resumed, "f1") == 0
     assert all(torch.equal(a, b) for a, b in zip(_train(resumed, range(2)), _train(_state(config), range(2)), strict=True))
 
 
@@ -113,13 +113,13 @@ def test_other_data_and_other_formats_are_refused(config: Config, tmp_path: Path
         for w in state.modules().parameters():
             w.zero_()
     with pytest.raises(ConfigError, match=r"other data.*f1.*f2.*run.resume=never"):
-        checkpoint.load(saved, state, "f2", CPU.device)
+        checkpoint.load(saved, state, "f2")
     with pytest.raises(ConfigError, match="no checkpoint"):
-        checkpoint.load(tmp_path, state, "f1", CPU.device)
+        checkpoint.load(tmp_path, state, "f1")
     manifest = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(ConfigError, match="99"):
-        checkpoint.load(saved, state, "f1", CPU.device)
+        checkpoint.load(saved, state, "f1")
     assert all(not w.any() for w in state.modules().parameters())
 
 
@@ -192,7 +192,9 @@ def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path
     assert checkpoint.find(run) is None and checkpoint.find(replace(run, resume="never")) is None
     old, new = _save(config, 3), _save(config, 5)
     assert checkpoint.find(run) == new
-    assert checkpoint.find(replace(run, resume=str(old))) == old
+    with pytest.raises(ConfigError, match=f"{old.name} is followed by {new.name}"):
+        checkpoint.find(replace(run, resume=str(old)))
+    assert checkpoint.find(replace(run, resume=str(old), output_dir=str(tmp_path / "another"))) == old
     with pytest.raises(ConfigError, match="run.resume: never"):
         checkpoint.find(replace(run, resume="never"))
     with pytest.raises(ConfigError, match="no checkpoint"):

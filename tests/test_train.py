@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,13 +170,15 @@ def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed:
 
 
 def test_two_ranks_train_as_one(workplace: Path) -> None:
-    """With dropout off, the losses of one and two ranks differ by rounding alone, and so do the weights they end with."""
+    """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its weights."""
     save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     overrides = (
         f"model.name_or_path={workplace}/still",
         "train.max_steps=12",
         "train.save_every=6",
         "train.log_every=1",
+        "train.eval_every=0",
+        "eval=null",
         "run.trackers=[]",
     )
     alone = _run(workplace, "one-rank", *overrides)
@@ -183,9 +186,11 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, *launcher, *settings, *_command(workplace, "two-ranks", *overrides)[1:]]
+    assert _run(workplace, "two-ranks", *overrides).returncode == 0
+    shutil.rmtree(workplace / "two-ranks" / "checkpoints" / "step-00000012")  # one rank's first half, resumed on two
     together = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=240)
     assert together.returncode == 0, together.stderr
-    assert "on 2 × CPU" in together.stdout
+    assert "on 2 × CPU" in together.stdout and "resuming at step 6 of 12" in together.stdout
     losses = [[line["train/loss"] for line in _metrics(workplace / run) if "train/loss" in line] for run in ("one-rank", "two-ranks")]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
@@ -195,3 +200,19 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.1
     assert distance(found, expected) < 0.01 * distance(expected, started)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.path=/nowhere/collection", "/nowhere/collection"),
+        ("eval.metrics=[foo@10]", "foo@10"),
+        ("eval.metrics=[Recall@100]", "Recall@100 looks at 100 passages a query, of which k=50"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_stops_the_run_before_its_first_step(
+    workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
+    assert message in capsys.readouterr().err
+    assert not (workplace / "fresh").exists()

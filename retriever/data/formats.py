@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from retriever.config import SourceConfig
@@ -57,8 +57,14 @@ class Source:
     columns: tuple[str, ...] | None = None
 
     def examples(self) -> Iterator[Example]:
-        """The examples, at most `limit`. Raises DataError at a malformed record."""
-        return islice(self.read_examples(), self.limit)
+        """The examples of all queries, or of the first `limit` queries. Raises DataError at a malformed record."""
+        kept: set[str] = set()
+        for example in self.read_examples():  # judgments and mined negatives of one query may stand far apart
+            if self.limit is not None:
+                if len(kept) == self.limit and example.query_id not in kept:
+                    continue
+                kept.add(example.query_id)
+            yield example
 
     def corpus(self) -> Iterator[Passage]:
         """The passages that examples name by id; none where the examples carry their texts."""

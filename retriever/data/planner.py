@@ -41,7 +41,8 @@ class Planner:
     """Plans the batches of a run.
 
     `weights` are each source's passes per epoch. A source's batches in an epoch differ by at most one query and none
-    exceeds `queries`; with `one_source` false, sources are mixed within every batch.
+    exceeds `queries`; with `one_source` false, sources are mixed within every batch. Where a fractional weight lets two passes
+    over a source meet in a batch, a query may stand in it twice.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class Planner:
 
     @classmethod
     def from_config(cls, store: Store, config: Config) -> Planner:
-        """The planner of a run."""
-        return cls(
+        """The planner of a run. Raises ConfigError where a source would give batches of one query and no negatives: no loss."""
+        planner = cls(
             store,
             queries=config.batch.queries,
             negatives=config.data.negatives,
@@ -77,6 +78,12 @@ class Planner:
             weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
         )
+        for source, taken, parts in zip(store.sources, planner._per_epoch, planner._batches, strict=False):
+            if config.batch.one_source and config.data.negatives == 0 and taken // parts < 2:
+                raise ConfigError(
+                    f"data.train: {source.name} gives batches of one query, which has no negatives; raise its weight or add data"
+                )
+        return planner
 
     @property
     def steps_per_epoch(self) -> int:

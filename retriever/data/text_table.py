@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from retriever.atomic import write_text
 from retriever.data.records import DataError
 from retriever.data.tokens import TokenTemplate, tokenize_batch
 
@@ -146,9 +146,7 @@ def load_array(path: Path) -> np.ndarray:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON beside `path` and renames it into place."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_header(stream: IO[bytes], dtype: np.dtype[Any], count: int) -> int:

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from retriever.config import ConfigError
+
 Side = Literal["query", "passage"]
 
 _PROBES = ("retrieval", "a dense passage")
@@ -44,21 +46,25 @@ class TokenTemplate:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> TokenTemplate:
-        """Reads the template off two probe texts. Raises ValueError where the tokenizer follows no such template."""
+        """Reads the template off two probe texts. Raises ConfigError where the tokenizer follows no such template."""
         name, found = type(tokenizer).__name__, set()
         for probe in _PROBES:
             bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
             full = tokenizer(probe)["input_ids"]
             start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
             if start is None:
-                raise ValueError(f"{name} changes a text's tokens when it adds special tokens ({bare} is not inside {full}): not supported")
+                raise ConfigError(
+                    f"model.name_or_path: {name} changes a text's tokens when it adds special tokens: {bare} is not inside {full}"
+                )
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
-            raise ValueError(f"{name} adds different special tokens to different texts: {sorted(found)}")
+            raise ConfigError(f"model.name_or_path: {name} adds different special tokens to different texts: {sorted(found)}")
         prefix, suffix = found.pop()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
-            raise ValueError(f"{name} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json")
+            raise ConfigError(
+                f"model.name_or_path: {name} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json"
+            )
         return cls(prefix, suffix, int(pad_id), keep_end=tokenizer.truncation_side == "left")
 
     @property

@@ -114,13 +114,18 @@ class DualEncoder(nn.Module):
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     """One side's transformer in fp32, in train mode.
 
-    Raises ConfigError where a weight that embeddings depend on is missing from the file, or a module couples a batch's rows.
+    Raises ConfigError where there are no safetensors weights, one that embeddings depend on is missing, or a module couples a
+    batch's rows.
     """
     name = str(name_or_path)
-    with quiet_transformers():
-        model, report = AutoModel.from_pretrained(
-            name, subfolder=tower_folder(name, side), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    try:
+        with quiet_transformers():
+            model, report = AutoModel.from_pretrained(name, subfolder=tower_folder(name, side), **settings)
+    except OSError as error:
+        raise ConfigError(
+            f"model.name_or_path: {name} has no safetensors weights that can be loaded (pickled ones are not read): {error}"
+        ) from error
     missing = sorted(str(key) for key in report["missing_keys"])
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
         raise ConfigError(f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all")

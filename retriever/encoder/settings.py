@@ -179,8 +179,11 @@ def _tokenizer_limit(name: str, folder: str = "") -> int | None:
 
 @cache
 def _hub_file(name: str, file: str) -> str | None:
-    """Where the file of a Hugging Face model lies, once downloaded; the hub is asked once a process."""
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked once a process."""
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:  # not to be taken for a file that the model does not have
+        raise ConfigError(f"model.name_or_path: {file} of {name!r} could not be fetched: {error}") from error
 
 
 def _read_json(name: str, file: str) -> Any | None:

@@ -73,7 +73,7 @@ def go(process: subprocess.Popen[str]) -> None:
 def test_a_build_killed_at_any_moment_leaves_nothing_that_is_taken_for_finished(tmp_path: Path) -> None:
     pairs, cache = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "cache"
     undisturbed = built(tmp_path / "undisturbed", SourceConfig(path=str(pairs)))
-    for moment in ("BATCH\n", "building/manifest.tmp\n", ".building\n"):  # tokenising, the manifest's rename, the store's rename
+    for moment in ("BATCH\n", "building/.writing-manifest.json\n", ".building\n"):  # tokenising, the manifest's rename, the store's rename
         with start_build(pairs, cache) as process:
             go(process)
             assert process.stdout is not None

@@ -1,0 +1,90 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell, fits their shared memory and spills no register."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.experimental.gluon import language as gl
+
+from kernels import lse_hopper, lse_triton, rows_triton
+from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
+
+ARCHITECTURES = sorted(SHARED_LIMIT)
+INTEGERS = ("B", "N", "D", "row_start", "column_start", "pair_stride")
+PAIRS = {"pair_ptr": "*i32", "pair_rows": "*i32", "pair_columns": "*i32"}
+ROWS, COLUMNS = {"row_shift": "*fp32", "row_out": "*fp32"}, {"column_out": "*fp32"}
+
+TILE_VARIANTS = {
+    "row sums, written": ("bf16", ROWS, ["bf16"], {}),
+    "row and column sums": ("fp16", ROWS | COLUMNS | {"threshold": "*fp32"} | PAIRS, [], {"CLAMP": True}),
+    "gradient of both": ("bf16", {"row_shift": "*fp32", "column_shift": "*fp32"}, ["bf16"], {"FACTORED": True}),
+    "maxima": ("bf16", {"row_out": "*fp32"} | COLUMNS, [], {"MAXIMUM": True, "RAGGED_COLUMNS": True}),
+    "high": ("bf16", ROWS, ["bf16", "bf16"], {"CHUNK": 256}),
+    "high of fp32": ("fp32", ROWS, ["bf16", "bf16"], {"CHUNK": 256, "PRECISION": "tf32x3"}),
+    "fp32": ("fp32", ROWS, ["fp32"], {}),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", TILE_VARIANTS)
+def test_tile_pass(variant: str, arch: int) -> None:
+    dtype, arguments, written, constants = TILE_VARIANTS[variant]
+    tile = lse_triton.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
+    store_columns = tile.store_columns or tile.columns
+    types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
+    types |= {"queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>", "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>"}
+    types |= {
+        name: f"tensordesc<{kind}[{tile.rows},{store_columns}]>" for name, kind in zip(("written", "residual"), written, strict=False)
+    }
+    fixed = {"FACTORED": False, "MAXIMUM": False, "CLAMP": False, "RAGGED_COLUMNS": False, "PRECISION": "ieee", "PROGRAMS": 132}
+    fixed |= {"BLOCK_B": tile.rows, "BLOCK_N": tile.columns, "BLOCK_D": tile.inner, "STORE_COLUMNS": store_columns, "GROUP": 16}
+    shared, spilled, _ = compile_kernel(lse_triton._tile_pass, types, fixed | constants, arch, tile.warps, tile.stages)
+    assert shared <= SHARED_LIMIT[arch]
+    assert spilled == 0, f"{spilled} bytes"
+
+
+HOPPER_VARIANTS = {
+    "row sums": (ROWS, False, {}),
+    "row sums, written": (ROWS | {"threshold": "*fp32"} | PAIRS, True, {}),
+    "row and column sums": (ROWS | COLUMNS | PAIRS, False, {"RAGGED_COLUMNS": True}),
+    "gradient of both": ({"row_shift": "*fp32", "column_shift": "*fp32"}, True, {}),
+    "gradient of both, factored": ({"row_shift": "*fp32", "column_shift": "*fp32"} | PAIRS, True, {"FACTORED": True}),
+}
+
+
+@pytest.mark.parametrize("variant", HOPPER_VARIANTS)
+def test_hopper_tile_pass(variant: str) -> None:
+    arguments, written, constants = HOPPER_VARIANTS[variant]
+    layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
+    types |= {"queries": f"tensordesc<bf16[64, 64],{layout}>", "passages": f"tensordesc<bf16[256, 64],{layout}>"}
+    if written:
+        types["written"] = f"tensordesc<bf16[64, 128],{layout}>"
+    fixed = {"FACTORED": False, "RAGGED_COLUMNS": False, "GROUP": 64, "PROGRAMS": 132}
+    shared, spilled, ptx = compile_kernel(lse_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True)
+    assert shared <= SHARED_LIMIT[90]
+    assert spilled == 0, f"{spilled} bytes"
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_passes_over_rows(arch: int) -> None:
+    blocks = {"BLOCK_B": 8, "BLOCK_D": 256}
+    strides = {"B": "i32", "D": "i32", "query_stride": "i32", "passage_stride": "i32"}
+    vectors = {"queries": "*bf16", "passages": "*bf16", "targets": "*i64"}
+    weigh = dict.fromkeys(("similarity", "partial", "shift", "weights", "row_sum", "coefficient"), "*fp32")
+    weigh |= {"queries": "*bf16", "weighted": "*bf16", "residual": "*bf16"} | dict.fromkeys(
+        ("scale", "scale_log2", "smallest", "largest"), "fp32"
+    )
+    weigh |= dict.fromkeys(("B", "D", "column_tiles", "query_stride", "weighted_stride"), "i32")
+    finish = {"dpassages": "*fp32", "queries": "*bf16", "by_target": "*i64", "first": "*i64", "target_weight": "*fp32"}
+    outputs = dict.fromkeys(("dqueries", "coefficient", "target_weight", "along"), "*fp32")
+    kernels = [
+        (rows_triton._target_similarities, vectors | strides | {"out": "*fp32"}, blocks, 4),
+        (rows_triton._weigh_rows, weigh, blocks | {"BLOCK_T": 64}, 4),
+        (rows_triton._finish_queries, vectors | strides | outputs, blocks | {"BLOCK_B": 4}, 4),
+        (rows_triton._finish_passages, finish | {"D": "i32", "query_stride": "i32"}, {"BLOCK_D": 256}, 1),
+    ]
+    for kernel, types, constants, warps in kernels:
+        shared, spilled, _ = compile_kernel(kernel, types, constants, arch, warps, 3)
+        assert shared <= SHARED_LIMIT[arch] and spilled == 0, kernel

@@ -1,0 +1,71 @@
+"""The kernels' own mathematics on a CPU, in fp32, through Triton's interpreter (which has to be chosen before Triton is imported)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CASES = [
+    "matches(B=40, N=70, D=48, scale=50.0)",
+    "matches(B=65, N=90, D=33, scale=20.0, symmetric=True, most=3)",
+    "matches(B=65, N=90, D=64, scale=20.0, symmetric=True, most=12, threshold=True)",
+    "matches(B=40, N=70, D=48, scale=200.0, norm=3.0, most=12)",
+    "matches(B=40, N=70, D=48, scale=200.0, norm=2.0, symmetric=True, most=12)",
+    "matches(B=1, N=1, D=32, scale=20.0, symmetric=True)",
+    "matches(B=300, N=520, D=32, scale=50.0, most=2, workspace_mib=1)",
+    "matches_ring(B=40, N=70, D=48, scale=20.0)",
+]
+
+PROGRAM = """
+import numpy, torch
+from kernels import lse_triton
+from kernels.lse import Exclusions, infonce, negatives_gradient, negatives_lse
+from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
+
+launched = []
+launch = lse_triton._tile_pass.run
+lse_triton._tile_pass.run = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
+numpy.seterr(over="ignore")
+torch.manual_seed(0)
+
+def problem(B, N, D, norm, most, threshold):
+    q, p = (norm * torch.nn.functional.normalize(torch.randn(n, D), dim=1) for n in (B, N))
+    counts = torch.randint(0, most + 1, (B,))
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    limit = 0.1 * norm**2 * (1 + torch.randn(B)) if threshold else None
+    known = torch.randint(0, N, (int(ptr[-1]),))
+    return q, p, Exclusions(torch.randperm(N) // 2, ptr, known, limit)
+
+def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, workspace_mib=None):
+    q, p, exclusions = problem(B, N, D, norm, most, threshold)
+    targets, weights = torch.randint(-1 if B > 1 else 0, N, (B,)), torch.rand(B) / B
+    want = dense_infonce(q, p, targets, scale, weights, excluded_matrix(q, p, exclusions), symmetric)
+    options = dict(exclusions=exclusions, weights=weights, symmetric=symmetric, precision="fp32", workspace_mib=workspace_mib)
+    got = infonce(q, p, targets, scale, **options)
+    assert launched, "the kernels did not run"
+    assert relative_error(infonce(q, p, targets, scale, gradients=False, **options).loss, want[0]) < 1e-6 or B == 1
+    for x, y in zip((got.loss, got.dqueries, got.dpassages, got.dscale), want):
+        assert (B == 1 and not x.any() and not y.any()) or (y.norm() > 0 and relative_error(x, y) < 2e-5), relative_error(x, y)
+
+def matches_ring(B, N, D, scale):
+    q, p, exclusions = problem(B, N, D, 1.0, 3, True)
+    x = (scale * q.double() @ p.double().T).masked_fill(excluded_matrix(q, p, exclusions), -torch.inf)
+    rows, columns = negatives_lse(q, p, scale, exclusions, columns=True)
+    torch.testing.assert_close(rows.double(), x.logsumexp(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(columns.double(), x.logsumexp(0), atol=1e-5, rtol=1e-5)
+    weights = torch.where(rows > -torch.inf, -rows, -torch.inf)
+    for other in (None, torch.where(columns > -torch.inf, -columns, -torch.inf)):
+        g = (x + weights[:, None]).exp() + (0 if other is None else (x + other).exp())
+        dq, dp = negatives_gradient(q, p, scale, weights, other, exclusions)
+        assert relative_error(dq, scale * g @ p.double()) < 2e-5 and relative_error(dp, scale * g.T @ q.double()) < 2e-5
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM + case], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
