@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--format", default="auto", choices=formats, help="default: %(default)s")
     source.add_argument("--split", default="train", help="default: %(default)s")
     source.add_argument("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file")
-    source.add_argument("--limit", type=int, help="of examples that are read")
+    source.add_argument("--limit", type=int, help="of queries that are read, the first ones")
     source.add_argument("--title", choices=("join", "drop"), default="join", help="as data.title (default: %(default)s)")
     source.add_argument("--title-separator", default=" ", help="as data.title_separator (default: one space)")
 
