@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from eval.evaluate import Ranks
 from eval.search import load_queries
+from retriever.config import ConfigError
 from retriever.shards import EmbeddingShards
 from scripts.mining.candidates import write_array
 from scripts.mining.pool import Pool
@@ -45,7 +46,7 @@ def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
 def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, ranks: Ranks, progress: bool) -> list[str]:
     """Scores each query's positives, then its shortlist, a part of the queries a file; rank r writes parts r, r + size, …
 
-    Files that are in `folder` already are kept. Returns the names of all.
+    Files that are in `folder` already are kept. Returns the names of all. Raises ConfigError where a score is not finite.
     """
     starts = range(0, len(pool.queries), _QUERIES_A_PART)
     files = [f"{part:05d}.npy" for part in range(len(starts))]
@@ -56,7 +57,14 @@ def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, 
         here = range(starts[part], min(starts[part] + _QUERIES_A_PART, len(pool.queries)))
         pairs = [(row, number) for row in here for number in (*pool.queries[row].positives, *shortlists[row])]
         rows, numbers = np.array(pairs, dtype=np.int64).T
-        write_array(folder / files[part], judge(rows, numbers))
+        scores = judge(rows, numbers)
+        if not np.isfinite(scores).all():
+            row, number = rows[~np.isfinite(scores)][0], numbers[~np.isfinite(scores)][0]
+            raise ConfigError(
+                f"--precision: the score of query {pool.queries[row].id!r} with passage {pool.passages[number].id!r} is not finite; "
+                "expected a number: fp32 or bf16 reaches further than fp16"
+            )
+        write_array(folder / files[part], scores)
     return files
 
 

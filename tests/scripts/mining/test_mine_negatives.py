@@ -212,6 +212,13 @@ def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
         assert found == expected and len(found["negative_passages"]) == 8
 
 
+def test_a_score_that_is_no_number_is_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overflow would drop every candidate of its query in silence."""
+    monkeypatch.setattr(CrossEncoder, "score", lambda self, queries, *_: np.full(len(queries), np.nan, dtype=np.float32))
+    with pytest.raises(SystemExit, match="the score of query 'q0' with passage 'p0' is not finite"):
+        mined(workplace, "nan", "--teacher", str(workplace.folder / "teacher"))
+
+
 def test_filters_need_scores(workplace: Workplace) -> None:
     """BM25's candidates have no score to be filtered by: a model or a teacher is asked for."""
     folder = str(workplace.folder / "none")
