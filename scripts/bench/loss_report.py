@@ -30,9 +30,7 @@ def _case(b: int, condition: str) -> str:
 
 def markdown(table: Table, dim: int = 768) -> str:
     """The result as a page."""
-    rates = {c: table.get("8192x8192x8192" + c, "floor", "matmul_tflops") or float("nan") for c in ("", ",second run")}
-    rate = rates[""]
-    second = "" if rates[",second run"] != rates[",second run"] else f"; in a second run, on a slower GPU, {rates[',second run']:.0f}"
+    rate = table.get("8192x8192x8192", "floor", "matmul_tflops") or float("nan")
     lines = [
         "# The loss alone",
         "",
@@ -41,7 +39,7 @@ def markdown(table: Table, dim: int = 768) -> str:
         + ".",
         "",
         f"d={dim}, temperature 0.02, bf16 unit vectors, one positive a query. Forward + backward in ms; in parentheses the share of the",
-        f"matmul rate of the same run ({rate:.0f} TFLOP/s, 8192³ bf16{second}) counting 8·b²·d operations.",
+        f"matmul rate of the same run ({rate:.0f} TFLOP/s, 8192³ bf16) counting 8·b²·d operations.",
         "Calls are queued one after the other.",
         "MiB: what a call adds to its inputs at its peak, gradients and cuBLAS workspaces included. Error: the larger of dQ's and dP's",
         "‖Δ‖/‖reference‖ against float64 at b=4,096.",
@@ -53,7 +51,6 @@ def markdown(table: Table, dim: int = 768) -> str:
     ]
     for method, condition in _variants(table):
         cells = [f"{method} {condition}".strip()]
-        rate = rates[",second run" if condition == "second run" else ""]
         for b in _SIZES:
             ms = table.get(_case(b, condition), method, "forward_backward_ms")
             cells.append("—" if ms is None else f"{ms:.2f} ({8 * b * b * dim / ms / 1e9 / rate:.0%})")
@@ -97,7 +94,7 @@ def plot(table: Table, path: Path) -> None:
         ("forward_backward_ms", "peak_extra_mb"), panels, ("forward + backward, ms", "extra memory, MiB"), strict=True
     ):
         for method, condition in _variants(table):
-            if method == "bigbatch" and condition in ("symmetric", "known=1", "high", "second run"):
+            if method == "bigbatch" and condition in ("symmetric", "known=1", "high"):
                 continue
             points = [
                 (int(r.case.split(",")[0][2:]), r.value)
