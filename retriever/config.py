@@ -93,7 +93,10 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The contrastive objective; `false_negative_margin` is in similarity units, before temperature."""
+    """The objective: contrastive, distilled from a teacher, or both; `false_negative_margin` is in similarity units, before temperature.
+
+    The teacher's terms compare a query's own scored passages: similarities over `temperature` with scores over `teacher_temperature`.
+    """
 
     strategy: Literal["tiled", "dense", "local", "disco"] = "tiled"
     precision: Literal["bf16", "high", "fp32"] = "bf16"
@@ -106,6 +109,16 @@ class LossConfig:
     dims: tuple[int, ...] = ()  # leading dimensions to sum the loss over (Matryoshka); empty: all dimensions at once
     dim_weights: tuple[float, ...] = ()  # of each of dims; empty: ones
     workspace_mib: int | Auto = "auto"
+    contrastive_weight: float = 1.0
+    kl_weight: float = 0.0  # of the KL divergence from the teacher's distribution over a query's group
+    margin_mse_weight: float = 0.0  # of the squared error of the margins between positive and negatives
+    teacher_temperature: float = 1.0
+    teacher_margin: float | None = None  # a negative that the teacher scores above the positive less this is none
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher's scores take part in the loss."""
+        return self.kl_weight > 0 or self.margin_mse_weight > 0
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def validate(config: Config) -> None:
     _require(loss.workspace_mib == "auto" or loss.workspace_mib >= 1, "loss.workspace_mib", "auto or at least 1", loss.workspace_mib)
     margin = loss.false_negative_margin
     _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
+    _check_distillation(config)
     _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)
     _require(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "two numbers from 0 to below 1", list(config.optim.betas))
     unused = config.optim.name == "adafactor" and tuple(config.optim.betas) != (0.9, 0.999)
@@ -81,6 +82,18 @@ def validate(config: Config) -> None:
         _require(len(config.eval.metrics) > 0, "eval.metrics", "at least one measure, such as nDCG@10", [])
         _require(config.eval.path != "", "eval.path", "a BEIR folder", "")
         _require(config.eval.index == "flat", "eval.index", "flat: other indexes are not available in this version", config.eval.index)
+
+
+def _check_distillation(config: Config) -> None:
+    loss = config.loss
+    weights = {name: getattr(loss, name) for name in ("contrastive_weight", "kl_weight", "margin_mse_weight")}
+    for name, weight in weights.items():
+        _require(weight >= 0, f"loss.{name}", "0 or more", weight)
+    _require(any(weights.values()), "loss", "one of " + ", ".join(weights) + " above 0", weights)
+    _require(loss.teacher_temperature > 0, "loss.teacher_temperature", "a number above 0", loss.teacher_temperature)
+    _require(
+        not loss.distils or config.data.negatives >= 1, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives
+    )
 
 
 def _require(holds: bool, key: str, expected: str, received: Any) -> None:

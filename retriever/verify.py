@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import kl_div, mse_loss, normalize, pad
 
 from retriever.config import ConfigError, LossConfig
-from retriever.data.batch import Batch
+from retriever.data.batch import Batch, Targets
 from retriever.data.chunks import Chunk
 from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
@@ -108,7 +108,24 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
     losses = torch.logaddexp(s, negatives.logsumexp(dim=1)) - s
     if loss.symmetric:
         losses = 0.5 * (losses + torch.logaddexp(s, negatives.logsumexp(dim=0)[column]) - s)
-    return losses.where(active, 0.0).sum() / targets.global_queries
+    total = loss.contrastive_weight * losses.where(active, 0.0).sum()
+    if targets.groups is not None and loss.distils:
+        total = total + sum(_taught_loss(logits[i], targets, i, loss) for i in row[active].tolist())
+    return total / targets.global_queries
+
+
+def _taught_loss(logits: Tensor, targets: Targets, i: int, loss: LossConfig) -> Tensor:
+    """The teacher's terms of query i, whose logits with all passages are [N]."""
+    assert targets.groups is not None
+    ptr, ids, scores = targets.groups
+    group = slice(int(ptr[i]), int(ptr[i + 1]))
+    if group.stop - group.start < 2:
+        return logits.new_zeros(())
+    student = logits[(targets.passage_ids[None, :] == ids[group, None]).nonzero()[:, 1]]
+    teacher = scores[group].to(logits.dtype) / loss.teacher_temperature
+    kl = kl_div(student.log_softmax(0), teacher.log_softmax(0), reduction="sum", log_target=True)
+    margin_mse = mse_loss(student[0] - student[1:], teacher[0] - teacher[1:])
+    return loss.kl_weight * kl + loss.margin_mse_weight * margin_mse
 
 
 def _take_gradients(encoder: DualEncoder) -> Tensor:

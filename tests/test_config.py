@@ -70,6 +70,9 @@ def minimal(tmp_path: Path) -> Path:
         ("data.train.1.weight=0", "data.train.1.weight: "),
         ("data.train.1.limit=0", "data.train.1.limit: "),
         ("data.negatives=-1", "data.negatives: "),
+        ("loss.kl_weight=-1", "loss.kl_weight: expected 0 or more"),
+        ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
+        ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number above 0"),
         ("batch.queries=1", "batch.queries: "),
         ("batch.tokens_per_chunk=143", "batch.tokens_per_chunk: expected auto or at least 144"),
         ("loss.temperature=0", "loss.temperature: "),
@@ -229,3 +232,9 @@ def test_every_section_is_frozen_and_documented() -> None:
         kind = EvalConfig if field.name == "eval" else type(getattr(Config(), field.name))
         assert is_dataclass(kind) and kind.__dataclass_params__.frozen, field.name
         assert not kind.__doc__.startswith(f"{kind.__name__}("), field.name  # dataclass makes one up where there is none
+
+
+def test_a_teacher_without_negatives_is_refused(minimal: Path) -> None:
+    """A group of a target alone would teach nothing."""
+    with pytest.raises(ConfigError, match="data.negatives: expected at least 1 where a teacher is distilled"):
+        load(minimal, ["data.negatives=0", "loss.margin_mse_weight=1"])

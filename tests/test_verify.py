@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
-from retriever.data.batch import Batch
+from retriever.data.batch import Batch, Groups
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import Representations, backward_through_encoder
+from retriever.loss import distill
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
 from retriever.rng import RngState
@@ -51,6 +53,20 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     assert (check.queries, check.passages, check.chunks) == (8, 14, len(batch.chunks)) and check.chunks > 4
     assert f"{check.gradient_error:.1e}" in str(check)
+
+
+def test_a_teachers_terms_are_checked_too(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distillation is exact as well, and half of one of its gradients is found."""
+    rows, columns = batch.sizes
+    ids = torch.cat([batch.targets.passage_ids[[t, (t + 1) % columns, (t + 5) % columns]] for t in batch.targets.positives.tolist()])
+    groups = Groups(torch.arange(0, 3 * rows + 1, 3), ids, torch.randn(3 * rows, generator=torch.Generator().manual_seed(0)))
+    batch = replace(batch, targets=replace(batch.targets, groups=groups))
+    loss = LossConfig(temperature=0.1, contrastive_weight=0.5, kl_weight=1.0, margin_mse_weight=0.1, teacher_temperature=2.0)
+    check = gradient_error(encoder, loss, batch)
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+    kl = distill._kl
+    monkeypatch.setattr(distill, "_kl", lambda *given: (kl(*given)[0], 0.5 * kl(*given)[1]))
+    assert gradient_error(encoder, loss, batch).gradient_error > BROKEN
 
 
 def test_nothing_is_changed(encoder: DualEncoder, batch: Batch) -> None:

@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.config import Config, ModelConfig
+from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.chunks import Chunk, Chunks, plan_chunks
 from retriever.data.planner import Planner, known_positives, slice_for_rank
 from retriever.data.store import Store, TextTable
+from retriever.data.teacher import false_negatives, scored_groups
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.parallel.world import World
+
+
+class Groups(NamedTuple):
+    """Each query's own passages with a teacher's scores, its target first; they may stand on any rank. Empty: the teacher says nothing."""
+
+    ptr: Tensor  # [B + 1] int64
+    ids: Tensor  # [ptr[-1]] int64: passage ids, those of a row distinct
+    scores: Tensor  # [ptr[-1]] float32
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,13 @@ class Targets:
     known_ptr: Tensor  # [B + 1] int64
     known_ids: Tensor  # [known_ptr[-1]] int64: passages that are no negatives of a row; the positive is among them
     global_queries: int  # queries of the whole batch, over all ranks
+    groups: Groups | None = None  # what a teacher says of some passages, where it is distilled
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on `device`."""
         positives, passage_ids = self.positives.to(device), self.passage_ids.to(device)
-        return Targets(positives, passage_ids, self.known_ptr.to(device), self.known_ids.to(device), self.global_queries)
+        groups = None if self.groups is None else Groups(*(part.to(device) for part in self.groups))
+        return Targets(positives, passage_ids, self.known_ptr.to(device), self.known_ids.to(device), self.global_queries, groups)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,8 @@ class BatchLoader:
         *,
         tokens_per_chunk: int,
         mask_known_positives: bool,
+        teacher_groups: bool = False,
+        teacher_margin: float | None = None,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -68,11 +82,18 @@ class BatchLoader:
         self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
         self._tokens_per_chunk = tokens_per_chunk
         self._masked = mask_known_positives
+        self._teacher_groups, self._teacher_margin = teacher_groups, teacher_margin
         self._device, self._rank, self._world_size = device, rank, world_size
 
     @classmethod
     def from_config(cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> BatchLoader:
-        """The loader of one rank of a run whose `auto` values are resolved."""
+        """The loader of one rank of a run whose `auto` values are resolved. Raises ConfigError where a teacher's scores are missing."""
+        asks = config.loss.distils or config.loss.teacher_margin is not None
+        if asks and (store.positive_scores is None or store.negative_scores is None):
+            raise ConfigError(
+                "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and negatives; "
+                "data.train has none (scripts.mine_negatives --teacher writes them)"
+            )
         return cls(
             store,
             planner,
@@ -80,6 +101,8 @@ class BatchLoader:
             config.model,
             tokens_per_chunk=int(config.batch.tokens_per_chunk),
             mask_known_positives=config.loss.mask_known_positives,
+            teacher_groups=config.loss.distils,
+            teacher_margin=config.loss.teacher_margin,
             device=world.device,
             rank=world.rank,
             world_size=world.size,
@@ -91,13 +114,18 @@ class BatchLoader:
         mine = slice_for_rank(
             whole, self._lengths("query", whole.queries), self._lengths("passage", whole.passages), self._rank, self._world_size
         )
-        known = known_positives(self._store, mine, self._masked)
+        known, groups = known_positives(self._store, mine, self._masked), None
+        if self._teacher_margin is not None:
+            known = false_negatives(self._store, mine, whole.passages, self._teacher_margin, known)
+        if self._teacher_groups:
+            groups = Groups(*map(torch.from_numpy, scored_groups(self._store, mine, whole.passages, self._teacher_margin)))
         targets = Targets(
             torch.from_numpy(mine.targets),
             torch.from_numpy(mine.passages),
             torch.from_numpy(np.ascontiguousarray(known.ptr)),
             torch.from_numpy(np.ascontiguousarray(known.ids)),
             global_queries=len(whole.queries),
+            groups=groups,
         )
         builders = self._builders("query", mine.queries) + self._builders("passage", mine.passages)
         tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())

@@ -10,7 +10,10 @@ from retriever.data.records import DataError, Example, Passage, Record
 
 
 def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
-    """Tevatron's version 1 (positive_passages with their texts) and version 2 (positive_document_ids, to be looked up)."""
+    """Tevatron's version 1 (positive_passages with their texts) and version 2 (positive_document_ids, to be looked up).
+
+    Beside Tevatron's own fields, `positive_scores`, `negative_scores` and `prompt` are read as FlagEmbedding's are.
+    """
     for record in records:
         if "positive_document_ids" in record.values:
             positives = tuple(Passage(id=p) for p in record.identifiers("positive_document_ids"))
@@ -20,7 +23,15 @@ def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
             positives = tuple(_tevatron_passage(child) for child in record.children("positive_passages"))
             negatives = tuple(_tevatron_passage(child) for child in record.children("negative_passages"))
         query = record.text("query_text", "query", empty=False)
-        yield Example(record.identifier("query_id"), query, positives, negatives)
+        yield Example(
+            record.identifier("query_id"),
+            query,
+            positives,
+            negatives,
+            positive_scores=record.numbers("positive_scores", len(positives)),
+            negative_scores=record.numbers("negative_scores", len(negatives)),
+            prompt=record.text("prompt") if record.has("prompt") else None,
+        )
 
 
 def dpr_examples(records: Iterable[Record]) -> Iterator[Example]:

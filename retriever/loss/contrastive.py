@@ -6,7 +6,8 @@ With s_ij = ⟨q_i, p_j⟩, scale = 1/temperature, t the target of query i and n
     column_i = log(exp(scale·s_it) + Σ_{k : t ∈ neg(k)} exp(scale·s_kt)) − scale·s_it
     loss     = Σ_i row_i / global queries,     symmetric: Σ_i ½(row_i + column_i) / global queries
 
-summed over several leading dimensions of the embeddings where `loss.dims` names them.
+summed over several leading dimensions of the embeddings where `loss.dims` names them. A teacher's terms (`retriever.loss.distill`)
+are added to contrastive_weight · loss, divided by the global queries too.
 
 A loss is this rank's part of it: the loss of the batch is the sum over ranks, and so is every parameter's gradient.
 """
@@ -14,6 +15,7 @@ A loss is this rank's part of it: the loss of the batch is the sum over ranks, a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from kernels.lse import Exclusions
 from kernels.lse_reference import rounded
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.batch import Groups, Targets
+from retriever.loss.distill import distill
 from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
@@ -66,13 +69,27 @@ class ContrastiveObjective(nn.Module):
         self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = self._problem(queries, passages, targets, gradient_scale)
-        row_losses, dqueries, dpassages = STRATEGIES[self._config.strategy](problem, world)
+        row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
         if self.log_scale.requires_grad:
             # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
             gradient = (problem.queries.double() * dqueries.double()).sum().to(self.log_scale.dtype)
             self.log_scale.grad = gradient if self.log_scale.grad is None else self.log_scale.grad + gradient
         loss = row_losses.sum() / targets.global_queries
         return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)
+
+    def _terms(self, problem: Problem, groups: Groups | None, world: World) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-row losses [B], dqueries and dpassages of the weighted sum of the contrastive and the teacher's terms."""
+        config, weight = self._config, self._config.contrastive_weight
+        if not config.distils:
+            losses, dqueries, dpassages = STRATEGIES[config.strategy](replace(problem, weight=weight * problem.weight), world)
+            return weight * losses, dqueries, dpassages
+        if groups is None:
+            raise ValueError("loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher")
+        taught = distill(problem, groups, config, world)
+        if weight == 0:
+            return taught
+        losses, dqueries, dpassages = STRATEGIES[config.strategy](replace(problem, weight=weight * problem.weight), world)
+        return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
 
     def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float) -> Problem:
         # Positive and negative similarities come from the same rounded vectors: a loss is never below zero.

@@ -1,0 +1,87 @@
+"""Distillation from a teacher's scores of each query's group: its target and its own scored negatives.
+
+With s_ij = scale·⟨q_i, p_j⟩ and t_ij the teacher's score over its temperature, for j in the group G_i, whose first entry is the target 0:
+
+    kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)          (Hinton et al. 2015, arXiv:1503.02531)
+    margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²               (Hofstätter et al. 2020, arXiv:2010.02666)
+
+A query lives on its target's rank, its negatives anywhere: passages are gathered, and their gradients summed over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retriever.config import LossConfig
+from retriever.data.batch import Groups
+from retriever.loss.problem import Problem
+from retriever.parallel.world import World
+
+_PAIRS_AT_ONCE = 65_536  # whose embeddings are held beside one another
+
+
+def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses [B], and `problem.weight` times their gradients dqueries [B, D] and dpassages [N, D].
+
+    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse; 0 where the row is ignored or its group has no negative.
+    Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
+    """
+    travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype  # in which their values are exact
+    passages = world.gather_rows(problem.passages.to(travelling))  # [n, D]
+    columns = _columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
+    sizes = groups.ptr.diff()
+    rows = torch.repeat_interleave(torch.arange(len(sizes), device=columns.device), sizes)  # [G]
+    pairs = torch.arange(len(rows), device=columns.device).split(_PAIRS_AT_ONCE)
+    q, p = problem.queries, passages.rows
+    students = torch.cat([q.new_empty(0), *((q[rows[part]] * p[columns[part]]).sum(dim=1) for part in pairs)]) * problem.scale  # [G]
+    teachers = groups.scores.to(students.dtype) / config.teacher_temperature  # [G]
+
+    losses, dstudents = torch.zeros_like(q[:, 0]), torch.zeros_like(students)
+    for term, weight in ((_kl, config.kl_weight), (_margin_mse, config.margin_mse_weight)):
+        if weight > 0:
+            values, gradient = term(students, teachers, rows, groups.ptr)
+            losses, dstudents = losses + weight * values, dstudents + weight * gradient
+    dstudents = (problem.weight * problem.scale * dstudents).where(problem.active[rows], 0.0)[:, None]  # [G, 1]
+    dqueries, dpassages = torch.zeros_like(q), torch.zeros_like(p, dtype=q.dtype)
+    for part in pairs:  # index_put_ sorts before it adds: the same sums every time, on a GPU too
+        dqueries.index_put_((rows[part],), dstudents[part] * p[columns[part]], accumulate=True)
+        dpassages.index_put_((columns[part],), dstudents[part] * q[rows[part]], accumulate=True)
+    return losses.where(problem.active, 0.0), dqueries, world.reduce_rows(dpassages, passages.counts)
+
+
+def _kl(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of each group [B] and its gradient at the students' logits [G]: softmax(s) − softmax(t)."""
+    log_s, log_t = (_log_softmax(x, rows, len(ptr) - 1) for x in (students, teachers))
+    return _sums(log_t.exp() * (log_t - log_s), rows, len(ptr) - 1), log_s.exp() - log_t.exp()
+
+
+def _margin_mse(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error of each group's margins [B] and its gradient at the students' logits [G]."""
+    first = ptr[rows]  # [G]: where the target of each entry's group stands
+    errors = (students[first] - students) - (teachers[first] - teachers)  # [G], 0 at the targets themselves
+    negatives = (ptr.diff() - 1).clamp(min=1)[rows].to(students.dtype)  # [G]
+    slopes = 2 * errors / negatives
+    at_targets = torch.zeros_like(students).index_put((first,), slopes, accumulate=True)
+    return _sums(errors * errors / negatives, rows, len(ptr) - 1), at_targets - slopes
+
+
+def _log_softmax(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """log softmax of x [G] within each of `count` groups."""
+    top = x.new_full((count,), -torch.inf).scatter_reduce(0, rows, x, "amax")
+    shifted = x - top[rows]
+    return shifted - _sums(shifted.exp(), rows, count).log()[rows]
+
+
+def _sums(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    return x.new_zeros(count).index_put((rows,), x, accumulate=True)
+
+
+def _columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
+    """Where each of ids [G] stands in the gathered passage_ids [n]. Raises ValueError for an id that is not there."""
+    ordered, order = passage_ids.sort()
+    place = torch.searchsorted(ordered, ids).clamp(max=len(ordered) - 1)
+    missing = ordered[place] != ids
+    if bool(missing.any()):
+        raise ValueError(f"passage {int(ids[missing][0])} of a teacher's group is in no rank's batch; expected each group inside the batch")
+    return order[place]

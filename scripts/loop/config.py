@@ -1,0 +1,126 @@
+"""The loop's configuration: what its rounds share, and what each adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from retriever.config import Config, SourceConfig, from_dict, validate
+from retriever.config_tree import ConfigError, build
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """One training. `mine`: options of scripts.mine_negatives, for negatives from the model of the round before; null: the source as it is.
+
+    `train` replaces keys of the shared training configuration, section by section. `start: first` trains from the first model again.
+    """
+
+    name: str = ""
+    mine: dict[str, Any] | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    start: Literal["first", "previous"] = "first"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The evaluation after every round: `command` is eval.beir or eval.msmarco, `options` its own beside --model and --output-dir."""
+
+    command: Literal["eval.beir", "eval.msmarco"] = "eval.beir"
+    data: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """A loop. `launch` is put in front of its commands, as [accelerate, launch, --multi_gpu]; empty: they run in this process."""
+
+    output_dir: str = "runs/loop"
+    launch: tuple[str, ...] = ()
+    source: SourceConfig = field(default_factory=SourceConfig)
+    train: dict[str, Any] = field(default_factory=dict)  # sections of a training configuration
+    rounds: tuple[RoundConfig, ...] = ()
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def training(self, number: int, model: str, data: Path | None, output: Path) -> Config:
+        """The training configuration of round `number` from `model`, on mined `data` or on the source, into `output`.
+
+        Raises ConfigError naming a key that is unknown or cannot be run.
+        """
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(self.train), OmegaConf.create(self.rounds[number].train)))
+        config = from_dict(merged)  # type: ignore[arg-type]
+        source = self.source if data is None else SourceConfig(path=str(data), format="tevatron")
+        config = replace(
+            config,
+            run=replace(config.run, output_dir=str(output), resume="auto"),
+            model=replace(config.model, name_or_path=model),
+            data=replace(config.data, train=(source,), cache_dir=str(Path(self.output_dir) / "cache")),
+        )
+        validate(config)
+        return config
+
+    @property
+    def first_model(self) -> str:
+        """The model that the loop starts from."""
+        return str(self.train.get("model", {}).get("name_or_path", ""))
+
+
+def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
+    """The loop of a YAML file, `key.sub=value` overrides applied, every round's configuration checked. Raises ConfigError."""
+    try:
+        merged = OmegaConf.load(path)
+        if not isinstance(merged, DictConfig):
+            raise ConfigError(f"{path}: expected a mapping of sections, found a list")
+        for override in overrides:
+            key, separator, value = override.partition("=")
+            if not separator:
+                raise ConfigError(f"override {override!r}: expected key.sub=value")
+            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"])["value"], force_add=True)
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    config: LoopConfig = build(LoopConfig, tree)
+    _check(config)
+    return config
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line: {first_rank: 3} -> --first-rank 3; a list gives several words, true the flag alone, null nothing."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        words += [] if value is True else [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def source_flags(source: SourceConfig) -> list[str]:
+    """The options of scripts.mine_negatives that name a training source."""
+    given = {key: value for key, value in asdict(source).items() if key not in ("path", "weight")}
+    return flags({"data": source.path} | given)
+
+
+def _check(config: LoopConfig) -> None:
+    names = [stage.name for stage in config.rounds]
+    for name in names:
+        if not name or name == "start" or not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"rounds: expected names of letters, digits, - and _, and none called start; received {name!r}")
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"rounds: expected at least one, each with its own name; received {names}")
+    if not config.evaluate.data:
+        raise ConfigError("evaluate.data: expected the folder of a collection; received ''")
+    for section, keys in (("data", ("train", "cache_dir")), ("run", ("output_dir",))):
+        for key in keys:
+            if key in config.train.get(section, {}):
+                raise ConfigError(f"train.{section}.{key}: the loop sets it; expected it in source and output_dir")
+    for number in range(len(config.rounds)):
+        config.training(number, config.first_model, None, Path(config.output_dir))

@@ -1,0 +1,73 @@
+"""Scores of the positives and of the shortlisted candidates, by the teacher or by the model itself, in parts that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.evaluate import Ranks
+from eval.search import load_queries
+from retriever.config import ConfigError
+from retriever.shards import EmbeddingShards
+from scripts.mining.candidates import write_array
+from scripts.mining.pool import Pool
+from scripts.mining.teacher import CrossEncoder
+
+_QUERIES_A_PART = 512
+
+Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]  # query rows [n], passage numbers [n] -> scores [n] float32
+
+
+def teacher_judge(pool: Pool, teacher: CrossEncoder, tokens_per_batch: int) -> Judge:
+    """The cross-encoder's scores of a pair's texts."""
+    return lambda rows, numbers: teacher.score([pool.queries[r].text for r in rows], [pool.texts[n] for n in numbers], tokens_per_batch)
+
+
+def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
+    """The inner product of a pair's embeddings, summed in float64; passages are read from their shards."""
+    embedded, _ = load_queries(queries)  # [Q, D]
+    parts = [embeddings for embeddings, _ in passages]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def judge(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        found = np.empty((len(numbers), embedded.shape[1]), dtype=np.float32)
+        part_of = np.searchsorted(starts, numbers, side="right") - 1
+        for part in np.unique(part_of):
+            here = part_of == part
+            found[here] = parts[part][numbers[here] - starts[part]]
+        return np.einsum("nd,nd->n", embedded[rows], found, dtype=np.float64).astype(np.float32)
+
+    return judge
+
+
+def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, ranks: Ranks, progress: bool) -> list[str]:
+    """Scores each query's positives, then its shortlist, a part of the queries a file; rank r writes parts r, r + size, …
+
+    Files that are in `folder` already are kept. Returns the names of all. Raises ConfigError where a score is not finite.
+    """
+    starts = range(0, len(pool.queries), _QUERIES_A_PART)
+    files = [f"{part:05d}.npy" for part in range(len(starts))]
+    mine = [part for part in range(len(starts)) if part % ranks.size == ranks.rank]
+    for part in tqdm(mine, desc="score", unit="part", disable=not progress or ranks.rank != 0):
+        if (folder / files[part]).exists():
+            continue
+        here = range(starts[part], min(starts[part] + _QUERIES_A_PART, len(pool.queries)))
+        pairs = [(row, number) for row in here for number in (*pool.queries[row].positives, *shortlists[row])]
+        rows, numbers = np.array(pairs, dtype=np.int64).T
+        scores = judge(rows, numbers)
+        if not np.isfinite(scores).all():
+            row, number = rows[~np.isfinite(scores)][0], numbers[~np.isfinite(scores)][0]
+            raise ConfigError(
+                f"--precision: the score of query {pool.queries[row].id!r} with passage {pool.passages[number].id!r} is not finite; "
+                "expected a number: fp32 or bf16 reaches further than fp16"
+            )
+        write_array(folder / files[part], scores)
+    return files
+
+
+def read_scores(folder: Path, files: Sequence[str]) -> np.ndarray:
+    """All scores [pairs] float32, in the order they were written in."""
+    return np.concatenate([np.load(folder / file, allow_pickle=False) for file in sorted(files)])

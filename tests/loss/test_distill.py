@@ -1,0 +1,77 @@
+"""The teacher's terms by hand: what a perfect student loses, what a teacher's shift does, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retriever.config import LossConfig
+from retriever.data.batch import Groups, Targets
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+
+CPU = World(torch.device("cpu"))
+SIMILARITIES = (0.5, 0.1, 0.7)  # of one query with its target, passage 0, and two negatives
+
+
+def _loss(scores: list[float] | None, **settings: Any) -> tuple[float, Tensor, Tensor]:
+    """Loss and gradients for one query at temperature 1, the contrastive term off."""
+    p = torch.tensor([[s, math.sqrt(1 - s * s)] for s in SIMILARITIES], dtype=torch.float64)
+    q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    groups = None if scores is None else Groups(torch.tensor([0, len(scores)]), torch.arange(5, 5 + len(scores)), torch.tensor(scores))
+    targets = Targets(torch.tensor([0]), torch.arange(5, 8), torch.tensor([0, 1]), torch.tensor([5]), 1, groups)
+    config = LossConfig(**({"precision": "fp32", "temperature": 1.0, "contrastive_weight": 0.0} | settings))
+    loss, dq, dp = ContrastiveObjective(config)(q, p, targets, CPU)
+    return loss.item(), dq, dp
+
+
+@pytest.mark.parametrize("term", ["kl_weight", "margin_mse_weight"])
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_a_student_who_agrees_with_the_teacher_loses_nothing(term: str, shift: float) -> None:
+    """Scores that are the student's own logits, or these plus a constant, or in another temperature: no loss, no gradient."""
+    loss, dq, dp = _loss([3 * (s + shift) for s in SIMILARITIES], teacher_temperature=3.0, **{term: 1.0})
+    assert abs(loss) < 1e-9 and dq.norm() < 1e-4 and dp.norm() < 1e-4
+    other, dq, dp = _loss([0.0, 1.0, 2.0], **{term: 1.0})
+    assert other > 1e-3 and dq.norm() > 1e-2 and dp.norm() > 1e-2
+
+
+def test_values_by_hand() -> None:
+    """Margins of the student −(−0.4, 0.2)... are 0.4 and −0.2; the teacher's 2 and 1; a uniform teacher's divergence by its definition."""
+    loss, _, _ = _loss([2.0, 0.0, 1.0], margin_mse_weight=3.0)
+    assert loss == pytest.approx(3 * ((0.4 - 2) ** 2 + (-0.2 - 1) ** 2) / 2)
+    total = sum(math.exp(s) for s in SIMILARITIES)
+    expected = sum(math.log((1 / 3) / (math.exp(s) / total)) / 3 for s in SIMILARITIES)
+    assert _loss([1.0, 1.0, 1.0], kl_weight=1.0)[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_group_without_negatives_teaches_nothing() -> None:
+    """The target alone, or an empty group: zero loss and zero gradient, not NaN."""
+    for scores in ([1.5], []):
+        loss, dq, dp = _loss(scores, kl_weight=1.0, margin_mse_weight=1.0)
+        assert loss == 0 and not dq.any() and not dp.any()
+
+
+def test_extreme_teachers_stay_finite() -> None:
+    """Scores hundreds apart leave a one-hot distribution."""
+    loss, dq, dp = _loss([900.0, -900.0, 0.0], kl_weight=1.0)
+    assert loss == pytest.approx(math.log(sum(math.exp(s - SIMILARITIES[0]) for s in SIMILARITIES)), rel=1e-6)
+    assert dq.isfinite().all() and dp.isfinite().all()
+
+
+def test_bf16_representations_give_the_loss_of_their_rounded_values() -> None:
+    """Under precision bf16 the terms are those of vectors rounded to bf16; gradients come in the representations' dtype."""
+    loss, dq, _ = _loss([2.0, 0.0, 1.0], margin_mse_weight=1.0, precision="bf16")
+    rounded = [float(torch.tensor(s).bfloat16()) for s in SIMILARITIES]
+    assert loss == pytest.approx(((rounded[0] - rounded[1] - 2) ** 2 + (rounded[0] - rounded[2] - 1) ** 2) / 2, rel=1e-6)
+    assert dq.dtype == torch.float64
+
+
+def test_missing_groups_and_passages_are_refused() -> None:
+    with pytest.raises(ValueError, match="no Targets.groups"):
+        _loss(None, kl_weight=1.0)
+    with pytest.raises(ValueError, match="passage 8 of a teacher's group"):
+        _loss([1.0, 2.0, 3.0, 4.0], kl_weight=1.0)
