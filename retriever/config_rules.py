@@ -81,7 +81,7 @@ def validate(config: Config) -> None:
         _require(config.eval.k >= 1, "eval.k", "at least 1", config.eval.k)
         _require(len(config.eval.metrics) > 0, "eval.metrics", "at least one measure, such as nDCG@10", [])
         _require(config.eval.path != "", "eval.path", "a BEIR folder", "")
-        _require(config.eval.index == "flat", "eval.index", "flat: other indexes are not available in this version", config.eval.index)
+        _require(config.eval.index != "", "eval.index", "flat, ivf, ivfpq, hnsw or a FAISS factory string", "")
 
 
 def _check_distillation(config: Config) -> None:

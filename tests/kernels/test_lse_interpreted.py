@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
+import triton
 
 CASES = [
     "matches(B=40, N=70, D=48, scale=50.0)",
@@ -64,6 +66,10 @@ def matches_ring(B, N, D, scale):
 """
 
 
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
+    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
