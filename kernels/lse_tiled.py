@@ -69,6 +69,7 @@ class Shifts:
 
 
 def slabs(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover range(total)."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 

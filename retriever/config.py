@@ -188,6 +188,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
     for override in overrides:
         _override(merged, override)
+    given = {override.partition("=")[0] for override in overrides}
+    for named, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # one on the command line replaces the file's other
+        if f"train.{named}" in given and f"train.{other}" not in given and OmegaConf.select(merged, f"train.{named}") is not None:
+            OmegaConf.update(merged, f"train.{other}", None, force_add=True)
     config = from_dict(OmegaConf.to_container(merged, resolve=False))  # type: ignore[arg-type]
     validate(config)
     return config

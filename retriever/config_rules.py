@@ -70,7 +70,7 @@ def validate(config: Config) -> None:
     _require(config.optim.warmup >= 0, "optim.warmup", "0 or more", config.optim.warmup)
     _require(config.optim.max_grad_norm > 0, "optim.max_grad_norm", "a number above 0", config.optim.max_grad_norm)
     one = (train.max_steps is None) != (train.epochs is None)
-    _require(one, "train", "exactly one of train.max_steps and train.epochs", asdict(train))
+    _require(one, "train", "exactly one of train.max_steps and train.epochs", f"max_steps: {train.max_steps}, epochs: {train.epochs}")
     _require(train.max_steps is None or train.max_steps > 0, "train.max_steps", "at least 1", train.max_steps)
     _require(train.epochs is None or train.epochs > 0, "train.epochs", "a number above 0", train.epochs)
     for name in ("log_every", "save_every", "keep_last"):

@@ -77,7 +77,7 @@ def _spell(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " | ".join("null" if a is type(None) else _spell(a) for a in arguments)
     if origin is tuple:
-        return f"a list of {_spell(arguments[0])}"
+        return f"a list, each entry {_spell(arguments[0])}"
     if is_dataclass(hint) or origin is dict:
         return "a mapping"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))

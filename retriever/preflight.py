@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.settings import read_model_config
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
@@ -26,6 +28,20 @@ _GPU_TOKENS_PER_CHUNK = 65_536
 # BERT-base takes 29 GiB for 65,536 tokens. Without autocast they are twice as large.
 _ACTIVATION_BYTES = 52
 _ACTIVATION_SHARE = 0.4  # of the memory that is free before step 1
+
+
+def check_paths(config: Config) -> None:
+    """Looks for what the configuration names on this machine before anything is loaded or asked for over a network.
+
+    Raises ConfigError naming the key.
+    """
+    paths = {f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train) if source.path is not None}
+    if config.eval is not None:
+        paths["eval.path"] = config.eval.path
+    for key, path in paths.items():
+        if not Path(path).expanduser().exists():
+            raise ConfigError(f"{key}: there is no file or folder {path}")
+    read_model_config(config.model.name_or_path)
 
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:

@@ -24,8 +24,10 @@ class Telemetry:
     def __init__(self, accelerator: Accelerator, metrics: Path, *, finished: int, total: int, log_every: int) -> None:
         self._accelerator, self._log_every = accelerator, log_every
         self._first = accelerator.is_main_process
-        self._metrics = metrics
-        self._bar = tqdm(total=total, initial=finished, desc="train", unit="step", disable=not self._first, dynamic_ncols=True)
+        self._metrics, self._total = metrics, total
+        self._bar = tqdm(
+            total=total, initial=finished, desc="train", unit="step", disable=not self._first or finished == total, dynamic_ncols=True
+        )
         self._since, self._pairs = time.perf_counter(), 0
         if self._first:
             _forget_after(self._metrics, finished)
@@ -35,16 +37,17 @@ class Telemetry:
         self._pairs += report.queries
         done = report.step + 1
         elapsed = time.perf_counter() - self._since
-        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {self._pairs / elapsed:,.0f} pairs/s", refresh=False)
+        speed = self._pairs / elapsed
+        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s", refresh=False)
         self._bar.update()
-        if done % self._log_every and done != self._bar.total:
+        if done % self._log_every and done != self._total:
             return
         values = {
             "loss": report.loss,
             "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,  # an fp16 step that was skipped
             "lr": report.lr,
             "temperature": report.temperature,
-            "pairs_per_s": self._pairs / elapsed,
+            "pairs_per_s": speed,
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from the last checkpoint, one every train.save_every steps", file=sys.stderr)
         return 130
     return 0
 
@@ -63,6 +63,7 @@ def train(config: Config) -> None:
     if last is not None:
         config = checkpoint.continued(config, last)
 
+    preflight.check_paths(config)
     # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
     tokenizer = load_tokenizer(config.model.name_or_path)
     store = build_or_open(config, tokenizer)
@@ -108,6 +109,7 @@ def train(config: Config) -> None:
                 outputs.save(done)
     outputs.finish()
     telemetry.close()
+    accelerator.print(f"finished {total:,} steps: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}")
 
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:

@@ -83,7 +83,7 @@ def minimal(tmp_path: Path) -> Path:
         ("optim.betas=[1.5,0.9]", "optim.betas"),
         ("optim.weight_decay=-1", "optim.weight_decay: "),
         ("optim.max_grad_norm=0", "optim.max_grad_norm: "),
-        ("train.epochs=1", "train: expected exactly one of train.max_steps and train.epochs"),
+        ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
         ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
         ("train.keep_last=0", "train.keep_last: "),
         ("train.eval_every=10", "train.eval_every: "),
@@ -238,3 +238,12 @@ def test_a_teacher_without_negatives_is_refused(minimal: Path) -> None:
     """A group of a target alone would teach nothing."""
     with pytest.raises(ConfigError, match="data.negatives: expected at least 1 where a teacher is distilled"):
         load(minimal, ["data.negatives=0", "loss.margin_mse_weight=1"])
+
+
+def test_a_length_on_the_command_line_replaces_the_files_other_one(minimal: Path) -> None:
+    """The file says max_steps: `train.epochs=2` is enough to train two epochs; both on the command line contradict each other."""
+    assert load(minimal).train.max_steps is not None
+    train = load(minimal, ["train.epochs=2"]).train
+    assert (train.max_steps, train.epochs) == (None, 2.0)
+    with pytest.raises(ConfigError, match="exactly one of"):
+        load(minimal, ["train.epochs=2", "train.max_steps=5"])
