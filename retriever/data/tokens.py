@@ -95,3 +95,24 @@ class TokenTemplate:
         for place, token in enumerate(self.suffix):
             input_ids[np.arange(len(counts)), end + place] = token
         return input_ids, (column < (end + len(self.suffix))[:, None]).astype(np.int64)
+
+    def pack_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """input_ids [T] int64, starts [n + 1] int32, positions [T] int64: as `wrap`, for many texts at once, one behind another.
+
+        tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n]. Text i is
+        input_ids[starts[i] : starts[i + 1]], and its positions count from 0.
+        """
+        lengths = counts + self.special_tokens  # [n]
+        starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)  # [T]
+        input_ids = np.empty(len(positions), dtype=np.int64)
+        own = np.ones(len(positions), dtype=bool)  # where a text's own tokens go
+        for place, token in enumerate(self.prefix):
+            own[starts[:-1] + place] = False
+            input_ids[starts[:-1] + place] = token
+        for place, token in enumerate(reversed(self.suffix), start=1):
+            own[starts[1:] - place] = False
+            input_ids[starts[1:] - place] = token
+        input_ids[own] = tokens
+        return input_ids, starts, positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -
             assert wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
             lengths = template.lengths(np.array([len(row) for row in bare]), limit)
             assert lengths.tolist() == [len(row) for row in wrapped]
-            assert _wrapped_together(template, bare, limit) == wrapped
+            assert _wrapped_together(template, bare, limit) == _packed_together(template, bare, limit) == wrapped
             cut += sum(len(row) + template.special_tokens > limit for row in bare)
     assert cut > 50, "the limits cut nothing: this proves nothing"
 
@@ -46,6 +47,18 @@ def _wrapped_together(template: TokenTemplate, bare: list[np.ndarray], limit: in
     assert np.all(ids[mask == 0] == template.pad_id)
     assert np.all(np.diff(mask, axis=1) <= 0), "padding stands on the right"
     return [row[m.astype(bool)].tolist() for row, m in zip(ids, mask, strict=True)]
+
+
+def _packed_together(template: TokenTemplate, bare: list[np.ndarray], limit: int) -> list[list[int]]:
+    """The texts of `pack_rows`, cut at its starts."""
+    room = limit - template.special_tokens
+    cut = [row[max(0, len(row) - room) :] if template.keep_end else row[:room] for row in bare]
+    ids, starts, positions = template.pack_rows(np.concatenate(cut), np.array([len(row) for row in cut]))
+    assert (ids.dtype, starts.dtype, positions.dtype) == (np.int64, np.int32, np.int64)
+    assert len(starts) == len(bare) + 1 and starts[0] == 0 and starts[-1] == len(ids) == len(positions)
+    texts = [slice(first, last) for first, last in pairwise(starts.tolist())]
+    assert [positions[text].tolist() for text in texts] == [list(range(text.stop - text.start)) for text in texts]
+    return [ids[text].tolist() for text in texts]
 
 
 def test_tokenising_does_not_depend_on_what_the_tokenizer_did_last() -> None:
@@ -95,3 +108,15 @@ def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:
     assert wrapped.dtype == np.int64 and wrapped.tolist() == [7, 65535]
     ids, mask = template.wrap_rows(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 1]))
     assert ids.tolist() == [[7, 65535], [9, template.pad_id]] and mask.tolist() == [[1, 1], [1, 0]]
+    ids, starts, positions = template.pack_rows(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 0, 1]))
+    assert (ids.tolist(), starts.tolist(), positions.tolist()) == ([7, 65535, 9], [0, 2, 2, 3], [0, 1, 0])
+
+
+def test_special_tokens_of_a_longer_template_stand_in_their_order() -> None:
+    """Two before and two after each text; no text at all packs to nothing."""
+    template = TokenTemplate((101, 5), (7, 102), pad_id=0)
+    ids, starts, positions = template.pack_rows(np.array([30, 31, 40], np.uint16), np.array([2, 0, 1]))
+    assert ids.tolist() == [101, 5, 30, 31, 7, 102, 101, 5, 7, 102, 101, 5, 40, 7, 102]
+    assert starts.tolist() == [0, 6, 10, 15] and positions.tolist() == [*range(6), *range(4), *range(5)]
+    ids, starts, positions = template.pack_rows(np.empty(0, np.uint16), np.empty(0, np.int64))
+    assert (ids.tolist(), starts.tolist(), positions.tolist()) == ([], [0], [])
