@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from retriever.data.tokens import TokenTemplate, tokenize_batch
+from retriever.data.tokens import TokenTemplate, tokenize_batch, tokenize_flat
 from tests.tiny import ARCHITECTURES, DECODERS, random_texts, tiny_tokenizer
 
 TEXTS = ["", "river", *random_texts(20, longest=24, seed=1), "unknown çharacters & punctuation!?"]
@@ -64,10 +65,43 @@ def _packed_together(template: TokenTemplate, bare: list[np.ndarray], limit: int
 def test_tokenising_does_not_depend_on_what_the_tokenizer_did_last() -> None:
     """A tokenizer that was last called with truncation and padding still gives whole texts."""
     tokenizer = tiny_tokenizer()
-    fresh = tokenize_batch(tokenizer, TEXTS)
+    fresh, flat = tokenize_batch(tokenizer, TEXTS), _flat(tokenizer, TEXTS)
+    assert flat == fresh
+    tokenizer(TEXTS, truncation=True, max_length=4, padding=True)
+    assert _flat(tokenizer, TEXTS) == fresh
     tokenizer(TEXTS, truncation=True, max_length=4, padding=True)
     assert tokenize_batch(tokenizer, TEXTS) == fresh
-    assert tokenize_batch(tokenizer, []) == []
+    assert tokenize_batch(tokenizer, []) == _flat(tokenizer, []) == []
+
+
+def _flat(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The rows of `tokenize_flat`."""
+    tokens, counts = tokenize_flat(tokenizer, texts, np.uint16)
+    assert (tokens.dtype, counts.dtype, len(tokens)) == (np.uint16, np.int64, counts.sum())
+    return [row.tolist() for row in np.split(tokens, np.cumsum(counts)[:-1])] if texts else []
+
+
+class _Shouting(PreTrainedTokenizerFast):
+    """A fast tokenizer whose call does more than its backend's."""
+
+    def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__([f"{t} river" for t in text], *args, **kwargs)
+
+
+def test_flat_tokens_are_those_of_the_tokenizers_own_call() -> None:
+    """Whatever its class does around its backend, and where a text writes a special token out: both ways of splitting it."""
+    plain = tiny_tokenizer()
+    shouting = _Shouting(
+        tokenizer_object=plain.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    assert _flat(shouting, TEXTS) == plain([f"{text} river" for text in TEXTS], add_special_tokens=False)["input_ids"]
+    texts, found = ["a river [SEP] storm", "", "[CLS]"], []
+    for split in (True, False):
+        plain.split_special_tokens = split
+        found.append(_flat(plain, texts))
+        assert found[-1] == plain(texts, add_special_tokens=False)["input_ids"]
+    assert found[0] != found[1]
+    assert _flat(plain, ["", ""]) == [[], []]
 
 
 class _Changed:
