@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retriever.data.batch import Batch, Targets
 from retriever.data.chunks import Chunk, Chunks, plan_chunks
-from retriever.data.layout import pack_rows, pad_rows
+from retriever.data.layout import pad_rows
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
         order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
         for rows in (part for part in np.split(order, cuts) if len(part)):
             extra = int(draw.integers(0, 3))
-            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t: torch.nn.functional.pad(t, (0, extra)))
+            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t, extra=extra: torch.nn.functional.pad(t, (0, extra)))  # type: ignore[misc]
             chunks.append(Chunk(side, torch.from_numpy(rows), tokens))  # type: ignore[arg-type]
     shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
     return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]
