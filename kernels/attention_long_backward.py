@@ -156,14 +156,12 @@ def _dkey_blocks(
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, queries]
             p = tl.exp2(x * scale_log2 - row_lse[None, :])
             p = tl.where(allowed_pairs(rows[None, :], columns[:, None], count, window, CAUSAL), p, 0.0)
+            if DROP_BELOW > 0:  # the sign remembers what was dropped
+                p = tl.where(kept(word, (start + rows)[None, :], (start + columns)[:, None], DROP_BELOW), p, -p)
+            dv = tl.dot(tl.maximum(p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            if DROP_BELOW > 0:
-                survives = kept(word, (start + rows)[None, :], (start + columns)[:, None], DROP_BELOW)
-                dv = tl.dot(tl.where(survives, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
-                dp = tl.where(survives, dp * KEEP_SCALE, 0.0)
-            else:
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (dp - row_delta[None, :])
+            dp = tl.where(p > 0, dp * KEEP_SCALE, 0.0)
+            ds = tl.abs(p) * (dp - row_delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     store_rows(dkey + (at * key_heads + group) * D, key_heads * D, local, inside, dk * scale, D, BLOCK_D)
     store_rows(dvalue + (at * key_heads + group) * D, key_heads * D, local, inside, dv * KEEP_SCALE, D, BLOCK_D)

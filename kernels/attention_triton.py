@@ -36,6 +36,7 @@ class Tile:
     block: int
     forward_warps: int
     backward_warps: int
+    backward_registers: int | None = None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
 
 
 # By the longest text. Several short texts share a tile where that costs less than more, smaller programs.
@@ -275,6 +276,7 @@ def backward(
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
             dout, query, key, value, dquery, dkey, dvalue, starts, mask.seed, n, per, key.shape[1],
             *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale, mask.scale * LOG2E, mask.window,
-            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block, num_warps=tile.backward_warps,
+            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,
+            num_warps=tile.backward_warps, maxnreg=tile.backward_registers,
         )  # fmt: skip
     return dquery, dkey, dvalue
