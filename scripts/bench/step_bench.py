@@ -79,7 +79,7 @@ class Bench:
             self.table.add(case, "bigbatch", name, value, "ms")
         if self.tflops is not None:
             predicted = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
-            self.table.add(case, "bigbatch", "loss_predicted_ms", predicted, "ms", "6·b²·d over the matmul rate")
+            self.table.add(case, "bigbatch", "loss_bound_ms", predicted, "ms", "6·b²·d over the matmul rate")
         self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
         self._against_floor(case, queries)
 
@@ -158,7 +158,8 @@ class Bench:
             add("mfu", 6 * self._parameters * found.tokens / found.seconds / self.tflops / 1e12, "of the matmul rate")
         if found.peak_gib is not None:
             add("peak_gib", found.peak_gib, "GiB")
-        add("waited", found.waited, "of the step")
+        if found.waited is not None:
+            add("waited", found.waited, "of the step")
 
     def _against_floor(self, case: str, queries: int) -> None:
         floor, own = (self.table.get(c, m, "pairs_per_s") for c, m in ((_case(queries), "floor"), (case, "bigbatch")))

@@ -165,7 +165,7 @@ class Sample(NamedTuple):
 
     seconds: float  # of one step
     tokens: float  # of one step, padding not counted
-    waited: float  # share of the time in which data was waited for
+    waited: float | None  # share of the time in which data was waited for; None where data was there beforehand
     peak_gib: float | None
 
 

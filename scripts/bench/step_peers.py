@@ -89,7 +89,7 @@ def best_sample(
     while sum(spent) + spent[-1] < seconds:
         spent.append(_seconds(work, lambda: step(a, b, best)))
     peak = torch.cuda.max_memory_allocated(work.device) / 2**30 if work.device.type == "cuda" else None
-    return Sample(sum(spent) / len(spent), tokens, 0.0, peak), best
+    return Sample(sum(spent) / len(spent), tokens, None, peak), best
 
 
 def _head(features: Features, n: int) -> Features:
