@@ -31,7 +31,7 @@ def markdown(tables: Sequence[Table], curves: Table | None) -> str:
         "MFU: 6 · parameters without embeddings · real tokens over the matmul rate of the same run"
         + (f" ({rate:.0f} TFLOP/s, 8192³ bf16)." if rate is not None else "."),
         "Overhead: time over the floor's, which encodes every chunk once and pulls given gradients back. Waited: share of the step spent",
-        "waiting for data. Every form of ours was checked first: its gradient against fp32, and replayed chunks against kept ones, bitwise.",
+        "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise.",
         "",
         "| case | method | pairs/s | tokens/s | MFU | peak GiB | overhead | retained | waited | |",
         "|---|---|---|---|---|---|---|---|---|---|",
