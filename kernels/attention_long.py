@@ -43,7 +43,7 @@ class Settings:
 
 # By the width of a head.
 _HALF = {
-    64: Settings(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1), Blocks(64, 64, 4, 1)),
+    64: Settings(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)),
     128: Settings(Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     256: Settings(Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
 }

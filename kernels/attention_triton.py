@@ -41,7 +41,13 @@ class Tile:
 
 # By the width of a head, then by the longest text. Several short texts share a tile.
 _TILES = {
-    64: {32: Tile(32, 1, 2), 64: Tile(64, 4, 4), 128: Tile(128, 8, 8)},
+    64: {
+        16: Tile(64, 4, 4),
+        32: Tile(32, 2, 2),
+        64: Tile(64, 4, 4),
+        96: Tile(128, 4, 8, backward_registers=128),
+        128: Tile(128, 8, 8, backward_registers=128),
+    },
     128: {32: Tile(32, 2, 4), 64: Tile(64, 4, 4)},
 }
 _FLOAT_TILE = Tile(32, 4, 4)
