@@ -54,6 +54,7 @@ def train(config: Config) -> None:
     from retriever.data.tokens import TokenTemplate
     from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle, load_tokenizer
     from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.modes import use
     from retriever.encoder.settings import settings_of
     from retriever.loss.contrastive import ContrastiveObjective
     from retriever.optim import Optimizer
@@ -82,7 +83,7 @@ def train(config: Config) -> None:
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
-    encoder.use(config.model)
+    use(encoder, config.model)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
@@ -100,7 +101,7 @@ def train(config: Config) -> None:
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
-            accelerator.print(preflight.plan_lines(forecast, config, total))
+            accelerator.print(preflight.plan_lines(forecast, total))
         for warning in preflight.warnings(config, tokenizer, total):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:

@@ -19,15 +19,16 @@ from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.modes import use
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
+from retriever.step_plan import StepPlanner, retained_tokens
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
-EVERYTHING = 2**62  # tokens: more than any batch has
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
 
@@ -57,6 +58,7 @@ class Work:
             *("model.name_or_path=random", "model.pooling=mean", "data.train=[{path: random}]", "data.negatives=0"),
             *(f"model.query_max_tokens={QUERY_MAX_TOKENS}", f"model.passage_max_tokens={PASSAGE_MAX_TOKENS}"),
             *(f"batch.queries={queries}", f"train.max_steps={_STEPS}", "optim.lr=1e-5", "run.trackers=[]"),
+            *("run.preflight=off", "batch.retain=false"),
         )
         return load(None, [*base, *self.settings, *overrides])
 
@@ -78,13 +80,16 @@ class Trainer:
         tower = work.tower(**changes)
         self.work, self.world = work, work.world
         self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
-        self.config = preflight.resolve(config, self.encoder, self.world)
+        resolved = preflight.resolve(config, self.encoder, self.world)
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()
-        self.encoder.use(self.config.model)
-        self.objective = ContrastiveObjective(self.config.loss).to(self.world.device)
+        self.encoder.use(resolved.model)
+        self.objective = ContrastiveObjective(resolved.loss).to(self.world.device)
+        planner = Planner.from_config(work.store, resolved)
+        plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
+        self.config, self.forecast = plan.decide()
         self.optimizer = Optimizer(self.config.optim, [self.encoder, self.objective], _STEPS, self.world.device)
-        self.retain = int(self.config.batch.retain) if retain is None else retain
+        self.retain = retained_tokens(self.config.batch) if retain is None else retain
 
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
         """Batches of `queries` pairs through the run's own planner and threads."""
