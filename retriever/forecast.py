@@ -20,7 +20,8 @@ SIDES: tuple[Side, Side] = ("query", "passage")
 class Workload:
     """One rank's part of a step: the lengths of its texts, cut into chunks in the order in which the encoder sees them."""
 
-    lengths: dict[Side, np.ndarray]  # [B] and [N] int64: of all texts of a side
+    queries: int  # of the global batch
+    lengths: dict[Side, np.ndarray]  # [B] and [N] int64: of all of this rank's texts of a side
     tokens_per_chunk: int
     packed: bool
 
@@ -93,6 +94,11 @@ class Forecast:
     @property
     def step_s(self) -> float:
         return self.first_pass_s + self.loss_s + self.second_pass_s + self.update_s
+
+    @property
+    def pairs_per_s(self) -> float:
+        """Queries of the global batch a second."""
+        return self.workload.queries / self.step_s
 
     @property
     def retained_bytes(self) -> float:

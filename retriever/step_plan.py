@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from retriever.capacity import allocated_bytes, measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
+from retriever.capacity import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
 from retriever.config import BatchConfig, Config, ConfigError, OptimConfig
 from retriever.data.planner import Planner, slice_for_rank
 from retriever.data.store import Store
@@ -50,7 +50,7 @@ class StepPlanner:
         """`config` as `preflight.resolve` left it; `encoder` computing as it says, without gradients."""
         self._config, self._encoder, self._objective, self._world = config, encoder, objective, world
         self._device = world.device
-        self._lengths = _step_lengths(config, store, planner, template, world)
+        self._queries, self._lengths = _step_lengths(config, store, planner, template, world)
         trained = [p for module in (encoder, objective) for p in module.parameters() if p.requires_grad]
         own = sum(t.nbytes for module in (encoder, objective) for t in [*module.parameters(), *module.buffers()])
         self._parameters = trained
@@ -133,7 +133,7 @@ class StepPlanner:
         return (cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens if needed <= self._usable else None
 
     def _workload(self, size: int) -> Workload:
-        return Workload(self._lengths, size, self._encoder.packed)
+        return Workload(self._queries, self._lengths, size, self._encoder.packed)
 
     def _vocabulary(self, side: Side) -> int:
         tower = self._encoder.query_tower if side == "query" else self._encoder.passage_tower
@@ -156,7 +156,7 @@ class StepPlanner:
         memory = replace(self._memory, loss=loss.peak_bytes)
         return Forecast(workload, costs_of(workload, measured), loss.seconds, update_s, memory, retain=0)
 
-    def _loss(self):  # type: ignore[no-untyped-def]
+    def _loss(self) -> Cost:
         config, tiled = self._config.loss, self._config.loss.strategy == "tiled"
         queries, passages = (len(self._lengths[side]) for side in SIDES)
         if config.strategy != "local":
@@ -168,13 +168,15 @@ class StepPlanner:
         return scaled_loss(cost, part, (queries, passages), linear_memory=tiled, fixed_bytes=fixed)
 
 
-def _step_lengths(config: Config, store: Store, planner: Planner, template: TokenTemplate, world: World) -> dict[Side, np.ndarray]:
-    """Lengths of the texts that this rank encodes in the first step."""
+def _step_lengths(
+    config: Config, store: Store, planner: Planner, template: TokenTemplate, world: World
+) -> tuple[int, dict[Side, np.ndarray]]:
+    """Queries of the first step over all ranks, and the lengths of the texts that this rank encodes in it."""
     whole, model = planner.plan(0), config.model
     query = template.lengths(store.queries.lengths_of(whole.queries), model.query_max_tokens)
     passage = template.lengths(store.passages.lengths_of(whole.passages), model.passage_max_tokens)
     mine = slice_for_rank(whole, query, passage, world.rank, world.size)
-    return {
+    return len(whole.queries), {
         "query": template.lengths(store.queries.lengths_of(mine.queries), model.query_max_tokens),
         "passage": template.lengths(store.passages.lengths_of(mine.passages), model.passage_max_tokens),
     }

@@ -110,7 +110,9 @@ def train(config: Config) -> None:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
     bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
-    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
+    telemetry = Telemetry(
+        accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast
+    )
     for batch in loader.batches(finished, total):
         report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
         telemetry.step(report)

@@ -13,8 +13,10 @@ import torch
 from transformers import BertModel
 
 from retriever.data.batch import Batch
+from retriever.forecast import Forecast
+from retriever.step_plan import EVERYTHING
 from scripts.bench.loss import matmul_tflops
-from scripts.bench.step_methods import EVERYTHING, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_methods import Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
 from scripts.bench.step_peers import MiniBatch, PairStep, best_sample
 from scripts.bench.tables import Table
 
@@ -38,8 +40,8 @@ _LIBRARY = ("model.fused=false", "model.compile=false")
 PLAIN = ("model.attention=packed", *_LIBRARY)
 PADDED = ("model.attention=padded", *_LIBRARY)
 PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
+AUTO = Form("", ("run.preflight=only", "batch.retain=auto"))  # and chunks of the size that was measured to be best
 FORMS = (
-    Form(""),
     Form("retain=0", retain=0),
     Form("packed,compiled", PACKED_COMPILED, 0),
     Form("packed", PLAIN, 0),
@@ -60,6 +62,7 @@ class Bench:
         self.tflops = matmul_tflops() if work.device.type == "cuda" else None
         if self.tflops is not None:
             table.add("8192x8192x8192", "floor", "matmul_tflops", self.tflops, "TFLOP/s", "best of five medians, bf16")
+        self._size: int | None = None  # tokens of a chunk, as measured in the first run
         self._checked: dict[tuple[str, ...], bool] = {}
         with torch.device("meta"):
             tower = BertModel(work.model, add_pooling_layer=False)
@@ -81,6 +84,8 @@ class Bench:
             predicted = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
             self.table.add(case, "bigbatch", "loss_bound_ms", predicted, "ms", "6·b²·d over the matmul rate")
         self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
+        if trainer.forecast is not None:
+            self._add_forecast(case, trainer.forecast)
         self._against_floor(case, queries)
 
     def _timed(self, trainer: Trainer, batches: Iterator[Batch], queries: int) -> tuple[Sample, Stages]:
@@ -93,7 +98,7 @@ class Bench:
         return found, stages[-1]
 
     def measure_floor(self, queries: int) -> None:
-        """One pass of our own encoder, as preflight would run it."""
+        """One pass of our own encoder in its default form; rows measured before of this size are held against it."""
         trainer = self._trainer(queries, Form(""), "floor")
         if trainer is None:
             return
@@ -101,6 +106,7 @@ class Bench:
         with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
             found = sample(trainer.single_pass, batches, self.work.device, self._seconds, _warm(queries))
         self._add(_case(queries), "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
+        self._against_floor(_case(queries), queries)
 
     def measure_peer(
         self, name: str, make: Callable[[Work], PairStep], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool
@@ -124,7 +130,10 @@ class Bench:
 
     def _trainer(self, queries: int, form: Form, method: str) -> Trainer | None:
         try:
-            return Trainer(self.work, self.work.configuration(queries, *form.settings), retain=form.retain)
+            size = () if form is AUTO or self._size is None else (f"batch.tokens_per_chunk={self._size}",)
+            trainer = Trainer(self.work, self.work.configuration(queries, *size, *form.settings), retain=form.retain)
+            self._size = self._size or int(trainer.config.batch.tokens_per_chunk)
+            return trainer
         except Exception as error:  # a form that this machine or model cannot run
             self.table.add(_case(queries, form.condition), method, "pairs_per_s", None, "pairs/s", f"does not run: {error!s:.160}")
             return None
@@ -160,6 +169,15 @@ class Bench:
             add("peak_gib", found.peak_gib, "GiB")
         if found.waited is not None:
             add("waited", found.waited, "of the step")
+
+    def _add_forecast(self, case: str, forecast: Forecast) -> None:
+        """What was predicted before the first step."""
+        add = partial(self.table.add, case, "bigbatch")
+        add("predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
+        for name in Stages._fields:
+            add(f"predicted_{name}", 1e3 * getattr(forecast, name.removesuffix("_ms") + "_s"), "ms")
+        if forecast.working_bytes:
+            add("predicted_peak_gib", forecast.peak_bytes / 2**30, "GiB")
 
     def _against_floor(self, case: str, queries: int) -> None:
         floor, own = (self.table.get(c, m, "pairs_per_s") for c, m in ((_case(queries), "floor"), (case, "bigbatch")))

@@ -20,9 +20,10 @@ import torch
 from transformers import BertConfig
 
 from retriever.parallel.world import World
+from retriever.step_plan import EVERYTHING
 from scripts.bench.step_bench import PACKED_COMPILED, PADDED, PLAIN, Form
 from scripts.bench.step_data import random_store
-from scripts.bench.step_methods import EVERYTHING, Trainer, Work
+from scripts.bench.step_methods import Trainer, Work
 from scripts.bench.tables import Row, Table
 
 REFERENCE, YARDSTICK = "padded", "padded, other chunks"

@@ -26,7 +26,7 @@ from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
-from retriever.step_plan import StepPlanner, retained_tokens
+from retriever.step_plan import EVERYTHING, StepPlanner, retained_tokens
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
@@ -83,7 +83,7 @@ class Trainer:
         resolved = preflight.resolve(config, self.encoder, self.world)
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()
-        self.encoder.use(resolved.model)
+        use(self.encoder, resolved.model)
         self.objective = ContrastiveObjective(resolved.loss).to(self.world.device)
         planner = Planner.from_config(work.store, resolved)
         plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
