@@ -38,7 +38,7 @@ class Workload:
     def measured_places(self, side: Side) -> list[int]:
         """Which of a side's chunks stand for all of them: that of the longest texts, the middle one, and the last, which may be small."""
         count = len(self.chunks[side])
-        return sorted({0, count // 2, count - 1}) if count else []
+        return sorted({0, middle(count), count - 1}) if count else []
 
     @property
     def tokens(self) -> int:
@@ -133,14 +133,18 @@ def costs_of(workload: Workload, measured: dict[Side, dict[int, ChunkCost]]) -> 
     costs = []
     for side in SIDES:
         chunks, own = workload.chunks[side], measured[side]
-        middle = len(chunks) // 2
+        half = middle(len(chunks))
         for place, chunk in enumerate(chunks):
             if place in own:
                 costs.append(own[place])
-                continue
-            share = min(1.0, place / middle)
-            costs.append(_scaled(own[0], own[middle], share, workload.computed(chunk)))
+            else:
+                costs.append(_scaled(own[0], own[half], min(1.0, place / half), workload.computed(chunk)))
     return costs
+
+
+def middle(count: int) -> int:
+    """The middle one of so many chunks; not the last, which may be small, unless it is alone."""
+    return max(0, count - 1) // 2
 
 
 def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> ChunkCost:

@@ -22,7 +22,8 @@ from scripts.bench.tables import Table
 
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
 _CHECKED_PAIRS = 128
-_SMALL = 4096
+_REFERENCE_SIZE = 4096  # tokens of a chunk
+_SMALL = 4096  # pairs
 _TWO_STEPS = 131_072  # pairs: a larger batch is trained on once
 _WARMED = 16_384  # pairs: up to here one whole step goes unmeasured
 
@@ -39,6 +40,7 @@ class Form:
 _LIBRARY = ("model.fused=false", "model.compile=false")
 PLAIN = ("model.attention=packed", *_LIBRARY)
 PADDED = ("model.attention=padded", *_LIBRARY)
+PACKED_FUSED = ("model.attention=packed", "model.fused=true", "model.compile=false")
 PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
 AUTO = Form("", ("run.preflight=only", "batch.retain=auto"))  # and chunks of the size that was measured to be best
 FORMS = (
@@ -153,7 +155,8 @@ class Bench:
         return self._checked[form.settings]
 
     def _reference(self, queries: int, *settings: str) -> Trainer:
-        return Trainer(self.work, self.work.configuration(queries, *PADDED, *settings), retain=EVERYTHING)
+        size = f"batch.tokens_per_chunk={_REFERENCE_SIZE}"
+        return Trainer(self.work, self.work.configuration(queries, *PADDED, size, *settings), retain=EVERYTHING)
 
     def _warm(self, trainer: Trainer, queries: int) -> None:
         """Compiles and tunes on a small batch."""
