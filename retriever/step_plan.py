@@ -21,7 +21,7 @@ from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 
 EVERYTHING = 2**62  # tokens: more than any batch has
-_LARGEST_SIZE, _SMALLEST_USUAL = 65_536, 16_384  # tokens of a chunk that are tried on a GPU, halving
+_LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving
 _LEAST_SIZE = 1024  # tried where none of those fits
 _CPU_SIZE = 8_192
 _GIB = 2**30
