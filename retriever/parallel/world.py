@@ -5,8 +5,10 @@ Ranks may hold unequal numbers of rows: rows travel padded to the longest rank a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,16 @@ class Gathered:
         return slice(start, start + self.counts[self.rank])
 
 
+class Watcher(Protocol):
+    """What wants to know of collectives: see `parallel.watch`."""
+
+    def enter(self) -> None:
+        """A collective begins."""
+
+    def blame(self, error: RuntimeError) -> RuntimeError:
+        """What to raise where a collective failed with `error`."""
+
+
 class World:
     """`size` ranks of torch's default process group, this being `rank`, computing on `device`."""
 
@@ -38,16 +50,30 @@ class World:
         if size > 1 and not dist.is_initialized():
             raise ValueError(f"a world of {size} ranks needs torch.distributed to be initialised first")
         self.device, self.rank, self.size = device, rank, size
+        self.watch: Watcher | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
 
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around every collective: counts it, and names the rank it failed for."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.enter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.watch.blame(error) from error
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with self.collective():
+                dist.barrier()
 
     def sum(self, x: Tensor) -> Tensor:
         """Σ over ranks of `x`, the same shape on each; `x` itself is left as it is."""
@@ -72,7 +98,8 @@ class World:
         padded = x.new_zeros((max(counts), *x.shape[1:]))
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
+        with self.collective():
+            dist.all_gather(parts, padded)
         return Gathered(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts, self.rank)
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -84,7 +111,8 @@ class World:
         for row, part in zip(padded, parts, strict=True):
             row[: len(part)] = part
         own = torch.empty_like(padded[0])
-        _reduce_scatter(own, padded.flatten(0, 1))
+        with self.collective():
+            _reduce_scatter(own, padded.flatten(0, 1))
         return own[: counts[self.rank]]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -112,13 +140,15 @@ class World:
         if self.size == 1:
             return x
         result = x.clone()
-        dist.all_reduce(result, operation)
+        with self.collective():
+            dist.all_reduce(result, operation)
         return result
 
     def _counts(self, n: int) -> tuple[int, ...]:
         mine = torch.tensor([n], device=self.device)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        with self.collective():
+            dist.all_gather(parts, mine)
         return tuple(int(part) for part in parts)
 
 
