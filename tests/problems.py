@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch, Targets
-from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+from retriever.data.chunks import Chunk, Chunks, plan_chunks
+from retriever.data.layout import pack_rows, pad_rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Bat
     chunks = []
     for side, texts in sides.items():
         for part in plan_chunks(np.array([len(t) for t in texts], dtype=np.int64), tokens_per_chunk):
-            chunk = Chunk(side, torch.from_numpy(part), *pad_rows([texts[i] for i in part], 0))  # type: ignore[arg-type]
+            chunk = Chunk(side, torch.from_numpy(part), pad_rows([texts[i] for i in part], 0))  # type: ignore[arg-type]
             chunks.append(lambda chunk=chunk: chunk)
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
@@ -73,7 +74,7 @@ def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Bat
 
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:
     """All texts in one forward pass, in their order."""
-    return encoder(side, *pad_rows(texts, 0))
+    return encoder(side, pad_rows(texts, 0))
 
 
 def oracle_loss(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
-from retriever.data.chunks import Chunk, Chunks, pad_rows
+from retriever.data.chunks import Chunk, Chunks
+from retriever.data.layout import Packed, Padded, pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import Representations, backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
@@ -38,8 +39,8 @@ class Recording(nn.Module):
         self.outputs: list[Tensor] = []
         self.with_graph: list[bool] = []
 
-    def forward(self, side: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.encoder(side, input_ids, attention_mask)
+    def forward(self, side: str, tokens: Padded | Packed) -> Tensor:
+        output = self.encoder(side, tokens)  # type: ignore[arg-type]
         self.outputs.append(output.detach().clone())
         self.with_graph.append(output.requires_grad)
         return output
@@ -82,7 +83,7 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
     seed_step(0, 0, 0)
     sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
     for chunk in batch.chunks:
-        sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.input_ids, chunk.attention_mask))
+        sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.tokens))
     detached = Representations(*(x.detach() for x in sides.values()))
     _, gradients = representation_gradients(OBJECTIVE, detached, batch, CPU)
     torch.autograd.backward(list(sides.values()), list(gradients))
@@ -133,8 +134,8 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
         order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
         for rows in (part for part in np.split(order, cuts) if len(part)):
             extra = int(draw.integers(0, 3))
-            ids, mask = (torch.nn.functional.pad(t, (0, extra)) for t in pad_rows([texts[i] for i in rows], 0))
-            chunks.append(Chunk(side, torch.from_numpy(rows), ids, mask))  # type: ignore[arg-type]
+            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t: torch.nn.functional.pad(t, (0, extra)))
+            chunks.append(Chunk(side, torch.from_numpy(rows), tokens))  # type: ignore[arg-type]
     shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
     return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError
-from retriever.data.chunks import pad_rows, plan_chunks
+from retriever.data.chunks import plan_chunks
+from retriever.data.layout import pad_rows
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
@@ -108,8 +109,8 @@ class EncoderBundle:
         filled = np.flatnonzero(lengths)
         for positions in plan_chunks(lengths[filled], max(budget, int(lengths.max(initial=1)))):
             chunk = filled[positions]
-            input_ids, mask = (t.to(found.device) for t in pad_rows([rows[i] for i in chunk], pad_id))
-            found[torch.from_numpy(chunk).to(found.device)] = self.encoder(side, input_ids, mask).float()  # [n, D]
+            tokens = pad_rows([rows[i] for i in chunk], pad_id).map(lambda t: t.to(found.device))
+            found[torch.from_numpy(chunk).to(found.device)] = self.encoder(side, tokens).float()  # [n, D]
             done(len(chunk))
         done(len(rows) - len(filled))
         return found.cpu().numpy()

@@ -13,9 +13,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from retriever.config import ConfigError, ModelConfig
+from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import check_lengths, check_modules, is_decoder
-from retriever.encoder.pooling import PoolingMode, pool, unit
+from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
+from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
+from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
 
 
@@ -42,6 +44,7 @@ class DualEncoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
         self.autocast_dtype = autocast_dtype
+        self.packed = False
         # Heads that no embedding depends on, by side: kept out of training, put back into exports.
         self.unused_weights = {name: _detach_pooler(tower) for name, tower in towers.items()}
 
@@ -82,21 +85,44 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, side: Side, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings [n, D] float32 (float64 after `.double()`) of one side's texts.
+    def forward(self, side: Side, tokens: Padded | Packed) -> Tensor:
+        """Embeddings [n, D] float32 (float64 after `.double()`) of n texts of one side, each of at least one token.
 
-        input_ids and attention_mask [n, T] int64, padded on the right (decoders: either side), at least one token a row.
+        After `pack` the texts come `Packed`, before it `Padded`. Raises ValueError for the other layout, or a chunk without a token.
         """
-        if input_ids.shape[1] == 0:
-            raise ValueError(f"a chunk of {len(input_ids)} texts on the {side} side without a token; expected at least one token a text")
+        if tokens.input_ids.numel() == 0:
+            raise ValueError(f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text")
+        if isinstance(tokens, Packed) != self.packed:
+            raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}")
         tower = self.query_tower if side == "query" else self.passage_tower
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if is_decoder(tower.config):
-            inputs |= {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, T]
-        with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = tower(**inputs).last_hidden_state  # [n, T, D]
-        embeddings = pool(hidden, attention_mask, self.pooling)  # [n, D]
+        with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            if isinstance(tokens, Packed):
+                hidden = tower(**packed_inputs(tower, tokens)).last_hidden_state[0]  # [T, D]
+                embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, D]
+            else:
+                hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, D]
+                embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
+
+    def pack(self) -> None:
+        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the architecture cannot."""
+        for tower in self.towers.values():
+            if tower.config.model_type not in PACKED:
+                raise ConfigError(
+                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of packed texts; "
+                    "set it to auto or padded"
+                )
+            use_packed_attention(tower)
+        self.packed = True
+
+    def compile_layers(self) -> None:
+        """Compiles the repeated layers of each tower: one graph serves them all, whatever the sizes of a chunk.
+
+        Random numbers stay torch's own, so that a chunk encoded without a graph and again with one has the same bits.
+        """
+        for tower in self.towers.values():
+            for layer in repeated_layers(tower):
+                layer.compile(dynamic=True, options={"fallback_random": True})
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG state.
@@ -109,6 +135,20 @@ class DualEncoder(nn.Module):
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
+
+
+def repeated_layers(tower: nn.Module) -> list[nn.Module]:
+    """The transformer's layers: the longest list of modules of one class."""
+    lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    return max(alike, key=len, default=[])
+
+
+def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    if is_decoder(tower.config):
+        inputs |= {"position_ids": (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, width]
+    return inputs
 
 
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
