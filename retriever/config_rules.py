@@ -35,7 +35,10 @@ def validate(config: Config) -> None:
     _require(config.run.seed >= 0, "run.seed", "0 or more", config.run.seed)
     _require(config.run.timeout_s > 0, "run.timeout_s", "a number of seconds above 0", config.run.timeout_s)
     _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
-    _require(model.lora is None, "model.lora", "null: LoRA is not available in this version", model.lora)
+    if model.lora is not None:
+        _require(model.lora.r >= 1, "model.lora.r", "at least 1", model.lora.r)
+        _require(model.lora.alpha > 0, "model.lora.alpha", "a number above 0", model.lora.alpha)
+        _require(0 <= model.lora.dropout < 1, "model.lora.dropout", "0 to below 1", model.lora.dropout)
     _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
     _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)
     _require(len(config.data.train) > 0, "data.train", "at least one source", [])

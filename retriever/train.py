@@ -84,6 +84,7 @@ def _train(
     from retriever.data.tokens import TokenTemplate
     from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle
     from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.lora import adapt
     from retriever.encoder.settings import settings_of
     from retriever.loss.contrastive import ContrastiveObjective
     from retriever.optim import Optimizer
@@ -97,6 +98,8 @@ def _train(
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
 
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
+    if config.model.lora is not None:
+        adapt(encoder.towers, config.model.lora, config.run.seed)
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
     planner = Planner.from_config(store, config)

@@ -91,7 +91,10 @@ def minimal(tmp_path: Path) -> Path:
         # Not built yet.
         ("model.attention=packed", "model.attention: .*not available"),
         ("model.compile=true", "model.compile: .*not available"),
-        ("model.lora={r: 8}", "model.lora: .*not available"),
+        ("model.lora={rank: 8}", "model.lora.rank: unknown key"),
+        ("model.lora={r: 0}", "model.lora.r: "),
+        ("model.lora={alpha: 0}", "model.lora.alpha: "),
+        ("model.lora={dropout: 1.0}", "model.lora.dropout: "),
         ("batch.retain=true", "batch.retain: .*not available"),
         ("batch.offload=true", "batch.offload: .*not available"),
         ("loss.exchange=ring", "loss.exchange: .*not available"),

@@ -174,8 +174,8 @@ def watched(world: World, timeout_s: float) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]  # a connection of the thread's own
-    watch = world.watch = Watch(store, world.rank, world.size, timeout_s)
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the thread's own connection
+    watch = world.watch = Watch(dist.PrefixStore("watch", store), world.rank, world.size, timeout_s)
     world.barrier()
     watch.start()
     try:
