@@ -70,9 +70,8 @@ class Telemetry:
         self._since += time.perf_counter() - started
 
     def close(self) -> None:
-        """Ends the bar and the trackers."""
+        """Ends the bar."""
         self._bar.close()
-        self._accelerator.end_training()
 
 
 def _forget_after(metrics: Path, step: int) -> None:

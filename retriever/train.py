@@ -71,6 +71,7 @@ def train(config: Config) -> None:
     accelerator, world = launch.join(config)
     with watched(world, config.run.timeout_s):
         _train(config, last, tokenizer, store, accelerator, world)
+    accelerator.end_training()  # trackers and the process group
 
 
 def _train(
