@@ -8,6 +8,8 @@ block by block with an online softmax (`attention_long`; Dao 2023, arXiv:2307.08
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from kernels.attention_reference import Mask
 __all__ = ["packed_attention"]
 
 _WIDEST = 256
+_TILE = 128  # tokens of a text, and width of a head, that the kernels for whole texts take
+_GROUPED_TILE = 64  # where query heads share key heads, whose gradients stay in registers meanwhile
 
 
 def packed_attention(
@@ -68,7 +72,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [T, H, d], and for long texts on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty)."""
     mask = Mask(scale, dropout, seed, causal, window)
-    return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, longest)
+    if not _on_kernels(query):
+        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+    if _in_blocks(query, key, longest):
+        from kernels import attention_long
+
+        return attention_long.forward(query, key, value, starts, longest, mask)
+    from kernels import attention_triton
+
+    return attention_triton.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
 
 
 @torch.library.custom_op("bigbatch::packed_attention_backward", mutates_args=())
@@ -88,12 +100,21 @@ def _backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = Mask(scale, dropout, seed, causal, window)
-    return attention_reference.backward(dout, query, key, value, starts, longest, mask)
+    if not _on_kernels(query):
+        return attention_reference.backward(dout, query, key, value, starts, longest, mask)
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    if out is not None and lse is not None:
+        from kernels import attention_long_backward
+
+        return attention_long_backward.backward(dout, query, key, value, out, lse, starts, longest, mask)
+    from kernels import attention_triton
+
+    return attention_triton.backward(dout, query, key, value, starts, longest, mask)
 
 
 @_forward.register_fake
 def _(query, key, value, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), _row_statistics(query, longest)
+    return query.new_empty(query.shape), _row_statistics(query, key, longest)
 
 
 @_backward.register_fake
@@ -103,7 +124,7 @@ def _(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, starts, *numbers = inputs
-    out, lse = output if output[1].numel() else (None, None)
+    out, lse = output if _on_kernels(query) and _in_blocks(query, key, numbers[0]) else (None, None)
     longest, scale, dropout, seed, causal, window = numbers
     ctx.numbers = (longest, scale, dropout, causal, window)
     ctx.save_for_backward(query, key, value, out, lse, starts, seed)
@@ -119,8 +140,18 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
-def _row_statistics(query: Tensor, longest: int) -> Tensor:
-    looped = query.is_cuda and query.dtype != torch.float64 and (longest > 128 or query.shape[2] > 128)
+def _on_kernels(query: Tensor) -> bool:
+    """Whether the Triton kernels compute it: on a GPU, or through Triton's interpreter; float64 never is."""
+    return query.dtype != torch.float64 and (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
+    """Whether texts are computed block by block, not whole."""
+    return longest > (_TILE if key.shape[1] == query.shape[1] else _GROUPED_TILE) or query.shape[2] > _TILE
+
+
+def _row_statistics(query: Tensor, key: Tensor, longest: int) -> Tensor:
+    looped = _on_kernels(query) and _in_blocks(query, key, longest)
     return query.new_empty((query.shape[1], query.shape[0]) if looped else (0, 0), dtype=torch.float32)
 
 

@@ -131,5 +131,5 @@ def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Ten
     factor: Tensor | float = 1.0
     if mask.dropout > 0 and mask.seed is not None:
         heads = torch.arange(q.shape[1], device=q.device)
-        factor = kept(mask.seed, heads, texts.tokens, texts.tokens, mask.dropout) / (1 - mask.dropout)
+        factor = kept(mask.seed, heads, texts.tokens, texts.tokens, mask.dropout).to(q.dtype) / (1 - mask.dropout)
     return scores.softmax(-1), factor

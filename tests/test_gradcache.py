@@ -67,13 +67,13 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def _cached(encoder: nn.Module, batch: Batch) -> list[Tensor]:
+def _cached(encoder: nn.Module, batch: Batch, retain: int = 0) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, states = encode_without_graph(encoder, batch)  # type: ignore[arg-type]
+    representations, passes = encode_without_graph(encoder, batch, retain)  # type: ignore[arg-type]
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, states)  # type: ignore[arg-type]
+    backward_through_encoder(encoder, batch, gradients, passes)  # type: ignore[arg-type]
     return _gradients(encoder)
 
 
@@ -102,6 +102,25 @@ def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path)
     seed_step(0, 1, 0)
     encode_without_graph(recording, batch)  # type: ignore[arg-type]
     assert not any(torch.equal(a, b) for a, b in zip(first, recording.outputs[-len(first) :], strict=True)), "dropout is off"
+
+
+@pytest.mark.parametrize("layers", ["padded", "packed", "fused"])
+def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, layers: str) -> None:
+    """With dropout on, however much is retained: the first chunks keep their graphs, and no bit of a gradient changes."""
+    encoder = _encoder(folder, dropout=True)
+    if layers != "padded":
+        encoder.pack()
+    if layers == "fused":
+        encoder.fuse_layers()
+    recording = Recording(encoder)
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed)
+    sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
+    replayed = _cached(recording, batch)
+    for kept in (0, 1, 3, len(sizes)):
+        recording.with_graph.clear()
+        again = _cached(recording, batch, retain=sum(sizes[:kept]))
+        assert recording.with_graph == [True] * kept + [False] * (len(sizes) - kept) + [True] * (len(sizes) - kept)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -134,7 +153,7 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
         order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
         for rows in (part for part in np.split(order, cuts) if len(part)):
             extra = int(draw.integers(0, 3))
-            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t: torch.nn.functional.pad(t, (0, extra)))
+            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t, extra=extra: torch.nn.functional.pad(t, (0, extra)))  # type: ignore[misc]
             chunks.append(Chunk(side, torch.from_numpy(rows), tokens))  # type: ignore[arg-type]
     shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
     return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]

@@ -23,13 +23,12 @@ _BATCH_CHARACTERS = 1 << 24
 _ID_SCHEMA = pa.schema([("id", pa.string())])
 
 
-class TextTable:
-    """Token ids of n texts, with their prompts, without special tokens, untruncated. Nothing is read until it is asked for."""
+class TokenRows:
+    """Token ids of n texts, with their prompts, without special tokens, untruncated: one text behind another."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._offsets = load_array(folder / "offsets.npy")  # [n + 1] int64
-        self._tokens = load_array(folder / "tokens.npy")  # [offsets[n]] uint16 or uint32
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        self._tokens = tokens  # [offsets[n]] of any integer type
+        self._offsets = offsets  # [n + 1] int64
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -44,7 +43,7 @@ class TextTable:
         return self._offsets[rows + 1] - self._offsets[rows]
 
     def tokens(self, row: int) -> np.ndarray:
-        """The token ids of one text, as a read-only view of the file."""
+        """The token ids of one text, as a view."""
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +52,17 @@ class TextTable:
         kept = np.minimum(last - first, limit)  # [n]
         if keep_end:
             first = last - kept
-        places = np.repeat(first - (np.cumsum(kept) - kept), kept)  # [sum]: less than a token's place by its place in the result
+        places = np.repeat(first - (np.cumsum(kept) - kept), kept)  # [sum]: a token's place less its place in the result
         places += np.arange(len(places))
         return self._tokens[places], kept
+
+
+class TextTable(TokenRows):
+    """The texts of a folder, memory-mapped and read-only. Nothing is read until it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(load_array(folder / "tokens.npy"), load_array(folder / "offsets.npy"))
+        self._folder = folder
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:

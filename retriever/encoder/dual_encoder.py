@@ -16,6 +16,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
+from retriever.encoder.fused_layers import can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
@@ -77,6 +78,11 @@ class DualEncoder(nn.Module):
         return cast(PreTrainedModel, self.towers["shared" if self.tied else "passage"])
 
     @property
+    def each_tower(self) -> list[PreTrainedModel]:
+        """Every tower once."""
+        return [cast(PreTrainedModel, tower) for tower in self.towers.values()]
+
+    @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
         return int(self.passage_tower.config.hidden_size)
@@ -104,9 +110,23 @@ class DualEncoder(nn.Module):
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
 
+    def use(self, model: ModelConfig) -> None:
+        """Computes as the resolved `model` says: packed or padded, by fused, compiled or the library's own layers."""
+        if model.attention == "packed":
+            self.pack()
+        if model.fused is True:
+            self.fuse_layers()
+        if model.compile is True:
+            self.compile_layers()
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether every tower's architecture hands the boundaries of packed texts through."""
+        return all(tower.config.model_type in PACKED for tower in self.each_tower)
+
     def pack(self) -> None:
         """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the architecture cannot."""
-        for tower in self.towers.values():
+        for tower in self.each_tower:
             if tower.config.model_type not in PACKED:
                 raise ConfigError(
                     f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of packed texts; "
@@ -115,12 +135,24 @@ class DualEncoder(nn.Module):
             use_packed_attention(tower)
         self.packed = True
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fuse_layers` knows every tower's layers."""
+        return all(can_fuse(tower) for tower in self.each_tower)
+
+    def fuse_layers(self) -> None:
+        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for other towers."""
+        for tower in self.each_tower:
+            if not can_fuse(tower):
+                raise ConfigError(f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto")
+            fuse(tower)
+
     def compile_layers(self) -> None:
         """Compiles the repeated layers of each tower: one graph serves them all, whatever the sizes of a chunk.
 
         Random numbers stay torch's own, so that a chunk encoded without a graph and again with one has the same bits.
         """
-        for tower in self.towers.values():
+        for tower in self.each_tower:
             for layer in repeated_layers(tower):
                 layer.compile(dynamic=True, options={"fallback_random": True})
 
@@ -129,7 +161,7 @@ class DualEncoder(nn.Module):
 
         Raises ConfigError where the architecture has no such layers.
         """
-        for tower in self.towers.values():
+        for tower in self.each_tower:
             if not tower.supports_gradient_checkpointing:
                 raise ConfigError(f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false")
             # transformers 5 renamed the method along the way.

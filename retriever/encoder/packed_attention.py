@@ -61,8 +61,11 @@ def _attend(
     if attention_mask is not None:
         raise ValueError(f"packed texts take no attention mask, received one of shape {list(attention_mask.shape)}")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
     output = packed_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        queries,
+        keys,
+        values,
         packed_starts,
         packed_longest,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,

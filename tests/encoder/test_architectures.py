@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
+from retriever.data.layout import Padded, pack_rows, pad_rows
 from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, check_modules, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.rng import RngState
@@ -57,6 +58,40 @@ def test_every_parameter_receives_a_gradient(encoder: DualEncoder, rows: list[Te
     assert untrained == []
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
     assert sum(float(p.grad.abs().sum()) for p in encoder.parameters() if p.grad is not None) > 0.1
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
+    """Embeddings and gradients of every parameter, in float64 (decoders' norms compute in float32): no text sees its neighbours."""
+    tolerance = 1e-6 if encoder.passage_tower.config.model_type in DECODERS else 1e-11
+    padded = DualEncoder(*[copy.deepcopy(encoder.passage_tower).double().eval()] * 2, pooling=pooling).eval()
+    packed = copy.deepcopy(padded)
+    if encoder.passage_tower.config.model_type not in PACKED:
+        with pytest.raises(ConfigError, match=r"model\.attention: packed, but a '[\w-]+' model ignores the boundaries"):
+            packed.pack()
+        return
+    packed.pack()
+    expected, found = padded("passage", _padded(encoder, rows)), packed("passage", pack_rows([row.numpy() for row in rows]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for embeddings in (expected, found):
+        (embeddings * direction).sum().backward()
+    for (name, p), (_, q) in zip(packed.named_parameters(), padded.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=100 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor]) -> None:
+    packed = DualEncoder(*[copy.deepcopy(encoder.passage_tower)] * 2, pooling="mean").train()
+    if not packed.can_pack:
+        return
+    packed.pack()
+    tokens, state = pack_rows([row.numpy() for row in rows]), torch.get_rng_state()
+    with torch.no_grad():
+        first = packed("passage", tokens)
+    other = packed("passage", tokens)
+    torch.set_rng_state(state)
+    again = packed("passage", tokens)
+    assert again.requires_grad and torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
