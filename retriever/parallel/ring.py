@@ -34,14 +34,14 @@ class Ring:
     def forth(self) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of rank r, r − 1, …, r + 1 for this rank r. A block is valid until the next one is asked for."""
         self._held = (self._world.rank, self._own)
-        return self._sweep(range(self._world.size), step=1)
+        yield from self._sweep(range(self._world.size), step=1)
 
     def back(self) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of rank r + 1, r + 2, …, r for this rank r; the first is at hand where `forth` has just ended."""
         following = (self._world.rank + 1) % self._world.size
         if self._held[0] != following:
             self._held = (following, self._pass_on(self._own, following, step=-1).wait())
-        return self._sweep(range(1, self._world.size + 1), step=-1)
+        yield from self._sweep(range(1, self._world.size + 1), step=-1)
 
     def _sweep(self, distances: Sequence[int], step: int) -> Iterator[tuple[int, Tensor]]:
         """Blocks whose owners are `distances` ranks away, against the direction `step` in which they travel."""
