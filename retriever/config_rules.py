@@ -17,7 +17,6 @@ _NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
     "model.compile": (True,),
     "batch.retain": (True,),
     "batch.offload": (True,),
-    "loss.exchange": ("ring",),
     "run.preflight": ("only",),
 }
 
