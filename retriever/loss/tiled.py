@@ -37,7 +37,7 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         torch.where(problem.active, problem.positives + passages.own.start, -1),
         problem.scale,
         exclusions=problem.exclusions,
-        weights=queries.new_full((len(queries),), problem.weight, dtype=problem.queries.dtype),
+        weights=queries.new_full((len(queries),), problem.weight, dtype=torch.promote_types(problem.queries.dtype, torch.float32)),
         symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
