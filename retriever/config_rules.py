@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
     "batch.retain": (True,),
     "batch.offload": (True,),
-    "loss.exchange": ("ring",),
     "run.preflight": ("only",),
 }
 

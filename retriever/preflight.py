@@ -15,6 +15,7 @@ from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
+from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
@@ -58,7 +59,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
         config,
         model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
         batch=replace(config.batch, tokens_per_chunk=tokens, retain=False),
-        loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
+        loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
     )
 
 

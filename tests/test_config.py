@@ -99,7 +99,6 @@ def minimal(tmp_path: Path) -> Path:
         # Not built yet.
         ("batch.retain=true", "batch.retain: .*not available"),
         ("batch.offload=true", "batch.offload: .*not available"),
-        ("loss.exchange=ring", "loss.exchange: .*not available"),
         ("loss.dims=[64, 0]", "loss.dims"),
         # Overrides that are none, or go nowhere.
         ("run.seed", "run.seed.*expected key.sub=value"),
