@@ -53,6 +53,7 @@ class Watch:
         self._limit_s = timeout_s - 4 * self._interval_s  # leaves time to write the verdict, to read it and to end
         self._entered = self._beat = 0
         self._stopped, self._closing = threading.Event(), False
+        self._known: Verdict | None = None  # once read, it needs no store
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._publish()
 
@@ -83,10 +84,11 @@ class Watch:
 
     def blame(self, error: RuntimeError) -> RankError:
         """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped meanwhile."""
+        before = self._states()
+        if self._verdict() is None:
+            time.sleep(3 * self._interval_s)
         verdict = self._verdict()
         if verdict is None:
-            before = self._states()
-            time.sleep(3 * self._interval_s)
             still = [r for r, state in enumerate(self._states()) if r != self._rank and state == before[r]]
             reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # gloo begins with its own file and line
             lost = f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
@@ -119,9 +121,11 @@ class Watch:
 
     def _verdict(self) -> Verdict | None:
         try:
-            return Verdict(**json.loads(self._store.get(_VERDICT))) if self._store.check([_VERDICT]) else None
+            if self._known is None and self._store.check([_VERDICT]):
+                self._known = Verdict(**json.loads(self._store.get(_VERDICT)))
         except dist.DistError:
-            return Verdict(0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it")
+            self._known = Verdict(0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it")
+        return self._known
 
     def _look(self) -> None:
         """Beats, and looks at the next rank until a verdict is there."""
