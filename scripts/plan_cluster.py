@@ -102,7 +102,7 @@ def _cell(step: Step, queries: int, ranks: int, memory_gib: float) -> str:
 def _seconds(s: float) -> str:
     if s < 1:
         return f"{s * 1e3:.0f} ms"
-    return f"{s:.1f} s" if s < 100 else f"{s / 60:,.0f} min"
+    return f"{s:.{1 if s < 100 else 0}f} s" if s < 1000 else f"{s / 60:,.0f} min"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
