@@ -30,7 +30,7 @@ _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix u
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's share of the hardware; the defaults are measured on H100s and H200s joined by NVLink, `between_gb_s` is a 400 Gb/s card."""
+    """One rank's share of the hardware. Defaults are measured on H100s and H200s joined by NVLink; `between_gb_s` is a 400 Gb/s card."""
 
     ranks_per_node: int = 8
     tflops: float = 620.0  # of the loss's tile passes and matrix products, bf16
