@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from retriever.config import LossConfig
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.ring import Ring
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
 from tests.kernels.oracle import dense_infonce
@@ -102,6 +103,27 @@ def _errors(world: World, case: Case) -> list[float]:
     truth = _truth(q, p, whole, case)
     expected = [truth[0], truth[1][rows], truth[2][columns], truth[3]]
     return [float((f.double() - e).norm() / t.norm()) ** 2 for f, e, t in zip(found, expected, truth, strict=True)]
+
+
+def _collectives(world: World, folder: Path) -> list[str]:
+    """What went wrong with rows of equal, unequal and empty ranks."""
+    wrong, size = [], world.size
+    for counts in ([5] * size, [5, 2, 7, 3][:size], [0, 4, 0, 6][:size], [0] * size):
+        every = [torch.full((n, 3), float(rank + 1), device=world.device) for rank, n in enumerate(counts)]
+        found = world.gather_rows(every[world.rank])
+        if found.counts != tuple(counts) or not found.rows.equal(torch.cat(every)):
+            wrong.append(f"gather_rows {counts}: {found.rows.tolist()}")
+        own = world.reduce_rows((world.rank + 1) * torch.cat(every), counts)
+        if not own.equal(every[world.rank] * (size * (size + 1) / 2)):
+            wrong.append(f"reduce_rows {counts}: {own.tolist()}")
+        ring = {owner: block.clone() for owner, block in Ring(world, counts, every[world.rank]).back()}
+        wrong += [f"ring {counts} {owner}" for owner, block in ring.items() if not block.equal(every[owner])]
+    return wrong
+
+
+def test_rows_of_unequal_ranks_travel_unpadded(tmp_path: Path) -> None:
+    for wrong in run_on_ranks(_collectives, min(4, torch.cuda.device_count()), tmp_path, cuda=True):
+        assert wrong == []
 
 
 def test_errors_are_those_of_one_gpu(tmp_path: Path) -> None:
