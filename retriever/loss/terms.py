@@ -25,7 +25,7 @@ class Terms:
         """positive [B]: scale · s_it with the target t; row_lse [B] over the negatives of the row; column_lse [N] of own passages or None.
 
         With z = positive, w the weight of a row's direction: loss = log(1 + e^{lse − z}), gradient at z −w·σ(lse − z), at a negative's
-        logit s w·e^{s − log(e^z + e^lse)}; nothing cancels where the positive dominates.
+        logit s w·e^{s − log(e^z + e^lse)} = w·σ(lse − z)·e^{s − lse}; nothing cancels where the positive dominates.
         """
         active, columns = problem.active, problem.columns
         weight = problem.weight if column_lse is None else problem.weight / 2
@@ -35,15 +35,10 @@ class Terms:
         if column_lse is not None:
             of_targets = column_lse[columns]  # [B]
             losses = (losses + nll(of_targets, positive)) / 2
-            share = share + torch.sigmoid(of_targets - positive)
-            log_weights = (math.log(weight) - torch.logaddexp(positive, of_targets)).where(active, -torch.inf)
-            column_log_weights = _segment_logsumexp(log_weights, columns, len(column_lse))
+            column_share = torch.sigmoid(of_targets - positive)
+            share = share + column_share
+            # A passage that several queries have as target has a term for each; index_put_ adds them in a fixed order.
+            pulled = torch.zeros_like(column_lse).index_put_((columns,), (weight * column_share).where(active, 0.0), accumulate=True)
+            column_log_weights = torch.where(pulled > 0, pulled.log() - column_lse, -torch.inf)
         pull = (problem.scale * weight * share).where(active, 0.0)
         return Terms(losses.where(active, 0.0), row_log_weights, column_log_weights, pull)
-
-
-def _segment_logsumexp(x: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """log Σ exp(x) over the entries of each segment [segments]; −inf where a segment has none."""
-    top = x.new_full((segments,), -torch.inf).scatter_reduce(0, segment, x, "amax")
-    shift = top.nan_to_num(neginf=0.0)
-    return torch.zeros_like(top).index_put((segment,), (x - shift[segment]).exp(), accumulate=True).log() + shift

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from retriever.config import Config
+from retriever.config import Config, ConfigError
 from retriever.parallel.world import World
 
 Exchange = Literal["ring", "gather"]
@@ -30,7 +30,7 @@ _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix u
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's share of the hardware; the defaults are measured on H100s and H200s joined by NVLink, `between_gb_s` is a 400 Gb/s card."""
+    """One rank's share of the hardware. Defaults are measured on H100s and H200s joined by NVLink; `between_gb_s` is a 400 Gb/s card."""
 
     ranks_per_node: int = 8
     tflops: float = 620.0  # of the loss's tile passes and matrix products, bf16
@@ -117,12 +117,17 @@ def choose(work: Workload, machine: Machine, budget_mib: float) -> Exchange:
 
 
 def exchange_for(config: Config, dim: int, world: World) -> Exchange:
-    """`loss.exchange` with `auto` settled for embeddings of `dim` numbers, the same on every rank; every rank calls it."""
+    """`loss.exchange` with `auto` settled for embeddings of `dim` numbers, the same on every rank; every rank calls it.
+
+    Raises ConfigError where a ring is asked for with another strategy than tiled.
+    """
     loss = config.loss
-    if world.size == 1 or loss.strategy != "tiled":
-        return "gather"
+    if loss.exchange == "ring" and loss.strategy != "tiled":
+        raise ConfigError(f"loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy={loss.strategy}, which gathers")
     if loss.exchange != "auto":
         return loss.exchange
+    if world.size == 1 or loss.strategy != "tiled":
+        return "gather"
     free = float("inf")
     if world.device.type == "cuda":
         free = -float(world.max(torch.tensor(-float(torch.cuda.mem_get_info(world.device)[0]), device=world.device))) / 2**20

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retriever.config import BatchConfig, Config, DataConfig, LossConfig
+from retriever.config import BatchConfig, Config, ConfigError, DataConfig, LossConfig
 from retriever.parallel.cost import Estimate, Machine, Workload, choose, exchange_for, gather_cost, hiding_queries, ring_cost
 from retriever.parallel.world import World
 
@@ -93,5 +93,7 @@ def test_the_setting_is_settled_before_step_1() -> None:
     assert exchange_for(replace(config, loss=replace(config.loss, symmetric=False)), 768, _Ranks(2)) == "gather"
     assert exchange_for(config, 768, _Ranks(1)) == "gather", "alone there is nothing to exchange"
     assert exchange_for(replace(config, loss=replace(config.loss, strategy="dense")), 768, _Ranks(2)) == "gather"
-    for asked in ("ring", "gather"):
-        assert exchange_for(replace(config, loss=replace(config.loss, exchange=asked)), 768, _Ranks(2)) == asked  # type: ignore[arg-type]
+    for asked, ranks in (("ring", 2), ("gather", 2), ("ring", 1)):
+        assert exchange_for(replace(config, loss=replace(config.loss, exchange=asked)), 768, _Ranks(ranks)) == asked  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy=dense"):
+        exchange_for(replace(config, loss=LossConfig(exchange="ring", strategy="dense")), 768, _Ranks(2))
