@@ -5,8 +5,8 @@ Ranks may hold unequal numbers of rows, zero included; rows travel as they are, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,8 @@ _BUCKET_BYTES = 256 * 2**20
 # torch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Guard = Callable[[], AbstractContextManager[None]]  # what stands around a wait for other ranks
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Watcher(Protocol):
 class Transfer:
     """Rows on their way from a neighbour."""
 
-    def __init__(self, world: World, sent: Tensor, arriving: Tensor, work: Sequence[dist.Work]) -> None:
+    def __init__(self, sent: Tensor, arriving: Tensor, work: Sequence[dist.Work], guard: Guard = nullcontext) -> None:
         self._sent, self._arriving, self._work = sent, arriving, work  # both live until they have arrived
-        self._world = world
+        self._guard = guard
 
     def wait(self) -> Tensor:
         """The rows that arrived; on a GPU what is queued from now on waits for them, the host does not."""
-        with self._world.collective():
+        with self._guard():
             for work in self._work:
                 work.wait()
         return self._arriving
@@ -155,7 +157,7 @@ class World:
         ends = [(dist.isend, x, after), (dist.irecv, arriving, before)]
         operations = [dist.P2POp(operation, tensor, peer) for operation, tensor, peer in ends if tensor.numel()]
         with self.collective():
-            return Transfer(self, x, arriving, dist.batch_isend_irecv(operations) if operations else [])
+            return Transfer(x, arriving, dist.batch_isend_irecv(operations) if operations else [], self.collective)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Σ over ranks of every parameter's gradient, in flat buckets: a step's only parameter collective.
