@@ -26,7 +26,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     pairs = [{"anchor": text.split()[0], "positive": text} for text in random_texts(40, shortest=4, longest=9)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     values = {
-        "run": {"output_dir": str(folder / "run"), "trackers": [], "timeout_s": 4},
+        "run": {"output_dir": str(folder / "run"), "trackers": [], "timeout_s": 60},
         "model": {"name_or_path": str(folder / "model")},
         "data": {"train": [{"path": str(folder / "pairs.jsonl")}], "cache_dir": str(folder / "cache")},
         "batch": {"queries": 8},
@@ -62,7 +62,7 @@ def test_a_rank_that_is_left_alone_says_so(settings: list[str]) -> None:
         port = str(probe.getsockname()[1])
     alone = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ended = subprocess.run(
-        [sys.executable, *settings, "run.output_dir=alone"],
+        [sys.executable, *settings, "run.output_dir=alone", "run.timeout_s=4"],
         cwd=Path(settings[-1]).parent,
         env=alone,
         capture_output=True,
