@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_environment()
     from retriever.data.records import DataError
     from retriever.export import ExportError
-    from retriever.parallel.watch import RankError
+    from retriever.parallel.watch import INTERRUPTION, RankError
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all ranks say is said once a node
     try:
@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except RankError as error:
-        if error.verdict.status != 130 and (first or error.speaks):
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)  # behind the progress bar
+        if error.speaks:
+            print(f"\n{error}", file=sys.stderr, flush=True)  # behind the progress bar
         os._exit(error.verdict.status)  # an ordinary end would wait for the rank that is no more
     except KeyboardInterrupt:
         if first:
-            print("\ninterrupted: the same command goes on from the last checkpoint, one every train.save_every steps", file=sys.stderr)
+            print(f"\n{INTERRUPTION}", file=sys.stderr)
         return 130
     return 0
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from retriever.parallel.world import World
 
 LOST, INTERRUPTED = 3, 130  # exit statuses
+INTERRUPTION = "interrupted: the same command goes on from the last checkpoint, one every train.save_every steps"
 _VERDICT = "verdict"
 _SLOWEST_INTERVAL_S = 1.0
 
@@ -37,11 +38,13 @@ class Verdict:
 
 
 class RankError(RuntimeError):
-    """The run ends because of a rank. `speaks`: this rank is one of those that should say so beside the first of each node."""
+    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
 
-    def __init__(self, verdict: Verdict, speaks: bool) -> None:
-        super().__init__(f"{verdict.what}. The same command goes on from the last checkpoint")
-        self.verdict, self.speaks = verdict, speaks
+    def __init__(self, verdict: Verdict, rank: int) -> None:
+        interrupted = verdict.status == INTERRUPTED
+        super().__init__(INTERRUPTION if interrupted else f"error: {verdict.what}. The same command goes on from the last checkpoint")
+        self.verdict = verdict
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (not interrupted and rank in (verdict.by, verdict.rank))
 
 
 class Watch:
@@ -93,7 +96,7 @@ class Watch:
             reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # gloo begins with its own file and line
             lost = f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
             verdict = self.announce(Verdict(still[0] if still else self._rank, self._rank, f"{lost}, and a collective failed ({reason})"))
-        return RankError(verdict, self._rank in (verdict.by, verdict.rank))
+        return RankError(verdict, self._rank)
 
     def tell(self, error: BaseException) -> BaseException:
         """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led to it."""
@@ -104,7 +107,7 @@ class Watch:
             what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             verdict = self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} ended with {what}"))
             if isinstance(error, RuntimeError) and verdict.rank != self._rank:
-                cause = RankError(verdict, speaks=False)
+                cause = RankError(verdict, self._rank)
         if self._rank == 0:  # it may hold the store, where the others have yet to read why
             time.sleep(2 * self._interval_s)
         return cause
@@ -158,10 +161,11 @@ class Watch:
         """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no more."""
         if verdict is None or self._stopped.wait(2 * self._interval_s):
             return
-        error = RankError(verdict, self._rank in (verdict.by, verdict.rank))
-        if verdict.status == LOST and (error.speaks or os.environ.get("LOCAL_RANK", "0") == "0"):
-            print(f"\nerror: {error}", file=sys.stderr)
-        if verdict.rank == self._rank and (frame := sys._current_frames().get(threading.main_thread().ident or 0)):
+        error = RankError(verdict, self._rank)
+        if error.speaks:
+            print(f"\n{error}", file=sys.stderr)
+        if verdict.status == LOST and verdict.rank == self._rank:
+            frame = sys._current_frames()[threading.main_thread().ident or 0]
             print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(frame))}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -63,7 +63,7 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
                     CASES[case][0](rank)
                 assert world.sum(torch.ones(1)) == RANKS
     except RankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(error, file=sys.stderr, flush=True)
         os._exit(error.verdict.status)
     except KeyboardInterrupt:
         os._exit(130)
