@@ -16,6 +16,7 @@ from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
 from retriever.forecast import SIDES, Forecast
+from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
@@ -52,7 +53,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
-        loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
+        loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
     )
 
 

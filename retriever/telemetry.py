@@ -108,9 +108,8 @@ class Telemetry:
         self._since, self._step_started = self._since + inside, self._step_started + inside
 
     def close(self) -> None:
-        """Ends the bar and the trackers."""
+        """Ends the bar."""
         self._bar.close()
-        self._accelerator.end_training()
 
 
 def _forget_after(metrics: Path, step: int) -> None:
