@@ -48,6 +48,7 @@ class ModelConfig:
     query_max_tokens: int = 32
     passage_max_tokens: int = 144
     attention: Literal["auto", "packed", "padded"] = "auto"
+    fused: bool | Auto = "auto"  # our own layers of the BERT family, on packed texts
     compile: bool | Auto = "auto"
     gradient_checkpointing: bool = False
     lora: dict[str, Any] | None = None
@@ -86,7 +87,7 @@ class BatchConfig:
 
     queries: int = 1024  # global, per optimizer step
     tokens_per_chunk: int | Auto = "auto"
-    retain: bool | Auto = "auto"
+    retain: bool | int | Auto = "auto"  # graphs kept between the passes: all, none, or of so many tokens a rank
     one_source: bool = True
     offload: bool = False
 

@@ -69,7 +69,12 @@ def minimal(tmp_path: Path) -> Path:
         ("data.train.0.name=both", "data.train.0: expected exactly one of path and name"),
         ("data.train.1.weight=0", "data.train.1.weight: "),
         ("data.train.1.limit=0", "data.train.1.limit: "),
+        ("model={name_or_path: m, fused: true, attention: padded}", "model.fused: expected false or auto with model.attention=padded"),
+        ("model={name_or_path: m, fused: true, compile: true}", "model.compile: expected false or auto with model.fused=true"),
+        ("model={name_or_path: m, compile: true, gradient_checkpointing: true}", "model.compile: expected false or auto with"),
+        ("model={name_or_path: m, fused: true, gradient_checkpointing: true}", "model.fused: expected false or auto with"),
         ("data.negatives=-1", "data.negatives: "),
+        ("batch.retain=-1", "batch.retain: expected auto, true, false or a number of tokens"),
         ("loss.kl_weight=-1", "loss.kl_weight: expected 0 or more"),
         ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
         ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number above 0"),
@@ -89,10 +94,7 @@ def minimal(tmp_path: Path) -> Path:
         ("train.eval_every=10", "train.eval_every: "),
         ("eval={split: dev}", "eval.path: "),
         # Not built yet.
-        ("model.attention=packed", "model.attention: .*not available"),
-        ("model.compile=true", "model.compile: .*not available"),
         ("model.lora={r: 8}", "model.lora: .*not available"),
-        ("batch.retain=true", "batch.retain: .*not available"),
         ("batch.offload=true", "batch.offload: .*not available"),
         ("loss.dims=[64, 0]", "loss.dims"),
         # Overrides that are none, or go nowhere.
