@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from retriever.config import Config, ConfigError
+from retriever.config_tree import ConfigError
 from retriever.parallel.world import World
+
+if TYPE_CHECKING:
+    from retriever.config import Config
 
 Exchange = Literal["ring", "gather"]
 

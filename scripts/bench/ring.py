@@ -93,11 +93,12 @@ class Bench:
             if b > method.largest:
                 continue
             case, call = self.case(b, method.condition), partial(method.run, self.shard(b))
-            if self.world.device.type == "cuda":
+            on_gpu = self.world.device.type == "cuda"
+            if on_gpu:
                 self.add(case, method.name, "mb_per_rank", peak_extra_mb(call), "MiB")
-            self.add(case, method.name, "forward_backward_ms", median_ms(self.world, call), "ms")
+            self.add(case, method.name, "forward_backward_ms", median_ms(self.world, call, warm=on_gpu), "ms")
             del call
-            if self.world.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.empty_cache()
 
     def exposed(self, method: Method, b: int) -> None:
