@@ -48,6 +48,7 @@ class ModelConfig:
     query_max_tokens: int = 32
     passage_max_tokens: int = 144
     attention: Literal["auto", "packed", "padded"] = "auto"
+    fused: bool | Auto = "auto"  # our own layers of the BERT family, on packed texts
     compile: bool | Auto = "auto"
     gradient_checkpointing: bool = False
     lora: dict[str, Any] | None = None

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 # Settings whose room is not built yet. Each is refused by name; the room that brings it deletes its line.
 _NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "model.attention": ("packed",),
-    "model.compile": (True,),
     "batch.retain": (True,),
     "batch.offload": (True,),
     "loss.exchange": ("ring",),
@@ -36,6 +34,12 @@ def validate(config: Config) -> None:
     _require(config.run.timeout_s > 0, "run.timeout_s", "a number of seconds above 0", config.run.timeout_s)
     _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
     _require(model.lora is None, "model.lora", "null: LoRA is not available in this version", model.lora)
+    _require(not (model.fused is True and model.attention == "padded"), "model.fused", "false or auto with model.attention=padded", True)
+    _require(not (model.fused is True and model.compile is True), "model.compile", "false or auto with model.fused=true", True)
+    uncompiled = not (model.compile is True and model.gradient_checkpointing)
+    _require(uncompiled, "model.compile", "false or auto with model.gradient_checkpointing=true", True)
+    unfused = not (model.fused is True and model.gradient_checkpointing)
+    _require(unfused, "model.fused", "false or auto with model.gradient_checkpointing=true", True)
     _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
     _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)
     _require(len(config.data.train) > 0, "data.train", "at least one source", [])

@@ -6,8 +6,11 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +23,11 @@ if not __package__:  # run as a script, Python looks for modules in this folder 
 if TYPE_CHECKING:
     from retriever.data.tokens import Side
     from retriever.encoder.bundle import EncoderBundle
+    from retriever.encoder.slabs import Arriving
+    from retriever.shards import ShardWriter
 
-SHARD_ROWS = 16_384
+SHARD_ROWS = 65_536
+_WRITES_BEHIND = 2  # shards that wait to be written, at most
 
 
 def encode_to_shards(
@@ -44,7 +50,8 @@ def encode_to_shards(
     All ranks see the same texts in the same order; rank r encodes shards r, r + world_size, … and rank 0 writes the manifest
     when all are done, so more than one rank needs `barrier`, a function that returns once every rank has called it.
     Shards of the same job (model, prompt, length, dtype, `texts_fingerprint`, …) that are already there are kept, whatever
-    the number of ranks that wrote them; where all are, nothing is encoded.
+    the number of ranks that wrote them; where all are, nothing is encoded. Texts are sorted by length within a shard. While one
+    shard is encoded, threads read and tokenise the next and write the ones before.
     """
     from retriever.shards import ShardJob, ShardWriter
 
@@ -72,18 +79,14 @@ def encode_to_shards(
     if rank == 0:
         writer.prepare()
     wait()
-    rows = 0
+    reading = _Reading(texts, shard_rows, lambda shard: shard % world_size == rank and not writer.has(shard))
     with tqdm(unit="text", desc=f"encode {side}", disable=not progress or rank != 0) as bar:
-        for shard, pairs in enumerate(_slices(texts, shard_rows)):
-            if shard % world_size == rank and not writer.has(shard):
-                ids, contents = zip(*pairs, strict=True)
-                writer.write(shard, bundle.encode(contents, side, tokens_per_chunk=tokens_per_chunk, progress=bar.update), ids)
-            else:
-                bar.update(len(pairs))
-            rows += len(pairs)
+        encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
+        with closing(encoded):
+            _write(writer, encoded)
     wait()
     if rank == 0:
-        writer.finish(rows)
+        writer.finish(reading.rows)
     wait()
     return writer.folder
 
@@ -110,9 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             pooling=given.pooling,
             normalize=given.normalize,
             precision=given.precision,
+            attention=given.attention,
+            compiled=given.compile == "true" or (given.compile == "auto" and given.side == "passage" and state.device.type == "cuda"),
             device=state.device,
             **{f"{given.side}_prompt": given.prompt, f"{given.side}_max_tokens": given.max_tokens},
         )
+        if state.is_main_process:
+            print(f"{given.model}: {'packed' if bundle.encoder.packed else 'padded'} texts, {given.precision}, on {state.device}")
         title, separator = given.title or bundle.settings.title, given.title_separator
         separator = bundle.settings.title_separator if separator is None else separator
         folder = encode_to_shards(
@@ -150,9 +157,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help=f"unit vectors {told}")
     parser.add_argument("--title", choices=("join", "drop"), help=f"of a passage {told}")
     parser.add_argument("--title-separator", help=f"between title and text {told}")
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "packed", "padded"),
+        default="auto",
+        help="packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="layers that have no fused version of ours; auto: of passages on a GPU (default: %(default)s)",
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the shards (default: %(default)s)")
-    parser.add_argument("--tokens-per-chunk", type=int, help="padded tokens the encoder sees at once (default: 65536, on a CPU 8192)")
+    parser.add_argument("--tokens-per-chunk", type=int, help="the encoder sees at once, padding included (default: 65536, on a CPU 8192)")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="embeddings a shard (default: %(default)s)")
     return parser
 
@@ -175,10 +194,39 @@ def _fingerprint(path: Path, side: Side, title: str, separator: str) -> str:
     return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
 
 
-def _slices(texts: Iterable[tuple[str, str]], rows: int) -> Iterator[list[tuple[str, str]]]:
-    stream = iter(texts)
-    while part := list(islice(stream, rows)):
-        yield part
+def _write(writer: ShardWriter, encoded: Iterable[tuple[tuple[int, Sequence[str]], Arriving]]) -> None:
+    """Writes shard after shard in a thread, as their embeddings arrive, while the next are encoded."""
+
+    def write(shard: int, ids: Sequence[str], embeddings: Arriving) -> None:
+        writer.write(shard, embeddings.wait(), ids)
+
+    behind: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
+        for (shard, ids), embeddings in encoded:
+            behind.append(thread.submit(write, shard, ids, embeddings))
+            if len(behind) > _WRITES_BEHIND:
+                behind.popleft().result()
+        for written in behind:
+            written.result()
+
+
+class _Reading:
+    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says, counting all rows."""
+
+    def __init__(self, texts: Iterable[tuple[str, str]], shard_rows: int, wanted: Callable[[int], bool]) -> None:
+        self._texts, self._shard_rows, self._wanted = iter(texts), shard_rows, wanted
+        self.rows = 0  # read so far
+
+    def slabs(self) -> Iterator[tuple[tuple[int, tuple[str, ...]], tuple[str, ...]]]:
+        """((shard, its ids), its texts) of each wanted shard."""
+        for shard in count():
+            pairs = list(islice(self._texts, self._shard_rows))
+            self.rows += len(pairs)
+            if not pairs:
+                return
+            if self._wanted(shard):
+                ids, contents = zip(*pairs, strict=True)
+                yield (shard, ids), contents
 
 
 if __name__ == "__main__":

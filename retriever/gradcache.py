@@ -2,7 +2,8 @@
 
 (Gao et al. 2021, arXiv:2101.06983.) With representations r = f(x) and loss L(r), dL/dθ = Σ over chunks of (∂r/∂θ)ᵀ dL/dr.
 dL/dr is taken once over the whole batch; each chunk is then encoded again, with a graph, and its rows are pulled back.
-The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the first.
+The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the first. Chunks whose graphs
+fit in memory keep them and are encoded once.
 """
 
 from __future__ import annotations
@@ -27,17 +28,27 @@ class Representations(NamedTuple):
     passage: Tensor  # [N, D]
 
 
-def encode_without_graph(encoder: DualEncoder, batch: Batch) -> tuple[Representations, list[RngState]]:
-    """The batch's representations, and the RNG state that each chunk was encoded under."""
+# What the first pass leaves of a chunk: the RNG state to encode it under again, or its embeddings [n, D] with their graph.
+FirstPass = RngState | Tensor
+
+
+def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) -> tuple[Representations, list[FirstPass]]:
+    """The batch's representations, and what is needed to differentiate each chunk.
+
+    The first chunks, of at most `retain` tokens together, keep their graphs: they are the first whose memory is free again.
+    """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
     sides = [torch.empty(n, encoder.dimension, dtype=parameter.dtype, device=parameter.device) for n in batch.sizes]
     representations = Representations(*sides)
-    states = []
-    with torch.no_grad():
-        for chunk in batch.chunks:
-            states.append(RngState.capture(parameter.device))
-            getattr(representations, chunk.side)[chunk.rows] = encoder(chunk.side, chunk.input_ids, chunk.attention_mask)
-    return representations, states
+    passes: list[FirstPass] = []
+    for chunk in batch.chunks:
+        retain -= chunk.tokens.input_ids.numel()
+        state = RngState.capture(parameter.device)
+        with torch.set_grad_enabled(retain >= 0):
+            output = encoder(chunk.side, chunk.tokens)  # [n, D]
+        getattr(representations, chunk.side)[chunk.rows] = output.detach()
+        passes.append(output if retain >= 0 else state)
+    return representations, passes
 
 
 def representation_gradients(
@@ -51,9 +62,12 @@ def representation_gradients(
     return loss, Representations(dqueries, dpassages)
 
 
-def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, states: Sequence[RngState]) -> None:
-    """Encodes each chunk again under its RNG state, with a graph, and backpropagates its rows of the gradient."""
-    for chunk, state in zip(batch.chunks, states, strict=True):
-        with state.restored():
-            output = encoder(chunk.side, chunk.input_ids, chunk.attention_mask)  # [n, D]
+def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, passes: Sequence[FirstPass]) -> None:
+    """Backpropagates each chunk's rows of the gradient, through the graph it kept or one made by encoding it again."""
+    for chunk, first in zip(batch.chunks, passes, strict=True):
+        if isinstance(first, RngState):
+            with first.restored():
+                output = encoder(chunk.side, chunk.tokens)  # [n, D]
+        else:
+            output = first
         output.backward(getattr(gradients, chunk.side)[chunk.rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever.config import Config, ConfigError
+from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store
@@ -56,10 +56,24 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
         tokens = -int(world.max(torch.tensor(-fitting, device=world.device)))  # the smallest of all ranks
     return replace(
         config,
-        model=replace(config.model, pooling=encoder.pooling, attention="padded", compile=False),
+        model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
         batch=replace(config.batch, tokens_per_chunk=tokens, retain=False),
         loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
     )
+
+
+def _modes(model: ModelConfig, encoder: DualEncoder, device: torch.device) -> ModelConfig:
+    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else compiled."""
+    gpu, given = device.type == "cuda", model
+    if model.attention == "auto":
+        packed = model.fused is True or (gpu and encoder.can_pack)
+        model = replace(model, attention="packed" if packed else "padded")
+    free = gpu and not model.gradient_checkpointing
+    if model.fused == "auto":
+        model = replace(model, fused=free and model.attention == "packed" and given.compile is not True and encoder.can_fuse)
+    if model.compile == "auto":
+        model = replace(model, compile=free and not model.fused)
+    return model
 
 
 def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> list[str]:

@@ -23,10 +23,12 @@ class StepReport:
     lr: float
     temperature: float
     queries: int
+    tokens: int  # of this rank, padding not counted
+    waited_s: float  # this rank's, for chunks that were not ready
 
 
 def train_step(
-    encoder: DualEncoder, objective: ContrastiveObjective, batch: Batch, optimizer: Optimizer, world: World, seed: int
+    encoder: DualEncoder, objective: ContrastiveObjective, batch: Batch, optimizer: Optimizer, world: World, seed: int, retain: int = 0
 ) -> StepReport:
     """Encode, differentiate the loss at the representations, encode again and backpropagate, update.
 
@@ -35,17 +37,19 @@ def train_step(
     seed_step(seed, batch.step, world.rank)
     temperature = objective.temperature
 
-    # 1. Encode every chunk without a graph; remember the RNG state of each.
-    representations, states = encode_without_graph(encoder, batch)  # queries [B, D], passages [N, D]
+    # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
+    representations, passes = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)
 
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
-    backward_through_encoder(encoder, batch, gradients, states)
+    backward_through_encoder(encoder, batch, gradients, passes)
 
     # 4. The step's only parameter collective, then the update.
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(batch.step)
     grad_norm = optimizer.clip_and_step(batch.step)
-    return StepReport(batch.step, world.sum(loss).item(), grad_norm, lr, temperature, batch.targets.global_queries)
+    return StepReport(
+        batch.step, world.sum(loss).item(), grad_norm, lr, temperature, batch.targets.global_queries, batch.tokens, batch.chunks.waited_s
+    )

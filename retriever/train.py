@@ -76,6 +76,7 @@ def train(config: Config) -> None:
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
+    encoder.use(config.model)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)
     loader = BatchLoader.from_config(store, planner, template, config, world)
@@ -97,7 +98,7 @@ def train(config: Config) -> None:
     bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
     for batch in loader.batches(finished, total):
-        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed)
+        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, int(config.batch.retain))
         telemetry.step(report)
         done = report.step + 1
         with telemetry.paused():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, mse_loss, normalize, pad
+from torch.nn.functional import kl_div, mse_loss, normalize
 
 from retriever.config import ConfigError, LossConfig
 from retriever.data.batch import Batch, Targets
 from retriever.data.chunks import Chunk
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -79,13 +81,18 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
 def _encode_whole(encoder: DualEncoder, batch: Batch, side: Side) -> Tensor:
     """All of one side in a single forward pass, in the batch's order."""
     chunks: list[Chunk] = [chunk for chunk in batch.chunks if chunk.side == side]
-    width = max(chunk.input_ids.shape[1] for chunk in chunks)
-    ids, mask = (
-        torch.cat([pad(getattr(chunk, name), (0, width - chunk.input_ids.shape[1])) for chunk in chunks])
-        for name in ("input_ids", "attention_mask")
-    )
-    order = torch.cat([chunk.rows for chunk in chunks]).argsort()
-    return encoder(side, ids[order], mask[order])
+    texts = {row: text for chunk in chunks for row, text in zip(chunk.rows.tolist(), _texts(chunk.tokens), strict=True)}
+    rows = [texts[row] for row in range(len(texts))]
+    packed = isinstance(chunks[0].tokens, Packed)
+    whole: Padded | Packed = pack_rows(rows) if packed else pad_rows(rows, pad_id=0)
+    return encoder(side, whole.map(lambda t: t.to(encoder.device)))
+
+
+def _texts(tokens: Padded | Packed) -> list[np.ndarray]:
+    """Each text's own tokens."""
+    if isinstance(tokens, Packed):
+        return np.split(tokens.input_ids.cpu().numpy(), tokens.starts[1:-1].cpu().numpy())
+    return [ids[mask.bool()].cpu().numpy() for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)]
 
 
 def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossConfig) -> Tensor:

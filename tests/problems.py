@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch, Targets
-from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+from retriever.data.chunks import Chunk, Chunks, plan_chunks
+from retriever.data.layout import pack_rows, pad_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def random_batch(
     return WholeBatch([tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners)
 
 
-def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Batch, list[int], list[int]]:
+def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False) -> tuple[Batch, list[int], list[int]]:
     """The rank's Batch, and which rows of the whole batch its queries and passages are."""
     columns = [c for c, owner in enumerate(whole.owners) if owner == rank]
     home = [whole.owners[c] if c >= 0 else 0 for c in whole.positives]
@@ -64,8 +65,9 @@ def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Bat
     sides = {"query": [whole.query_tokens[r] for r in rows], "passage": [whole.passage_tokens[c] for c in columns]}
     chunks = []
     for side, texts in sides.items():
-        for part in plan_chunks(np.array([len(t) for t in texts], dtype=np.int64), tokens_per_chunk):
-            chunk = Chunk(side, torch.from_numpy(part), *pad_rows([texts[i] for i in part], 0))  # type: ignore[arg-type]
+        for part in plan_chunks(np.array([len(t) for t in texts], dtype=np.int64), tokens_per_chunk, packed=packed):
+            own = [texts[i] for i in part]
+            chunk = Chunk(side, torch.from_numpy(part), pack_rows(own) if packed else pad_rows(own, 0))  # type: ignore[arg-type]
             chunks.append(lambda chunk=chunk: chunk)
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
@@ -73,7 +75,7 @@ def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int) -> tuple[Bat
 
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:
     """All texts in one forward pass, in their order."""
-    return encoder(side, *pad_rows(texts, 0))
+    return encoder(side, pad_rows(texts, 0))
 
 
 def oracle_loss(

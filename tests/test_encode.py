@@ -17,6 +17,7 @@ import pytest
 from retriever import encode as encode_module
 from retriever.encode import encode_to_shards, main
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.encoder.dual_encoder import DualEncoder
 from retriever.shards import ShardError, open_shards
 from tests.tiny import random_texts, save_tiny_model
 
@@ -50,11 +51,15 @@ class _Counting(EncoderBundle):
     texts = 0
     stop_at = 10**9
 
-    def encode(self, texts: Any, *arguments: Any, **named: Any) -> np.ndarray:
-        self.texts += len(texts)
-        if self.texts > self.stop_at:
-            raise KeyboardInterrupt
-        return super().encode(texts, *arguments, **named)
+    def encode_slabs(self, slabs: Any, *arguments: Any, **named: Any) -> Any:
+        return super().encode_slabs(self._counted(slabs), *arguments, **named)
+
+    def _counted(self, slabs: Any) -> Iterator[Any]:
+        for key, texts in slabs:
+            self.texts += len(texts)
+            if self.texts > self.stop_at:
+                raise KeyboardInterrupt
+            yield key, texts
 
 
 def _counting(bundle: EncoderBundle, **changed: Any) -> _Counting:
@@ -149,7 +154,8 @@ def beir(tmp_path: Path) -> Path:
 def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--model", str(model), "--input", str(beir), "--pooling", "cls", "--max-tokens", "16", "--prompt", "a "]
     main([*common, "--side", "passage", "--output", str(tmp_path / "p"), "--title-separator", " of ", "--shard-rows", "10"])
-    assert capsys.readouterr().out == f"{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
+    said = f"{model}: padded texts, fp32, on cpu\n{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
+    assert capsys.readouterr().out == said
     main([*common, "--side", "query", "--output", str(tmp_path / "q")])
     loaded = load_encoder(
         model, pooling="cls", passage_prompt="a ", query_prompt="a ", passage_max_tokens=16, query_max_tokens=16, device="cpu"
@@ -180,6 +186,21 @@ def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Pat
     main([*arguments, "--title", "drop"])
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
     assert _read(tmp_path / "p")[1][-1] == "p99"
+
+
+def test_the_command_packs_and_compiles_when_told_to(
+    model: Path, beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed texts have the same embeddings; on a CPU neither is chosen without being asked for."""
+    compiled: list[DualEncoder] = []
+    monkeypatch.setattr(DualEncoder, "compile_layers", lambda encoder: compiled.append(encoder))
+    arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--shard-rows", "10", "--output"]
+    main([*arguments, str(tmp_path / "padded")])
+    assert not compiled
+    main([*arguments, str(tmp_path / "packed"), "--attention", "packed", "--compile", "true"])
+    assert len(compiled) == 1 and compiled[0].packed
+    assert f"{model}: packed texts, fp32, on cpu\n" in capsys.readouterr().out
+    np.testing.assert_allclose(_read(tmp_path / "packed")[0], _read(tmp_path / "padded")[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("missing", ["model", "input"])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
-from retriever.data.chunks import Chunk, Chunks, pad_rows
+from retriever.data.chunks import Chunk, Chunks
+from retriever.data.layout import Packed, Padded, pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import Representations, backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
@@ -38,8 +39,8 @@ class Recording(nn.Module):
         self.outputs: list[Tensor] = []
         self.with_graph: list[bool] = []
 
-    def forward(self, side: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.encoder(side, input_ids, attention_mask)
+    def forward(self, side: str, tokens: Padded | Packed) -> Tensor:
+        output = self.encoder(side, tokens)  # type: ignore[arg-type]
         self.outputs.append(output.detach().clone())
         self.with_graph.append(output.requires_grad)
         return output
@@ -66,13 +67,13 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def _cached(encoder: nn.Module, batch: Batch) -> list[Tensor]:
+def _cached(encoder: nn.Module, batch: Batch, retain: int = 0) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, states = encode_without_graph(encoder, batch)  # type: ignore[arg-type]
+    representations, passes = encode_without_graph(encoder, batch, retain)  # type: ignore[arg-type]
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, states)  # type: ignore[arg-type]
+    backward_through_encoder(encoder, batch, gradients, passes)  # type: ignore[arg-type]
     return _gradients(encoder)
 
 
@@ -82,7 +83,7 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
     seed_step(0, 0, 0)
     sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
     for chunk in batch.chunks:
-        sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.input_ids, chunk.attention_mask))
+        sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.tokens))
     detached = Representations(*(x.detach() for x in sides.values()))
     _, gradients = representation_gradients(OBJECTIVE, detached, batch, CPU)
     torch.autograd.backward(list(sides.values()), list(gradients))
@@ -101,6 +102,25 @@ def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path)
     seed_step(0, 1, 0)
     encode_without_graph(recording, batch)  # type: ignore[arg-type]
     assert not any(torch.equal(a, b) for a, b in zip(first, recording.outputs[-len(first) :], strict=True)), "dropout is off"
+
+
+@pytest.mark.parametrize("layers", ["padded", "packed", "fused"])
+def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, layers: str) -> None:
+    """With dropout on, however much is retained: the first chunks keep their graphs, and no bit of a gradient changes."""
+    encoder = _encoder(folder, dropout=True)
+    if layers != "padded":
+        encoder.pack()
+    if layers == "fused":
+        encoder.fuse_layers()
+    recording = Recording(encoder)
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed)
+    sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
+    replayed = _cached(recording, batch)
+    for kept in (0, 1, 3, len(sizes)):
+        recording.with_graph.clear()
+        again = _cached(recording, batch, retain=sum(sizes[:kept]))
+        assert recording.with_graph == [True] * kept + [False] * (len(sizes) - kept) + [True] * (len(sizes) - kept)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -133,8 +153,8 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
         order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
         for rows in (part for part in np.split(order, cuts) if len(part)):
             extra = int(draw.integers(0, 3))
-            ids, mask = (torch.nn.functional.pad(t, (0, extra)) for t in pad_rows([texts[i] for i in rows], 0))
-            chunks.append(Chunk(side, torch.from_numpy(rows), ids, mask))  # type: ignore[arg-type]
+            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t, extra=extra: torch.nn.functional.pad(t, (0, extra)))  # type: ignore[misc]
+            chunks.append(Chunk(side, torch.from_numpy(rows), tokens))  # type: ignore[arg-type]
     shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
     return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]
 

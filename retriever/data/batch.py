@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.chunks import Chunk, Chunks, plan_chunks
+from retriever.data.layout import Packed, Padded
 from retriever.data.planner import Planner, known_positives, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.teacher import false_negatives, scored_groups
@@ -70,6 +71,7 @@ class BatchLoader:
         model: ModelConfig,
         *,
         tokens_per_chunk: int,
+        packed: bool = False,
         mask_known_positives: bool,
         teacher_groups: bool = False,
         teacher_margin: float | None = None,
@@ -80,7 +82,7 @@ class BatchLoader:
         self._store, self._planner, self._template = store, planner, template
         self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
         self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
-        self._tokens_per_chunk = tokens_per_chunk
+        self._tokens_per_chunk, self._packed = tokens_per_chunk, packed
         self._masked = mask_known_positives
         self._teacher_groups, self._teacher_margin = teacher_groups, teacher_margin
         self._device, self._rank, self._world_size = device, rank, world_size
@@ -100,6 +102,7 @@ class BatchLoader:
             template,
             config.model,
             tokens_per_chunk=int(config.batch.tokens_per_chunk),
+            packed=config.model.attention == "packed",
             mask_known_positives=config.loss.mask_known_positives,
             teacher_groups=config.loss.distils,
             teacher_margin=config.loss.teacher_margin,
@@ -146,11 +149,17 @@ class BatchLoader:
         return self._template.lengths(self._tables[side].lengths[rows], self._max_tokens[side])
 
     def _builders(self, side: Side, rows: np.ndarray) -> list[Callable[[], Chunk]]:
-        plan = plan_chunks(self._lengths(side, rows), self._tokens_per_chunk)
+        plan = plan_chunks(self._lengths(side, rows), self._tokens_per_chunk, packed=self._packed)
         return [lambda positions=positions: self._build(side, positions, rows[positions]) for positions in plan]  # type: ignore[misc]
 
     def _build(self, side: Side, positions: np.ndarray, rows: np.ndarray) -> Chunk:
         room = self._max_tokens[side] - self._template.special_tokens
         tokens, counts = self._tables[side].gather(rows, room, keep_end=self._template.keep_end)
-        input_ids, mask = self._template.wrap_rows(tokens, counts)
-        return Chunk(side, torch.from_numpy(positions), torch.from_numpy(input_ids), torch.from_numpy(mask))
+        layout: Padded | Packed
+        if self._packed:
+            input_ids, starts, places = self._template.pack_rows(tokens, counts)
+            longest = int(counts.max()) + self._template.special_tokens
+            layout = Packed(torch.from_numpy(input_ids), torch.from_numpy(places), torch.from_numpy(starts), longest)
+        else:
+            layout = Padded(*map(torch.from_numpy, self._template.wrap_rows(tokens, counts)))
+        return Chunk(side, torch.from_numpy(positions), layout)

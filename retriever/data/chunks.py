@@ -1,23 +1,29 @@
-"""Chunks: length-sorted slices of a batch, each at most `tokens_per_chunk` tokens with its padding.
+"""Chunks: length-sorted slices of a batch, each at most `tokens_per_chunk` tokens, padding included where there is any.
 
-A background thread reads, wraps and pads the next chunks (pinned where there is a GPU) while the encoder works on
+Background threads read, wrap and lay out the next chunks (pinned where there is a GPU) while the encoder works on
 this one; a chunk goes to the device when its turn comes, so the memory that data takes does not grow with the batch.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
 
-_CHUNKS_AHEAD = 4
+_THREADS = min(8, os.cpu_count() or 1)
+_CHUNKS_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,27 @@ class Chunk:
 
     side: Side
     rows: Tensor  # [n] int64: positions in the rank's queries or passages
-    input_ids: Tensor  # [n, width] int64
-    attention_mask: Tensor  # [n, width] int64
+    tokens: Padded | Packed  # of n texts
 
     def to(self, device: torch.device) -> Chunk:
         """The same chunk on `device`; the copy does not block where the memory is pinned."""
         if device.type == "cpu":
             return self
-        move = (t.to(device, non_blocking=True) for t in (self.rows, self.input_ids, self.attention_mask))
-        return Chunk(self.side, *move)
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
     def pinned(self) -> Chunk:
         """The same chunk in page-locked host memory."""
-        return Chunk(self.side, *(t.pin_memory() for t in (self.rows, self.input_ids, self.attention_mask)))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Chunk:
+        return Chunk(self.side, function(self.rows), self.tokens.map(function))
 
 
-def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int) -> list[np.ndarray]:
-    """Positions [n_c] int64 of each chunk: sorted by length, longest first, rows × longest ≤ tokens_per_chunk.
+def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = False) -> list[np.ndarray]:
+    """Positions [n_c] int64 of each chunk: sorted by length, longest first, at most `tokens_per_chunk` tokens each.
 
-    The longest chunk comes first so that a run that does not fit in memory fails at once. A function of the lengths
-    alone: both passes of the gradient cache see the same bounds and the same padded widths.
+    Padded, a chunk of n rows has n × its longest tokens. The longest chunk comes first so that a run that does not fit in memory
+    fails at once. A function of the lengths alone: both passes of the gradient cache see the same bounds and the same widths.
     Raises ValueError where a single text is longer than the budget.
     """
     if len(lengths) == 0:
@@ -53,21 +60,16 @@ def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int) -> list[np.ndarray]:
     order = np.argsort(-lengths, kind="stable")
     if lengths[order[0]] > tokens_per_chunk:
         raise ValueError(f"batch.tokens_per_chunk={tokens_per_chunk} is below the longest text of {lengths[order[0]]} tokens")
+    before = np.concatenate([[0], lengths[order].cumsum()])  # tokens that stand before each place of the order
     chunks, start = [], 0
     while start < len(order):
-        rows = max(1, int(tokens_per_chunk // max(1, lengths[order[start]])))
-        chunks.append(order[start : start + rows])
-        start += rows
+        if packed:
+            stop = int(np.searchsorted(before, before[start] + tokens_per_chunk, side="right")) - 1
+        else:
+            stop = start + int(tokens_per_chunk // max(1, lengths[order[start]]))
+        chunks.append(order[start : max(stop, start + 1)])
+        start = max(stop, start + 1)
     return chunks
-
-
-def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask, both [n, longest] int64, padded on the right with `pad_id`."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    mask = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]  # [n, width]
-    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate(rows) if len(rows) else []
-    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
 class Chunks:
@@ -76,46 +78,38 @@ class Chunks:
     def __init__(self, builders: Sequence[Callable[[], Chunk]], device: torch.device) -> None:
         self._builders = builders
         self._device = device
+        self.waited_s = 0.0  # that iterations spent waiting for a chunk to be built
 
     def __len__(self) -> int:
         return len(self._builders)
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Chunks on the device, built ahead in a background thread."""
-        for chunk in _ahead(self._builders, pin=self._device.type == "cuda"):
-            yield chunk.to(self._device)
-
-
-def _ahead(builders: Sequence[Callable[[], Chunk]], pin: bool) -> Iterator[Chunk]:
-    """Builds chunks in a thread, a few ahead of the reader; an error in the thread is raised at the reader."""
-    ready: queue.Queue[Chunk | BaseException | None] = queue.Queue(maxsize=_CHUNKS_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: Chunk | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for build in builders:
-                if stopped.is_set():
+        """Chunks on the device, built ahead in background threads."""
+        ready = _ahead(self._builders, pin=self._device.type == "cuda")
+        with closing(ready):
+            while True:
+                started = time.perf_counter()
+                chunk = next(ready, None)
+                self.waited_s += time.perf_counter() - started
+                if chunk is None:
                     return
-                chunk = build()
-                put(chunk.pinned() if pin else chunk)
-            put(None)
-        except BaseException as error:  # handed to the reader, which raises it
-            put(error)
+                yield chunk.to(self._device)
 
-    thread = threading.Thread(target=work, name="chunks", daemon=True)
-    thread.start()
+
+def _ahead(builders: Sequence[Callable[[], Chunk]], pin: bool) -> Generator[Chunk, None, None]:
+    """Builds chunks in threads, a few ahead of the reader; an error of a builder is raised at the reader, in its chunk's turn."""
+
+    def build(builder: Callable[[], Chunk]) -> Chunk:
+        chunk = builder()
+        return chunk.pinned() if pin else chunk
+
+    coming = iter(builders)
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="chunks")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        pending = deque(pool.submit(build, builder) for builder in islice(coming, _CHUNKS_AHEAD))
+        while pending:
+            chunk = pending.popleft().result()
+            pending.extend(pool.submit(build, builder) for builder in islice(coming, 1))
+            yield chunk
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,41 +15,54 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.atomic import write_text
 from retriever.data.records import DataError
-from retriever.data.tokens import TokenTemplate, tokenize_batch
+from retriever.data.tokens import TokenTemplate, tokenize_flat
 
-_BATCH_TEXTS = 8192
+_WORKERS = 2
+_BATCH_TEXTS = 4096
 _BATCH_CHARACTERS = 1 << 24
 _ID_SCHEMA = pa.schema([("id", pa.string())])
 
 
-class TextTable:
-    """Token ids of n texts, with their prompts, without special tokens, untruncated. Nothing is read until it is asked for."""
+class TokenRows:
+    """Token ids of n texts, with their prompts, without special tokens, untruncated: one text behind another."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._offsets = load_array(folder / "offsets.npy")  # [n + 1] int64
-        self._tokens = load_array(folder / "tokens.npy")  # [offsets[n]] uint16 or uint32
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        self._tokens = tokens  # [offsets[n]] of any integer type
+        self._offsets = offsets  # [n + 1] int64
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @cached_property
+    @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each text, special tokens not counted: [n] int64."""
+        """Tokens of every text, special tokens not counted: [n] int64, made anew each time; `lengths_of` is for a few."""
         return np.diff(self._offsets)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the texts in `rows`, special tokens not counted: [len(rows)] int64."""
+        return self._offsets[rows + 1] - self._offsets[rows]
+
     def tokens(self, row: int) -> np.ndarray:
-        """The token ids of one text, as a read-only view of the file."""
+        """The token ids of one text, as a view."""
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each has [n]."""
-        starts, lengths = self._offsets[rows], self.lengths[rows]
-        kept = np.minimum(lengths, limit)
+        first, last = self._offsets[rows], self._offsets[rows + 1]
+        kept = np.minimum(last - first, limit)  # [n]
         if keep_end:
-            starts = starts + lengths - kept
-        within = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
-        return self._tokens[np.repeat(starts, kept) + within], kept
+            first = last - kept
+        places = np.repeat(first - (np.cumsum(kept) - kept), kept)  # [sum]: a token's place less its place in the result
+        places += np.arange(len(places))
+        return self._tokens[places], kept
+
+
+class TextTable(TokenRows):
+    """The texts of a folder, memory-mapped and read-only. Nothing is read until it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(load_array(folder / "tokens.npy"), load_array(folder / "offsets.npy"))
+        self._folder = folder
 
     @cached_property
     def ids(self) -> pa.ChunkedArray:
@@ -63,21 +75,24 @@ class TextTable:
 
 
 class TextTableWriter:
-    """Writes a TextTable text by text. One batch is tokenised (on all cores: the tokenizer's own threads) while the next fills."""
+    """Writes a TextTable text by text; what it holds in memory does not grow with the table.
+
+    Two batches are tokenised at a time, each on all cores: while one is handed over, the other keeps the cores busy.
+    """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         folder.mkdir(parents=True)
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype = token_dtype(tokenizer)
         self._adds_nothing = TokenTemplate.from_tokenizer(tokenizer).special_tokens == 0
-        self._lengths: list[np.ndarray] = []
         self._ids: list[str | None] = []
         self._texts: list[str] = []
         self._characters = 0
-        self._pending: Future[None] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
-        self._tokens: IO[bytes] = (folder / "tokens.npy").open("wb")
-        self._header_bytes = _write_header(self._tokens, self._dtype, 0)
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenise")
+        self._pending: deque[tuple[list[str | None], Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+        self._tokens = _GrowingArray(folder / "tokens.npy", self._dtype)
+        self._offsets = _GrowingArray(folder / "offsets.npy", np.dtype(np.int64))
+        self._offsets.append(np.zeros(1, np.int64))
         self._arrow = pa.ipc.new_file(str(folder / "ids.arrow"), _ID_SCHEMA)
 
     def __enter__(self) -> TextTableWriter:
@@ -88,9 +103,10 @@ class TextTableWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._worker.shutdown()
+            self._workers.shutdown(cancel_futures=True)
             self._arrow.close()
             self._tokens.close()
+            self._offsets.close()
 
     def add(self, id_: str | None, text: str) -> None:
         """Appends one text, its prompt already in front."""
@@ -101,36 +117,58 @@ class TextTableWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._wait()
-        self._pending = self._worker.submit(self._write, self._ids, self._texts)
+        self._pending.append((self._ids, self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype)))
         self._ids, self._texts, self._characters = [], [], 0
+        if len(self._pending) > _WORKERS:
+            self._write_first()
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def _write(self, ids: Sequence[str | None], texts: Sequence[str]) -> None:
-        rows = tokenize_batch(self._tokenizer, texts)
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        if self._adds_nothing and not lengths.all():
-            empty = ids[int(np.argmin(lengths))]
+    def _write_first(self) -> None:
+        ids, result = self._pending.popleft()
+        tokens, counts = result.result()
+        if self._adds_nothing and not counts.all():
+            empty = ids[int(np.argmin(counts))]
             raise DataError(
                 f"text {empty!r} has no token, and the tokenizer adds none: it cannot be embedded; expected a text that is not empty"
             )
-        self._tokens.write(np.fromiter(chain.from_iterable(rows), self._dtype, int(lengths.sum())).tobytes())
-        self._lengths.append(lengths)
+        self._offsets.append(self._tokens.count + np.cumsum(counts))
+        self._tokens.append(tokens)
         self._arrow.write_batch(pa.record_batch([pa.array(ids, pa.string())], schema=_ID_SCHEMA))
 
     def _finish(self) -> None:
         self._flush()
-        self._wait()
-        offsets = np.concatenate([[0], *self._lengths]).cumsum().astype(np.int64)
-        self._tokens.seek(0)
-        if _write_header(self._tokens, self._dtype, int(offsets[-1])) != self._header_bytes:
-            raise RuntimeError(f"numpy's header for {offsets[-1]} tokens does not fit into the {self._header_bytes} bytes left for it")
-        np.save(self._folder / "offsets.npy", offsets, allow_pickle=False)
-        write_json(self._folder / "manifest.json", {"texts": len(offsets) - 1, "tokens": int(offsets[-1]), "dtype": self._dtype.name})
+        while self._pending:
+            self._write_first()
+        self._tokens.finish()
+        self._offsets.finish()
+        found = {"texts": self._offsets.count - 1, "tokens": self._tokens.count, "dtype": self._dtype.name}
+        write_json(self._folder / "manifest.json", found)
+
+
+class _GrowingArray:
+    """A 1-D npy file that is appended to; it can be read once it is finished."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._stream, self._dtype = path.open("wb"), dtype
+        self.count = 0
+        self._header_bytes = self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self._stream.write(np.ascontiguousarray(values, self._dtype).data)
+        self.count += len(values)
+
+    def finish(self) -> None:
+        self._stream.seek(0)
+        if self._write_header() != self._header_bytes:
+            raise RuntimeError(f"numpy's header for {self.count} values does not fit into the {self._header_bytes} bytes left for it")
+        self.close()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _write_header(self) -> int:
+        """Writes the header; returns its size, the same for every count since numpy pads it for growth."""
+        np.lib.format.write_array_header_1_0(self._stream, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)})
+        return self._stream.tell()
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
@@ -147,9 +185,3 @@ def load_array(path: Path) -> np.ndarray:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes JSON beside `path` and renames it into place."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_header(stream: IO[bytes], dtype: np.dtype[Any], count: int) -> int:
-    """Writes the npy header of a 1-D array; returns its size, the same for every count since numpy pads it for growth."""
-    np.lib.format.write_array_header_1_0(stream, {"descr": dtype.str, "fortran_order": False, "shape": (count,)})
-    return stream.tell()

@@ -6,12 +6,15 @@ stored tokens serve any length limit. The result equals what the tokenizer gives
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from retriever.config import ConfigError
 
@@ -33,6 +36,39 @@ def tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pro
         verbose=False,
     )
     return encoded["input_ids"]
+
+
+def tokenize_flat(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: npt.DTypeLike = np.uint32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of many texts one behind another [sum of counts] in `dtype`, and how many each has [n] int64; as `tokenize_batch`.
+
+    A fast tokenizer uses all cores and lets go of the interpreter's lock meanwhile, so that a second thread can read its previous result.
+    """
+    if not _is_plain(tokenizer):
+        rows = tokenize_batch(tokenizer, texts)
+        counts = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype, int(counts.sum())), counts
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    counts = np.fromiter(map(len, encodings), np.int64, len(encodings))  # [n]
+    tokens = array(np.dtype(dtype).char)
+    for encoding in encodings:
+        tokens.fromlist(encoding.ids)
+    return np.frombuffer(tokens, dtype), counts
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is a fast one whose call does no more than its backend's."""
+    kind = type(tokenizer)
+    own = [method for method in ("__call__", "_encode_plus") if getattr(kind, method) is not getattr(PreTrainedTokenizerFast, method)]
+    return tokenizer.is_fast and not own
 
 
 @dataclass(frozen=True)
@@ -95,3 +131,24 @@ class TokenTemplate:
         for place, token in enumerate(self.suffix):
             input_ids[np.arange(len(counts)), end + place] = token
         return input_ids, (column < (end + len(self.suffix))[:, None]).astype(np.int64)
+
+    def pack_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """input_ids [T] int64, starts [n + 1] int32, positions [T] int64: as `wrap`, for many texts at once, one behind another.
+
+        tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n]. Text i is
+        input_ids[starts[i] : starts[i + 1]], and its positions count from 0.
+        """
+        lengths = counts + self.special_tokens  # [n]
+        starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)  # [T]
+        input_ids = np.empty(len(positions), dtype=np.int64)
+        own = np.ones(len(positions), dtype=bool)  # where a text's own tokens go
+        for place, token in enumerate(self.prefix):
+            own[starts[:-1] + place] = False
+            input_ids[starts[:-1] + place] = token
+        for place, token in enumerate(reversed(self.suffix), start=1):
+            own[starts[1:] - place] = False
+            input_ids[starts[1:] - place] = token
+        input_ids[own] = tokens
+        return input_ids, starts, positions

@@ -18,6 +18,9 @@ ENCODERS = frozenset(
 )
 DECODERS = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 
+# These hand the boundaries of packed texts through to their attention; the others run padded.
+PACKED = (ENCODERS | DECODERS) - {"deberta-v2", "mpnet"}
+
 # Position ids of these start behind the padding token's id, so that many fewer positions are left for tokens.
 _OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
@@ -47,13 +50,17 @@ def is_decoder(config: Any) -> bool:
     return config.model_type in DECODERS
 
 
+def first_position(config: Any) -> int:
+    """The position id of a text's first token."""
+    return int(config.pad_token_id) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+
+
 def longest_input(config: Any) -> int | None:
     """How many tokens, special ones included, the model has positions for; None where it has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or positions <= 0:
         return None
-    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
-    return int(positions) - offset
+    return int(positions) - first_position(config)
 
 
 def check_lengths(config: Any, query_max_tokens: int, passage_max_tokens: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +17,15 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError
-from retriever.data.chunks import pad_rows, plan_chunks
-from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
+from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
+from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_TEXTS_AHEAD = 16_384  # tokenised while the texts before them are encoded
 
 
 @dataclass
@@ -58,19 +56,44 @@ class EncoderBundle:
     ) -> np.ndarray:
         """Embeddings [n, D] float32 of texts (without prompt: the settings' own is put in front), in the texts' order.
 
-        Texts are sorted by length and padded into chunks of at most `tokens_per_chunk` tokens. Dropout is off while this runs;
-        a text without any token gets the zero vector. `progress` shows a bar, or is called with the number of texts just done.
+        As `encode_slabs`, of one sequence. `progress` shows a bar, or is called with the number of texts just queued.
+        """
+        embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        slabs = ((start, texts[start : start + SLAB_TEXTS]) for start in range(0, len(texts), SLAB_TEXTS))
+        behind: deque[tuple[int, Arriving]] = deque()
+
+        def fetch() -> None:
+            start, arriving = behind.popleft()
+            found = arriving.wait()
+            embeddings[start : start + len(found)] = found
+
+        with tqdm(total=len(texts), unit="text", desc=f"encode {side}", disable=progress is not True) as bar:
+            done = progress if callable(progress) else bar.update
+            with closing(self.encode_slabs(slabs, side, tokens_per_chunk=tokens_per_chunk, progress=done)) as encoded:
+                for slab in encoded:
+                    behind.append(slab)
+                    if len(behind) > 1:  # the device has the next slab to work on
+                        fetch()
+        while behind:
+            fetch()
+        return embeddings
+
+    def encode_slabs(
+        self,
+        slabs: Iterable[tuple[Key, Sequence[str]]],
+        side: Side,
+        *,
+        tokens_per_chunk: int | None = None,
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> Generator[tuple[Key, Arriving], None, None]:
+        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one slab ahead.
+
+        A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most `tokens_per_chunk` tokens.
+        Dropout is off while this runs; a text without any token gets the zero vector.
         """
         budget = tokens_per_chunk or (65_536 if self.encoder.device.type == "cuda" else 8_192)
-        embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        template = TokenTemplate.from_tokenizer(self.tokenizer)
-        with _inference(self.encoder), tqdm(total=len(texts), unit="text", desc=f"encode {side}", disable=progress is not True) as bar:
-            done = progress if callable(progress) else bar.update
-            start = 0
-            for rows in self._tokenize_ahead(texts, side, template):
-                embeddings[start : start + len(rows)] = self._encode_rows(rows, side, budget, template.pad_id, done)
-                start += len(rows)
-        return embeddings
+        encoder = SlabEncoder(self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget)
+        return encoder.encode(slabs, progress)
 
     def model_hash(self) -> str:
         """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture, tokenizer, pooling."""
@@ -84,36 +107,6 @@ class EncoderBundle:
         digest.update(_canonical({"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}))
         return digest.hexdigest()
 
-    def _tokenize_ahead(self, texts: Sequence[str], side: Side, template: TokenTemplate) -> Iterator[list[np.ndarray]]:
-        """Slabs of texts as the encoder sees them (prompt, special tokens, truncated), the next one made in a thread meanwhile."""
-        prompt, max_tokens = self.settings.prompt(side), self.settings.max_tokens(side)
-
-        def tokenize(start: int) -> list[np.ndarray]:
-            slab = tokenize_batch(self.tokenizer, texts[start : start + _TEXTS_AHEAD], prompt)
-            return [template.wrap(np.asarray(tokens, dtype=np.int64), max_tokens) for tokens in slab]
-
-        starts = range(0, len(texts), _TEXTS_AHEAD)
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            upcoming = thread.submit(tokenize, 0)
-            for following in [*starts[1:], None]:
-                rows = upcoming.result()
-                if following is not None:
-                    upcoming = thread.submit(tokenize, following)
-                yield rows
-
-    def _encode_rows(self, rows: Sequence[np.ndarray], side: Side, budget: int, pad_id: int, done: Callable[[int], object]) -> np.ndarray:
-        """Embeddings [n, D] of texts of the given tokens; one chunk at a time is on the device."""
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        found = torch.zeros(len(rows), self.dimension, device=self.encoder.device)
-        filled = np.flatnonzero(lengths)
-        for positions in plan_chunks(lengths[filled], max(budget, int(lengths.max(initial=1)))):
-            chunk = filled[positions]
-            input_ids, mask = (t.to(found.device) for t in pad_rows([rows[i] for i in chunk], pad_id))
-            found[torch.from_numpy(chunk).to(found.device)] = self.encoder(side, input_ids, mask).float()  # [n, D]
-            done(len(chunk))
-        done(len(rows) - len(filled))
-        return found.cpu().numpy()
-
 
 def load_encoder(
     name_or_path: str | Path,
@@ -125,11 +118,15 @@ def load_encoder(
     query_max_tokens: int | None = None,
     passage_max_tokens: int | None = None,
     precision: Precision = "fp32",
+    attention: Literal["auto", "packed", "padded"] = "auto",
+    compiled: bool = False,
     device: torch.device | str | None = None,
 ) -> EncoderBundle:
     """An encoder in eval mode from a Hugging Face name, a sentence-transformers folder or an export of ours.
 
     What is not given is what the model says of itself (`read_settings`). Default device: the first GPU where there is one.
+    `attention: auto` packs texts on a GPU where the architecture can. Packed layers run fused on a GPU where ours know them; `compiled`
+    compiles the others, which takes about a minute of the first chunk.
     Raises ConfigError where there is no such model, it is not supported, or has fewer positions than asked for.
     """
     name = str(name_or_path)
@@ -156,7 +153,15 @@ def load_encoder(
     )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return EncoderBundle(encoder.to(device).eval(), load_tokenizer(name), settings)
+    encoder.to(device).eval()
+    gpu = encoder.device.type == "cuda"
+    if attention == "packed" or (attention == "auto" and gpu and encoder.can_pack):
+        encoder.pack()
+    if encoder.packed and gpu and encoder.can_fuse:
+        encoder.fuse_layers()
+    elif compiled:
+        encoder.compile_layers()
+    return EncoderBundle(encoder, load_tokenizer(name), settings)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -170,19 +175,6 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"model.name_or_path: {name} has no tokenizer that knows a word; expected its tokenizer files beside the weights")
     return tokenizer
-
-
-@contextmanager
-def _inference(encoder: DualEncoder) -> Iterator[None]:
-    """Eval mode without graphs; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:

@@ -13,9 +13,12 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from retriever.config import ConfigError, ModelConfig
+from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import check_lengths, check_modules, is_decoder
-from retriever.encoder.pooling import PoolingMode, pool, unit
+from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
+from retriever.encoder.fused_layers import can_fuse, fuse
+from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
+from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
 
 
@@ -42,6 +45,7 @@ class DualEncoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
         self.autocast_dtype = autocast_dtype
+        self.packed = False
         # Heads that no embedding depends on, by side: kept out of training, put back into exports.
         self.unused_weights = {name: _detach_pooler(tower) for name, tower in towers.items()}
 
@@ -74,6 +78,11 @@ class DualEncoder(nn.Module):
         return cast(PreTrainedModel, self.towers["shared" if self.tied else "passage"])
 
     @property
+    def each_tower(self) -> list[PreTrainedModel]:
+        """Every tower once."""
+        return [cast(PreTrainedModel, tower) for tower in self.towers.values()]
+
+    @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
         return int(self.passage_tower.config.hidden_size)
@@ -82,33 +91,96 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, side: Side, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings [n, D] float32 (float64 after `.double()`) of one side's texts.
+    def forward(self, side: Side, tokens: Padded | Packed) -> Tensor:
+        """Embeddings [n, D] float32 (float64 after `.double()`) of n texts of one side, each of at least one token.
 
-        input_ids and attention_mask [n, T] int64, padded on the right (decoders: either side), at least one token a row.
+        After `pack` the texts come `Packed`, before it `Padded`. Raises ValueError for the other layout, or a chunk without a token.
         """
-        if input_ids.shape[1] == 0:
-            raise ValueError(f"a chunk of {len(input_ids)} texts on the {side} side without a token; expected at least one token a text")
+        if tokens.input_ids.numel() == 0:
+            raise ValueError(f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text")
+        if isinstance(tokens, Packed) != self.packed:
+            raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}")
         tower = self.query_tower if side == "query" else self.passage_tower
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if is_decoder(tower.config):
-            inputs |= {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, T]
-        with torch.autocast(input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = tower(**inputs).last_hidden_state  # [n, T, D]
-        embeddings = pool(hidden, attention_mask, self.pooling)  # [n, D]
+        with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            if isinstance(tokens, Packed):
+                hidden = tower(**packed_inputs(tower, tokens)).last_hidden_state[0]  # [T, D]
+                embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, D]
+            else:
+                hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, D]
+                embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
+
+    def use(self, model: ModelConfig) -> None:
+        """Computes as the resolved `model` says: packed or padded, by fused, compiled or the library's own layers."""
+        if model.attention == "packed":
+            self.pack()
+        if model.fused is True:
+            self.fuse_layers()
+        if model.compile is True:
+            self.compile_layers()
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether every tower's architecture hands the boundaries of packed texts through."""
+        return all(tower.config.model_type in PACKED for tower in self.each_tower)
+
+    def pack(self) -> None:
+        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the architecture cannot."""
+        for tower in self.each_tower:
+            if tower.config.model_type not in PACKED:
+                raise ConfigError(
+                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of packed texts; "
+                    "set it to auto or padded"
+                )
+            use_packed_attention(tower)
+        self.packed = True
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fuse_layers` knows every tower's layers."""
+        return all(can_fuse(tower) for tower in self.each_tower)
+
+    def fuse_layers(self) -> None:
+        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for other towers."""
+        for tower in self.each_tower:
+            if not can_fuse(tower):
+                raise ConfigError(f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto")
+            fuse(tower)
+
+    def compile_layers(self) -> None:
+        """Compiles the repeated layers of each tower: one graph serves them all, whatever the sizes of a chunk.
+
+        Random numbers stay torch's own, so that a chunk encoded without a graph and again with one has the same bits.
+        """
+        for tower in self.each_tower:
+            for layer in repeated_layers(tower):
+                layer.compile(dynamic=True, options={"fallback_random": True})
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG state.
 
         Raises ConfigError where the architecture has no such layers.
         """
-        for tower in self.towers.values():
+        for tower in self.each_tower:
             if not tower.supports_gradient_checkpointing:
                 raise ConfigError(f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false")
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
+
+
+def repeated_layers(tower: nn.Module) -> list[nn.Module]:
+    """The transformer's layers: the longest list of modules of one class."""
+    lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    return max(alike, key=len, default=[])
+
+
+def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    if is_decoder(tower.config):
+        inputs |= {"position_ids": (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, width]
+    return inputs
 
 
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:

@@ -34,6 +34,25 @@ def pool(hidden: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
         return hidden[torch.arange(len(hidden), device=hidden.device), position].to(dtype)  # [n, H]
 
 
+def pool_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
+    """As `pool`, of texts one behind another: hidden [T, H], starts [n + 1]; each text has at least one token. Returns [n, H].
+
+    A text's vectors are added in their order, so that the same texts give the same bits every time.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    with torch.autocast(hidden.device.type, enabled=False):
+        if mode == "mean":
+            # `unsafe` skips a check of the offsets that would make the host wait for the device.
+            return torch.segment_reduce(hidden.to(dtype), "mean", offsets=starts, axis=0, unsafe=True)  # [n, H]
+        if mode == "cls":
+            position = starts[:-1]
+        elif mode == "last":
+            position = starts[1:] - 1
+        else:
+            raise ValueError(f"pooling is {mode!r}; expected one of {', '.join(MODES)} (model.pooling)")
+        return hidden[position].to(dtype)  # [n, H]
+
+
 def unit(vectors: Tensor) -> Tensor:
     """x / ‖x‖ row by row, in the vectors' own precision; a zero row stays zero."""
     with torch.autocast(vectors.device.type, enabled=False):

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError
-from retriever.data.chunks import pad_rows, plan_chunks
+from retriever.data.chunks import plan_chunks
+from retriever.data.layout import pad_rows
 from retriever.encoder.bundle import AUTOCAST_DTYPES, Precision
 from scripts.stages import model_fingerprint
 
@@ -61,10 +62,10 @@ class CrossEncoder:
         lengths = np.array([len(row) for row in pairs["input_ids"]], dtype=np.int64)
         pad_id = self._tokenizer.pad_token_id or 0
         for rows in plan_chunks(lengths, max(tokens_per_batch, int(lengths.max()))):
-            input_ids, mask = pad_rows([np.asarray(pairs["input_ids"][i], dtype=np.int64) for i in rows], pad_id)
-            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            tokens = pad_rows([np.asarray(pairs["input_ids"][i], dtype=np.int64) for i in rows], pad_id)
+            inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
             if "token_type_ids" in pairs:
-                inputs["token_type_ids"] = pad_rows([np.asarray(pairs["token_type_ids"][i], dtype=np.int64) for i in rows], 0)[0]
+                inputs["token_type_ids"] = pad_rows([np.asarray(pairs["token_type_ids"][i], dtype=np.int64) for i in rows], 0).input_ids
             with torch.autocast(self._device.type, self._dtype) if self._dtype is not None else nullcontext():
                 logits = self._model(**{key: value.to(self._device) for key, value in inputs.items()}).logits.float()  # [n, labels]
             scores[rows] = (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).cpu().numpy()

@@ -56,9 +56,9 @@ def _rows(batch: Batch, side: str) -> list[list[int]]:
     """Token ids of every row of one side, in the batch's order, without padding."""
     found = {}
     for chunk in batch.chunks:
-        assert chunk.input_ids.numel() <= BUDGET
+        assert chunk.tokens.input_ids.numel() <= BUDGET
         if chunk.side == side:
-            for row, ids, mask in zip(chunk.rows.tolist(), chunk.input_ids, chunk.attention_mask, strict=True):
+            for row, ids, mask in zip(chunk.rows.tolist(), chunk.tokens.input_ids, chunk.tokens.attention_mask, strict=True):
                 assert row not in found
                 found[row] = ids[mask.bool()].tolist()
     return [found[i] for i in range(len(found))]

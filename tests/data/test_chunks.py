@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.data.chunks import Chunk, Chunks, pad_rows, plan_chunks
+from retriever.data.chunks import Chunk, Chunks, plan_chunks
+from retriever.data.layout import Padded, pad_rows
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -41,7 +42,8 @@ def test_a_text_longer_than_the_budget_is_refused() -> None:
 @given(st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=9), min_size=1, max_size=8), st.sampled_from([0, 1, 7]))
 def test_padding_keeps_every_token_and_marks_the_rest(rows: list[list[int]], pad_id: int) -> None:
     """The mask recovers the rows, all else is the padding token, the width is the longest row's."""
-    ids, mask = pad_rows([np.array(row) for row in rows], pad_id)
+    padded = pad_rows([np.array(row) for row in rows], pad_id)
+    ids, mask = padded.input_ids, padded.attention_mask
     assert ids.shape == mask.shape == (len(rows), max(map(len, rows))) and ids.dtype == mask.dtype == torch.int64
     assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == rows
     assert torch.all(ids[mask == 0] == pad_id)
@@ -53,13 +55,13 @@ def _builders(count: int, built: list[int], fail_at: int | None = None) -> list[
         if i == fail_at:
             raise OSError(f"chunk {i} cannot be read")
         built.append(i)
-        return Chunk("query", torch.tensor([i]), torch.full((1, 2), i), torch.ones(1, 2, dtype=torch.int64))
+        return Chunk("query", torch.tensor([i]), Padded(torch.full((1, 2), i), torch.ones(1, 2, dtype=torch.int64)))
 
     return [lambda i=i: build(i) for i in range(count)]  # type: ignore[misc]
 
 
 def _threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "chunks"]
+    return [t for t in threading.enumerate() if t.name.startswith("chunks")]
 
 
 def test_chunks_come_in_order_at_every_pass() -> None:
@@ -75,7 +77,7 @@ def test_only_a_few_chunks_are_prepared_ahead() -> None:
     built: list[int] = []
     for taken, _ in enumerate(Chunks(_builders(60, built), CPU), start=1):
         threading.Event().wait(0.002)  # lets the thread run as far ahead as it will
-        assert len(built) <= taken + 6
+        assert len(built) <= taken + 10
     assert len(built) == 60
 
 

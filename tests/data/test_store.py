@@ -80,7 +80,9 @@ def test_tokens_equal_the_tokenizers_own(tmp_path: Path, beir: Path, title: str,
         joined = f"{document['title']} - {document['text']}" if title == "join" and document["title"] else document["text"]
         assert tokens == token_ids("text: " + joined)
     assert store.passages.lengths.tolist() == [len(tokens) for tokens in texts_of(store.passages)]
-    assert store.passages.lengths.dtype == np.int64 and store.passages.tokens(0).dtype == np.uint16
+    some = np.array([39, 0, 7, 7])
+    assert store.passages.lengths_of(some).tolist() == [len(tokens) for tokens in texts_of(store.passages, some)]
+    assert store.passages.lengths_of(some).dtype == np.int64 and store.passages.tokens(0).dtype == np.uint16
     assert not store.passages.tokens(0).flags.writeable
 
 

@@ -46,7 +46,7 @@ def announced(name, function):
     return call
 
 text_table._BATCH_TEXTS = 4
-text_table.tokenize_batch = announced("BATCH", text_table.tokenize_batch)
+text_table.tokenize_flat = announced("BATCH", text_table.tokenize_flat)
 os.replace = announced("RENAME", os.replace)
 config = Config(model=ModelConfig(query_prompt="find: "), data=DataConfig(train=(SourceConfig(path=sys.argv[1]),), cache_dir=sys.argv[2]))
 print("READY", flush=True)

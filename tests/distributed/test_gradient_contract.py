@@ -38,12 +38,16 @@ class Case:
     margin: float | None = None
     ignored: int = 0
     dims: tuple[int, ...] = ()
+    layers: str = "padded"  # or packed, or fused
+    retain: int = 0
 
     def __str__(self) -> str:
         features = [name for name in ("symmetric", "learn_temperature") if getattr(self, name)]
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
         features += [f"dims={self.dims}"] if self.dims else []
+        features += [self.layers] if self.layers != "padded" else []
+        features += [f"retain{self.retain}"] if self.retain else []
         return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
 
 
@@ -53,6 +57,10 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
         plain = Case(strategy)
         cases += [replace(plain, tokens_per_chunk=t, tied=tied) for t, tied in itertools.product((19, 57, 10**6), (True, False))]
         cases += [
+            replace(plain, layers="packed", tied=False),
+            replace(plain, layers="fused"),
+            replace(plain, layers="fused", tokens_per_chunk=19, retain=60),
+            replace(plain, retain=10**6),
             replace(plain, symmetric=True),
             replace(plain, learn_temperature=True),
             replace(plain, margin=0.05),
@@ -73,6 +81,10 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
         with torch.no_grad():
             for p in encoder.query_tower.parameters():
                 p += 0.02 * torch.randn_like(p)
+    if case.layers != "padded":
+        encoder.pack()
+    if case.layers == "fused":
+        encoder.fuse_layers()
     return encoder.double().eval()
 
 
@@ -88,14 +100,14 @@ def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
 def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     whole = random_batch(ranks=world.size, ignored=case.ignored)
     encoder, objective = _encoder(folder, case), _objective(case)
-    batch, _, _ = rank_batch(whole, world.rank, case.tokens_per_chunk)
-    representations, states = encode_without_graph(encoder, batch)
+    batch, _, _ = rank_batch(whole, world.rank, case.tokens_per_chunk, packed=encoder.packed)
+    representations, passes = encode_without_graph(encoder, batch, case.retain)
     loss, gradients = representation_gradients(objective, representations, batch, world)
-    backward_through_encoder(encoder, batch, gradients, states)
+    backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
     found, loss = _named_gradients(encoder, objective), world.sum(loss)
 
-    expected_loss, expected = _oracle(folder, replace(case, strategy="dense", tokens_per_chunk=0), world.size)
+    expected_loss, expected = _oracle(folder, replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0), world.size)
     total = torch.stack([g.norm() for g in expected.values()]).norm()
     errors = {name: (found[name] - g).norm() for name, g in expected.items() if name in found}
     return {
@@ -109,7 +121,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
 
 @cache
 def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole batch in one process; strategy and chunks of `case` play no part."""
+    """Loss and gradients of the whole padded batch in one process; strategy, chunks and layers of `case` play no part."""
     whole = random_batch(ranks=ranks, ignored=case.ignored)
     encoder, objective = _encoder(folder, case), _objective(case)
     queries = encode_whole(encoder, whole.query_tokens, "query")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.chunks import pad_rows
-from retriever.encoder.architectures import DECODERS, ENCODERS, check_lengths, check_modules, longest_input
+from retriever.data.layout import Padded, pack_rows, pad_rows
+from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, check_modules, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.rng import RngState
 from tests.tiny import MAX_POSITIONS, save_tiny_model
@@ -34,17 +35,16 @@ def rows(encoder: DualEncoder) -> list[Tensor]:
     return [torch.randint(5, encoder.passage_tower.config.vocab_size, (n,), generator=generator) for n in LENGTHS]
 
 
-def _padded(encoder: DualEncoder, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _padded(encoder: DualEncoder, rows: list[Tensor]) -> Padded:
     return pad_rows([row.numpy() for row in rows], encoder.passage_tower.config.pad_token_id)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_padding_changes_no_embedding(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
     alone_encoder = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling=pooling).double().eval()
-    input_ids, mask = _padded(encoder, rows)
     with torch.no_grad():
-        together = alone_encoder("passage", input_ids, mask)
-        alone = torch.cat([alone_encoder("passage", row[None], torch.ones(1, len(row), dtype=torch.int64)) for row in rows])
+        together = alone_encoder("passage", _padded(encoder, rows))
+        alone = torch.cat([alone_encoder("passage", _padded(encoder, [row])) for row in rows])
     alone_encoder.float().train()
     assert (alone[0] - alone[1]).abs().max() > 0.01
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
@@ -52,12 +52,46 @@ def test_padding_changes_no_embedding(encoder: DualEncoder, rows: list[Tensor], 
 
 def test_every_parameter_receives_a_gradient(encoder: DualEncoder, rows: list[Tensor]) -> None:
     encoder.zero_grad()
-    embeddings = encoder("passage", *_padded(encoder, rows))
+    embeddings = encoder("passage", _padded(encoder, rows))
     (embeddings * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     untrained = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
     assert untrained == []
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
     assert sum(float(p.grad.abs().sum()) for p in encoder.parameters() if p.grad is not None) > 0.1
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
+    """Embeddings and gradients of every parameter, in float64 (decoders' norms compute in float32): no text sees its neighbours."""
+    tolerance = 1e-6 if encoder.passage_tower.config.model_type in DECODERS else 1e-11
+    padded = DualEncoder(*[copy.deepcopy(encoder.passage_tower).double().eval()] * 2, pooling=pooling).eval()
+    packed = copy.deepcopy(padded)
+    if encoder.passage_tower.config.model_type not in PACKED:
+        with pytest.raises(ConfigError, match=r"model\.attention: packed, but a '[\w-]+' model ignores the boundaries"):
+            packed.pack()
+        return
+    packed.pack()
+    expected, found = padded("passage", _padded(encoder, rows)), packed("passage", pack_rows([row.numpy() for row in rows]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for embeddings in (expected, found):
+        (embeddings * direction).sum().backward()
+    for (name, p), (_, q) in zip(packed.named_parameters(), padded.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=100 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor]) -> None:
+    packed = DualEncoder(*[copy.deepcopy(encoder.passage_tower)] * 2, pooling="mean").train()
+    if not packed.can_pack:
+        return
+    packed.pack()
+    tokens, state = pack_rows([row.numpy() for row in rows]), torch.get_rng_state()
+    with torch.no_grad():
+        first = packed("passage", tokens)
+    other = packed("passage", tokens)
+    torch.set_rng_state(state)
+    again = packed("passage", tokens)
+    assert again.requires_grad and torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -66,10 +100,10 @@ def test_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows:
     with _gradient_checkpointing(encoder, checkpointing):
         state = torch.get_rng_state()
         with torch.no_grad():
-            first = encoder("passage", *inputs)
-        other = encoder("passage", *inputs)
+            first = encoder("passage", inputs)
+        other = encoder("passage", inputs)
         torch.set_rng_state(state)
-        again = encoder("passage", *inputs)
+        again = encoder("passage", inputs)
     assert again.requires_grad
     assert not torch.equal(first, other), "dropout is off"
     assert torch.equal(first, again)
@@ -79,14 +113,14 @@ def test_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_dropout_replays_bitwise_on_a_gpu(encoder: DualEncoder, rows: list[Tensor], dtype: torch.dtype | None) -> None:
     device = torch.device("cuda", 0)
-    input_ids, mask = (t.to(device) for t in _padded(encoder, rows))
+    tokens = _padded(encoder, rows).map(lambda t: t.to(device))
     there = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling="mean", autocast_dtype=dtype).to(device)
     state = RngState.capture(device)
     with torch.no_grad():
-        first = there("passage", input_ids, mask)
-    other = there("passage", input_ids, mask)
+        first = there("passage", tokens)
+    other = there("passage", tokens)
     with state.restored():
-        again = there("passage", input_ids, mask)
+        again = there("passage", tokens)
     there.to("cpu")
     assert not torch.equal(first, other), "dropout is off"
     assert torch.equal(first, again)
@@ -98,7 +132,7 @@ def test_gradient_checkpointing_changes_no_gradient(encoder: DualEncoder, rows: 
         with _gradient_checkpointing(encoder, checkpointing):
             encoder.zero_grad()
             torch.manual_seed(3)
-            embeddings = encoder("passage", *inputs)
+            embeddings = encoder("passage", inputs)
             torch.manual_seed(4)  # the backward pass must not depend on where the generator stands
             (embeddings[:, 0].sum()).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
@@ -145,7 +179,7 @@ def test_lengths_beyond_the_positions_are_refused(architecture: str, tmp_path: P
     # The limit is the true one: one token more fails in the model itself.
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder))).eval()
     ids = torch.full((1, MAX_POSITIONS), 9)
-    assert encoder("query", ids, torch.ones_like(ids)).shape == (1, 32)
+    assert encoder("query", Padded(ids, torch.ones_like(ids))).shape == (1, 32)
     ids = torch.full((1, MAX_POSITIONS + 1), 9)
     with pytest.raises((IndexError, RuntimeError)):
-        encoder("query", ids, torch.ones_like(ids))
+        encoder("query", Padded(ids, torch.ones_like(ids)))

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from retriever.config import ConfigError, ModelConfig
 from retriever.encoder import bundle as bundle_module
+from retriever.encoder import slabs
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from tests.tiny import random_texts, save_tiny_model
@@ -47,7 +48,8 @@ def test_embeddings_equal_transformers_one_by_one(folder: Path, bundle: EncoderB
 def test_texts_beyond_one_slab_keep_their_order(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, seen = random_texts(25), []
     whole = bundle.encode(texts, "passage")
-    monkeypatch.setattr(bundle_module, "_TEXTS_AHEAD", 10)
+    monkeypatch.setattr(bundle_module, "SLAB_TEXTS", 10)
+    monkeypatch.setattr(slabs, "_TEXTS_AT_ONCE", 4)
     np.testing.assert_allclose(bundle.encode(texts, "passage", progress=seen.append), whole, rtol=0, atol=1e-6)
     assert sum(seen) == 25
     assert bundle.encode([], "passage").shape == (0, 32)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModel
 
 from retriever.config import ConfigError, ModelConfig
+from retriever.data.layout import Padded
 from retriever.encoder.dual_encoder import DualEncoder
 from tests.tiny import save_tiny_model
 
@@ -21,38 +21,37 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Padded:
     lengths = torch.tensor([4, 9, 6])
     mask = (torch.arange(9) < lengths[:, None]).long()
-    return torch.randint(5, 198, (3, 9), generator=torch.Generator().manual_seed(0)) * mask, mask
+    return Padded(torch.randint(5, 198, (3, 9), generator=torch.Generator().manual_seed(0)) * mask, mask)
 
 
-def test_embeddings_are_the_normalised_mean_of_automodel_outputs(bert: Path, batch: tuple[Tensor, Tensor]) -> None:
-    input_ids, mask = batch
+def test_embeddings_are_the_normalised_mean_of_automodel_outputs(bert: Path, batch: Padded) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(bert))).eval()
-    hidden = AutoModel.from_pretrained(bert).eval()(input_ids=input_ids, attention_mask=mask).last_hidden_state
-    mean = torch.stack([hidden[i, : int(n)].mean(dim=0) for i, n in enumerate(mask.sum(dim=1))])
-    torch.testing.assert_close(encoder("query", input_ids, mask), mean / mean.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
+    hidden = AutoModel.from_pretrained(bert).eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    mean = torch.stack([hidden[i, : int(n)].mean(dim=0) for i, n in enumerate(batch.attention_mask.sum(dim=1))])
+    torch.testing.assert_close(encoder("query", batch), mean / mean.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
     encoder.normalize = False
-    torch.testing.assert_close(encoder("query", input_ids, mask), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder("query", batch), mean, rtol=0, atol=1e-6)
     assert encoder.pooling == "mean" and encoder.dimension == 32
 
 
-def test_tied_towers_are_one_module_and_untied_ones_learn_apart(bert: Path, batch: tuple[Tensor, Tensor]) -> None:
+def test_tied_towers_are_one_module_and_untied_ones_learn_apart(bert: Path, batch: Padded) -> None:
     tied, untied = DualEncoder.from_pretrained(ModelConfig(str(bert))), DualEncoder.from_pretrained(ModelConfig(str(bert), tied=False))
     assert tied.query_tower is tied.passage_tower and tied.tied
     assert untied.query_tower is not untied.passage_tower and not untied.tied
     assert len(list(untied.parameters())) == 2 * len(list(tied.parameters()))
     assert len(tied.state_dict()) == len(list(tied.parameters())), "a tied tower is saved once"
 
-    untied.eval()("query", *batch)[:, 0].sum().backward()
+    untied.eval()("query", batch)[:, 0].sum().backward()
     assert all(p.grad is not None for p in untied.query_tower.parameters())
     assert all(p.grad is None for p in untied.passage_tower.parameters())
     with torch.no_grad():
-        before = untied("query", *batch)
+        before = untied("query", batch)
         next(untied.query_tower.parameters()).add_(0.5)
-        assert torch.equal(untied("passage", *batch), before)
-        assert not torch.equal(untied("query", *batch), before)
+        assert torch.equal(untied("passage", batch), before)
+        assert not torch.equal(untied("query", batch), before)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -64,23 +63,23 @@ def test_weights_are_fp32_whatever_the_file_holds(bert: Path, stored: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_half_precision_over_fp32_weights(bert: Path, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+def test_autocast_computes_in_half_precision_over_fp32_weights(bert: Path, batch: Padded, dtype: torch.dtype) -> None:
     exact = DualEncoder.from_pretrained(ModelConfig(str(bert))).eval()
     halved = DualEncoder.from_pretrained(ModelConfig(str(bert)), autocast_dtype=dtype).eval()
     seen: list[torch.dtype] = []
     halved.query_tower.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    embeddings = halved("query", *batch)
+    embeddings = halved("query", batch)
     embeddings[:, 0].sum().backward()
     assert seen == [dtype]
     assert embeddings.dtype == torch.float32
     assert {p.grad.dtype for p in halved.parameters() if p.grad is not None} == {torch.float32}
-    difference = (embeddings - exact("query", *batch)).abs().max()
+    difference = (embeddings - exact("query", batch)).abs().max()
     assert 0 < difference < 0.05
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_doubled_weights_give_float64_embeddings(bert: Path, batch: tuple[Tensor, Tensor]) -> None:
-    embeddings = DualEncoder.from_pretrained(ModelConfig(str(bert))).double().eval()("passage", *batch)
+def test_doubled_weights_give_float64_embeddings(bert: Path, batch: Padded) -> None:
+    embeddings = DualEncoder.from_pretrained(ModelConfig(str(bert))).double().eval()("passage", batch)
     assert embeddings.dtype == torch.float64
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-14)
 
@@ -92,9 +91,9 @@ def test_a_decoder_reads_padding_on_either_side_alike(architecture: str, tmp_pat
     assert encoder.pooling == "last"
     row = torch.randint(5, 198, (1, 6), generator=torch.Generator().manual_seed(0))
     pad, zero, one = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 6, dtype=torch.int64)
-    alone = encoder("query", row, one)
-    right = encoder("query", torch.cat([row, pad], dim=1), torch.cat([one, zero], dim=1))
-    left = encoder("query", torch.cat([pad, row], dim=1), torch.cat([zero, one], dim=1))
+    alone = encoder("query", Padded(row, one))
+    right = encoder("query", Padded(torch.cat([row, pad], dim=1), torch.cat([one, zero], dim=1)))
+    left = encoder("query", Padded(torch.cat([pad, row], dim=1), torch.cat([zero, one], dim=1)))
     torch.testing.assert_close(right, alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(left, alone, rtol=0, atol=1e-6)
 
@@ -117,4 +116,4 @@ def test_a_chunk_without_tokens_is_refused(bert: Path) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(bert)))
     empty = torch.zeros(2, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match="2 texts on the query side without a token"):
-        encoder("query", empty, empty)
+        encoder("query", Padded(empty, empty))

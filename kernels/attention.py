@@ -1,0 +1,180 @@
+"""Attention of packed texts: every token looks at its own text only, and nothing is padded.
+
+With P = softmax(scale · Q Kᵀ) over the tokens of a text, output = dropout(P) V. A chunk of texts lies one behind another in [T, H, d];
+`starts` says where. The dropout mask is a pure function of (seed, head, row, column): the backward pass and a second forward pass draw it
+again, and nothing of it is stored. Texts of up to 128 tokens are computed whole, several in one tile (`attention_triton`); longer ones
+block by block with an online softmax (`attention_long`; Dao 2023, arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from kernels import attention_reference
+from kernels.attention_reference import Mask
+
+__all__ = ["packed_attention"]
+
+_WIDEST = 256
+_TILE = 128  # tokens of a text, and width of a head, that the kernels for whole texts take
+_GROUPED_TILE = 64  # where query heads share key heads, whose gradients stay in registers meanwhile
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """out_i = Σ_j dropout(softmax_j(scale · ⟨q_i, k_j⟩)) v_j over the tokens j of i's text; [T, H, d] in the inputs' dtype.
+
+    query [T, H, d], key and value [T, G, d]: one floating dtype and device, the last dimension contiguous, others may be strided; G divides
+    H, and head h reads key head h // (H / G). starts int32 [n + 1] rises from 0 to T: text i has the tokens starts_i..starts_{i+1} − 1,
+    none where they are equal. No text has more than `longest` tokens: a GPU takes this on trust (it is never asked), a CPU checks it.
+    `dropout` in 0..1 drops probabilities by the hash of `seed` (int64 [1] on the same device, needed where dropout > 0).
+    `causal`: j ≤ i. `window`: |i − j| ≤ window. Under autocast inputs are cast to its dtype. Differentiable once in query, key and value;
+    runs repeat bitwise. Raises ValueError where shapes, dtypes, devices or numbers do not fit.
+    """
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check_tensors(query, key, value)
+    _check_texts(query, starts, longest, seed if dropout > 0 else None)
+    if not 0 <= dropout < 1 or (dropout > 0 and seed is None):
+        raise ValueError(f"expected dropout in 0..1 (1 excluded) and a seed where it is above 0, received {dropout} and seed {seed}")
+    if window is not None and window < 0:
+        raise ValueError(f"expected a window of at least 0 tokens, received {window}")
+    return _forward(query, key, value, starts, longest, scale, dropout, seed if dropout > 0 else None, causal, window)[0]
+
+
+@torch.library.custom_op("bigbatch::packed_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The output [T, H, d], and for long texts on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty)."""
+    mask = Mask(scale, dropout, seed, causal, window)
+    if not _on_kernels(query):
+        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+    if _in_blocks(query, key, longest):
+        from kernels import attention_long
+
+        return attention_long.forward(query, key, value, starts, longest, mask)
+    from kernels import attention_triton
+
+    return attention_triton.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+
+
+@torch.library.custom_op("bigbatch::packed_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = Mask(scale, dropout, seed, causal, window)
+    if not _on_kernels(query):
+        return attention_reference.backward(dout, query, key, value, starts, longest, mask)
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    if out is not None and lse is not None:
+        from kernels import attention_long_backward
+
+        return attention_long_backward.backward(dout, query, key, value, out, lse, starts, longest, mask)
+    from kernels import attention_triton
+
+    return attention_triton.backward(dout, query, key, value, starts, longest, mask)
+
+
+@_forward.register_fake
+def _(query, key, value, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), _row_statistics(query, key, longest)
+
+
+@_backward.register_fake
+def _(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, starts, *numbers = inputs
+    out, lse = output if _on_kernels(query) and _in_blocks(query, key, numbers[0]) else (None, None)
+    longest, scale, dropout, seed, causal, window = numbers
+    ctx.numbers = (longest, scale, dropout, causal, window)
+    ctx.save_for_backward(query, key, value, out, lse, starts, seed)
+
+
+def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
+    query, key, value, out, lse, starts, seed = ctx.saved_tensors
+    longest, scale, dropout, causal, window = ctx.numbers
+    gradients = _backward(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, causal, window)
+    return *gradients, None, None, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _on_kernels(query: Tensor) -> bool:
+    """Whether the Triton kernels compute it: on a GPU, or through Triton's interpreter; float64 never is."""
+    return query.dtype != torch.float64 and (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
+    """Whether texts are computed block by block, not whole."""
+    return longest > (_TILE if key.shape[1] == query.shape[1] else _GROUPED_TILE) or query.shape[2] > _TILE
+
+
+def _row_statistics(query: Tensor, key: Tensor, longest: int) -> Tensor:
+    looped = _on_kernels(query) and _in_blocks(query, key, longest)
+    return query.new_empty((query.shape[1], query.shape[0]) if looped else (0, 0), dtype=torch.float32)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = [list(x.shape) for x in (query, key, value)]
+    T, H, d = query.shape if query.ndim == 3 else (0, 0, 0)
+    if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape or key.shape[0] != T or key.shape[2] != d or not 1 <= d <= _WIDEST:
+        raise ValueError(f"expected query [T, H, d], key and value [T, G, d] with d in 1..{_WIDEST}, received {shapes}")
+    if key.shape[1] < 1 or H % key.shape[1]:
+        raise ValueError(f"expected a number of query heads that the {key.shape[1]} key heads divide, received {H}")
+    kinds = {(x.dtype, x.device) for x in (query, key, value)}
+    if len(kinds) > 1 or not query.is_floating_point():
+        raise ValueError(f"expected query, key and value of one floating dtype on one device, received {sorted(map(str, kinds))}")
+    if any(x.stride(2) != 1 for x in (query, key, value)):
+        raise ValueError(f"expected a contiguous last dimension, received strides {[x.stride() for x in (query, key, value)]}")
+
+
+def _check_texts(query: Tensor, starts: Tensor, longest: int, seed: Tensor | None) -> None:
+    if starts.dtype != torch.int32 or starts.ndim != 1 or starts.device != query.device or not starts.is_contiguous():
+        raise ValueError(
+            f"expected starts [n + 1] int32 on {query.device}, received {starts.dtype} {list(starts.shape)} on {starts.device}"
+        )
+    if longest < 1:
+        raise ValueError(f"expected longest of at least 1 token, received {longest}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != query.device):
+        raise ValueError(f"expected seed [1] int64 on {query.device}, received {seed.dtype} {list(seed.shape)} on {seed.device}")

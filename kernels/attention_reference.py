@@ -1,0 +1,135 @@
+"""Attention over packed texts in plain torch: what a CPU and float64 use, and what defines the dropout mask.
+
+Texts are taken a few at a time, padded to the longest among them, so that nothing of size [T, T] exists. Reads `starts` on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+FIRST, SECOND, GOLDEN = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9
+
+_SCORES = 2**22  # most elements of one padded matrix of scores
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words in which every bit of the result depends on every bit of `x` (MurmurHash3's finaliser, A. Appleby)."""
+    x = (x ^ (x >> 16)) * FIRST & WORD
+    x = (x ^ (x >> 13)) * SECOND & WORD
+    return x ^ (x >> 16)
+
+
+def drop_below(dropout: float) -> int:
+    """The 32-bit word below which an element's hash drops it."""
+    return round(dropout * 2**32)
+
+
+def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: float) -> Tensor:
+    """Which probabilities survive dropout: a pure function of (seed, head, row, column), tokens counted from the chunk's first.
+
+    seed int64 [1]; heads [H], rows [..., R] and columns [..., C] int64. Returns bool [..., H, R, C]. Rows and columns are hashed each for
+    themselves, and their exclusive or once more, which takes six operations an element.
+    """
+    low, high = seed & WORD, (seed >> 32) & WORD
+    key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ heads)  # [H]
+    row_word = mix(rows[..., None, :] ^ key[:, None])  # [..., H, R]
+    column_word = mix(columns[..., None, :] ^ mix(key ^ GOLDEN)[:, None])  # [..., H, C]
+    word = (row_word[..., :, None] ^ column_word[..., None, :]) * FIRST & WORD  # [..., H, R, C]
+    word = (word ^ (word >> 16)) * SECOND & WORD
+    return word >= drop_below(dropout)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a token may look at in its own text, and the dropout of the probabilities."""
+
+    scale: float
+    dropout: float
+    seed: Tensor | None  # int64 [1]
+    causal: bool
+    window: int | None
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A few texts, padded: their tokens, and which of the padded places are tokens."""
+
+    tokens: Tensor  # [m, L] int64; a filler place names some token of the chunk
+    real: Tensor  # [m, L] bool
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
+    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.packed_attention` has them."""
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    for texts in _groups(starts, longest, *query.shape[:2]):
+        q, k, v = (_padded(x, texts, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
+        probabilities, factor = _probabilities(q, k, texts, mask)
+        out[texts.tokens[texts.real]] = ((probabilities * factor) @ v).transpose(1, 2)[texts.real].to(out.dtype)
+    return out
+
+
+def backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward."""
+    heads, groups = query.shape[1], key.shape[1]
+    dquery, dkey, dvalue = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    for texts in _groups(starts, longest, *query.shape[:2]):
+        q, k, v, do = (_padded(x, texts, heads) for x in (query, key, value, dout))  # [m, H, L, d]
+        do = do * texts.real[:, None, :, None]
+        probabilities, factor = _probabilities(q, k, texts, mask)  # [m, H, L, L]
+        dprobabilities = do @ v.mT * factor
+        delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
+        dscores = mask.scale * probabilities * (dprobabilities - delta)
+        places = texts.tokens[texts.real]
+        dquery[places] = (dscores @ k).transpose(1, 2)[texts.real].to(dquery.dtype)
+        for out, padded in ((dkey, dscores.mT @ q), (dvalue, (probabilities * factor).mT @ do)):
+            by_group = padded.unflatten(1, (groups, heads // groups)).sum(2)  # [m, G, L, d]
+            out[places] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
+    return dquery, dkey, dvalue
+
+
+def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_Texts]:
+    bounds = starts.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"expected starts to rise from 0 to {tokens} (the number of tokens), received {bounds[0]} to {bounds[-1]}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"expected texts of at most longest = {longest} tokens, received one of {max(lengths)}")
+    first = 0
+    while first < len(lengths):
+        width, last = lengths[first], first + 1
+        while last < len(lengths) and (last + 1 - first) * heads * max(width, lengths[last]) ** 2 <= _SCORES:
+            width, last = max(width, lengths[last]), last + 1
+        if width:
+            at = starts[first:last].long()[:, None] + torch.arange(width, device=starts.device)  # [m, L]
+            yield _Texts(at.clamp(max=tokens - 1), at < starts[first + 1 : last + 1][:, None])
+        first = last
+
+
+def _padded(x: Tensor, texts: _Texts, heads: int) -> Tensor:
+    """x [T, G, d] as [m, H, L, d], in float32 or float64, each of its heads as often as the queries have heads for it."""
+    wide = x[texts.tokens].to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # [m, L, G, d]
+    return wide.transpose(1, 2).repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Tensor, Tensor | float]:
+    """Softmax of the scores [m, H, L, L] and what dropout multiplies it with."""
+    rows, columns = texts.tokens[:, :, None], texts.tokens[:, None, :]  # [m, L, 1], [m, 1, L]
+    allowed = texts.real[:, None, :].expand(-1, rows.shape[1], -1)  # [m, L, L]
+    if mask.causal:
+        allowed = allowed & (columns <= rows)
+    if mask.window is not None:
+        allowed = allowed & ((rows - columns).abs() <= mask.window)
+    allowed = allowed | ~texts.real[:, :, None]  # a filler row is dropped later, but must stay finite
+    scores = (mask.scale * (q @ k.mT)).masked_fill(~allowed[:, None], -torch.inf)
+    factor: Tensor | float = 1.0
+    if mask.dropout > 0 and mask.seed is not None:
+        heads = torch.arange(q.shape[1], device=q.device)
+        factor = kept(mask.seed, heads, texts.tokens, texts.tokens, mask.dropout) / (1 - mask.dropout)
+    return scores.softmax(-1), factor

@@ -1,0 +1,91 @@
+"""The pointwise parts of a transformer layer and their gradients in plain torch: what a CPU and float64 use.
+
+Arithmetic is in float32, in float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.dropout_hash import keep_mask
+
+
+def norm_forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(normed [T, D], low [T, D] in x's dtype, mean [T], rstd [T]); `low` is empty where that is the dtype of `normed`."""
+    z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
+    mean = z.mean(1)
+    rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
+    normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
+    return normed, x.new_empty(0) if x.dtype == normed.dtype else normed.to(x.dtype), mean, rstd
+
+
+def norm_backward(
+    d_normed: Tensor | None,
+    d_low: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
+    normalised = (_dropped_sum(x, bias, residual, seed, dropout) - mean[:, None]) * rstd[:, None]  # [T, D]
+    dy = torch.zeros_like(normalised)
+    for gradient in (d_normed, d_low):
+        if gradient is not None:
+            dy = dy + gradient
+    weighted = dy * weight
+    along = (weighted * normalised).mean(1, keepdim=True)
+    dz = rstd[:, None] * (weighted - weighted.mean(1, keepdim=True) - normalised * along)
+    dx = dz * _factor(x, seed, dropout)
+    sums = [(dy * normalised).sum(0), dy.sum(0)] + ([] if bias is None else [dx.sum(0)])
+    return dx.to(x.dtype), dz, torch.stack(sums)
+
+
+def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """u Φ(u) of u = x + bias, [T, F] in x's dtype."""
+    u = _wide(x) + bias
+    return (u * _normal_cdf(u)).to(x.dtype)
+
+
+def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx [T, F] in x's dtype, dbias [F]): dout · (Φ(u) + u φ(u))."""
+    u = _wide(x) + bias
+    density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+    dx = dout * (_normal_cdf(u) + u * density)
+    return dx.to(x.dtype), dx.sum(0)
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Σ over the rows of x [T, F]."""
+    return _wide(x).sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normal_cdf(u: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-u / math.sqrt(2))
+
+
+def _factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
+    """What dropout multiplies x [T, D] with: 0 or 1 / (1 − dropout)."""
+    if seed is None:
+        return 1.0
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return keep_mask(seed, rows, columns, dropout).to(wide) / (1 - dropout)
+
+
+def _dropped_sum(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    shifted = _wide(x) if bias is None else _wide(x) + bias
+    return shifted * _factor(x, seed, dropout) + residual

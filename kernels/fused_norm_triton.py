@@ -1,0 +1,252 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of dropout, residual and LayerNorm: one pass over memory forward, one backward.
+
+With z = dropout(x + bias) + residual, x̂ = (z − mean) · rstd and y = weight · x̂ + norm_bias, the gradient at y being g:
+
+    dz = rstd · (weight·g − mean(weight·g) − x̂ · mean(weight·g · x̂)),    dresidual = dz,    dx = keep · dz / (1 − dropout)
+    dweight = Σ_rows g · x̂,    dnorm_bias = Σ_rows g,    dbias = Σ_rows dx
+
+The backward pass computes z and the mask again from x, residual and the seed. Its programs stay and loop over rows, keep their
+sums over rows in registers, and `column_sum_triton` adds the programs' sums up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.column_sum_triton import add_partials, persistent_programs
+from kernels.dropout_hash import drop_below
+from kernels.dropout_hash_triton import kept, mask_keys, mask_words
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their number and pipeline."""
+
+    rows: int
+    columns_per_warp: int
+    programs_per_sm: int = 1
+    stages: int = 1
+
+
+FORWARD = Launch(rows=2, columns_per_warp=256)
+BACKWARD = Launch(rows=2, columns_per_warp=256, programs_per_sm=4)
+_MOST_ELEMENTS = 4096  # of a block of rows
+
+
+@triton.jit
+def _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
+    z = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
+    if THRESHOLD > 0:
+        z = tl.where(keep, z * inverse_keep, 0.0)
+    return z + tl.load(residual + at, inside, other=0.0)
+
+
+@triton.jit
+def _load_row(pointer, columns, D: tl.constexpr):
+    if pointer is None:
+        return tl.zeros(columns.shape, tl.float32)
+    else:
+        return tl.load(pointer + columns, columns < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _keep(seed, rows, columns, THRESHOLD: tl.constexpr):
+    if THRESHOLD > 0:
+        row_key, column_key = mask_keys(seed, 0)
+        return kept(mask_words(row_key, rows)[:, None], mask_words(column_key, columns)[None, :], THRESHOLD)
+    else:
+        return True
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_forward(
+    x,  # [T, D]
+    bias,  # [D] or None
+    residual,  # [T, D] float32
+    weight,  # [D]
+    norm_bias,  # [D]
+    seed,  # [1] int64 or None
+    normed,  # out [T, D] float32
+    low,  # out [T, D] in x's dtype, or None
+    mean,  # out [T]
+    rstd,  # out [T]
+    T,
+    eps,
+    inverse_keep,
+    D: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    in_rows, in_columns = rows < T - first, columns < D
+    inside = in_rows[:, None] & in_columns[None, :]
+    at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
+    keep = _keep(seed, first + rows, columns, THRESHOLD)
+    z = _dropped_sum(x, residual, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
+    level = tl.sum(z, 1) / D
+    centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
+    tl.store(normed + at, y, inside)
+    if low is not None:
+        tl.store(low + at, y.to(low.dtype.element_ty), inside)
+    tl.store(mean + first + rows, level, in_rows)
+    tl.store(rstd + first + rows, spread, in_rows)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_backward(
+    d_normed,  # [T, D] float32 or None
+    d_low,  # [T, D] in x's dtype or None
+    x,
+    bias,
+    residual,
+    weight,
+    mean,
+    rstd,
+    seed,
+    dx,  # out [T, D] in x's dtype
+    dresidual,  # out [T, D] float32
+    partial,  # out [programs, 2 or (with a bias) 3, D] float32
+    T,
+    inverse_keep,
+    D: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    in_columns = columns < D
+    shift, w = _load_row(bias, columns, D), _load_row(weight, columns, D)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    dnorm_bias = tl.zeros((BLOCK_D,), tl.float32)
+    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    for first in tl.range(program * ROWS, T, programs * ROWS, num_stages=STAGES):
+        in_rows = rows < T - first
+        inside = in_rows[:, None] & in_columns[None, :]
+        at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
+        keep = _keep(seed, first + rows, columns, THRESHOLD)
+        z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
+        spread = tl.load(rstd + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
+        normalised = (z - tl.load(mean + first + rows, in_rows, other=0.0)[:, None]) * spread
+        g = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        if d_normed is not None:
+            g += tl.load(d_normed + at, inside, other=0.0)
+        if d_low is not None:
+            g += tl.load(d_low + at, inside, other=0.0).to(tl.float32)
+        weighted = g * w[None, :]
+        level = tl.sum(weighted, 1) / D
+        along = tl.sum(weighted * normalised, 1) / D
+        dz = spread * (weighted - level[:, None] - normalised * along[:, None])
+        tl.store(dresidual + at, dz, inside)
+        if THRESHOLD > 0:
+            dz = tl.where(keep, dz * inverse_keep, 0.0)
+        tl.store(dx + at, dz.to(dx.dtype.element_ty), inside)
+        dweight += tl.sum(g * normalised, 0)
+        dnorm_bias += tl.sum(g, 0)
+        dbias += tl.sum(dz, 0)
+    vectors = 2 if bias is None else 3
+    sums = partial + program * vectors * D + columns
+    tl.store(sums, dweight, in_columns)
+    tl.store(sums + D, dnorm_bias, in_columns)
+    if bias is not None:
+        tl.store(sums + 2 * D, dbias, in_columns)
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(normed [T, D] float32, low [T, D] in x's dtype, mean [T], rstd [T]); `low` is empty where x is float32."""
+    T, D = x.shape
+    normed = torch.empty_like(residual)
+    low = x.new_empty(0) if x.dtype == normed.dtype else torch.empty_like(x)
+    mean, rstd = residual.new_empty(T), residual.new_empty(T)
+    rows, block_d, warps = _block(FORWARD, D)
+    _norm_forward[(triton.cdiv(T, rows),)](
+        x,
+        bias,
+        residual,
+        weight,
+        norm_bias,
+        seed,
+        normed,
+        None if x.dtype == normed.dtype else low,
+        mean,
+        rstd,
+        T,
+        eps,
+        1 / (1 - dropout),
+        D,
+        THRESHOLD=0 if seed is None else drop_below(dropout),
+        ROWS=rows,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return normed, low, mean, rstd
+
+
+def norm_backward(
+    d_normed: Tensor | None,
+    d_low: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a bias, dbias)."""
+    T, D = x.shape
+    dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
+    rows, block_d, warps = _block(BACKWARD, D)
+    programs = persistent_programs(x, triton.cdiv(T, rows), BACKWARD.programs_per_sm)
+    partial = residual.new_empty(programs, 2 if bias is None else 3, D)
+    _norm_backward[(programs,)](
+        d_normed,
+        d_low,
+        x,
+        bias,
+        residual,
+        weight,
+        mean,
+        rstd,
+        seed,
+        dx,
+        dresidual,
+        partial,
+        T,
+        1 / (1 - dropout),
+        D,
+        THRESHOLD=0 if seed is None else drop_below(dropout),
+        ROWS=rows,
+        BLOCK_D=block_d,
+        STAGES=BACKWARD.stages,
+        num_warps=warps,
+    )
+    return dx, dresidual, add_partials(partial)
+
+
+def _block(launch: Launch, D: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program's block: whole rows, each spread over all warps, so that sums over rows stay in a thread."""
+    block_d = triton.next_power_of_2(D)
+    rows = max(1, min(launch.rows, _MOST_ELEMENTS // block_d))
+    return rows, block_d, max(1, min(16, block_d // launch.columns_per_warp))

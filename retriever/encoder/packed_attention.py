@@ -1,0 +1,85 @@
+"""Texts one behind another through Hugging Face models: attention that stays inside each text, and its parity check.
+
+transformers looks its attention up by name; under ours a model runs on one row [1, T] of packed texts without a mask, whose
+boundaries arrive as keyword arguments that the layers hand through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from kernels.attention import packed_attention
+from retriever.data.layout import Packed
+from retriever.encoder.architectures import first_position, is_decoder
+
+NAME = "bigbatch_packed"
+_SEEDS = 2**62
+
+
+def use_packed_attention(tower: PreTrainedModel) -> None:
+    """Makes `tower` attend within packed texts from now on; `packed_inputs` makes what it is called with."""
+    tower.set_attn_implementation(NAME)
+
+
+def packed_inputs(tower: PreTrainedModel, texts: Packed) -> dict[str, Any]:
+    """Keyword arguments of a forward pass of `tower` over `texts`; its hidden states are [1, T, H]."""
+    inputs: dict[str, Any] = {
+        "input_ids": texts.input_ids[None],  # [1, T]
+        "position_ids": texts.positions[None] + first_position(tower.config),  # [1, T]
+        "attention_mask": None,
+        "packed_starts": texts.starts,
+        "packed_longest": texts.longest,
+    }
+    return inputs | {"use_cache": False} if is_decoder(tower.config) else inputs
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """[count] int64 from the device's generator, whose state a chunk's second pass restores: dropout masks are functions of them."""
+    return torch.randint(_SEEDS, (count,), device=device)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_starts: Tensor,
+    packed_longest: int,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a transformers layer: query, key, value [1, heads, T, d] to [1, T, heads, d]."""
+    if attention_mask is not None:
+        raise ValueError(f"packed texts take no attention mask, received one of shape {list(attention_mask.shape)}")
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    output = packed_attention(
+        queries,
+        keys,
+        values,
+        packed_starts,
+        packed_longest,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        seed=draw_seeds(1, query.device) if dropout > 0 else None,
+        causal=causal,
+        window=None if sliding_window is None else sliding_window - 1,  # theirs counts the token itself
+    )
+    return output[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Packed texts need none: `_attend` knows where each begins."""
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,136 @@
+"""Texts to embeddings, one slab of texts after another, without a wait between them.
+
+Threads read and tokenise the next slab while this one is encoded, sorted by length, and the one before it travels back from the
+device. A slab is as large as its texts' lengths have to be sorted well: tens of thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from retriever.data.chunk_builders import chunk_builders
+from retriever.data.chunks import Chunks
+from retriever.data.text_table import TokenRows
+from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
+from retriever.encoder.dual_encoder import DualEncoder
+
+SLAB_TEXTS = 65_536
+_TEXTS_AT_ONCE = 4096  # handed to the tokenizer; two such calls at a time keep all cores busy
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+class Arriving:
+    """Embeddings [n, D] float32 on their way from the device, which goes on working meanwhile."""
+
+    def __init__(self, found: Tensor, filled: np.ndarray, count: int) -> None:
+        self._filled, self._count = filled, count
+        self._arrived: torch.cuda.Event | None = None
+        self._embeddings = found  # [texts with a token, D]
+        if found.device.type == "cuda":
+            self._embeddings = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self._embeddings.copy_(found, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> np.ndarray:
+        """The embeddings in the texts' order, once they are here; a text without any token has the zero vector."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        embeddings = self._embeddings.numpy()
+        if len(self._filled) == self._count:
+            return embeddings
+        whole = np.zeros((self._count, embeddings.shape[1]), dtype=embeddings.dtype)
+        whole[self._filled] = embeddings
+        return whole
+
+
+@dataclass(frozen=True)
+class SlabEncoder:
+    """What embeds one side's texts."""
+
+    encoder: DualEncoder
+    tokenizer: PreTrainedTokenizerBase
+    side: Side
+    prompt: str
+    max_tokens: int
+    tokens_per_chunk: int
+
+    def encode(
+        self, slabs: Iterable[tuple[Key, Sequence[str]]], done: Callable[[int], object]
+    ) -> Generator[tuple[Key, Arriving], None, None]:
+        """Each slab's key and the embeddings of its texts, in the slabs' order; `slabs` is read in a thread, one ahead.
+
+        Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts that were just queued.
+        """
+        template = TokenTemplate.from_tokenizer(self.tokenizer)
+        with inference(self.encoder), closing(_one_ahead(map(self._tokenize, slabs))) as tokenized:
+            for key, texts in tokenized:
+                yield key, self._encode(texts, template, done)
+
+    def _tokenize(self, slab: tuple[Key, Sequence[str]]) -> tuple[Key, TokenRows]:
+        key, texts = slab
+        parts = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
+        with ThreadPoolExecutor(2, thread_name_prefix="tokenise") as pool:
+            found = list(pool.map(self._tokens, parts))
+        tokens = np.concatenate([np.empty(0, np.uint32), *(tokens for tokens, _ in found)])
+        offsets = np.concatenate([np.zeros(1, np.int64), *(counts for _, counts in found)]).cumsum()
+        return key, TokenRows(tokens, offsets)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return tokenize_flat(self.tokenizer, [self.prompt + text for text in texts] if self.prompt else texts)
+
+    def _encode(self, texts: TokenRows, template: TokenTemplate, done: Callable[[int], object]) -> Arriving:
+        lengths, device = template.lengths(texts.lengths, self.max_tokens), self.encoder.device
+        filled = np.flatnonzero(lengths)
+        builders = chunk_builders(
+            self.side,
+            texts,
+            filled,
+            template,
+            max_tokens=self.max_tokens,
+            tokens_per_chunk=max(self.tokens_per_chunk, int(lengths.max(initial=1))),
+            packed=self.encoder.packed,
+        )
+        found = torch.empty(len(filled), self.encoder.dimension, dtype=torch.float32, device=device)
+        for chunk in Chunks(builders, device):
+            found.index_copy_(0, chunk.rows, self.encoder(self.side, chunk.tokens).float())  # [n, D]
+            done(len(chunk.rows))
+        done(len(texts) - len(filled))
+        return Arriving(found, filled, len(texts))
+
+
+@contextmanager
+def inference(encoder: DualEncoder) -> Iterator[None]:
+    """Eval mode without graphs; every module's own mode comes back afterwards. Weights are cast for autocast once, not once a chunk."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    dtype = encoder.autocast_dtype
+    try:
+        with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
+    """The items, the next of which is made in a thread while one is in use."""
+    stream = iter(items)
+    take = partial(next, stream, None)
+    with ThreadPoolExecutor(1, thread_name_prefix="slabs") as thread:
+        coming = thread.submit(take)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(take)
+            yield item

@@ -1,0 +1,53 @@
+"""Passages of MS MARCO's lengths made of random tokens, as ids and as text, and the tokenizer that goes between the two."""
+
+from __future__ import annotations
+
+from itertools import product
+from string import ascii_lowercase
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY = 30_522  # BERT's
+_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LETTERS = 5
+
+
+def passage_lengths(n: int, generator: np.random.Generator) -> np.ndarray:
+    """Tokens [n] int64 of passages, special tokens included: lognormal(ln 70, 0.42), clipped to 16 … 256."""
+    return np.clip(generator.lognormal(np.log(70), 0.42, n), 16, 256).astype(np.int64)
+
+
+def word_tokenizer(max_tokens: int = 256, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """BERT's tokenizer with a made-up vocabulary: every token but the special ones is a word of five letters."""
+    ids = {token: row for row, token in enumerate((*_SPECIALS, *_words(vocabulary - len(_SPECIALS))))}
+    backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=max_tokens,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def random_passages(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tuple[list[str], np.ndarray]:
+    """n texts that `word_tokenizer` makes passages of, and the lengths [n] that these have, special tokens included."""
+    generator = np.random.default_rng(seed)
+    lengths = passage_lengths(n, generator)
+    words = np.array(_words(vocabulary - len(_SPECIALS)), dtype=object)
+    drawn = words[generator.integers(len(words), size=int(lengths.sum()) - 2 * n)]
+    return [" ".join(part) for part in np.split(drawn, np.cumsum(lengths - 2)[:-1])], lengths
+
+
+def _words(count: int) -> list[str]:
+    """Distinct words, spread over the alphabet."""
+    step = len(ascii_lowercase) ** _LETTERS // count
+    return ["".join(letters) for place, letters in enumerate(product(ascii_lowercase, repeat=_LETTERS)) if place % step == 0][:count]
