@@ -52,7 +52,7 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     own = sum(query.prompt is not None for query in pool.queries)
     if own and ranks.rank == 0:
         print(f"note: {own:,} queries carry a prompt of their own, which the search leaves out")
-    bundle = load_encoder(given.model, precision=given.precision, device=device) if asks_model else None
+    bundle = load_encoder(given.model, precision=given.precision, attention=given.attention, device=device) if asks_model else None
     teachers = [
         name
         if name in ("bm25", "model")
@@ -116,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", required=True, type=Path, help="a new folder for the training data")
     parser.add_argument("--work-dir", type=Path, help="embeddings, searches and scores, to be used again (default: <output-dir>.work)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of both models (default: %(default)s)")
+    packed = "of the encoder: packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
+    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
     parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
     return parser
