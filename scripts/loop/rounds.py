@@ -37,7 +37,7 @@ class Loop:
     def run(self) -> Table:
         """Runs what is not done yet; prints the measures of all models so far after each round and returns the last table.
 
-        result.json holds it, and the folder of each row's evaluation.
+        result.json holds that of the rounds done so far, and the folder of each one's evaluation.
         """
         config, model = self._config, self._config.first_model
         start = self._evaluate("start", Path("start"), model)
@@ -51,7 +51,7 @@ class Loop:
             folders[described.name] = folder.as_posix()
             table |= _rows(described.name, found)
             print(f"\n{format_table(table)}\n", flush=True)
-        write_json(self._root / RESULT, {"metrics": table, "evaluations": folders})
+            write_json(self._root / RESULT, {"metrics": table, "evaluations": folders})
         return table
 
     def _best(self, number: int, model: str, data: Path | None) -> tuple[str, Splits, Path]:
