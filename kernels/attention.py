@@ -9,6 +9,7 @@ block by block with an online softmax (`attention_long`; Dao 2023, arXiv:2307.08
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,6 @@ from kernels.attention_reference import Mask
 __all__ = ["packed_attention"]
 
 _WIDEST = 256
-_TILE = 128  # tokens of a text, and width of a head, that the kernels for whole texts take
-_GROUPED_TILE = 64  # where query heads share key heads, whose gradients stay in registers meanwhile
 
 
 def packed_attention(
@@ -54,7 +53,57 @@ def packed_attention(
         raise ValueError(f"expected dropout in 0..1 (1 excluded) and a seed where it is above 0, received {dropout} and seed {seed}")
     if window is not None and window < 0:
         raise ValueError(f"expected a window of at least 0 tokens, received {window}")
-    return _forward(query, key, value, starts, longest, scale, dropout, seed if dropout > 0 else None, causal, window)[0]
+    seed = seed if dropout > 0 else None
+    if torch.compiler.is_compiling():  # one opaque call; outside torch.compile its dispatch would cost more than the kernels
+        return _forward(query, key, value, starts, longest, scale, dropout, seed, causal, window)[0]
+    return _PackedAttention.apply(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> tuple[Tensor, Tensor]:
+    """The output [T, H, d], and for long texts on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
+
+    Arguments as `packed_attention` has them, not checked here.
+    """
+    if not _on_kernels(query):
+        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+    if _in_blocks(query, key, longest):
+        from kernels import attention_long
+
+        return attention_long.forward(query, key, value, starts, longest, mask)
+    from kernels import attention_triton
+
+    return attention_triton.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+
+
+def attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    longest: int,
+    mask: Mask,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients at query, key and value, written `into` tensors like them whose tokens' heads are contiguous (None: new ones).
+
+    `out` and `lse` as `attention_forward` gave them; what it does not need of them may be anything.
+    """
+    into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    if not _on_kernels(query):
+        attention_reference.backward(dout, query, key, value, into, starts, longest, mask)
+    elif _in_blocks(query, key, longest):
+        from kernels import attention_long_backward
+
+        attention_long_backward.backward(dout, query, key, value, out, lse, into, starts, longest, mask)
+    else:
+        from kernels import attention_triton
+
+        attention_triton.backward(dout, query, key, value, into, starts, longest, mask)
+    return into
 
 
 @torch.library.custom_op("bigbatch::packed_attention", mutates_args=())
@@ -70,17 +119,7 @@ def _forward(
     causal: bool,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output [T, H, d], and for long texts on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty)."""
-    mask = Mask(scale, dropout, seed, causal, window)
-    if not _on_kernels(query):
-        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
-    if _in_blocks(query, key, longest):
-        from kernels import attention_long
-
-        return attention_long.forward(query, key, value, starts, longest, mask)
-    from kernels import attention_triton
-
-    return attention_triton.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+    return attention_forward(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
 
 
 @torch.library.custom_op("bigbatch::packed_attention_backward", mutates_args=())
@@ -99,17 +138,8 @@ def _backward(
     causal: bool,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = Mask(scale, dropout, seed, causal, window)
-    if not _on_kernels(query):
-        return attention_reference.backward(dout, query, key, value, starts, longest, mask)
-    dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    if out is not None and lse is not None:
-        from kernels import attention_long_backward
-
-        return attention_long_backward.backward(dout, query, key, value, out, lse, starts, longest, mask)
-    from kernels import attention_triton
-
-    return attention_triton.backward(dout, query, key, value, starts, longest, mask)
+    out, lse = dout if out is None else out, dout if lse is None else lse  # short texts need neither
+    return attention_backward(dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window))
 
 
 @_forward.register_fake
@@ -124,7 +154,7 @@ def _(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, starts, *numbers = inputs
-    out, lse = output if _on_kernels(query) and _in_blocks(query, key, numbers[0]) else (None, None)
+    out, lse = output if _in_blocks(query, key, numbers[0]) else (None, None)
     longest, scale, dropout, seed, causal, window = numbers
     ctx.numbers = (longest, scale, dropout, causal, window)
     ctx.save_for_backward(query, key, value, out, lse, starts, seed)
@@ -140,19 +170,37 @@ def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
+        out, lse = attention_forward(query, key, value, starts, longest, mask)
+        ctx.longest, ctx.mask = longest, mask
+        needed = (out, lse) if lse.numel() else (starts, starts)
+        ctx.save_for_backward(query, key, value, *needed, starts)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *attention_backward(gradients[0], *ctx.saved_tensors, ctx.longest, ctx.mask), None, None, None
+
+
 def _on_kernels(query: Tensor) -> bool:
     """Whether the Triton kernels compute it: on a GPU, or through Triton's interpreter; float64 never is."""
     return query.dtype != torch.float64 and (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
-    """Whether texts are computed block by block, not whole."""
-    return longest > (_TILE if key.shape[1] == query.shape[1] else _GROUPED_TILE) or query.shape[2] > _TILE
+    """Whether the Triton kernels go block by block, since the texts are too long to be computed whole."""
+    if not _on_kernels(query):
+        return False
+    from kernels import attention_triton
+
+    return longest > attention_triton.most_tokens(query, key)
 
 
 def _row_statistics(query: Tensor, key: Tensor, longest: int) -> Tensor:
-    looped = _on_kernels(query) and _in_blocks(query, key, longest)
-    return query.new_empty((query.shape[1], query.shape[0]) if looped else (0, 0), dtype=torch.float32)
+    shape = (query.shape[1], query.shape[0]) if _in_blocks(query, key, longest) else (0, 0)
+    return query.new_empty(shape, dtype=torch.float32)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -41,18 +41,23 @@ class Settings:
     dkey: Blocks
 
 
-# By the width of a head, for 16-bit inputs.
-_SETTINGS = {
-    64: Settings(Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    128: Settings(Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+# By the width of a head.
+_HALF = {
+    64: Settings(Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 1), Blocks(64, 32, 4, 2)),
+    128: Settings(Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     256: Settings(Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
 }
-_FLOAT = Settings(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+_FLOAT = {
+    64: Settings(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
+    128: Settings(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    256: Settings(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
 
 
 def settings_for(dtype: torch.dtype, width: int) -> Settings:
-    """The pinned blocks for heads of `width` (tuned on an H100)."""
-    return _FLOAT if dtype == torch.float32 else next(settings for most, settings in _SETTINGS.items() if width <= most)
+    """The pinned blocks for heads of `width` ≤ 256 (tuned on an H100)."""
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    return next(settings for most, settings in table.items() if width <= most)
 
 
 @triton.jit

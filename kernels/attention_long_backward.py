@@ -23,7 +23,7 @@ def _dquery_blocks(
     out,  # [T, H, d], contiguous
     lse,  # [H, T]
     delta,  # [H, T], written here for the other kernel
-    dquery,  # [T, H, d], contiguous
+    dquery,  # [T, H, d], each token's heads contiguous
     starts,
     seed,
     blocks,
@@ -37,6 +37,7 @@ def _dquery_blocks(
     key_head,
     value_stride,
     value_head,
+    dquery_stride,
     scale,
     scale_log2,
     window,
@@ -83,7 +84,7 @@ def _dquery_blocks(
             dp = tl.where(kept(word, (start + rows)[:, None], (start + columns)[None, :], DROP_BELOW), dp * KEEP_SCALE, 0.0)
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_rows(dquery + (at * heads + head) * D, heads * D, local, inside, dq * scale, D, BLOCK_D)
+    store_rows(dquery + at * dquery_stride + head * D, dquery_stride, local, inside, dq * scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "window"])
@@ -94,7 +95,7 @@ def _dkey_blocks(
     value,
     lse,
     delta,
-    dkey,  # [T, G, d], contiguous
+    dkey,  # [T, G, d], each token's heads contiguous
     dvalue,
     starts,
     seed,
@@ -109,6 +110,7 @@ def _dkey_blocks(
     key_head,
     value_stride,
     value_head,
+    dkey_stride,
     scale,
     scale_log2,
     window,
@@ -156,17 +158,15 @@ def _dkey_blocks(
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, queries]
             p = tl.exp2(x * scale_log2 - row_lse[None, :])
             p = tl.where(allowed_pairs(rows[None, :], columns[:, None], count, window, CAUSAL), p, 0.0)
+            if DROP_BELOW > 0:  # the sign remembers what was dropped
+                p = tl.where(kept(word, (start + rows)[None, :], (start + columns)[:, None], DROP_BELOW), p, -p)
+            dv = tl.dot(tl.maximum(p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            if DROP_BELOW > 0:
-                survives = kept(word, (start + rows)[None, :], (start + columns)[:, None], DROP_BELOW)
-                dv = tl.dot(tl.where(survives, p, 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
-                dp = tl.where(survives, dp * KEEP_SCALE, 0.0)
-            else:
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (dp - row_delta[None, :])
+            dp = tl.where(p > 0, dp * KEEP_SCALE, 0.0)
+            ds = tl.abs(p) * (dp - row_delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    store_rows(dkey + (at * key_heads + group) * D, key_heads * D, local, inside, dk * scale, D, BLOCK_D)
-    store_rows(dvalue + (at * key_heads + group) * D, key_heads * D, local, inside, dv * KEEP_SCALE, D, BLOCK_D)
+    store_rows(dkey + at * dkey_stride + group * D, dkey_stride, local, inside, dk * scale, D, BLOCK_D)
+    store_rows(dvalue + at * dkey_stride + group * D, dkey_stride, local, inside, dv * KEEP_SCALE, D, BLOCK_D)
 
 
 def backward(
@@ -176,14 +176,14 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
     starts: Tensor,
     longest: int,
     mask: Mask,
     settings: Settings | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward, contiguous; `out` and `lse` as forward gave them."""
+) -> None:
+    """As `attention_triton.backward`; `out` and `lse` as forward gave them."""
     T, heads, width = query.shape
-    dquery, dkey, dvalue = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     delta = torch.empty_like(lse)
     settings, n = settings or settings_for(query.dtype, width), len(starts) - 1
     strides = (*dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
@@ -192,13 +192,14 @@ def backward(
         use = settings.dquery
         blocks = triton.cdiv(longest, use.kept)
         _dquery_blocks[(n * blocks * heads,)](
-            dout, query, key, value, out, lse, delta, dquery, starts, mask.seed, blocks, T, heads, *strides, *numbers,
-            **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited, num_warps=use.warps, num_stages=use.stages,
+            dout, query, key, value, out, lse, delta, into[0], starts, mask.seed, blocks, T, heads, *strides,
+            into[0].stride(0), *numbers, **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited,
+            num_warps=use.warps, num_stages=use.stages,
         )  # fmt: skip
         use = settings.dkey
         blocks = triton.cdiv(longest, use.kept)
         _dkey_blocks[(n * blocks * key.shape[1],)](
-            dout, query, key, value, lse, delta, dkey, dvalue, starts, mask.seed, blocks, T, key.shape[1], *strides, *numbers,
-            **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited, num_warps=use.warps, num_stages=use.stages,
+            dout, query, key, value, lse, delta, into[1], into[2], starts, mask.seed, blocks, T, key.shape[1], *strides,
+            into[1].stride(0), *numbers, **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited,
+            num_warps=use.warps, num_stages=use.stages,
         )  # fmt: skip
-    return dquery, dkey, dvalue

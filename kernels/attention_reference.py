@@ -74,11 +74,18 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
 
 
 def backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward."""
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
+    starts: Tensor,
+    longest: int,
+    mask: Mask,
+) -> None:
+    """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them."""
     heads, groups = query.shape[1], key.shape[1]
-    dquery, dkey, dvalue = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    dquery, dkey, dvalue = into
     for texts in _groups(starts, longest, *query.shape[:2]):
         q, k, v, do = (_padded(x, texts, heads) for x in (query, key, value, dout))  # [m, H, L, d]
         do = do * texts.real[:, None, :, None]
@@ -91,7 +98,6 @@ def backward(
         for out, padded in ((dkey, dscores.mT @ q), (dvalue, (probabilities * factor).mT @ do)):
             by_group = padded.unflatten(1, (groups, heads // groups)).sum(2)  # [m, G, L, d]
             out[places] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
-    return dquery, dkey, dvalue
 
 
 def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_Texts]:
@@ -131,5 +137,5 @@ def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Ten
     factor: Tensor | float = 1.0
     if mask.dropout > 0 and mask.seed is not None:
         heads = torch.arange(q.shape[1], device=q.device)
-        factor = kept(mask.seed, heads, texts.tokens, texts.tokens, mask.dropout) / (1 - mask.dropout)
+        factor = kept(mask.seed, heads, texts.tokens, texts.tokens, mask.dropout).to(q.dtype) / (1 - mask.dropout)
     return scores.softmax(-1), factor

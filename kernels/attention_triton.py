@@ -36,15 +36,34 @@ class Tile:
     block: int
     forward_warps: int
     backward_warps: int
+    backward_registers: int | None = None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
 
 
-# By the longest text. Several short texts share a tile where that costs less than more, smaller programs.
-_TILES = {16: Tile(32, 1, 1), 32: Tile(32, 1, 1), 64: Tile(64, 4, 4), 128: Tile(128, 8, 8)}
+# By the width of a head, then by the longest text. Several short texts share a tile.
+_TILES = {
+    64: {
+        16: Tile(64, 4, 4),
+        32: Tile(32, 2, 2),
+        64: Tile(64, 4, 4),
+        96: Tile(128, 4, 8, backward_registers=128),
+        128: Tile(128, 8, 8, backward_registers=128),
+    },
+    128: {32: Tile(32, 2, 4), 64: Tile(64, 4, 4)},
+}
+_FLOAT_TILE = Tile(32, 4, 4)
 
 
-def tile_for(longest: int) -> Tile:
-    """The pinned tile for texts of up to `longest` tokens (tuned on an H100)."""
-    return next(tile for most, tile in _TILES.items() if longest <= most)
+def most_tokens(query: Tensor, key: Tensor) -> int:
+    """The longest text whose tile, with its gradients, fits the registers; 0: none does."""
+    width, grouped, wide = query.shape[2], key.shape[1] < query.shape[1], query.dtype == torch.float32
+    return 128 >> ((width > 64) + grouped + 2 * wide) if width <= 128 else 0
+
+
+def tile_for(query: Tensor, longest: int) -> Tile:
+    """The pinned tile for texts of up to `longest` tokens, at most `most_tokens` (tuned on an H100)."""
+    if query.dtype == torch.float32:
+        return _FLOAT_TILE
+    return next(tile for most, tile in _TILES[64 if query.shape[2] <= 64 else 128].items() if longest <= most)
 
 
 @triton.jit
@@ -171,8 +190,8 @@ def _backward_tiles(
     query,
     key,
     value,
-    dquery,  # [T, H, d], contiguous
-    dkey,  # [T, G, d], contiguous
+    dquery,  # [T, H, d], each token's heads contiguous
+    dkey,  # [T, G, d], each token's heads contiguous
     dvalue,
     starts,
     seed,
@@ -187,6 +206,8 @@ def _backward_tiles(
     key_head,
     value_stride,
     value_head,
+    dquery_stride,
+    dkey_stride,
     scale,
     scale_log2,
     window,
@@ -225,15 +246,15 @@ def _backward_tiles(
             p = tl.where(kept(head_key(seed, head), tokens[:, None], tokens[None, :], DROP_BELOW), p, -p)
         dv = tl.dot(tl.trans(tl.maximum(p, 0.0).to(do.dtype)), do, dv, input_precision=PRECISION)
         if member == GROUP - 1:  # written before dP needs the registers
-            store_rows(dvalue + (token * key_heads + group) * D, key_heads * D, rows, inside, dv * KEEP_SCALE, D, BLOCK_D)
+            store_rows(dvalue + token * dkey_stride + group * D, dkey_stride, rows, inside, dv * KEEP_SCALE, D, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         dp = tl.where(p > 0, dp, 0.0)
         p = tl.abs(p)
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * KEEP_SCALE)
-        store_rows(dquery + (token * (key_heads * GROUP) + head) * D, key_heads * GROUP * D, rows, inside, dq, D, BLOCK_D)
-    store_rows(dkey + (token * key_heads + group) * D, key_heads * D, rows, inside, dk * (scale * KEEP_SCALE), D, BLOCK_D)
+        store_rows(dquery + token * dquery_stride + head * D, dquery_stride, rows, inside, dq, D, BLOCK_D)
+    store_rows(dkey + token * dkey_stride + group * D, dkey_stride, rows, inside, dk * (scale * KEEP_SCALE), D, BLOCK_D)
 
 
 def constants(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any]:
@@ -252,7 +273,7 @@ def constants(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any]:
 def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, tile: Tile | None = None) -> Tensor:
     """The output [T, H, d] in the inputs' dtype; arguments as `kernels.attention.packed_attention` has them, texts that `fits`."""
     out = query.new_empty(query.shape)
-    tile, n = tile or tile_for(longest), len(starts) - 1
+    tile, n = tile or tile_for(query, longest), len(starts) - 1
     per = tile.block // longest
     heads = query.shape[1]
     if n and len(query):
@@ -265,16 +286,27 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
 
 
 def backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, tile: Tile | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward, contiguous."""
-    dquery, dkey, dvalue = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    tile, n = tile or tile_for(longest), len(starts) - 1
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    into: tuple[Tensor, Tensor, Tensor],
+    starts: Tensor,
+    longest: int,
+    mask: Mask,
+    tile: Tile | None = None,
+) -> None:
+    """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them.
+
+    Those of key and value have one stride from token to token, and a token's heads are contiguous.
+    """
+    tile, n = tile or tile_for(query, longest), len(starts) - 1
     per = tile.block // longest
     if n and len(query):
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
-            dout, query, key, value, dquery, dkey, dvalue, starts, mask.seed, n, per, key.shape[1],
-            *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale, mask.scale * LOG2E, mask.window,
-            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block, num_warps=tile.backward_warps,
+            dout, query, key, value, *into, starts, mask.seed, n, per, key.shape[1],
+            *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0), into[1].stride(0),
+            mask.scale, mask.scale * LOG2E, mask.window,
+            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,
+            num_warps=tile.backward_warps, maxnreg=tile.backward_registers,
         )  # fmt: skip
-    return dquery, dkey, dvalue

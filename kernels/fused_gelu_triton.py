@@ -30,7 +30,7 @@ class Launch:
 
 
 FORWARD = Launch(rows=4, columns=512, warps=4)
-BACKWARD = Launch(rows=4, columns=512, warps=4, programs_per_sm=8)
+BACKWARD = Launch(rows=4, columns=512, warps=4, programs_per_sm=6)
 
 
 @triton.jit

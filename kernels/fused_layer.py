@@ -73,6 +73,55 @@ def column_sum(x: Tensor) -> Tensor:
     return _column_sum(x)
 
 
+def norm_forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, y in x's dtype or, where that is y's own, an empty tensor, mean [T], rstd [T]) of `dropout_add_norm`, without a graph."""
+    if _on_gpu(x):
+        from kernels import fused_norm_triton as kernels
+    else:
+        from kernels import fused_layer_reference as kernels
+    return kernels.norm_forward(x, bias, residual, weight, norm_bias, seed if dropout > 0 else None, eps, dropout)
+
+
+def norm_backward(
+    d_normed: Tensor | None,
+    d_low: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dresidual, [K, D]: dweight, dnorm_bias and, where there is a bias, dbias) from the gradients at both results."""
+    if _on_gpu(x):
+        from kernels import fused_norm_triton as kernels
+    else:
+        from kernels import fused_layer_reference as kernels
+    return kernels.norm_backward(d_normed, d_low, x, bias, residual, weight, mean, rstd, seed if dropout > 0 else None, dropout)
+
+
+def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """`bias_gelu` without a graph."""
+    if _on_gpu(x):
+        from kernels import fused_gelu_triton as kernels
+    else:
+        from kernels import fused_layer_reference as kernels
+    return kernels.gelu_forward(x, bias)
+
+
+def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dbias)."""
+    if _on_gpu(x):
+        from kernels import fused_gelu_triton as kernels
+    else:
+        from kernels import fused_layer_reference as kernels
+    return kernels.gelu_backward(dout, x, bias)
+
+
 @torch.library.custom_op("bigbatch::dropout_add_norm", mutates_args=())
 def _norm(
     x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float

@@ -35,7 +35,7 @@ class Launch:
 
 
 FORWARD = Launch(rows=2, columns_per_warp=256)
-BACKWARD = Launch(rows=2, columns_per_warp=256, programs_per_sm=4)
+BACKWARD = Launch(rows=1, columns_per_warp=256, programs_per_sm=4)
 _MOST_ELEMENTS = 4096  # of a block of rows
 
 

@@ -87,7 +87,7 @@ class BatchConfig:
 
     queries: int = 1024  # global, per optimizer step
     tokens_per_chunk: int | Auto = "auto"
-    retain: bool | Auto = "auto"
+    retain: bool | int | Auto = "auto"  # graphs kept between the passes: all, none, or of so many tokens a rank
     one_source: bool = True
     offload: bool = False
 

@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 # Settings whose room is not built yet. Each is refused by name; the room that brings it deletes its line.
 _NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "batch.retain": (True,),
     "batch.offload": (True,),
     "loss.exchange": ("ring",),
-    "run.preflight": ("only",),
 }
 
 
@@ -58,6 +56,8 @@ def validate(config: Config) -> None:
             f"auto or at least {longest}, the longest text of model.*_max_tokens",
             config.batch.tokens_per_chunk,
         )
+    retain = config.batch.retain
+    _require(retain == "auto" or retain >= 0, "batch.retain", "auto, true, false or a number of tokens", retain)
     _require(loss.temperature > 0, "loss.temperature", "a number above 0", loss.temperature)
     _require(all(d >= 1 for d in loss.dims), "loss.dims", "numbers of at least 1", list(loss.dims))
     as_many = len(loss.dim_weights) in (0, len(loss.dims)) and all(weight > 0 for weight in loss.dim_weights)

@@ -15,6 +15,7 @@ from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
+from retriever.forecast import SIDES, Forecast
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
@@ -22,12 +23,8 @@ _WORKSPACE_MIB = 1024
 _VERIFY_QUERIES = 32
 _VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
-_CPU_TOKENS_PER_CHUNK = 8_192
-_GPU_TOKENS_PER_CHUNK = 65_536
-# Activations that one token of a transformer layer keeps for backward, in bytes per hidden unit, under bf16 autocast:
-# BERT-base takes 29 GiB for 65,536 tokens. Without autocast they are twice as large.
-_ACTIVATION_BYTES = 52
-_ACTIVATION_SHARE = 0.4  # of the memory that is free before step 1
+_GIB = 2**30
+_SIDE_NAMES: dict[Side, str] = {"query": "queries", "passage": "passages"}
 
 
 def check_paths(config: Config) -> None:
@@ -45,19 +42,17 @@ def check_paths(config: Config) -> None:
 
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
-    """The configuration with every `auto` replaced by what this run uses, the same on every rank."""
+    """The configuration with the `auto`s that need no measuring replaced by what this run uses, the same on every rank.
+
+    Those of `batch` are left to `step_plan`, which measures the encoder as this configuration runs it.
+    """
     if max(config.loss.dims, default=0) > encoder.dimension:
         raise ConfigError(
             f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of {config.model.name_or_path}"
         )
-    tokens = config.batch.tokens_per_chunk
-    if tokens == "auto":
-        fitting = _tokens_per_chunk(config, encoder, world.device)
-        tokens = -int(world.max(torch.tensor(-fitting, device=world.device)))  # the smallest of all ranks
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
-        batch=replace(config.batch, tokens_per_chunk=tokens, retain=False),
         loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
     )
 
@@ -117,6 +112,68 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     )
 
 
+def plan_lines(forecast: Forecast, config: Config, total: int) -> str:
+    """What a step is expected to take, in two lines; of a run on one rank's figures."""
+    stages = f"{forecast.first_pass_s:.3g} + {forecast.loss_s:.2g} + {forecast.second_pass_s:.3g} + {forecast.update_s:.2g} s"
+    peak = f"; at most {forecast.peak_bytes / _GIB:.1f} GiB a GPU" if forecast.working_bytes else ""
+    return "\n".join(
+        (
+            f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {len(forecast.costs):,} chunks, "
+            f"{forecast.retained_share:.0%} of them encoded once{peak}",
+            f"        passes, loss and update {stages}: {config.batch.queries / forecast.step_s:,.0f} pairs/s, "
+            f"{_duration(total * forecast.step_s)} for {total:,} steps",
+        )
+    )
+
+
+def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: float | None) -> str:
+    """The whole plan: sizes, seconds by stage, bytes by part."""
+    workload, memory, model = forecast.workload, forecast.memory, config.model
+    layers = "fused layers" if model.fused else "compiled layers" if model.compile else "the library's layers"
+    rows: list[tuple[str, str, str]] = []
+    for side in SIDES:
+        texts, chunks = workload.lengths[side], len(workload.chunks[side])
+        rows.append((_SIDE_NAMES[side], f"{len(texts):,}", f"{int(texts.sum()):,} tokens in {chunks:,} chunks"))
+    padding = forecast.computed - workload.tokens
+    rows += [
+        ("tokens in a chunk", f"{workload.tokens_per_chunk:,}", f"at most; {model.attention}, {layers}"),
+        ("padding", f"{padding:,}", f"{padding / forecast.computed:.0%} of what is computed"),
+        ("encoded once", f"{forecast.retained_share:.0%}", f"of the tokens: the first {forecast.kept:,} chunks keep their graphs"),
+        ("", "", ""),
+        ("first pass", f"{forecast.first_pass_s:.3f} s", ""),
+        ("loss", f"{forecast.loss_s:.3f} s", ""),
+        ("second pass", f"{forecast.second_pass_s:.3f} s", ""),
+        ("update", f"{forecast.update_s:.3f} s", ""),
+        ("a step", f"{forecast.step_s:.3f} s", f"{config.batch.queries / forecast.step_s:,.0f} pairs/s"),
+        ("the run", _duration(total * forecast.step_s), f"{total:,} steps; evaluations and checkpoints not counted"),
+        ("", "", ""),
+        ("weights", f"{memory.weights / _GIB:.2f} GiB", "and what else is there before step 1"),
+        ("gradients", f"{memory.gradients / _GIB:.2f} GiB", ""),
+        ("optimizer", f"{memory.optimizer / _GIB:.2f} GiB", ""),
+        ("representations", f"{memory.representations / _GIB:.2f} GiB", "and as much for their gradients"),
+    ]
+    if usable_bytes is None:
+        return _columns([*rows, ("activations", "unknown", "measured on a GPU only")])
+    rows += [
+        ("loss at its peak", f"{memory.loss / _GIB:.2f} GiB", ""),
+        ("kept graphs", f"{forecast.retained_bytes / _GIB:.2f} GiB", ""),
+        ("a chunk at work", f"{forecast.working_bytes / _GIB:.2f} GiB", ""),
+        ("peak", f"{forecast.peak_bytes / _GIB:.2f} GiB", f"of {usable_bytes / _GIB:.2f} GiB that can be used; not all at once"),
+    ]
+    return _columns(rows)
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows)
+
+
+def _duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
 def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
     """The gradient contract on a small batch of this run's own data; see `retriever.verify`."""
     small = replace(
@@ -141,15 +198,3 @@ def _workspace_mib(config: Config, world: World) -> int:
         return config.loss.workspace_mib
     free_mib = torch.cuda.mem_get_info(world.device)[0] // 2**21 if world.device.type == "cuda" else _WORKSPACE_MIB
     return max(1, -int(world.max(torch.tensor(-min(_WORKSPACE_MIB, free_mib), device=world.device))))
-
-
-def _tokens_per_chunk(config: Config, encoder: DualEncoder, device: torch.device) -> int:
-    """Tokens whose activations fill a share of the free memory; a fixed number on the CPU, where nothing is gained by more."""
-    longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)
-    if device.type != "cuda":
-        return max(_CPU_TOKENS_PER_CHUNK, longest)
-    free, _ = torch.cuda.mem_get_info(device)
-    tower = encoder.passage_tower.config
-    per_token = _ACTIVATION_BYTES * tower.hidden_size * tower.num_hidden_layers * (1 if encoder.autocast_dtype is not None else 2)
-    fitting = int(_ACTIVATION_SHARE * free / per_token) // 1024 * 1024
-    return max(longest, min(_GPU_TOKENS_PER_CHUNK, fitting))

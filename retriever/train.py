@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,17 +47,20 @@ def train(config: Config) -> None:
     """One training run, from its configuration to its last export."""
     from eval.evaluate import check_evaluation
     from retriever import checkpoint, launch, preflight
+    from retriever.capacity import usable_bytes
     from retriever.data.batch import BatchLoader
     from retriever.data.planner import Planner
     from retriever.data.store import build_or_open
     from retriever.data.tokens import TokenTemplate
     from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle, load_tokenizer
     from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.modes import use
     from retriever.encoder.settings import settings_of
     from retriever.loss.contrastive import ContrastiveObjective
     from retriever.optim import Optimizer
     from retriever.outputs import Outputs
     from retriever.step import train_step
+    from retriever.step_plan import StepPlanner, retained_tokens
     from retriever.telemetry import Telemetry
 
     last = checkpoint.find(config.run)
@@ -67,6 +71,9 @@ def train(config: Config) -> None:
     # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
     tokenizer = load_tokenizer(config.model.name_or_path)
     store = build_or_open(config, tokenizer)
+    only_plan = config.run.preflight == "only"
+    if only_plan:  # leaves nothing behind
+        config = replace(config, run=replace(config.run, trackers=()))
     accelerator, world = launch.join(config)
     start = checkpoint.step_of(last) if last is not None else 0
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
@@ -76,11 +83,16 @@ def train(config: Config) -> None:
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
-    encoder.use(config.model)
+    use(encoder, config.model)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)
+    config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
     loader = BatchLoader.from_config(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
+    if only_plan and forecast is not None:
+        accelerator.print(preflight.plan_table(forecast, config, total, usable_bytes(world.device)))
+        accelerator.end_training()
+        return
     optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
 
     state = checkpoint.TrainingState(encoder, objective, optimizer)
@@ -88,6 +100,8 @@ def train(config: Config) -> None:
     outputs = Outputs(config, state, encoder, tokenizer, store, world)
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
+        if forecast is not None:
+            accelerator.print(preflight.plan_lines(forecast, total))
         for warning in preflight.warnings(config, tokenizer, total):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:
@@ -98,7 +112,7 @@ def train(config: Config) -> None:
     bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
     for batch in loader.batches(finished, total):
-        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, int(config.batch.retain))
+        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
         telemetry.step(report)
         done = report.step + 1
         with telemetry.paused():

@@ -74,6 +74,7 @@ def minimal(tmp_path: Path) -> Path:
         ("model={name_or_path: m, compile: true, gradient_checkpointing: true}", "model.compile: expected false or auto with"),
         ("model={name_or_path: m, fused: true, gradient_checkpointing: true}", "model.fused: expected false or auto with"),
         ("data.negatives=-1", "data.negatives: "),
+        ("batch.retain=-1", "batch.retain: expected auto, true, false or a number of tokens"),
         ("loss.kl_weight=-1", "loss.kl_weight: expected 0 or more"),
         ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
         ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number above 0"),
@@ -94,7 +95,6 @@ def minimal(tmp_path: Path) -> Path:
         ("eval={split: dev}", "eval.path: "),
         # Not built yet.
         ("model.lora={r: 8}", "model.lora: .*not available"),
-        ("batch.retain=true", "batch.retain: .*not available"),
         ("batch.offload=true", "batch.offload: .*not available"),
         ("loss.exchange=ring", "loss.exchange: .*not available"),
         ("loss.dims=[64, 0]", "loss.dims"),

@@ -22,6 +22,7 @@ FLOORS = (
     ("loss",),
     ("gradcache", "optim"),
     ("step",),
+    ("capacity", "forecast", "step_plan"),
     ("checkpoint", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
     ("train", "encode"),
 )

@@ -110,15 +110,6 @@ class DualEncoder(nn.Module):
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
 
-    def use(self, model: ModelConfig) -> None:
-        """Computes as the resolved `model` says: packed or padded, by fused, compiled or the library's own layers."""
-        if model.attention == "packed":
-            self.pack()
-        if model.fused is True:
-            self.fuse_layers()
-        if model.compile is True:
-            self.compile_layers()
-
     @property
     def can_pack(self) -> bool:
         """Whether every tower's architecture hands the boundaries of packed texts through."""

@@ -42,7 +42,7 @@ class Arriving:
             self._embeddings = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
             self._embeddings.copy_(found, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(found.device))
 
     def wait(self) -> np.ndarray:
         """The embeddings in the texts' order, once they are here; a text without any token has the zero vector."""
@@ -77,7 +77,7 @@ class SlabEncoder:
         template = TokenTemplate.from_tokenizer(self.tokenizer)
         with inference(self.encoder), closing(_one_ahead(map(self._tokenize, slabs))) as tokenized:
             for key, texts in tokenized:
-                yield key, self._encode(texts, template, done)
+                yield key, self.encode_tokens(texts, template, done)
 
     def _tokenize(self, slab: tuple[Key, Sequence[str]]) -> tuple[Key, TokenRows]:
         key, texts = slab
@@ -91,7 +91,8 @@ class SlabEncoder:
     def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return tokenize_flat(self.tokenizer, [self.prompt + text for text in texts] if self.prompt else texts)
 
-    def _encode(self, texts: TokenRows, template: TokenTemplate, done: Callable[[int], object]) -> Arriving:
+    def encode_tokens(self, texts: TokenRows, template: TokenTemplate, done: Callable[[int], object]) -> Arriving:
+        """Queues the texts of one slab, whose tokens are known; to be called within `inference`."""
         lengths, device = template.lengths(texts.lengths, self.max_tokens), self.encoder.device
         filled = np.flatnonzero(lengths)
         builders = chunk_builders(

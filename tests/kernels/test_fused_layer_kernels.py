@@ -47,11 +47,14 @@ out, u = bias_gelu(x, bias), leaves[0] + leaves[1]
 want = 0.5 * u * torch.erfc(-u / 2**0.5)
 close = (x + bias).detach() > -12  # beyond, float32 has nothing left of it
 torch.testing.assert_close(out[close].double(), want[close], rtol=3e-5, atol=0)  # u² in the exponent costs its rounding times u²
-assert relative_error(out, want) < 3e-7
+near = (x + bias).detach().abs() < 3
+torch.testing.assert_close(out[near].double(), want[near], rtol=2e-6, atol=0)
 (out * weights).sum().backward()
 (want * weights).sum().backward()
 assert relative_error(x.grad, leaves[0].grad) < 5e-7 and relative_error(bias.grad, leaves[1].grad) < 1e-6
 assert relative_error(column_sum(x.detach()), leaves[0].sum(0)) < 1e-6
+partial = torch.randn(600, 2, 21)
+assert relative_error(column_sum_triton.add_partials(partial), partial.double().sum(0)) < 1e-6
 assert len(set(launched)) == 3, "the kernels did not run"
 """
 

@@ -1,0 +1,173 @@
+"""What a chunk, the loss and the update take on this device, measured before step 1: seconds, and on a GPU bytes.
+
+Everything here leaves the run as it found it: the state of the generators, no gradients, no memory, the peak counted from zero.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retriever.config import OptimConfig
+from retriever.data.batch import Groups, Targets
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
+from retriever.data.tokens import Side
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.optim import Optimizer
+from retriever.parallel.world import World
+from retriever.rng import RngState
+
+Result = TypeVar("Result")
+
+_REPEATS = 3
+_MARGIN = 0.06  # of a GPU's memory: fragments, the libraries' own workspaces, batches that are larger than the first
+_SCRATCH_PARAMETERS = 2**26
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """One chunk: seconds of each way through it, bytes it adds to what was allocated before (0 on a CPU)."""
+
+    tokens: int  # computed ones: padding counts
+    first_s: float  # encoding without a graph
+    forward_s: float  # encoding with one
+    backward_s: float
+    kept_bytes: float  # by the graph, until its backward pass
+    first_bytes: float  # at the peak of encoding without a graph
+    forward_bytes: float  # at the peak of encoding with one
+    backward_bytes: float  # at the peak of the backward pass, the graph included
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes at the peak above what was allocated before (0 on a CPU)."""
+
+    seconds: float
+    peak_bytes: float
+
+
+def usable_bytes(device: torch.device) -> float | None:
+    """Bytes that torch may have allocated at once on a GPU, those of now included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - _MARGIN * total
+
+
+def allocated_bytes(device: torch.device) -> float:
+    """Bytes that torch has allocated on a GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def undisturbed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Inside, random numbers may be drawn and gradients of `modules` (which have none) be made; outside, nothing shows of it."""
+    state = RngState.capture(device)
+    try:
+        with state.restored():
+            yield
+    finally:
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def random_chunk(lengths: np.ndarray, vocabulary: int, *, packed: bool) -> Padded | Packed:
+    """Texts of the given lengths [n], of random tokens."""
+    tokens = np.random.default_rng(0).integers(vocabulary, size=int(lengths.sum()))
+    rows = np.split(tokens, np.cumsum(lengths)[:-1])
+    return pack_rows(rows) if packed else pad_rows(rows, 0)
+
+
+def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> ChunkCost:
+    """The cost of a chunk on the encoder's device, each time the median of a few; call it `undisturbed`.
+
+    Raises torch.cuda.OutOfMemoryError where it does not fit.
+    """
+    device = encoder.device
+    tokens = tokens.map(lambda t: t.to(device))
+    direction = torch.full((len(tokens), encoder.dimension), 1e-3, device=device)
+
+    def encode() -> Tensor:
+        return encoder(side, tokens)
+
+    def encode_alone() -> Tensor:
+        with torch.no_grad():
+            return encoder(side, tokens)
+
+    encode_alone()
+    encode().backward(direction.to(next(encoder.parameters()).dtype))  # compiles, tunes, and makes the parameters' gradients
+    rounds = []
+    for _ in range(_REPEATS):
+        before = allocated_bytes(device)
+        first = _measured(device, encode_alone)[0]
+        forward, output = _measured(device, encode)
+        kept = allocated_bytes(device) - before
+        given = direction.to(output.dtype)
+        backward, _ = _measured(device, lambda output=output, given=given: output.backward(given))  # type: ignore[misc]
+        del output
+        rounds.append(
+            (first.seconds, forward.seconds, backward.seconds, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes)
+        )
+    return ChunkCost(tokens.input_ids.numel(), *(float(x) for x in np.median(rounds, axis=0)))
+
+
+def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, dimension: int, device: torch.device) -> Cost:
+    """The loss and its gradients over `queries` random unit vectors and `passages` of them, on this rank alone; call it `undisturbed`.
+
+    Raises torch.cuda.OutOfMemoryError where it does not fit.
+    """
+    sides = [nn.functional.normalize(torch.randn(n, dimension, device=device), dim=1) for n in (queries, passages)]
+    positives = torch.arange(queries) % passages
+    ptr = torch.arange(queries + 1)
+    groups = Groups(ptr, positives, torch.ones(queries)) if objective.distils else None
+    targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups)
+    alone = World(device)
+    objective(*sides, targets, alone)
+    rounds = [_measured(device, lambda: objective(*sides, targets, alone))[0] for _ in range(_REPEATS)]
+    return Cost(float(np.median([cost.seconds for cost in rounds])), max(cost.peak_bytes for cost in rounds))
+
+
+def measure_update(config: OptimConfig, parameters: Sequence[nn.Parameter], device: torch.device) -> float:
+    """Seconds of clipping and updating parameters of these shapes, on stand-ins of at most a few hundred MiB in proportion."""
+    scratch, taken = nn.ParameterList(), 0
+    for parameter in parameters:
+        if taken and taken + parameter.numel() > _SCRATCH_PARAMETERS:
+            break
+        scratch.append(torch.zeros_like(parameter))
+        taken += parameter.numel()
+    optimizer = Optimizer(replace(config, weight_decay=0.0), [scratch], 1, device)
+
+    rounds = []
+    for _ in range(1 + _REPEATS):  # the first makes the optimizer's state
+        for parameter in scratch:
+            parameter.grad = torch.zeros_like(parameter)
+        rounds.append(_measured(device, lambda: optimizer.clip_and_step(0))[0].seconds)
+    seconds = float(np.median(rounds[1:]))
+    return seconds * sum(p.numel() for p in parameters) / taken
+
+
+def _measured(device: torch.device, call: Callable[[], Result]) -> tuple[Cost, Result]:
+    """What `call` takes, and what it returns."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before, started = allocated_bytes(device), time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    return Cost(seconds, peak), result

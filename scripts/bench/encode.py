@@ -1,0 +1,209 @@
+"""Encoding a corpus: passages a second of every way to run the encoder, beside sentence-transformers' own `encode`.
+
+    python -m scripts.bench.encode --output docs/bench/encode.json
+
+BERT-base of random weights, mean pooling, unit vectors, bf16; passages of MS MARCO's lengths (`passages`). `ids`: from token ids to
+embeddings in host memory. `text`: from text to shards on disk, tokenised here; sentence-transformers ends in host memory. A way whose
+embeddings are not those of the padded fp32 encoder is not timed. The table goes beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertModel
+
+from retriever.data.text_table import TokenRows
+from retriever.data.tokens import TokenTemplate, tokenize_flat
+from retriever.encode import encode_to_shards
+from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.encoder.slabs import SLAB_TEXTS, SlabEncoder, inference
+from scripts.bench.passages import passage_lengths, random_passages, word_tokenizer
+from scripts.bench.tables import Table
+
+MODES = {"padded": (), "packed": ("pack",), "packed,compiled": ("pack", "compile_layers"), "packed,fused": ("pack", "fuse_layers")}
+_WRONG = 0.999  # a cosine to the fp32 embedding below this is another encoder
+_SAMPLE = 2048
+_MAX_TOKENS = 256
+_PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
+
+
+def save_model(folder: Path, layers: int) -> None:
+    """BertConfig()'s model, of random weights and `layers` layers, with a tokenizer of whole words."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(num_hidden_layers=layers)).save_pretrained(folder)
+    word_tokenizer(_MAX_TOKENS).save_pretrained(folder)
+
+
+def load(folder: Path, mode: str, precision: str, device: torch.device) -> EncoderBundle:
+    """The encoder in one of MODES."""
+    bundle = load_encoder(folder, passage_max_tokens=_MAX_TOKENS, attention="padded", precision=precision, device=device)  # type: ignore[arg-type]
+    for change in MODES[mode]:
+        getattr(bundle.encoder, change)()
+    return bundle
+
+
+def from_ids(bundle: EncoderBundle, slabs: list[TokenRows], tokens_per_chunk: int) -> np.ndarray:
+    """Embeddings [n, D] of the last slab; the one before arrives while the next is encoded."""
+    template = TokenTemplate.from_tokenizer(bundle.tokenizer)
+    encoder = SlabEncoder(bundle.encoder, bundle.tokenizer, "passage", "", _MAX_TOKENS, tokens_per_chunk)
+    with inference(bundle.encoder):
+        arriving = [encoder.encode_tokens(slab, template, lambda count: None) for slab in slabs]
+    return [embeddings.wait() for embeddings in arriving][-1]
+
+
+def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Cosine [n] of each row to its counterpart, in float64."""
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@contextmanager
+def measured(table: Table, case: str, method: str, texts: int) -> Iterator[None]:
+    """Adds rate and peak memory of what happens inside; it ends with its results on the host."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    yield
+    table.add(case, method, "passages_per_s", texts / (time.perf_counter() - started), "passages/s")
+    if cuda:
+        table.add(case, method, "peak_gib", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+
+
+def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: np.ndarray, args: argparse.Namespace) -> None:
+    """One way to run the encoder: its cosine to `reference`, then its rate from ids and from text."""
+    device = torch.device(args.device)
+    bundle = load(folder, mode, "bf16", device)
+    tokens, counts = tokenize_flat(bundle.tokenizer, texts)
+    rows = TokenRows(tokens, np.concatenate([[0], counts]).cumsum())
+    slab = np.resize(np.arange(len(texts)), min(args.texts, SLAB_TEXTS))
+    whole, kept = rows.gather(slab, _MAX_TOKENS)
+    full = TokenRows(whole, np.concatenate([[0], kept]).cumsum())
+    case = f"texts={args.texts},{mode}"
+    found = cosines(bundle.encode(texts[: len(reference)], "passage", tokens_per_chunk=args.tokens_per_chunk), reference)
+    table.add(case, "bigbatch", "cosine_min", float(found.min()), "", f"to padded fp32, {len(reference)} passages")
+    if not found.min() > _WRONG:
+        table.add(case, "bigbatch", "passages_per_s", None, "passages/s", "not timed: wrong")
+        return
+    from_ids(bundle, [full], args.tokens_per_chunk)  # every shape is compiled, memory is there
+    slabs = [full] * max(1, args.texts // len(slab))
+    with measured(table, f"{case},ids", "bigbatch", len(slab) * len(slabs)):
+        from_ids(bundle, slabs, args.tokens_per_chunk)
+    if mode not in args.text_modes:
+        return
+    pairs = ((str(row), texts[row % len(texts)]) for row in range(args.texts))
+    with tempfile.TemporaryDirectory() as shards, measured(table, f"{case},text", "bigbatch", args.texts):
+        encode_to_shards(
+            bundle, pairs, "passage", shards, texts_fingerprint="random", tokens_per_chunk=args.tokens_per_chunk, progress=False
+        )
+
+
+def sentence_transformers(table: Table, folder: Path, texts: list[str], reference: np.ndarray, args: argparse.Namespace) -> None:
+    """The peer: its own `encode`, which sorts all texts by length, on as many texts as take it a few seconds."""
+    case = f"texts={min(len(texts), args.peer_texts)},batch={args.peer_batch},text"
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        table.add(case, "sentence-transformers", "passages_per_s", None, "passages/s", f"not installed: {error}")
+        return
+    model = SentenceTransformer(str(folder), device=args.device, model_kwargs={"dtype": torch.bfloat16})
+    model.max_seq_length = _MAX_TOKENS
+
+    def encode(some: list[str]) -> np.ndarray:
+        return model.encode(some, batch_size=args.peer_batch, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
+
+    found = cosines(encode(texts[: len(reference)]), reference)
+    table.add(case, "sentence-transformers", "cosine_min", float(found.min()), "", f"to our padded fp32, {len(reference)} passages")
+    some = texts[: args.peer_texts]
+    with measured(table, case, "sentence-transformers", len(some)):
+        encode(some)
+
+
+def markdown(table: Table) -> str:
+    """The result as a page."""
+    peer = max((row.value or 0 for row in table.rows if row.method == "sentence-transformers" and row.unit == "passages/s"), default=0)
+    lines = [
+        "# Encoding a corpus",
+        "",
+        f"`{table.command}` at commit {table.commit[:12]}, {table.hardware}; "
+        + ", ".join(f"{name} {version}" for name, version in table.versions.items())
+        + ".",
+        "",
+        f"BERT-base, random weights, bf16; passages of {_lengths_in_words()}. From token ids to embeddings in host memory (ids), or from",
+        "text to shards on disk (text; sentence-transformers: to host memory). Cosine: the worst passage of a sample against the padded",
+        "fp32 encoder.",
+        "",
+        "| method | | passages/s | × sentence-transformers | peak GiB | cosine |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in table.rows:
+        if row.metric == "passages_per_s":
+            way = row.case.removesuffix(",ids").removesuffix(",text")
+            cosine = table.get(way, row.method, "cosine_min") or table.get(row.case, row.method, "cosine_min")
+            peak = table.get(row.case, row.method, "peak_gib")
+            cells = [
+                row.method,
+                row.case,
+                row.note if row.value is None else f"{row.value:,.0f}",
+                f"{row.value / peer:.1f}" if row.value and peer else "—",
+                "—" if peak is None else f"{peak:.1f}",
+                "—" if cosine is None else f"{cosine:.6f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _lengths_in_words() -> str:
+    lengths = passage_lengths(100_000, np.random.default_rng(0))
+    return f"{lengths.mean():.0f} tokens on average (lognormal(ln 70, 0.42) clipped to 16 … 256)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("docs/bench/encode.json"))
+    parser.add_argument("--texts", type=int, default=262_144)
+    parser.add_argument("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--text-modes", nargs="*", choices=MODES, default=["packed,compiled", "packed,fused"], help="also from text")
+    parser.add_argument("--tokens-per-chunk", type=int, default=65_536)
+    parser.add_argument("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none")
+    parser.add_argument("--peer-batch", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    table = Table.begin(_PACKAGES)
+    texts = random_passages(min(args.distinct, args.texts))[0]
+
+    def attempt(case: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # one way that does not run must not lose the figures of the others
+            table.add(case, "bigbatch", "passages_per_s", None, "passages/s", f"fails: {type(error).__name__}: {str(error)[:160]}")
+        table.save(args.output)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(folder, args.layers)
+        exact = load(folder, "padded", "fp32", torch.device(args.device))
+        reference = exact.encode(texts[:_SAMPLE], "passage", tokens_per_chunk=min(args.tokens_per_chunk, 16_384))
+        del exact
+        for mode in args.modes:
+            attempt(f"texts={args.texts},{mode}", lambda mode=mode: measure(table, folder, mode, texts, reference, args))  # type: ignore[misc]
+        if args.peer_texts:
+            attempt("sentence-transformers", lambda: sentence_transformers(table, folder, texts, reference, args))
+    page = markdown(table)
+    args.output.with_suffix(".md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Rows of the step's table: each form of ours checked and timed, the floor, the peers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import BertModel
+
+from retriever.data.batch import Batch
+from scripts.bench.loss import matmul_tflops
+from scripts.bench.step_methods import EVERYTHING, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_peers import MiniBatch, PairStep, best_sample
+from scripts.bench.tables import Table
+
+_WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
+_CHECKED_PAIRS = 128
+_SMALL = 4096
+_TWO_STEPS = 131_072  # pairs: a larger batch is trained on once
+_WARMED = 16_384  # pairs: up to here one whole step goes unmeasured
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to run our step: what follows the batch size in its case, and the settings that make it."""
+
+    condition: str
+    settings: tuple[str, ...] = ()
+    retain: int | None = None  # tokens whose graphs are kept; None: as preflight decides
+
+
+_LIBRARY = ("model.fused=false", "model.compile=false")
+PLAIN = ("model.attention=packed", *_LIBRARY)
+PADDED = ("model.attention=padded", *_LIBRARY)
+PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
+FORMS = (
+    Form(""),
+    Form("retain=0", retain=0),
+    Form("packed,compiled", PACKED_COMPILED, 0),
+    Form("packed", PLAIN, 0),
+    Form("padded", PADDED, 0),
+)
+# The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all kept.
+RECOMPUTING = (
+    Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), EVERYTHING),
+    Form("cache", PLAIN, 0),
+)
+
+
+class Bench:
+    """The table being filled, and what every row of it is measured with."""
+
+    def __init__(self, work: Work, table: Table, output: Path, seconds: float) -> None:
+        self.work, self.table, self._output, self._seconds = work, table, output, seconds
+        self.tflops = matmul_tflops() if work.device.type == "cuda" else None
+        if self.tflops is not None:
+            table.add("8192x8192x8192", "floor", "matmul_tflops", self.tflops, "TFLOP/s", "best of five medians, bf16")
+        self._checked: dict[tuple[str, ...], bool] = {}
+        with torch.device("meta"):
+            tower = BertModel(work.model, add_pooling_layer=False)
+        self._parameters = sum(p.numel() for name, p in tower.named_parameters() if not name.startswith("embeddings."))
+
+    def measure_form(self, queries: int, form: Form) -> None:
+        """Our step in one form, checked first."""
+        case = _case(queries, form.condition)
+        trainer = self._trainer(queries, form, "bigbatch")
+        if trainer is None or not self._right(trainer, form, case):
+            return
+        self._warm(trainer, queries)
+        with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
+            found, stages = self._timed(trainer, batches, queries)
+        self._add(case, "bigbatch", queries, found, _modes(trainer))
+        for name, value in stages._asdict().items():
+            self.table.add(case, "bigbatch", name, value, "ms")
+        if self.tflops is not None:
+            predicted = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
+            self.table.add(case, "bigbatch", "loss_bound_ms", predicted, "ms", "6·b²·d over the matmul rate")
+        self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
+        self._against_floor(case, queries)
+
+    def _timed(self, trainer: Trainer, batches: Iterator[Batch], queries: int) -> tuple[Sample, Stages]:
+        """Whole steps, and the stages of another one; of a very large batch one step that is both."""
+        if queries <= _TWO_STEPS:
+            found = sample(trainer.step, batches, self.work.device, self._seconds, _warm(queries))
+            return found, trainer.staged_step(next(batches))
+        stages: list[Stages] = []
+        found = sample(lambda batch: stages.append(trainer.staged_step(batch)), batches, self.work.device, 0.0, 0)
+        return found, stages[-1]
+
+    def measure_floor(self, queries: int) -> None:
+        """One pass of our own encoder, as preflight would run it."""
+        trainer = self._trainer(queries, Form(""), "floor")
+        if trainer is None:
+            return
+        self._warm(trainer, queries)
+        with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
+            found = sample(trainer.single_pass, batches, self.work.device, self._seconds, _warm(queries))
+        self._add(_case(queries), "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
+
+    def measure_peer(
+        self, name: str, make: Callable[[Work], PairStep], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool
+    ) -> None:
+        """A peer at its best mini-batch size."""
+        case = _case(queries, "sorted" if by_length else "")
+        try:
+            found, size = best_sample(self.work, make(self.work), queries, sizes, by_length=by_length, seconds=self._seconds)
+        except Exception as error:  # a peer may fail in any way, and the table says how
+            self.table.add(case, name, "pairs_per_s", None, "pairs/s", f"does not run: {type(error).__name__}: {str(error)[:160]}")
+            return
+        order = "sorted by length beforehand" if by_length else "in the data's order"
+        self._add(case, name, queries, found, f"{order}; {size} at once, the best of {', '.join(map(str, sizes))}")
+
+    def save(self) -> None:
+        """Writes what there is, and frees the device's memory for the next method."""
+        self.table.save(self._output)
+        gc.collect()
+        if self.work.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _trainer(self, queries: int, form: Form, method: str) -> Trainer | None:
+        try:
+            return Trainer(self.work, self.work.configuration(queries, *form.settings), retain=form.retain)
+        except Exception as error:  # a form that this machine or model cannot run
+            self.table.add(_case(queries, form.condition), method, "pairs_per_s", None, "pairs/s", f"does not run: {error!s:.160}")
+            return None
+
+    def _right(self, trainer: Trainer, form: Form, case: str) -> bool:
+        """Whether the form computes the right gradient, seen once for each way to run the encoder."""
+        if form.settings not in self._checked:
+            pairs = min(_CHECKED_PAIRS, trainer.config.batch.queries)
+            exact, usual = (self._reference(pairs, *more) for more in (("optim.precision=fp32", "loss.precision=fp32"), ()))
+            allowed = _WRONG * gradient_error(usual, exact, pairs)
+            error, replayed = gradient_error(trainer, exact, pairs), replays_bitwise(trainer, pairs)
+            note = f"against fp32; allowed {allowed:.2g}; " + ("replayed bitwise" if replayed else "the replay differs")
+            self.table.add(case, "bigbatch", "gradient_error", error, "relative", note)
+            self._checked[form.settings] = replayed and error <= allowed
+        if not self._checked[form.settings]:
+            self.table.add(case, "bigbatch", "pairs_per_s", None, "pairs/s", "not timed: wrong")
+        return self._checked[form.settings]
+
+    def _reference(self, queries: int, *settings: str) -> Trainer:
+        return Trainer(self.work, self.work.configuration(queries, *PADDED, *settings), retain=EVERYTHING)
+
+    def _warm(self, trainer: Trainer, queries: int) -> None:
+        """Compiles and tunes on a small batch."""
+        trainer.step(trainer.first_batch(min(queries, _SMALL)))
+
+    def _add(self, case: str, method: str, queries: int, found: Sample, note: str = "") -> None:
+        add = partial(self.table.add, case, method)
+        add("pairs_per_s", queries / found.seconds, "pairs/s", note)
+        add("tokens_per_s", found.tokens / found.seconds, "tokens/s")
+        if self.tflops is not None:
+            add("mfu", 6 * self._parameters * found.tokens / found.seconds / self.tflops / 1e12, "of the matmul rate")
+        if found.peak_gib is not None:
+            add("peak_gib", found.peak_gib, "GiB")
+        if found.waited is not None:
+            add("waited", found.waited, "of the step")
+
+    def _against_floor(self, case: str, queries: int) -> None:
+        floor, own = (self.table.get(c, m, "pairs_per_s") for c, m in ((_case(queries), "floor"), (case, "bigbatch")))
+        if floor is not None and own is not None:
+            self.table.add(case, "bigbatch", "overhead", floor / own, "× the floor's time")
+
+
+def _case(queries: int, condition: str = "") -> str:
+    return f"b={queries}" + (f",{condition}" if condition else "")
+
+
+def _warm(queries: int) -> int:
+    return 1 if queries <= _WARMED else 0
+
+
+def _modes(trainer: Trainer) -> str:
+    """How the towers computed."""
+    model = trainer.config.model
+    layers = "fused" if model.fused else "compiled" if model.compile else "library's"
+    return f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"

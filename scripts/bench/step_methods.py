@@ -1,0 +1,216 @@
+"""Our own training step in every form that `scripts.bench.step` times, its single pass (the floor), and the checks that go before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from retriever import preflight
+from retriever.config import Config, load
+from retriever.data.batch import Batch, BatchLoader
+from retriever.data.planner import Planner
+from retriever.data.store import Store
+from retriever.encoder.bundle import AUTOCAST_DTYPES
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.modes import use
+from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.optim import Optimizer
+from retriever.parallel.world import World
+from retriever.rng import seed_step
+from retriever.step import StepReport, train_step
+from retriever.step_plan import StepPlanner, retained_tokens
+from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
+
+_STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all methods of a table share."""
+
+    model: BertConfig
+    store: Store
+    world: World
+    settings: tuple[str, ...] = ()  # key=value of every run of ours
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def tower(self, **changes: float) -> BertModel:
+        """A model of the same random weights each time."""
+        torch.manual_seed(_SEED)
+        with self.device:
+            return BertModel(BertConfig(**{**self.model.to_diff_dict(), **changes}), add_pooling_layer=False).train()
+
+    def configuration(self, queries: int, *overrides: str) -> Config:
+        """The configuration of a run of ours over batches of `queries` pairs."""
+        base = (
+            *("model.name_or_path=random", "model.pooling=mean", "data.train=[{path: random}]", "data.negatives=0"),
+            *(f"model.query_max_tokens={QUERY_MAX_TOKENS}", f"model.passage_max_tokens={PASSAGE_MAX_TOKENS}"),
+            *(f"batch.queries={queries}", f"train.max_steps={_STEPS}", "optim.lr=1e-5", "run.trackers=[]"),
+            *("run.preflight=off", "batch.retain=false"),
+        )
+        return load(None, [*base, *self.settings, *overrides])
+
+
+class Stages(NamedTuple):
+    """Milliseconds of the four stages of one step."""
+
+    first_pass_ms: float
+    loss_ms: float
+    second_pass_ms: float
+    update_ms: float
+
+
+class Trainer:
+    """A run of ours, as `retriever/train.py` wires it, over random weights."""
+
+    def __init__(self, work: Work, config: Config, *, retain: int | None = None, **changes: float) -> None:
+        """`retain`: tokens whose graphs are kept, None: as preflight decides; `changes` go to the model's config."""
+        tower = work.tower(**changes)
+        self.work, self.world = work, work.world
+        self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
+        resolved = preflight.resolve(config, self.encoder, self.world)
+        if config.model.gradient_checkpointing:
+            self.encoder.enable_gradient_checkpointing()
+        self.encoder.use(resolved.model)
+        self.objective = ContrastiveObjective(resolved.loss).to(self.world.device)
+        planner = Planner.from_config(work.store, resolved)
+        plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
+        self.config, self.forecast = plan.decide()
+        self.optimizer = Optimizer(self.config.optim, [self.encoder, self.objective], _STEPS, self.world.device)
+        self.retain = retained_tokens(self.config.batch) if retain is None else retain
+
+    def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
+        """Batches of `queries` pairs through the run's own planner and threads."""
+        config = replace(self.config, batch=replace(self.config.batch, queries=queries))
+        return BatchLoader.from_config(self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world).batches(
+            0, last
+        )
+
+    def first_batch(self, queries: int) -> Batch:
+        """The first of `batches`."""
+        with closing(self.batches(queries, 1)) as batches:  # type: ignore[type-var]
+            return next(batches)
+
+    def step(self, batch: Batch) -> StepReport:
+        """One step of training."""
+        return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retain)
+
+    def staged_step(self, batch: Batch) -> Stages:
+        """One step with its stages timed; the same calls as `train_step` makes."""
+        clock = _Clock(self.world.device)
+        seed_step(_SEED, batch.step, 0)
+        clock.mark()
+        representations, passes = encode_without_graph(self.encoder, batch, self.retain)
+        clock.mark()
+        _, gradients = representation_gradients(self.objective, representations, batch, self.world)
+        clock.mark()
+        backward_through_encoder(self.encoder, batch, gradients, passes)
+        clock.mark()
+        self.optimizer.clip_and_step(batch.step)
+        clock.mark()
+        return Stages(*clock.milliseconds())
+
+    def single_pass(self, batch: Batch) -> None:
+        """What a cache adds to: every chunk encoded once, with its graph, given gradients pulled back through it, and the update."""
+        generator = torch.Generator(self.world.device).manual_seed(_SEED)
+        shapes = {side: (n, self.encoder.dimension) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
+        given = {side: torch.randn(s, device=self.world.device, generator=generator) * 1e-3 for side, s in shapes.items()}
+        for chunk in batch.chunks:
+            self.encoder(chunk.side, chunk.tokens).backward(given[chunk.side][chunk.rows])
+        self.optimizer.clip_and_step(batch.step)
+
+    def gradients(self, batch: Batch, retain: int) -> Tensor:
+        """All parameters' gradients of one batch, in one vector."""
+        seed_step(_SEED, 0, 0)
+        representations, passes = encode_without_graph(self.encoder, batch, retain)
+        _, gradients = representation_gradients(self.objective, representations, batch, self.world)
+        backward_through_encoder(self.encoder, batch, gradients, passes)
+        found = torch.cat([p.grad.flatten() for p in self.encoder.parameters() if p.grad is not None])
+        self.encoder.zero_grad(set_to_none=True)
+        return found
+
+
+class _Clock:
+    """Moments on the device's own time line where it has one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[torch.cuda.Event | float] = []
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """Between each mark and the next."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [a.elapsed_time(b) if isinstance(a, torch.cuda.Event) else 1e3 * (b - a) for a, b in pairs]  # type: ignore[arg-type,operator]
+
+
+class Sample(NamedTuple):
+    """A method's steps, measured."""
+
+    seconds: float  # of one step
+    tokens: float  # of one step, padding not counted
+    waited: float | None  # share of the time in which data was waited for; None where data was there beforehand
+    peak_gib: float | None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1) -> Sample:
+    """The mean of steps that together take about `seconds`, at least two of them (one where one takes longer), after `warm` unmeasured."""
+    for _ in range(warm):
+        step(next(batches))
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    done, tokens, waited, elapsed, started = 0, 0, 0.0, 0.0, time.perf_counter()
+    while done == 0 or (done < 2 and elapsed < seconds) or elapsed + elapsed / done < seconds:
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        step(batch)
+        synchronize(device)
+        done, tokens, waited = done + 1, tokens + batch.tokens, waited + batch.chunks.waited_s
+        elapsed = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return Sample(elapsed / done, tokens / done, waited / elapsed, peak)
+
+
+def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:
+    """‖g − g*‖/‖g*‖ of one batch's gradient with dropout off, graphs kept; g* is `reference`'s."""
+    found = []
+    for one in (trainer, reference):
+        one.encoder.eval()
+        found.append(one.gradients(one.first_batch(queries), EVERYTHING))
+        one.encoder.train()
+    return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def replays_bitwise(trainer: Trainer, queries: int) -> bool:
+    """Whether chunks that are encoded again give the gradient of kept ones to the last bit, with dropout on."""
+    kept, replayed = (trainer.gradients(trainer.first_batch(queries), retain) for retain in (EVERYTHING, 0))
+    return torch.equal(kept, replayed) and float(kept.norm()) > 0

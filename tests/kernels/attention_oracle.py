@@ -1,0 +1,68 @@
+"""Packed attention by its definition: one [T, T] matrix a head in float64, and autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention import packed_attention
+from kernels.attention_reference import kept
+from tests.kernels.oracle import relative_error
+
+NAMES = ("output", "dquery", "dkey", "dvalue")
+
+
+def texts(lengths: list[int], device: str = "cpu") -> tuple[Tensor, int]:
+    """(starts, longest) of texts one behind another."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int(), max(lengths)
+
+
+def heads_of(T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64, device: str = "cpu", fused: bool = False) -> list[Tensor]:
+    """Query [T, H, d], key and value [T, G, d], leaves that want gradients; `fused`: cut from one buffer."""
+    generator = torch.Generator(device).manual_seed(T + H + d)
+    buffer = torch.randn(T, H + 2 * G, d, generator=generator, device=device).to(dtype)
+    parts = [buffer[:, :H], buffer[:, H : H + G], buffer[:, H + G :]]
+    return [(part if fused else part.contiguous()).detach().requires_grad_() for part in parts]
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scale · Q Kᵀ + mask) V with everything as a matrix, [T, H, d]."""
+    T, H, _ = query.shape
+    token = torch.arange(T, device=query.device)
+    text = torch.searchsorted(starts.long(), token, right=True)
+    allowed = text[:, None] == text[None, :]
+    if causal:
+        allowed = allowed & (token[:, None] >= token[None, :])
+    if window is not None:
+        allowed = allowed & ((token[:, None] - token[None, :]).abs() <= window)
+    share = H // key.shape[1]
+    scores = scale * torch.einsum("ihd,jhd->hij", query, key.repeat_interleave(share, dim=1))
+    probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    if seed is not None and dropout > 0:
+        probabilities = probabilities * kept(seed, torch.arange(H, device=query.device), token, token, dropout) / (1 - dropout)
+    return torch.einsum("hij,jhd->ihd", probabilities, value.repeat_interleave(share, dim=1))
+
+
+def errors(inputs: list[Tensor], starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
+    """Relative errors of `packed_attention` and its gradients against the definition in float64."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    output, want = packed_attention(*inputs, starts, longest, **options), dense_attention(*exact, starts, **options)
+    weights = torch.randn(output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device).to(output.dtype)
+    got = [output.detach(), *torch.autograd.grad(output, inputs, weights)]
+    wanted = [want.detach(), *torch.autograd.grad(want, exact, weights.double())]
+    assert all(y.norm() > 0 for y in wanted)
+    assert all(x.dtype == y.dtype and x.shape == y.shape for x, y in zip(got, [inputs[0], *inputs], strict=True))
+    return {name: relative_error(x, y) for name, x, y in zip(NAMES, got, wanted, strict=True)}
