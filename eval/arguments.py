@@ -29,6 +29,8 @@ def command_parser(prog: str, description: str, *, hub: bool = False) -> argpars
     add_search_arguments(parser)
     parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
+    packed = "packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
+    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
     model = parser.add_argument_group("encoding", "each by default what the model folder says")
     model.add_argument("--query-prompt", help="put in front of every query")
     model.add_argument("--passage-prompt", help="put in front of every passage")
@@ -74,6 +76,7 @@ def load_bundle(given: argparse.Namespace, device: Any) -> EncoderBundle:
         query_max_tokens=given.query_max_tokens or given.max_tokens,
         passage_max_tokens=given.passage_max_tokens or given.max_tokens,
         precision=given.precision,
+        attention=given.attention,
         device=device,
     )
     if given.title is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import bm25s
 import numpy as np
@@ -11,6 +11,23 @@ from eval.trec import Ranking, ranking
 
 K1, B = 0.9, 0.4  # Anserini's defaults for passages
 DESCRIPTION = f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words"
+
+
+class Bm25:
+    """An index of texts [N]; `scores` rates all of them for a query."""
+
+    def __init__(self, texts: Sequence[str], *, progress: bool = False) -> None:
+        """Raises ValueError where there are no texts, or none has a word."""
+        tokens = bm25s.tokenize(list(texts), stopwords="en", stemmer=_stems, show_progress=progress)
+        if not any(len(row) for row in tokens.ids):
+            raise ValueError(f"{len(texts)} passages without a single word: BM25 needs text")
+        self._index, self._count = bm25s.BM25(k1=K1, b=B), len(texts)
+        self._index.index(tokens, show_progress=progress)
+
+    def scores(self, query: str) -> np.ndarray:
+        """BM25 of every text for the query [N] float32, 0 where they share no word."""
+        words = bm25s.tokenize([query], stopwords="en", stemmer=_stems, show_progress=False, return_ids=False)[0]
+        return self._index.get_scores(words) if words else np.zeros(self._count, dtype=np.float32)
 
 
 def bm25_run(
@@ -25,17 +42,8 @@ def bm25_run(
     for passage_id, text in passages:
         ids.append(passage_id)
         texts.append(text)
-    tokens = bm25s.tokenize(texts, stopwords="en", stemmer=_stems, show_progress=progress)
-    if not any(len(row) for row in tokens.ids):
-        raise ValueError(f"{len(ids)} passages without a single word: BM25 needs text")
-    index = bm25s.BM25(k1=K1, b=B)
-    index.index(tokens, show_progress=progress)
-    query_tokens = bm25s.tokenize(list(queries.values()), stopwords="en", stemmer=_stems, show_progress=progress, return_ids=False)
-    run = {}
-    for query_id, words in zip(queries, query_tokens, strict=True):
-        scores = index.get_scores(words) if words else np.zeros(len(ids), dtype=np.float32)  # [N]
-        run[query_id] = _best(ids, scores, k, query_id if exclude_self else None)
-    return run
+    index = Bm25(texts, progress=progress)
+    return {name: _best(ids, index.scores(text), k, name if exclude_self else None) for name, text in queries.items()}
 
 
 def plural_stem(word: str) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from eval.metrics import Scores, measure_run
+from eval.trec import Run
 from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, queries_of, query_tables
 from retriever.data.files import Table
 from retriever.data.formats import read_qrels
@@ -35,6 +37,10 @@ class Collection:
         for table in self.corpus:
             for passage in passages_of(table):
                 yield str(passage.id), final_text(passage, title, separator)
+
+    def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
+        """The measures of a run over this collection, for each judged query. Raises ValueError for an unknown measure."""
+        return measure_run(self.qrels, run, metrics, self.relevance)
 
     def notes(self, passage_ids: Iterable[str]) -> tuple[str, ...]:
         """What a reader of the figures should know about the judgments and the ids of the corpus."""

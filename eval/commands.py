@@ -116,11 +116,10 @@ def _of_model(
 def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
     from eval.bm25 import bm25_run
     from eval.evaluate import EvalResult
-    from eval.metrics import measure_run
 
     passages = list(collection.passages(given.title or "join", " "))
     run = bm25_run(passages, collection.queries, given.k, exclude_self=collection.exclude_self, progress=True)
-    scores = measure_run(collection.qrels, run, metrics, collection.relevance)
+    scores = collection.measure(run, metrics)
     return EvalResult(collection, scores, run, len(passages), notes=collection.notes(passage_id for passage_id, _ in passages))
 
 
@@ -130,7 +129,7 @@ def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> lis
     from retriever.data.records import DataError
 
     query_ids = read_run(path).keys()
-    found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels)]
+    found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels or collection.queries)]
     if not found:
         splits = ", ".join(collection.split for collection, _ in work)
         raise DataError(f"none of its {len(query_ids):,} queries is judged in {splits}; expected a run of that split (--split)", path)
@@ -139,13 +138,13 @@ def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> lis
 
 def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
     from eval.evaluate import EvalResult
-    from eval.metrics import measure_run
     from eval.trec import read_run
 
     run = read_run(given.run)
-    without = sum(query_id not in run for query_id in collection.qrels)
-    notes = (f"{without:,} of {len(collection.qrels):,} judged queries are not in the run and count 0",) if without else ()
-    return EvalResult(collection, measure_run(collection.qrels, run, metrics, collection.relevance), run, notes=notes)
+    asked = collection.qrels or collection.queries
+    without = sum(query_id not in run for query_id in asked)
+    notes = (f"{without:,} of {len(asked):,} judged queries are not in the run and count 0",) if without else ()
+    return EvalResult(collection, collection.measure(run, metrics), run, notes=notes)
 
 
 def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:

@@ -13,7 +13,7 @@ from eval.collection import Collection, fingerprint, read_beir
 from eval.embeddings import load_queries
 from eval.faiss_build import GpuUse
 from eval.index import check_index, describe
-from eval.metrics import Scores, measure_run, parse_measure
+from eval.metrics import Scores, parse_measure
 from eval.search import Engine
 from eval.search import search as search_passages
 from eval.trec import Run
@@ -166,7 +166,7 @@ def evaluate_collection(
     )  # fmt: skip
     if ranks.rank != 0:
         return None
-    scores = measure_run(collection.qrels, run, metrics, collection.relevance)
+    scores = collection.measure(run, metrics)
     encoding = {"query": _of_interest(open_shards(folders["query"]).manifest), "passage": _of_interest(passages.manifest)}
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
     found = describe(options.index, passages.rows, passages.dimension, k)

@@ -35,15 +35,15 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     from scripts.mining.pool import Pool
     from scripts.mining.settings import MiningSettings
     from scripts.mining.teacher import CrossEncoder
-    from scripts.stages import model_fingerprint
 
     first, last = given.ranks
     settings = MiningSettings(
         tuple(given.retrievers), first, last, given.negatives, given.pick, given.margin, given.percentage, given.judged, given.seed
     )
-    asks_model = "model" in settings.retrievers or (settings.filters and given.teacher is None)
+    names = list(dict.fromkeys(given.teacher or []))
+    asks_model = "model" in (*settings.retrievers, *names) or (settings.filters and not names)
     if asks_model and given.model is None:
-        raise ConfigError("--model: expected a model, which --retrievers model and filters without --teacher ask for; received none")
+        raise ConfigError("--model: expected a model, which --retrievers model, --teacher model and filters without a teacher ask for")
     path, columns = given.data, tuple(given.columns) if given.columns else None
     source = open_source(
         SourceConfig(path, given.name, given.revision, given.format, given.split, columns, given.corpus, given.queries, limit=given.limit)
@@ -52,11 +52,13 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     own = sum(query.prompt is not None for query in pool.queries)
     if own and ranks.rank == 0:
         print(f"note: {own:,} queries carry a prompt of their own, which the search leaves out")
-    bundle = load_encoder(given.model, precision=given.precision, device=device) if asks_model else None
-    teacher, described = None, ""
-    if given.teacher is not None:
-        teacher = CrossEncoder.load(given.teacher, max_tokens=given.teacher_max_tokens, precision=given.precision, device=device)
-        described = f"{model_fingerprint(given.teacher)}, {given.precision}, {given.teacher_max_tokens} tokens"
+    bundle = load_encoder(given.model, precision=given.precision, attention=given.attention, device=device) if asks_model else None
+    teachers = [
+        name
+        if name in ("bm25", "model")
+        else CrossEncoder.load(name, max_tokens=given.teacher_max_tokens, precision=given.precision, device=device)
+        for name in names
+    ]
     output = Path(given.output_dir)
     mining = Mining(
         pool,
@@ -64,8 +66,7 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
         output,
         given.work_dir or output.with_name(f"{output.name}.work"),
         bundle,
-        teacher,
-        described,
+        tuple(teachers),
         index=given.index,
         tokens_per_batch=given.teacher_batch,
         tokens_per_chunk=given.batch,
@@ -103,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seed", type=int, default=0, help="of --pick random (default: %(default)s)")
     search.add_argument("--index", default="flat", help="of the model's search (default: %(default)s)")
 
-    judge = parser.add_argument_group("scores", "by the teacher; without one, filters use the model's own similarities")
-    judge.add_argument("--teacher", help="a cross-encoder; its scores are written into the data")
+    judge = parser.add_argument_group("scores", "by the teachers; without one, filters use the model's own similarities")
+    teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
+    judge.add_argument("--teacher", nargs="+", metavar="NAME", help=teachers)
     judge.add_argument("--teacher-max-tokens", type=int, default=512, help="of a pair (default: %(default)s)")
     judge.add_argument("--teacher-batch", type=int, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)")
     judge.add_argument("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)")
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", required=True, type=Path, help="a new folder for the training data")
     parser.add_argument("--work-dir", type=Path, help="embeddings, searches and scores, to be used again (default: <output-dir>.work)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of both models (default: %(default)s)")
+    packed = "of the encoder: packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
+    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
     parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
     return parser

@@ -1,12 +1,13 @@
 """Search at corpus scale: exact streaming search of random unit vectors, checked in float64; approximate indexes on clustered ones.
 
-python -m scripts.bench.search                      # 8,841,823 passages of dimension 768; one GPU, 16 cores, 16 GiB of disk
+python -m scripts.bench.search                      # 8,841,823 passages of dimension 768; one GPU, 16 cores, 14 GB of memory or disk
 python -m scripts.bench.search --passages 20000 --queries 50 --dimension 32 --k 100 --ann-passages 12000 --ann-queries 50
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from scripts.bench.tables import Table
 _SHARD_ROWS = 65_536
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "pyarrow")
 _ADDED_AT_ONCE = 20_000
+_WRITERS = 8  # threads
+_IN_MEMORY = Path("/dev/shm")  # files there are page cache and nothing else
 
 
 def unit_vectors(n: int, dimension: int, seed: int, device: torch.device) -> Tensor:
@@ -50,7 +53,7 @@ def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: to
             vectors = unit_vectors(last - first, dimension, shard + 1, device).to(getattr(torch, dtype))
             writer.write(shard, vectors.cpu().numpy(), [str(i) for i in range(first, last)])
 
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(_WRITERS) as pool:
             list(pool.map(write, range(-(-rows // _SHARD_ROWS))))  # list: raises what a thread raised
         writer.finish(rows)
     return open_shards(folder)
@@ -76,12 +79,12 @@ def disagreement(queries: np.ndarray, found: list[Ranking], passages: EmbeddingS
 def measure_exact(table: Table, given: argparse.Namespace, device: torch.device) -> None:
     """Time, memory and exactness of the search at the size that `given` asks for. Raises ArithmeticError where it is not exact."""
     case = f"{given.passages:,} × {given.dimension} {given.dtype}, {given.queries:,} queries, k {given.k:,}"
-    with tempfile.TemporaryDirectory(prefix="search-", dir=given.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="search-", dir=given.folder or _roomy(given)) as folder:
         started = time.perf_counter()
         passages = write_shards(Path(folder), given.passages, given.dimension, given.dtype, device)
         table.add(case, "shards", "written", time.perf_counter() - started, "s")
-        for shard in sorted(passages.folder.glob("*.npy")):  # into the page cache
-            shard.read_bytes()
+        with ThreadPoolExecutor(_WRITERS) as pool:  # into the page cache, where they are not there yet
+            sum(pool.map(_read, sorted(passages.folder.glob("*.npy"))))
         queries = unit_vectors(given.queries, given.dimension, 0, device).cpu().numpy()
         query_ids = [str(i) for i in range(given.queries)]
         started = time.perf_counter()
@@ -105,6 +108,19 @@ def measure_exact(table: Table, given: argparse.Namespace, device: torch.device)
     table.add(case, "exact, torch", "largest score error", error, "")
     if right < 1.0 or error > 2.0**-23:
         raise ArithmeticError(f"the search is not exact: {100 * right}% of the float64 result, scores off by up to {error}")
+
+
+def _roomy(given: argparse.Namespace) -> Path | None:
+    """The memory's file system where the shards fit into half of what is free there; None: the system's temporary folder."""
+    needed = given.passages * given.dimension * np.dtype(given.dtype).itemsize
+    return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * needed else None
+
+
+def _read(file: Path) -> int:
+    """Reads a file from end to end, a piece at a time; returns its bytes."""
+    with file.open("rb", buffering=0) as stream:
+        piece = bytearray(1 << 24)
+        return sum(iter(lambda: stream.readinto(piece), 0))
 
 
 class Clustered:
@@ -197,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--memory-gib", type=float, default=16.0, help="of the device (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--sample", type=int, default=20, help="queries checked in float64 (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="for the shards, which are deleted again (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)")
     parser.add_argument("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out (default: %(default)s)")
     parser.add_argument("--ann-queries", type=int, default=1_000)
     parser.add_argument("--ann-dimension", type=int, default=128)
@@ -207,14 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table.begin(_PACKAGES)
-    try:
-        if given.passages:
-            measure_exact(table, given, device)
-        if given.ann_passages:
-            measure_indexes(table, given, device)
-    finally:  # what was measured is kept, whatever happens after it
-        table.save(given.output)
-        given.output.with_suffix(".md").write_text(format_markdown(table), encoding="utf-8")
+    table.hardware += f", {faiss.omp_get_max_threads()} threads"
+    for wanted, measure in ((given.passages, measure_exact), (given.ann_passages, measure_indexes)):
+        try:
+            if wanted:
+                measure(table, given, device)
+        finally:  # what was measured is kept, whatever happens after it
+            table.save(given.output)
+            given.output.with_suffix(".md").write_text(format_markdown(table), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,21 +20,33 @@ class RoundConfig:
     """One training. `mine`: options of scripts.mine_negatives, for negatives from the model of the round before; null: the source as it is.
 
     `train` replaces keys of the shared training configuration, section by section. `start: first` trains from the first model again.
+    `variants` are trainings that replace further keys, one each; the best on the split `evaluate.choose` is the round's model.
+    `teacher`: options of scripts.train_cross_encoder, for a teacher of `mine` made from the negatives that the round before mined.
     """
 
     name: str = ""
     mine: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ()
+    teacher: dict[str, Any] | None = None
     start: Literal["first", "previous"] = "first"
+
+    def training(self, variant: int) -> list[dict[str, Any]]:
+        """What replaces keys of the shared training configuration, the later going before the earlier; `variant` counts from 0."""
+        return [self.train, *self.variants[variant : variant + 1]]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The evaluation after every round: `command` is eval.beir or eval.msmarco, `options` its own beside --model and --output-dir."""
+    """The evaluation of every model: `command` is eval.beir or eval.msmarco, `options` its own beside --model and --output-dir.
+
+    `choose`: the split among `options.split` on which a round's variants are compared, by the first of `options.metrics`.
+    """
 
     command: Literal["eval.beir", "eval.msmarco"] = "eval.beir"
     data: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    choose: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,13 @@ class LoopConfig:
     rounds: tuple[RoundConfig, ...] = ()
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
-    def training(self, number: int, model: str, data: Path | None, output: Path) -> Config:
+    def training(self, number: int, model: str, data: Path | None, output: Path, variant: int = 0) -> Config:
         """The training configuration of round `number` from `model`, on mined `data` or on the source, into `output`.
 
         Raises ConfigError naming a key that is unknown or cannot be run.
         """
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(self.train), OmegaConf.create(self.rounds[number].train)))
+        trees = [self.train, *self.rounds[number].training(variant)]
+        merged = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, trees)))
         config = from_dict(merged)  # type: ignore[arg-type]
         source = self.source if data is None else SourceConfig(path=str(data), format="tevatron")
         config = replace(
@@ -122,5 +135,23 @@ def _check(config: LoopConfig) -> None:
         for key in keys:
             if key in config.train.get(section, {}):
                 raise ConfigError(f"train.{section}.{key}: the loop sets it; expected it in source and output_dir")
-    for number in range(len(config.rounds)):
-        config.training(number, config.first_model, None, Path(config.output_dir))
+    mined = False
+    for number, described in enumerate(config.rounds):
+        for variant in range(max(1, len(described.variants))):
+            config.training(number, config.first_model, None, Path(config.output_dir), variant)
+        if described.variants:
+            _check_choice(config.evaluate, number)
+        if described.teacher is not None and (described.mine is None or not mined):
+            raise ConfigError(
+                f"rounds.{number}.teacher: expected a round that mines, after one that does; it learns from that one's negatives"
+            )
+        mined = mined or described.mine is not None
+
+
+def _check_choice(evaluate: EvaluateConfig, number: int) -> None:
+    splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
+    if evaluate.choose not in splits or not metrics:
+        raise ConfigError(
+            f"rounds.{number}.variants: expected evaluate.choose to be one of evaluate.options.split and evaluate.options.metrics to name "
+            f"the measure to choose by; received {evaluate.choose!r}, {splits} and {metrics}"
+        )

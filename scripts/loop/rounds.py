@@ -17,61 +17,102 @@ from retriever.data.collection import data_files
 from retriever.data.formats import open_source
 from retriever.data.text_table import write_json
 from scripts.loop.config import LoopConfig, flags, source_flags
+from scripts.mining.mine import DATA
 from scripts.stages import model_fingerprint, run_stage
 
 RESULT = "result.json"
+Splits = dict[str, dict[str, float]]  # split -> measure -> value
 Table = dict[str, dict[str, float]]  # model, and split where there are several -> measure -> value
 
 
 class Loop:
-    """One loop in its folder: <round>/mine, <round>/train and <round>/evaluate, `work` with what mining uses again, result.json."""
+    """One loop in its folder: <round>/{teacher, mine, train, evaluate}, `work` with what mining uses again, result.json.
+
+    A round's variants have folders of their own for the last two: <round>/variant-1/{train, evaluate}, ...
+    """
 
     def __init__(self, config: LoopConfig) -> None:
         self._config, self._root = config, Path(config.output_dir)
 
     def run(self) -> Table:
-        """Runs what is not done yet; prints the measures of all models so far after each round and returns the last table."""
-        config = self._config
-        table: Table = {}
-        table |= self._evaluate("start", config.first_model)
-        model = config.first_model
+        """Runs what is not done yet; prints the measures of all models so far after each round and returns the last table.
+
+        result.json holds that of the rounds done so far, and the folder of each one's evaluation.
+        """
+        config, model = self._config, self._config.first_model
+        start = self._evaluate("start", Path("start"), model)
+        table, folders, mined = _rows("start", start), {"start": "start/evaluate"}, None
         for number, described in enumerate(config.rounds):
-            data = self._mine(number, model) if described.mine is not None else None
-            model = self._train(number, model if described.start == "previous" else config.first_model, data)
-            table |= self._evaluate(described.name, model)
+            data = None
+            if described.mine is not None:
+                teacher = self._teach(number, mined) if mined is not None and described.teacher is not None else None
+                data = mined = self._mine(number, model, teacher)
+            model, found, folder = self._best(number, model if described.start == "previous" else config.first_model, data)
+            folders[described.name] = folder.as_posix()
+            table |= _rows(described.name, found)
             print(f"\n{format_table(table)}\n", flush=True)
-        write_json(self._root / RESULT, {"metrics": table})
+            write_json(self._root / RESULT, {"metrics": table, "evaluations": folders})
         return table
 
-    def _mine(self, number: int, model: str) -> Path:
-        """The folder of training data whose negatives `model` found in the source."""
+    def _best(self, number: int, model: str, data: Path | None) -> tuple[str, Splits, Path]:
+        """(export, measures, folder of its evaluation) of the variant that is best on the split to choose by; the first of equals."""
+        described, evaluate = self._config.rounds[number], self._config.evaluate
+        found = []
+        for variant in range(max(1, len(described.variants))):
+            label = f"{described.name} {variant + 1}" if described.variants else described.name
+            place = Path(described.name, f"variant-{variant + 1}") if described.variants else Path(described.name)
+            export = self._train(number, variant, label, place, model, data)
+            found.append((export, self._evaluate(label, place, export), place / "evaluate"))
+        if len(found) == 1:
+            return found[0]
+        measure = evaluate.options["metrics"][0]
+        values = [splits[evaluate.choose][measure] for _, splits, _ in found]
+        best = values.index(max(values))
+        print(f"{described.name}: variant {best + 1} of {measure} {', '.join(f'{v:.4f}' for v in values)} on {evaluate.choose}", flush=True)
+        return found[best]
+
+    def _teach(self, number: int, data: Path) -> Path:
+        """The cross-encoder trained on mined `data`, from the first model."""
+        described = self._config.rounds[number]
+        folder = self._root / described.name / "teacher"
+
+        def work(folder: Path) -> list[str]:
+            places = {"data": data, "model": self._config.first_model, "output_dir": folder / "model"}
+            self._start("scripts.train_cross_encoder", [*flags(places), *flags(described.teacher or {})], alone=True)
+            return sorted(f.relative_to(folder).as_posix() for f in (folder / "model").rglob("*") if f.is_file())
+
+        inputs = {"model": model_fingerprint(self._config.first_model), "data": file_fingerprint(data / DATA), "options": described.teacher}
+        run_stage(f"{described.name}: teacher", folder, inputs, work)
+        return folder / "model"
+
+    def _mine(self, number: int, model: str, teacher: Path | None) -> Path:
+        """The folder of training data whose negatives `model` found in the source; `teacher` scores beside the teachers of the options."""
         described = self._config.rounds[number]
         options = dict(described.mine or {})
+        teachers = _listed(options.pop("teacher", None)) + ([] if teacher is None else [str(teacher)])
         policy = self._config.training(number, model, None, self._root).data
 
         def work(folder: Path) -> list[str]:
             arguments = [*source_flags(self._config.source), *flags({"title": policy.title, "title_separator": policy.title_separator})]
             places = {"model": model, "output_dir": folder / "data", "work_dir": self._root / "work" / described.name}
-            self._start("scripts.mine_negatives", [*arguments, *flags(options), *flags(places)])
-            return ["data/train.jsonl"]
+            self._start("scripts.mine_negatives", [*arguments, *flags(options), *flags({"teacher": teachers or None}), *flags(places)])
+            return [f"data/{DATA}"]
 
-        teacher = options.get("teacher")
         inputs = {
             "source": open_source(self._config.source).fingerprint(),
             "title": [policy.title, policy.title_separator],
             "model": model_fingerprint(model),
-            "teacher": model_fingerprint(teacher) if teacher else None,
-            "options": {key: value for key, value in options.items() if key != "teacher"},
+            "teachers": [model_fingerprint(name) for name in teachers],
+            "options": options,
         }
         folder = self._root / described.name / "mine"
         run_stage(f"{described.name}: mine", folder, inputs, work)
         return folder / "data"
 
-    def _train(self, number: int, model: str, data: Path | None) -> str:
+    def _train(self, number: int, variant: int, label: str, place: Path, model: str, data: Path | None) -> str:
         """The export of a training from `model` on `data`, or on the source."""
-        name = self._config.rounds[number].name
-        folder = self._root / name / "train"
-        config = self._config.training(number, model, data, folder / "run")
+        folder = self._root / place / "train"
+        config = self._config.training(number, model, data, folder / "run", variant)
 
         def work(folder: Path) -> list[str]:
             settings = folder / "train.yaml"
@@ -82,27 +123,30 @@ class Loop:
 
         trained_on = open_source(config.data.train[0]).fingerprint()
         inputs = {"model": model_fingerprint(model), "data": trained_on, "config": _without_places(config)}
-        run_stage(f"{name}: train", folder, inputs, work)
+        run_stage(f"{label}: train", folder, inputs, work)
         return str(folder / "run" / "export")
 
-    def _evaluate(self, name: str, model: str) -> Table:
+    def _evaluate(self, label: str, place: Path, model: str) -> Splits:
         """The measures of `model` on every split that the evaluation names."""
         evaluate = self._config.evaluate
-        folder = self._root / name / "evaluate"
+        folder = self._root / place / "evaluate"
 
         def work(folder: Path) -> list[str]:
             places = {"model": model, "data": evaluate.data, "output_dir": folder / "results"}
             self._start(evaluate.command, [*flags(places), *flags(evaluate.options)])
             return sorted(f.relative_to(folder).as_posix() for f in (folder / "results").glob("*.json"))
 
-        inputs = {"model": model_fingerprint(model), "data": _collection_fingerprint(Path(evaluate.data)), "evaluate": asdict(evaluate)}
-        outputs = run_stage(f"{name}: evaluate", folder, inputs, work)
-        found = {Path(file).stem: loads((folder / file).read_text(encoding="utf-8"))["metrics"] for file in outputs}
-        return {name if len(found) == 1 else f"{name} {split}": metrics for split, metrics in found.items()}
+        asked = {key: value for key, value in asdict(evaluate).items() if key != "choose"}
+        inputs = {"model": model_fingerprint(model), "data": _collection_fingerprint(Path(evaluate.data)), "evaluate": asked}
+        outputs = run_stage(f"{label}: evaluate", folder, inputs, work)
+        return {Path(file).stem: loads((folder / file).read_text(encoding="utf-8"))["metrics"] for file in outputs}
 
-    def _start(self, module: str, arguments: Sequence[str]) -> None:
-        """Runs one command to its end. Raises what the command raises, CalledProcessError where it was launched, SystemExit."""
-        if self._config.launch:
+    def _start(self, module: str, arguments: Sequence[str], *, alone: bool = False) -> None:
+        """Runs one command to its end, `alone` in this process whatever the others are launched with.
+
+        Raises what the command raises, CalledProcessError where it was launched, SystemExit.
+        """
+        if self._config.launch and not alone:
             subprocess.run([*self._config.launch, "-m", module, *arguments], check=True)
             return
         status = importlib.import_module(module).main(list(arguments))
@@ -110,6 +154,14 @@ class Loop:
             raise KeyboardInterrupt
         if status:
             raise SystemExit(status)
+
+
+def _rows(name: str, splits: Splits) -> Table:
+    return {name if len(splits) == 1 else f"{name} {split}": metrics for split, metrics in splits.items()}
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def _without_places(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from retriever.data.formats import Passage
 from retriever.shards import EmbeddingShards, open_shards
 from scripts.mining.candidates import encode, read_candidates, search_bm25, search_model, shortlist
 from scripts.mining.pool import Pool
-from scripts.mining.scores import model_judge, read_scores, teacher_judge, write_scores
+from scripts.mining.scores import Judge, bm25_judge, fused_judge, model_judge, read_scores, teacher_judge, write_scores
 from scripts.mining.settings import MiningSettings, Retriever
 from scripts.stages import Outputs, run_stage
 
@@ -40,10 +40,9 @@ class Mining:
     output: Path
     work: Path
     bundle: EncoderBundle | None = None
-    teacher: CrossEncoder | None = None
-    teacher_fingerprint: str = ""  # of the teacher's weights, and of all that its scores depend on
+    teachers: tuple[CrossEncoder | Retriever, ...] = ()  # several: their standardised scores' mean
     index: str = "flat"
-    tokens_per_batch: int = 8_192  # of the teacher
+    tokens_per_batch: int = 8_192  # of a cross-encoder
     tokens_per_chunk: int | None = None  # of the encoder
     ranks: Ranks = field(default_factory=Ranks)
     progress: bool = True
@@ -73,8 +72,9 @@ class Mining:
         }
 
     def _judge_inputs(self) -> Any:
-        if self.teacher is not None:
-            return {"teacher": self.teacher_fingerprint, "tokens_per_batch": self.tokens_per_batch}
+        if self.teachers:
+            names = [self._retriever(t) if isinstance(t, str) else t.description for t in self.teachers]
+            return {"teachers": names, "tokens_per_batch": self.tokens_per_batch}
         return self._retriever("model") if self.settings.filters else None
 
     def _mine(self, folder: Path) -> list[str]:
@@ -84,7 +84,7 @@ class Mining:
         searched = [self._search(name, shards) for name in self.settings.retrievers]
         shortlists = shortlist(self.pool, [numbers for numbers, _ in searched], self.settings)
         scores = None
-        if self.teacher is not None or self.settings.filters:
+        if self.teachers or self.settings.filters:
             scores = self._score(shortlists, shards, [outputs for _, outputs in searched])
         if self.ranks.rank == 0:
             self._write(folder / DATA, shortlists, scores)
@@ -114,11 +114,7 @@ class Mining:
         return read_candidates(folder, list(outputs)), outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], shards: Shards | None, searched: Sequence[Outputs]) -> np.ndarray:
-        if self.teacher is not None:
-            judge = teacher_judge(self.pool, self.teacher, self.tokens_per_batch)
-        else:
-            assert shards is not None
-            judge = model_judge(*shards)
+        judge = fused_judge([self._judge(teacher, shards) for teacher in self.teachers or ("model",)])
         inputs = {
             "data": self.pool.fingerprint,
             "shortlists": fingerprint([list(numbers) for numbers in shortlists]),
@@ -128,6 +124,14 @@ class Mining:
         folder = self.work / "scores"
         work = lambda folder: write_scores(self.pool, shortlists, judge, folder, self.ranks, self.progress)  # noqa: E731
         return read_scores(folder, list(run_stage("score", folder, inputs, work, ranks=self.ranks)))
+
+    def _judge(self, teacher: CrossEncoder | Retriever, shards: Shards | None) -> Judge:
+        if teacher == "bm25":
+            return bm25_judge(self.pool)
+        if teacher == "model":
+            assert shards is not None  # the command asks for the model where a teacher is it
+            return model_judge(*shards)
+        return teacher_judge(self.pool, teacher, self.tokens_per_batch)
 
     def _write(self, path: Path, shortlists: Sequence[Sequence[int]], scores: np.ndarray | None) -> None:
         self.counts = {"queries": len(self.pool.queries), "without a positive": self.pool.left_out, "passages": len(self.pool.texts)}
@@ -157,7 +161,7 @@ class Mining:
                 record["prompt"] = query.prompt
             record["positive_passages"] = [_described(self.pool.passages[n]) for n in query.positives]
             record["negative_passages"] = [_described(self.pool.passages[numbers[i]]) for i in kept]
-            if here is not None and self.teacher is not None:
+            if here is not None and self.teachers:
                 record["positive_scores"] = [_number(s) for s in here[:positives]]
                 record["negative_scores"] = [_number(here[positives + i]) for i in kept]
             yield record

@@ -1,4 +1,4 @@
-"""Scores of the positives and of the shortlisted candidates, by the teacher or by the model itself, in parts that are kept."""
+"""Scores of the positives and of the shortlisted candidates, by the teachers or by the model itself, in parts that are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from eval.bm25 import Bm25
 from eval.evaluate import Ranks
 from eval.search import load_queries
 from retriever.config import ConfigError
@@ -18,7 +19,23 @@ from scripts.mining.teacher import CrossEncoder
 
 _QUERIES_A_PART = 512
 
-Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]  # query rows [n], passage numbers [n] -> scores [n] float32
+Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]  # query rows [n] ascending, passage numbers [n] -> scores [n] float32
+
+
+def fused_judge(judges: Sequence[Judge]) -> Judge:
+    """The mean over `judges` of their scores, each brought to mean 0 and variance 1 among the pairs of a query that are judged together.
+
+    One judge alone keeps its own scores. Where a judge scores all pairs of a query alike, its part is 0.
+    """
+    if len(judges) == 1:
+        return judges[0]
+    return lambda rows, numbers: np.mean([_standardised(judge(rows, numbers), rows) for judge in judges], axis=0).astype(np.float32)
+
+
+def bm25_judge(pool: Pool) -> Judge:
+    """BM25's score of a pair, 0 where it shares no word."""
+    index = Bm25(pool.texts)
+    return lambda rows, numbers: np.concatenate([index.scores(pool.queries[row].text)[numbers[rows == row]] for row in np.unique(rows)])
 
 
 def teacher_judge(pool: Pool, teacher: CrossEncoder, tokens_per_batch: int) -> Judge:
@@ -41,6 +58,15 @@ def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
         return np.einsum("nd,nd->n", embedded[rows], found, dtype=np.float64).astype(np.float32)
 
     return judge
+
+
+def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Scores [n] less the mean of their row, over its deviation, in float64."""
+    _, group = np.unique(rows, return_inverse=True)  # [n]
+    sizes = np.bincount(group)
+    centred = scores - (np.bincount(group, scores) / sizes)[group]
+    deviations = np.sqrt(np.bincount(group, centred * centred) / sizes)[group]
+    return np.divide(centred, deviations, out=np.zeros_like(centred), where=deviations > 0)
 
 
 def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, ranks: Ranks, progress: bool) -> list[str]:

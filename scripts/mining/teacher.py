@@ -15,12 +15,17 @@ from retriever.config import ConfigError
 from retriever.data.chunks import plan_chunks
 from retriever.data.layout import pad_rows
 from retriever.encoder.bundle import AUTOCAST_DTYPES, Precision
+from scripts.stages import model_fingerprint
 
 
 class CrossEncoder:
     """Reads a query and a passage together and gives their relevance as one number, unbounded, higher for the more relevant."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int, precision: Precision, device: torch.device, name: str = ""
+    ) -> None:
+        """`name` stands for the weights in `description`."""
+        self.description = f"{name}, {precision}, {max_tokens} tokens"
         self._model, self._tokenizer, self._max_tokens = model.to(device).eval(), tokenizer, max_tokens
         self._device, self._dtype = device, AUTOCAST_DTYPES[precision]
 
@@ -42,7 +47,7 @@ class CrossEncoder:
             raise ConfigError(
                 f"--teacher-max-tokens: expected at most {tokenizer.model_max_length}, the model's length; received {max_tokens}"
             )
-        return cls(model, tokenizer, max_tokens, precision, device)
+        return cls(model, tokenizer, max_tokens, precision, device, model_fingerprint(name))
 
     @torch.no_grad()
     def score(self, queries: Sequence[str], passages: Sequence[str], tokens_per_batch: int) -> np.ndarray:

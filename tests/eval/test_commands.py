@@ -86,13 +86,14 @@ def test_shards_that_match_are_used_again_and_others_made_anew(
     beir.main(arguments)
     first = result_of(tmp_path, "test")
     sides: list[str] = []
-    encode = EncoderBundle.encode
+    encode = EncoderBundle.encode_slabs
 
-    def counted(self: EncoderBundle, texts: Any, side: Any, **options: Any) -> np.ndarray:
-        sides.append(side)
-        return encode(self, texts, side, **options)
+    def counted(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
+        for slab in encode(self, texts, side, *options, **more):
+            sides.append(side)
+            yield slab
 
-    monkeypatch.setattr(EncoderBundle, "encode", counted)
+    monkeypatch.setattr(EncoderBundle, "encode_slabs", counted)
     beir.main(arguments)
     assert sides == []
     again = result_of(tmp_path, "test")

@@ -129,6 +129,36 @@ def test_teacher_scores_are_written_and_read_into_the_store(workplace: Workplace
     assert sorted(store.negative_scores) == sorted(written) and len(written) > 50
 
 
+def test_several_teachers_are_standardised_and_averaged(workplace: Workplace) -> None:
+    """Each teacher's scores have mean 0 and variance 1 over a query's positives and candidates before their mean is taken."""
+    teachers = [str(workplace.folder / "teacher"), "bm25", "model"]
+    options = ("--negatives", "6")
+    alone = [mined(workplace, f"by{i}", "--teacher", name, *options) for i, name in enumerate(teachers)]
+    together = mined(workplace, "by-all", "--teacher", *teachers, *options)
+    for row, record in enumerate(together):
+        parts = []
+        for records in alone:
+            assert records[row]["negative_passages"] == record["negative_passages"]
+            scores = np.array([*records[row]["positive_scores"], *records[row]["negative_scores"]])
+            assert scores.std() > 1e-3
+            parts.append((scores - scores.mean()) / scores.std())
+        found = [*record["positive_scores"], *record["negative_scores"]]
+        assert found == pytest.approx(np.mean(parts, axis=0), abs=1e-4)
+
+
+def test_bm25_as_a_teacher_gives_its_own_scores(workplace: Workplace) -> None:
+    """As its run has them: the first rankings' scores of the same pairs, 0 for a passage that shares no word."""
+    records = mined(workplace, "by-bm25", "--teacher", "bm25")
+    texts = dict(enumerate(dict.fromkeys(workplace.texts.values())))
+    run = bm25_run(((str(n), text) for n, text in texts.items()), {r["query_id"]: r["query"] for r in records}, k=len(texts))
+    for record in records:
+        ranked = run[record["query_id"]]
+        by_text = dict(zip((texts[int(n)] for n in ranked.passage_ids), ranked.scores.tolist(), strict=True))
+        for side in ("positive", "negative"):
+            expected = [by_text.get(passage["text"], 0.0) for passage in record[f"{side}_passages"]]
+            assert record[f"{side}_scores"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped while it encodes, searches, scores and writes; each start does only what is left, and the data are those of one go."""
     arguments = ("--teacher", str(workplace.folder / "teacher"), "--percentage", "0.95", "--retrievers", "model", "bm25")

@@ -1,0 +1,70 @@
+"""Take a development split out of a BEIR folder's training queries, drawn by a seed.
+
+    python -m scripts.hold_out --data data/scifact --output data/scifact-dev --queries 160
+
+OUTPUT is a BEIR folder with the same corpus and queries: qrels/fit.tsv to train on, qrels/dev.tsv to choose by, and the other splits
+as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `python -m scripts.hold_out`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.hold_out", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, type=Path, help="a BEIR folder")
+    parser.add_argument("--output", required=True, type=Path, help="a new folder")
+    parser.add_argument("--split", default="train", help="that is divided (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=160, help="that become dev (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    given = parser.parse_args(arguments)
+
+    from eval.commands import one_line_errors
+
+    with one_line_errors():
+        fit, dev = hold_out(given.data, given.output, given.split, given.queries, given.seed)
+    print(f"{given.output}: {fit:,} queries to train on (fit), {dev:,} to choose by (dev)")
+
+
+def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
+    """Writes the BEIR folder `target`; returns how many queries fit and dev have.
+
+    Raises ConfigError where `target` exists or `split` has too few queries, DataError where `source` cannot be read.
+    """
+    from retriever.config import ConfigError
+    from retriever.data.collection import data_files
+    from retriever.data.formats import find_qrels, read_qrels
+    from scripts.code_pairs.split import drawn
+
+    judgments = find_qrels(source, split)
+    qrels = read_qrels(judgments)
+    if target.exists():
+        raise ConfigError(f"--output {target}: exists already; expected a new folder")
+    if not 0 < queries < len(qrels):
+        raise ConfigError(f"--queries: expected from 1 to {len(qrels) - 1}, {split} having {len(qrels)}; received {queries}")
+    aside = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "qrels").mkdir(parents=True)
+    for file in data_files(source):
+        shutil.copyfile(file, aside / file.name)
+    for file in data_files(source / "qrels"):
+        if file != judgments:
+            shutil.copyfile(file, aside / "qrels" / file.name)
+    dev = set(sorted(qrels, key=lambda query: drawn(seed, query))[:queries])
+    for name, chosen in (("dev", dev), ("fit", qrels.keys() - dev)):
+        rows = "".join(f"{q}\t{p}\t{grade}\n" for q, grades in qrels.items() if q in chosen for p, grade in grades.items())
+        (aside / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows, encoding="utf-8")
+    os.replace(aside, target)
+    return len(qrels) - len(dev), len(dev)
+
+
+if __name__ == "__main__":
+    main()

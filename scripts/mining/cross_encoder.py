@@ -1,0 +1,134 @@
+"""Training of a cross-encoder: groups of a query, a positive and negatives, and the cross entropy of the positive among them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from retriever.config import ConfigError, OptimConfig, SourceConfig
+from retriever.data.formats import DataError, final_text, open_source
+from retriever.encoder.bundle import AUTOCAST_DTYPES
+from retriever.optim import Optimizer
+from retriever.rng import seed_step
+
+
+@dataclass(frozen=True)
+class Group:
+    """A query with the texts of its positives and of its negatives, at least one of each."""
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a cross-encoder is trained, besides the optimizer."""
+
+    negatives: int = 7  # beside each positive, at most
+    queries: int = 32  # of an optimizer step
+    epochs: float = 1.0
+    max_tokens: int = 256  # of a pair
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("negatives", "queries", "epochs", "max_tokens"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0; received {getattr(self, name)!r}")
+
+
+def read_groups(path: str, title: Literal["join", "drop"], separator: str, limit: int | None = None) -> list[Group]:
+    """The queries of training data that carries its passages' texts and has negatives. Raises DataError where none has."""
+    groups = []
+    for example in open_source(SourceConfig(path=path, limit=limit)).examples():
+        positives, negatives = (
+            tuple(final_text(passage, title, separator) for passage in found) for found in (example.positives, example.negatives)
+        )
+        if positives and negatives:
+            groups.append(Group(example.query, positives, negatives))
+    if not groups:
+        raise DataError("no query has both a positive and a negative; expected mined negatives (scripts.mine_negatives)", path)
+    return groups
+
+
+def train_cross_encoder(
+    name_or_path: str, groups: Sequence[Group], training: Training, optim: OptimConfig, output: Path, device: torch.device
+) -> tuple[float, float]:
+    """Trains from the body of an encoder and writes the model with its tokenizer to `output`.
+
+    Returns, over the last tenth of the steps and before each one's update, the mean loss and the share of queries whose positive scored
+    highest: within the first epoch both are of queries not trained on yet. Deterministic in `training.seed` up to the device's own sums.
+    Raises ConfigError where the model cannot be read or `output` exists.
+    """
+    if output.exists():
+        raise ConfigError(f"--output-dir {output}: exists already; expected a new folder")
+    torch.manual_seed(training.seed)  # the head's first values
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {name_or_path}: expected an encoder with its tokenizer: {error}") from error
+    steps = list(_steps(len(groups), training))
+    optimizer = Optimizer(optim, [model.to(device).train()], len(steps), device)
+    autocast = AUTOCAST_DTYPES[optim.precision]
+    seen = []
+    for step, chosen in enumerate(tqdm(steps, desc="train cross-encoder", unit="step", mininterval=2)):
+        seed_step(training.seed, step, 0)
+        inputs, sizes = _pairs([groups[i] for i in chosen], training, tokenizer)
+        optimizer.set_learning_rate(step)
+        with torch.autocast(device.type, autocast) if autocast is not None else nullcontext():
+            logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits  # [pairs, 1]
+        losses, first = first_among(logits[:, 0].float(), torch.tensor(sizes, device=device))  # [G], [G]
+        losses.mean().backward()
+        optimizer.clip_and_step(step)
+        seen.append(torch.stack([losses.detach(), first]))
+    _save(model, tokenizer, output)
+    loss, right = torch.cat(seen[-max(1, len(seen) // 10) :], dim=1).mean(dim=1).tolist()
+    return loss, right
+
+
+def first_among(scores: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax of each group's first score [G] and whether it is the highest [G], 0 or 1; scores [Σ sizes], group after group."""
+    padded = scores.new_full((len(sizes), int(sizes.max())), -torch.inf)
+    padded[torch.arange(padded.shape[1], device=sizes.device) < sizes[:, None]] = scores  # [G, largest]
+    return padded.logsumexp(dim=1) - padded[:, 0], (padded.argmax(dim=1) == 0).to(scores.dtype)
+
+
+def _steps(count: int, training: Training) -> Iterator[np.ndarray]:
+    """The queries of each step: every epoch in an order of its own, the last step of all what is left."""
+    wanted, rng = max(1, round(count * training.epochs)), np.random.default_rng(training.seed)
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
+    for first in range(0, wanted, training.queries):
+        yield order[first : first + training.queries]
+
+
+def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple[dict[str, Tensor], list[int]]:
+    """Tokens of each query with a drawn positive and then drawn negatives, padded; and how many pairs each query has."""
+    queries, passages, sizes = [], [], []
+    for group in groups:
+        positive = group.positives[int(torch.randint(len(group.positives), ()))]
+        negatives = [group.negatives[i] for i in torch.randperm(len(group.negatives))[: training.negatives].tolist()]
+        sizes.append(1 + len(negatives))
+        queries += [group.query] * sizes[-1]
+        passages += [positive, *negatives]
+    return dict(tokenizer(queries, passages, truncation=True, max_length=training.max_tokens, padding=True, return_tensors="pt")), sizes
+
+
+def _save(model: Any, tokenizer: Any, output: Path) -> None:
+    """Writes the folder beside its place and renames it into it."""
+    aside = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    os.replace(aside, output)

@@ -1,0 +1,84 @@
+"""Answer accuracy: what holds an answer, the files it reads, and the command's figures counted by hand."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.answers import _words, holds_answer, main, read_answered
+from retriever.data.records import DataError
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "holds"),
+    [
+        ("The tower stands in Paris, France.", "paris", True),
+        ("The tower stands in Paris, France.", "Paris , france", True),
+        ("Comparison of towers", "paris", False),
+        ("Beyoncé sang", "Beyonce\u0301", True),
+        ("Beyoncé sang", "Beyonce", False),
+        ("New  York\tCity", "york city", True),
+        ("New City York", "York City", False),
+        ("in 1995", "1995", True),
+        ("a state-of-the-art thing", "state of", False),
+        ("anything", "", False),
+        ("", "word", False),
+    ],
+)
+def test_an_answers_words_stand_in_a_row(text: str, answer: str, holds: bool) -> None:
+    assert holds_answer(text, ["never there", answer]) == holds
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127), max_size=30))
+def test_ascii_is_cut_into_the_same_words(text: str) -> None:
+    """The fast way for ASCII and the slow one agree: a letter beyond ASCII takes the slow one."""
+    assert [*_words(text), "é"[:0] + unicodedata.normalize("NFD", "é")] == _words(f"{text} é")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four passages, three questions in DPR's csv, and a run."""
+    rows = ["id\ttext\ttitle", "1\tIt is Paris.\tTowers", "2\tNothing here\tParis", "3\tRome, or Roma\tCities", "4\tmore of nothing\tx"]
+    (tmp_path / "psgs_w100.tsv").write_text("\n".join(rows) + "\n")
+    questions = [("where is it", ["Paris"]), ("and the other", ["Milan", "roma"]), ("what else", ["nobody knows"])]
+    (tmp_path / "nq-test.qa.csv").write_text("".join(f'{q}\t"{answers!r}"\n' for q, answers in questions))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": q, "answers": a}) + "\n" for q, a in questions))
+    run = [("0", "2", 3), ("0", "4", 2), ("0", "1", 1), ("1", "3", 2), ("1", "1", 1), ("2", "4", 1)]
+    (tmp_path / "run.trec").write_text("".join(f"{q} Q0 {p} 1 {score} t\n" for q, p, score in run))
+    return tmp_path
+
+
+@pytest.mark.parametrize("questions", ["nq-test.qa.csv", "test.jsonl"])
+def test_the_share_of_questions_with_an_answer_among_the_best(folder: Path, questions: str) -> None:
+    """The title does not count: passage 2, first for question 0, names Paris in its title alone."""
+    arguments = ["--run", str(folder / "run.trec"), "--data", str(folder), "--questions", str(folder / questions)]
+    main([*arguments, "--metrics", "Success@1", "Success@3", "MRR@10", "--output-dir", str(folder / "out")])
+    found = json.loads(next((folder / "out").glob("*.json")).read_text())
+    assert found["metrics"] == pytest.approx({"Success@1": 1 / 3, "Success@3": 2 / 3, "MRR@10": (1 / 3 + 1) / 3})
+    assert found["data"]["queries"] == 3 and found["fingerprints"].keys() >= {"answers", "corpus", "queries"}
+
+
+def test_bm25_goes_all_the_way(folder: Path) -> None:
+    (folder / "own.jsonl").write_text(json.dumps({"question": "rome", "answer": ["Roma"]}) + "\n")
+    main(["--bm25", "--data", str(folder), "--questions", str(folder / "own.jsonl"), "--output-dir", str(folder / "bm25")])
+    assert json.loads((folder / "bm25" / "own.json").read_text())["metrics"] == {f"Success@{k}": 1.0 for k in (1, 5, 20, 100)}
+
+
+def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "bad.csv").write_text("a question\t['x']\nanother\tnot a list\n")
+    with pytest.raises(DataError, match=r"bad.csv, line 2: expected a question, a tab and a list"):
+        read_answered(folder, folder / "bad.csv")
+    with pytest.raises(DataError, match="no such file"):
+        read_answered(folder, folder / "none.csv")
+    (folder / "other.trec").write_text("0 Q0 99 1 1.0 t\n")
+    arguments = ["--data", str(folder), "--questions", str(folder / "test.jsonl")]
+    with pytest.raises(SystemExit, match="1 passages of the run are not in the corpus, first '99'"):
+        main([*arguments, "--run", str(folder / "other.trec")])
+    with pytest.raises(SystemExit):
+        main([*arguments, "--bm25", "--metrics", "Recall@20"])
+    assert "expected Success@k or MRR" in capsys.readouterr().err

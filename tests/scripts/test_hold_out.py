@@ -1,0 +1,45 @@
+"""A development split: nothing is lost, nothing is on both sides, and the same seed draws the same queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retriever.data.formats import read_qrels
+from scripts.hold_out import main
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A BEIR folder of 20 training queries, two judgments each."""
+    folder = tmp_path / "source"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "p", "text": "x"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
+    rows = "".join(f"q{i}\tp{i}\t2\nq{i}\tp{i + 1}\t1\n" for i in range(20))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nt\tp\t1\n")
+    return folder
+
+
+def test_fit_and_dev_are_the_split_divided(source: Path, tmp_path: Path) -> None:
+    found = {}
+    for output, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        main(["--data", str(source), "--output", str(tmp_path / output), "--queries", "6", "--seed", seed])
+        found[output] = [read_qrels(tmp_path / output / "qrels" / f"{name}.tsv") for name in ("fit", "dev")]
+    fit, dev = found["a"]
+    assert (len(fit), len(dev)) == (14, 6) and fit | dev == read_qrels(source / "qrels" / "train.tsv")
+    assert found["b"] == found["a"] and found["c"] != found["a"]
+    for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        assert (tmp_path / "a" / file).read_bytes() == (source / file).read_bytes()
+    assert not (tmp_path / "a" / "qrels" / "train.tsv").exists(), "training on it would be training on dev"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--queries", "20"], "--queries: expected from 1 to 19"), (["--output", "."], "exists already"), (["--split", "valid"], "qrels")],
+)
+def test_what_is_wrong_is_said(source: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["--data", str(source), "--output", str(tmp_path / "out"), *more])
