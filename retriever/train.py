@@ -126,7 +126,7 @@ def _train(
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
-            accelerator.print(preflight.plan_lines(forecast, config, total))
+            accelerator.print(preflight.plan_lines(forecast, total))
         for warning in preflight.warnings(config, tokenizer, total):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:
