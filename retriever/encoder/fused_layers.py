@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -57,8 +59,8 @@ class FusedLayers(nn.Module):
     """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is not.
 
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every operation in
-    place, or by another place in memory; writing through `weight.data` in place is seen by neither. Graphs kept from before a change
-    cannot be differentiated after it.
+    place and, from here on, for every step of an optimizer, or by another place in memory. Writing through `weight.data` in place is seen
+    by neither. Graphs kept from before a change cannot be differentiated after it.
     """
 
     def __init__(self, layer: nn.ModuleList) -> None:
@@ -121,3 +123,12 @@ def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
 
 def _shape(layer: Any) -> tuple[int, float]:
     return layer.attention.self.num_attention_heads, layer.output.LayerNorm.eps
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimizers write to parameters without counting a version."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_versions)
