@@ -107,8 +107,9 @@ def _seconds(work: Work, call: Callable[[], object]) -> float:
 def sentence_transformers_step(work: Work) -> PairStep:
     """CachedMultipleNegativesRankingLoss under bf16 autocast, and AdamW. Raises ImportError where the package is not installed."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     with tempfile.TemporaryDirectory() as folder:
         work.tower().save_pretrained(folder)
