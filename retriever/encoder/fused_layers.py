@@ -5,7 +5,8 @@ Dropout masks are functions of seeds that each forward pass draws, so a pass wit
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class FusedLayers(nn.Module):
         with torch.autocast(device.type, enabled=False):
             for i, place in enumerate(self._places):
                 layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
-                parameters = Parameters(*(tensor for module in place.holders for tensor in (module.weight, module.bias)))
+                parameters = _read_parameters(place.holders)
                 stream, rounded = post_norm_layer(stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
@@ -113,8 +114,13 @@ def _holders(layer: Any) -> tuple[nn.Linear | nn.LayerNorm, ...]:
     return own.query, own.key, own.value, attended.dense, norms[0], layer.intermediate.dense, narrowed.dense, norms[1]
 
 
+def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
+    """Their weights and biases, past the slow way by which a module finds an attribute."""
+    return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
+
+
 def _parameters(layer: Any) -> Parameters:
-    return Parameters(*(tensor for module in _holders(layer) for tensor in (module.weight, module.bias)))
+    return _read_parameters(_holders(layer))
 
 
 def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
