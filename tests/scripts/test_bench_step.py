@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import BertConfig
 
 from retriever.parallel.world import World
@@ -15,7 +18,7 @@ from scripts.bench import step, step_bench, step_curves, step_report
 from scripts.bench.step_bench import PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
 from scripts.bench.step_methods import Trainer, Work
-from scripts.bench.step_peers import MiniBatch
+from scripts.bench.step_peers import MiniBatch, PairStep, gradient_cache_step, pairs_of, sentence_transformers_step
 from scripts.bench.tables import Table
 
 STAGES = ("first_pass_ms", "loss_ms", "second_pass_ms", "update_ms")
@@ -81,17 +84,26 @@ def test_the_floor_is_one_pass(work: Work, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [False] * len(batch.chunks) + [True] * len(batch.chunks)
 
 
-def test_peers_compute_the_same_loss(work: Work) -> None:
-    """The published loop on the same pairs arrives at the gradient of our own step, whose chunks are others."""
-    from scripts.bench.step_peers import gradient_cache_step, pairs_of
+@pytest.mark.parametrize("peer", [gradient_cache_step, sentence_transformers_step])
+def test_peers_arrive_at_our_gradient(work: Work, peer: Callable[[Work], PairStep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same pairs, in other chunks and another order, to what bf16 allows: nobody is timed on another problem."""
+    undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
+    batch = trainer.first_batch(8)
+    expected = trainer.gradients(batch, 0)
+    queries, passages, tokens = pairs_of(undropped, 8, by_length=True)
+    assert tokens == batch.tokens
+    lengths = passages["attention_mask"].sum(dim=1).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    found: list[Tensor] = []
 
-    trainer = Trainer(work, work.configuration(8, "batch.tokens_per_chunk=400", *PADDED), hidden_dropout_prob=0.0)
-    queries, passages, tokens = pairs_of(work, 8, by_length=False)
-    assert tokens == trainer.first_batch(8).tokens
-    by_length = pairs_of(work, 8, by_length=True)[1]["attention_mask"].sum(dim=1)
-    assert by_length.tolist() == sorted(passages["attention_mask"].sum(dim=1).tolist(), reverse=True)
-    step_ = gradient_cache_step(work)
-    step_(queries, passages, MiniBatch(3))  # eight is no multiple of three
+    def take(parameters: Iterable[nn.Parameter], _: float) -> None:
+        found.extend(p.grad.flatten().clone() for p in parameters if p.grad is not None)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", take)
+    peer(undropped)(queries, passages, MiniBatch(3))  # eight is no multiple of three
+    assert float(expected.norm()) > 0.1
+    assert float((torch.cat(found) - expected).norm() / expected.norm()) < 0.05
 
 
 def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
