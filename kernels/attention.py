@@ -181,7 +181,8 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *attention_backward(gradients[0], *ctx.saved_tensors, ctx.longest, ctx.mask), None, None, None
+        query, key, value, out, lse, starts = ctx.saved_tensors
+        return *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask), None, None, None
 
 
 def _on_kernels(query: Tensor) -> bool:
