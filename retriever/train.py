@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     check_environment()
+    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from retriever.data.records import DataError
     from retriever.export import ExportError
     from retriever.parallel.watch import INTERRUPTION, RankError
@@ -135,9 +137,7 @@ def _train(
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
     bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
-    telemetry = Telemetry(
-        accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast
-    )
+    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     for batch in loader.batches(finished, total):
         report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
         telemetry.step(report)
