@@ -51,7 +51,7 @@ class MaskTables:
     rows: Tensor  # [E] int64, ascending
     columns: Tensor  # [E] int64
     targets: Tensor  # [B] int32, −1 where a row has none in these columns
-    threshold: Tensor | None  # [B] float32, similarity units
+    threshold: Tensor | None  # [B] float32 (float64 for float64 inputs), similarity units
     N: int  # columns
     _by_tile: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=dict)
 
@@ -64,7 +64,9 @@ class MaskTables:
         rows, columns = known_pairs(exclusions)
         other = columns != targets[rows]
         threshold = exclusions.threshold
-        return MaskTables(rows[other], columns[other], targets.int(), None if threshold is None else threshold.float().contiguous(), N)
+        if threshold is not None:
+            threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
+        return MaskTables(rows[other], columns[other], targets.int(), threshold, N)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Every excluded (row, column), targets and further ones, as two [E] int64 in no order."""

@@ -12,7 +12,8 @@ row-wise product. Memory is O(B + N) beside inputs and outputs. (Cheng et al. 20
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from kernels import lse_reference
 from kernels.deferred import Deferred
 from kernels.exclusions import Exclusions, MaskTables
 
-__all__ = ["Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse", "on_kernels"]
+__all__ = ["Departure", "Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse", "on_kernels"]
 
 Precision = Literal["bf16", "high", "fp32"]
 
@@ -35,8 +36,16 @@ class InfoNCE:
 
     loss: Tensor  # [B] float32, 0 for an ignored row
     dqueries: Tensor | None  # [B, D] float32
-    dpassages: Tensor | None  # [N, D] float32
+    dpassages: Tensor | None  # [N, D] float32; with a `Departure` [kept, D], or None where all has left
     dscale: Tensor | None  # []
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Hands dpassages over while work remains, so that what belongs to other ranks can be on its way meanwhile."""
+
+    kept: slice  # of columns; every target lies in it
+    leave: Callable[[Tensor], None]  # called once, with [N, D]: final, but for what `InfoNCE.dpassages` holds for the kept columns
 
 
 def infonce(
@@ -45,12 +54,13 @@ def infonce(
     targets: Tensor,
     scale: float,
     *,
-    exclusions: Exclusions | None = None,
+    exclusions: Exclusions | MaskTables | None = None,
     weights: Tensor | None = None,
     symmetric: bool = False,
     precision: Precision = "bf16",
     workspace_mib: int | None = None,
     gradients: bool = True,
+    departure: Departure | None = None,
 ) -> InfoNCE:
     """loss_i = log(e^{x_it} + Σ_{j : (i,j) ∈ neg} e^{x_ij}) − x_it with x = scale · Q Pᵀ and t = targets_i, and its gradients.
 
@@ -61,9 +71,10 @@ def infonce(
     queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
     weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32 accumulation),
     "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB, None: up to 1 GiB
-    of what is free; more makes fewer, larger matrix products. Results are float32 (float64 for float64 inputs), the same bits
-    every time. Raises ValueError where shapes, dtypes, devices or targets do not fit. (Gao et al. 2021, arXiv:2101.06983;
-    Cheng et al. 2024, arXiv:2410.17243)
+    of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets. `departure` is called, gradients
+    being asked for, on every path; where that is early is up to the path. Results are float32 (float64 for float64 inputs), the same
+    bits every time. Raises ValueError where shapes, dtypes, devices or targets do not fit. (Gao et al. 2021, arXiv:2101.06983; Cheng
+    et al. 2024, arXiv:2410.17243)
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("targets", targets, len(queries), queries)
@@ -77,50 +88,65 @@ def infonce(
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
     if not len(queries):
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
-        return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
+        none = InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
+        return _all_gone(none, departure)
     extent = Deferred(torch.stack(torch.aminmax(targets)))
     if on_kernels(queries) and not symmetric:
         # Queued before the targets are known to be right: the check at the end then waits for nothing.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
-            workspace_mib, gradients,
+            workspace_mib, gradients, departure,
         )  # fmt: skip
         _check_extent(extent.get(), len(passages))
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     if _check_extent(extent.get(), len(passages)):
-        return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
+        return _all_gone(
+            _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients),
+            departure,
+        )
     if on_kernels(queries):
-        return InfoNCE(
-            *_tiled_infonce(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
+        results = _tiled_infonce(
+            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, departure
         )
-    return InfoNCE(
-        *lse_reference.infonce(
-            queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
-            precision=precision, gradients=gradients,
-        )
+        return InfoNCE(*results)
+    found = lse_reference.infonce(
+        queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
+        precision=precision, gradients=gradients,
     )  # fmt: skip
+    return _all_gone(InfoNCE(*found), departure)
+
+
+def _all_gone(result: InfoNCE, departure: Departure | None) -> InfoNCE:
+    """`result`, whose dpassages leave at the end where a departure is asked for."""
+    if departure is None or result.dpassages is None:
+        return result
+    departure.leave(result.dpassages)
+    return replace(result, dpassages=None)
 
 
 def _tiled_infonce(
-    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | None, weights: Tensor,
-    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool,
+    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, weights: Tensor,
+    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, departure: Departure | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from kernels import infonce_tiled
 
+    masks = exclusions if isinstance(exclusions, MaskTables) else MaskTables.of(exclusions, targets, len(passages))
     return infonce_tiled.infonce(
-        queries, passages, targets, scale, MaskTables.of(exclusions, targets, len(passages)), weights, symmetric=symmetric,
-        precision=precision, budget=_workspace_bytes(queries, workspace_mib), gradients=gradients,
+        queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
+        budget=_workspace_bytes(queries, workspace_mib), gradients=gradients, departure=departure,
     )  # fmt: skip
 
 
 def _without_ignored(
-    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | None, weights: Tensor,
+    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, weights: Tensor,
     symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool,
 ) -> InfoNCE:  # fmt: skip
     """`infonce` of the rows that have a target, spread over all rows again."""
     kept = (targets >= 0).nonzero()[:, 0]
+    if exclusions is not None:
+        exclusions = exclusions.select_rows(kept) if isinstance(exclusions, MaskTables) else exclusions.of_rows(kept)
     some = infonce(
-        queries[kept], passages, targets[kept], scale, exclusions=None if exclusions is None else exclusions.of_rows(kept),
+        queries[kept], passages, targets[kept], scale, exclusions=exclusions,
         weights=weights[kept], symmetric=symmetric, precision=precision, workspace_mib=workspace_mib, gradients=gradients,
     )  # fmt: skip
     loss = some.loss.new_zeros(len(queries))

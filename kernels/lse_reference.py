@@ -70,14 +70,15 @@ def infonce(
     targets: Tensor,
     scale: float,
     *,
-    exclusions: Exclusions | None = None,
+    exclusions: Exclusions | MaskTables | None = None,
     weights: Tensor,
     symmetric: bool = False,
     precision: str = "fp32",
     gradients: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See `kernels.lse.infonce`; every row has a target. Returns (loss, dqueries, dpassages, dscale)."""
-    exclusions = with_targets(exclusions, targets, len(passages))
+    if not isinstance(exclusions, MaskTables):  # whose targets are among its pairs
+        exclusions = with_targets(exclusions, targets, len(passages))
     row_lse, column_lse = negatives_lse(queries, passages, scale, exclusions, columns=symmetric, precision=precision)
     q, p = rounded(queries, precision), rounded(passages, precision)
     logit = scale * (q * p[targets]).sum(dim=1)  # [B]

@@ -7,7 +7,7 @@ takes the same blocks in reverse order and gives the gradient: the queries' adds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,15 @@ def ring(
     queries, passages = problem.queries.to(travelling), problem.passages.to(travelling)
     targets, precision = problem.columns, problem.precision
     counts = world.counts(len(passages))
-    masks, blocks = _BlockMasks.of(problem, world, counts), Ring(world, counts, passages)
+    # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
+    ids, blocks = Ring(world, counts, problem.exclusions.passage_ids).forth(), Ring(world, counts, passages)
+    sweep = blocks.forth()
+    masks = _BlockMasks.of(problem, ids, counts, world.rank)
     positive = problem.scale * target_similarities(queries, passages, targets, precision=precision)  # [B]
 
     row_lse = torch.full_like(positive, -torch.inf)
     column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
-    for owner, block in blocks.forth():
+    for owner, block in sweep:
         rows, columns = lse(queries, block, problem.scale, masks.of_block(owner), columns=problem.symmetric, precision=precision)
         row_lse = torch.logaddexp(row_lse, rows)
         if columns is not None:
@@ -76,17 +79,17 @@ class _BlockMasks:
     rank: int
 
     @staticmethod
-    def of(problem: Problem, world: World, counts: tuple[int, ...]) -> _BlockMasks:
-        """Finds every block's pairs. Ids go round ahead of the passages: how many pairs there are the host asks here, not in a sweep."""
+    def of(problem: Problem, ids: Iterable[tuple[int, Tensor]], counts: tuple[int, ...], rank: int) -> _BlockMasks:
+        """Finds the pairs of every block's (owner, passage ids). How many there are the host asks here, not in a sweep."""
         own, targets = problem.exclusions, problem.positives
         pairs = {}
-        for owner, passage_ids in Ring(world, counts, own.passage_ids).forth():
+        for owner, passage_ids in ids:
             rows, columns = known_pairs(Exclusions(passage_ids, own.known_ptr, own.known_ids))
-            if owner == world.rank:
+            if owner == rank:
                 further = columns != targets[rows]
                 rows, columns = rows[further], columns[further]
             pairs[owner] = rows, columns
-        return _BlockMasks(pairs, targets.int(), own.threshold, counts, world.rank)
+        return _BlockMasks(pairs, targets.int(), own.threshold, counts, rank)
 
     def of_block(self, owner: int) -> MaskTables:
         """The tables of one rank's block."""

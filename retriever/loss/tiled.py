@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.lse import infonce, negatives_gradient, negatives_lse
+from kernels.lse import Departure, MaskTables, infonce, negatives_gradient, negatives_lse
 from kernels.targets import pull_targets, target_similarities
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
 from retriever.loss.terms import Terms
-from retriever.parallel.world import Gathered, World
+from retriever.parallel.world import Gathered, Transfer, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,35 +24,50 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter."""
+    """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
+
+    Passages are on their way while known pairs are looked up, gradients while the last slab's own part is computed.
+    """
     travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
-    queries, passages = problem.queries.to(travelling), world.gather_rows(problem.passages.to(travelling))
-    passage_ids = world.gather_rows(problem.exclusions.passage_ids, passages.counts).rows
-    problem = replace(problem, exclusions=replace(problem.exclusions, passage_ids=passage_ids))
+    queries, own = problem.queries.to(travelling), problem.passages.to(travelling)
+    counts = world.counts(len(own))
+    start = sum(counts[: world.rank])
+    ids = world.begin_gather(problem.exclusions.passage_ids, counts)  # few bytes, and needed first
+    arriving = world.begin_gather(own, counts)
+    targets = torch.where(problem.active, problem.positives + start, -1)
+    masks = MaskTables.of(replace(problem.exclusions, passage_ids=ids.wait()), targets, sum(counts))
+    passages = Gathered(arriving.wait(), counts, world.rank)
     if problem.symmetric and world.size > 1:
-        return _symmetric_over_ranks(problem, queries, passages, world)
+        return _symmetric_over_ranks(problem, queries, passages, masks, world)
+    homeward: list[Transfer] = []
+    departure = Departure(passages.own, lambda dpassages: homeward.append(world.begin_reduce(dpassages, counts)))
     result = infonce(
         queries,
         passages.rows,
-        torch.where(problem.active, problem.positives + passages.own.start, -1),
+        targets,
         problem.scale,
-        exclusions=problem.exclusions,
+        exclusions=masks,
         weights=queries.new_full((len(queries),), problem.weight, dtype=torch.promote_types(problem.queries.dtype, torch.float32)),
         symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
+        departure=departure if world.size > 1 else None,
     )
-    assert result.dqueries is not None and result.dpassages is not None
-    return result.loss, result.dqueries, world.reduce_rows(result.dpassages, passages.counts)
+    assert result.dqueries is not None
+    if not homeward:
+        assert result.dpassages is not None
+        return result.loss, result.dqueries, result.dpassages
+    dpassages = homeward[0].wait()
+    return result.loss, result.dqueries, dpassages if result.dpassages is None else dpassages.add_(result.dpassages)
 
 
-def _symmetric_over_ranks(problem: Problem, queries: Tensor, passages: Gathered, world: World) -> tuple[Tensor, Tensor, Tensor]:
+def _symmetric_over_ranks(
+    problem: Problem, queries: Tensor, passages: Gathered, masks: MaskTables, world: World
+) -> tuple[Tensor, Tensor, Tensor]:
     """`gathered` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been seen."""
     own = passages.rows[passages.own]
     positive = problem.scale * target_similarities(queries, own, problem.columns, precision=problem.precision)
-    row_lse, column_lse = negatives_lse(
-        queries, passages.rows, problem.scale, problem.exclusions, columns=True, precision=problem.precision
-    )
+    row_lse, column_lse = negatives_lse(queries, passages.rows, problem.scale, masks, columns=True, precision=problem.precision)
     assert column_lse is not None
     terms = Terms.of(problem, positive, row_lse, world.logsumexp(column_lse)[passages.own])
     assert terms.column_log_weights is not None
@@ -62,7 +77,7 @@ def _symmetric_over_ranks(problem: Problem, queries: Tensor, passages: Gathered,
         problem.scale,
         terms.row_log_weights,
         world.gather_rows(terms.column_log_weights, passages.counts).rows,
-        problem.exclusions,
+        masks,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
     )

@@ -32,28 +32,33 @@ class Ring:
         self._held = (world.rank, self._own)
 
     def forth(self) -> Iterator[tuple[int, Tensor]]:
-        """(owner, block) of rank r, r − 1, …, r + 1 for this rank r. A block is valid until the next one is asked for."""
+        """(owner, block) of rank r, r − 1, …, r + 1 for this rank r. A block is valid until the next one is asked for.
+
+        The first hop begins here, before a block is asked for.
+        """
         self._held = (self._world.rank, self._own)
-        yield from self._sweep(range(self._world.size), step=1)
+        return self._sweep(range(self._world.size), 1, self._begin_hop(0, 1))
 
     def back(self) -> Iterator[tuple[int, Tensor]]:
         """(owner, block) of rank r + 1, r + 2, …, r for this rank r; the first is at hand where `forth` has just ended."""
         following = (self._world.rank + 1) % self._world.size
         if self._held[0] != following:
             self._held = (following, self._pass_on(self._own, following, step=-1).wait())
-        yield from self._sweep(range(1, self._world.size + 1), step=-1)
+        return self._sweep(range(1, self._world.size + 1), -1, self._begin_hop(1, -1))
 
-    def _sweep(self, distances: Sequence[int], step: int) -> Iterator[tuple[int, Tensor]]:
-        """Blocks whose owners are `distances` ranks away, against the direction `step` in which they travel."""
-        rank, size = self._world.rank, self._world.size
-        for i, distance in enumerate(distances):
-            owner = (rank - step * distance) % size
-            following = (owner - step) % size
-            # `back` ends with the own block, which is here already, as every rank's is on that rank.
-            arriving = self._pass_on(self._held[1], following, step) if i + 1 < size and following != rank else None
-            yield owner, self._held[1]
-            if i + 1 < size:
+    def _sweep(self, distances: range, step: int, arriving: Transfer | None) -> Iterator[tuple[int, Tensor]]:
+        """Blocks whose owners are `distances` ranks away, against the direction `step` in which they travel; the second is `arriving`."""
+        for distance in distances:
+            yield self._held
+            if distance + 1 in distances:
+                following = (self._world.rank - step * (distance + 1)) % self._world.size
                 self._held = (following, self._own if arriving is None else arriving.wait())
+                arriving = self._begin_hop(distance + 1, step) if distance + 2 in distances else None
+
+    def _begin_hop(self, distance: int, step: int) -> Transfer | None:
+        """Sends the block from `distance` ranks away on, and fetches the next; None where that is the own one, which is here already."""
+        following = (self._world.rank - step * (distance + 1)) % self._world.size
+        return None if following == self._world.rank else self._pass_on(self._held[1], following, step)
 
     def _pass_on(self, block: Tensor, following: int, step: int) -> Transfer:
         buffer = self._buffers[self._written % len(self._buffers)][: self._counts[following]]

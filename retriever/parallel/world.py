@@ -48,7 +48,7 @@ class Watcher(Protocol):
 
 
 class Transfer:
-    """Rows on their way from a neighbour."""
+    """Rows on their way from other ranks."""
 
     def __init__(self, sent: Tensor, arriving: Tensor, work: Sequence[dist.Work], guard: Guard = nullcontext) -> None:
         self._sent, self._arriving, self._work = sent, arriving, work  # both live until they have arrived
@@ -123,30 +123,39 @@ class World:
         if self.size == 1:
             return Gathered(x, (len(x),), 0)
         counts = self.counts(len(x)) if counts is None else tuple(counts)
+        return Gathered(self.begin_gather(x, counts).wait(), counts, self.rank)
+
+    def begin_gather(self, x: Tensor, counts: Sequence[int]) -> Transfer:
+        """Begins `gather_rows`: what is queued before `wait` runs meanwhile. `x` stays as it is until then."""
+        if self.size == 1:
+            return Transfer(x, x, [])
         x, rows = x.contiguous(), x.new_empty((sum(counts), *x.shape[1:]))
         parts = list(rows.split(list(counts)))
         with self.collective():
             if len(set(counts)) == 1:
-                _all_gather(rows, x)
+                work = [_all_gather(rows, x, async_op=True)]
             elif dist.get_backend() == "nccl":  # one group of broadcasts
-                dist.all_gather(parts, x)
+                work = [dist.all_gather(parts, x, async_op=True)]
             else:  # gloo gathers equal parts only
                 parts[self.rank].copy_(x)
-                for work in [dist.broadcast(part, rank, async_op=True) for rank, part in enumerate(parts) if len(part)]:
-                    work.wait()
-        return Gathered(rows, counts, self.rank)
+                work = [dist.broadcast(part, rank, async_op=True) for rank, part in enumerate(parts) if len(part)]
+        return Transfer(x, rows, work, self.collective)
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """This rank's rows of Σ over ranks of `x` [Σ counts, D], where every rank holds a term for every row."""
+        return self.begin_reduce(x, counts).wait()
+
+    def begin_reduce(self, x: Tensor, counts: Sequence[int]) -> Transfer:
+        """Begins `reduce_rows`: what is queued before `wait` runs meanwhile. `x` stays as it is until then."""
         if self.size == 1:
-            return x
+            return Transfer(x, x, [])
         x, own = x.contiguous(), x.new_empty((counts[self.rank], *x.shape[1:]))
         with self.collective():
             if len(set(counts)) == 1:
-                _reduce_scatter(own, x)
+                work = _reduce_scatter(own, x, async_op=True)
             else:
-                dist.reduce_scatter(own, list(x.split(list(counts))))
-        return own
+                work = dist.reduce_scatter(own, list(x.split(list(counts))), async_op=True)
+        return Transfer(x, own, [work], self.collective)
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
         """Begins to send `x` to the rank `step` places on and to receive into `arriving` from the rank `step` places back.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from retriever.parallel.world import Gathered, Transfer, World
+from retriever.parallel.world import Transfer, World
 
 _TIMEOUT = timedelta(seconds=600)
 
@@ -88,14 +88,13 @@ class Silent(World):
         """As many on every rank."""
         return (n,) * self.size
 
-    def gather_rows(self, x: Tensor, counts: Sequence[int] | None = None) -> Gathered:
+    def begin_gather(self, x: Tensor, counts: Sequence[int]) -> Transfer:
         """Own rows, once for every rank."""
-        rows = torch.cat([_as_of(x, (owner - self.rank) % self.size) for owner in range(self.size)])
-        return Gathered(rows, (len(x),) * self.size, self.rank)
+        return Transfer(x, torch.cat([_as_of(x, (owner - self.rank) % self.size) for owner in range(self.size)]), [])
 
-    def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def begin_reduce(self, x: Tensor, counts: Sequence[int]) -> Transfer:
         """Own rows of own terms."""
-        return x.split(list(counts))[self.rank].clone()
+        return Transfer(x, x.split(list(counts))[self.rank].clone(), [])
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
         """What is sent arrives here."""

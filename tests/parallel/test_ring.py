@@ -44,7 +44,9 @@ def test_the_next_block_is_in_flight_while_one_is_worked_on() -> None:
     """Own block first and then against the ring; back again from the last one without fetching it, own block last."""
     world = _Log()
     ring = Ring(world, COUNTS, torch.zeros(1, 2))
-    _sweep(world, ring.forth())
+    forth = ring.forth()
+    assert world.events == ["begin 0 on: 1 out, 3 in"], "before a block is asked for"
+    _sweep(world, forth)
     there = ["begin 0 on: 1 out, 3 in", "work on 1", "arrived 0", "begin 1 on: 3 out, 2 in", "work on 0", "arrived 1"]
     assert world.events == [*there, "begin 2 on: 2 out, 4 in", "work on 3", "arrived 2", "work on 2"]
     world.events.clear()
@@ -57,8 +59,8 @@ def test_two_blocks_are_held_beside_the_own_one() -> None:
     """Whatever the number of hops, rows arrive in two buffers by turns, never in the one that is worked on."""
     world = _Log()
     ring = Ring(world, COUNTS, torch.zeros(1, 2))
-    for sweep in (ring.forth(), ring.back()):
-        for _, block in sweep:
+    for sweep in (ring.forth, ring.back):
+        for _, block in sweep():
             assert not world.events[-1].startswith("begin") or world.received[-1].data_ptr() != block.data_ptr()
     assert len(world.received) == 5 and len({x.data_ptr() for x in world.received}) == 2
 
