@@ -2,7 +2,8 @@
 
 With W ranks, B = b/W queries and N = n/W passages a rank, dimension D, s bytes a number on the way and R operations a second and rank:
 
-    gather   6·B·n·D operations (8 where symmetric), between an all-gather of (n − N)·D·s bytes and a reduce-scatter of (n − N)·D·4
+    gather   6·B·n·D operations (8 where symmetric, or where the workspace holds few rows of n columns), between an all-gather of
+             (n − N)·D·s bytes and a reduce-scatter of (n − N)·D·4; what of these is hidden is not counted
     ring     2·B·N·D operations a block in sweep 1, with a transfer of N·D·s bytes under way, and 6·B·N·D in sweep 2, with N·D·(s + 4)
 
 A hop is exposed as far as it takes longer than the work on a block. Between nodes a ring has one rank's network card for a hop, a
@@ -27,19 +28,21 @@ Exchange = Literal["ring", "gather"]
 
 _GATHER_SHARE = 0.25  # of the memory that is free before step 1: the encoder's activations need the rest
 _AUTO_WORKSPACE_MIB = 1024
+_ONE_PASS_ROWS = 2048  # in a workspace that holds fewer, `kernels.infonce_tiled` takes two passes
 _BYTES = {"bf16": 2, "high": 4, "fp32": 4}
 _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix units
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's share of the hardware. Defaults are measured on H100s and H200s joined by NVLink; `between_gb_s` is a 400 Gb/s card."""
+    """One rank's share of the hardware. Defaults are measured on H200s joined by NVLink; `between_gb_s` is a 400 Gb/s card."""
 
     ranks_per_node: int = 8
-    tflops: float = 620.0  # of the loss's tile passes and matrix products, bf16
+    tflops: float = 590.0  # of the loss's tile passes and matrix products, bf16
     inside_gb_s: float = 240.0  # from a rank to its neighbour in the node, each direction
     between_gb_s: float = 45.0  # through a rank's network card
     block_ms: float = 0.1  # of launches and waits, for a block in a sweep
+    call_ms: float = 1.5  # in which the device waits for the host: it asks how many rows and known pairs there are
 
     @staticmethod
     def here() -> Machine:
@@ -76,16 +79,19 @@ class Estimate:
 
 
 def gather_cost(work: Workload, machine: Machine) -> Estimate:
-    """All passages at hand; nothing is computed meanwhile."""
+    """All passages at hand."""
     rows, columns = work.queries / work.ranks, work.passages
-    compute = _compute_ms((8 if work.symmetric else 6) * rows * columns * work.dim, work, machine) + machine.block_ms
+    in_slab = work.workspace_mib * 2**20 / (columns * (2 if work.precision == "bf16" else 4))
+    passes = 2 if work.symmetric or in_slab < min(rows, _ONE_PASS_ROWS) else 1
+    compute = _compute_ms((4 + 2 * passes) * rows * columns * work.dim, work, machine) + machine.block_ms + machine.call_ms
     wide = _BYTES[work.precision] + 4  # there in the loss's precision, back in float32
     nodes = -(-work.ranks // machine.ranks_per_node)
     inside = (columns - columns / work.ranks) * work.dim * wide / machine.inside_gb_s
     between = (columns - columns / nodes) * work.dim * wide / machine.between_gb_s / machine.ranks_per_node
     transfer = max(inside, between) / 1e6
+    own = columns / work.ranks * (1 if work.symmetric or passes > 1 or work.ranks == 1 else 2)  # the last slab's part is apart
     received = columns * work.dim * wide if work.ranks > 1 else 0.0
-    return Estimate(compute, transfer, transfer, (received + (rows + columns / work.ranks) * work.dim * 4) / 2**20 + work.workspace_mib)
+    return Estimate(compute, transfer, transfer, (received + (rows + own) * work.dim * 4) / 2**20 + work.workspace_mib)
 
 
 def ring_cost(work: Workload, machine: Machine) -> Estimate:
@@ -95,7 +101,7 @@ def ring_cost(work: Workload, machine: Machine) -> Estimate:
     hops = work.ranks - 1
     bandwidth = machine.inside_gb_s if work.ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
     sweeps = [(2, narrow, hops), (6, 4, min(hops, 1)), (6, narrow + 4, hops - 1)]  # sweep 2 begins with the block sweep 1 ended on
-    compute = work.ranks * (_compute_ms(8 * rows * columns * work.dim, work, machine) + 2 * machine.block_ms)
+    compute = work.ranks * (_compute_ms(8 * rows * columns * work.dim, work, machine) + 2 * machine.block_ms) + machine.call_ms
     transfer = exposed = 0.0
     for operations, width, times in sweeps:
         hop = columns * work.dim * width / bandwidth / 1e6
