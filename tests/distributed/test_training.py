@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from retriever.config import LossConfig, ModelConfig, OptimConfig
 from retriever.data.batch import Batch
-from retriever.data.chunks import Chunks
+from retriever.data.chunks import Chunk, Chunks
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
@@ -64,7 +65,11 @@ def _batch(world: World, queries: int, seed: int) -> Batch:
     whole, draw = random_batch(queries=queries, passages=queries * 8 // 5, seed=seed), random.Random(seed)
     whole = replace(whole, owners=[draw.choice([0, 0, *range(world.size)]) for _ in whole.owners])
     batch, _, _ = rank_batch(whole, world.rank, 10 * queries)
-    return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in batch.chunks], world.device))
+    return replace(batch, chunks=Chunks([partial(_itself, chunk) for chunk in batch.chunks], world.device))
+
+
+def _itself(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def save_still_model(folder: Path) -> None:
