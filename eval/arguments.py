@@ -52,7 +52,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
     gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"
     parser.add_argument("--faiss-gpu", choices=("off", "shard", "replicate"), default="off", help=gpus)
-    parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
+    parser.add_argument("--threads", type=int, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)")
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

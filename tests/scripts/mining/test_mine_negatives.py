@@ -178,7 +178,7 @@ def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CrossEncoder, "score", counting)
-    for place in ("search", "bm25_run"):
+    for place in ("search", "in_threads"):
         with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
             broken.setattr(f"scripts.mining.candidates.{place}", interrupted)
             mined(workplace, "stopped", *arguments)
