@@ -38,7 +38,7 @@ def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: fl
     low, high = seed & WORD, (seed >> 32) & WORD
     key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ heads)  # [H]
     row_word = mix(rows[..., None, :] ^ key[:, None])  # [..., H, R]
-    column_word = mix(columns[..., None, :] ^ mix(key ^ GOLDEN)[:, None])  # [..., H, C]
+    column_word = columns[..., None, :] * GOLDEN + mix(key ^ GOLDEN)[:, None] & WORD  # [..., H, C]
     word = (row_word[..., :, None] ^ column_word[..., None, :]) * FIRST & WORD  # [..., H, R, C]
     word = (word ^ (word >> 16)) * SECOND & WORD
     return word >= drop_below(dropout)
@@ -69,7 +69,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
     for texts in _groups(starts, longest, *query.shape[:2]):
         q, k, v = (_padded(x, texts, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
         probabilities, factor = _probabilities(q, k, texts, mask)
-        out[texts.tokens[texts.real]] = ((probabilities * factor) @ v).transpose(1, 2)[texts.real].to(out.dtype)
+        out[texts.tokens[texts.real]] = _matmul(probabilities * factor, v).transpose(1, 2)[texts.real].to(out.dtype)
     return out
 
 
@@ -90,12 +90,12 @@ def backward(
         q, k, v, do = (_padded(x, texts, heads) for x in (query, key, value, dout))  # [m, H, L, d]
         do = do * texts.real[:, None, :, None]
         probabilities, factor = _probabilities(q, k, texts, mask)  # [m, H, L, L]
-        dprobabilities = do @ v.mT * factor
+        dprobabilities = _matmul(do, v.mT) * factor
         delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
         dscores = mask.scale * probabilities * (dprobabilities - delta)
         places = texts.tokens[texts.real]
-        dquery[places] = (dscores @ k).transpose(1, 2)[texts.real].to(dquery.dtype)
-        for out, padded in ((dkey, dscores.mT @ q), (dvalue, (probabilities * factor).mT @ do)):
+        dquery[places] = _matmul(dscores, k).transpose(1, 2)[texts.real].to(dquery.dtype)
+        for out, padded in ((dkey, _matmul(dscores.mT, q)), (dvalue, _matmul((probabilities * factor).mT, do))):
             by_group = padded.unflatten(1, (groups, heads // groups)).sum(2)  # [m, G, L, d]
             out[places] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
 
@@ -124,6 +124,12 @@ def _padded(x: Tensor, texts: _Texts, heads: int) -> Tensor:
     return wide.transpose(1, 2).repeat_interleave(heads // x.shape[1], dim=1)
 
 
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Their product in their own dtype, under autocast too."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Tensor, Tensor | float]:
     """Softmax of the scores [m, H, L, L] and what dropout multiplies it with."""
     rows, columns = texts.tokens[:, :, None], texts.tokens[:, None, :]  # [m, L, 1], [m, 1, L]
@@ -133,7 +139,7 @@ def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Ten
     if mask.window is not None:
         allowed = allowed & ((rows - columns).abs() <= mask.window)
     allowed = allowed | ~texts.real[:, :, None]  # a filler row is dropped later, but must stay finite
-    scores = (mask.scale * (q @ k.mT)).masked_fill(~allowed[:, None], -torch.inf)
+    scores = (mask.scale * _matmul(q, k.mT)).masked_fill(~allowed[:, None], -torch.inf)
     factor: Tensor | float = 1.0
     if mask.dropout > 0 and mask.seed is not None:
         heads = torch.arange(q.shape[1], device=q.device)

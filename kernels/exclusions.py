@@ -52,7 +52,7 @@ class MaskTables:
     columns: Tensor  # [E] int64
     targets: Tensor  # [B] int32, −1 where a row has none in these columns
     threshold: Tensor | None  # [B] float32, similarity units
-    N: int
+    N: int  # columns
     _by_tile: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=dict)
 
     @staticmethod
@@ -65,6 +65,11 @@ class MaskTables:
         other = columns != targets[rows]
         threshold = exclusions.threshold
         return MaskTables(rows[other], columns[other], targets.int(), None if threshold is None else threshold.float().contiguous(), N)
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Every excluded (row, column), targets and further ones, as two [E] int64 in no order."""
+        with_target = (self.targets >= 0).nonzero()[:, 0]
+        return torch.cat([self.rows, with_target]), torch.cat([self.columns, self.targets[with_target].long()])
 
     def pairs_by_tile(self, tile_rows: int, tile_columns: int) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
         """(ptr [row tiles · column tiles + 1], rows, columns), int32, of the excluded pairs; Nones where there are none."""

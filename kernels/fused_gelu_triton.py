@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.column_sum_triton import add_partials, persistent_programs
+from kernels.fused_layer_launch import resident_programs
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Launch:
     programs_per_sm: int = 1
 
 
-FORWARD = Launch(rows=4, columns=512, warps=4)
-BACKWARD = Launch(rows=4, columns=512, warps=4, programs_per_sm=6)
+# Tuned on an H100 at T = 33,792, F = 3,072. The backward's programs just fill a multiprocessor: 16 of 4 warps.
+FORWARD = Launch(rows=8, columns=512, warps=8)
+BACKWARD = Launch(rows=4, columns=512, warps=4, programs_per_sm=16)
 
 
 @triton.jit
@@ -72,10 +73,9 @@ def _gelu_forward(
 
 @triton.jit(do_not_specialize=["T"])
 def _gelu_backward(
-    dout,  # [T, F]
+    dout,  # [T, F], overwritten by dx
     x,  # [T, F]
     bias,  # [F]
-    dx,  # out [T, F]
     partial,  # out [programs, F] float32
     T,
     F: tl.constexpr,
@@ -92,7 +92,7 @@ def _gelu_backward(
         u = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
         cdf, bell = _normal(u)
         g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (cdf + u * bell * 0.3989422804014327)  # 1 / √(2π)
-        tl.store(dx + at, g.to(dx.dtype.element_ty), inside)
+        tl.store(dout + at, g.to(dout.dtype.element_ty), inside)
         dbias += g
     tl.store(partial + program * F + columns, tl.sum(dbias, 0), columns < F)
 
@@ -106,14 +106,11 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [T, F] in x's dtype, dbias [F] float32)."""
+def gelu_backward_(dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """dbias [F] float32; dout [T, F] becomes dx. Each program sums its rows, then the sums are added in a fixed order: no atomics."""
     T, F = x.shape
-    dx = torch.empty_like(x)
     tiles = triton.cdiv(F, BACKWARD.columns)
-    programs = persistent_programs(x, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
+    programs = resident_programs(x, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
     partial = x.new_empty(programs, F, dtype=torch.float32)
-    _gelu_backward[(programs, tiles)](
-        dout, x, bias, dx, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps
-    )
-    return dx, add_partials(partial)
+    _gelu_backward[(programs, tiles)](dout, x, bias, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps)
+    return partial.sum(0)

@@ -15,13 +15,14 @@ from kernels.dropout_hash import keep_mask
 
 def norm_forward(
     x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(normed [T, D], low [T, D] in x's dtype, mean [T], rstd [T]); `low` is empty where that is the dtype of `normed`."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`."""
     z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
     mean = z.mean(1)
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
-    return normed, x.new_empty(0) if x.dtype == normed.dtype else normed.to(x.dtype), mean, rstd
+    low = None if x.dtype == residual.dtype else normed.to(x.dtype)
+    return normed.to(residual.dtype), low, torch.stack([mean, rstd])
 
 
 def norm_backward(
@@ -31,12 +32,12 @@ def norm_backward(
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
+    mean, rstd = statistics
     normalised = (_dropped_sum(x, bias, residual, seed, dropout) - mean[:, None]) * rstd[:, None]  # [T, D]
     dy = torch.zeros_like(normalised)
     for gradient in (d_normed, d_low):
@@ -56,17 +57,13 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     return (u * _normal_cdf(u)).to(x.dtype)
 
 
-def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [T, F] in x's dtype, dbias [F]): dout · (Φ(u) + u φ(u))."""
+def gelu_backward_(dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """dbias [F] = Σ_rows dx; dout [T, F] becomes dx = dout · (Φ(u) + u φ(u))."""
     u = _wide(x) + bias
     density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
     dx = dout * (_normal_cdf(u) + u * density)
-    return dx.to(x.dtype), dx.sum(0)
-
-
-def column_sum(x: Tensor) -> Tensor:
-    """Σ over the rows of x [T, F]."""
-    return _wide(x).sum(0)
+    dout.copy_(dx)
+    return dx.sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

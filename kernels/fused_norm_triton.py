@@ -6,36 +6,38 @@ With z = dropout(x + bias) + residual, x̂ = (z − mean) · rstd and y = weight
     dz = rstd · (weight·g − mean(weight·g) − x̂ · mean(weight·g · x̂)),    dresidual = dz,    dx = keep · dz / (1 − dropout)
     dweight = Σ_rows g · x̂,    dnorm_bias = Σ_rows g,    dbias = Σ_rows dx
 
-The backward pass computes z and the mask again from x, residual and the seed. Its programs stay and loop over rows, keep their
-sums over rows in registers, and `column_sum_triton` adds the programs' sums up.
+The backward pass computes z and the mask again from x, residual and the seed. Its programs stay, loop over rows and keep their sums over
+rows in registers; these are then added up in a fixed order, without atomics.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.column_sum_triton import add_partials, persistent_programs
 from kernels.dropout_hash import drop_below
 from kernels.dropout_hash_triton import kept, mask_keys, mask_words
+from kernels.fused_layer_launch import resident_programs
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their number and pipeline."""
+    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their warps on a multiprocessor."""
 
     rows: int
     columns_per_warp: int
-    programs_per_sm: int = 1
+    warps_per_sm: int = 0
     stages: int = 1
 
 
-FORWARD = Launch(rows=2, columns_per_warp=256)
-BACKWARD = Launch(rows=1, columns_per_warp=256, programs_per_sm=4)
+# Tuned on an H100 at T = 33,792, D = 768.
+FORWARD = Launch(rows=1, columns_per_warp=128)
+BACKWARD = Launch(rows=1, columns_per_warp=128, warps_per_sm=32)
 _MOST_ELEMENTS = 4096  # of a block of rows
 
 
@@ -44,7 +46,7 @@ def _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD: 
     z = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
     if THRESHOLD > 0:
         z = tl.where(keep, z * inverse_keep, 0.0)
-    return z + tl.load(residual + at, inside, other=0.0)
+    return z + tl.load(residual + at, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -68,14 +70,13 @@ def _keep(seed, rows, columns, THRESHOLD: tl.constexpr):
 def _norm_forward(
     x,  # [T, D]
     bias,  # [D] or None
-    residual,  # [T, D] float32
+    residual,  # [T, D]
     weight,  # [D]
     norm_bias,  # [D]
     seed,  # [1] int64 or None
-    normed,  # out [T, D] float32
+    normed,  # out [T, D] in residual's dtype
     low,  # out [T, D] in x's dtype, or None
-    mean,  # out [T]
-    rstd,  # out [T]
+    statistics,  # out [2, T]: mean, rstd
     T,
     eps,
     inverse_keep,
@@ -95,11 +96,11 @@ def _norm_forward(
     centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
     spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
-    tl.store(normed + at, y, inside)
+    tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
     if low is not None:
         tl.store(low + at, y.to(low.dtype.element_ty), inside)
-    tl.store(mean + first + rows, level, in_rows)
-    tl.store(rstd + first + rows, spread, in_rows)
+    tl.store(statistics + first + rows, level, in_rows)
+    tl.store(statistics + T + first + rows, spread, in_rows)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -110,8 +111,7 @@ def _norm_backward(
     bias,
     residual,
     weight,
-    mean,
-    rstd,
+    statistics,
     seed,
     dx,  # out [T, D] in x's dtype
     dresidual,  # out [T, D] float32
@@ -137,8 +137,8 @@ def _norm_backward(
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
         keep = _keep(seed, first + rows, columns, THRESHOLD)
         z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
-        spread = tl.load(rstd + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
-        normalised = (z - tl.load(mean + first + rows, in_rows, other=0.0)[:, None]) * spread
+        spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
+        normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         g = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if d_normed is not None:
             g += tl.load(d_normed + at, inside, other=0.0)
@@ -164,42 +164,19 @@ def _norm_backward(
 
 
 def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(normed [T, D] float32, low [T, D] in x's dtype, mean [T], rstd [T]); `low` is empty where x is float32."""
+    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`."""
     T, D = x.shape
     normed = torch.empty_like(residual)
-    low = x.new_empty(0) if x.dtype == normed.dtype else torch.empty_like(x)
-    mean, rstd = residual.new_empty(T), residual.new_empty(T)
+    low = None if x.dtype == normed.dtype else torch.empty_like(x)
+    statistics = residual.new_empty((2, T), dtype=torch.float32)
     rows, block_d, warps = _block(FORWARD, D)
     _norm_forward[(triton.cdiv(T, rows),)](
-        x,
-        bias,
-        residual,
-        weight,
-        norm_bias,
-        seed,
-        normed,
-        None if x.dtype == normed.dtype else low,
-        mean,
-        rstd,
-        T,
-        eps,
-        1 / (1 - dropout),
-        D,
-        THRESHOLD=0 if seed is None else drop_below(dropout),
-        ROWS=rows,
-        BLOCK_D=block_d,
-        num_warps=warps,
-    )
-    return normed, low, mean, rstd
+        x, bias, residual, weight, norm_bias, seed, normed, low, statistics, T, eps, 1 / (1 - dropout), D,
+        THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
+    )  # fmt: skip
+    return normed, low, statistics
 
 
 def norm_backward(
@@ -209,8 +186,7 @@ def norm_backward(
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,33 +194,16 @@ def norm_backward(
     T, D = x.shape
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
     rows, block_d, warps = _block(BACKWARD, D)
-    programs = persistent_programs(x, triton.cdiv(T, rows), BACKWARD.programs_per_sm)
+    programs = resident_programs(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
     partial = residual.new_empty(programs, 2 if bias is None else 3, D)
     _norm_backward[(programs,)](
-        d_normed,
-        d_low,
-        x,
-        bias,
-        residual,
-        weight,
-        mean,
-        rstd,
-        seed,
-        dx,
-        dresidual,
-        partial,
-        T,
-        1 / (1 - dropout),
-        D,
-        THRESHOLD=0 if seed is None else drop_below(dropout),
-        ROWS=rows,
-        BLOCK_D=block_d,
-        STAGES=BACKWARD.stages,
-        num_warps=warps,
-    )
-    return dx, dresidual, add_partials(partial)
+        d_normed, d_low, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T, 1 / (1 - dropout), D,
+        THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=BACKWARD.stages, num_warps=warps,
+    )  # fmt: skip
+    return dx, dresidual, partial.sum(0)
 
 
+@cache
 def _block(launch: Launch, D: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program's block: whole rows, each spread over all warps, so that sums over rows stay in a thread."""
     block_d = triton.next_power_of_2(D)

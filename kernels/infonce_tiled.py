@@ -114,10 +114,13 @@ def negatives_gradient(
     column_log_weights: Tensor | None,
     constant: float | None,
     budget: int,
+    dqueries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.lse.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two products use each."""
     (B, D), N = x.queries.shape, len(x.passages)
-    dqueries, dpassages = (side.new_empty(side.shape, dtype=torch.float32) for side in (x.queries, x.passages))
+    fresh = dqueries is None
+    dqueries = x.queries.new_empty(B, D, dtype=torch.float32) if dqueries is None else dqueries
+    dpassages = x.passages.new_empty(N, D, dtype=torch.float32)
     rows = slab_rows(B, N, D, x.precision, budget, _processors(x.queries))
     columns = N
     if rows < min(B, 2 * _LEAST_SLAB_ROWS):  # square blocks: the fewest reads and writes of the sums
@@ -134,7 +137,7 @@ def negatives_gradient(
                 row_start=i.start, column_start=j.start, accurate=x.accurate,
             )  # fmt: skip
             inner = _INNER[x.precision]
-            add_product(dqueries[i], e, [p[j] for p in passages], fresh=j.start == 0, inner=inner)
+            add_product(dqueries[i], e, [p[j] for p in passages], fresh=fresh and j.start == 0, inner=inner)
             add_product(dpassages[j], [part.T for part in e], [q[i] for q in queries], fresh=i.start == 0, inner=inner)
     return dqueries, dpassages
 

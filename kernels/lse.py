@@ -22,7 +22,7 @@ from kernels import lse_reference
 from kernels.deferred import Deferred
 from kernels.exclusions import Exclusions, MaskTables
 
-__all__ = ["Exclusions", "InfoNCE", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
+__all__ = ["Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse", "on_kernels"]
 
 Precision = Literal["bf16", "high", "fp32"]
 
@@ -79,7 +79,7 @@ def infonce(
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
         return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
     extent = Deferred(torch.stack(torch.aminmax(targets)))
-    if _on_kernels(queries) and not symmetric:
+    if on_kernels(queries) and not symmetric:
         # Queued before the targets are known to be right: the check at the end then waits for nothing.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
@@ -89,7 +89,7 @@ def infonce(
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     if _check_extent(extent.get(), len(passages)):
         return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
-    if _on_kernels(queries):
+    if on_kernels(queries):
         return InfoNCE(
             *_tiled_infonce(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
         )
@@ -140,7 +140,7 @@ def _check_extent(extent: list[float], N: int) -> bool:
     return least < 0
 
 
-def _on_kernels(x: Tensor) -> bool:
+def on_kernels(x: Tensor) -> bool:
     """Whether `x` is computed on the Triton kernels: on a GPU, or through Triton's interpreter; float64 never is."""
     if x.dtype == torch.float64:
         return False
@@ -162,22 +162,23 @@ def negatives_lse(
     queries: Tensor,
     passages: Tensor,
     scale: float,
-    exclusions: Exclusions | None = None,
+    exclusions: Exclusions | MaskTables | None = None,
     *,
     columns: bool = False,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
     """row_lse [B] and, where `columns`, column_lse [N] (else None); −inf where nothing is left to sum.
 
-    queries [B, D], passages [N, D]: same dtype and device. Results are float32 (float64 for float64 inputs).
+    queries [B, D], passages [N, D]: same dtype and device. Results are float32 (float64 for float64 inputs). `MaskTables`, made
+    beforehand, spare a block that comes by twice the second look-up of its known pairs.
     `precision` names what the similarities are computed from: "bf16" rounds the inputs first, "fp32" takes them as they
     are, "high" promises an error below 1e-5. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
-    if _on_kernels(queries) and len(queries) and len(passages):
+    if on_kernels(queries) and len(queries) and len(passages):
         from kernels import lse_tiled
 
-        masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
+        masks = _tables(exclusions, queries, passages)
         x = lse_tiled.Operands.of(queries, passages, precision)
         return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns), columns)
     return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
@@ -189,33 +190,46 @@ def negatives_gradient(
     scale: float,
     row_log_weights: Tensor,
     column_log_weights: Tensor | None = None,
-    exclusions: Exclusions | None = None,
+    exclusions: Exclusions | MaskTables | None = None,
     *,
+    dqueries: Tensor | None = None,
     precision: Precision = "fp32",
+    workspace_mib: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [B, D] = scale · G P and dpassages [N, D] = scale · Gᵀ Q, both float32 (float64 for float64 inputs).
 
     G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else 0:
     with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
-    these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out.
+    these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A `dqueries` that is
+    given is added to in place and returned, so that blocks sum up. `workspace_mib` is that of `infonce`.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("row_log_weights", row_log_weights, len(queries), queries)
     if column_log_weights is not None:
         _check_vector("column_log_weights", column_log_weights, len(passages), queries)
-    if _on_kernels(queries) and len(queries) and len(passages):
+    if dqueries is not None and (dqueries.shape != queries.shape or dqueries.device != queries.device or not dqueries.is_contiguous()):
+        raise ValueError(f"dqueries: expected a contiguous {list(queries.shape)} on {queries.device}, received {list(dqueries.shape)}")
+    if on_kernels(queries) and len(queries) and len(passages):
         from kernels import infonce_tiled, lse_tiled
 
-        masks = MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
+        masks = _tables(exclusions, queries, passages)
         x = lse_tiled.Operands.of(queries, passages, precision)
         constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False).constant
-        budget = _workspace_bytes(queries, None)
-        return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget)
-    return lse_reference.negatives_gradient(queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision)
+        budget = _workspace_bytes(queries, workspace_mib)
+        return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries)
+    return lse_reference.negatives_gradient(
+        queries, passages, scale, row_log_weights, column_log_weights, exclusions, dqueries=dqueries, precision=precision
+    )
 
 
-def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | None, precision: str) -> None:
+def _tables(exclusions: Exclusions | MaskTables | None, queries: Tensor, passages: Tensor) -> MaskTables:
+    if isinstance(exclusions, MaskTables):
+        return exclusions
+    return MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
+
+
+def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, precision: str) -> None:
     if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1]:
         raise ValueError(f"expected queries [B, D] and passages [N, D], received {list(queries.shape)} and {list(passages.shape)}")
     if queries.dtype != passages.dtype or queries.device != passages.device or not queries.is_floating_point():
@@ -228,6 +242,11 @@ def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusio
     if precision not in ("bf16", "high", "fp32"):
         raise ValueError(f"expected precision bf16, high or fp32, received {precision!r}")
     if exclusions is None:
+        return
+    if isinstance(exclusions, MaskTables):
+        if (len(exclusions.targets), exclusions.N) != (len(queries), len(passages)):
+            received = f"{len(exclusions.targets)} rows and {exclusions.N} columns"
+            raise ValueError(f"exclusions: expected tables of {len(queries)} rows and {len(passages)} columns, received {received}")
         return
     _check_vector("exclusions.passage_ids", exclusions.passage_ids, len(passages), queries)
     _check_vector("exclusions.known_ptr", exclusions.known_ptr, len(queries) + 1, queries)

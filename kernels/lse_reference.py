@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.exclusions import Exclusions, known_pairs
+from kernels.exclusions import Exclusions, MaskTables, known_pairs
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -21,7 +21,13 @@ def rounded(x: Tensor, precision: str) -> Tensor:
 
 
 def negatives_lse(
-    queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | None = None, *, columns: bool = False, precision: str = "fp32"
+    queries: Tensor,
+    passages: Tensor,
+    scale: float,
+    exclusions: Exclusions | MaskTables | None = None,
+    *,
+    columns: bool = False,
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.lse.negatives_lse`."""
     queries, passages = rounded(queries, precision), rounded(passages, precision)
@@ -40,13 +46,15 @@ def negatives_gradient(
     scale: float,
     row_log_weights: Tensor,
     column_log_weights: Tensor | None = None,
-    exclusions: Exclusions | None = None,
+    exclusions: Exclusions | MaskTables | None = None,
     *,
+    dqueries: Tensor | None = None,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.lse.negatives_gradient`."""
     queries, passages = rounded(queries, precision), rounded(passages, precision)
-    dqueries, dpassages = torch.zeros_like(queries), torch.zeros_like(passages)
+    dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
+    dpassages = torch.zeros_like(passages)
     for i, j, logits in _tiles(queries, passages, scale, exclusions):
         dlogits = (logits + row_log_weights[i, None]).exp()
         if column_log_weights is not None:
@@ -112,9 +120,13 @@ def with_targets(exclusions: Exclusions | None, targets: Tensor, N: int) -> Excl
     return Exclusions(torch.arange(N, device=targets.device), ptr, columns, threshold)
 
 
-def _tiles(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | None) -> Iterator[tuple[slice, slice, Tensor]]:
+def _tiles(
+    queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | MaskTables | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
-    rows, columns = known_pairs(exclusions) if exclusions is not None else (None, None)
+    rows, columns = None, None
+    if exclusions is not None:
+        rows, columns = exclusions.pairs() if isinstance(exclusions, MaskTables) else known_pairs(exclusions)
     for r in range(0, len(queries), _TILE_ROWS):
         i = slice(r, min(r + _TILE_ROWS, len(queries)))
         for c in range(0, len(passages), _TILE_COLUMNS):

@@ -2,27 +2,25 @@
 
 With x the residual stream, and everything between matrix products one pass over memory:
 
-    a = x + dropout(attention(x W_qkv) W_attended),   y = LayerNorm(a)
-    z = y + dropout(gelu(y W_widened) W_narrowed),    x' = LayerNorm(z)
+    y = LayerNorm(x + dropout(attention(x W_qkv) W_attended)),    x' = LayerNorm(y + dropout(gelu(y W_widened) W_narrowed))
 
-The stream is float32; matrix products read it rounded to the computing dtype, and write the gradients of weights in float32. Dropout
-masks are hashes of seeds. One autograd node a layer: on a GPU the host would otherwise be slower than the device.
+The stream is float32; matrix products read it rounded to the computing dtype, and the gradients of weights come out in float32. Dropout
+masks are hashes of seeds. One autograd node a layer: with a node for each operation the host would be slower than the GPU.
 (Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2019, arXiv:1810.04805)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_reference import Mask
-from kernels.fused_layer import column_sum, gelu_backward, gelu_forward, norm_backward, norm_forward
-
-_HALF = (torch.bfloat16, torch.float16)
+from kernels.fused_layer import gelu_backward, gelu_forward, norm_backward, norm_forward
 
 
 class Parameters(NamedTuple):
@@ -56,8 +54,7 @@ class Factors(NamedTuple):
     narrowed: Tensor  # [D, F]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """What else a layer depends on: its shape, its dropouts and their seeds."""
 
     heads: int
@@ -69,7 +66,8 @@ class Layer:
 
     def mask(self, width: int) -> Mask:
         """Of attention between heads of `width` dimensions."""
-        return Mask(width**-0.5, self.dropouts[0], self.seeds[0], False, None)
+        dropout, seed = self.dropouts[0], self.seeds[0]
+        return Mask(width**-0.5, dropout, seed if dropout > 0 else None, False, None)
 
 
 def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
@@ -83,70 +81,88 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
 def post_norm_layer(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and the same rounded.
 
-    stream [T, D] float32, rounded [T, D] the same in the computing dtype (float64 and float32: one tensor twice), `read` the present
-    `factors` of `parameters`. Differentiable once in stream, rounded and parameters.
+    stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
+    nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. Differentiable once in
+    stream, rounded and parameters; what needs no gradient costs no matrix product. The backward pass uses `read` as the forward pass did;
+    it raises where a bias or norm of `parameters` has been changed in between. Raises ValueError where shapes or dtypes do not fit.
     """
-    low = None if rounded.dtype == stream.dtype else rounded
-    stream, low = _PostNormLayer.apply(stream, low, layer, read, *parameters)
+    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, *parameters)
     return stream, stream if low is None else low
 
 
 class _PostNormLayer(torch.autograd.Function):
+    clear_saved_tensors_on_access = True  # newer torch frees each as the backward pass is done with it
+
     @staticmethod
     def forward(
         ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
         x = stream if low is None else low
-        qkv = torch.addmm(read.qkv_bias, x, read.qkv.T).view(len(x), 3, layer.heads, -1)  # [T, 3, heads, d]
+        T, D = x.shape
+        qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)  # [T, 3, heads, d]
         query, key, value = qkv.unbind(1)
-        context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[-1]))
-        added = context.flatten(1) @ read.attended.T  # [T, D]
-        middle, middle_low, *middle_statistics = norm_forward(
+        context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
+        added = linear(context.view(T, D), read.attended)  # [T, D], before its bias
+        middle, middle_low, statistics1 = norm_forward(
             added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1]
         )
-        y = middle if low is None else middle_low
-        wide = y @ read.widened.T  # [T, F], before its bias
+        y = middle if middle_low is None else middle_low
+        wide = linear(y, read.widened)  # [T, F], before its bias
         activated = gelu_forward(wide, p.widened_bias)
-        narrow = activated @ read.narrowed.T  # [T, D]
-        out, out_low, *out_statistics = norm_forward(
+        narrow = linear(activated, read.narrowed)  # [T, D], before its bias
+        out, out_low, statistics2 = norm_forward(
             narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2]
         )
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            stream, x, qkv, context, lse, added, *middle_statistics, middle, y, wide, activated, narrow, *out_statistics, *p
+            stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
+            p.attended_bias, p.attended_norm_weight, p.widened_bias, p.narrowed_bias, p.narrowed_norm_weight,
         )  # fmt: skip
-        return out, None if low is None else out_low
+        return out, out_low
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dout_low: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read = ctx.layer, ctx.read
-        stream, x, qkv, context, lse, added, mean1, rstd1, middle, y, wide, activated, narrow, mean2, rstd2, *tensors = ctx.saved_tensors
-        p = Parameters(*tensors)
+        needs_stream, needs_low, _, _, *needs_parameters = ctx.needs_input_grad
+        needs: Any = Parameters(*needs_parameters)
+        (
+            stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
+            attended_bias, attended_norm_weight, widened_bias, narrowed_bias, narrowed_norm_weight,
+        ) = ctx.saved_tensors  # fmt: skip
+        dout, dout_low = (None if g is None else g.contiguous() for g in (dout, dout_low))
         dnarrow, dmiddle, of_norm2 = norm_backward(
-            dout, dout_low, narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, mean2, rstd2, layer.seeds[2], layer.dropouts[2]
+            dout, dout_low, narrow, narrowed_bias, middle, narrowed_norm_weight, statistics2, layer.seeds[2], layer.dropouts[2]
         )
-        dnarrowed = _weight_gradient(dnarrow, activated)
-        dwide, dwidened_bias = gelu_backward(dnarrow @ read.narrowed, wide, p.widened_bias)
-        dwidened = _weight_gradient(dwide, y)
-        dy = dwide @ read.widened
-        dmiddle, dmiddle_low = (dmiddle, dy) if ctx.is_rounded else (dmiddle + dy, None)
+        del narrow, middle
+        dnarrowed = _weight_gradient(dnarrow, activated) if needs.narrowed_weight else None
+        del activated
+        dwide, dwidened_bias = gelu_backward(dnarrow @ read.narrowed, wide, widened_bias)
+        del dnarrow, wide
+        dwidened = _weight_gradient(dwide, y) if needs.widened_weight else None
+        dmiddle, dmiddle_low = _to_both(dmiddle, dwide @ read.widened, ctx.is_rounded)
+        del dwide, y
         dadded, dstream, of_norm1 = norm_backward(
-            dmiddle, dmiddle_low, added, p.attended_bias, stream, p.attended_norm_weight, mean1, rstd1, layer.seeds[1], layer.dropouts[1]
+            dmiddle, dmiddle_low, added, attended_bias, stream, attended_norm_weight, statistics1, layer.seeds[1], layer.dropouts[1]
         )
-        dattended = _weight_gradient(dadded, context.flatten(1))
+        del dmiddle, dmiddle_low, added, stream
+        dattended = _weight_gradient(dadded, context.view(dadded.shape)) if needs.attended_weight else None
         dcontext = (dadded @ read.attended).view(context.shape)
-        (query, key, value), mask = qkv.unbind(1), layer.mask(qkv.shape[-1])
+        del dadded
         dqkv = torch.empty_like(qkv)
-        dquery, dkey, dvalue = dqkv.unbind(1)
+        (query, key, value), (dquery, dkey, dvalue), mask = qkv.unbind(1), dqkv.unbind(1), layer.mask(qkv.shape[3])
         attention_backward(dcontext, query, key, value, context, lse, layer.starts, layer.longest, mask, (dquery, dkey, dvalue))
-        dqkv = dqkv.flatten(1)
-        dx = dqkv @ read.qkv
-        dx_stream, dx_low = (dstream, dx) if ctx.is_rounded else (dstream + dx, None)
-        weights, biases = _weight_gradient(dqkv, x).chunk(3), column_sum(dqkv).chunk(3)
+        del dcontext, context, qkv, query, key, value
+        dqkv = dqkv.flatten(1)  # [T, 3 D]
+        weights = _weight_gradient(dqkv, x).chunk(3) if needs.query_weight or needs.key_weight or needs.value_weight else (None,) * 3
+        biases = dqkv.sum(0, dtype=of_norm1.dtype).chunk(3) if needs.query_bias or needs.key_bias or needs.value_bias else (None,) * 3
+        dlow = None
+        if needs_stream or needs_low:
+            dstream, dlow = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         return (
-            dx_stream, dx_low, None, None,
+            dstream, dlow, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattended, of_norm1[2], of_norm1[0], of_norm1[1],
             dwidened, dwidened_bias,
@@ -154,8 +170,15 @@ class _PostNormLayer(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _to_both(dstream: Tensor, dread: Tensor, is_rounded: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients at a stream and at its rounded self, which matrix products read; where that is the stream, their sum."""
+    return (dstream, dread) if is_rounded else (dstream.add_(dread), None)
+
+
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """dyᵀ x [out, in], accumulated and kept in float32 where the factors are half precision."""
-    if dy.dtype in _HALF and dy.is_cuda:
+    if dy.dtype not in (torch.bfloat16, torch.float16):
+        return dy.T @ x
+    if dy.is_cuda:
         return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return (dy.T @ x).to(torch.promote_types(dy.dtype, torch.float32))
+    return dy.T.float() @ x.float()

@@ -131,7 +131,7 @@ def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, d
     sides = [nn.functional.normalize(torch.randn(n, dimension, device=device), dim=1) for n in (queries, passages)]
     positives = torch.arange(queries) % passages
     ptr = torch.arange(queries + 1)
-    groups = Groups(ptr, positives, torch.ones(queries)) if objective.distils else None
+    groups = Groups(ptr, positives, torch.ones(queries))  # a teacher's, where one is distilled
     targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups)
     alone = World(device)
     objective(*sides, targets, alone)

@@ -6,16 +6,17 @@ the fp16 scaler's state and the step number are all there is to restore.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
@@ -42,6 +43,11 @@ class TrainingState:
         """What holds weights, under the names they are stored by."""
         return nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
 
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """The encoder's weights that stay as the model folder has them, which a checkpoint need not repeat."""
+        named = self.encoder.named_parameters(remove_duplicate=False)
+        return {f"encoder.{name}": p for name, p in named if not p.requires_grad}
+
 
 def save(root: Path, step: int, state: TrainingState, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
     """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
@@ -49,7 +55,9 @@ def save(root: Path, step: int, state: TrainingState, config: Config, store_fing
     writing = root / f"{_WRITING}{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in state.modules().state_dict().items()}
+    frozen = state.frozen()
+    trained = {name: tensor for name, tensor in state.modules().state_dict().items() if name not in frozen}
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.items()}
     save_file(weights, writing / "model.safetensors")
     save_file({key: value.contiguous().cpu() for key, value in state_tensors(state.optimizer).items()}, writing / "optimizer.safetensors")
     export(writing / "export")
@@ -58,6 +66,7 @@ def save(root: Path, step: int, state: TrainingState, config: Config, store_fing
         "step": step,
         "scaler": state.optimizer.scaler.state_dict(),
         "store": store_fingerprint,
+        "frozen": _fingerprint(frozen),
         "torch": torch.__version__,
         "config": to_dict(config),
     }
@@ -69,14 +78,23 @@ def save(root: Path, step: int, state: TrainingState, config: Config, store_fing
 
 
 def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
-    """Restores `state` in place and returns the number of finished steps. Raises ConfigError where the data changed since."""
+    """Restores `state` in place and returns the number of finished steps.
+
+    Raises ConfigError where the data changed since, or the weights that training leaves alone.
+    """
     manifest = _manifest(folder)
     if manifest["store"] != store_fingerprint:
         raise ConfigError(
             f"{folder} was trained on other data or another tokenisation (fingerprint {manifest['store']}, now {store_fingerprint}); "
             "set run.resume=never and another run.output_dir to start afresh"
         )
-    state.modules().load_state_dict(load_file(folder / "model.safetensors"))
+    frozen = state.frozen()
+    if manifest.get("frozen", "") != _fingerprint(frozen):
+        raise ConfigError(
+            f"{folder} was trained over other frozen weights than model.name_or_path holds now; bring those back, or set "
+            "run.resume=never and another run.output_dir to start afresh"
+        )
+    state.modules().load_state_dict({**load_file(folder / "model.safetensors"), **frozen})
     load_state_tensors(state.optimizer, load_file(folder / "optimizer.safetensors"))
     state.optimizer.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
@@ -160,6 +178,15 @@ def publish(folder: Path, target: Path) -> None:
     if target.exists():
         remove(target)
     os.replace(writing, target)
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and bits; the same on every device. Empty for no weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(weights.items()):
+        bits = int(weight.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64))  # exact in any order
+        digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
+    return digest.hexdigest() if weights else ""
 
 
 def _manifest(folder: Path) -> dict:

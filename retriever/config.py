@@ -36,6 +36,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: rank `r`, scale `alpha / r`, dropout on their input, and which linear layers get one."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()  # names of linear layers, such as query or q_proj; empty: all
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The encoder. Lengths are in tokens, prompt and special tokens included; `pooling: auto` is the model folder's own."""
 
@@ -51,7 +61,7 @@ class ModelConfig:
     fused: bool | Auto = "auto"  # our own layers of the BERT family, on packed texts
     compile: bool | Auto = "auto"
     gradient_checkpointing: bool = False
-    lora: dict[str, Any] | None = None
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True)

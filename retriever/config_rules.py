@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 # Settings whose room is not built yet. Each is refused by name; the room that brings it deletes its line.
 _NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
     "batch.offload": (True,),
-    "loss.exchange": ("ring",),
 }
 
 
@@ -31,13 +30,13 @@ def validate(config: Config) -> None:
     _require(config.run.seed >= 0, "run.seed", "0 or more", config.run.seed)
     _require(config.run.timeout_s > 0, "run.timeout_s", "a number of seconds above 0", config.run.timeout_s)
     _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
-    _require(model.lora is None, "model.lora", "null: LoRA is not available in this version", model.lora)
     _require(not (model.fused is True and model.attention == "padded"), "model.fused", "false or auto with model.attention=padded", True)
     _require(not (model.fused is True and model.compile is True), "model.compile", "false or auto with model.fused=true", True)
     uncompiled = not (model.compile is True and model.gradient_checkpointing)
     _require(uncompiled, "model.compile", "false or auto with model.gradient_checkpointing=true", True)
     unfused = not (model.fused is True and model.gradient_checkpointing)
     _require(unfused, "model.fused", "false or auto with model.gradient_checkpointing=true", True)
+    _check_lora(config)
     _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
     _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)
     _require(len(config.data.train) > 0, "data.train", "at least one source", [])
@@ -86,6 +85,16 @@ def validate(config: Config) -> None:
         _require(len(config.eval.metrics) > 0, "eval.metrics", "at least one measure, such as nDCG@10", [])
         _require(config.eval.path != "", "eval.path", "a BEIR folder", "")
         _require(config.eval.index != "", "eval.index", "flat, ivf, ivfpq, hnsw or a FAISS factory string", "")
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    if lora is None:
+        return
+    _require(lora.r >= 1, "model.lora.r", "at least 1", lora.r)
+    _require(lora.alpha > 0, "model.lora.alpha", "a number above 0", lora.alpha)
+    _require(0 <= lora.dropout < 1, "model.lora.dropout", "0 to below 1", lora.dropout)
+    _require(config.model.fused is not True, "model.fused", "false or auto with model.lora", True)
 
 
 def _check_distillation(config: Config) -> None:

@@ -26,6 +26,7 @@ from retriever.config import Config, to_dict
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder, quiet_transformers
+from retriever.encoder.lora import merged_state
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
 from retriever.model_card import model_card
 from retriever.rng import RngState
@@ -89,7 +90,7 @@ def _write_tower(
     max_tokens: int,
 ) -> None:
     """A sentence-transformers folder of one transformer, its pooling and, where asked, normalisation."""
-    weights = {**tower.state_dict(), **unused_weights}
+    weights = {**merged_state(tower), **unused_weights}
     with quiet_transformers():
         tower.save_pretrained(folder, state_dict={name: _as_fp32(tensor) for name, tensor in weights.items()})
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -20,7 +20,8 @@ SIDES: tuple[Side, Side] = ("query", "passage")
 class Workload:
     """One rank's part of a step: the lengths of its texts, cut into chunks in the order in which the encoder sees them."""
 
-    lengths: dict[Side, np.ndarray]  # [B] and [N] int64: of all texts of a side
+    queries: int  # of the global batch
+    lengths: dict[Side, np.ndarray]  # [B] and [N] int64: of all of this rank's texts of a side
     tokens_per_chunk: int
     packed: bool
 
@@ -37,7 +38,7 @@ class Workload:
     def measured_places(self, side: Side) -> list[int]:
         """Which of a side's chunks stand for all of them: that of the longest texts, the middle one, and the last, which may be small."""
         count = len(self.chunks[side])
-        return sorted({0, count // 2, count - 1}) if count else []
+        return sorted({0, middle(count), count - 1}) if count else []
 
     @property
     def tokens(self) -> int:
@@ -95,6 +96,11 @@ class Forecast:
         return self.first_pass_s + self.loss_s + self.second_pass_s + self.update_s
 
     @property
+    def pairs_per_s(self) -> float:
+        """Queries of the global batch a second."""
+        return self.workload.queries / self.step_s
+
+    @property
     def retained_bytes(self) -> float:
         """Of the graphs that are kept until the second pass."""
         return sum(cost.kept_bytes for cost in self.costs[: self.kept])
@@ -127,14 +133,18 @@ def costs_of(workload: Workload, measured: dict[Side, dict[int, ChunkCost]]) -> 
     costs = []
     for side in SIDES:
         chunks, own = workload.chunks[side], measured[side]
-        middle = len(chunks) // 2
+        half = middle(len(chunks))
         for place, chunk in enumerate(chunks):
             if place in own:
                 costs.append(own[place])
-                continue
-            share = min(1.0, place / middle)
-            costs.append(_scaled(own[0], own[middle], share, workload.computed(chunk)))
+            else:
+                costs.append(_scaled(own[0], own[half], min(1.0, place / half), workload.computed(chunk)))
     return costs
+
+
+def middle(count: int) -> int:
+    """The middle one of so many chunks; not the last, which may be small, unless it is alone."""
+    return max(0, count - 1) // 2
 
 
 def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> ChunkCost:
@@ -157,7 +167,7 @@ def most_retained(forecast: Forecast, usable_bytes: float) -> int:
     return sums[fitting - 1] + (int(room / dearest) if fitting == len(sums) and dearest > 0 else 0)
 
 
-def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.02) -> int:
+def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.04) -> int:
     """The smallest of the sizes beyond which seconds a token fall by no more than `tolerance`, from (size, seconds a token)."""
     least = min(seconds for _, seconds in seconds_per_token)
     return min(size for size, seconds in seconds_per_token if seconds <= (1 + tolerance) * least)

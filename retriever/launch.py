@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
@@ -18,20 +19,27 @@ from retriever.parallel.world import World
 def join(config: Config) -> tuple[Accelerator, World]:
     """The accelerator (devices, trackers) and the world of ranks; a collective that waits longer than `run.timeout_s` fails.
 
-    Raises ConfigError where accelerate was set up for something that this version does not do.
+    Raises ConfigError where accelerate was set up for something that this version does not do, or the ranks do not meet.
     """
     for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise ConfigError(f"accelerate's configuration asks for {what}, which is not available in this version")
     asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")  # Accelerator reads it over its own argument
     accumulation = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without it, processes launched on a CPU do not join one another
-        mixed_precision="no",
-        log_with=list(config.run.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s))],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # without it, processes launched on a CPU do not join one another
+            mixed_precision="no",
+            log_with=list(config.run.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s))],
+        )
+    except dist.DistError as error:
+        raise ConfigError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did not meet the others within "
+            f"run.timeout_s={config.run.timeout_s}: {error} All nodes must be started and reach "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        ) from error
     if asked not in ("no", config.optim.precision):
         accelerator.print(f"note: accelerate asks for {asked}; optim.precision={config.optim.precision} is used")
     if accumulation != "1":

@@ -16,6 +16,7 @@ from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
 from retriever.forecast import SIDES, Forecast
+from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
 
@@ -23,7 +24,6 @@ _WORKSPACE_MIB = 1024
 _VERIFY_QUERIES = 32
 _VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
-_GIB = 2**30
 _SIDE_NAMES: dict[Side, str] = {"query": "queries", "passage": "passages"}
 
 
@@ -53,7 +53,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
-        loss=replace(config.loss, exchange="gather", workspace_mib=_workspace_mib(config, world)),
+        loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
     )
 
 
@@ -112,15 +112,15 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     )
 
 
-def plan_lines(forecast: Forecast, config: Config, total: int) -> str:
+def plan_lines(forecast: Forecast, total: int) -> str:
     """What a step is expected to take, in two lines; of a run on one rank's figures."""
     stages = f"{forecast.first_pass_s:.3g} + {forecast.loss_s:.2g} + {forecast.second_pass_s:.3g} + {forecast.update_s:.2g} s"
-    peak = f"; at most {forecast.peak_bytes / _GIB:.1f} GiB a GPU" if forecast.working_bytes else ""
+    peak = f"; at most {_size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
     return "\n".join(
         (
             f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {len(forecast.costs):,} chunks, "
             f"{forecast.retained_share:.0%} of them encoded once{peak}",
-            f"        passes, loss and update {stages}: {config.batch.queries / forecast.step_s:,.0f} pairs/s, "
+            f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
             f"{_duration(total * forecast.step_s)} for {total:,} steps",
         )
     )
@@ -144,21 +144,21 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         ("loss", f"{forecast.loss_s:.3f} s", ""),
         ("second pass", f"{forecast.second_pass_s:.3f} s", ""),
         ("update", f"{forecast.update_s:.3f} s", ""),
-        ("a step", f"{forecast.step_s:.3f} s", f"{config.batch.queries / forecast.step_s:,.0f} pairs/s"),
+        ("a step", f"{forecast.step_s:.3f} s", f"{forecast.pairs_per_s:,.0f} pairs/s"),
         ("the run", _duration(total * forecast.step_s), f"{total:,} steps; evaluations and checkpoints not counted"),
         ("", "", ""),
-        ("weights", f"{memory.weights / _GIB:.2f} GiB", "and what else is there before step 1"),
-        ("gradients", f"{memory.gradients / _GIB:.2f} GiB", ""),
-        ("optimizer", f"{memory.optimizer / _GIB:.2f} GiB", ""),
-        ("representations", f"{memory.representations / _GIB:.2f} GiB", "and as much for their gradients"),
+        ("weights", _size(memory.weights), "and what else is there before step 1"),
+        ("gradients", _size(memory.gradients), ""),
+        ("optimizer", _size(memory.optimizer), ""),
+        ("representations", _size(memory.representations), "and as much for their gradients"),
     ]
     if usable_bytes is None:
         return _columns([*rows, ("activations", "unknown", "measured on a GPU only")])
     rows += [
-        ("loss at its peak", f"{memory.loss / _GIB:.2f} GiB", ""),
-        ("kept graphs", f"{forecast.retained_bytes / _GIB:.2f} GiB", ""),
-        ("a chunk at work", f"{forecast.working_bytes / _GIB:.2f} GiB", ""),
-        ("peak", f"{forecast.peak_bytes / _GIB:.2f} GiB", f"of {usable_bytes / _GIB:.2f} GiB that can be used; not all at once"),
+        ("loss at its peak", _size(memory.loss), ""),
+        ("kept graphs", _size(forecast.retained_bytes), ""),
+        ("a chunk at work", _size(forecast.working_bytes), ""),
+        ("peak", _size(forecast.peak_bytes), f"of {_size(usable_bytes)} that can be used; not all parts at once"),
     ]
     return _columns(rows)
 
@@ -166,6 +166,11 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
 def _columns(rows: list[tuple[str, str, str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{name:{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows)
+
+
+def _size(count: float) -> str:
+    """Bytes as GiB, or MiB where that is less than one."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

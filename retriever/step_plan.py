@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from retriever.capacity import allocated_bytes, measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
+from retriever.capacity import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
 from retriever.config import BatchConfig, Config, ConfigError, OptimConfig
 from retriever.data.planner import Planner, slice_for_rank
 from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, most_retained, scaled_loss, settled_size
+from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, middle, most_retained, scaled_loss, settled_size
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 
 EVERYTHING = 2**62  # tokens: more than any batch has
-_SIZES = (65_536, 32_768, 16_384)  # tokens of a chunk that are tried on a GPU
-_LEAST_SIZE = 1024
+_LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving
+_LEAST_SIZE = 1024  # tried where none of those fits
 _CPU_SIZE = 8_192
 _GIB = 2**30
 # Query-passage pairs over which the loss is measured; a larger one follows from it.
@@ -50,7 +50,8 @@ class StepPlanner:
         """`config` as `preflight.resolve` left it; `encoder` computing as it says, without gradients."""
         self._config, self._encoder, self._objective, self._world = config, encoder, objective, world
         self._device = world.device
-        self._lengths = _step_lengths(config, store, planner, template, world)
+        self._usable = usable_bytes(world.device)  # None: memory is not measured
+        self._queries, self._lengths = _step_lengths(config, store, planner, template, world)
         trained = [p for module in (encoder, objective) for p in module.parameters() if p.requires_grad]
         own = sum(t.nbytes for module in (encoder, objective) for t in [*module.parameters(), *module.buffers()])
         self._parameters = trained
@@ -69,71 +70,81 @@ class StepPlanner:
         A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`.
         Raises ConfigError where no chunk fits, or `batch.retain=true` and not all graphs do.
         """
-        batch, gpu, preflight = self._config.batch, self._device.type == "cuda", self._config.run.preflight
+        batch, usable, preflight = self._config.batch, self._usable, self._config.run.preflight
         open_ends = "auto" in (batch.tokens_per_chunk, batch.retain) or batch.retain is True
         forecast = None
         with undisturbed(self._device, self._encoder, self._objective):
             size = self._agreed(self._tokens_per_chunk()) if batch.tokens_per_chunk == "auto" else batch.tokens_per_chunk
             if size == 0:
-                raise ConfigError(f"batch.tokens_per_chunk: not even a chunk of {self._sizes()[-1]:,} tokens fits on a rank's device")
-            if preflight == "only" or (gpu and (open_ends or preflight == "auto")):
-                forecast = self._forecast(size)
+                raise ConfigError(f"batch.tokens_per_chunk: not even chunks of {self._least_size:,} tokens fit beside the model on a GPU")
+            if preflight == "only" or (usable is not None and (open_ends or preflight == "auto")):
+                try:
+                    forecast = self._forecast(size)
+                except torch.cuda.OutOfMemoryError as error:
+                    raise ConfigError(f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto") from error
         retain: bool | int = batch.retain if batch.retain != "auto" else 0
         if forecast is not None:
-            if gpu and batch.retain == "auto":
-                retain = self._agreed(most_retained(forecast, self._usable))
+            if usable is not None and batch.retain == "auto":
+                retain = self._agreed(most_retained(forecast, usable))
             forecast = replace(forecast, retain=retained_tokens(replace(batch, retain=retain)))
-            missing = forecast.peak_bytes - self._usable
-            if self._agreed(int(retain is True and missing <= 0)) == 0 and retain is True:
-                raise ConfigError(
-                    f"batch.retain: true, but keeping all graphs takes {forecast.peak_bytes / _GIB:.1f} GiB, "
-                    f"{max(0.0, missing) / _GIB:.1f} GiB more than can be used on rank {self._world.rank}; set it to auto"
-                )
+            if retain is True and usable is not None:
+                self._check_room(forecast.peak_bytes - usable)
         return replace(self._config, batch=replace(batch, tokens_per_chunk=size, retain=retain)), forecast
 
-    @property
-    def _usable(self) -> float:
-        usable = usable_bytes(self._device)
-        return float("inf") if usable is None else usable
+    def _check_room(self, missing_bytes: float) -> None:
+        missing = -self._agreed(int(-missing_bytes))  # on the rank that lacks most
+        if missing > 0:
+            raise ConfigError(
+                f"batch.retain: true, but keeping all graphs takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
+            )
 
     def _agreed(self, value: int) -> int:
         """The smallest of all ranks' values."""
         return -int(self._world.max(torch.tensor(-value, device=self._device)))
 
-    def _sizes(self) -> list[int]:
-        """Sizes to try, from the largest; no text is longer than one of them."""
-        longest = max(self._config.model.query_max_tokens, self._config.model.passage_max_tokens)
-        return sorted({max(longest, size) for size in _SIZES}, reverse=True)
+    @property
+    def _least_size(self) -> int:
+        return max(_LEAST_SIZE, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest text there may be."""
+        return max(self._config.model.query_max_tokens, self._config.model.passage_max_tokens)
 
     def _tokens_per_chunk(self) -> int:
         """The size beyond which a token costs no less, of those that fit; 0 where none does."""
-        longest = max(self._config.model.query_max_tokens, self._config.model.passage_max_tokens)
-        if self._device.type != "cuda":
-            return max(_CPU_SIZE, longest)
+        if self._usable is None:
+            return max(_CPU_SIZE, self._longest)
         side: Side = max(SIDES, key=lambda side: int(self._lengths[side].sum()))
-        tried = [(size, cost) for size in self._sizes() if (cost := self._seconds_per_token(side, size)) is not None]
-        smaller = self._sizes()[-1] // 2
-        while not tried and smaller >= max(longest, _LEAST_SIZE):
-            cost = self._seconds_per_token(side, smaller)
-            tried = [(smaller, cost)] if cost is not None else []
-            smaller //= 2
+        tried: list[tuple[int, float]] = []
+        size = max(_LARGEST_SIZE, self._longest)
+        while size >= self._least_size and (size >= _SMALLEST_USUAL or not tried):
+            seconds = self._seconds_per_token(side, size)
+            if seconds is not None:
+                tried.append((size, seconds))
+            size //= 2
         return settled_size(tried) if tried else 0
 
     def _seconds_per_token(self, side: Side, size: int) -> float | None:
-        """Of a middle chunk through both passes; None where a step of such chunks does not fit."""
+        """Of a middle chunk through both passes, less what retention spares; None where a step of such chunks does not fit."""
         chunks = self._workload(size).chunks[side]
-        chunk = random_chunk(chunks[len(chunks) // 2], self._vocabulary(side), packed=self._encoder.packed)
+        chunk = random_chunk(chunks[middle(len(chunks))], self._vocabulary(side), packed=self._encoder.packed)
         try:
             cost = measure_chunk(self._encoder, side, chunk)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
         part = self._memory
-        needed = part.weights + part.optimizer + part.gradients + 2 * part.representations + cost.backward_bytes
-        return (cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens if needed <= self._usable else None
+        room = (self._usable or 0.0) - part.weights - part.optimizer - part.gradients - 2 * part.representations
+        if room < cost.backward_bytes:
+            return None
+        fitting = int((room - cost.backward_bytes + cost.kept_bytes) / cost.kept_bytes) * cost.tokens
+        retain = fitting if self._config.batch.retain == "auto" else retained_tokens(self._config.batch)
+        replayed = 1 - min(1.0, retain / self._workload(size).tokens)
+        return (replayed * cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens
 
     def _workload(self, size: int) -> Workload:
-        return Workload(self._lengths, size, self._encoder.packed)
+        return Workload(self._queries, self._lengths, size, self._encoder.packed)
 
     def _vocabulary(self, side: Side) -> int:
         tower = self._encoder.query_tower if side == "query" else self._encoder.passage_tower
@@ -153,10 +164,12 @@ class StepPlanner:
         }
         loss = self._loss()
         update_s = measure_update(self._config.optim, self._parameters, self._device)
-        memory = replace(self._memory, loss=loss.peak_bytes)
+        # What the encoder made for itself at its first chunk (rounded weights, workspaces) stays for the whole run.
+        made = allocated_bytes(self._device) - sum(p.grad.nbytes for p in self._parameters if p.grad is not None)
+        memory = replace(self._memory, weights=max(self._memory.weights, made), loss=loss.peak_bytes)
         return Forecast(workload, costs_of(workload, measured), loss.seconds, update_s, memory, retain=0)
 
-    def _loss(self):  # type: ignore[no-untyped-def]
+    def _loss(self) -> Cost:
         config, tiled = self._config.loss, self._config.loss.strategy == "tiled"
         queries, passages = (len(self._lengths[side]) for side in SIDES)
         if config.strategy != "local":
@@ -168,13 +181,15 @@ class StepPlanner:
         return scaled_loss(cost, part, (queries, passages), linear_memory=tiled, fixed_bytes=fixed)
 
 
-def _step_lengths(config: Config, store: Store, planner: Planner, template: TokenTemplate, world: World) -> dict[Side, np.ndarray]:
-    """Lengths of the texts that this rank encodes in the first step."""
+def _step_lengths(
+    config: Config, store: Store, planner: Planner, template: TokenTemplate, world: World
+) -> tuple[int, dict[Side, np.ndarray]]:
+    """Queries of the first step over all ranks, and the lengths of the texts that this rank encodes in it."""
     whole, model = planner.plan(0), config.model
     query = template.lengths(store.queries.lengths_of(whole.queries), model.query_max_tokens)
     passage = template.lengths(store.passages.lengths_of(whole.passages), model.passage_max_tokens)
     mine = slice_for_rank(whole, query, passage, world.rank, world.size)
-    return {
+    return len(whole.queries), {
         "query": template.lengths(store.queries.lengths_of(mine.queries), model.query_max_tokens),
         "passage": template.lengths(store.passages.lengths_of(mine.passages), model.passage_max_tokens),
     }

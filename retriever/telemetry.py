@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,30 +16,49 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retriever.atomic import write_text
+from retriever.forecast import Forecast
 from retriever.step import StepReport
+
+_SETTLING_STEPS = 2  # compile, tune and allocate
+_COMPARED_STEPS = 5
+_NOTABLE = 0.1  # relative difference between what was expected and what is
 
 
 class Telemetry:
     """Reports steps on the first rank; on the others every call does nothing."""
 
-    def __init__(self, accelerator: Accelerator, metrics: Path, *, finished: int, total: int, log_every: int) -> None:
+    def __init__(
+        self, accelerator: Accelerator, metrics: Path, *, finished: int, total: int, log_every: int, forecast: Forecast | None = None
+    ) -> None:
+        """`finished` of `total` steps are done; a `forecast` is held against the first steps once they have settled."""
         self._accelerator, self._log_every = accelerator, log_every
         self._first = accelerator.is_main_process
         self._metrics, self._total = metrics, total
         self._bar = tqdm(
             total=total, initial=finished, desc="train", unit="step", disable=not self._first or finished == total, dynamic_ncols=True
         )
-        self._since, self._pairs = time.perf_counter(), 0
+        self._forecast, self._step_seconds = forecast, list[float]()
+        self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0  # of the steps not logged yet
+        self._step_started = self._since
         if self._first:
             _forget_after(self._metrics, finished)
 
     def step(self, report: StepReport) -> None:
         """One finished step."""
-        self._pairs += report.queries
+        now = time.perf_counter()
+        self._compare(now - self._step_started)
+        self._step_started = now
+        self._pairs, self._tokens, self._waited_s = (
+            self._pairs + report.queries,
+            self._tokens + report.tokens,
+            self._waited_s + report.waited_s,
+        )
         done = report.step + 1
-        elapsed = time.perf_counter() - self._since
-        speed = self._pairs / elapsed
-        self._bar.set_postfix_str(f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s", refresh=False)
+        elapsed = now - self._since
+        speed, waited = self._pairs / elapsed, self._waited_s / elapsed
+        self._bar.set_postfix_str(
+            f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s, {waited:.1%} waiting for data", refresh=False
+        )
         self._bar.update()
         if done % self._log_every and done != self._total:
             return
@@ -48,11 +68,28 @@ class Telemetry:
             "lr": report.lr,
             "temperature": report.temperature,
             "pairs_per_s": speed,
+            "tokens_per_s": self._tokens / elapsed,  # of this rank
+            "waited_share": waited,
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.log(done, {f"train/{name}": value for name, value in values.items()})
-        self._since, self._pairs = time.perf_counter(), 0
+        self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0
+
+    def _compare(self, seconds: float) -> None:
+        """Says once, where the first settled steps took notably more or less than was forecast, by how much."""
+        if self._forecast is None or not self._first:
+            return
+        self._step_seconds.append(seconds)
+        if len(self._step_seconds) < _SETTLING_STEPS + _COMPARED_STEPS:
+            return
+        found = [("a step takes", statistics.median(self._step_seconds[_SETTLING_STEPS:]), self._forecast.step_s, "s")]
+        if self._forecast.working_bytes:
+            found.append(("memory peaks at", torch.cuda.max_memory_allocated() / 2**30, self._forecast.peak_bytes / 2**30, "GiB"))
+        for what, measured, expected, unit in found:
+            if abs(measured / expected - 1) > _NOTABLE:
+                self._bar.write(f"plan    {what} {measured:.3g} {unit}, where {expected:.3g} {unit} were expected")
+        self._forecast = None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Values of one step, to `metrics.jsonl` and the trackers."""
@@ -67,12 +104,12 @@ class Telemetry:
         """Time inside does not count into pairs/s."""
         started = time.perf_counter()
         yield
-        self._since += time.perf_counter() - started
+        inside = time.perf_counter() - started
+        self._since, self._step_started = self._since + inside, self._step_started + inside
 
     def close(self) -> None:
-        """Ends the bar and the trackers."""
+        """Ends the bar."""
         self._bar.close()
-        self._accelerator.end_training()
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -16,52 +16,52 @@ from retriever.config import Config, ConfigError, EvalConfig, differences, load
 from retriever.environment import check_environment
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+    from retriever.data.store import Store
     from retriever.encoder.bundle import EncoderBundle
     from retriever.outputs import Outputs
     from retriever.parallel.world import World
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 2 a configuration or data error (said in one line), 130 interrupted."""
+    """Exit status: 0 finished, 2 a configuration or data error (said in one line), 3 another rank was lost, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="retriever/train.py", description=__doc__)
     parser.add_argument("--config", help="a YAML file; configs/ has examples")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     check_environment()
+    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from retriever.data.records import DataError
     from retriever.export import ExportError
+    from retriever.parallel.watch import INTERRUPTION, RankError
 
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all ranks say is said once a node
     try:
         train(load(options.config, options.overrides))
     except (ConfigError, DataError, ExportError, FloatingPointError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+        if first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        if error.speaks:
+            print(f"\n{error}", file=sys.stderr, flush=True)  # behind the progress bar
+        os._exit(error.verdict.status)  # an ordinary end would wait for the rank that is no more
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint, one every train.save_every steps", file=sys.stderr)
+        if first:
+            print(f"\n{INTERRUPTION}", file=sys.stderr)
         return 130
     return 0
 
 
 def train(config: Config) -> None:
     """One training run, from its configuration to its last export."""
-    from eval.evaluate import check_evaluation
     from retriever import checkpoint, launch, preflight
-    from retriever.capacity import usable_bytes
-    from retriever.data.batch import BatchLoader
-    from retriever.data.planner import Planner
     from retriever.data.store import build_or_open
-    from retriever.data.tokens import TokenTemplate
-    from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle, load_tokenizer
-    from retriever.encoder.dual_encoder import DualEncoder
-    from retriever.encoder.modes import use
-    from retriever.encoder.settings import settings_of
-    from retriever.loss.contrastive import ContrastiveObjective
-    from retriever.optim import Optimizer
-    from retriever.outputs import Outputs
-    from retriever.step import train_step
-    from retriever.step_plan import StepPlanner, retained_tokens
-    from retriever.telemetry import Telemetry
+    from retriever.encoder.bundle import load_tokenizer
+    from retriever.parallel.watch import watched
 
     last = checkpoint.find(config.run)
     if last is not None:
@@ -71,16 +71,44 @@ def train(config: Config) -> None:
     # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
     tokenizer = load_tokenizer(config.model.name_or_path)
     store = build_or_open(config, tokenizer)
-    only_plan = config.run.preflight == "only"
-    if only_plan:  # leaves nothing behind
+    if config.run.preflight == "only":  # leaves nothing behind
         config = replace(config, run=replace(config.run, trackers=()))
     accelerator, world = launch.join(config)
+    with watched(world, config.run.timeout_s):
+        _train(config, last, tokenizer, store, accelerator, world)
+    accelerator.end_training()  # trackers and the process group
+
+
+def _train(
+    config: Config, last: Path | None, tokenizer: PreTrainedTokenizerBase, store: Store, accelerator: Accelerator, world: World
+) -> None:
+    """All steps that are left after the checkpoint `last`."""
+    from eval.evaluate import check_evaluation
+    from retriever import checkpoint, launch, preflight
+    from retriever.capacity import usable_bytes
+    from retriever.data.batch import BatchLoader
+    from retriever.data.planner import Planner
+    from retriever.data.tokens import TokenTemplate
+    from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle
+    from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.lora import adapt
+    from retriever.encoder.modes import use
+    from retriever.encoder.settings import settings_of
+    from retriever.loss.contrastive import ContrastiveObjective
+    from retriever.optim import Optimizer
+    from retriever.outputs import Outputs
+    from retriever.step import train_step
+    from retriever.step_plan import StepPlanner, retained_tokens
+    from retriever.telemetry import Telemetry
+
     start = checkpoint.step_of(last) if last is not None else 0
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
     if config.eval is not None:
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
 
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
+    if config.model.lora is not None:
+        adapt(encoder.towers, config.model.lora, config.run.seed)
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
     use(encoder, config.model)
@@ -89,9 +117,8 @@ def train(config: Config) -> None:
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
     loader = BatchLoader.from_config(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
-    if only_plan and forecast is not None:
+    if config.run.preflight == "only" and forecast is not None:
         accelerator.print(preflight.plan_table(forecast, config, total, usable_bytes(world.device)))
-        accelerator.end_training()
         return
     optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
 
@@ -110,7 +137,7 @@ def train(config: Config) -> None:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
     bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
-    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every)
+    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     for batch in loader.batches(finished, total):
         report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
         telemetry.step(report)

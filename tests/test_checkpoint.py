@@ -15,8 +15,20 @@ from torch import Tensor
 
 from retriever import checkpoint
 from retriever.checkpoint import TrainingState
-from retriever.config import Config, ConfigError, DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
+from retriever.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.lora import adapt
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
@@ -216,3 +228,33 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
     changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
     with pytest.raises(ConfigError, match=r"(?s)optim.lr: 0.001 -> 1.0.*run.seed: 0 -> 7"):
         checkpoint.continued(changed, saved)
+
+
+def test_frozen_weights_are_not_saved_and_must_be_the_same_again(config: Config, tmp_path: Path) -> None:
+    """With low-rank adapters a checkpoint holds them alone, goes on bitwise over the same model and is refused over another."""
+    config = replace(config, model=replace(config.model, lora=LoraConfig(r=2, dropout=0.1)))
+    first, straight = _adapted(config), _train(_adapted(config), range(5))
+    start = _train(_adapted(config), range(0))
+    _train(first, range(3))
+    saved = _save(config, 3, first)
+    with safe_open(saved / "model.safetensors", "pt") as weights:
+        assert {key.rpartition(".")[2] for key in weights.keys()} == {"lora_a", "lora_b", "log_scale"}  # noqa: SIM118
+    resumed = _adapted(config)
+    assert checkpoint.load(saved, resumed, "f1") == 3
+    ended = _train(resumed, range(3, 5))
+    assert all(torch.equal(a, b) for a, b in zip(ended, straight, strict=True))
+    trained = [p.requires_grad for p in resumed.modules().parameters()]
+    assert [not torch.equal(a, b) for a, b in zip(ended, start, strict=True)] == trained
+    other = _adapted(config)
+    with torch.no_grad():
+        next(p for p in other.encoder.parameters() if not p.requires_grad).view(-1)[3] += 1e-6
+    with pytest.raises(ConfigError, match="other frozen weights than model.name_or_path holds now"):
+        checkpoint.load(saved, other, "f1")
+
+
+def _adapted(config: Config) -> TrainingState:
+    """What `_state` gives, with adapters: they are in place before the optimizer looks for what to train."""
+    encoder, objective = DualEncoder.from_pretrained(config.model), ContrastiveObjective(config.loss)
+    assert config.model.lora is not None
+    adapt(encoder.towers, config.model.lora, seed=1)
+    return TrainingState(encoder, objective, Optimizer(config.optim, [encoder, objective], 8, CPU.device))

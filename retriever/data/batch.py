@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from retriever.config import Config, ConfigError, ModelConfig
-from retriever.data.chunks import Chunk, Chunks, plan_chunks
-from retriever.data.layout import Packed, Padded
+from retriever.data.chunk_builders import chunk_builders
+from retriever.data.chunks import Chunk, Chunks
 from retriever.data.planner import Planner, known_positives, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.teacher import false_negatives, scored_groups
@@ -146,20 +146,15 @@ class BatchLoader:
                 yield batch
 
     def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
-        return self._template.lengths(self._tables[side].lengths[rows], self._max_tokens[side])
+        return self._template.lengths(self._tables[side].lengths_of(rows), self._max_tokens[side])
 
     def _builders(self, side: Side, rows: np.ndarray) -> list[Callable[[], Chunk]]:
-        plan = plan_chunks(self._lengths(side, rows), self._tokens_per_chunk, packed=self._packed)
-        return [lambda positions=positions: self._build(side, positions, rows[positions]) for positions in plan]  # type: ignore[misc]
-
-    def _build(self, side: Side, positions: np.ndarray, rows: np.ndarray) -> Chunk:
-        room = self._max_tokens[side] - self._template.special_tokens
-        tokens, counts = self._tables[side].gather(rows, room, keep_end=self._template.keep_end)
-        layout: Padded | Packed
-        if self._packed:
-            input_ids, starts, places = self._template.pack_rows(tokens, counts)
-            longest = int(counts.max()) + self._template.special_tokens
-            layout = Packed(torch.from_numpy(input_ids), torch.from_numpy(places), torch.from_numpy(starts), longest)
-        else:
-            layout = Padded(*map(torch.from_numpy, self._template.wrap_rows(tokens, counts)))
-        return Chunk(side, torch.from_numpy(positions), layout)
+        return chunk_builders(
+            side,
+            self._tables[side],
+            rows,
+            self._template,
+            max_tokens=self._max_tokens[side],
+            tokens_per_chunk=self._tokens_per_chunk,
+            packed=self._packed,
+        )

@@ -16,10 +16,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from retriever.config import ConfigError
+from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
+from retriever.encoder.encoding_layers import fuse_for_encoding
+from retriever.encoder.modes import use
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
@@ -118,15 +120,15 @@ def load_encoder(
     query_max_tokens: int | None = None,
     passage_max_tokens: int | None = None,
     precision: Precision = "fp32",
-    attention: Literal["auto", "packed", "padded"] = "auto",
+    attention: Literal["auto", "packed", "padded"] = "padded",
     compiled: bool = False,
     device: torch.device | str | None = None,
 ) -> EncoderBundle:
     """An encoder in eval mode from a Hugging Face name, a sentence-transformers folder or an export of ours.
 
     What is not given is what the model says of itself (`read_settings`). Default device: the first GPU where there is one.
-    `attention: auto` packs texts on a GPU where the architecture can. Packed layers run fused on a GPU where ours know them; `compiled`
-    compiles the others, which takes about a minute of the first chunk.
+    `attention: auto` packs texts on a GPU where the architecture can; an encoder that packs takes packed chunks only. Its layers run
+    fused on a GPU where `fused_layers` knows them; `compiled` compiles the others, which takes about a minute of the first chunk.
     Raises ConfigError where there is no such model, it is not supported, or has fewer positions than asked for.
     """
     name = str(name_or_path)
@@ -153,15 +155,20 @@ def load_encoder(
     )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder.to(device).eval()
+    encoder.to(device)
+    _make_fast(encoder, attention, compiled)
+    return EncoderBundle(encoder.eval(), load_tokenizer(name), settings)
+
+
+def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padded"], compiled: bool) -> None:
+    """Packs, and puts in the layers that encode fastest; raises ConfigError where packed texts have other embeddings."""
     gpu = encoder.device.type == "cuda"
-    if attention == "packed" or (attention == "auto" and gpu and encoder.can_pack):
-        encoder.pack()
-    if encoder.packed and gpu and encoder.can_fuse:
-        encoder.fuse_layers()
-    elif compiled:
-        encoder.compile_layers()
-    return EncoderBundle(encoder, load_tokenizer(name), settings)
+    packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
+    fused = packed and gpu and encoder.can_fuse
+    use(encoder, ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused))
+    if fused:
+        for tower in encoder.each_tower:
+            fuse_for_encoding(tower)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

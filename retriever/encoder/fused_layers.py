@@ -5,14 +5,17 @@ Dropout masks are functions of seeds that each forward pass draws, so a pass wit
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from kernels.fused_layer import WIDEST_ROW
 from kernels.post_norm_layer import Factors, Layer, Parameters, factors, post_norm_layer
 from retriever.encoder.packed_attention import draw_seeds
 
@@ -20,13 +23,14 @@ FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 
 
 def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers nobody replaced."""
+    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers and norms nobody replaced."""
     config: Any = tower.config
     if config.model_type not in FAMILY:
         return False
     encoder: Any = tower.encoder
     plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
-    return plain and all(type(module) is nn.Linear for layer in encoder.layer for module in _linear_layers(layer))
+    fits = config.hidden_size <= WIDEST_ROW
+    return plain and fits and all(type(module) in (nn.Linear, nn.LayerNorm) for layer in encoder.layer for module in _holders(layer))
 
 
 def fuse(tower: PreTrainedModel) -> None:
@@ -35,58 +39,102 @@ def fuse(tower: PreTrainedModel) -> None:
     tower.encoder = FusedLayers(encoder.layer)
 
 
+class _Place(NamedTuple):
+    """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than a product."""
+
+    holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
+    dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
+    heads: int
+    eps: float
+
+
+class _Rounded(NamedTuple):
+    """A layer's factors, and what they were made of: `sources` keep the memory, so that no other weights can come to lie there."""
+
+    state: tuple[object, ...]
+    factors: Factors
+    sources: tuple[Tensor, ...]
+
+
 class FusedLayers(nn.Module):
-    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is not."""
+    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is not.
+
+    Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every operation in
+    place and, from here on, for every step of an optimizer, or by another place in memory. Writing through `weight.data` in place is seen
+    by neither. Graphs kept from before a change cannot be differentiated after it.
+    """
 
     def __init__(self, layer: nn.ModuleList) -> None:
         super().__init__()
         self.layer = layer
-        self._read: dict[int, tuple[tuple[object, ...], Factors]] = {}
+        self._places = [_Place(_holders(module), _dropouts(module), *_shape(module)) for module in layer]
+        self._rounded: dict[int, _Rounded] = {}
 
     def forward(
         self, hidden_states: Tensor, *, packed_starts: Tensor, packed_longest: int, **_: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H]."""
-        stream = hidden_states[0]  # [T, H]: float32, float64 where the weights are
-        device = stream.device
-        half = torch.is_autocast_enabled(device.type) and stream.dtype == torch.float32
-        rounded = stream.to(torch.get_autocast_dtype(device.type)) if half else stream
-        dropouts = [_dropouts(layer) if self.training else (0.0, 0.0, 0.0) for layer in self.layer]
-        seeds = draw_seeds(3 * len(dropouts), device).split(1) if max(map(max, dropouts)) > 0 else (None,) * (3 * len(dropouts))
+        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider."""
+        device, hidden = hidden_states.device, hidden_states[0].contiguous()
+        half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
+        stream = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
+        rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
+        dropouts = [self._dropouts(place) for place in self._places]
+        seeds: Any = [None] * 3 * len(dropouts)
+        if any(map(any, dropouts)):
+            seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
-            for i, module in enumerate(self.layer):
-                heads, eps = _shape(module)
-                layer = Layer(heads, eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])  # type: ignore[arg-type]
-                parameters = _parameters(module)
+            for i, place in enumerate(self._places):
+                layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
+                parameters = _read_parameters(place.holders)
                 stream, rounded = post_norm_layer(stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
+    def _dropouts(self, place: _Place) -> tuple[float, float, float]:
+        attention, attended, narrowed = place.dropouts
+        return (attention.p, attended.p, narrowed.p) if self.training else (0.0, 0.0, 0.0)
+
     def _factors(self, i: int, parameters: Parameters, dtype: torch.dtype) -> Factors:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
-        state = (dtype, *((p.data_ptr(), p._version) for p in parameters))
-        if i not in self._read or self._read[i][0] != state:
-            self._read[i] = (state, factors(parameters, dtype))
-        return self._read[i][1]
+        state = (dtype, *[(p.data_ptr(), p._version) for p in parameters])
+        kept = self._rounded.get(i)
+        if kept is None or kept.state != state:
+            sources = tuple(p.detach() for p in parameters)
+            kept = self._rounded[i] = _Rounded(state, factors(parameters, dtype), sources)
+        return kept.factors
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLayers:
-        return FusedLayers(copy.deepcopy(self.layer, memo)).train(self.training)
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies round their own weights."""
+        return self.__dict__ | {"_rounded": {}}
+
+
+def _holders(layer: Any) -> tuple[nn.Linear | nn.LayerNorm, ...]:
+    """The modules of `Parameters`, each with a weight and a bias."""
+    own, attended, narrowed = layer.attention.self, layer.attention.output, layer.output
+    norms = attended.LayerNorm, narrowed.LayerNorm
+    return own.query, own.key, own.value, attended.dense, norms[0], layer.intermediate.dense, narrowed.dense, norms[1]
+
+
+def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
+    """Their weights and biases, past the slow way by which a module finds an attribute."""
+    return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
 
 
 def _parameters(layer: Any) -> Parameters:
-    attention, attended, widened, output = layer.attention.self, layer.attention.output, layer.intermediate.dense, layer.output
-    linear = (attention.query, attention.key, attention.value, attended.dense)
-    pairs = (*linear, attended.LayerNorm, widened, output.dense, output.LayerNorm)
-    return Parameters(*(tensor for module in pairs for tensor in (module.weight, module.bias)))
+    return _read_parameters(_holders(layer))
+
+
+def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
+    return layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout
 
 
 def _shape(layer: Any) -> tuple[int, float]:
     return layer.attention.self.num_attention_heads, layer.output.LayerNorm.eps
 
 
-def _dropouts(layer: Any) -> tuple[float, float, float]:
-    return layer.attention.self.dropout.p, layer.attention.output.dropout.p, layer.output.dropout.p
+def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimizers write to parameters without counting a version."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
 
 
-def _linear_layers(layer: Any) -> list[nn.Module]:
-    own = layer.attention.self
-    return [own.query, own.key, own.value, layer.attention.output.dense, layer.intermediate.dense, layer.output.dense]
+register_optimizer_step_post_hook(_count_versions)

@@ -112,4 +112,5 @@ class ContrastiveObjective(nn.Module):
             symmetric=self._config.symmetric,
             precision=self._config.precision,
             workspace_mib=None if self._config.workspace_mib == "auto" else self._config.workspace_mib,
+            exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1
         )

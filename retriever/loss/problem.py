@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Problem:
     symmetric: bool
     precision: Precision
     workspace_mib: int | None = None  # of the tiled strategy on a GPU; None: up to 1 GiB of what is free
+    exchange: Literal["ring", "gather"] = "gather"  # how the ranks of the tiled strategy see each other's passages
 
     @property
     def active(self) -> Tensor:

@@ -1,19 +1,25 @@
 """The ranks of a run and the few collectives that training needs. With one rank every call is the identity.
 
-Ranks may hold unequal numbers of rows: rows travel padded to the longest rank and are cut again.
+Ranks may hold unequal numbers of rows, zero included; rows travel as they are, into their place and without a copy in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET_BYTES = 256 * 2**20
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
+# torch 2.13 renamed both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Guard = Callable[[], AbstractContextManager[None]]  # what stands around a wait for other ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,31 @@ class Gathered:
         return slice(start, start + self.counts[self.rank])
 
 
+class Watcher(Protocol):
+    """What wants to know of collectives: see `parallel.watch`."""
+
+    def enter(self) -> None:
+        """A collective begins."""
+
+    def blame(self, error: RuntimeError) -> RuntimeError:
+        """What to raise where a collective failed with `error`."""
+
+
+class Transfer:
+    """Rows on their way from a neighbour."""
+
+    def __init__(self, sent: Tensor, arriving: Tensor, work: Sequence[dist.Work], guard: Guard = nullcontext) -> None:
+        self._sent, self._arriving, self._work = sent, arriving, work  # both live until they have arrived
+        self._guard = guard
+
+    def wait(self) -> Tensor:
+        """The rows that arrived; on a GPU what is queued from now on waits for them, the host does not."""
+        with self._guard():
+            for work in self._work:
+                work.wait()
+        return self._arriving
+
+
 class World:
     """`size` ranks of torch's default process group, this being `rank`, computing on `device`."""
 
@@ -38,16 +69,30 @@ class World:
         if size > 1 and not dist.is_initialized():
             raise ValueError(f"a world of {size} ranks needs torch.distributed to be initialised first")
         self.device, self.rank, self.size = device, rank, size
+        self.watch: Watcher | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
 
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around every collective: counts it, and names the rank it failed for."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.enter()
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.watch.blame(error) from error
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with self.collective():
+                dist.barrier()
 
     def sum(self, x: Tensor) -> Tensor:
         """Σ over ranks of `x`, the same shape on each; `x` itself is left as it is."""
@@ -64,28 +109,55 @@ class World:
         shift = self.max(x).nan_to_num(neginf=0.0)
         return self.sum((x - shift).exp()).log() + shift
 
-    def gather_rows(self, x: Tensor) -> Gathered:
-        """All ranks' rows of `x` [n, ...], n free on each rank."""
+    def counts(self, n: int) -> tuple[int, ...]:
+        """Every rank's `n`; the host waits for them."""
+        if self.size == 1:
+            return (n,)
+        every = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        with self.collective():
+            _all_gather(every, torch.tensor([n], device=self.device))
+            return tuple(every.tolist())
+
+    def gather_rows(self, x: Tensor, counts: Sequence[int] | None = None) -> Gathered:
+        """All ranks' rows of `x` [n, ...], n free on each rank; `counts`, where they are known already, spare asking for them."""
         if self.size == 1:
             return Gathered(x, (len(x),), 0)
-        counts = self._counts(len(x))
-        padded = x.new_zeros((max(counts), *x.shape[1:]))
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return Gathered(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts, self.rank)
+        counts = self.counts(len(x)) if counts is None else tuple(counts)
+        x, rows = x.contiguous(), x.new_empty((sum(counts), *x.shape[1:]))
+        parts = list(rows.split(list(counts)))
+        with self.collective():
+            if len(set(counts)) == 1:
+                _all_gather(rows, x)
+            elif dist.get_backend() == "nccl":  # one group of broadcasts
+                dist.all_gather(parts, x)
+            else:  # gloo gathers equal parts only
+                parts[self.rank].copy_(x)
+                for work in [dist.broadcast(part, rank, async_op=True) for rank, part in enumerate(parts) if len(part)]:
+                    work.wait()
+        return Gathered(rows, counts, self.rank)
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """This rank's rows of Σ over ranks of `x` [Σ counts, D], where every rank holds a term for every row."""
         if self.size == 1:
             return x
-        parts = list(x.split(list(counts)))
-        padded = x.new_zeros((self.size, max(counts), *x.shape[1:]))
-        for row, part in zip(padded, parts, strict=True):
-            row[: len(part)] = part
-        own = torch.empty_like(padded[0])
-        _reduce_scatter(own, padded.flatten(0, 1))
-        return own[: counts[self.rank]]
+        x, own = x.contiguous(), x.new_empty((counts[self.rank], *x.shape[1:]))
+        with self.collective():
+            if len(set(counts)) == 1:
+                _reduce_scatter(own, x)
+            else:
+                dist.reduce_scatter(own, list(x.split(list(counts))))
+        return own
+
+    def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
+        """Begins to send `x` to the rank `step` places on and to receive into `arriving` from the rank `step` places back.
+
+        Every rank calls it, in the same order. Both are contiguous, unchanged until `wait`, and may have unequal numbers of rows.
+        """
+        after, before = (self.rank + step) % self.size, (self.rank - step) % self.size
+        ends = [(dist.isend, x, after), (dist.irecv, arriving, before)]
+        operations = [dist.P2POp(operation, tensor, peer) for operation, tensor, peer in ends if tensor.numel()]
+        with self.collective():
+            return Transfer(x, arriving, dist.batch_isend_irecv(operations) if operations else [], self.collective)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Σ over ranks of every parameter's gradient, in flat buckets: a step's only parameter collective.
@@ -112,14 +184,9 @@ class World:
         if self.size == 1:
             return x
         result = x.clone()
-        dist.all_reduce(result, operation)
+        with self.collective():
+            dist.all_reduce(result, operation)
         return result
-
-    def _counts(self, n: int) -> tuple[int, ...]:
-        mine = torch.tensor([n], device=self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
-        return tuple(int(part) for part in parts)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -20,7 +20,7 @@ import torch
 from transformers import BertConfig
 
 from retriever.parallel.world import World
-from scripts.bench.step_bench import FORMS, RECOMPUTING, Bench, Form
+from scripts.bench.step_bench import AUTO, FORMS, RECOMPUTING, Bench
 from scripts.bench.step_data import random_store
 from scripts.bench.step_methods import Work
 from scripts.bench.step_peers import MiniBatch, gradient_cache_step, sentence_transformers_step
@@ -39,13 +39,13 @@ _MINI_BATCHES = {
 def run(bench: Bench, sizes: Sequence[int], forms_at: int, recomputing_at: int, methods: Sequence[str]) -> None:
     """Every row, the peers last; what is measured is saved as it comes."""
     for queries in sizes:
-        if "floor" in methods:
+        if "bigbatch" in methods:
+            bench.measure_form(queries, AUTO)
+            bench.save()
+        if "floor" in methods and queries <= max(forms_at, min(sizes)):
             bench.measure_floor(queries)
             bench.save()
-        if "bigbatch" in methods:
-            bench.measure_form(queries, Form(""))
-            bench.save()
-    forms = [(forms_at, form) for form in FORMS[1:]] + [(recomputing_at, form) for form in RECOMPUTING]
+    forms = [(forms_at, form) for form in FORMS] + [(recomputing_at, form) for form in RECOMPUTING]
     for queries, form in forms:
         if "bigbatch" in methods and queries:
             bench.measure_form(queries, form)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,18 @@ import torch
 from transformers import BertModel
 
 from retriever.data.batch import Batch
+from retriever.forecast import Forecast
+from retriever.step_plan import EVERYTHING
 from scripts.bench.loss import matmul_tflops
-from scripts.bench.step_methods import EVERYTHING, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_methods import Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
 from scripts.bench.step_peers import MiniBatch, PairStep, best_sample
 from scripts.bench.tables import Table
 
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
+_ROUNDING = 1e-4  # an error that fp32 may have
 _CHECKED_PAIRS = 128
-_SMALL = 4096
+_REFERENCE_SIZE = 4096  # tokens of a chunk
+_SMALL = 4096  # pairs
 _TWO_STEPS = 131_072  # pairs: a larger batch is trained on once
 _WARMED = 16_384  # pairs: up to here one whole step goes unmeasured
 
@@ -37,9 +42,10 @@ class Form:
 _LIBRARY = ("model.fused=false", "model.compile=false")
 PLAIN = ("model.attention=packed", *_LIBRARY)
 PADDED = ("model.attention=padded", *_LIBRARY)
+PACKED_FUSED = ("model.attention=packed", "model.fused=true", "model.compile=false")
 PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
+AUTO = Form("", ("run.preflight=only", "batch.retain=auto"))  # and chunks of the size that was measured to be best
 FORMS = (
-    Form(""),
     Form("retain=0", retain=0),
     Form("packed,compiled", PACKED_COMPILED, 0),
     Form("packed", PLAIN, 0),
@@ -60,6 +66,7 @@ class Bench:
         self.tflops = matmul_tflops() if work.device.type == "cuda" else None
         if self.tflops is not None:
             table.add("8192x8192x8192", "floor", "matmul_tflops", self.tflops, "TFLOP/s", "best of five medians, bf16")
+        self._sizes: dict[int, int] = {}  # tokens of a chunk that were measured to be best, by pairs in the batch
         self._checked: dict[tuple[str, ...], bool] = {}
         with torch.device("meta"):
             tower = BertModel(work.model, add_pooling_layer=False)
@@ -68,20 +75,23 @@ class Bench:
     def measure_form(self, queries: int, form: Form) -> None:
         """Our step in one form, checked first."""
         case = _case(queries, form.condition)
-        trainer = self._trainer(queries, form, "bigbatch")
-        if trainer is None or not self._right(trainer, form, case):
-            return
-        self._warm(trainer, queries)
-        with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-            found, stages = self._timed(trainer, batches, queries)
-        self._add(case, "bigbatch", queries, found, _modes(trainer))
-        for name, value in stages._asdict().items():
-            self.table.add(case, "bigbatch", name, value, "ms")
-        if self.tflops is not None:
-            predicted = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
-            self.table.add(case, "bigbatch", "loss_bound_ms", predicted, "ms", "6·b²·d over the matmul rate")
-        self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
-        self._against_floor(case, queries)
+        with self._failures_named(case, "bigbatch"):
+            trainer = self._trainer(queries, form)
+            if not self._right(trainer, form, case):
+                return
+            self._warm(trainer, queries)
+            with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
+                found, stages = self._timed(trainer, batches, queries)
+            self._add(case, "bigbatch", queries, found, _modes(trainer))
+            for name, value in stages._asdict().items():
+                self.table.add(case, "bigbatch", name, value, "ms")
+            if self.tflops is not None:
+                bound = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
+                self.table.add(case, "bigbatch", "loss_bound_ms", bound, "ms", "6·b²·d over the matmul rate")
+            self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
+            if trainer.forecast is not None:
+                self._add_forecast(case, trainer.forecast)
+            self._against_floor(case, queries)
 
     def _timed(self, trainer: Trainer, batches: Iterator[Batch], queries: int) -> tuple[Sample, Stages]:
         """Whole steps, and the stages of another one; of a very large batch one step that is both."""
@@ -93,27 +103,25 @@ class Bench:
         return found, stages[-1]
 
     def measure_floor(self, queries: int) -> None:
-        """One pass of our own encoder, as preflight would run it."""
-        trainer = self._trainer(queries, Form(""), "floor")
-        if trainer is None:
-            return
-        self._warm(trainer, queries)
-        with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-            found = sample(trainer.single_pass, batches, self.work.device, self._seconds, _warm(queries))
-        self._add(_case(queries), "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
+        """One pass of our own encoder in its default form; rows measured before of this size are held against it."""
+        case = _case(queries)
+        with self._failures_named(case, "floor"):
+            trainer = self._trainer(queries, Form(""))
+            self._warm(trainer, queries)
+            with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
+                found = sample(trainer.single_pass, batches, self.work.device, self._seconds, _warm(queries))
+            self._add(case, "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
+            self._against_floor(case, queries)
 
     def measure_peer(
         self, name: str, make: Callable[[Work], PairStep], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool
     ) -> None:
         """A peer at its best mini-batch size."""
         case = _case(queries, "sorted" if by_length else "")
-        try:
+        with self._failures_named(case, name):
             found, size = best_sample(self.work, make(self.work), queries, sizes, by_length=by_length, seconds=self._seconds)
-        except Exception as error:  # a peer may fail in any way, and the table says how
-            self.table.add(case, name, "pairs_per_s", None, "pairs/s", f"does not run: {type(error).__name__}: {str(error)[:160]}")
-            return
-        order = "sorted by length beforehand" if by_length else "in the data's order"
-        self._add(case, name, queries, found, f"{order}; {size} at once, the best of {', '.join(map(str, sizes))}")
+            order = "sorted by length beforehand" if by_length else "in the data's order"
+            self._add(case, name, queries, found, f"{order}; {size} at once, the best of {', '.join(map(str, sizes))}")
 
     def save(self) -> None:
         """Writes what there is, and frees the device's memory for the next method."""
@@ -122,19 +130,30 @@ class Bench:
         if self.work.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _trainer(self, queries: int, form: Form, method: str) -> Trainer | None:
+    @contextmanager
+    def _failures_named(self, case: str, method: str) -> Iterator[None]:
+        """A method may fail in any way: the table says how, and the next one has its turn."""
         try:
-            return Trainer(self.work, self.work.configuration(queries, *form.settings), retain=form.retain)
-        except Exception as error:  # a form that this machine or model cannot run
-            self.table.add(_case(queries, form.condition), method, "pairs_per_s", None, "pairs/s", f"does not run: {error!s:.160}")
-            return None
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"does not run: {type(error).__name__}: {str(error)[:160]}"
+            self.table.add(case, method, "pairs_per_s", None, "pairs/s", reason)
+
+    def _trainer(self, queries: int, form: Form) -> Trainer:
+        size = self._sizes.get(queries, max(self._sizes.values(), default=None))
+        given = () if form is AUTO or size is None else (f"batch.tokens_per_chunk={size}",)
+        trainer = Trainer(self.work, self.work.configuration(queries, *given, *form.settings), retain=form.retain)
+        if form is AUTO:
+            self._sizes[queries] = int(trainer.config.batch.tokens_per_chunk)
+        return trainer
 
     def _right(self, trainer: Trainer, form: Form, case: str) -> bool:
         """Whether the form computes the right gradient, seen once for each way to run the encoder."""
         if form.settings not in self._checked:
             pairs = min(_CHECKED_PAIRS, trainer.config.batch.queries)
             exact, usual = (self._reference(pairs, *more) for more in (("optim.precision=fp32", "loss.precision=fp32"), ()))
-            allowed = _WRONG * gradient_error(usual, exact, pairs)
+            allowed = max(_ROUNDING, _WRONG * gradient_error(usual, exact, pairs))
             error, replayed = gradient_error(trainer, exact, pairs), replays_bitwise(trainer, pairs)
             note = f"against fp32; allowed {allowed:.2g}; " + ("replayed bitwise" if replayed else "the replay differs")
             self.table.add(case, "bigbatch", "gradient_error", error, "relative", note)
@@ -144,7 +163,8 @@ class Bench:
         return self._checked[form.settings]
 
     def _reference(self, queries: int, *settings: str) -> Trainer:
-        return Trainer(self.work, self.work.configuration(queries, *PADDED, *settings), retain=EVERYTHING)
+        size = f"batch.tokens_per_chunk={_REFERENCE_SIZE}"
+        return Trainer(self.work, self.work.configuration(queries, *PADDED, size, *settings), retain=EVERYTHING)
 
     def _warm(self, trainer: Trainer, queries: int) -> None:
         """Compiles and tunes on a small batch."""
@@ -160,6 +180,15 @@ class Bench:
             add("peak_gib", found.peak_gib, "GiB")
         if found.waited is not None:
             add("waited", found.waited, "of the step")
+
+    def _add_forecast(self, case: str, forecast: Forecast) -> None:
+        """What was predicted before the first step."""
+        add = partial(self.table.add, case, "bigbatch")
+        add("predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
+        for name in Stages._fields:
+            add(f"predicted_{name}", 1e3 * getattr(forecast, name.removesuffix("_ms") + "_s"), "ms")
+        if forecast.working_bytes:
+            add("predicted_peak_gib", forecast.peak_bytes / 2**30, "GiB")
 
     def _against_floor(self, case: str, queries: int) -> None:
         floor, own = (self.table.get(c, m, "pairs_per_s") for c, m in ((_case(queries), "floor"), (case, "bigbatch")))

@@ -20,9 +20,10 @@ import torch
 from transformers import BertConfig
 
 from retriever.parallel.world import World
-from scripts.bench.step_bench import PACKED_COMPILED, PADDED, PLAIN, Form
+from retriever.step_plan import EVERYTHING
+from scripts.bench.step_bench import PACKED_COMPILED, PACKED_FUSED, PADDED, PLAIN, Form
 from scripts.bench.step_data import random_store
-from scripts.bench.step_methods import EVERYTHING, Trainer, Work
+from scripts.bench.step_methods import Trainer, Work
 from scripts.bench.tables import Row, Table
 
 REFERENCE, YARDSTICK = "padded", "padded, other chunks"
@@ -41,8 +42,8 @@ def forms(tokens_per_chunk: int) -> list[Form]:
         Form("padded, retained", (*PADDED, size), EVERYTHING),
         Form("packed", (*PLAIN, size), 0),
         Form("packed, compiled", (*PACKED_COMPILED, size), 0),
-        Form("auto", (size,), 0),
-        Form("auto, retained", (size,), EVERYTHING),
+        Form("packed, fused", (*PACKED_FUSED, size), 0),
+        Form("packed, fused, retained", (*PACKED_FUSED, size), EVERYTHING),
     ]
 
 

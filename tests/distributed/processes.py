@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +17,26 @@ from retriever.parallel.world import World
 from tests.determinism import make_strict
 
 
-def run_on_ranks(function: Callable[[World, Path], Any], world_size: int, folder: Path) -> list[Any]:
-    """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank."""
+def run_on_ranks(function: Callable[[World, Path], Any], world_size: int, folder: Path, *, cuda: bool = False) -> list[Any]:
+    """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank; gloo, or NCCL on `cuda`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_work, (function, world_size, port, folder), nprocs=world_size)
+    mp.spawn(_work, (function, world_size, port, folder, cuda), nprocs=world_size)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, port: int, folder: Path) -> None:
+def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, port: int, folder: Path, cuda: bool) -> None:
     make_strict()
-    device = torch.device("cpu")
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic products are refused
+        torch.cuda.set_device(device)
     if world_size == 1:
         result = function(World(device), folder)
     else:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
         result = function(World(device, rank, world_size), folder)
         dist.destroy_process_group()
     (folder / f"rank{rank}.json").write_text(json.dumps(result))

@@ -1,0 +1,55 @@
+"""What stands between a query and its own target, row by row: for losses whose negatives come block by block.
+
+`kernels.lse.infonce` does this itself; `negatives_lse` and `negatives_gradient` leave the targets to their caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.lse import Precision, on_kernels
+from kernels.lse_reference import rounded
+
+__all__ = ["pull_targets", "target_similarities"]
+
+_ROWS_AT_ONCE = 65_536  # of a target's embeddings held beside their queries'
+
+
+def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, precision: Precision = "fp32") -> Tensor:
+    """⟨q_i, p_t⟩ with t = targets_i, [B] float32 (float64 for float64 inputs), of the values that `precision` computes from.
+
+    queries [B, D], passages [N, D]: one dtype and device. targets [B] int64 in 0..N−1.
+    """
+    queries, passages = _values(queries, precision), _values(passages, precision)
+    if on_kernels(queries) and len(queries):
+        from kernels import rows_triton
+
+        return rows_triton.target_similarities(queries, passages, targets)
+    parts = torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE)
+    return torch.cat([(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts])
+
+
+def pull_targets(
+    dqueries: Tensor, dpassages: Tensor, queries: Tensor, passages: Tensor, targets: Tensor, pull: Tensor, *, precision: Precision = "fp32"
+) -> None:
+    """dq_i −= pull_i · p_t and dp_t −= pull_i · q_i for every query i and its target t, in place, in the order of i.
+
+    dqueries [B, D] and dpassages [N, D]: float32 (float64 for float64 inputs), contiguous; pull [B] likewise, 0 for an ignored row.
+    """
+    queries, passages = _values(queries, precision), _values(passages, precision)
+    if on_kernels(queries) and len(queries):
+        from kernels import rows_triton
+
+        rows_triton.finish_queries(dqueries, queries, passages, targets, None, pull)
+        rows_triton.finish_passages(dpassages, queries, targets, pull)
+        return
+    for i in torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE):
+        dqueries[i] -= pull[i, None] * rounded(passages[targets[i]], precision)
+        # index_put_ sorts before it adds, so that shared targets sum in the same order every time; index_add_ does not.
+        dpassages.index_put_((targets[i],), -pull[i, None] * rounded(queries[i], precision), accumulate=True)
+
+
+def _values(x: Tensor, precision: Precision) -> Tensor:
+    """`x` as it is read, without a copy where its dtype can hold the values of the tier."""
+    return x.to(torch.bfloat16) if precision == "bf16" and x.dtype == torch.float32 else x

@@ -1,0 +1,200 @@
+"""Ranks look after one another: one that dies, fails or hangs ends the run with its number instead of an endless wait.
+
+Each rank counts the collectives it enters. A thread of it publishes that count and a beat in the ranks' common store, and looks at the
+next rank's: O(1) work a rank and second, however many ranks there are. The first to find something wrong writes a verdict; all end on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+from retriever.parallel.world import World
+
+LOST, INTERRUPTED = 3, 130  # exit statuses
+INTERRUPTION = "interrupted: the same command goes on from the last checkpoint, one every train.save_every steps"
+_VERDICT = "verdict"
+_SLOWEST_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends: what rank `rank` did, as rank `by` found it, and every rank's exit status."""
+
+    rank: int
+    by: int
+    what: str
+    status: int = LOST
+
+
+class RankError(RuntimeError):
+    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
+
+    def __init__(self, verdict: Verdict, rank: int) -> None:
+        interrupted = verdict.status == INTERRUPTED
+        super().__init__(INTERRUPTION if interrupted else f"error: {verdict.what}. The same command goes on from the last checkpoint")
+        self.verdict = verdict
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (not interrupted and rank in (verdict.by, verdict.rank))
+
+
+class Watch:
+    """Rank `rank`'s eye on rank `rank + 1`; a rank may keep the others waiting in a collective for `timeout_s` at most."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+        self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
+        self._interval_s = min(_SLOWEST_INTERVAL_S, timeout_s / 10)
+        self._limit_s = timeout_s - 4 * self._interval_s  # leaves time to write the verdict, to read it and to end
+        self._entered = self._beat = 0
+        self._stopped, self._closing = threading.Event(), False
+        self._known: Verdict | None = None  # once read, it needs no store
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._publish()
+
+    def start(self) -> None:
+        """Begins to look; every rank's Watch must exist by then."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """From here on the other ranks may end."""
+        self._closing = True
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def enter(self) -> None:
+        """Counts a collective that this rank enters."""
+        self._entered += 1
+
+    def announce(self, verdict: Verdict) -> Verdict:
+        """Ends the run on every rank; the first verdict is the one that counts, and is returned."""
+        try:
+            return Verdict(**json.loads(self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict)))))
+        except dist.DistError:  # the store went with the rank that held it
+            return verdict
+
+    def blame(self, error: RuntimeError) -> RankError:
+        """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped meanwhile."""
+        before = self._states()
+        if self._verdict() is None:
+            time.sleep(3 * self._interval_s)
+        verdict = self._verdict()
+        if verdict is None:
+            still = [r for r, state in enumerate(self._states()) if r != self._rank and state == before[r]]
+            reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # gloo begins with its own file and line
+            lost = f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
+            verdict = self.announce(Verdict(still[0] if still else self._rank, self._rank, f"{lost}, and a collective failed ({reason})"))
+        return RankError(verdict, self._rank)
+
+    def tell(self, error: BaseException) -> BaseException:
+        """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led to it."""
+        cause = error
+        if isinstance(error, KeyboardInterrupt):
+            self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} was interrupted", INTERRUPTED))
+        elif not isinstance(error, RankError):
+            what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            verdict = self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} ended with {what}"))
+            if isinstance(error, RuntimeError) and verdict.rank != self._rank:
+                cause = RankError(verdict, self._rank)
+        if self._rank == 0:  # it may hold the store, where the others have yet to read why
+            time.sleep(2 * self._interval_s)
+        return cause
+
+    def _publish(self) -> None:
+        self._beat += 1
+        self._store.set(str(self._rank), f"{self._beat} {self._entered}")
+
+    def _states(self) -> list[bytes]:
+        try:
+            return [self._store.get(str(rank)) for rank in range(self._size)]
+        except dist.DistError:
+            return [b""] * self._size
+
+    def _verdict(self) -> Verdict | None:
+        try:
+            if self._known is None and self._store.check([_VERDICT]):
+                self._known = Verdict(**json.loads(self._store.get(_VERDICT)))
+        except dist.DistError:
+            self._known = Verdict(0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it")
+        return self._known
+
+    def _look(self) -> None:
+        """Beats, and looks at the next rank until a verdict is there."""
+        following = (self._rank + 1) % self._size
+        beat, entered = b"", -1
+        beating = behind = time.monotonic()
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._publish()
+                state, now = self._store.get(str(following)), time.monotonic()
+            except dist.DistError:
+                return None if self._closing else self._leave(self._verdict())
+            if verdict := self._verdict():
+                return self._leave(verdict)
+            theirs = int(state.split()[1])
+            if state != beat:
+                beating = now
+            if theirs != entered or theirs >= self._entered:
+                behind = now
+            beat, entered = state, theirs
+            if now - beating > self._limit_s:
+                self._accuse(following, f"gives no sign of life since {now - beating:.0f} s: it was killed or stopped, or its node is gone")
+            elif now - behind > self._limit_s:
+                self._accuse(following, f"hangs, or works on something too long: the others have waited for it for {now - behind:.0f} s")
+
+    def _accuse(self, rank: int, what: str) -> None:
+        self.announce(Verdict(rank, self._rank, f"rank {rank} {what} (run.timeout_s={self._timeout_s:g})"))
+
+    def _leave(self, verdict: Verdict | None) -> None:
+        """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no more."""
+        if verdict is None or self._stopped.wait(2 * self._interval_s):
+            return
+        error = RankError(verdict, self._rank)
+        if error.speaks:
+            print(f"\n{error}", file=sys.stderr)
+        if verdict.status == LOST and verdict.rank == self._rank:
+            frame = sys._current_frames()[threading.main_thread().ident or 0]
+            print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(frame))}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(verdict.status)
+
+
+@contextmanager
+def watched(world: World, timeout_s: float) -> Iterator[None]:
+    """Inside, a rank that is lost ends the run on all ranks within `timeout_s` of their waiting for it.
+
+    The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's sake; where the
+    main thread is stuck, the process prints the same message and exits with the verdict's status.
+    """
+    if world.size == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the thread's own connection
+    watch = world.watch = Watch(dist.PrefixStore("watch", store), world.rank, world.size, timeout_s)
+    world.barrier()
+    watch.start()
+    try:
+        yield
+        watch.close()
+        world.barrier()
+    except BaseException as error:
+        cause = watch.tell(error)
+        if cause is error:
+            raise
+        raise cause from error
+    finally:
+        watch.stop()
+        world.watch = None

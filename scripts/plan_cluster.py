@@ -1,0 +1,131 @@
+"""Predicts memory and time of a step for batches and numbers of GPUs: `python -m scripts.plan_cluster`. Nothing is measured here.
+
+    time    encoder + loss with its exchange + sum of parameter gradients, one after the other
+    memory  weights, gradients, AdamW's state and a bucket + activations of a chunk + embeddings, their gradients and rounded copies
+            + what the exchange holds
+
+The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: the faster one of those that fit in a quarter of the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from retriever.parallel.cost import Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
+
+GATHER_SHARE = 0.25  # of the memory that is free before step 1, as `loss.exchange: auto` allows
+_GIB = 2**30
+_STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and AdamW's two moments
+_BUCKET_MIB = 2 * 256  # gradients of a bucket, flat, before and after the sum
+_EMBEDDING_BYTES = 4 + 4 + 2  # of a number of an embedding: it, its gradient, and it as the loss's matrix products read it
+_ACTIVATION_BYTES = 52  # of a token, layer and hidden unit, for backward
+
+
+@dataclass(frozen=True)
+class Model:
+    """An encoder on one GPU; `pairs_per_s` is a whole step's rate less its loss, at `tokens_per_chunk`. Defaults: BERT-base."""
+
+    pairs_per_s: float
+    parameters: float = 109.5e6
+    dim: int = 768
+    layers: int = 12
+    tokens_per_chunk: int = 65_536
+
+
+@dataclass(frozen=True)
+class Step:
+    """One predicted optimizer step of a rank."""
+
+    exchange: Exchange
+    encoder_s: float
+    loss_s: float
+    gradients_s: float
+    gib: float
+
+    @property
+    def total_s(self) -> float:
+        """The three parts one after the other."""
+        return self.encoder_s + self.loss_s + self.gradients_s
+
+
+def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib: float) -> Step:
+    """A step over `queries` pairs (one passage each), on `ranks` GPUs of `memory_gib` each."""
+    state_gib = (_STATE_BYTES * model.parameters + _BUCKET_MIB * 2**20) / _GIB
+    activations_gib = _ACTIVATION_BYTES * model.layers * model.dim * model.tokens_per_chunk / _GIB
+    rows_gib = 2 * queries / ranks * model.dim * _EMBEDDING_BYTES / _GIB
+    work = Workload(queries, queries, model.dim, ranks)
+    free_gib = memory_gib - 4 * model.parameters / _GIB  # before step 1
+    exchange = choose(work, machine, GATHER_SHARE * 1024 * free_gib) if ranks > 1 else "gather"
+    loss = (ring_cost if exchange == "ring" else gather_cost)(work, machine)
+    return Step(
+        exchange,
+        encoder_s=queries / ranks / model.pairs_per_s,
+        loss_s=loss.total_ms / 1e3,
+        gradients_s=_gradient_sum_s(model.parameters, ranks, machine),
+        # Activations are gone while the loss is computed: the two share their place.
+        gib=state_gib + rows_gib + max(activations_gib, _beside_rows_gib(loss, queries / ranks, model)),
+    )
+
+
+def _beside_rows_gib(loss: Estimate, rows: float, model: Model) -> float:
+    """What the loss holds beside the rank's own gradients, which `Estimate.mib` counts and `_EMBEDDING_BYTES` too."""
+    return loss.mib / 1024 - 2 * rows * model.dim * 4 / _GIB
+
+
+def _gradient_sum_s(parameters: float, ranks: int, machine: Machine) -> float:
+    """An all-reduce in float32: 2·(W − 1)/W of its bytes pass through every GPU, and between nodes through all their network cards."""
+    if ranks == 1:
+        return 0.0
+    share = 2 * (ranks - 1) / ranks * parameters * 4
+    between = share / machine.ranks_per_node / machine.between_gb_s if ranks > machine.ranks_per_node else 0.0
+    return max(share / machine.inside_gb_s, between) / 1e9
+
+
+def table(batches: Sequence[int], ranks: Sequence[int], model: Model, machine: Machine, memory_gib: float) -> Iterator[str]:
+    """Lines of Markdown: a row a batch, a column a number of GPUs; `—` where the memory does not suffice."""
+    yield "| pairs in the batch | " + " | ".join(f"{w:,} GPU{'s' if w > 1 else ''}" for w in ranks) + " |"
+    yield "|---" * (len(ranks) + 1) + "|"
+    for queries in batches:
+        cells = [_cell(predict(queries, w, model, machine, memory_gib), queries, w, memory_gib) for w in ranks]
+        yield f"| {queries:,} | " + " | ".join(cells) + " |"
+
+
+def _cell(step: Step, queries: int, ranks: int, memory_gib: float) -> str:
+    if step.gib > memory_gib:
+        return f"— ({step.gib:,.0f} GiB)"
+    how = f", {step.exchange}" if ranks > 1 else ""
+    return f"{_seconds(step.total_s)}, loss {step.loss_s / step.total_s:.0%}, {step.gib:.0f} GiB{how}"
+
+
+def _seconds(s: float) -> str:
+    if s < 1:
+        return f"{s * 1e3:.0f} ms"
+    return f"{s:.{1 if s < 100 else 0}f} s" if s < 1000 else f"{s / 60:,.0f} min"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table of docs/cluster.md, or one for another machine."""
+    defaults, bert = Machine(), Model(pairs_per_s=5_000)
+    parser = argparse.ArgumentParser(prog="python -m scripts.plan_cluster", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--pairs-per-s", type=float, default=bert.pairs_per_s, help="of the encoder on one GPU (default: %(default)s)")
+    parser.add_argument("--parameters", type=float, default=bert.parameters, help="default: %(default).4g, BERT-base")
+    parser.add_argument("--dim", type=int, default=bert.dim, help="of an embedding and of the hidden layers (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=bert.layers, help="default: %(default)s")
+    parser.add_argument("--tokens-per-chunk", type=int, default=bert.tokens_per_chunk, help="default: %(default)s")
+    parser.add_argument("--memory-gib", type=float, default=75.0, help="of a GPU, that a run may use (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=defaults.ranks_per_node, help="default: %(default)s")
+    parser.add_argument("--tflops", type=float, default=defaults.tflops, help="of the loss's products (default: %(default)s)")
+    parser.add_argument("--inside-gb-s", type=float, default=defaults.inside_gb_s, help="GPU to GPU in a node (default: %(default)s)")
+    parser.add_argument("--between-gb-s", type=float, default=defaults.between_gb_s, help="a GPU's network card (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    model = Model(given.pairs_per_s, given.parameters, given.dim, given.layers, given.tokens_per_chunk)
+    machine = Machine(given.gpus_per_node, given.tflops, given.inside_gb_s, given.between_gb_s)
+    print("\n".join(table(given.batches, given.gpus, model, machine, given.memory_gib)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The gradient contract over the ring, at the representations: any number of ranks, unequal and empty ones, every feature of the loss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from retriever.config import LossConfig
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from tests.distributed.processes import run_on_ranks
+from tests.problems import WholeBatch, oracle_loss, random_batch, rank_batch
+
+D = 12
+DIM_WEIGHTS = (1.0, 0.3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of the objective, and how the batch lies on the ranks."""
+
+    exchange: str = "ring"
+    precision: str = "fp32"
+    dtype: str = "float64"
+    symmetric: bool = False
+    learn_temperature: bool = False
+    margin: float | None = None
+    ignored: int = 0
+    dims: tuple[int, ...] = ()
+    temperature: float = 0.1
+    unit: bool = True
+    owners: str = "unequal"  # unequal | equal | one: everything on the last rank
+    bound: float = 1e-9
+
+    def config(self) -> LossConfig:
+        """The objective's configuration."""
+        return LossConfig(
+            exchange=self.exchange,  # type: ignore[arg-type]
+            precision=self.precision,  # type: ignore[arg-type]
+            temperature=self.temperature,
+            learn_temperature=self.learn_temperature,
+            symmetric=self.symmetric,
+            false_negative_margin=self.margin,
+            dims=self.dims,
+            dim_weights=DIM_WEIGHTS[: len(self.dims)],
+        )
+
+
+CASES = [
+    *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
+    *(Case(symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
+    *(Case(symmetric=s, owners=owners) for s in (False, True) for owners in ("equal", "one")),
+    *(Case(symmetric=s, temperature=0.005) for s in (False, True)),
+    *(Case(symmetric=s, temperature=0.02, unit=False) for s in (False, True)),  # logits of thousands
+    *(Case(symmetric=s, precision="bf16", dtype="float32", bound=1e-5) for s in (False, True)),
+    *(Case(symmetric=s, precision="high", dtype="float32", bound=1e-5) for s in (False, True)),
+    Case(exchange="gather", symmetric=True, margin=0.1, ignored=2, learn_temperature=True),
+]
+
+
+def _whole(case: Case, ranks: int) -> WholeBatch:
+    """One batch for all numbers of ranks; where unequal, the first rank holds most and the last of several passages only."""
+    whole, draw = random_batch(ignored=case.ignored), random.Random(ranks)
+    n, targets = len(whole.owners), set(whole.positives)
+    unequal = [draw.choice([0, 0, *range(max(1, ranks - 1) if c in targets else ranks)]) for c in range(n)]
+    owners = {"unequal": unequal, "equal": [c % ranks for c in range(n)], "one": [ranks - 1] * n}[case.owners]
+    return replace(whole, owners=owners)
+
+
+def _vectors(whole: WholeBatch, case: Case) -> tuple[Tensor, Tensor]:
+    """Representations with the values that the precision tier computes from."""
+    draw, dtype = torch.Generator().manual_seed(3), getattr(torch, case.dtype)
+    drawn = [torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids))]
+    vectors = [normalize(v, dim=1) if case.unit else 2 * v for v in drawn]
+    rounded = [v.bfloat16() if case.precision == "bf16" else v for v in vectors]
+    return rounded[0].to(dtype), rounded[1].to(dtype)
+
+
+@cache
+def _oracle(case: Case) -> tuple[Tensor, ...]:
+    """Loss, dqueries, dpassages and the gradient of log scale of the whole batch, in float64 by autograd."""
+    whole = _whole(case, 1)
+    q, p = _vectors(whole, case)
+    leaves = [x.double().clone().requires_grad_() for x in (q, p, torch.tensor(-math.log(case.temperature), dtype=torch.float64))]
+    cuts = [[normalize(x[:, :d]) for x in leaves[:2]] for d in case.dims] or [leaves[:2]]
+    losses = [oracle_loss(*cut, whole, leaves[2], symmetric=case.symmetric, margin=case.margin) for cut in cuts]
+    loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def _compute(world: World, folder: Path) -> list[dict[str, Any]]:
+    return [_compute_case(world, case) for case in CASES]
+
+
+def _compute_case(world: World, case: Case) -> dict[str, Any]:
+    """This rank's part of the loss and the gradients, and which rows of the whole batch it holds."""
+    whole = _whole(case, world.size)
+    q, p = _vectors(whole, case)
+    batch, rows, columns = rank_batch(whole, world.rank, 10**6)
+    objective = ContrastiveObjective(case.config())
+    loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
+    dscale = torch.zeros(()) if objective.log_scale.grad is None else objective.log_scale.grad
+    return {"rows": rows, "columns": columns, "loss": loss.item(), "dq": dq.tolist(), "dp": dp.tolist(), "dscale": dscale.item()}
+
+
+def _together(case: Case, ranks: list[dict[str, Any]]) -> list[Tensor]:
+    """Loss, dqueries, dpassages and, where learned, the gradient of log scale, from all ranks' parts."""
+    dq, dp = (torch.zeros(len(side), D, dtype=torch.float64) for side in _oracle(case)[1:3])
+    for part in ranks:
+        dq[part["rows"]] = torch.tensor(part["dq"], dtype=torch.float64).view(-1, D)
+        dp[part["columns"]] = torch.tensor(part["dp"], dtype=torch.float64).view(-1, D)
+    sums = [torch.tensor(sum(part[name] for part in ranks), dtype=torch.float64) for name in ("loss", "dscale")]
+    return [sums[0], dq, dp, *sums[1:]] if case.learn_temperature else [sums[0], dq, dp]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_loss_and_gradient_equal_one_process_over_the_whole_batch(world_size: int, tmp_path: Path) -> None:
+    """Loss, both gradients and the temperature's: each within its bound, relative to its own norm."""
+    alone = world_size == 1
+    ranks = [_compute(World(torch.device("cpu")), tmp_path)] if alone else run_on_ranks(_compute, world_size, tmp_path)
+    failures = []
+    for index, case in enumerate(CASES):
+        parts = [rank[index] for rank in ranks]
+        if world_size > 1 and case.owners == "unequal":
+            assert len({(len(part["rows"]), len(part["columns"])) for part in parts}) > 1, f"{case}: the ranks are equal"
+        for found, expected in zip(_together(case, parts), _oracle(case), strict=False):
+            assert expected.norm() > 1e-6, f"{case}: the oracle's gradient is zero"
+            error = float((found - expected).norm() / expected.norm())
+            failures += [] if error <= case.bound else [f"W={world_size} {case}: {error:.2g}"]
+    assert not failures, "\n".join(failures)

@@ -1,0 +1,114 @@
+"""A rank that is killed, stops, fails or hangs ends the run on every rank within the time that was set, and is named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from retriever.parallel.watch import LOST, RankError, watched
+from retriever.parallel.world import World
+
+RANKS, TIMEOUT_S = 3, 12.0
+COLLECTIVES_WAIT_S = 300  # of torch's own: what ends a rank sooner is the watch
+
+
+def _fail(rank: int) -> None:
+    raise ValueError(f"no luck on {rank}\nsecond line")
+
+
+def _interrupt(rank: int) -> None:
+    raise KeyboardInterrupt
+
+
+def _signal(number: int) -> Callable[[int], None]:
+    return lambda rank: os.kill(os.getpid(), number)
+
+
+# What a rank does in the fourth of its collectives, which rank, and the others' exit status and message.
+CASES: dict[str, tuple[Callable[[int], None], int, int, str]] = {
+    "exits": (lambda rank: os._exit(7), 1, LOST, "rank 1 ended without a word"),
+    "killed": (_signal(signal.SIGKILL), 2, LOST, "rank 2 ended without a word"),
+    "first killed": (_signal(signal.SIGKILL), 0, LOST, "rank 0 or its launcher"),
+    "stopped": (_signal(signal.SIGSTOP), 1, LOST, r"rank 1 gives no sign of life since \d+ s.*run.timeout_s=12"),
+    "hangs": (lambda rank: time.sleep(120), 2, LOST, r"rank 2 hangs, .* waited for it for \d+ s \(run.timeout_s=12\)"),
+    "first hangs": (lambda rank: time.sleep(120), 0, LOST, r"rank 0 hangs, .* waited for it for \d+ s \(run.timeout_s=12\)"),
+    "fails": (_fail, 2, LOST, "rank 2 ended with ValueError: no luck on 2. "),
+    "interrupted": (_interrupt, 1, 130, ""),
+    "ends well": (lambda rank: None, 1, 0, ""),
+}
+
+
+def _rank(rank: int, case: str, port: int, log: Path) -> None:
+    """A rank of a run: what it says is in the log, its exit status is that of the training command."""
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+    wait = timedelta(seconds=COLLECTIVES_WAIT_S)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=wait)
+    world = World(torch.device("cpu"), rank, RANKS)
+    try:
+        with watched(world, TIMEOUT_S):
+            for number in range(6):
+                if number == 3 and rank == CASES[case][1]:
+                    CASES[case][0](rank)
+                assert world.sum(torch.ones(1)) == RANKS
+    except RankError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(error.verdict.status)
+    except KeyboardInterrupt:
+        os._exit(130)
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int | None, str]]]:
+    """Each rank's exit status and what it said, of every case; all run at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    folder = tmp_path_factory.mktemp("watch")
+    running = {}
+    for case in CASES:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        running[case] = [context.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)]
+        for process in running[case]:
+            process.start()
+    results = {}
+    for case, processes in running.items():
+        for rank, process in enumerate(processes):
+            process.join(0 if (case, rank) == ("stopped", 1) else 60)
+        statuses = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        results[case] = [(status, (folder / f"{case}{rank}").read_text()) for rank, status in enumerate(statuses)]
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rank_ends_and_names_the_one_that_is_lost(case: str, ended: dict[str, list[tuple[int | None, str]]]) -> None:
+    _, culprit, status, message = CASES[case]
+    others = [(found, said) for rank, (found, said) in enumerate(ended[case]) if rank != culprit]
+    assert [found for found, _ in others] == [status] * len(others), ended[case]
+    if message:
+        errors = [said[said.index("error: ") :] for _, said in others if "error: " in said]
+        assert errors, ended[case]
+        assert all(re.search(message, error) and "goes on from the last checkpoint" in error for error in errors), errors
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("hangs")])
+def test_a_rank_that_hangs_says_where(case: str, ended: dict[str, list[tuple[int | None, str]]]) -> None:
+    culprit = CASES[case][1]
+    status, said = ended[case][culprit]
+    assert status == LOST and f"rank {culprit} is here:" in said and "time.sleep(120)" in said

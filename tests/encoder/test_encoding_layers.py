@@ -1,0 +1,78 @@
+"""Layers that only encode: the library's embeddings as closely as half precision allows, and the fused layers' wherever they train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from retriever.config import ModelConfig
+from retriever.data.layout import Packed, pack_rows
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.encoding_layers import EncodingLayers, fuse_for_encoding
+from tests.tiny import MAX_POSITIONS, save_tiny_model
+
+LENGTHS = (90, 41, 17, 3, 1)
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture
+def tokens() -> Packed:
+    generator = torch.Generator().manual_seed(0)
+    return pack_rows([torch.randint(5, 198, (n,), generator=generator).numpy() for n in LENGTHS])
+
+
+def _encoder(folder: Path, layers: str, dtype: torch.dtype | None = None) -> DualEncoder:
+    """Packed, of the library's own, fused or encoding layers, in eval mode."""
+    config = ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS)
+    encoder = DualEncoder.from_pretrained(config, autocast_dtype=dtype)
+    encoder.pack()
+    if layers == "fused":
+        encoder.fuse_layers()
+    elif layers == "encoding":
+        fuse_for_encoding(encoder.passage_tower)
+    return encoder.eval()
+
+
+@pytest.mark.parametrize(("dtype", "distance"), [(torch.bfloat16, 1e-4), (torch.float16, 3e-6)])
+def test_half_precision_embeddings_are_close_to_exact_ones(folder: Path, tokens: Packed, dtype: torch.dtype, distance: float) -> None:
+    """1 − cosine to the library's float32, which is no more than 1.5 times that of the fused layers in the same precision, if any."""
+    with torch.no_grad():
+        exact = _encoder(folder, "plain")("passage", tokens)
+
+        def away(layers: str) -> Tensor:
+            found = _encoder(folder, layers, dtype)("passage", tokens)
+            assert found.dtype == torch.float32
+            return 1 - cosine_similarity(found.double(), exact.double())  # [n]
+
+        encoding, fused = away("encoding"), away("fused")
+    assert 0 < encoding.max() < distance
+    assert encoding.mean() < 1.5 * fused.mean() + 1e-7
+
+
+def test_without_half_precision_or_with_a_graph_they_are_the_fused_layers(folder: Path, tokens: Packed) -> None:
+    """The very bits, in float32 and wherever a gradient is asked for; and the weights keep their names."""
+    with torch.no_grad():
+        assert torch.equal(_encoder(folder, "encoding")("passage", tokens), _encoder(folder, "fused")("passage", tokens))
+    encoders = [_encoder(folder, layers, torch.bfloat16) for layers in ("encoding", "fused")]
+    found = [encoder("passage", tokens) for encoder in encoders]
+    assert found[0].requires_grad and torch.equal(*found)
+    with torch.no_grad():
+        assert not torch.equal(encoders[0]("passage", tokens), found[1])
+    assert isinstance(encoders[0].passage_tower.encoder, EncodingLayers)
+    assert list(encoders[0].state_dict()) == list(_encoder(folder, "plain").state_dict())
+
+
+def test_a_projection_before_the_layers_may_hand_on_half_precision(tmp_path: Path, tokens: Packed) -> None:
+    """ELECTRA's embeddings pass through a matrix product first."""
+    folder = save_tiny_model(tmp_path, "electra")
+    with torch.no_grad():
+        exact, found = (_encoder(folder, *how)("passage", tokens) for how in (("plain",), ("encoding", torch.bfloat16)))
+    assert 0 < (1 - cosine_similarity(found.double(), exact.double())).max() < 1e-4

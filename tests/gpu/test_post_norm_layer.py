@@ -1,0 +1,110 @@
+"""The post-norm layer on a GPU: against its definition, as exact as the library's layer under autocast, and repeatable."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedModel
+
+from kernels.post_norm_layer import Parameters
+from retriever.encoder.fused_layers import fuse
+from retriever.encoder.packed_attention import use_packed_attention
+from retriever.rng import RngState
+from tests.kernels.attention_oracle import texts
+from tests.kernels.oracle import relative_error
+from tests.kernels.test_post_norm_layer import OFF, ON, by_definition, make_layer, make_parameters, make_stream, run
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [4, 256, 17, 90, 33, 64, 5, 128, 201, 76]
+
+
+@pytest.mark.parametrize(("computing", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+@pytest.mark.parametrize("dropouts", [OFF, ON])
+def test_results_and_gradients(computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]) -> None:
+    layer, p = make_layer(dropouts, LENGTHS, device="cuda"), make_parameters(128, 512, torch.float32, scale=0.05, device="cuda")
+    stream = make_stream(sum(LENGTHS), 128, torch.float32, "cuda")
+    exact, exact_stream = Parameters(*(v.detach().double().requires_grad_() for v in p)), stream.detach().double().requires_grad_()
+    out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
+    assert relative_error(out.detach(), want.detach()) < bound
+    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).cuda()
+    got = torch.autograd.grad(out, (stream, *p), dout)
+    expected = torch.autograd.grad(want, (exact_stream, *exact), dout.double())
+    for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
+        if name != "key_bias":  # softmax does not see it
+            assert b.norm() > 0 and relative_error(a, b) < bound, name
+
+
+def make_tower(dropout: float, device: str = "cuda", **sizes: int) -> Any:
+    """Two layers of BERT-base on packed texts, their weights as wide as trained ones."""
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
+    tower = BertModel(config, add_pooling_layer=False).to(device)
+    with torch.no_grad():
+        for name, p in tower.named_parameters():
+            p.normal_(1.0, 0.1) if name.endswith("LayerNorm.weight") else p.normal_(0.0, 0.04)
+    use_packed_attention(tower)
+    return tower
+
+
+def encode(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What the layers make of hidden [T, D] under autocast to `dtype`."""
+    encoder: Any = tower.encoder
+    starts, longest = texts(LENGTHS, hidden.device.type)
+    with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype is not None):
+        return encoder(hidden[None], packed_starts=starts, packed_longest=longest).last_hidden_state[0]
+
+
+def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """By name: at the layers' parameters, at their input, and the output itself."""
+    out = encode(tower, hidden, dtype)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    named = {name: p for name, p in tower.named_parameters() if name.startswith("encoder.")}
+    found = torch.autograd.grad(out, (hidden, *named.values()), weights)
+    return dict(zip(("input", *named), found, strict=True)) | {"output": out.detach()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_as_exact_as_the_library_s_layers(dtype: torch.dtype) -> None:
+    """Errors against float64, dropout off: at most 1.1 times those of transformers' layers under autocast, for each kind of parameter."""
+    hidden = make_stream(sum(LENGTHS), 768, torch.float32, "cuda")
+    library, fused = make_tower(0.0), make_tower(0.0)
+    fuse(fused)
+    theirs, ours = gradients(library, hidden, dtype), gradients(fused, hidden, dtype)
+    exact = gradients(library.double(), hidden.detach().double().requires_grad_(), None)
+    assert ours.keys() == exact.keys()
+    squares: dict[str, Tensor] = {}  # by kind: of our error, of the library's; a single vector's error is too much a matter of chance
+    for name, want in exact.items():
+        assert want.norm() > 0 or name.endswith("key.bias")
+        errors = torch.stack([(found[name].double() - want).square().sum() for found in (ours, theirs)])
+        kind = re.sub(r"layer\.\d+", "layer", name)
+        squares[kind] = squares.get(kind, 0) + errors
+    ratios = {kind: (both[0] / both[1]).sqrt().item() for kind, both in squares.items()}
+    print("error over the library's:", {kind: round(ratio, 2) for kind, ratio in ratios.items()})
+    assert max(ratios.values()) <= 1.1, ratios
+
+
+def test_repeats_and_passes_without_a_graph_give_the_same_bits() -> None:
+    tower, hidden = make_tower(0.1), make_stream(sum(LENGTHS), 768, torch.float32, "cuda")
+    fuse(tower)
+    state = RngState.capture(torch.device("cuda"))
+    with torch.no_grad():
+        without = encode(tower, hidden, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        with state.restored():
+            runs.append(gradients(tower, hidden, torch.bfloat16))
+    assert torch.equal(without, runs[0]["output"])
+    assert all(runs[0][name].any() and torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(encode(tower, hidden, torch.bfloat16), without)  # other masks
+
+
+def test_no_token_is_no_error() -> None:
+    layer, p = make_layer(ON, [0, 0], device="cuda")._replace(longest=1), make_parameters(128, 512, torch.float32, device="cuda")
+    stream = make_stream(0, 128, torch.float32, "cuda")
+    run(stream, layer, p, torch.bfloat16).sum().backward()
+    assert all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))

@@ -1,0 +1,140 @@
+"""The gradient contract in mixed precision over NCCL: ring and gathered passages on several GPUs, against float64 and one GPU."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from retriever.config import LossConfig
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.ring import Ring
+from retriever.parallel.world import World
+from tests.distributed.processes import run_on_ranks
+from tests.kernels.oracle import dense_infonce
+from tests.problems import WholeBatch, random_batch, rank_batch
+
+pytestmark = pytest.mark.multi_gpu
+D = 128
+FLOOR = {"bf16": 1e-4, "high": 2e-6}  # what rounding alone may differ by, whichever way sums are ordered
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of the objective."""
+
+    exchange: str
+    precision: str
+    symmetric: bool
+    margin: float | None
+    ignored: int
+
+    def objective(self) -> ContrastiveObjective:
+        """The objective, with a learned temperature."""
+        return ContrastiveObjective(
+            LossConfig(
+                exchange=self.exchange,  # type: ignore[arg-type]
+                precision=self.precision,  # type: ignore[arg-type]
+                temperature=0.02,
+                learn_temperature=True,
+                symmetric=self.symmetric,
+                false_negative_margin=self.margin,
+            )
+        )
+
+
+CASES = [
+    Case(exchange, precision, symmetric, margin, ignored)
+    for exchange, precision, symmetric, (margin, ignored) in itertools.product(
+        ("ring", "gather"), ("bf16", "high"), (False, True), ((None, 0), (0.15, 9))
+    )
+]
+
+
+def _whole(case: Case, ranks: int) -> WholeBatch:
+    """Three in four passages on the first rank."""
+    draw, whole = random.Random(0), random_batch(queries=900, passages=2100, ignored=case.ignored)
+    return replace(whole, owners=[draw.choice([0, 0, *range(ranks)]) for _ in whole.owners])
+
+
+def _vectors(whole: WholeBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    q, p = (torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids)))
+    p[torch.tensor(whole.positives).clamp(min=0)] += 0.15 * q  # queries find their positives more often than not
+    return tuple(normalize(x, dim=1).float().to(device) for x in (q, p))  # type: ignore[return-value]
+
+
+def _truth(q: Tensor, p: Tensor, whole: WholeBatch, case: Case) -> tuple[Tensor, ...]:
+    """Loss, dqueries, dpassages and the gradient of log scale in float64, from the values that the precision tier computes from."""
+    q, p = (x.bfloat16().double() if case.precision == "bf16" else x.double() for x in (q, p))
+    targets = torch.tensor(whole.positives, device=q.device)
+    column = {i: c for c, i in enumerate(whole.passage_ids)}
+    excluded = torch.zeros(len(q), len(p), dtype=torch.bool, device=q.device)
+    for row, known in enumerate(whole.known):
+        excluded[row, [column[i] for i in known if i in column]] = True
+    if case.margin is not None:
+        similarities = q @ p.T
+        excluded |= similarities > similarities.gather(1, targets.clamp(min=0)[:, None]) + case.margin
+    weights = torch.full((len(q),), 1 / len(q), device=q.device)
+    loss, dq, dp, dscale = dense_infonce(q, p, targets, 50.0, weights, excluded, case.symmetric)
+    return loss.mean(), dq, dp, 50.0 * dscale
+
+
+def _compute(world: World, folder: Path) -> list[list[float]]:
+    """For each case: errors of loss, dqueries, dpassages and the temperature's gradient, squared; then those of one GPU by itself."""
+    return [_errors(world, case) + _errors(World(world.device), case) for case in CASES]
+
+
+def _errors(world: World, case: Case) -> list[float]:
+    whole = _whole(case, world.size)
+    q, p = _vectors(whole, world.device)
+    batch, rows, columns = rank_batch(whole, world.rank, 10**6)
+    objective = case.objective().to(world.device)
+    loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
+    assert objective.log_scale.grad is not None
+    found = [world.sum(loss.double()), dq, dp, world.sum(objective.log_scale.grad)]
+    truth = _truth(q, p, whole, case)
+    expected = [truth[0], truth[1][rows], truth[2][columns], truth[3]]
+    return [float((f.double() - e).norm() / t.norm()) ** 2 for f, e, t in zip(found, expected, truth, strict=True)]
+
+
+def _collectives(world: World, folder: Path) -> list[str]:
+    """What went wrong with rows of equal, unequal and empty ranks."""
+    wrong, size = [], world.size
+    for counts in ([5] * size, [5, 2, 7, 3][:size], [0, 4, 0, 6][:size], [0] * size):
+        every = [torch.full((n, 3), float(rank + 1), device=world.device) for rank, n in enumerate(counts)]
+        found = world.gather_rows(every[world.rank])
+        if found.counts != tuple(counts) or not found.rows.equal(torch.cat(every)):
+            wrong.append(f"gather_rows {counts}: {found.rows.tolist()}")
+        own = world.reduce_rows((world.rank + 1) * torch.cat(every), counts)
+        if not own.equal(every[world.rank] * (size * (size + 1) / 2)):
+            wrong.append(f"reduce_rows {counts}: {own.tolist()}")
+        ring = {owner: block.clone() for owner, block in Ring(world, counts, every[world.rank]).back()}
+        wrong += [f"ring {counts} {owner}" for owner, block in ring.items() if not block.equal(every[owner])]
+    return wrong
+
+
+def test_rows_of_unequal_ranks_travel_unpadded(tmp_path: Path) -> None:
+    for wrong in run_on_ranks(_collectives, min(4, torch.cuda.device_count()), tmp_path, cuda=True):
+        assert wrong == []
+
+
+def test_errors_are_those_of_one_gpu(tmp_path: Path) -> None:
+    """Each gradient's error against float64 is at most 1.1 times that of the whole batch on one GPU in the same precision."""
+    ranks: list[list[list[Any]]] = run_on_ranks(_compute, torch.cuda.device_count(), tmp_path, cuda=True)
+    failures = []
+    for index, case in enumerate(CASES):
+        of_ranks = [rank[index][:4] for rank in ranks]
+        together = [max(part) if i in (0, 3) else sum(part) for i, part in enumerate(zip(*of_ranks, strict=True))]
+        for name, found, alone in zip(("loss", "dqueries", "dpassages", "dscale"), together, ranks[0][index][4:], strict=True):
+            floor = FLOOR[case.precision] * (10 if name in ("loss", "dscale") else 1)  # one number may be right by luck
+            if not found**0.5 <= max(1.1 * alone**0.5, floor):
+                failures.append(f"{case} {name}: {found**0.5:.2g}, on one GPU {alone**0.5:.2g}")
+    assert not failures, "\n".join(failures)

@@ -1,0 +1,58 @@
+"""The kernels of packed attention on a CPU, in fp32, through Triton's interpreter (which has to be chosen before Triton is imported)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import triton
+
+PROGRAM = """
+import torch
+from kernels import attention_long, attention_long_backward, attention_triton
+from kernels.attention import packed_attention
+from tests.kernels.attention_oracle import errors, heads_of, texts
+
+launched = []
+for module, name in ((attention_triton, "_backward_tiles"), (attention_long_backward, "_dkey_blocks")):
+    kernel = getattr(module, name)
+    kernel.run = lambda *a, name=name, run=kernel.run, **k: (launched.append(name), run(*a, **k))[1]
+attention_long._FLOAT[64] = attention_long.Settings(*[attention_long.Blocks(16, 32, 4, 1)] * 3)
+seed = torch.tensor([-(2**40) - 7])
+
+def matches(expected, lengths, groups, d=16, dropout=0.2, fused=False, block=32, **options):
+    attention_triton._FLOAT_TILE = attention_triton.Tile(block, 4, 4)
+    launched.clear()
+    starts, longest = texts(lengths)
+    inputs = heads_of(int(starts[-1]), 2, groups, d, torch.float32, fused=fused)
+    found = errors(inputs, starts, longest, scale=0.4, dropout=dropout, seed=seed, **options)
+    assert launched and set(launched) == {expected}, launched
+    assert max(found.values()) < 2e-6, found
+"""
+CASES = {
+    "tiles": """
+matches("_backward_tiles", [3, 0, 5, 7, 1, 9, 4, 0], 2)
+matches("_backward_tiles", [15, 0, 16, 13], 1, d=24, fused=True, window=3)
+matches("_backward_tiles", [20, 31, 9, 2], 2, dropout=0.0, causal=True, block=64)
+""",
+    "blocks": """
+matches("_dkey_blocks", [40, 0, 20], 1, fused=True)
+matches("_dkey_blocks", [45, 3], 2, causal=True, window=20)
+""",
+}
+
+
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
+    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
+)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + CASES[case]], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

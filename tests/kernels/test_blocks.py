@@ -1,0 +1,89 @@
+"""What a loss that sees its passages block by block asks of the kernels: on the reference, and on Triton's interpreter in fp32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+import triton
+
+from kernels.exclusions import MaskTables
+from kernels.lse import negatives_gradient, negatives_lse
+
+PROGRAM = """
+import numpy, torch
+from kernels.exclusions import MaskTables, known_pairs
+from kernels.lse import Exclusions, negatives_gradient, negatives_lse, on_kernels
+from kernels.targets import pull_targets, target_similarities
+from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
+
+numpy.seterr(over="ignore")
+torch.manual_seed(0)
+B, N, D, scale, dtype = 37, 60, 24, 20.0, torch.{dtype}
+q, p = (torch.nn.functional.normalize(torch.randn(n, D, dtype=dtype), dim=1) for n in (B, N))
+assert on_kernels(q) == {interpreted}
+counts = torch.randint(0, 4, (B,))
+ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+exclusions = Exclusions(torch.arange(N) // 2, ptr, torch.randint(0, N // 2, (int(ptr[-1]),)), 0.15 + 0.1 * torch.randn(B, dtype=dtype))
+targets, weights = torch.randint(0, 20, (B,)), torch.rand(B, dtype=dtype) / B  # all targets are in the first block
+want = dense_infonce(q, p, targets, scale, weights, excluded_matrix(q, p, exclusions), False)
+
+# Blocks of 32 and 28 columns, whose tables are made once.
+blocks = []
+for columns in (slice(0, 32), slice(32, N)):
+    ids = Exclusions(exclusions.passage_ids[columns], ptr, exclusions.known_ids, exclusions.threshold)
+    own = targets if columns.start == 0 else torch.full_like(targets, -1)
+    rows, at = known_pairs(ids)
+    further = at != own[rows]
+    blocks.append((p[columns], MaskTables(rows[further], at[further], own.int(), exclusions.threshold, len(p[columns]))))
+lse = torch.full_like(weights, -torch.inf)
+for block, masks in blocks:
+    lse = torch.logaddexp(lse, negatives_lse(q, block, scale, masks)[0])
+z = scale * target_similarities(q, p, targets)
+log_weights = weights.log() - torch.logaddexp(z, lse)
+dq, parts = None, []
+for block, masks in blocks:
+    before = dq
+    dq, dp = negatives_gradient(q, block, scale, log_weights, None, masks, dqueries=dq)
+    assert before is None or dq is before, "blocks add up in place"
+    parts.append(dp)
+pull_targets(dq, parts[0], q, blocks[0][0], targets, scale * weights * torch.sigmoid(lse - z))
+got = torch.logaddexp(lse - z, torch.zeros_like(z)), dq, torch.cat(parts)
+for x, y in zip(got, want):
+    assert y.norm() > 1e-3 and relative_error(x, y) < {bound}, relative_error(x, y)
+"""
+
+
+def _run(environment: dict[str, str], **values: object) -> None:
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    program = PROGRAM
+    for name, value in values.items():
+        program = program.replace("{" + name + "}", str(value))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | threads | environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_blocks_add_up_to_the_definition_in_float64() -> None:
+    _run({}, dtype="float64", bound=1e-9, interpreted=False)
+
+
+@pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
+    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
+)
+def test_blocks_add_up_to_the_definition_on_the_kernels() -> None:
+    _run({"TRITON_INTERPRET": "1"}, dtype="float32", bound=2e-5, interpreted=True)
+
+
+def test_tables_of_other_shapes_are_refused() -> None:
+    nothing = torch.empty(0, dtype=torch.int64)
+    masks = MaskTables(nothing, nothing, torch.full((3,), -1, dtype=torch.int32), None, 4)
+    with pytest.raises(ValueError, match="tables of 3 rows and 5 columns, received 3 rows and 4 columns"):
+        negatives_lse(torch.ones(3, 2), torch.ones(5, 2), 1.0, masks)
+    with pytest.raises(ValueError, match=r"dqueries: expected a contiguous \[3, 2\]"):
+        negatives_gradient(torch.ones(3, 2), torch.ones(4, 2), 1.0, torch.zeros(3), dqueries=torch.ones(2, 2))

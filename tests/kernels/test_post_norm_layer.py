@@ -1,0 +1,174 @@
+"""A post-norm layer written out, against the same layer in plain torch operations under autograd, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear
+
+from kernels import post_norm_layer as module
+from kernels.dropout_hash import keep_mask
+from kernels.post_norm_layer import Layer, Parameters, factors, post_norm_layer
+from tests.kernels.attention_oracle import dense_attention, texts
+from tests.kernels.oracle import relative_error
+
+HEADS, D, F = 2, 8, 12
+LENGTHS = [7, 1, 12, 0, 3]
+EPS = 1e-5
+ON, OFF = (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)
+
+
+def make_parameters(D: int, F: int, dtype: torch.dtype = torch.float64, scale: float = 0.3, device: str = "cpu") -> Parameters:
+    """Random ones that want gradients, weights of norms around 1."""
+    generator = torch.Generator().manual_seed(D)
+    square, vector, widened, norm = ((D, D), scale), ((D,), scale), ((F, D), scale), ((D,), 0.1)
+    shapes = [square, vector] * 4 + [norm, norm, widened, ((F,), scale), ((D, F), scale), vector, norm, norm]
+    made = [size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape, size in shapes]
+    shifted = [v + 1 if name.endswith("norm_weight") else v for name, v in zip(Parameters._fields, made, strict=True)]
+    return Parameters(*(v.to(device, dtype).requires_grad_() for v in shifted))
+
+
+def make_layer(dropouts: tuple[float, float, float], lengths: list[int] = LENGTHS, heads: int = HEADS, device: str = "cpu") -> Layer:
+    starts, longest = texts(lengths, device)
+    return Layer(heads, EPS, starts, longest, dropouts, torch.tensor([2**40 + 3, 4, 5], device=device).split(1))
+
+
+def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device, dtype).requires_grad_()
+
+
+def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
+    """The stream after the layer, by torch's own operations."""
+
+    def dropped(x: Tensor, place: int) -> Tensor:
+        rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
+        return x * keep_mask(layer.seeds[place], rows, columns, layer.dropouts[place]) / (1 - layer.dropouts[place])
+
+    T, D = stream.shape
+    pairs = ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
+    heads = [linear(stream, *pair).view(T, layer.heads, -1) for pair in pairs]
+    scale = (D // layer.heads) ** -0.5
+    context = dense_attention(*heads, layer.starts, scale=scale, dropout=layer.dropouts[0], seed=layer.seeds[0])
+    added = dropped(linear(context.flatten(1), p.attended_weight, p.attended_bias), 1)
+    middle = layer_norm(stream + added, (D,), p.attended_norm_weight, p.attended_norm_bias, layer.eps)
+    added = dropped(linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2)
+    return layer_norm(middle + added, (D,), p.narrowed_norm_weight, p.narrowed_norm_bias, layer.eps)
+
+
+def run(stream: Tensor, layer: Layer, p: Parameters, dtype: torch.dtype) -> Tensor:
+    """The layer computing in `dtype`, by the mean of its two results."""
+    out, low = post_norm_layer(stream, stream if dtype == stream.dtype else stream.to(dtype), layer, factors(p, dtype), p)
+    assert low.dtype == dtype and torch.equal(low, out.to(dtype))
+    return (out + low.to(out.dtype)) / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computing", "bound"),
+    [
+        (torch.float64, torch.float64, 1e-11),
+        (torch.float32, torch.float32, 2e-5),
+        (torch.float32, torch.bfloat16, 4e-2),
+        (torch.float32, torch.float16, 5e-3),
+    ],
+)
+@pytest.mark.parametrize("dropouts", [OFF, ON])
+def test_results_and_gradients(dtype: torch.dtype, computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]) -> None:
+    layer, p, stream = make_layer(dropouts), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
+    exact, exact_stream = Parameters(*(v.detach().double().requires_grad_() for v in p)), stream.detach().double().requires_grad_()
+    out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
+    assert out.dtype == dtype and relative_error(out.detach(), want.detach()) < bound
+    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    got = torch.autograd.grad(out, (stream, *p), dout.to(dtype))
+    expected = torch.autograd.grad(want, (exact_stream, *exact), dout)
+    for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
+        if name == "key_bias":  # softmax does not see it
+            assert a.abs().max() < bound and b.abs().max() < 1e-12
+        else:
+            assert a.dtype == dtype and b.norm() > 0 and relative_error(a, b) < bound, name
+
+
+@pytest.mark.parametrize("dropouts", [OFF, ON])
+def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._PostNormLayer, "clear_saved_tensors_on_access", False)  # a graph serves gradcheck several times
+    layer, p = make_layer(dropouts, [3, 1]), make_parameters(4, 6)
+
+    def outputs(stream: Tensor, *tensors: Tensor) -> Tensor:
+        return run(stream, layer, Parameters(*tensors), torch.float64)
+
+    assert torch.autograd.gradcheck(outputs, (make_stream(4, 4), *p), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("trained", "products"),
+    [
+        ({"narrowed_norm_weight"}, 0),
+        ({"value_bias", "widened_weight"}, 1),
+        ({"key_weight"}, 1),
+        ({"attended_weight", "narrowed_weight", "query_bias"}, 2),
+    ],
+)
+@pytest.mark.parametrize("from_stream", [True, False])
+def test_frozen_parameters_cost_nothing(trained: set[str], products: int, from_stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained has the gradient it always has, what is frozen has none, and its matrix product does not run."""
+    layer, p, stream = make_layer(ON), make_parameters(D, F), make_stream(sum(LENGTHS), D)
+    weights = torch.randn(stream.shape, dtype=torch.float64)
+    (run(stream, layer, p, torch.float64) * weights).sum().backward()
+    some = Parameters(*(v.detach().requires_grad_(name in trained) for name, v in zip(Parameters._fields, p, strict=True)))
+    calls, gradient = [], module._weight_gradient
+    monkeypatch.setattr(module, "_weight_gradient", lambda *a: (calls.append(1), gradient(*a))[1])
+    beside = stream.detach().requires_grad_(from_stream)
+    (run(beside, layer, some, torch.float64) * weights).sum().backward()
+    assert len(calls) == products
+    assert torch.equal(beside.grad, stream.grad) if from_stream else beside.grad is None
+    for name, got, whole in zip(Parameters._fields, some, p, strict=True):
+        assert torch.equal(got.grad, whole.grad) if name in trained else got.grad is None
+
+
+def test_layers_may_share_their_parameters() -> None:
+    layer, p, stream = make_layer(ON), make_parameters(D, F), make_stream(sum(LENGTHS), D)
+    twice = run(run(stream, layer, p, torch.float64), layer, p, torch.float64)
+    want = by_definition(by_definition(stream, layer, p), layer, p)
+    dout = torch.randn(want.shape, dtype=torch.float64)
+    for got, expected in zip(torch.autograd.grad(twice, p, dout), torch.autograd.grad(want, p, dout), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_bits_are_the_same_without_a_graph_and_again() -> None:
+    layer, p, stream = make_layer(ON), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32)
+    kept = [run(stream, layer, p, torch.bfloat16) for _ in range(2)]
+    with torch.no_grad():
+        without = run(stream, layer, p, torch.bfloat16)
+    with torch.inference_mode():
+        inference = run(stream, layer, p, torch.bfloat16)
+    assert not without.requires_grad and all(torch.equal(kept[0], other) for other in (kept[1], without, inference))
+    gradients = [torch.autograd.grad(out.square().sum(), (stream, *p)) for out in kept]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_result_alone_has_its_gradient(used: int) -> None:
+    """An expanded gradient, as a sum has it, is no trap; nor is the other result's, which is None."""
+    layer, p, stream = make_layer(OFF), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32)
+    post_norm_layer(stream, stream.bfloat16(), layer, factors(p, torch.bfloat16), p)[used].sum().backward()
+    assert p.narrowed_norm_bias.grad is not None  # Σ over rows of 1
+    torch.testing.assert_close(p.narrowed_norm_bias.grad, torch.full((D,), float(len(stream))))
+
+
+def test_no_token_is_no_error() -> None:
+    layer, p, stream = make_layer(ON, [0, 0])._replace(longest=1), make_parameters(D, F), make_stream(0, D)
+    out = run(stream, layer, p, torch.float64)
+    out.sum().backward()
+    assert out.shape == (0, D) and all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))
+
+
+def test_it_is_differentiable_once_and_before_its_parameters_change() -> None:
+    layer, p, stream = make_layer(ON), make_parameters(D, F), make_stream(sum(LENGTHS), D)
+    (first,) = torch.autograd.grad(run(stream, layer, p, torch.float64).square().sum(), stream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    out = run(stream, layer, p, torch.float64)
+    with torch.no_grad():
+        p.narrowed_norm_weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -1,0 +1,51 @@
+"""The predictions for clusters follow their stated formulas, and the page shows what the command prints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from retriever.parallel import cost
+from retriever.parallel.cost import Machine, hiding_queries
+from scripts.plan_cluster import GATHER_SHARE, Model, main, predict
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
+BERT = Model(pairs_per_s=5_000)
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert f"<!-- python -m scripts.plan_cluster -->\n{capsys.readouterr().out}<!-- end -->" in PAGE.read_text(encoding="utf-8")
+
+
+def test_one_gpu_by_hand() -> None:
+    """65,536 pairs: 13.1 s of encoder; 6·65536²·768 operations at 620 TFLOP/s; weights, a chunk's activations, embeddings."""
+    step = predict(65_536, 1, BERT, Machine(), 75.0)
+    assert step.encoder_s == pytest.approx(13.107, abs=1e-3) and step.gradients_s == 0
+    assert step.loss_s == pytest.approx(6 * 65_536**2 * 768 / 620e12, rel=0.01)
+    weights, bucket, activations, embeddings = 16 * 109.5e6, 512 * 2**20, 52 * 12 * 768 * 65_536, 10 * 2 * 65_536 * 768
+    assert step.gib == pytest.approx((weights + bucket + activations + embeddings) / 2**30, rel=1e-6)
+
+
+def test_more_gpus_take_less_time_and_less_memory_each() -> None:
+    """The encoder's part falls as 1/W; the sum of gradients stays below 2·4·P bytes through one link."""
+    steps = [predict(2**24, w, BERT, Machine(), 75.0) for w in (8, 64, 1024)]
+    assert [s.encoder_s * w for s, w in zip(steps, (8, 64, 1024), strict=True)] == pytest.approx([2**24 / 5_000] * 3)
+    assert steps[0].total_s > steps[1].total_s > steps[2].total_s and steps[0].gib > steps[1].gib > steps[2].gib
+    assert all(0 < s.gradients_s < 8 * 109.5e6 / 240e9 for s in steps)
+
+
+def test_a_gather_that_does_not_fit_is_a_ring() -> None:
+    """16M gathered passages and their gradients are 6·n·D = 72 GiB; where a quarter of the memory suffices they are gathered."""
+    assert cost._GATHER_SHARE == GATHER_SHARE, "training chooses by another share"
+    assert predict(2**24, 64, BERT, Machine(), 75.0).exchange == "ring"
+    assert predict(2**24, 64, BERT, Machine(), 310.0).exchange == "gather"
+    assert predict(2**24, 64, BERT, Machine(), 75.0).gib < 75
+
+
+def test_the_pages_figure_for_hidden_traffic_is_the_models() -> None:
+    queries = hiding_queries(Machine(), 64) / 64
+    assert f"about {round(queries, -3):,.0f} queries a GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), queries
+    assert math.isclose(queries, (2 + 4) / 6 * 620e3 / 45, rel_tol=1e-3)
