@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch
+from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
@@ -45,7 +46,7 @@ def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) ->
         retain -= chunk.tokens.input_ids.numel()
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(retain >= 0):
-            output = encoder(chunk.side, chunk.tokens)  # [n, D]
+            output = _encode(encoder, chunk)  # [n, D]
         getattr(representations, chunk.side)[chunk.rows] = output.detach()
         passes.append(output if retain >= 0 else state)
     return representations, passes
@@ -67,7 +68,12 @@ def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Repr
     for chunk, first in zip(batch.chunks, passes, strict=True):
         if isinstance(first, RngState):
             with first.restored():
-                output = encoder(chunk.side, chunk.tokens)  # [n, D]
+                output = _encode(encoder, chunk)  # [n, D]
         else:
             output = first
         output.backward(getattr(gradients, chunk.side)[chunk.rows])
+
+
+def _encode(encoder: DualEncoder, chunk: Chunk) -> Tensor:
+    """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
+    return encoder(chunk.side, chunk.tokens)[: len(chunk.rows)]
