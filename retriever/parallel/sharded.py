@@ -22,7 +22,7 @@ from retriever.parallel.world import World
 class PlacedEncoder:
     """Puts an encoder on its rank's device, in shards where `world.sharded`, and gives it back whole.
 
-    Sharded, parameters are gathered in their own precision: a chunk is computed as it is without shards.
+    Sharded, parameters are gathered in fp32 and rounded as a chunk is computed: a chunk is what it is without shards.
     """
 
     def __init__(self, encoder: DualEncoder, world: World) -> None:
@@ -79,7 +79,9 @@ def _shard(encoder: DualEncoder, world: World) -> None:
         fully_shard(tower, mesh=mesh, reshard_after_forward=True)  # by default the outermost would stay whole until a backward pass
         for module in tower.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # the loss is divided by the global number of queries already
+                # A sum over ranks: the loss is divided by the global number of queries already.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
     def count(*_: object) -> None:
         if world.watch is not None:
