@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from retriever import checkpoint
 from retriever.checkpoint import TrainingState
 from retriever.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
+from retriever.data.chunks import Chunks
 from retriever.data.layout import pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import adapt
@@ -46,12 +47,14 @@ class _Run:
         if self.config.model.lora is not None:
             adapt(self.encoder.towers, self.config.model.lora, seed=0)
         self.placed = PlacedEncoder(self.encoder, world)
-        objective = ContrastiveObjective(self.config.loss).double()
-        self.state = TrainingState(self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, CPU))
+        objective = ContrastiveObjective(self.config.loss).double().to(world.device)
+        self.state = TrainingState(self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, world.device))
         whole = random_batch(queries=7, passages=12, ranks=world.size)
         cut = partial(rank_batch, whole, tokens_per_chunk=BUDGET)
         most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if world.sharded else 0
-        self.batch, _, _ = cut(world.rank, chunks_a_side=most)
+        batch, _, _ = cut(world.rank, chunks_a_side=most)
+        chunks = [partial(chunk.to, world.device) for chunk in batch.chunks]
+        self.batch = replace(batch, chunks=Chunks(chunks, CPU))  # on the device already
 
     def train(self, first: int, last: int) -> list[float]:
         """Norms of the gradients before clipping."""
@@ -81,7 +84,8 @@ def _apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in compared)
 
 
-def _compare(world: World, folder: Path) -> dict[str, Any]:
+def compare(world: World, folder: Path) -> dict[str, Any]:
+    """What the tests below judge, of a run that trains all weights and of one with adapters."""
     return {name: _compare_runs(world, folder, name == "lora") for name in ("all", "lora")}
 
 
@@ -103,8 +107,8 @@ def _compare_runs(world: World, folder: Path, lora: bool) -> dict[str, Any]:
     checkpoint.load(whole.save(run, STEPS), from_whole.state, "f1")
 
     after, expected_tensors = sharded.tensors(), whole.tensors()
-    copy = sharded.placed.whole(CPU)
-    texts = pad_rows(random_batch().query_tokens, 0)
+    copy = sharded.placed.whole(world.device)
+    texts = pad_rows(random_batch().query_tokens, 0).map(lambda t: t.to(world.device))
     with torch.no_grad():
         embeddings = [encoder(side, texts) for side in ("query", "passage") for encoder in (copy, sharded.encoder)]
     parameters = list(sharded.encoder.parameters())
@@ -116,6 +120,7 @@ def _compare_runs(world: World, folder: Path, lora: bool) -> dict[str, Any]:
         "trained": _apart(after, expected_tensors),
         "finished": finished,
         "resumed": [name for name, tensor in again.tensors().items() if not torch.equal(tensor, after[name])],
+        "resumed apart": _apart(again.tensors(), after),
         "resumed whole": _apart(gone_whole.tensors(), expected_tensors),
         "resumed from whole": _apart(from_whole.tensors(), expected_tensors),
         "copy is ordinary": not any(isinstance(t, DTensor) or t.is_meta for t in copy.state_dict().values()),
@@ -128,7 +133,7 @@ def _compare_runs(world: World, folder: Path, lora: bool) -> dict[str, Any]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     save_tiny_model(folder / "model", num_hidden_layers=1)
-    return [run for rank in run_on_ranks(_compare, 2, folder) for run in rank.values()]
+    return [run for rank in run_on_ranks(compare, 2, folder) for run in rank.values()]
 
 
 def test_training_in_shards_is_training(results: list[dict[str, Any]]) -> None:
