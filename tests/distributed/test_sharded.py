@@ -37,7 +37,7 @@ class _Run:
 
     def __init__(self, model: Path, world: World, lora: bool) -> None:
         self.config = Config(
-            model=ModelConfig(str(model), tied=False, query_max_tokens=32, passage_max_tokens=32, lora=LoraConfig() if lora else None),
+            model=ModelConfig(str(model), tied=lora, query_max_tokens=32, passage_max_tokens=32, lora=LoraConfig() if lora else None),
             data=DataConfig(train=(SourceConfig(path="x"),)),
             loss=LossConfig(learn_temperature=True, precision="fp32", temperature=0.1),
             optim=OptimConfig(lr=1e-2, precision="fp32", max_grad_norm=0.1),
