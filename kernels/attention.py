@@ -60,19 +60,19 @@ def packed_attention(
 
 
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> tuple[Tensor, Tensor]:
-    """The output [T, H, d], and for long texts on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
+    """The output [T, H, d], and on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
 
     Arguments as `packed_attention` has them, not checked here.
     """
     if not _on_kernels(query):
-        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query)
     if _in_blocks(query, key, longest):
         from kernels import attention_long
 
         return attention_long.forward(query, key, value, starts, longest, mask)
     from kernels import attention_triton
 
-    return attention_triton.forward(query, key, value, starts, longest, mask), _row_statistics(query, key, longest)
+    return attention_triton.forward(query, key, value, starts, longest, mask)
 
 
 def attention_backward(
@@ -102,7 +102,7 @@ def attention_backward(
     else:
         from kernels import attention_triton
 
-        attention_triton.backward(dout, query, key, value, into, starts, longest, mask)
+        attention_triton.backward(dout, query, key, value, lse, into, starts, longest, mask)
     return into
 
 
@@ -129,7 +129,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    lse: Tensor,
     starts: Tensor,
     longest: int,
     scale: float,
@@ -138,13 +138,13 @@ def _backward(
     causal: bool,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = dout if out is None else out, dout if lse is None else lse  # short texts need neither
+    out = dout if out is None else out  # short texts do not need it
     return attention_backward(dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window))
 
 
 @_forward.register_fake
 def _(query, key, value, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), _row_statistics(query, key, longest)
+    return query.new_empty(query.shape), _row_statistics(query)
 
 
 @_backward.register_fake
@@ -154,7 +154,8 @@ def _(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, starts, *numbers = inputs
-    out, lse = output if _in_blocks(query, key, numbers[0]) else (None, None)
+    out = output[0] if _in_blocks(query, key, numbers[0]) else None
+    lse = output[1]
     longest, scale, dropout, seed, causal, window = numbers
     ctx.numbers = (longest, scale, dropout, causal, window)
     ctx.save_for_backward(query, key, value, out, lse, starts, seed)
@@ -175,13 +176,13 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
         out, lse = attention_forward(query, key, value, starts, longest, mask)
         ctx.longest, ctx.mask = longest, mask
-        needed = (out, lse) if lse.numel() else (starts, starts)
-        ctx.save_for_backward(query, key, value, *needed, starts)
+        ctx.save_for_backward(query, key, value, out if _in_blocks(query, key, longest) else starts, lse, starts)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *attention_backward(gradients[0], *ctx.saved_tensors, ctx.longest, ctx.mask), None, None, None
+        query, key, value, out, lse, starts = ctx.saved_tensors
+        return *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask), None, None, None
 
 
 def _on_kernels(query: Tensor) -> bool:
@@ -198,9 +199,8 @@ def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
     return longest > attention_triton.most_tokens(query, key)
 
 
-def _row_statistics(query: Tensor, key: Tensor, longest: int) -> Tensor:
-    shape = (query.shape[1], query.shape[0]) if _in_blocks(query, key, longest) else (0, 0)
-    return query.new_empty(shape, dtype=torch.float32)
+def _row_statistics(query: Tensor) -> Tensor:
+    return query.new_empty((query.shape[1], query.shape[0]) if _on_kernels(query) else (0, 0), dtype=torch.float32)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_elements import LOG2E, constants, head_key, kept, load_rows, store_rows
 from kernels.attention_reference import Mask
-from kernels.attention_triton import LOG2E, constants, head_key, kept, load_rows, store_rows
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_elements import LOG2E, constants, head_key, kept, load_rows, store_rows
 from kernels.attention_long import Settings, allowed_pairs, keys_seen, place, settings_for
 from kernels.attention_reference import Mask
-from kernels.attention_triton import LOG2E, constants, head_key, kept, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "window"])

@@ -38,7 +38,7 @@ def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: fl
     low, high = seed & WORD, (seed >> 32) & WORD
     key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ heads)  # [H]
     row_word = mix(rows[..., None, :] ^ key[:, None])  # [..., H, R]
-    column_word = mix(columns[..., None, :] ^ mix(key ^ GOLDEN)[:, None])  # [..., H, C]
+    column_word = columns[..., None, :] * GOLDEN + mix(key ^ GOLDEN)[:, None] & WORD  # [..., H, C]
     word = (row_word[..., :, None] ^ column_word[..., None, :]) * FIRST & WORD  # [..., H, R, C]
     word = (word ^ (word >> 16)) * SECOND & WORD
     return word >= drop_below(dropout)

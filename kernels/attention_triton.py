@@ -3,30 +3,24 @@
 
 A program holds the tokens of a few consecutive texts as the rows and columns of one tile of scores, for one head:
 
-    P_ij = 2^(x_ij − max_j x_ij) / Σ_j 2^(…),   x = scale · log₂e · Q Kᵀ where i and j are of one text, else −∞
+    P_ij = 2^(x_ij − lse_i),   lse_i = log₂ Σ_j 2^x_ij,   x = scale · log₂e · Q Kᵀ where i and j are of one text, else −∞
     O = P̃ V,   P̃ = keep ∘ P / (1 − dropout)
     dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout),   dS = P ∘ (dP − Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-The backward computes P again, so that the forward leaves nothing but O; all sums are within a program, so runs repeat bitwise.
+The backward computes P again, from lse. All sums are within a program, so runs repeat bitwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import attention_reference
-from kernels.attention_reference import Mask, drop_below
-
-LOG2E = 1.4426950408889634
-FIRST = tl.constexpr(attention_reference.FIRST)
-SECOND = tl.constexpr(attention_reference.SECOND)
-GOLDEN = tl.constexpr(attention_reference.GOLDEN)
+from kernels.attention_elements import LOG2E, constants, head_key, kept, load_rows, store_rows
+from kernels.attention_reference import Mask
 
 
 @dataclass(frozen=True)
@@ -67,83 +61,40 @@ def tile_for(query: Tensor, longest: int) -> Tile:
 
 
 @triton.jit
-def mix(x):
-    """`attention_reference.mix` on uint32."""
-    x = (x ^ (x >> 16)) * FIRST
-    x = (x ^ (x >> 13)) * SECOND
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def head_key(seed, head):
-    """The word that stands for (seed, head); `seed` points to an int64."""
-    word = tl.load(seed)
-    return mix(mix(mix((word >> 32).to(tl.uint32) ^ GOLDEN) ^ word.to(tl.uint32)) ^ head.to(tl.uint32))
-
-
-@triton.jit
-def kept(key, rows, columns, DROP_BELOW: tl.constexpr):
-    """`attention_reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first token."""
-    word = (mix(rows.to(tl.uint32) ^ key) ^ mix(columns.to(tl.uint32) ^ mix(key ^ GOLDEN))) * FIRST
-    word = (word ^ (word >> 16)) * SECOND
-    return word >= DROP_BELOW
-
-
-@triton.jit
-def load_rows(base, stride, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[R, BLOCK_D]: rows of a head, zeros where not `inside` and beyond D."""
-    dims = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (dims < D)[None, :]
-    return tl.load(base + rows[:, None] * stride + dims[None, :], mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, stride, rows, inside, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes what `load_rows` reads."""
-    dims = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if D != BLOCK_D:
-        mask = mask & (dims < D)[None, :]
-    tl.store(base + rows[:, None] * stride + dims[None, :], x.to(base.dtype.element_ty), mask)
-
-
-@triton.jit
-def _segments(starts, first, per, n, start, rows, inside, TEXTS: tl.constexpr):
+def _segments(starts, first, per, n, start, rows, TEXTS: tl.constexpr):
     """Which of the tile's texts each row belongs to; rows behind the last text form one of their own."""
-    if TEXTS == 1:
-        return tl.where(inside, 0, 1)
-    else:
-        texts = tl.arange(0, TEXTS)
-        ends = tl.load(starts + first + 1 + texts, (texts < per) & (first + texts < n), other=2147483647) - start
-        return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+    texts = tl.arange(0, TEXTS)
+    ends = tl.load(starts + first + 1 + texts, (texts < per) & (first + texts < n), other=2147483647) - start
+    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
 
 
 @triton.jit
-def _exponentials(q, k, segments, rows, scale_log2, window, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
-    """2^(x_ij − max_j x_ij) [R, R] and its row sums; every row sees itself, so no sum is empty."""
+def _scores(q, k, segments, rows, inside, window, CAUSAL: tl.constexpr, TEXTS: tl.constexpr, PRECISION: tl.constexpr):
+    """⟨q_i, k_j⟩ [R, R], −∞ where row i does not look at row j; anything in rows that are not `inside`."""
     x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    allowed = segments[:, None] == segments[None, :]
+    if TEXTS == 1:
+        x += tl.where(inside, 0.0, -float("inf"))[None, :]
+    else:
+        x = tl.where(segments[:, None] == segments[None, :], x, -float("inf"))
     if CAUSAL:
-        allowed = allowed & (rows[None, :] <= rows[:, None])
+        x = tl.where(rows[None, :] <= rows[:, None], x, -float("inf"))
     if window is not None:
-        allowed = allowed & (tl.abs(rows[:, None] - rows[None, :]) <= window)
-    x = tl.where(allowed, x, -float("inf"))
-    e = tl.exp2(x * scale_log2 - (tl.max(x, 1) * scale_log2)[:, None])
-    return e, tl.sum(e, 1)
+        x = tl.where(tl.abs(rows[:, None] - rows[None, :]) <= window, x, -float("inf"))
+    return x
 
 
-@triton.jit(do_not_specialize=["n", "per", "window"])
+@triton.jit(do_not_specialize=["n", "per", "tokens", "window"])
 def _forward_tiles(
     query,
     key,
     value,
     out,  # [T, H, d], contiguous
+    lse,  # [H, T]
     starts,  # [n + 1] int32
     seed,  # [1] int64 or None
     n,
     per,  # texts of a tile
+    tokens,  # T
     heads,
     query_stride,  # from token to token
     query_head,  # from head to head
@@ -171,25 +122,32 @@ def _forward_tiles(
         return
     rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = _segments(starts, first, per, n, start, rows, inside, TEXTS)
+    segments = rows
+    if TEXTS > 1:
+        segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
     k = load_rows(key + token * key_stride + head // GROUP * key_head, key_stride, rows, inside, D, BLOCK_D)
     v = load_rows(value + token * value_stride + head // GROUP * value_head, value_stride, rows, inside, D, BLOCK_D)
-    e, total = _exponentials(q, k, segments, rows, scale_log2, window, CAUSAL, PRECISION)
+    x = _scores(q, k, segments, rows, inside, window, CAUSAL, TEXTS, PRECISION)
+    top = tl.max(x, 1) * scale_log2
+    e = tl.exp2(x * scale_log2 - top[:, None])
+    total = tl.sum(e, 1)
+    tl.store(lse + head.to(tl.int64) * tokens + start + rows, top + tl.log2(total), inside)
     if DROP_BELOW > 0:
-        tokens = start + rows
-        e = tl.where(kept(head_key(seed, head), tokens[:, None], tokens[None, :], DROP_BELOW), e, 0.0)
+        places = start + rows
+        e = tl.where(kept(head_key(seed, head), places[:, None], places[None, :], DROP_BELOW), e, 0.0)
     o = tl.dot(e.to(v.dtype), v, input_precision=PRECISION) * (KEEP_SCALE / total)[:, None]
     store_rows(out + (token * heads + head) * D, heads * D, rows, inside, o, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n", "per", "window"])
+@triton.jit(do_not_specialize=["n", "per", "tokens", "window"])
 def _backward_tiles(
     dout,
     query,
     key,
     value,
+    lse,  # [H, T]
     dquery,  # [T, H, d], each token's heads contiguous
     dkey,  # [T, G, d], each token's heads contiguous
     dvalue,
@@ -197,6 +155,7 @@ def _backward_tiles(
     seed,
     n,
     per,
+    tokens,
     key_heads,
     dout_stride,
     dout_head,
@@ -229,7 +188,9 @@ def _backward_tiles(
         return
     rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = _segments(starts, first, per, n, start, rows, inside, TEXTS)
+    segments = rows
+    if TEXTS > 1:
+        segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     k = load_rows(key + token * key_stride + group * key_head, key_stride, rows, inside, D, BLOCK_D)
     v = load_rows(value + token * value_stride + group * value_head, value_stride, rows, inside, D, BLOCK_D)
@@ -239,11 +200,12 @@ def _backward_tiles(
         head = group * GROUP + member
         q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
         do = load_rows(dout + token * dout_stride + head * dout_head, dout_stride, rows, inside, D, BLOCK_D)
-        e, total = _exponentials(q, k, segments, rows, scale_log2, window, CAUSAL, PRECISION)
-        p = e * (1.0 / total)[:, None]
+        row_lse = tl.load(lse + head.to(tl.int64) * tokens + start + rows, inside, other=float("inf"))
+        x = _scores(q, k, segments, rows, inside, window, CAUSAL, TEXTS, PRECISION)
+        p = tl.exp2(x * scale_log2 - row_lse[:, None])
         if DROP_BELOW > 0:  # the sign remembers what was dropped: a mask beside it would cost registers
-            tokens = start + rows
-            p = tl.where(kept(head_key(seed, head), tokens[:, None], tokens[None, :], DROP_BELOW), p, -p)
+            places = start + rows
+            p = tl.where(kept(head_key(seed, head), places[:, None], places[None, :], DROP_BELOW), p, -p)
         dv = tl.dot(tl.trans(tl.maximum(p, 0.0).to(do.dtype)), do, dv, input_precision=PRECISION)
         if member == GROUP - 1:  # written before dP needs the registers
             store_rows(dvalue + token * dkey_stride + group * D, dkey_stride, rows, inside, dv * KEEP_SCALE, D, BLOCK_D)
@@ -257,32 +219,24 @@ def _backward_tiles(
     store_rows(dkey + token * dkey_stride + group * D, dkey_stride, rows, inside, dk * (scale * KEEP_SCALE), D, BLOCK_D)
 
 
-def constants(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any]:
-    """What every kernel of packed attention is compiled for, beside its blocks."""
-    return {
-        "GROUP": query.shape[1] // key.shape[1],
-        "CAUSAL": mask.causal,
-        "DROP_BELOW": drop_below(mask.dropout),
-        "KEEP_SCALE": 1 / (1 - mask.dropout),
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
-        "D": query.shape[2],
-        "BLOCK_D": max(triton.next_power_of_2(query.shape[2]), 16),
-    }
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """The output [T, H, d] in the inputs' dtype and lse [H, T] float32, in base 2.
 
-
-def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, tile: Tile | None = None) -> Tensor:
-    """The output [T, H, d] in the inputs' dtype; arguments as `kernels.attention.packed_attention` has them, texts that `fits`."""
-    out = query.new_empty(query.shape)
+    Arguments as `kernels.attention.packed_attention` has them; texts of at most `most_tokens`.
+    """
+    out, lse = query.new_empty(query.shape), query.new_empty((query.shape[1], len(query)), dtype=torch.float32)
     tile, n = tile or tile_for(query, longest), len(starts) - 1
     per = tile.block // longest
     heads = query.shape[1]
     if n and len(query):
         _forward_tiles[(triton.cdiv(n, per) * heads,)](
-            query, key, value, out, starts, mask.seed, n, per, heads,
+            query, key, value, out, lse, starts, mask.seed, n, per, len(query), heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block, num_warps=tile.forward_warps,
         )  # fmt: skip
-    return out
+    return out, lse
 
 
 def backward(
@@ -290,6 +244,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    lse: Tensor,
     into: tuple[Tensor, Tensor, Tensor],
     starts: Tensor,
     longest: int,
@@ -298,13 +253,13 @@ def backward(
 ) -> None:
     """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them.
 
-    Those of key and value have one stride from token to token, and a token's heads are contiguous.
+    `lse` as forward gave it. The gradients of key and value have one stride from token to token, and a token's heads are contiguous.
     """
     tile, n = tile or tile_for(query, longest), len(starts) - 1
     per = tile.block // longest
     if n and len(query):
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
-            dout, query, key, value, *into, starts, mask.seed, n, per, key.shape[1],
+            dout, query, key, value, lse, *into, starts, mask.seed, n, per, len(query), key.shape[1],
             *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0), into[1].stride(0),
             mask.scale, mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,

@@ -167,7 +167,7 @@ def most_retained(forecast: Forecast, usable_bytes: float) -> int:
     return sums[fitting - 1] + (int(room / dearest) if fitting == len(sums) and dearest > 0 else 0)
 
 
-def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.02) -> int:
+def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.04) -> int:
     """The smallest of the sizes beyond which seconds a token fall by no more than `tolerance`, from (size, seconds a token)."""
     least = min(seconds for _, seconds in seconds_per_token)
     return min(size for size, seconds in seconds_per_token if seconds <= (1 + tolerance) * least)

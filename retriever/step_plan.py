@@ -129,7 +129,7 @@ class StepPlanner:
         return settled_size(tried) if tried else 0
 
     def _seconds_per_token(self, side: Side, size: int) -> float | None:
-        """Of a middle chunk through both passes; None where a step of such chunks does not fit."""
+        """Of a middle chunk through both passes, less what retention spares; None where a step of such chunks does not fit."""
         chunks = self._workload(size).chunks[side]
         chunk = random_chunk(chunks[middle(len(chunks))], self._vocabulary(side), packed=self._encoder.packed)
         try:
@@ -138,9 +138,13 @@ class StepPlanner:
             torch.cuda.empty_cache()
             return None
         part = self._memory
-        needed = part.weights + part.optimizer + part.gradients + 2 * part.representations + cost.backward_bytes
-        fits = self._usable is None or needed <= self._usable
-        return (cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens if fits else None
+        room = (self._usable or 0.0) - part.weights - part.optimizer - part.gradients - 2 * part.representations
+        if room < cost.backward_bytes:
+            return None
+        fitting = int((room - cost.backward_bytes + cost.kept_bytes) / cost.kept_bytes) * cost.tokens
+        retain = fitting if self._config.batch.retain == "auto" else retained_tokens(self._config.batch)
+        replayed = 1 - min(1.0, retain / self._workload(size).tokens)
+        return (replayed * cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens
 
     def _workload(self, size: int) -> Workload:
         return Workload(self._queries, self._lengths, size, self._encoder.packed)

@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     check_environment()
+    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from retriever.data.records import DataError
     from retriever.export import ExportError
     from retriever.parallel.watch import INTERRUPTION, RankError
@@ -128,7 +130,7 @@ def _train(
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
-            accelerator.print(preflight.plan_lines(forecast, config, total))
+            accelerator.print(preflight.plan_lines(forecast, total))
         for warning in preflight.warnings(config, tokenizer, total):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:

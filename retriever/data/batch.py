@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from retriever.config import Config, ConfigError, ModelConfig
+from retriever.data.chunk_builders import chunk_builders
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
-from retriever.data.layout import Packed, Padded
 from retriever.data.planner import GlobalBatch, Planner, known_positives, owners, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.teacher import false_negatives, scored_groups
@@ -151,34 +151,25 @@ class BatchLoader:
                 yield batch
 
     def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
-        return self._template.lengths(self._tables[side].lengths[rows], self._max_tokens[side])
+        return self._template.lengths(self._tables[side].lengths_of(rows), self._max_tokens[side])
 
     def _most_chunks(self, whole: GlobalBatch) -> tuple[int, int]:
         """Chunks of queries and of passages, each on the rank that has most of them."""
         sides = self._lengths("query", whole.queries), self._lengths("passage", whole.passages)
-        ranks = range(self._world_size)
         queries, passages = (
-            max(len(self._plan(lengths[owner == rank])) for rank in ranks)
+            max(len(plan_chunks(lengths[owner == rank], self._tokens_per_chunk, packed=self._packed)) for rank in range(self._world_size))
             for lengths, owner in zip(sides, owners(whole, *sides, self._world_size), strict=True)
         )
         return queries, passages
 
-    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
-        return plan_chunks(lengths, self._tokens_per_chunk, packed=self._packed)
-
     def _builders(self, side: Side, rows: np.ndarray, at_least: int) -> list[Callable[[], Chunk]]:
-        plan = self._plan(self._lengths(side, rows))
-        builders: list[Callable[[], Chunk]] = [partial(self._build, side, positions, rows[positions]) for positions in plan]
-        return builders + [partial(filler, side, packed=self._packed)] * (at_least - len(plan))
-
-    def _build(self, side: Side, positions: np.ndarray, rows: np.ndarray) -> Chunk:
-        room = self._max_tokens[side] - self._template.special_tokens
-        tokens, counts = self._tables[side].gather(rows, room, keep_end=self._template.keep_end)
-        layout: Padded | Packed
-        if self._packed:
-            input_ids, starts, places = self._template.pack_rows(tokens, counts)
-            longest = int(counts.max()) + self._template.special_tokens
-            layout = Packed(torch.from_numpy(input_ids), torch.from_numpy(places), torch.from_numpy(starts), longest)
-        else:
-            layout = Padded(*map(torch.from_numpy, self._template.wrap_rows(tokens, counts)))
-        return Chunk(side, torch.from_numpy(positions), layout)
+        builders = chunk_builders(
+            side,
+            self._tables[side],
+            rows,
+            self._template,
+            max_tokens=self._max_tokens[side],
+            tokens_per_chunk=self._tokens_per_chunk,
+            packed=self._packed,
+        )
+        return builders + [partial(filler, side, packed=self._packed)] * (at_least - len(builders))

@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from retriever.config import ConfigError
+from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.encoding_layers import fuse_for_encoding
+from retriever.encoder.modes import use
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
@@ -155,15 +156,19 @@ def load_encoder(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
+    _make_fast(encoder, attention, compiled)
+    return EncoderBundle(encoder.eval(), load_tokenizer(name), settings)
+
+
+def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padded"], compiled: bool) -> None:
+    """Packs, and puts in the layers that encode fastest; raises ConfigError where packed texts have other embeddings."""
     gpu = encoder.device.type == "cuda"
-    if attention == "packed" or (attention == "auto" and gpu and encoder.can_pack):
-        encoder.pack()
-    if encoder.packed and gpu and encoder.can_fuse:
+    packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
+    fused = packed and gpu and encoder.can_fuse
+    use(encoder, ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused))
+    if fused:
         for tower in encoder.each_tower:
             fuse_for_encoding(tower)
-    elif compiled:
-        encoder.compile_layers()
-    return EncoderBundle(encoder.eval(), load_tokenizer(name), settings)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

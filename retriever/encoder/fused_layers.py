@@ -5,10 +5,13 @@ Dropout masks are functions of seeds that each forward pass draws, so a pass wit
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -57,8 +60,8 @@ class FusedLayers(nn.Module):
     """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is not.
 
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every operation in
-    place, or by another place in memory; writing through `weight.data` in place is seen by neither. Graphs kept from before a change
-    cannot be differentiated after it.
+    place and, from here on, for every step of an optimizer, or by another place in memory. Writing through `weight.data` in place is seen
+    by neither. Graphs kept from before a change cannot be differentiated after it.
     """
 
     def __init__(self, layer: nn.ModuleList) -> None:
@@ -82,7 +85,7 @@ class FusedLayers(nn.Module):
         with torch.autocast(device.type, enabled=False):
             for i, place in enumerate(self._places):
                 layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
-                parameters = Parameters(*(tensor for module in place.holders for tensor in (module.weight, module.bias)))
+                parameters = _read_parameters(place.holders)
                 stream, rounded = post_norm_layer(stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
@@ -111,8 +114,13 @@ def _holders(layer: Any) -> tuple[nn.Linear | nn.LayerNorm, ...]:
     return own.query, own.key, own.value, attended.dense, norms[0], layer.intermediate.dense, narrowed.dense, norms[1]
 
 
+def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
+    """Their weights and biases, past the slow way by which a module finds an attribute."""
+    return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
+
+
 def _parameters(layer: Any) -> Parameters:
-    return Parameters(*(tensor for module in _holders(layer) for tensor in (module.weight, module.bias)))
+    return _read_parameters(_holders(layer))
 
 
 def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
@@ -121,3 +129,12 @@ def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
 
 def _shape(layer: Any) -> tuple[int, float]:
     return layer.attention.self.num_attention_heads, layer.output.LayerNorm.eps
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimizers write to parameters without counting a version."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_versions)

@@ -42,7 +42,7 @@ def run(bench: Bench, sizes: Sequence[int], forms_at: int, recomputing_at: int, 
         if "bigbatch" in methods:
             bench.measure_form(queries, AUTO)
             bench.save()
-        if "floor" in methods:
+        if "floor" in methods and queries <= max(forms_at, min(sizes)):
             bench.measure_floor(queries)
             bench.save()
     forms = [(forms_at, form) for form in FORMS] + [(recomputing_at, form) for form in RECOMPUTING]

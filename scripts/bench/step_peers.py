@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,10 +105,11 @@ def _seconds(work: Work, call: Callable[[], object]) -> float:
 
 
 def sentence_transformers_step(work: Work) -> PairStep:
-    """CachedMultipleNegativesRankingLoss under bf16 autocast, and AdamW. Raises ImportError where the package is not installed."""
+    """CachedMultipleNegativesRankingLoss in bf16, and AdamW. Raises ImportError where the package is not installed."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     with tempfile.TemporaryDirectory() as folder:
         work.tower().save_pretrained(folder)
@@ -116,14 +117,15 @@ def sentence_transformers_step(work: Work) -> PairStep:
         transformer = Transformer(folder, max_seq_length=PASSAGE_MAX_TOKENS)
         pooling = Pooling(work.model.hidden_size, "mean")
         model = SentenceTransformer(modules=[transformer, pooling], device=str(work.device)).train()
+    # As its trainer does it: bf16 inside the model, the similarities in fp32.
+    model.forward = torch.autocast(work.device.type, dtype=torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=work.device.type == "cuda")
 
     def step(queries: Features, passages: Features, size: MiniBatch) -> None:
-        budget = {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}  # unknown to versions before 6.1
+        budget: dict[str, Any] = {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}  # unknown to versions before 6.1
         loss = CachedMultipleNegativesRankingLoss(model, scale=_SCALE, mini_batch_size=size.texts, **budget)
         labels = torch.arange(len(queries["input_ids"]), device=work.device)
-        with torch.autocast(work.device.type, dtype=torch.bfloat16):  # the second pass runs inside of backward
-            loss([dict(queries), dict(passages)], labels).backward()
+        loss([dict(queries), dict(passages)], labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

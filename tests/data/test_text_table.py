@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,27 @@ def test_gathered_rows_are_the_texts_cut(table: TextTable, limit: int, keep_end:
     assert table.lengths_of(rows).tolist() == [len(table.tokens(row)) for row in rows]
     tokens, counts = table.gather(rows[:0], limit, keep_end=keep_end)
     assert len(tokens) == len(counts) == 0
+
+
+def test_what_the_writer_holds_does_not_grow_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the texts, the same peak of memory: no list of lengths, ids or tokens is kept."""
+    monkeypatch.setattr(text_table, "_BATCH_TEXTS", 100)
+    tokenizer = tiny_tokenizer()
+
+    def peak_bytes(texts: int) -> int:
+        tracemalloc.start()
+        try:
+            with TextTableWriter(tmp_path / str(texts), tokenizer) as writer:
+                for number in range(texts):
+                    writer.add(str(number), "the river")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak_bytes(1_000)
+    few, many = peak_bytes(2_000), peak_bytes(20_000)
+    assert len(TextTable(tmp_path / "20000")) == 20_000
+    assert many < few + 100_000, "18,000 lengths alone are 144,000 bytes"
 
 
 def test_an_error_of_the_tokenizer_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

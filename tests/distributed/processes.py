@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, po
     make_strict()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic products are refused
         torch.cuda.set_device(device)
     if world_size == 1:
         result = function(World(device), folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, pack_rows
+from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.fused_layers import FAMILY, FusedLayers
 from retriever.rng import RngState
@@ -83,6 +85,114 @@ def test_weights_keep_their_names_in_memory_and_on_disk(folder: Path, tmp_path: 
     files = [tmp_path / name / "model.safetensors" for name in ("plain", "fused")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (tmp_path / "plain" / "config.json").read_text() == (tmp_path / "fused" / "config.json").read_text()
+
+
+def _fused_bert(tmp_path: Path, dtype: torch.dtype | None = torch.bfloat16) -> DualEncoder:
+    encoder = _packed(save_tiny_model(tmp_path / "bert"), fused=True).eval()
+    encoder.autocast_dtype = dtype
+    return encoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_the_library_s(folder: Path, tokens: Packed, dtype: torch.dtype) -> None:
+    """Embeddings that a linear layer projects (electra's) come rounded; parameters get gradients in their own dtype all the same."""
+    exact, plain, fused = _packed(folder, fused=False).double(), _packed(folder, fused=False), _packed(folder, fused=True)
+    plain.autocast_dtype = fused.autocast_dtype = dtype
+    want, theirs, ours = (encoder.eval()("passage", tokens) for encoder in (exact, plain, fused))
+    direction = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for embeddings in (want, theirs, ours):
+        (embeddings * direction).sum().backward()
+    assert ours.dtype == torch.float32 and (ours - want).norm() <= 1.2 * (theirs - want).norm()
+    errors = [sum((p.grad.double() - q.grad).square().sum() for p, q in _pairs(encoder, exact)) for encoder in (fused, plain)]
+    assert all(p.grad.dtype == p.dtype and p.grad.any() for p in fused.parameters())
+    assert errors[0] ** 0.5 <= 1.2 * errors[1] ** 0.5
+
+
+def _pairs(first: DualEncoder, second: DualEncoder) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    return list(zip(first.parameters(), second.parameters(), strict=True))
+
+
+def _step(optimizer: type[torch.optim.Optimizer], **settings: object) -> Callable[[DualEncoder, Packed], None]:
+    def step(encoder: DualEncoder, tokens: Packed) -> None:
+        encoder("passage", tokens).square().sum(1).add(encoder("passage", tokens)[:, 0]).sum().backward()
+        optimizer(encoder.parameters(), lr=0.05, **settings).step()  # type: ignore[arg-type]
+
+    return step
+
+
+def _load(encoder: DualEncoder, *, assign: bool) -> None:
+    for _ in range(2):  # twice: what was loaded first is freed, and its memory may be used again
+        encoder.load_state_dict({name: v + 0.1 * torch.randn_like(v) for name, v in encoder.state_dict().items()}, assign=assign)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _step(torch.optim.AdamW, fused=True),
+        _step(torch.optim.AdamW, foreach=True),
+        _step(torch.optim.SGD, foreach=False),
+        _step(torch.optim.SGD, fused=True),
+        lambda encoder, _: _load(encoder, assign=False),
+        lambda encoder, _: _load(encoder, assign=True),
+        lambda encoder, _: encoder.half().float(),
+        lambda encoder, _: encoder.bfloat16().double(),
+    ],
+    ids=["fused AdamW", "AdamW", "SGD", "fused SGD", "load", "assign", "half and back", "to double"],
+)
+def test_a_change_of_weights_is_seen(tmp_path: Path, tokens: Packed, change: Callable[[DualEncoder, Packed], None]) -> None:
+    encoder = _fused_bert(tmp_path)
+    with torch.no_grad():
+        before = encoder("passage", tokens)
+    change(encoder, tokens)
+    with torch.no_grad():
+        found = encoder("passage", tokens)
+        encoder.passage_tower.encoder._rounded.clear()
+        expected = encoder("passage", tokens)
+    assert torch.equal(found, expected) and not torch.equal(before.double(), found.double())
+
+
+def test_weights_are_rounded_once_a_step(tmp_path: Path, tokens: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, calls = _fused_bert(tmp_path), []
+    original = fused_layers.factors
+    monkeypatch.setattr(fused_layers, "factors", lambda *a: (calls.append(1), original(*a))[1])
+    step = _step(torch.optim.AdamW, fused=True)
+    step(encoder, tokens)
+    assert len(calls) == 2  # layers, of two chunks
+    step(encoder, tokens)
+    assert len(calls) == 4
+
+
+def test_copies_have_their_own_weights(tmp_path: Path, tokens: Packed) -> None:
+    encoder = _fused_bert(tmp_path)
+    with torch.no_grad():
+        before = encoder("passage", tokens)
+    other = copy.deepcopy(encoder)
+    assert not other.training and not other.passage_tower.encoder._rounded
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+        assert not torch.equal(other("passage", tokens), before) and torch.equal(encoder("passage", tokens), before)
+    other("passage", tokens)[:, 0].sum().backward()
+    assert all(p.grad is None for p in encoder.parameters()) and all(p.grad is not None for p in other.parameters())
+
+
+def test_training_after_encoding_in_inference_mode(tmp_path: Path, tokens: Packed) -> None:
+    encoder = _fused_bert(tmp_path)
+    with torch.inference_mode():
+        first = encoder("passage", tokens)
+    again = encoder("passage", tokens)
+    again[:, 0].sum().backward()
+    assert torch.equal(first, again) and all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+
+
+def test_frozen_layers_and_embeddings_get_no_gradient(tmp_path: Path, tokens: Packed) -> None:
+    encoder = _fused_bert(tmp_path, None)
+    tower = encoder.passage_tower
+    for module in (tower.embeddings, tower.encoder.layer[0]):
+        module.requires_grad_(False)
+    encoder("passage", tokens)[:, 0].sum().backward()
+    trained = {id(p) for p in tower.encoder.layer[1].parameters()}
+    assert all((p.grad is not None and p.grad.any()) if id(p) in trained else p.grad is None for p in encoder.parameters())
 
 
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:

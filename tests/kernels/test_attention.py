@@ -62,7 +62,7 @@ def _hash(seed: int, head: int, row: int, column: int) -> int:
         return x ^ (x >> 16)
 
     key = mix(mix(mix((seed >> 32 & word) ^ 0x9E3779B9) ^ (seed & word)) ^ head)
-    x = ((mix(row ^ key) ^ mix(column ^ mix(key ^ 0x9E3779B9))) * 0x85EBCA6B) & word
+    x = ((mix(row ^ key) ^ ((column * 0x9E3779B9 + mix(key ^ 0x9E3779B9)) & word)) * 0x85EBCA6B) & word
     return ((x ^ (x >> 16)) * 0xC2B2AE35) & word
 
 
@@ -122,7 +122,7 @@ def test_the_operator_keeps_the_rules_of_operators() -> None:
     torch.library.opcheck(attention._forward, (*inputs, starts, longest, 0.3, 0.1, SEED, False, 3))
     weights = torch.randn(inputs[0].shape)
     plain = [x.detach() for x in inputs]
-    torch.library.opcheck(attention._backward, (weights, *plain, None, None, starts, longest, 0.3, 0.1, SEED, True, None))
+    torch.library.opcheck(attention._backward, (weights, *plain, None, torch.empty(0, 0), starts, longest, 0.3, 0.1, SEED, True, None))
 
 
 def test_compiled_as_one_call_whatever_the_longest_text() -> None:

@@ -82,6 +82,14 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
         compiles(kernel, signature, constants, arch, warps)
 
 
+def test_norm_compiles_for_a_float16_stream() -> None:
+    types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(("residual", "normed"), "*fp16")
+    types |= dict.fromkeys(("x", "low"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
+    rows, block_d, warps = fused_norm_triton._block(fused_norm_triton.FORWARD, 768)
+    constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d}
+    compiles(fused_norm_triton._norm_forward, types, constants, 90, warps)
+
+
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
 def test_gelu_compiles(arch: int) -> None:
     forward = {"x": "*bf16", "bias": "*fp32", "out": "*bf16", "T": "i32"}

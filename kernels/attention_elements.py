@@ -1,0 +1,75 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What all Triton kernels of packed attention share: the dropout mask, rows of a head in memory, and what they are compiled for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import attention_reference
+from kernels.attention_reference import Mask, drop_below
+
+LOG2E = 1.4426950408889634
+FIRST = tl.constexpr(attention_reference.FIRST)
+SECOND = tl.constexpr(attention_reference.SECOND)
+GOLDEN = tl.constexpr(attention_reference.GOLDEN)
+
+
+@triton.jit
+def mix(x):
+    """`attention_reference.mix` on uint32."""
+    x = (x ^ (x >> 16)) * FIRST
+    x = (x ^ (x >> 13)) * SECOND
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def head_key(seed, head):
+    """The word that stands for (seed, head); `seed` points to an int64."""
+    word = tl.load(seed)
+    return mix(mix(mix((word >> 32).to(tl.uint32) ^ GOLDEN) ^ word.to(tl.uint32)) ^ head.to(tl.uint32))
+
+
+@triton.jit
+def kept(key, rows, columns, DROP_BELOW: tl.constexpr):
+    """`attention_reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first token."""
+    word = (mix(rows.to(tl.uint32) ^ key) ^ (columns.to(tl.uint32) * GOLDEN + mix(key ^ GOLDEN))) * FIRST
+    word = (word ^ (word >> 16)) * SECOND
+    return word >= DROP_BELOW
+
+
+@triton.jit
+def load_rows(base, stride, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[R, BLOCK_D]: rows of a head, zeros where not `inside` and beyond D."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dims < D)[None, :]
+    return tl.load(base + rows[:, None] * stride + dims[None, :], mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, rows, inside, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes what `load_rows` reads."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = inside[:, None]
+    if D != BLOCK_D:
+        mask = mask & (dims < D)[None, :]
+    tl.store(base + rows[:, None] * stride + dims[None, :], x.to(base.dtype.element_ty), mask)
+
+
+def constants(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any]:
+    """What every kernel of packed attention is compiled for, beside its blocks."""
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "CAUSAL": mask.causal,
+        "DROP_BELOW": drop_below(mask.dropout),
+        "KEEP_SCALE": 1 / (1 - mask.dropout),
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "ieee",
+        "D": query.shape[2],
+        "BLOCK_D": max(triton.next_power_of_2(query.shape[2]), 16),
+    }

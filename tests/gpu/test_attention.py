@@ -1,0 +1,126 @@
+"""Packed attention on a GPU: against float64, against itself in other tiles, and at addresses beyond 2³¹."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention_triton
+from kernels.attention import packed_attention
+from kernels.attention_reference import Mask
+from tests.kernels.attention_oracle import errors, heads_of, texts
+from tests.kernels.oracle import relative_error
+
+pytestmark = pytest.mark.gpu
+
+SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
+CASES: list[tuple[list[int], int, int, int, dict[str, Any]]] = [
+    (SHORT, 12, 12, 64, {}),
+    (SHORT, 6, 6, 32, {"causal": True}),
+    ([30, 20, 31, 9, 32], 12, 12, 64, {"window": 3}),
+    ([64, 40, 1, 50], 12, 12, 64, {"causal": True, "window": 5}),
+    ([90, 70, 0, 96], 12, 12, 64, {}),
+    ([100, 65, 127, 128, 0, 90], 12, 12, 64, {"window": 40}),
+    ([60, 33, 64], 12, 4, 64, {}),
+    ([60, 33, 64], 8, 8, 96, {}),
+    ([100, 128, 80], 8, 2, 128, {"causal": True, "window": 30}),
+    ([200, 130, 0, 257], 12, 12, 64, {}),
+    ([300, 130, 20], 8, 2, 80, {"causal": True, "window": 100}),
+    ([40, 90, 20], 4, 1, 256, {"causal": True}),
+]
+BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-6}
+
+
+def seed() -> Tensor:
+    return torch.tensor([-(2**40) - 7], device="cuda")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_matches_float64(case: int, dtype: torch.dtype) -> None:
+    lengths, heads, groups, d, options = CASES[case]
+    starts, longest = texts(lengths, "cuda")
+    for fused, dropout in ((True, 0.1), (False, 0.0)):
+        inputs = heads_of(int(starts[-1]), heads, groups, d, dtype, "cuda", fused=fused)
+        found = errors(inputs, starts, longest, scale=d**-0.5, dropout=dropout, seed=seed(), **options)
+        assert max(found.values()) < BOUNDS[dtype], found
+
+
+def run(inputs: list[Tensor], starts: Tensor, longest: int) -> list[Tensor]:
+    out = packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed())
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out) * out.detach())]
+
+
+@pytest.mark.parametrize("lengths", [[8, 9] * 300, [70, 90] * 40, [150, 250] * 20])
+def test_repeats_and_strides_give_the_same_bits(lengths: list[int]) -> None:
+    starts, longest = texts(lengths, "cuda")
+    T = int(starts[-1])
+    first = run(heads_of(T, 12, 12, 64, torch.bfloat16, "cuda"), starts, longest)
+    for fused in (False, True):
+        for x, y in zip(first, run(heads_of(T, 12, 12, 64, torch.bfloat16, "cuda", fused=fused), starts, longest), strict=True):
+            assert torch.equal(x, y)
+    with torch.no_grad():
+        inputs = heads_of(T, 12, 12, 64, torch.bfloat16, "cuda")
+        assert torch.equal(first[0], packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed()))
+
+
+def test_the_same_mask_in_every_tile_and_block() -> None:
+    """A text longer than the others changes tiles or goes by blocks; what the others get changes by rounding alone."""
+    lengths = [9, 7, 12, 5]
+    starts, longest = texts(lengths, "cuda")
+    inputs = [x.detach() for x in heads_of(433, 12, 12, 64, torch.bfloat16, "cuda")]
+    options: dict[str, Any] = {"scale": 0.125, "dropout": 0.5, "seed": seed()}
+    few = packed_attention(*[x[:33] for x in inputs], starts, longest, **options)
+    for extra in (30, 60, 90, 120, 400):
+        more, longest = texts([*lengths, extra], "cuda")
+        T = 33 + extra
+        got = packed_attention(*[x[:T] for x in inputs], more, longest, **options)
+        assert relative_error(got[:33], few.double()) < 4e-3
+
+
+def test_texts_of_every_length_fill_their_tiles() -> None:
+    for block in (16, 32, 64, 128):
+        for longest in (1, 11, block):
+            starts, _ = texts([longest, max(longest - 1, 0), longest] * 11, "cuda")
+            inputs = [x.detach() for x in heads_of(int(starts[-1]), 2, 2, 32, torch.float16, "cuda")]
+            tile = attention_triton.Tile(block, 4, 4)
+            got, _ = attention_triton.forward(*inputs, starts, longest, Mask(0.2, 0.0, None, False, None), tile)
+            want = packed_attention(*[x.double() for x in inputs], starts, longest, scale=0.2)
+            assert relative_error(got, want) < 1e-3, (block, longest)
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_addresses_beyond_two_to_the_31(length: int) -> None:
+    n = 2_900_000 // length
+    starts = torch.arange(n + 1, device="cuda", dtype=torch.int32) * length
+    T = n * length
+    assert T * 12 * 64 > 2**31
+    buffer = torch.randn(T, 12, 64, device="cuda", dtype=torch.bfloat16)
+    inputs = [buffer.clone().requires_grad_() for _ in range(3)]
+    whole = run(inputs, starts, length)
+    # The last text alone has other token indices, and so another mask: compare without dropout.
+    out = packed_attention(*inputs, starts, length, scale=0.125)
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    last = [x.detach()[-length:].clone().requires_grad_() for x in inputs]
+    alone = packed_attention(*last, starts[:2], length, scale=0.125)
+    assert torch.equal(out[-length:], alone)
+    for x, y in zip(gradients, torch.autograd.grad(alone, last, torch.ones_like(alone)), strict=True):
+        assert y.norm() > 0 and torch.equal(x[-length:], y)
+    assert all(bool(x[-length:].isfinite().all()) for x in whole)
+
+
+def test_compiled_with_dropout_is_the_same_call() -> None:
+    starts, longest = texts([64, 40, 1, 50], "cuda")
+    inputs = heads_of(155, 12, 12, 64, torch.bfloat16, "cuda")
+    word = seed()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return packed_attention(query * 2, key, value, starts, longest, scale=0.125, dropout=0.1, seed=word) * 2
+
+    want, got = attend(*inputs), torch.compile(attend, fullgraph=True)(*inputs)
+    assert torch.equal(got, want)
+    for x, y in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
+        assert torch.equal(x, y)

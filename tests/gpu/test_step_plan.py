@@ -1,0 +1,48 @@
+"""The plan against the step: memory and time as they were predicted before it, and nothing left of the measuring."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from retriever.parallel.world import World
+from scripts.bench.step_data import random_store
+from scripts.bench.step_methods import Trainer, Work, sample
+
+pytestmark = pytest.mark.gpu
+
+QUERIES = 4096
+MODEL = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    model = BertConfig(**MODEL)
+    store = random_store(tmp_path_factory.mktemp("plan") / "store", 4 * QUERIES, model.vocab_size)
+    return Work(model, store, World(torch.device("cuda")), ("run.preflight=only", "batch.tokens_per_chunk=16384"))
+
+
+@pytest.mark.parametrize("retain", ["0", "100000", "auto"])
+def test_a_step_is_as_it_was_predicted(work: Work, retain: str) -> None:
+    trainer = Trainer(work, work.configuration(QUERIES, f"batch.retain={retain}"))
+    forecast = trainer.forecast
+    assert forecast is not None
+    with closing(trainer.batches(QUERIES)) as batches:  # type: ignore[type-var]
+        found = sample(trainer.step, batches, work.device, seconds=2.0, warm=2)
+    assert found.peak_gib is not None
+    assert forecast.peak_bytes / 2**30 == pytest.approx(found.peak_gib, rel=0.1)
+    assert forecast.step_s == pytest.approx(found.seconds, rel=0.1)
+
+
+def test_measuring_leaves_no_memory_and_no_trace(work: Work) -> None:
+    Trainer(work, work.configuration(64))  # what libraries allocate once
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    trainer = Trainer(work, work.configuration(QUERIES))
+    own = sum(p.nbytes for p in trainer.encoder.parameters())
+    rounded = own / 2  # fused layers keep their weights in bf16 too
+    assert torch.cuda.memory_allocated() - before <= own + rounded + 2**20
+    assert all(p.grad is None for p in trainer.encoder.parameters())

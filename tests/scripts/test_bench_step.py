@@ -1,0 +1,133 @@
+"""The step's benchmark at a size that says nothing about speed: every row comes, what is wrong is not timed, the page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from retriever.parallel.world import World
+from retriever.step_plan import EVERYTHING
+from scripts.bench import step, step_bench, step_curves, step_report
+from scripts.bench.step_bench import PADDED, PLAIN, Bench, Form
+from scripts.bench.step_data import TEMPLATE, random_store
+from scripts.bench.step_methods import Trainer, Work
+from scripts.bench.step_peers import MiniBatch, PairStep, gradient_cache_step, pairs_of, sentence_transformers_step
+from scripts.bench.tables import Table
+
+STAGES = ("first_pass_ms", "loss_ms", "second_pass_ms", "update_ms")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    store = random_store(tmp_path_factory.mktemp("bench") / "store", 64, vocabulary=1000)
+    settings = ("optim.precision=fp32", "loss.precision=fp32")
+    return Work(BertConfig(**step._TINY), store, World(torch.device("cpu")), settings)
+
+
+def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers are left out: compiling them takes longer than all the rest."""
+    monkeypatch.setattr(step, "FORMS", [form for form in step.FORMS if "compiled" not in form.condition])
+    monkeypatch.setattr(step, "_MINI_BATCHES", {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))})
+    output = tmp_path / "step.json"
+    arguments = ["--tiny", "--sizes", "8", "16", "--forms-at", "16", "--recomputing-at", "8", "--seconds", "0.01"]
+    step.main([*arguments, "--settings", "batch.tokens_per_chunk=400", "optim.precision=fp32", "--output", str(output)])
+    table = Table.load(output)
+    ours = ["b=8", "b=16", "b=16,retain=0", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
+    for case in ours:
+        assert all((table.get(case, "bigbatch", name) or 0) > 0 for name in ("pairs_per_s", "tokens_per_s", *STAGES)), case
+        assert 0 <= (table.get(case, "bigbatch", "waited") or 0) < 1
+    for case in ("b=8", "b=16"):
+        assert (table.get(case, "bigbatch", "overhead") or 0) > 0 and (table.get(case, "floor", "pairs_per_s") or 0) > 0
+        assert all((table.get(case, "bigbatch", f"predicted_{name}") or 0) > 0 for name in ("pairs_per_s", *STAGES))
+    for case, method in (("b=16", "sentence-transformers"), ("b=16,sorted", "sentence-transformers"), ("b=16", "gradcache")):
+        assert (table.get(case, method, "pairs_per_s") or 0) > 0, [row for row in table.rows if row.method == method]
+
+    step_report.main([str(output)])
+    page = output.with_suffix(".md").read_text()
+    assert "| b=16,sorted | sentence-transformers |" in page and "| b=8,cache | bigbatch |" in page
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a form whose replayed chunks draw other dropout masks than the first time."""
+    bench = Bench(work, Table.begin(()), tmp_path / "table.json", seconds=0.01)
+    bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05"), 0))
+    bench.measure_form(8, Form("right", PLAIN, 0))
+    monkeypatch.setattr("retriever.rng.RngState._set", lambda state: None)
+    bench.measure_form(8, Form("forgetful", PADDED, 0))
+    rows = {row.case: row for row in bench.table.rows if row.metric == "pairs_per_s"}
+    assert rows["b=8,right"].value is not None
+    assert rows["b=8,warm"].value is None and rows["b=8,forgetful"].value is None and rows["b=8,warm"].note == "not timed: wrong"
+    errors = {row.case: row for row in bench.table.rows if row.metric == "gradient_error"}
+    assert (errors["b=8,right"].value or 1) < 1e-4 < 0.1 < (errors["b=8,warm"].value or 0)
+    assert "the replay differs" in errors["b=8,forgetful"].note and "bitwise" in errors["b=8,right"].note
+
+
+def test_the_floor_is_one_pass(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    trainer = Trainer(work, work.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
+    trainer.encoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    batch = trainer.first_batch(8)
+    before = [p.detach().clone() for p in trainer.encoder.parameters()]
+    trainer.single_pass(batch)
+    assert calls == [True] * len(batch.chunks)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.encoder.parameters(), strict=True))
+    calls.clear()
+    trainer.step(trainer.first_batch(8))
+    assert calls == [False] * len(batch.chunks) + [True] * len(batch.chunks)
+
+
+@pytest.mark.parametrize("peer", [gradient_cache_step, sentence_transformers_step])
+def test_peers_arrive_at_our_gradient(work: Work, peer: Callable[[Work], PairStep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same pairs, in other chunks and another order, to what bf16 allows: nobody is timed on another problem."""
+    undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
+    batch = trainer.first_batch(8)
+    expected = trainer.gradients(batch, 0)
+    queries, passages, tokens = pairs_of(undropped, 8, by_length=True)
+    assert tokens == batch.tokens
+    lengths = passages["attention_mask"].sum(dim=1).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    found: list[Tensor] = []
+
+    def take(parameters: Iterable[nn.Parameter], _: float) -> None:
+        found.extend(p.grad.flatten().clone() for p in parameters if p.grad is not None)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", take)
+    peer(undropped)(queries, passages, MiniBatch(3))  # eight is no multiple of three
+    assert float(expected.norm()) > 0.1
+    assert float((torch.cat(found) - expected).norm() / expected.norm()) < 0.05
+
+
+def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store", 2000, vocabulary=5000)
+    lengths = store.queries.lengths + TEMPLATE.special_tokens, store.passages.lengths + TEMPLATE.special_tokens
+    assert (lengths[0].min(), lengths[0].max(), lengths[1].min(), lengths[1].max()) == pytest.approx((4, 25, 16, 256), abs=9)
+    assert np.median(lengths[0]) == pytest.approx(8, abs=1) and np.median(lengths[1]) == pytest.approx(70, abs=3)
+    own = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i)).mean() for i in range(500)])
+    other = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i + 1)).mean() for i in range(500)])
+    assert own == pytest.approx(0.8, abs=0.05) and other < 0.05
+
+
+def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = [form for form in step_curves.forms(512) if "compiled" not in form.condition]
+    monkeypatch.setattr(step_curves, "forms", lambda tokens_per_chunk: compared)
+    output = tmp_path / "curves.json"
+    step_curves.main(["--tiny", "--queries", "16", "--steps", "4", "--lr", "2e-3", "--output", str(output)])
+    table = Table.load(output)
+    gaps = {form.condition: table.get("b=16,steps=4", form.condition, "largest_gap") for form in compared}
+    assert gaps["padded"] == gaps["padded, retained"] == 0.0
+    assert gaps["packed, fused"] == gaps["packed, fused, retained"]
+    assert all(gap is not None and gap < 0.05 for gap in gaps.values()) and gaps["padded, fp32"] != 0
+    assert table.get("b=16,steps=4", "packed", "last_loss") < table.get("step=0", "packed", "loss")  # type: ignore[operator]
+    step_report.plot_curves(table, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "| packed, fused, retained |" in step_report.markdown([], table)
+    assert step_bench.RECOMPUTING[0].retain == EVERYTHING

@@ -1,0 +1,102 @@
+"""Measuring before step 1: it sees what takes time, and leaves the run as it was."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from retriever.capacity import measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
+from retriever.config import LossConfig, ModelConfig, OptimConfig
+from retriever.data.layout import Packed, Padded
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.loss.contrastive import ContrastiveObjective
+from tests.tiny import save_tiny_model
+
+CPU = torch.device("cpu")
+FIRST_S, FORWARD_S, BACKWARD_S = 0.01, 0.05, 0.2
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dx: Tensor) -> Tensor:  # type: ignore[override]
+        time.sleep(BACKWARD_S)
+        return dx
+
+
+class SlowEncoder(nn.Module):
+    """Takes a known time for each way through it."""
+
+    dimension, device = 4, CPU
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, side: str, tokens: Padded | Packed) -> Tensor:
+        time.sleep(FORWARD_S if torch.is_grad_enabled() else FIRST_S)
+        return _Slow.apply(self.weight.expand(len(tokens), 4))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
+    return DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path_factory.mktemp("model"))), passage_max_tokens=64))
+
+
+def test_a_chunks_times_are_told_apart() -> None:
+    cost = measure_chunk(SlowEncoder(), "passage", random_chunk(np.array([5, 3]), 50, packed=True))  # type: ignore[arg-type]
+    assert cost.tokens == 8
+    assert FIRST_S <= cost.first_s < FORWARD_S <= cost.forward_s < BACKWARD_S <= cost.backward_s
+    assert cost.kept_bytes == cost.first_bytes == cost.forward_bytes == cost.backward_bytes == 0  # not known on a CPU
+    assert usable_bytes(CPU) is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_random_chunk_has_the_lengths_asked_for(packed: bool) -> None:
+    lengths = np.array([7, 7, 2])
+    chunk = random_chunk(lengths, 50, packed=packed)
+    found = chunk.starts.diff() if isinstance(chunk, Packed) else chunk.attention_mask.sum(dim=1)
+    assert isinstance(chunk, Packed) == packed and found.tolist() == lengths.tolist() and int(chunk.input_ids.max()) < 50
+
+
+def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
+    """Weights, modes, gradients and random numbers are as they were, though dropout drew and gradients were made."""
+    objective = ContrastiveObjective(LossConfig(learn_temperature=True))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    with undisturbed(CPU, encoder, objective):
+        measure_chunk(encoder, "query", random_chunk(np.array([9, 4]), 100, packed=False))
+        measure_loss(objective, 6, 8, 32, CPU)
+        measure_update(OptimConfig(), list(encoder.parameters()), CPU)
+        inside = torch.rand(4)
+        assert encoder.passage_tower.get_input_embeddings().weight.grad is not None and objective.log_scale.grad is not None
+    assert torch.equal(torch.rand(4), expected) and not torch.equal(inside, expected)
+    assert all(p.grad is None for module in (encoder, objective) for p in module.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items()) and encoder.training
+
+
+@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))])
+def test_every_objective_can_be_measured(loss: LossConfig) -> None:
+    small, large = (measure_loss(ContrastiveObjective(loss), n, 2 * n, 16, CPU).seconds for n in (4, 1024))
+    assert 0 < small < large
+
+
+def test_an_update_of_more_parameters_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retriever import capacity
+
+    few, many = ([nn.Parameter(torch.ones(256, 256)) for _ in range(n)] for n in (1, 64))
+    whole = measure_update(OptimConfig(), many, CPU)
+    assert 0 < measure_update(OptimConfig(), few, CPU) < whole
+    monkeypatch.setattr(capacity, "_SCRATCH_PARAMETERS", 32 * 2**16)  # half of them stand for all
+    assert measure_update(OptimConfig(name="adafactor", betas=(0.9, 0.999)), many, CPU) > 0
+    assert 0.2 * whole < measure_update(OptimConfig(), many, CPU) < 5 * whole
+    assert all(p.grad is None and bool((p == 1).all()) for p in many)

@@ -1,0 +1,108 @@
+"""Before step 1: how towers compute, what is printed of the plan, and `run.preflight=only`, which stops there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retriever import preflight
+from retriever.capacity import ChunkCost
+from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.forecast import Forecast, Memory, Workload
+from retriever.parallel.world import World
+from retriever.train import main
+from tests.tiny import random_texts, save_tiny_model
+
+GIB = 2**30
+CONFIG = Config(model=ModelConfig("m", attention="packed", fused=True, compile=False), batch=BatchConfig(16, retain=100))
+
+
+def _forecast(activations: float = 2.0 * GIB) -> Forecast:
+    workload = Workload(16, {"query": np.full(16, 4), "passage": np.full(16, 8)}, 64, packed=True)
+    costs = [ChunkCost(64, 1.0, 1.5, 3.0, *[activations] * 4) for _ in range(3)]
+    memory = Memory(weights=GIB / 2, gradients=GIB, optimizer=2 * GIB, representations=GIB / 4, loss=GIB / 8)
+    return Forecast(workload, costs, 0.25, 0.75, memory, retain=100)
+
+
+def test_the_plan_in_two_lines() -> None:
+    lines = preflight.plan_lines(_forecast(), 1000).splitlines()
+    assert lines == [
+        "plan    a step of 192 tokens a rank in 3 chunks, 33% of them encoded once; at most 6.75 GiB a GPU",
+        "        first pass, loss, second pass, update 3.5 + 0.25 + 12 + 0.75 s: 1 pairs/s, 4 h 35 min for 1,000 steps",
+    ]
+    assert "GiB" not in preflight.plan_lines(_forecast(0.0), 1000)
+
+
+def test_the_plan_as_a_table() -> None:
+    table = preflight.plan_table(_forecast(), CONFIG, 10, 20.0 * GIB)
+    rows = {line.split("  ")[0]: line.split() for line in table.splitlines() if line}
+    assert rows["queries"][1:4] == ["16", "64", "tokens"] and rows["passages"][1:4] == ["16", "128", "tokens"]
+    assert rows["first pass"][2] == "3.500" and rows["second pass"][2] == "12.000" and rows["a step"][2] == "16.500"
+    assert rows["the run"][2:6] == ["2", "min", "45", "s"] and rows["encoded once"][2] == "33%"
+    assert rows["weights"][1:3] == ["512.0", "MiB"] and rows["kept graphs"][2] == "2.00" and rows["peak"][1] == "6.75"
+    assert "packed, fused layers" in table and "of 20.00 GiB that can be used" in table
+    on_cpu = preflight.plan_table(_forecast(0.0), CONFIG, 10, None)
+    assert "measured on a GPU only" in on_cpu and "peak" not in on_cpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and pairs in two columns."""
+    folder = tmp_path_factory.mktemp("preflight")
+    save_tiny_model(folder / "model", num_hidden_layers=1)
+    texts = random_texts(60, shortest=6, longest=20)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({"anchor": t.split()[0], "positive": t}) + "\n" for t in texts))
+    return folder
+
+
+class _Device:
+    """As `resolve` sees one."""
+
+    def __init__(self, type_: str) -> None:
+        self.type = type_
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cpu", {}, ("padded", False, False)),
+        ("cpu", {"fused": True}, ("packed", True, False)),
+        ("cuda", {}, ("packed", True, False)),
+        ("cuda", {"fused": False}, ("packed", False, True)),
+        ("cuda", {"attention": "padded"}, ("padded", False, True)),
+        ("cuda", {"compile": True}, ("packed", False, True)),
+        ("cuda", {"gradient_checkpointing": True}, ("packed", False, False)),
+    ],
+)
+def test_how_towers_compute(folder: Path, device: str, given: dict[str, Any], expected: tuple[str, bool, bool]) -> None:
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder / "model")))
+    model = preflight._modes(ModelConfig("m", **given), encoder, _Device(device))  # type: ignore[arg-type]
+    assert (model.attention, model.fused, model.compile) == expected
+
+
+def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder / "model")))
+    config = preflight.resolve(replace(CONFIG, loss=LossConfig()), encoder, World(torch.device("cpu")))
+    assert (config.model.pooling, config.loss.exchange, config.batch) == ("mean", "gather", CONFIG.batch)
+    assert isinstance(config.loss.workspace_mib, int)
+    with pytest.raises(ConfigError, match="loss.dims: 64 is more than the 32 dimensions"):
+        preflight.resolve(replace(CONFIG, loss=LossConfig(dims=(64,))), encoder, World(torch.device("cpu")))
+
+
+def test_only_prints_the_plan_and_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = [
+        *(f"model.name_or_path={folder}/model", f"data.train=[{{path: {folder}/pairs.jsonl}}]", f"data.cache_dir={folder}/cache"),
+        *("model.query_max_tokens=16", "model.passage_max_tokens=32", "batch.queries=20", "batch.tokens_per_chunk=100"),
+        *("batch.retain=150", "train.max_steps=30", "optim.precision=fp32", f"run.output_dir={tmp_path}/run", "run.preflight=only"),
+    ]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "a step" in out and "30 steps" in out and "20  " in out and "encoded once" in out
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,158 @@
+"""What `auto` becomes: by rule on a CPU, by measuring where memory is limited, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retriever import step_plan
+from retriever.capacity import ChunkCost
+from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig, OptimConfig, RunConfig
+from retriever.data.planner import Planner
+from retriever.data.store import Store
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.forecast import Forecast
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from retriever.step_plan import EVERYTHING, StepPlanner, retained_tokens
+from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
+from tests.tiny import save_tiny_model
+
+CPU = World(torch.device("cpu"))
+QUERIES = 1500  # around 130,000 tokens
+KEPT, WORKING = 1000, 1500  # bytes a token
+
+
+class Unequal(World):
+    """Another rank counts a bound's negative as `other`."""
+
+    def __init__(self, other: int) -> None:
+        super().__init__(CPU.device)
+        self.other = other
+
+    def max(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, torch.tensor(-self.other))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return random_store(tmp_path_factory.mktemp("plan") / "store", QUERIES, vocabulary=150)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+    return DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=PASSAGE_MAX_TOKENS))
+
+
+def _config(queries: int = QUERIES, preflight: str = "auto", **batch: Any) -> Config:
+    model = ModelConfig("tiny", query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS, attention="padded", fused=False)
+    return Config(RunConfig(preflight=preflight), model, batch=BatchConfig(queries, **batch), loss=LossConfig(workspace_mib=1))  # type: ignore[arg-type]
+
+
+def _decide(store: Store, encoder: DualEncoder, config: Config, world: World = CPU) -> tuple[BatchConfig, Forecast | None]:
+    objective = ContrastiveObjective(config.loss)
+    planner = Planner(store, queries=config.batch.queries, negatives=0, seed=0)
+    decided, forecast = StepPlanner(config, encoder, objective, store, planner, TEMPLATE, world).decide()
+    assert replace(decided, batch=config.batch) == config
+    return decided.batch, forecast
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Memory is limited to so many bytes; chunks cost by token what they are said to."""
+
+    def limit(usable: float, *, fits: int = 10**9, dearer_below: int = 0) -> None:
+        def measure(encoder: DualEncoder, side: str, tokens: Any) -> ChunkCost:
+            n = tokens.input_ids.numel()
+            if n > fits:
+                raise torch.cuda.OutOfMemoryError(f"{n} tokens")
+            second = 1e-6 * n * (1.5 if n < dearer_below else 1.0)
+            return ChunkCost(n, second, second, second, KEPT * n, 100 * n, (KEPT + 100) * n, WORKING * n)
+
+        monkeypatch.setattr(step_plan, "usable_bytes", lambda device: usable)
+        monkeypatch.setattr(step_plan, "measure_chunk", measure)
+
+    return limit
+
+
+def test_a_cpu_keeps_the_rule_and_measures_when_asked(store: Store, encoder: DualEncoder) -> None:
+    assert _decide(store, encoder, _config()) == (BatchConfig(QUERIES, tokens_per_chunk=8192, retain=0), None)
+    batch, forecast = _decide(store, encoder, _config(queries=20, preflight="only", retain=700, tokens_per_chunk=400))
+    assert (batch.tokens_per_chunk, batch.retain) == (400, 700)
+    assert forecast is not None and forecast.step_s > 0 and 1 <= forecast.kept < len(forecast.costs) and forecast.workload.queries == 20
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_true_false_and_numbers_stay(store: Store, encoder: DualEncoder) -> None:
+    for retain, tokens in ((True, EVERYTHING), (False, 0), (123, 123)):
+        batch, _ = _decide(store, encoder, _config(retain=retain))
+        assert batch.retain is retain and retained_tokens(batch) == tokens
+
+
+def test_the_size_is_the_smallest_that_is_as_fast_and_fits(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
+    limited(1e12)
+    assert _decide(store, encoder, _config())[0].tokens_per_chunk == 16_384
+    limited(1e12, dearer_below=24_000)
+    assert _decide(store, encoder, _config())[0].tokens_per_chunk == 32_768
+    limited(1e12, dearer_below=24_000, fits=20_000)
+    assert _decide(store, encoder, _config())[0].tokens_per_chunk == 16_384
+    limited(WORKING * 5000)
+    assert _decide(store, encoder, _config())[0].tokens_per_chunk == 4096
+    limited(WORKING * 500)
+    with pytest.raises(ConfigError, match="not even chunks of 1,024 tokens fit"):
+        _decide(store, encoder, _config())
+    limited(1e12, fits=300)
+    with pytest.raises(ConfigError, match="batch.tokens_per_chunk: 5,000 tokens do not fit"):
+        _decide(store, encoder, _config(tokens_per_chunk=5000))
+
+
+def test_what_memory_is_left_is_for_graphs(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
+    limited(KEPT * 60_000)
+    batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
+    assert forecast is not None and forecast.peak_bytes <= KEPT * 60_000 and 0 < forecast.kept < len(forecast.costs)
+    assert batch.retain == forecast.retain and 35_000 < int(batch.retain) < 60_000
+    limited(1e12)
+    batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
+    assert forecast is not None and forecast.kept == len(forecast.costs) and forecast.retained_share == 1
+    assert _decide(store, encoder, _config(tokens_per_chunk=8192, retain=False))[1].retained_share == 0  # type: ignore[union-attr]
+
+
+def test_all_or_an_error_that_says_by_how_much(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
+    limited(1e12)
+    assert _decide(store, encoder, _config(retain=True))[0].retain is True
+    limited(KEPT * 60_000)
+    with pytest.raises(ConfigError, match=r"batch\.retain: true, but keeping all graphs takes 0\.\d GiB more"):
+        _decide(store, encoder, _config(retain=True, tokens_per_chunk=8192))
+
+
+def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
+    limited(1e12)
+    batch, forecast = _decide(store, encoder, _config(), Unequal(9000))
+    assert (batch.tokens_per_chunk, batch.retain) == (9000, 9000)
+    assert forecast is not None and forecast.retain == 9000
+
+
+def test_nothing_is_measured_where_everything_is_given(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(1e12, fits=0)
+    given = _config(preflight="off", tokens_per_chunk=5000, retain=77)
+    assert _decide(store, encoder, given) == (given.batch, None)
+
+
+def test_adafactor_keeps_less() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(8, 16)), torch.nn.Parameter(torch.zeros(5))]
+    assert step_plan._state_bytes(OptimConfig(), parameters) == 2 * 4 * (128 + 5)
+    assert step_plan._state_bytes(OptimConfig(name="adafactor"), parameters) == 4 * (8 + 16 + 5)
+    state = torch.optim.Adafactor(parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    state.step()
+    held = sum(t.nbytes for p in parameters for name, t in state.state[p].items() if name != "step")
+    assert step_plan._state_bytes(OptimConfig(name="adafactor"), parameters) == held

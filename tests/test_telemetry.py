@@ -1,0 +1,113 @@
+"""What is logged of steps: speeds since the last line, pauses left out, waits counted; and the forecast held against the first steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retriever import telemetry as module
+from retriever.step import StepReport
+from retriever.telemetry import Telemetry
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Accelerator:
+    is_main_process = True
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        pass
+
+    def end_training(self) -> None:
+        pass
+
+
+class Expected:
+    """A forecast of steps of two seconds."""
+
+    step_s, working_bytes, peak_bytes = 2.0, 0, 0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    yield clock
+
+
+def _report(step: int, waited_s: float = 0.0) -> StepReport:
+    return StepReport(step, loss=1.5, grad_norm=2.0, lr=1e-3, temperature=0.02, queries=64, tokens=5000, waited_s=waited_s)
+
+
+def _telemetry(folder: Path, forecast: Any = None, log_every: int = 2) -> Telemetry:
+    return Telemetry(Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast)  # type: ignore[arg-type]
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_speeds_are_those_since_the_last_line(tmp_path: Path, clock: Clock) -> None:
+    telemetry = _telemetry(tmp_path)
+    for step, seconds in enumerate((1.0, 3.0, 0.5, 0.5)):
+        clock.now += seconds
+        telemetry.step(_report(step, waited_s=0.1))
+    telemetry.close()
+    first, second = _lines(tmp_path)
+    assert (first["step"], second["step"]) == (2, 4)
+    assert (first["train/pairs_per_s"], second["train/pairs_per_s"]) == (32, 128)
+    assert (first["train/tokens_per_s"], second["train/tokens_per_s"]) == (2500, 10_000)
+    assert first["train/waited_share"] == pytest.approx(0.05) and second["train/waited_share"] == pytest.approx(0.2)
+
+
+def test_pauses_are_left_out(tmp_path: Path, clock: Clock) -> None:
+    telemetry = _telemetry(tmp_path)
+    for step in range(2):
+        clock.now += 1.0
+        telemetry.step(_report(step))
+        with telemetry.paused():
+            clock.now += 50
+    clock.now += 4.0
+    telemetry.step(_report(2))
+    telemetry.step(_report(3))
+    assert [line["train/pairs_per_s"] for line in _lines(tmp_path)] == [64, 32]
+
+
+def test_the_bar_says_how_much_was_waited(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = _telemetry(tmp_path)
+    clock.now += 1.0
+    telemetry.step(_report(0, waited_s=0.125))
+    telemetry.close()
+    assert "64 pairs/s, 12.5% waiting for data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2.1, ""), (2.5, "a step takes 2.5 s, where 2 s were expected"), (1.7, "takes 1.7 s")])
+def test_a_forecast_that_is_off_is_said_once(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float, said: str
+) -> None:
+    """The first two steps, slow as they are, do not count, nor does a pause."""
+    telemetry = _telemetry(tmp_path, Expected())
+    for step in range(20):
+        clock.now += 30.0 if step < 2 else seconds
+        telemetry.step(_report(step))
+        with telemetry.paused():
+            clock.now += 7
+    out = capsys.readouterr().out
+    assert (said in out and out.count("were expected") == 1) if said else "expected" not in out
+
+
+def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 6, "tra')
+    Telemetry(Accelerator(), tmp_path / "metrics.jsonl", finished=3, total=40, log_every=2)  # type: ignore[arg-type]
+    assert _lines(tmp_path) == [{"step": 2, "a": 1}]
