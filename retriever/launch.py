@@ -52,6 +52,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
     if accelerator.is_main_process:
         accelerator.init_trackers("bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)})
     several = accelerator.num_processes > 1
+    if sharded and not several:
+        accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
     return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes, sharded=sharded and several)
 
 
