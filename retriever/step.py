@@ -38,13 +38,13 @@ def train_step(
     temperature = objective.temperature
 
     # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
-    representations, passes = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
+    representations, first = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)
 
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
-    backward_through_encoder(encoder, batch, gradients, passes)
+    backward_through_encoder(encoder, batch, gradients, first)
 
     # 4. The step's only parameter collective (an encoder in shards has summed its own, chunk by chunk), then the update.
     world.sum_gradients(optimizer.parameters)

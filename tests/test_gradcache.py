@@ -18,7 +18,7 @@ from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks
 from retriever.data.layout import Packed, Padded, pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import Representations, backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.gradcache import FirstPass, Representations, backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.rng import RngState, seed_step
@@ -155,9 +155,9 @@ def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     expected = _with_kept_graphs(encoder, batch)
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, [RngState.capture(CPU.device)] * len(states))
+    backward_through_encoder(encoder, batch, gradients, FirstPass([], [RngState.capture(CPU.device)] * len(first.states)))
     assert _error(_gradients(encoder), expected) > 1e-3
 
 
@@ -199,9 +199,9 @@ def test_gradients_add_to_what_stands_there(folder: Path) -> None:
     encoder = _encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     once = _cached(encoder, batch)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, states)
+    backward_through_encoder(encoder, batch, gradients, first)
     assert _error(_gradients(encoder), [2 * g for g in once]) < 1e-12
 
 
@@ -209,7 +209,7 @@ def test_a_pass_that_lacks_a_chunk_is_an_error(folder: Path) -> None:
     """A number of states other than that of the chunks is refused, never silently cut to the shorter."""
     encoder = _encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
     with pytest.raises(ValueError, match="shorter"):
-        backward_through_encoder(encoder, batch, gradients, states[:-1])
+        backward_through_encoder(encoder, batch, gradients, FirstPass([], first.states[:-1]))

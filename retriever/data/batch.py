@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -141,14 +142,24 @@ class BatchLoader:
         return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches of the steps from `first` to before `last`; the next is planned in a thread meanwhile."""
+        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in threads meanwhile."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan") as pool:
-            coming = pool.submit(self.load, first) if first < last else None
-            for step in range(first, last):
-                assert coming is not None
-                batch = coming.result()
-                coming = pool.submit(self.load, step + 1) if step + 1 < last else None
-                yield batch
+            coming = pool.submit(self._prefetched, first) if first < last else None
+            try:
+                for step in range(first, last):
+                    assert coming is not None
+                    batch = coming.result()
+                    coming = pool.submit(self._prefetched, step + 1) if step + 1 < last else None
+                    with closing(batch.chunks):
+                        yield batch
+            finally:
+                if coming is not None and not coming.cancel() and coming.exception() is None:
+                    coming.result().chunks.close()
+
+    def _prefetched(self, step: int) -> Batch:
+        batch = self.load(step)
+        batch.chunks.prefetch()
+        return batch
 
     def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
         return self._template.lengths(self._tables[side].lengths_of(rows), self._max_tokens[side])

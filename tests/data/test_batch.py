@@ -155,7 +155,7 @@ def test_batches_prepared_ahead_are_those_loaded_one_by_one(store: Store) -> Non
     assert list(loader.batches(3, 3)) == []
     for _ in loader.batches(0, 10**6):
         break
-    assert not [t for t in threading.enumerate() if t.name.startswith("plan")]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("plan", "chunks"))]
 
 
 def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
