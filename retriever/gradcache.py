@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch
+from retriever.data.chunks import Chunk
 from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
@@ -56,7 +57,7 @@ def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) ->
         retain -= chunk.tokens.input_ids.numel()
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(retain >= 0):
-            embeddings = encoder(chunk.side, chunk.tokens)  # [n, D]
+            embeddings = _encode(encoder, chunk)  # [n, D]
         getattr(representations, chunk.side)[chunk.rows] = embeddings.detach()
         if retain >= 0:
             first.kept.append(Kept(chunk.side, chunk.rows, embeddings))
@@ -82,5 +83,10 @@ def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Repr
         embeddings.backward(getattr(gradients, side)[rows])
     for chunk, state in zip(batch.chunks.starting_at(len(first.kept)), first.states, strict=True):
         with state.restored():
-            embeddings = encoder(chunk.side, chunk.tokens)  # [n, D]
+            embeddings = _encode(encoder, chunk)  # [n, D]
         embeddings.backward(getattr(gradients, chunk.side)[chunk.rows])
+
+
+def _encode(encoder: DualEncoder, chunk: Chunk) -> Tensor:
+    """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
+    return encoder(chunk.side, chunk.tokens)[: len(chunk.rows)]

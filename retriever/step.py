@@ -46,7 +46,7 @@ def train_step(
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
 
-    # 4. The step's only parameter collective, then the update.
+    # 4. The step's only parameter collective (an encoder in shards has summed its own, chunk by chunk), then the update.
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(batch.step)
     grad_norm = optimizer.clip_and_step(batch.step)

@@ -132,6 +132,22 @@ def test_with_dropout_the_gradient_equals_that_of_kept_graphs(folder: Path, tied
     assert _error(_cached(encoder, batch), _with_kept_graphs(encoder, batch)) < 1e-9
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_fillers_change_no_bit(folder: Path, packed: bool) -> None:
+    """Chunks without rows are encoded like others, twice, and add zeros to every gradient."""
+    encoder = _encoder(folder, dropout=False)
+    if packed:
+        encoder.pack()
+    recording = Recording(encoder)
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=packed)
+    filled, _, _ = rank_batch(WHOLE, 0, 40, packed=packed, chunks_a_side=9)
+    expected = _cached(recording, batch)
+    recording.outputs.clear()
+    assert len(filled.chunks) == 18 > len(batch.chunks)
+    assert all(torch.equal(a, b) for a, b in zip(_cached(recording, filled), expected, strict=True))
+    assert len(recording.outputs) == 36
+
+
 def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     """Guard: a second pass under another RNG state is far outside the bound, so the tests above can fail."""
     encoder = _encoder(folder, dropout=True)

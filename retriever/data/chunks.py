@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.layout import Packed, Padded
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -32,7 +32,7 @@ class Chunk:
 
     side: Side
     rows: Tensor  # [n] int64: positions in the rank's queries or passages
-    tokens: Padded | Packed  # of n texts
+    tokens: Padded | Packed  # of n texts; of one text in a filler, which has no rows
 
     def to(self, device: torch.device) -> Chunk:
         """The same chunk on `device`; the copy does not block where the memory is pinned."""
@@ -46,6 +46,12 @@ class Chunk:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Chunk:
         return Chunk(self.side, function(self.rows), self.tokens.map(function))
+
+
+def filler(side: Side, *, packed: bool) -> Chunk:
+    """A chunk of a single token and no rows, for a rank to encode while others have more chunks than it has."""
+    text = [np.zeros(1, dtype=np.int64)]  # token 0: every vocabulary has one
+    return Chunk(side, torch.empty(0, dtype=torch.int64), pack_rows(text) if packed else pad_rows(text, 0))
 
 
 def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = False) -> list[np.ndarray]:
