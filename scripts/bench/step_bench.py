@@ -120,7 +120,8 @@ class Bench:
             found, size = best_sample(self.work, make(self.work), queries, sizes, by_length=by_length, seconds=self._seconds)
             order = "sorted by length beforehand" if by_length else "in the data's order"
             tried = ", ".join(map(str, sizes))
-            self._add(case, name, queries, found, f"{order}; {size} at once" + (f", the best of {tried}" if len(sizes) > 1 else ""))
+            chosen = f"{size} at once" + (f", the best of {tried}" if len(sizes) > 1 else "")
+            self._add(case, name, queries, found, f"{order}; {chosen}; {_padded_attention()}")
 
     def save(self) -> None:
         """Writes what there is, and frees the device's memory for the next method."""
@@ -203,4 +204,9 @@ def _modes(trainer: Trainer) -> str:
     """How the towers computed."""
     model = trainer.config.model
     layers = "fused" if model.fused else "compiled" if model.compile else "library's"
-    return f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
+    modes = f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
+    return modes if model.attention == "packed" else f"{modes}, {_padded_attention()}"
+
+
+def _padded_attention() -> str:
+    return "attention with cuDNN allowed" if torch.backends.cuda.cudnn_sdp_enabled() else "attention without cuDNN"

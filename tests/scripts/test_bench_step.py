@@ -59,6 +59,18 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_page_says_what_a_run_did_not_come_to() -> None:
+    table = Table("python -m scripts.bench.step", "0" * 40, "a machine", {})
+    for case, method, rate in (("b=16", "bigbatch", 300.0), ("b=16", "sentence-transformers", 120.0), ("b=16,sorted", "gradcache", None)):
+        table.add(case, method, "pairs_per_s", rate, "pairs/s", "as it was")
+    page = step_report.markdown([table], None, "Stopped after a minute.").splitlines()
+    assert "Stopped after a minute." in page
+    assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 6 + " as it was |" in page
+    assert "| b=16,sorted | gradcache | — |  |" + " — |" * 6 + " as it was |" in page
+    for row in ("| b=16 | gradcache |", "| b=16,sorted | sentence-transformers |"):
+        assert row + " — |  |" + " — |" * 6 + " not measured |" in page
+
+
 def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a form whose replayed chunks draw other dropout masks than the first time."""
     bench = Bench(work, Table.begin(()), tmp_path / "table.json", seconds=0.01)
