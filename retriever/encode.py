@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_environment()
     import torch
     from accelerate import PartialState
+
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # every rank encodes with the whole model; transformers would leave weights out
 
     from retriever.config import ConfigError
     from retriever.data.formats import DataError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retriever.data.batch import Batch
 from retriever.encoder.dual_encoder import DualEncoder
@@ -15,7 +15,7 @@ from retriever.rng import seed_step
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, the same on every rank."""
+    """What one step did, the same on every rank but for the last two."""
 
     step: int
     loss: float  # mean over all queries of the global batch
@@ -24,7 +24,7 @@ class StepReport:
     temperature: float
     queries: int
     tokens: int  # of this rank, padding not counted
-    waited_s: float  # this rank's, for chunks that were not ready
+    waited_s: float = field(compare=False)  # this rank's, for chunks that were not ready
 
 
 def train_step(
