@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
 
 
-def command_parser(prog: str, description: str, *, hub: bool = False) -> argparse.ArgumentParser:
-    """A parser with the arguments of every evaluation command: where the run comes from, how texts are encoded, where results go."""
+def command_parser(prog: str, description: str, *, hub: bool = False, data: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the arguments of every evaluation command: where the run comes from, how texts are encoded, where results go.
+
+    `hub`: --data may name a data set of Hugging Face. `data`: what --data is, where it may be left out.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    data = "folder of the collection" + (", or hf:<name> of a Hugging Face data set of BEIR's form" if hub else "")
+    folder = "folder of the collection" + (", or hf:<name> of a Hugging Face data set of BEIR's form" if hub else "")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="model folder or Hugging Face name")
     source.add_argument("--run", type=Path, help="measure this TREC or MS MARCO run instead of a model")
     source.add_argument("--bm25", action="store_true", help="measure BM25 instead of a model")
-    parser.add_argument("--data", required=True, type=Path, help=data)
+    parser.add_argument("--data", required=data is None, type=Path, help=data or folder)
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="as nDCG@10 MRR@10 Recall@100 MAP")
     parser.add_argument("--k", type=int, default=1000, help="passages a query in the run (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)")
@@ -52,7 +55,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
     gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"
     parser.add_argument("--faiss-gpu", choices=("off", "shard", "replicate"), default="off", help=gpus)
-    parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
+    parser.add_argument("--threads", type=int, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)")
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:

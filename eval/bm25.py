@@ -2,48 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
 
 import bm25s
 import numpy as np
 
+from eval.bm25_index import read_index, write_index
 from eval.trec import Ranking, ranking
 
 K1, B = 0.9, 0.4  # Anserini's defaults for passages
 DESCRIPTION = f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words"
+_QUERIES_A_TASK = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Bm25:
-    """An index of texts [N]; `scores` rates all of them for a query."""
+    """A search over the texts [N] of an index in a folder, which is memory-mapped. Threads may share it."""
 
-    def __init__(self, texts: Sequence[str], *, progress: bool = False) -> None:
-        """Raises ValueError where there are no texts, or none has a word."""
-        tokens = bm25s.tokenize(list(texts), stopwords="en", stemmer=_stems, show_progress=progress)
-        if not any(len(row) for row in tokens.ids):
-            raise ValueError(f"{len(texts)} passages without a single word: BM25 needs text")
-        self._index, self._count = bm25s.BM25(k1=K1, b=B), len(texts)
-        self._index.index(tokens, show_progress=progress)
+    def __init__(self, folder: Path) -> None:
+        self._postings = read_index(folder)
+
+    @staticmethod
+    def build(texts: Iterable[str], folder: Path, *, progress: bool = False) -> None:
+        """Writes the index of the texts into `folder`, reading them once and holding none.
+
+        Raises ValueError where there are no texts, or none has a word.
+        """
+        write_index(texts, folder, _tokenise, K1, B, progress=progress)
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of every text for the query [N] float32, 0 where they share no word."""
+        scores = np.zeros(self._postings.count, dtype=np.float32)
+        for word in self._words(query):
+            rows, weights = self._postings.of(word)
+            scores[rows] += weights  # a row stands once in a word's; unlike np.add.at, this leaves other threads running
+        return scores
+
+    def scores_of(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """BM25 of the texts in `rows` [n] alone: what `scores` gives for them, without a score for all."""
+        scores = np.zeros(len(rows), dtype=np.float32)
+        for word in self._words(query):
+            known, weights = self._postings.of(word)
+            places = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+            scores += np.where(known[places] == rows, weights[places], np.float32(0))
+        return scores
+
+    def rank(self, query: str, k: int, name: Callable[[int], str], excluded: str | None = None) -> Ranking:
+        """The k texts of highest score in trec_eval's order; `name` gives a row's passage id, `excluded` is left out.
+
+        Texts that share no word with the query are left out; everything equal to the k-th best takes part in the tie.
+        """
+        scores = self.scores(query)
+        hits = np.flatnonzero(scores)
+        found = scores[hits]
+        wanted = k + 1  # one more: the excluded passage may be among the k best
+        if len(hits) > wanted:
+            kept = found >= np.partition(found, -wanted)[-wanted]
+            hits, found = hits[kept], found[kept]
+        names = [name(row) for row in hits.tolist()]
+        if excluded in names:
+            found = np.delete(found, names.index(excluded))
+            names.remove(excluded)
+        best = ranking(names, found)
+        return Ranking(best.passage_ids[:k], best.scores[:k])
+
+    def _words(self, query: str) -> list[int]:
+        known = self._postings.words
         words = bm25s.tokenize([query], stopwords="en", stemmer=_stems, show_progress=False, return_ids=False)[0]
-        return self._index.get_scores(words) if words else np.zeros(self._count, dtype=np.float32)
+        return [known[word] for word in words if word in known]
 
 
 def bm25_run(
-    passages: Iterable[tuple[str, str]], queries: Mapping[str, str], k: int = 1000, *, exclude_self: bool = False, progress: bool = False
+    passages: Iterable[tuple[str, str]],
+    queries: Mapping[str, str],
+    k: int = 1000,
+    *,
+    exclude_self: bool = False,
+    progress: bool = False,
+    threads: int | None = None,
 ) -> dict[str, Ranking]:
     """The k passages of highest BM25 score for each query, in trec_eval's order; passages that share no word with it are left out.
 
-    passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds one score a passage.
+    passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds the ids; texts go into an
+    index in a temporary folder. Queries are searched in `threads` (default: one a core), each of which holds one score a passage.
     Raises ValueError where there are no passages, or none has a word.
     """
-    ids, texts = [], []
-    for passage_id, text in passages:
-        ids.append(passage_id)
-        texts.append(text)
-    index = Bm25(texts, progress=progress)
-    return {name: _best(ids, index.scores(text), k, name if exclude_self else None) for name, text in queries.items()}
+    ids: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for passage_id, text in passages:
+            ids.append(passage_id)
+            yield text
+
+    with tempfile.TemporaryDirectory(prefix="bm25-") as name:
+        Bm25.build(texts(), Path(name), progress=progress)
+        index = Bm25(Path(name))
+
+        def found(query: tuple[str, str]) -> Ranking:
+            return index.rank(query[1], k, ids.__getitem__, query[0] if exclude_self else None)
+
+        return dict(zip(queries, in_threads(found, list(queries.items()), threads or cores()), strict=True))
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
+    """function(item) of every item, in their order, by several threads."""
+    tasks = [items[i : i + _QUERIES_A_TASK] for i in range(0, len(items), _QUERIES_A_TASK)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="bm25") as workers:
+        for results in workers.map(lambda task: [function(item) for item in task], tasks):
+            yield from results
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plural_stem(word: str) -> str:
@@ -64,10 +142,6 @@ def _stems(words: list[str]) -> list[str]:
     return [plural_stem(word) for word in words]
 
 
-def _best(ids: list[str], scores: np.ndarray, k: int, excluded: str | None) -> Ranking:
-    """The k best of the positive scores [N]; everything equal to the k-th best takes part in the tie."""
-    wanted = min(k + 1, len(scores))  # one more: the excluded passage may be among the k best
-    line = np.partition(scores, -wanted)[-wanted]
-    hits = [int(i) for i in np.flatnonzero((scores > 0) & (scores >= line)) if ids[i] != excluded]
-    found = ranking([ids[i] for i in hits], scores[hits])
-    return Ranking(found.passage_ids[:k], found.scores[:k])
+def _tokenise(texts: list[str]) -> tuple[list[list[int]], dict[str, int]]:
+    found = bm25s.tokenize(texts, stopwords="en", stemmer=_stems, show_progress=False)
+    return found.ids, found.vocab

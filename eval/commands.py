@@ -117,10 +117,16 @@ def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequenc
     from eval.bm25 import bm25_run
     from eval.evaluate import EvalResult
 
-    passages = list(collection.passages(given.title or "join", " "))
-    run = bm25_run(passages, collection.queries, given.k, exclude_self=collection.exclude_self, progress=True)
-    scores = collection.measure(run, metrics)
-    return EvalResult(collection, scores, run, len(passages), notes=collection.notes(passage_id for passage_id, _ in passages))
+    ids: list[str] = []
+
+    def passages() -> Iterator[tuple[str, str]]:
+        for passage_id, text in collection.passages(given.title or "join", " "):
+            ids.append(passage_id)
+            yield passage_id, text
+
+    excluding, threads = collection.exclude_self, given.threads
+    run = bm25_run(passages(), collection.queries, given.k, exclude_self=excluding, progress=True, threads=threads)
+    return EvalResult(collection, collection.measure(run, metrics), run, len(ids), notes=collection.notes(ids))
 
 
 def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:

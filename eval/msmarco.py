@@ -1,6 +1,8 @@
 """The command that evaluates a model, BM25 or a run on MS MARCO passages: dev small, TREC DL 2019 and 2020.
 
 python -m eval.msmarco --model runs/marco/export --data datasets/msmarco
+python -m eval.msmarco --model runs/marco/export --source ir_datasets
+python -m eval.msmarco --model runs/marco/export --source huggingface --data mteb/msmarco --split dev
 accelerate launch -m eval.msmarco --model runs/marco/export --data datasets/msmarco --split dev
 """
 
@@ -15,6 +17,8 @@ from eval.arguments import command_parser, parsed
 from eval.commands import launched_ranks, one_line_errors, report_all
 
 if TYPE_CHECKING:
+    import argparse
+
     from eval.collection import Collection
     from eval.evaluate import EvalResult
 
@@ -33,6 +37,8 @@ class Split:
     metrics: tuple[str, ...]
     relevance: int  # lowest grade that is relevant for binary measures
     qrels_from: str
+    ir_datasets: str  # behind msmarco-passage/
+    hub: tuple[str, ...]  # splits of the judgments in data sets of BEIR's form
 
 
 SPLITS = {
@@ -40,18 +46,22 @@ SPLITS = {
         ("queries.dev.small.tsv", "topics.msmarco-passage.dev-subset.txt", "topics.msmarco-passage.dev-subset.tsv"),
         ("qrels.dev.small.tsv", "qrels.msmarco-passage.dev-subset.txt"),
         6_980, 7_437, ("MRR@10", "Recall@50", "Recall@1000", "nDCG@10"), 1, DOWNLOADS,
+        "dev/small", ("dev", "validation"),
     ),
     "dl19": Split(
         ("msmarco-test2019-queries.tsv", "topics.dl19-passage.txt", "topics.dl19-passage.tsv"),
         ("2019qrels-pass.txt", "qrels.dl19-passage.txt"),
         43, 9_260, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2019qrels-pass.txt",
+        "trec-dl-2019/judged", ("dl19", "test"),
     ),
     "dl20": Split(
         ("msmarco-test2020-queries.tsv", "topics.dl20.txt", "topics.dl20-passage.txt", "topics.dl20.tsv"),
         ("2020qrels-pass.txt", "qrels.dl20-passage.txt"),
         54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2020qrels-pass.txt",
+        "trec-dl-2020/judged", ("dl20",),
     ),
 }  # fmt: skip
+DEFAULT_DATA = {"ir_datasets": "msmarco-passage", "huggingface": "mteb/msmarco"}
 
 
 def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collection:
@@ -97,14 +107,37 @@ def count_notes(result: EvalResult) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m eval.msmarco`."""
-    parser = command_parser("python -m eval.msmarco", "evaluate on a folder with MS MARCO's passage files: dev small, TREC DL 2019, 2020")
-    parser.add_argument("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are in the folder")
+    data = "folder with MS MARCO's files; of huggingface the name of a data set of BEIR's form (default: mteb/msmarco)"
+    parser = command_parser("python -m eval.msmarco", "evaluate on MS MARCO's passages: dev small, TREC DL 2019 and 2020", data=data)
+    sources = "where passages, queries and judgments are: a folder, ir_datasets' cache, Hugging Face (default: %(default)s)"
+    parser.add_argument("--source", choices=("folder", *DEFAULT_DATA), default="folder", help=sources)
+    corpus = "passages from another Hugging Face data set, as one with titles; its figures compare with those of that corpus alone"
+    parser.add_argument("--corpus", metavar="NAME", help=corpus)
+    parser.add_argument("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there")
     given = parsed(parser, arguments)
+    if given.data is None and given.source == "folder":
+        parser.error("--data: expected a folder with MS MARCO's files, or --source ir_datasets or huggingface")
+    if given.corpus is not None and given.source != "huggingface":
+        parser.error(f"--corpus {given.corpus}: expected --source huggingface; received --source {given.source}")
+    given.data = given.data or Path(DEFAULT_DATA[given.source])
     with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
-        names = given.split or available_splits(given.data)
-        collections = [read_msmarco(given.data, name, texts=given.run is None) for name in names]
+        collections = _collections(given)
         work = [(collection, given.metrics or SPLITS[collection.split].metrics) for collection in collections]
         report_all(given, work, ranks, device, msmarco=True, check=count_notes)
+
+
+def _collections(given: argparse.Namespace) -> list[Collection]:
+    """What the command evaluates. Raises ConfigError, DataError."""
+    texts = given.run is None
+    if given.source == "folder":
+        return [read_msmarco(given.data, name, texts=texts) for name in given.split or available_splits(given.data)]
+
+    from eval.msmarco_sources import hub_splits, read_hub, read_ir_datasets
+
+    data = str(given.data)
+    if given.source == "ir_datasets":
+        return [read_ir_datasets(data, name, SPLITS[name], texts=texts) for name in given.split or SPLITS]
+    return [read_hub(data, name, SPLITS[name], given.corpus, texts=texts) for name in given.split or hub_splits(data, SPLITS)]
 
 
 def _present(folder: Path, file: str) -> Path | None:

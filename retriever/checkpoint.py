@@ -13,13 +13,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
+from retriever.parallel.sharded import spread, whole_tensors
 
 FOLDER = "checkpoints"  # inside a run's folder
 _FORMAT_VERSION = 1
@@ -50,24 +53,43 @@ class TrainingState:
         return {f"encoder.{name}": p for name, p in named if not p.requires_grad}
 
 
-def save(root: Path, step: int, state: TrainingState, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a TrainingState, in host memory."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    scaler: dict[str, Any]
+    frozen: str  # fingerprint of the weights that are not trained
+
+
+def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
+    """The state as it is now; where weights are in shards every rank calls it, and it holds nothing where `keep` is false."""
+    frozen, host = state.frozen(), torch.device("cpu")
+    trained = {name: tensor for name, tensor in state.modules().state_dict().items() if name not in frozen}
+    return Snapshot(
+        whole_tensors(trained, host, keep=keep),
+        whole_tensors(state_tensors(state.optimizer), host, keep=keep),
+        state.optimizer.scaler.state_dict(),
+        _fingerprint(frozen),
+    )
+
+
+def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
     """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
     final = root / f"step-{step:08d}"
     writing = root / f"{_WRITING}{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    frozen = state.frozen()
-    trained = {name: tensor for name, tensor in state.modules().state_dict().items() if name not in frozen}
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.items()}
-    save_file(weights, writing / "model.safetensors")
-    save_file({key: value.contiguous().cpu() for key, value in state_tensors(state.optimizer).items()}, writing / "optimizer.safetensors")
+    save_file(state.weights, writing / "model.safetensors")
+    save_file(state.optimizer, writing / "optimizer.safetensors")
     export(writing / "export")
     manifest = {
         "format_version": _FORMAT_VERSION,
         "step": step,
-        "scaler": state.optimizer.scaler.state_dict(),
+        "scaler": state.scaler,
         "store": store_fingerprint,
-        "frozen": _fingerprint(frozen),
+        "frozen": state.frozen,
         "torch": torch.__version__,
         "config": to_dict(config),
     }
@@ -79,7 +101,7 @@ def save(root: Path, step: int, state: TrainingState, config: Config, store_fing
 
 
 def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
-    """Restores `state` in place and returns the number of finished steps.
+    """Restores `state`, in shards or not, in place and returns the number of finished steps.
 
     Raises ConfigError where the data changed since, or the weights that training leaves alone.
     """
@@ -95,7 +117,10 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
             f"{folder} was trained over other frozen weights than model.name_or_path holds now; bring those back, or set "
             "run.resume=never and another run.output_dir to start afresh"
         )
-    state.modules().load_state_dict({**load_file(folder / "model.safetensors"), **frozen})
+    modules = state.modules()
+    current, saved = modules.state_dict(), load_file(folder / "model.safetensors")
+    trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
+    modules.load_state_dict({**trained, **frozen})
     load_state_tensors(state.optimizer, load_file(folder / "optimizer.safetensors"))
     state.optimizer.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
@@ -185,6 +210,7 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Of names, shapes and bits; the same on every device. Empty for no weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         bits = int(weight.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64))  # exact in any order
         digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
     return digest.hexdigest() if weights else ""

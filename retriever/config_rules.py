@@ -87,6 +87,23 @@ def validate(config: Config) -> None:
         _require(config.eval.index != "", "eval.index", "flat, ivf, ivfpq, hnsw or a FAISS factory string", "")
 
 
+def check_sharded(config: Config) -> None:
+    """Raises ConfigError where a run whose encoder is in shards (FSDP) asks for what it lacks."""
+    refused = {
+        "run.verify": (True,),
+        "run.preflight": ("only",),
+        "model.fused": (True,),
+        "model.compile": (True,),
+        "optim.name": ("adafactor",),
+        "optim.precision": ("fp16",),
+    }
+    settings = flatten(asdict(config))
+    for key, values in refused.items():
+        _require(settings[key] not in values, key, "another value with FSDP", settings[key])
+    retain = config.batch.retain
+    _require(retain in ("auto", 0), "batch.retain", "auto or false with FSDP", retain)
+
+
 def _check_lora(config: Config) -> None:
     lora = config.model.lora
     if lora is None:

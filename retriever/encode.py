@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,8 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 if not __package__:  # run as a script, Python looks for modules in this folder first, and not in the project
@@ -50,8 +52,8 @@ def encode_to_shards(
     All ranks see the same texts in the same order; rank r encodes shards r, r + world_size, … and rank 0 writes the manifest
     when all are done, so more than one rank needs `barrier`, a function that returns once every rank has called it.
     Shards of the same job (model, prompt, length, dtype, `texts_fingerprint`, …) that are already there are kept, whatever
-    the number of ranks that wrote them; where all are, nothing is encoded. Texts are sorted by length within a shard. While one
-    shard is encoded, threads read and tokenise the next and write the ones before.
+    the number of ranks that wrote them; where all are, nothing is encoded. Texts are sorted by length within a shard, a slab of it at
+    a time. While one slab is encoded, threads read and tokenise the next and write the shards before.
     """
     from retriever.shards import ShardJob, ShardWriter
 
@@ -100,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_environment()
     import torch
     from accelerate import PartialState
+
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # every rank encodes with the whole model; transformers would leave weights out
 
     from retriever.config import ConfigError
     from retriever.data.formats import DataError
@@ -171,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the shards (default: %(default)s)")
-    parser.add_argument("--tokens-per-chunk", type=int, help="the encoder sees at once, padding included (default: 65536, on a CPU 8192)")
+    parser.add_argument("--tokens-per-chunk", type=int, help="the encoder sees at once, padding included (default: 131072, on a CPU 8192)")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="embeddings a shard (default: %(default)s)")
     return parser
 
@@ -194,31 +198,46 @@ def _fingerprint(path: Path, side: Side, title: str, separator: str) -> str:
     return hashlib.blake2b(json.dumps(made_of).encode(), digest_size=16).hexdigest()
 
 
-def _write(writer: ShardWriter, encoded: Iterable[tuple[tuple[int, Sequence[str]], Arriving]]) -> None:
+def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> None:
     """Writes shard after shard in a thread, as their embeddings arrive, while the next are encoded."""
 
-    def write(shard: int, ids: Sequence[str], embeddings: Arriving) -> None:
-        writer.write(shard, embeddings.wait(), ids)
+    def write(part: _Part, embeddings: Sequence[Arriving]) -> None:
+        writer.write(part.shard, np.concatenate([slab.wait() for slab in embeddings]), part.ids)
 
     behind: deque[Future[None]] = deque()
+    slabs: list[Arriving] = []  # of the present shard
     with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
-        for (shard, ids), embeddings in encoded:
-            behind.append(thread.submit(write, shard, ids, embeddings))
+        for part, embeddings in encoded:
+            slabs.append(embeddings)
+            if not part.last:
+                continue
+            behind.append(thread.submit(write, part, slabs))
+            slabs = []
             if len(behind) > _WRITES_BEHIND:
                 behind.popleft().result()
         for written in behind:
             written.result()
 
 
+class _Part(NamedTuple):
+    """Which texts a slab holds."""
+
+    shard: int
+    ids: tuple[str, ...]  # of the whole shard
+    last: bool  # of the shard's slabs
+
+
 class _Reading:
-    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says, counting all rows."""
+    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says in slabs, counting all rows."""
 
     def __init__(self, texts: Iterable[tuple[str, str]], shard_rows: int, wanted: Callable[[int], bool]) -> None:
         self._texts, self._shard_rows, self._wanted = iter(texts), shard_rows, wanted
         self.rows = 0  # read so far
 
-    def slabs(self) -> Iterator[tuple[tuple[int, tuple[str, ...]], tuple[str, ...]]]:
-        """((shard, its ids), its texts) of each wanted shard."""
+    def slabs(self) -> Iterator[tuple[_Part, tuple[str, ...]]]:
+        """The texts of each wanted shard."""
+        from retriever.encoder.slabs import SLAB_TEXTS
+
         for shard in count():
             pairs = list(islice(self._texts, self._shard_rows))
             self.rows += len(pairs)
@@ -226,7 +245,9 @@ class _Reading:
                 return
             if self._wanted(shard):
                 ids, contents = zip(*pairs, strict=True)
-                yield (shard, ids), contents
+                for start in range(0, len(contents), SLAB_TEXTS):
+                    stop = start + SLAB_TEXTS
+                    yield _Part(shard, ids, stop >= len(contents)), contents[start:stop]
 
 
 if __name__ == "__main__":

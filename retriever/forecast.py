@@ -154,7 +154,7 @@ def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> C
 
 
 def most_retained(forecast: Forecast, usable_bytes: float) -> int:
-    """Tokens of graphs that can be kept in `usable_bytes`; more than the batch has where there is room for more, as batches differ.
+    """Tokens of graphs that can be kept in `usable_bytes`; more than these chunks have where there is room, as batches differ a little.
 
     0 where not even one chunk's graph fits.
     """
@@ -164,7 +164,7 @@ def most_retained(forecast: Forecast, usable_bytes: float) -> int:
         return 0
     room = usable_bytes - replace(forecast, retain=sums[fitting - 1]).peak_bytes
     dearest = max(cost.kept_bytes / cost.tokens for cost in forecast.costs)
-    return sums[fitting - 1] + (int(room / dearest) if fitting == len(sums) and dearest > 0 else 0)
+    return sums[fitting - 1] + (int(room / dearest) if dearest > 0 else 0)
 
 
 def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.04) -> int:

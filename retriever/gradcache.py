@@ -8,13 +8,14 @@ fit in memory keep them and are encoded once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch
+from retriever.data.chunks import Chunk
+from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
@@ -28,27 +29,41 @@ class Representations(NamedTuple):
     passage: Tensor  # [N, D]
 
 
-# What the first pass leaves of a chunk: the RNG state to encode it under again, or its embeddings [n, D] with their graph.
-FirstPass = RngState | Tensor
+class Kept(NamedTuple):
+    """A chunk that keeps its graph between the passes."""
+
+    side: Side
+    rows: Tensor  # [n]
+    embeddings: Tensor  # [n, D], with their graph
 
 
-def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) -> tuple[Representations, list[FirstPass]]:
-    """The batch's representations, and what is needed to differentiate each chunk.
+class FirstPass(NamedTuple):
+    """What the first pass leaves for the second."""
+
+    kept: list[Kept]  # the first chunks of the batch
+    states: list[RngState]  # that the others were encoded under
+
+
+def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) -> tuple[Representations, FirstPass]:
+    """The batch's representations, and what is needed to differentiate them.
 
     The first chunks, of at most `retain` tokens together, keep their graphs: they are the first whose memory is free again.
     """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
     sides = [torch.empty(n, encoder.dimension, dtype=parameter.dtype, device=parameter.device) for n in batch.sizes]
     representations = Representations(*sides)
-    passes: list[FirstPass] = []
+    first = FirstPass([], [])
     for chunk in batch.chunks:
         retain -= chunk.tokens.input_ids.numel()
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(retain >= 0):
-            output = encoder(chunk.side, chunk.tokens)  # [n, D]
-        getattr(representations, chunk.side)[chunk.rows] = output.detach()
-        passes.append(output if retain >= 0 else state)
-    return representations, passes
+            embeddings = _encode(encoder, chunk)  # [n, D]
+        getattr(representations, chunk.side)[chunk.rows] = embeddings.detach()
+        if retain >= 0:
+            first.kept.append(Kept(chunk.side, chunk.rows, embeddings))
+        else:
+            first.states.append(state)
+    return representations, first
 
 
 def representation_gradients(
@@ -62,12 +77,16 @@ def representation_gradients(
     return loss, Representations(dqueries, dpassages)
 
 
-def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, passes: Sequence[FirstPass]) -> None:
+def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
     """Backpropagates each chunk's rows of the gradient, through the graph it kept or one made by encoding it again."""
-    for chunk, first in zip(batch.chunks, passes, strict=True):
-        if isinstance(first, RngState):
-            with first.restored():
-                output = encoder(chunk.side, chunk.tokens)  # [n, D]
-        else:
-            output = first
-        output.backward(getattr(gradients, chunk.side)[chunk.rows])
+    for side, rows, embeddings in first.kept:
+        embeddings.backward(getattr(gradients, side)[rows])
+    for chunk, state in zip(batch.chunks.starting_at(len(first.kept)), first.states, strict=True):
+        with state.restored():
+            embeddings = _encode(encoder, chunk)  # [n, D]
+        embeddings.backward(getattr(gradients, chunk.side)[chunk.rows])
+
+
+def _encode(encoder: DualEncoder, chunk: Chunk) -> Tensor:
+    """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
+    return encoder(chunk.side, chunk.tokens)[: len(chunk.rows)]

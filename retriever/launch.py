@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from retriever.config import Config, ConfigError, flat
+from retriever.config_rules import check_sharded
 from retriever.parallel.world import World
 
 
@@ -21,9 +22,13 @@ def join(config: Config) -> tuple[Accelerator, World]:
 
     Raises ConfigError where accelerate was set up for something that this version does not do, or the ranks do not meet.
     """
-    for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(f"accelerate's configuration asks for {what}, which is not available in this version")
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError("accelerate's configuration asks for DeepSpeed; only FSDP is available, as in configs/accelerate/fsdp.yaml")
+    sharded = _is_on("ACCELERATE_USE_FSDP")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # seeing it, transformers would load no weights on ranks other than the first
+    if sharded:
+        _check_fsdp()
+        check_sharded(config)
     asked = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")  # Accelerator reads it over its own argument
     accumulation = os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     try:
@@ -46,7 +51,10 @@ def join(config: Config) -> tuple[Accelerator, World]:
         accelerator.print(f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step")
     if accelerator.is_main_process:
         accelerator.init_trackers("bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)})
-    return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    several = accelerator.num_processes > 1
+    if sharded and not several:
+        accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
+    return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes, sharded=sharded and several)
 
 
 def agree(world: World, **values: object) -> None:
@@ -61,6 +69,20 @@ def agree(world: World, **values: object) -> None:
             raise ConfigError(
                 f"the ranks disagree on the {name} (rank {world.rank}: {value}): all nodes need the same run.output_dir and data"
             )
+
+
+def _check_fsdp() -> None:
+    """Raises ConfigError for settings of accelerate's `fsdp_config` that this project does not follow; the rest it does not need."""
+    meant = {"version": ("1", "2"), "offload_params": ("false", "false"), "reshard_after_forward": ("true", "true")}
+    meant |= {"activation_checkpointing": ("false", "false")}
+    for name, (default, expected) in meant.items():
+        received = os.environ.get(f"FSDP_{name.upper()}", default).lower()
+        if received != expected:
+            raise ConfigError(f"accelerate's fsdp_config: fsdp_{name}: expected {expected}; received {received}")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def _is_loggable(value: object) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retriever.config import OptimConfig
+from retriever.parallel.sharded import spread
 
 _SMALLEST_SCALE = 2.0**-4  # of fp16: gradients that overflow below it are no matter of range
 
@@ -37,9 +41,11 @@ class Optimizer:
         self.names: dict[str, nn.Parameter] = {}  # tied towers hold a parameter once
         for module in modules:
             self.names |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-        decayed = [p for p in self.names.values() if p.ndim >= 2]
-        plain = [p for p in self.names.values() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = []
+        for parameters in self._alike():
+            decayed = [p for p in parameters if p.ndim >= 2]
+            plain = [p for p in parameters if p.ndim < 2]
+            groups += [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         if config.name == "adamw":
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
         else:
@@ -71,10 +77,11 @@ class Optimizer:
         In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError.
         """
         self.scaler.unscale_(self.torch)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = _total_norm([[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()])
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made")
-        nn.utils.clip_grads_with_norm_(self.parameters, self._config.max_grad_norm, norm)
+        for parameters in self._alike():
+            nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, norm)
         self.scaler.step(self.torch)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
@@ -85,9 +92,20 @@ class Optimizer:
         self.torch.zero_grad(set_to_none=True)
         return norm.item()
 
+    def _alike(self) -> list[list[nn.Parameter]]:
+        """The parameters that every rank holds whole, and those in shards: torch computes with one kind at a time."""
+        kinds = ([p for p in self.parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True))
+        return [parameters for parameters in kinds if parameters]
+
     def _first_non_finite(self) -> str:
         bad = (name for name, p in self.names.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
         return next(bad, "all parameters together")
+
+
+def _total_norm(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The norm of all of them together, each counted whole."""
+    norms = (nn.utils.get_total_norm(part) for part in gradients)
+    return reduce(torch.hypot, (norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms))
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -104,5 +122,6 @@ def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None
         name, _, quantity = key.rpartition("/")
         if name not in optimizer.names:
             raise ValueError(f"the checkpoint holds optimizer state of {name!r}, which this run does not train")
-        state.setdefault(order[id(optimizer.names[name])], {})[quantity] = value
+        parameter = optimizer.names[name]
+        state.setdefault(order[id(parameter)], {})[quantity] = spread(value, parameter)
     optimizer.torch.load_state_dict({"state": state, "param_groups": optimizer.torch.state_dict()["param_groups"]})

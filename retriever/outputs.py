@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint
@@ -16,6 +18,7 @@ from retriever.config import Config, to_yaml
 from retriever.data.store import Store
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.export import export
+from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
 from retriever.report import write_report
 
@@ -26,9 +29,9 @@ class Outputs:
     """Writes a run's artefacts on the first rank while the others wait."""
 
     def __init__(
-        self, config: Config, state: TrainingState, encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, store: Store, world: World
+        self, config: Config, state: TrainingState, placed: PlacedEncoder, tokenizer: PreTrainedTokenizerBase, store: Store, world: World
     ) -> None:
-        self._config, self._state, self._encoder, self._tokenizer, self._world = config, state, encoder, tokenizer, world
+        self._config, self._state, self._placed, self._tokenizer, self._world = config, state, placed, tokenizer, world
         self._store_fingerprint = store.fingerprint
         self.folder = Path(config.run.output_dir)
         self.metrics = self.folder / "metrics.jsonl"
@@ -45,8 +48,12 @@ class Outputs:
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps, its export as the run's newest and perhaps its best, older ones removed."""
-        if self._world.is_first:
-            checkpoint.save(self._checkpoints, step, self._state, self._config, self._store_fingerprint, self._export)
+        first = self._world.is_first
+        snapshot = checkpoint.snapshot(self._state, keep=first)
+        encoder = self._placed.whole(torch.device("cpu"), keep=first)
+        if first:
+            export = partial(self._export, encoder)
+            checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store_fingerprint, export)
             self._publish()
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
         self._world.barrier()
@@ -83,8 +90,8 @@ class Outputs:
         record = self.folder / f"{name}.json"
         return int(json.loads(record.read_text())["step"]) if record.exists() and (self.folder / name).exists() else None
 
-    def _export(self, folder: Path) -> None:
-        export(self._encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)
+    def _export(self, encoder: DualEncoder, folder: Path) -> None:
+        export(encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)
 
     def _logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []

@@ -52,18 +52,21 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
         )
     return replace(
         config,
-        model=replace(_modes(config.model, encoder, world.device), pooling=encoder.pooling),
+        model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling),
         loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
     )
 
 
-def _modes(model: ModelConfig, encoder: DualEncoder, device: torch.device) -> ModelConfig:
-    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else compiled."""
-    gpu, given = device.type == "cuda", model
+def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:
+    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else compiled.
+
+    In shards by the library's layers, as only those gather their weights.
+    """
+    gpu, given = world.device.type == "cuda", model
     if model.attention == "auto":
         packed = model.fused is True or (gpu and encoder.can_pack)
         model = replace(model, attention="packed" if packed else "padded")
-    free = gpu and not model.gradient_checkpointing
+    free = gpu and not model.gradient_checkpointing and not world.sharded
     if model.fused == "auto":
         model = replace(model, fused=free and model.attention == "packed" and given.compile is not True and encoder.can_fuse)
     if model.compile == "auto":
@@ -102,7 +105,8 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     towers = "tied" if encoder.tied else "untied"
     return "\n".join(
         (
-            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling",
+            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling"
+            + (f", in shards on {world.size} ranks" if world.sharded else ""),
             f"data    queries of {sources}; {len(store.passages):,} passages",
             f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",

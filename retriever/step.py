@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from retriever.data.batch import Batch
 from retriever.encoder.dual_encoder import DualEncoder
@@ -15,7 +15,7 @@ from retriever.rng import seed_step
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, the same on every rank."""
+    """What one step did, the same on every rank but for the last two."""
 
     step: int
     loss: float  # mean over all queries of the global batch
@@ -24,7 +24,7 @@ class StepReport:
     temperature: float
     queries: int
     tokens: int  # of this rank, padding not counted
-    waited_s: float  # this rank's, for chunks that were not ready
+    waited_s: float = field(compare=False)  # this rank's, for chunks that were not ready
 
 
 def train_step(
@@ -38,15 +38,15 @@ def train_step(
     temperature = objective.temperature
 
     # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
-    representations, passes = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
+    representations, first = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)
 
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
-    backward_through_encoder(encoder, batch, gradients, passes)
+    backward_through_encoder(encoder, batch, gradients, first)
 
-    # 4. The step's only parameter collective, then the update.
+    # 4. The step's only parameter collective (an encoder in shards has summed its own, chunk by chunk), then the update.
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(batch.step)
     grad_norm = optimizer.clip_and_step(batch.step)

@@ -67,9 +67,12 @@ class StepPlanner:
     def decide(self) -> tuple[Config, Forecast | None]:
         """The configuration without `auto` in `batch`, the same on every rank, and the step it makes where that was measured.
 
-        A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`.
+        A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing is measured of
+        an encoder in shards, of which no rank can work alone.
         Raises ConfigError where no chunk fits, or `batch.retain=true` and not all graphs do.
         """
+        if self._world.sharded:
+            return replace(self._config, batch=_unmeasured(self._config.batch, self._device, self._longest)), None
         batch, usable, preflight = self._config.batch, self._usable, self._config.run.preflight
         open_ends = "auto" in (batch.tokens_per_chunk, batch.retain) or batch.retain is True
         forecast = None
@@ -179,6 +182,12 @@ class StepPlanner:
         cost = measure_loss(self._objective, *part, self._encoder.dimension, self._device)
         fixed = int(config.workspace_mib) * 2**20 if tiled else 0
         return scaled_loss(cost, part, (queries, passages), linear_memory=tiled, fixed_bytes=fixed)
+
+
+def _unmeasured(batch: BatchConfig, device: torch.device, longest: int) -> BatchConfig:
+    usual = max(_SMALLEST_USUAL if device.type == "cuda" else _CPU_SIZE, longest)
+    size = usual if batch.tokens_per_chunk == "auto" else batch.tokens_per_chunk
+    return replace(batch, tokens_per_chunk=size, retain=0)
 
 
 def _step_lengths(

@@ -97,6 +97,7 @@ def _train(
     from retriever.loss.contrastive import ContrastiveObjective
     from retriever.optim import Optimizer
     from retriever.outputs import Outputs
+    from retriever.parallel.sharded import PlacedEncoder
     from retriever.step import train_step
     from retriever.step_plan import StepPlanner, retained_tokens
     from retriever.telemetry import Telemetry
@@ -106,9 +107,10 @@ def _train(
     if config.eval is not None:
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
 
-    encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).to(world.device).train()
+    encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).train()
     if config.model.lora is not None:
         adapt(encoder.towers, config.model.lora, config.run.seed)
+    placed = PlacedEncoder(encoder, world)
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
     config = preflight.resolve(config, encoder, world)
     use(encoder, config.model)
@@ -124,7 +126,7 @@ def _train(
 
     state = checkpoint.TrainingState(encoder, objective, optimizer)
     finished = checkpoint.load(last, state, store.fingerprint) if last is not None else 0
-    outputs = Outputs(config, state, encoder, tokenizer, store, world)
+    outputs = Outputs(config, state, placed, tokenizer, store, world)
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
@@ -136,7 +138,7 @@ def _train(
     if finished:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
-    bundle = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling))
+    settings = settings_of(config, encoder.pooling)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     for batch in loader.batches(finished, total):
         report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
@@ -145,7 +147,9 @@ def _train(
         with telemetry.paused():
             evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
             if config.eval is not None and evaluated:
+                bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
                 telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
+                del bundle  # where the encoder is in shards, a copy of it
             # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
             if evaluated or _due(done, config.train.save_every, total):
                 outputs.save(done)

@@ -55,10 +55,10 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
     loss = replace(loss, precision="fp32", learn_temperature=False)
 
     with state.restored():
-        representations, states = encode_without_graph(exact, batch)
+        representations, first = encode_without_graph(exact, batch)
         objective = ContrastiveObjective(loss, unit=exact.normalize)
         value, gradients = representation_gradients(objective, representations, batch, world)
-        backward_through_encoder(exact, batch, gradients, states)
+        backward_through_encoder(exact, batch, gradients, first)
         cached = _take_gradients(exact)
 
         whole = {side: _encode_whole(exact, batch, side) for side in ("query", "passage")}

@@ -48,7 +48,9 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     source = open_source(
         SourceConfig(path, given.name, given.revision, given.format, given.split, columns, given.corpus, given.queries, limit=given.limit)
     )
-    pool = Pool(source, given.title, given.title_separator)
+    output = Path(given.output_dir)
+    work = given.work_dir or output.with_name(f"{output.name}.work")
+    pool = Pool(source, given.title, given.title_separator, work / "pool", ranks)
     own = sum(query.prompt is not None for query in pool.queries)
     if own and ranks.rank == 0:
         print(f"note: {own:,} queries carry a prompt of their own, which the search leaves out")
@@ -59,17 +61,17 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
         else CrossEncoder.load(name, max_tokens=given.teacher_max_tokens, precision=given.precision, device=device)
         for name in names
     ]
-    output = Path(given.output_dir)
     mining = Mining(
         pool,
         settings,
         output,
-        given.work_dir or output.with_name(f"{output.name}.work"),
+        work,
         bundle,
         tuple(teachers),
         index=given.index,
         tokens_per_batch=given.teacher_batch,
         tokens_per_chunk=given.batch,
+        threads=given.threads,
         ranks=ranks,
     )
     mining.run()
@@ -114,12 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95")
 
     parser.add_argument("--output-dir", required=True, type=Path, help="a new folder for the training data")
-    parser.add_argument("--work-dir", type=Path, help="embeddings, searches and scores, to be used again (default: <output-dir>.work)")
+    kept = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
+    parser.add_argument("--work-dir", type=Path, help=kept)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of both models (default: %(default)s)")
     packed = "of the encoder: packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
     parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
     parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
-    parser.add_argument("--threads", type=int, help="FAISS threads (default: OMP_NUM_THREADS, else all cores)")
+    threads = "of a process, for FAISS (default: OMP_NUM_THREADS, else all cores) and BM25 (default: all cores)"
+    parser.add_argument("--threads", type=int, help=threads)
     return parser
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch, Targets
-from retriever.data.chunks import Chunk, Chunks, plan_chunks
+from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
 
 
@@ -48,8 +48,10 @@ def random_batch(
     return WholeBatch([tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners)
 
 
-def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False) -> tuple[Batch, list[int], list[int]]:
-    """The rank's Batch, and which rows of the whole batch its queries and passages are."""
+def rank_batch(
+    whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False, chunks_a_side: int = 0
+) -> tuple[Batch, list[int], list[int]]:
+    """The rank's Batch, with fillers up to `chunks_a_side`, and which rows of the whole batch its queries and passages are."""
     columns = [c for c, owner in enumerate(whole.owners) if owner == rank]
     home = [whole.owners[c] if c >= 0 else 0 for c in whole.positives]
     rows = [r for r, owner in enumerate(home) if owner == rank]
@@ -69,6 +71,8 @@ def rank_batch(whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: b
             own = [texts[i] for i in part]
             chunk = Chunk(side, torch.from_numpy(part), pack_rows(own) if packed else pad_rows(own, 0))  # type: ignore[arg-type]
             chunks.append(lambda chunk=chunk: chunk)
+        missing = chunks_a_side - sum(chunk().side == side for chunk in chunks)
+        chunks += [lambda side=side: filler(side, packed=packed)] * missing  # type: ignore[misc]
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
 

@@ -76,7 +76,8 @@ def _export(folder: Path) -> None:
 
 
 def _save(config: Config, step: int, state: TrainingState | None = None) -> Path:
-    return checkpoint.save(Path(config.run.output_dir) / checkpoint.FOLDER, step, state or _state(config), config, "f1", _export)
+    snapshot = checkpoint.snapshot(state or _state(config))
+    return checkpoint.save(Path(config.run.output_dir) / checkpoint.FOLDER, step, snapshot, config, "f1", _export)
 
 
 @pytest.mark.parametrize("optim", [{}, {"name": "adafactor"}, {"precision": "fp16"}])
@@ -149,7 +150,7 @@ def test_a_save_that_dies_leaves_nothing_that_counts(config: Config, monkeypatch
             patch.setattr(checkpoint, "save_file", die)
         if stage == "rename":
             patch.setattr(os, "replace", die)
-        checkpoint.save(root, 5, _state(config), config, "f1", die if stage == "export" else _export)
+        checkpoint.save(root, 5, checkpoint.snapshot(_state(config)), config, "f1", die if stage == "export" else _export)
     assert checkpoint.newest(root) == before
     assert len(list(root.iterdir())) == 2, "the half-written folder is there to be cleaned"
     checkpoint.clean(root)

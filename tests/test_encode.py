@@ -48,7 +48,7 @@ def _encode(bundle: EncoderBundle, folder: Path, **changed: Any) -> Path:
 class _Counting(EncoderBundle):
     """Counts the texts it encodes, and may be stopped at a text."""
 
-    texts = 0
+    texts = slabs = 0
     stop_at = 10**9
 
     def encode_slabs(self, slabs: Any, *arguments: Any, **named: Any) -> Any:
@@ -57,6 +57,7 @@ class _Counting(EncoderBundle):
     def _counted(self, slabs: Any) -> Iterator[Any]:
         for key, texts in slabs:
             self.texts += len(texts)
+            self.slabs += 1
             if self.texts > self.stop_at:
                 raise KeyboardInterrupt
             yield key, texts
@@ -76,6 +77,17 @@ def test_shards_hold_the_embeddings_in_the_order_of_the_texts(bundle: EncoderBun
     wanted = {"rows": 23, "dimension": 32, "dtype": "float32", "side": "passage", "prompt": "find the ", "texts": "abc", "pooling": "mean"}
     assert manifest | wanted == manifest
     assert (manifest["model"], manifest["max_tokens"], len(manifest["shards"])) == (bundle.model_hash(), 256, -(-23 // shard_rows))
+
+
+@pytest.mark.parametrize("slab", [1, 2, 5, 7])
+def test_a_shard_may_be_encoded_in_several_slabs(bundle: EncoderBundle, tmp_path: Path, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row comes back to its own place, and no shard is written before its last slab."""
+    whole, ids = _read(_encode(bundle, tmp_path / "whole"))
+    monkeypatch.setattr("retriever.encoder.slabs.SLAB_TEXTS", slab)
+    counting = _counting(bundle)
+    embeddings, found = _read(_encode(counting, tmp_path / "slabs"))
+    assert found == ids and counting.slabs == sum(-(-rows // slab) for rows in (5, 5, 5, 5, 3))
+    np.testing.assert_allclose(embeddings, whole, rtol=0, atol=1e-6)
 
 
 def test_half_precision_shards_round_the_same_embeddings(bundle: EncoderBundle, tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def test_chunks_and_retention_are_those_of_the_run(folder: Path, packed: bool) -
         encoder.pack()
     costs = [ChunkCost(tokens, *[0.0] * 7) for _, tokens, _ in expected]
     for retain in (0, expected[0][1], expected[0][1] + expected[1][1] - 1, 900, 10_000):
-        _, passes = encode_without_graph(encoder, batch, retain)
-        kept = [isinstance(first, torch.Tensor) for first in passes]
+        _, first = encode_without_graph(encoder, batch, retain)
+        kept = [True] * len(first.kept) + [False] * len(first.states)
         assert kept == [i < Forecast(workload, costs, 0, 0, MEMORY, retain).kept for i in range(len(kept))]
 
 

@@ -18,7 +18,7 @@ from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks
 from retriever.data.layout import Packed, Padded, pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import Representations, backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.gradcache import FirstPass, Representations, backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.rng import RngState, seed_step
@@ -132,6 +132,22 @@ def test_with_dropout_the_gradient_equals_that_of_kept_graphs(folder: Path, tied
     assert _error(_cached(encoder, batch), _with_kept_graphs(encoder, batch)) < 1e-9
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_fillers_change_no_bit(folder: Path, packed: bool) -> None:
+    """Chunks without rows are encoded like others, twice, and add zeros to every gradient."""
+    encoder = _encoder(folder, dropout=False)
+    if packed:
+        encoder.pack()
+    recording = Recording(encoder)
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=packed)
+    filled, _, _ = rank_batch(WHOLE, 0, 40, packed=packed, chunks_a_side=9)
+    expected = _cached(recording, batch)
+    recording.outputs.clear()
+    assert len(filled.chunks) == 18 > len(batch.chunks)
+    assert all(torch.equal(a, b) for a, b in zip(_cached(recording, filled), expected, strict=True))
+    assert len(recording.outputs) == 36
+
+
 def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     """Guard: a second pass under another RNG state is far outside the bound, so the tests above can fail."""
     encoder = _encoder(folder, dropout=True)
@@ -139,9 +155,9 @@ def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     expected = _with_kept_graphs(encoder, batch)
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, [RngState.capture(CPU.device)] * len(states))
+    backward_through_encoder(encoder, batch, gradients, FirstPass([], [RngState.capture(CPU.device)] * len(first.states)))
     assert _error(_gradients(encoder), expected) > 1e-3
 
 
@@ -183,9 +199,9 @@ def test_gradients_add_to_what_stands_there(folder: Path) -> None:
     encoder = _encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     once = _cached(encoder, batch)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, states)
+    backward_through_encoder(encoder, batch, gradients, first)
     assert _error(_gradients(encoder), [2 * g for g in once]) < 1e-12
 
 
@@ -193,7 +209,7 @@ def test_a_pass_that_lacks_a_chunk_is_an_error(folder: Path) -> None:
     """A number of states other than that of the chunks is refused, never silently cut to the shorter."""
     encoder = _encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
     with pytest.raises(ValueError, match="shorter"):
-        backward_through_encoder(encoder, batch, gradients, states[:-1])
+        backward_through_encoder(encoder, batch, gradients, FirstPass([], first.states[:-1]))

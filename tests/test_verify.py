@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +13,10 @@ from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import Representations, backward_through_encoder
+from retriever.gradcache import FirstPass, Representations, backward_through_encoder
 from retriever.loss import distill
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
-from retriever.rng import RngState
 from retriever.verify import gradient_error
 from tests.problems import random_batch, rank_batch
 from tests.tiny import save_tiny_model
@@ -86,10 +84,10 @@ def test_nothing_is_changed(encoder: DualEncoder, batch: Batch) -> None:
 def test_a_lost_chunk_is_found(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk whose gradient is not pulled back shows."""
 
-    def without_first_rows(encoder: DualEncoder, batch: Batch, gradients: Representations, states: Sequence[RngState]) -> None:
+    def without_first_rows(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
         chunk = next(iter(batch.chunks))
         getattr(gradients, chunk.side)[chunk.rows] = 0
-        backward_through_encoder(encoder, batch, gradients, states)
+        backward_through_encoder(encoder, batch, gradients, first)
 
     monkeypatch.setattr(verify, "backward_through_encoder", without_first_rows)
     assert gradient_error(encoder, LossConfig(), batch).gradient_error > BROKEN

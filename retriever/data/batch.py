@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.chunk_builders import chunk_builders
-from retriever.data.chunks import Chunk, Chunks
-from retriever.data.planner import Planner, known_positives, slice_for_rank
+from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
+from retriever.data.planner import GlobalBatch, Planner, known_positives, owners, slice_for_rank
 from retriever.data.store import Store, TextTable
 from retriever.data.teacher import false_negatives, scored_groups
 from retriever.data.tokens import Side, TokenTemplate
@@ -78,14 +80,16 @@ class BatchLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        even_chunks: bool = False,
     ) -> None:
+        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end."""
         self._store, self._planner, self._template = store, planner, template
         self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
         self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
         self._tokens_per_chunk, self._packed = tokens_per_chunk, packed
         self._masked = mask_known_positives
         self._teacher_groups, self._teacher_margin = teacher_groups, teacher_margin
-        self._device, self._rank, self._world_size = device, rank, world_size
+        self._device, self._rank, self._world_size, self._even_chunks = device, rank, world_size, even_chunks
 
     @classmethod
     def from_config(cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> BatchLoader:
@@ -109,6 +113,7 @@ class BatchLoader:
             device=world.device,
             rank=world.rank,
             world_size=world.size,
+            even_chunks=world.sharded,
         )
 
     def load(self, step: int) -> Batch:
@@ -130,26 +135,46 @@ class BatchLoader:
             global_queries=len(whole.queries),
             groups=groups,
         )
-        builders = self._builders("query", mine.queries) + self._builders("passage", mine.passages)
+        counts = self._most_chunks(whole) if self._even_chunks else (0, 0)
+        builders = self._builders("query", mine.queries, counts[0]) + self._builders("passage", mine.passages, counts[1])
         tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())
         chunks = Chunks(builders, self._device)
         return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches of the steps from `first` to before `last`; the next is planned in a thread meanwhile."""
+        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in threads meanwhile."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan") as pool:
-            coming = pool.submit(self.load, first) if first < last else None
-            for step in range(first, last):
-                assert coming is not None
-                batch = coming.result()
-                coming = pool.submit(self.load, step + 1) if step + 1 < last else None
-                yield batch
+            coming = pool.submit(self._prefetched, first) if first < last else None
+            try:
+                for step in range(first, last):
+                    assert coming is not None
+                    batch = coming.result()
+                    coming = pool.submit(self._prefetched, step + 1) if step + 1 < last else None
+                    with closing(batch.chunks):
+                        yield batch
+            finally:
+                if coming is not None and not coming.cancel() and coming.exception() is None:
+                    coming.result().chunks.close()
+
+    def _prefetched(self, step: int) -> Batch:
+        batch = self.load(step)
+        batch.chunks.prefetch()
+        return batch
 
     def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
         return self._template.lengths(self._tables[side].lengths_of(rows), self._max_tokens[side])
 
-    def _builders(self, side: Side, rows: np.ndarray) -> list[Callable[[], Chunk]]:
-        return chunk_builders(
+    def _most_chunks(self, whole: GlobalBatch) -> tuple[int, int]:
+        """Chunks of queries and of passages, each on the rank that has most of them."""
+        sides = self._lengths("query", whole.queries), self._lengths("passage", whole.passages)
+        queries, passages = (
+            max(len(plan_chunks(lengths[owner == rank], self._tokens_per_chunk, packed=self._packed)) for rank in range(self._world_size))
+            for lengths, owner in zip(sides, owners(whole, *sides, self._world_size), strict=True)
+        )
+        return queries, passages
+
+    def _builders(self, side: Side, rows: np.ndarray, at_least: int) -> list[Callable[[], Chunk]]:
+        builders = chunk_builders(
             side,
             self._tables[side],
             rows,
@@ -158,3 +183,4 @@ class BatchLoader:
             tokens_per_chunk=self._tokens_per_chunk,
             packed=self._packed,
         )
+        return builders + [partial(filler, side, packed=self._packed)] * (at_least - len(builders))

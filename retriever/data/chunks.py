@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.layout import Packed, Padded
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -32,7 +32,7 @@ class Chunk:
 
     side: Side
     rows: Tensor  # [n] int64: positions in the rank's queries or passages
-    tokens: Padded | Packed  # of n texts
+    tokens: Padded | Packed  # of n texts; of one text in a filler, which has no rows
 
     def to(self, device: torch.device) -> Chunk:
         """The same chunk on `device`; the copy does not block where the memory is pinned."""
@@ -46,6 +46,12 @@ class Chunk:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Chunk:
         return Chunk(self.side, function(self.rows), self.tokens.map(function))
+
+
+def filler(side: Side, *, packed: bool) -> Chunk:
+    """A chunk of a single token and no rows, for a rank to encode while others have more chunks than it has."""
+    text = [np.zeros(1, dtype=np.int64)]  # token 0: every vocabulary has one
+    return Chunk(side, torch.empty(0, dtype=torch.int64), pack_rows(text) if packed else pad_rows(text, 0))
 
 
 def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = False) -> list[np.ndarray]:
@@ -78,6 +84,7 @@ class Chunks:
     def __init__(self, builders: Sequence[Callable[[], Chunk]], device: torch.device) -> None:
         self._builders = builders
         self._device = device
+        self._prefetched: _Ahead | None = None
         self.waited_s = 0.0  # that iterations spent waiting for a chunk to be built
 
     def __len__(self) -> int:
@@ -85,31 +92,55 @@ class Chunks:
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks on the device, built ahead in background threads."""
-        ready = _ahead(self._builders, pin=self._device.type == "cuda")
-        with closing(ready):
-            while True:
-                started = time.perf_counter()
-                chunk = next(ready, None)
-                self.waited_s += time.perf_counter() - started
-                if chunk is None:
-                    return
+        return self.starting_at(0)
+
+    def starting_at(self, first: int) -> Iterator[Chunk]:
+        """The chunks without the first `first` ones."""
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None and first > 0:
+            prefetched.close()
+        with closing(prefetched if prefetched is not None and first == 0 else self._ahead(first)) as ready:
+            for chunk in ready.chunks():
+                self.waited_s += ready.waited_s
                 yield chunk.to(self._device)
 
+    def prefetch(self) -> None:
+        """Starts to build the first chunks of the next iteration, which must come, or `close`."""
+        self._prefetched = self._prefetched or self._ahead(0)
 
-def _ahead(builders: Sequence[Callable[[], Chunk]], pin: bool) -> Generator[Chunk, None, None]:
-    """Builds chunks in threads, a few ahead of the reader; an error of a builder is raised at the reader, in its chunk's turn."""
+    def close(self) -> None:
+        """Drops what `prefetch` made."""
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
 
-    def build(builder: Callable[[], Chunk]) -> Chunk:
-        chunk = builder()
-        return chunk.pinned() if pin else chunk
+    def _ahead(self, first: int) -> _Ahead:
+        return _Ahead(self._builders[first:], pin=self._device.type == "cuda")
 
-    coming = iter(builders)
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="chunks")
-    try:
-        pending = deque(pool.submit(build, builder) for builder in islice(coming, _CHUNKS_AHEAD))
-        while pending:
-            chunk = pending.popleft().result()
-            pending.extend(pool.submit(build, builder) for builder in islice(coming, 1))
+
+class _Ahead:
+    """Chunks being built in threads, a few ahead of the reader."""
+
+    def __init__(self, builders: Sequence[Callable[[], Chunk]], pin: bool) -> None:
+        self._pin = pin
+        self._coming = iter(builders)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="chunks")
+        self._pending = deque(self._pool.submit(self._build, builder) for builder in islice(self._coming, _CHUNKS_AHEAD))
+        self.waited_s = 0.0  # for the last chunk
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Each in its turn; an error of its builder is raised then."""
+        while self._pending:
+            started = time.perf_counter()
+            chunk = self._pending.popleft().result()
+            self.waited_s = time.perf_counter() - started
+            self._pending.extend(self._pool.submit(self._build, builder) for builder in islice(self._coming, 1))
             yield chunk
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Ends the threads; what they have not begun is not built."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _build(self, builder: Callable[[], Chunk]) -> Chunk:
+        chunk = builder()
+        return chunk.pinned() if self._pin else chunk

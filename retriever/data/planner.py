@@ -160,15 +160,20 @@ def slice_for_rank(batch: GlobalBatch, query_lengths: np.ndarray, passage_length
     query_lengths [b], passage_lengths [n]: tokens that `batch.queries` and `batch.passages` take in the encoder. A passage
     and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down, to and fro.
     """
+    of_query, of_passage = owners(batch, query_lengths, passage_lengths, world_size)
+    own, mine = np.flatnonzero(of_passage == rank), of_query == rank
+    return RankSlice(batch.queries[mine], batch.passages[own], np.searchsorted(batch.passages[own], batch.targets[mine]))
+
+
+def owners(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rank of each query [b] and of each passage [n] of `batch`, int64; see `slice_for_rank`."""
     target = np.searchsorted(batch.passages, batch.targets)
     cost = passage_lengths + np.bincount(target, weights=query_lengths, minlength=len(batch.passages))
     place = np.empty(len(cost), dtype=np.int64)
     place[np.argsort(-cost, kind="stable")] = np.arange(len(cost))
     lap, seat = np.divmod(place, world_size)
     owner = np.where(lap % 2 == 0, seat, world_size - 1 - seat)
-    own = np.flatnonzero(owner == rank)
-    mine = owner[target] == rank
-    return RankSlice(batch.queries[mine], batch.passages[own], np.searchsorted(own, target[mine]))
+    return owner[target], owner
 
 
 def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:

@@ -93,7 +93,7 @@ class EncoderBundle:
         A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most `tokens_per_chunk` tokens.
         Dropout is off while this runs; a text without any token gets the zero vector.
         """
-        budget = tokens_per_chunk or (65_536 if self.encoder.device.type == "cuda" else 8_192)
+        budget = tokens_per_chunk or (131_072 if self.encoder.device.type == "cuda" else 8_192)
         encoder = SlabEncoder(self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget)
         return encoder.encode(slabs, progress)
 

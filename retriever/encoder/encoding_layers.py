@@ -1,12 +1,14 @@
 """Fused layers that only encode: what no backward pass will read is not kept, and less goes through memory.
 
 In half precision and without a graph GELU is part of the matrix product before it, in its tanh form, and the residual stream is
-float16, eight times finer than bfloat16. Both are well below what rounding the matrix products' factors costs, but an embedding is not
-bitwise the one of training. Everything else runs as `FusedLayers` does.
+float16, eight times finer than bfloat16, from the embeddings on. Both are well below what rounding the matrix products' factors costs, but
+an embedding is not bitwise the one of training. Everything else runs as `FusedLayers` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +19,31 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kernels.add_norm import add_norm
 from kernels.attention import attention_forward
 from kernels.post_norm_layer import Factors, Layer, Parameters
-from retriever.encoder.fused_layers import FusedLayers, _parameters, _shape
+from retriever.encoder.encoding_embeddings import EncodingEmbeddings, knows_embeddings, only_encodes
+from retriever.encoder.fused_layers import FusedLayers, _read_parameters
 
 
 def fuse_for_encoding(tower: PreTrainedModel) -> None:
     """Puts encoding layers into `tower`, which `fused_layers.can_fuse` knows; it takes packed texts only from then on."""
     encoder: Any = tower.encoder
-    tower.encoder = EncodingLayers(encoder.layer)
+    tower.encoder = EncodingLayers(encoder.layer).train(tower.training)
+    if knows_embeddings(tower):
+        tower.embeddings = EncodingEmbeddings(tower.embeddings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def fused_for_encoding(tower: PreTrainedModel) -> Iterator[None]:
+    """Encoding layers instead of fused ones, if `tower` has such, until the block ends: how a model that is being trained encodes."""
+    layers: Any = getattr(tower, "encoder", None)
+    embeddings: Any = getattr(tower, "embeddings", None)
+    if type(layers) is not FusedLayers:
+        yield
+        return
+    fuse_for_encoding(tower)
+    try:
+        yield
+    finally:
+        tower.encoder, tower.embeddings = layers, embeddings
 
 
 class EncodingLayers(FusedLayers):
@@ -34,15 +54,14 @@ class EncodingLayers(FusedLayers):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float16 in half precision."""
         device = hidden_states.device
-        half = torch.is_autocast_enabled(device.type) and hidden_states.dtype != torch.float64
-        if self.training or torch.is_grad_enabled() or not half:
+        if not only_encodes(self, device) or hidden_states.dtype == torch.float64:
             return super().forward(hidden_states, packed_starts=packed_starts, packed_longest=packed_longest, **others)
         dtype = torch.get_autocast_dtype(device.type)
         stream, rounded = hidden_states[0].to(torch.float16), hidden_states[0].to(dtype)  # [T, H]
         with torch.autocast(device.type, enabled=False):
-            for i, module in enumerate(self.layer):
-                parameters = _parameters(module)
-                layer = Layer(*_shape(module), packed_starts, packed_longest, (0.0, 0.0, 0.0), (None, None, None))
+            for i, place in enumerate(self._places):
+                parameters = _read_parameters(place.holders)
+                layer = Layer(place.heads, place.eps, packed_starts, packed_longest, (0.0, 0.0, 0.0), (None, None, None))
                 stream, rounded = _encode(stream, rounded, layer, self._factors(i, parameters, dtype), parameters)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 

@@ -119,10 +119,6 @@ def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
     return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
 
 
-def _parameters(layer: Any) -> Parameters:
-    return _read_parameters(_holders(layer))
-
-
 def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
     return layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout
 

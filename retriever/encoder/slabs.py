@@ -1,17 +1,17 @@
 """Texts to embeddings, one slab of texts after another, without a wait between them.
 
 Threads read and tokenise the next slab while this one is encoded, sorted by length, and the one before it travels back from the
-device. A slab is as large as its texts' lengths have to be sorted well: tens of thousands.
+device. A slab is as large as its texts' lengths have to be sorted well, and no larger: nothing is encoded before the first is tokenised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ from retriever.data.chunks import Chunks
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.encoding_layers import fused_for_encoding
 
-SLAB_TEXTS = 65_536
+SLAB_TEXTS = 32_768
 _TEXTS_AT_ONCE = 4096  # handed to the tokenizer; two such calls at a time keep all cores busy
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
+_Tokens: TypeAlias = tuple[np.ndarray, np.ndarray]  # of texts one behind another, and how many each has
 
 
 class Arriving:
@@ -75,20 +77,21 @@ class SlabEncoder:
         Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts that were just queued.
         """
         template = TokenTemplate.from_tokenizer(self.tokenizer)
-        with inference(self.encoder), closing(_one_ahead(map(self._tokenize, slabs))) as tokenized:
-            for key, texts in tokenized:
-                yield key, self.encode_tokens(texts, template, done)
+        pool = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
+        try:
+            with inference(self.encoder), closing(_one_ahead(map(partial(self._tokenize, pool), slabs))) as tokenized:
+                for key, parts in tokenized:
+                    yield key, self.encode_tokens(_joined(parts), template, done)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _tokenize(self, slab: tuple[Key, Sequence[str]]) -> tuple[Key, TokenRows]:
+    def _tokenize(self, pool: ThreadPoolExecutor, slab: tuple[Key, Sequence[str]]) -> tuple[Key, list[Future[_Tokens]]]:
+        """Hands a slab to the pool, behind the one before it: the cores are busy from one slab to the next."""
         key, texts = slab
         parts = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
-        with ThreadPoolExecutor(2, thread_name_prefix="tokenise") as pool:
-            found = list(pool.map(self._tokens, parts))
-        tokens = np.concatenate([np.empty(0, np.uint32), *(tokens for tokens, _ in found)])
-        offsets = np.concatenate([np.zeros(1, np.int64), *(counts for _, counts in found)]).cumsum()
-        return key, TokenRows(tokens, offsets)
+        return key, [pool.submit(self._tokens, part) for part in parts]
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, texts: Sequence[str]) -> _Tokens:
         return tokenize_flat(self.tokenizer, [self.prompt + text for text in texts] if self.prompt else texts)
 
     def encode_tokens(self, texts: TokenRows, template: TokenTemplate, done: Callable[[int], object]) -> Arriving:
@@ -112,18 +115,31 @@ class SlabEncoder:
         return Arriving(found, filled, len(texts))
 
 
+def _joined(parts: Sequence[Future[_Tokens]]) -> TokenRows:
+    found = [part.result() for part in parts]
+    tokens = np.concatenate([np.empty(0, np.uint32), *(tokens for tokens, _ in found)])
+    offsets = np.concatenate([np.zeros(1, np.int64), *(counts for _, counts in found)]).cumsum()
+    return TokenRows(tokens, offsets)
+
+
 @contextmanager
 def inference(encoder: DualEncoder) -> Iterator[None]:
-    """Eval mode without graphs; every module's own mode comes back afterwards. Weights are cast for autocast once, not once a chunk."""
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
+    """Eval mode without graphs, fused layers replaced by encoding ones; all is as it was afterwards.
+
+    Weights are cast for autocast once, not once a chunk.
+    """
     dtype = encoder.autocast_dtype
-    try:
-        with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with ExitStack() as stack:
+        for tower in encoder.each_tower:
+            stack.enter_context(fused_for_encoding(tower))
+        modes = [(module, module.training) for module in encoder.modules()]
+        encoder.eval()
+        try:
+            with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:

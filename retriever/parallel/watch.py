@@ -87,12 +87,8 @@ class Watch:
 
     def blame(self, error: RuntimeError) -> RankError:
         """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped meanwhile."""
-        before = self._states()
-        if self._verdict() is None:
-            time.sleep(3 * self._interval_s)
-        verdict = self._verdict()
+        still, verdict = self._still(), self._verdict()
         if verdict is None:
-            still = [r for r, state in enumerate(self._states()) if r != self._rank and state == before[r]]
             reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # gloo begins with its own file and line
             lost = f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
             verdict = self.announce(Verdict(still[0] if still else self._rank, self._rank, f"{lost}, and a collective failed ({reason})"))
@@ -103,6 +99,8 @@ class Watch:
         cause = error
         if isinstance(error, KeyboardInterrupt):
             self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} was interrupted", INTERRUPTED))
+        elif isinstance(error, RuntimeError) and not isinstance(error, RankError) and (self._still() or self._verdict()):
+            cause = self.blame(error)  # torch's own collectives, of an encoder in shards, ask nobody else
         elif not isinstance(error, RankError):
             what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             verdict = self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} ended with {what}"))
@@ -115,6 +113,13 @@ class Watch:
     def _publish(self) -> None:
         self._beat += 1
         self._store.set(str(self._rank), f"{self._beat} {self._entered}")
+
+    def _still(self) -> list[int]:
+        """Other ranks whose beat stops while this one looks; it does not look long where there is a verdict already."""
+        before = self._states()
+        if self._verdict() is None:
+            time.sleep(3 * self._interval_s)
+        return [r for r, state in enumerate(self._states()) if r != self._rank and state == before[r]]
 
     def _states(self) -> list[bytes]:
         try:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _BUCKET_BYTES = 256 * 2**20
 # torch 2.13 renamed both.
@@ -63,12 +64,12 @@ class Transfer:
 
 
 class World:
-    """`size` ranks of torch's default process group, this being `rank`, computing on `device`."""
+    """`size` ranks of torch's default process group, this being `rank`, computing on `device`; `sharded`: none holds the encoder whole."""
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
         if size > 1 and not dist.is_initialized():
             raise ValueError(f"a world of {size} ranks needs torch.distributed to be initialised first")
-        self.device, self.rank, self.size = device, rank, size
+        self.device, self.rank, self.size, self.sharded = device, rank, size, sharded
         self.watch: Watcher | None = None
 
     @property
@@ -171,11 +172,12 @@ class World:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Σ over ranks of every parameter's gradient, in flat buckets: a step's only parameter collective.
 
-        A parameter that has no gradient here enters as zeros; one that has none on any rank keeps none.
+        A parameter that has no gradient here enters as zeros; one that has none on any rank keeps none. Gradients of parameters in
+        shards are sums already.
         """
         if self.size == 1:
             return
-        trainable = [p for p in parameters if p.requires_grad]
+        trainable = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
         for dtype in sorted({p.dtype for p in trainable}, key=str):
             of_dtype = [p for p in trainable if p.dtype == dtype]
             for bucket in _buckets(of_dtype):

@@ -26,8 +26,7 @@ _ROUNDING = 1e-4  # an error that fp32 may have
 _CHECKED_PAIRS = 128
 _REFERENCE_SIZE = 4096  # tokens of a chunk
 _SMALL = 4096  # pairs
-_TWO_STEPS = 131_072  # pairs: a larger batch is trained on once
-_WARMED = 16_384  # pairs: up to here one whole step goes unmeasured
+_TWO_STEPS = 32_768  # pairs: a larger batch is trained on once
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,12 @@ PADDED = ("model.attention=padded", *_LIBRARY)
 PACKED_FUSED = ("model.attention=packed", "model.fused=true", "model.compile=false")
 PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
 AUTO = Form("", ("run.preflight=only", "batch.retain=auto"))  # and chunks of the size that was measured to be best
-FORMS = (
-    Form("retain=0", retain=0),
-    Form("packed,compiled", PACKED_COMPILED, 0),
-    Form("packed", PLAIN, 0),
-    Form("padded", PADDED, 0),
-)
+FORMS = {
+    "unretained": Form("retain=0", retain=0),
+    "compiled": Form("packed,compiled", PACKED_COMPILED, 0),
+    "packed": Form("packed", PLAIN, 0),
+    "padded": Form("padded", PADDED, 0),
+}
 # The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all kept.
 RECOMPUTING = (
     Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), EVERYTHING),
@@ -81,7 +80,7 @@ class Bench:
                 return
             self._warm(trainer, queries)
             with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-                found, stages = self._timed(trainer, batches, queries)
+                found, stages = self._timed(trainer, batches, apart=form is AUTO and queries <= _TWO_STEPS)
             self._add(case, "bigbatch", queries, found, _modes(trainer))
             for name, value in stages._asdict().items():
                 self.table.add(case, "bigbatch", name, value, "ms")
@@ -93,13 +92,12 @@ class Bench:
                 self._add_forecast(case, trainer.forecast)
             self._against_floor(case, queries)
 
-    def _timed(self, trainer: Trainer, batches: Iterator[Batch], queries: int) -> tuple[Sample, Stages]:
-        """Whole steps, and the stages of another one; of a very large batch one step that is both."""
-        if queries <= _TWO_STEPS:
-            found = sample(trainer.step, batches, self.work.device, self._seconds, _warm(queries))
-            return found, trainer.staged_step(next(batches))
+    def _timed(self, trainer: Trainer, batches: Iterator[Batch], *, apart: bool) -> tuple[Sample, Stages]:
+        """Whole steps after an unmeasured one, and the stages of another one; or, not `apart`, steps that are both."""
+        if apart:
+            return sample(trainer.step, batches, self.work.device, self._seconds), trainer.staged_step(next(batches))
         stages: list[Stages] = []
-        found = sample(lambda batch: stages.append(trainer.staged_step(batch)), batches, self.work.device, 0.0, 0)
+        found = sample(lambda batch: stages.append(trainer.staged_step(batch)), batches, self.work.device, self._seconds / 2, 0)
         return found, stages[-1]
 
     def measure_floor(self, queries: int) -> None:
@@ -109,7 +107,7 @@ class Bench:
             trainer = self._trainer(queries, Form(""))
             self._warm(trainer, queries)
             with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-                found = sample(trainer.single_pass, batches, self.work.device, self._seconds, _warm(queries))
+                found = sample(trainer.single_pass, batches, self.work.device, self._seconds)
             self._add(case, "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
             self._against_floor(case, queries)
 
@@ -121,7 +119,9 @@ class Bench:
         with self._failures_named(case, name):
             found, size = best_sample(self.work, make(self.work), queries, sizes, by_length=by_length, seconds=self._seconds)
             order = "sorted by length beforehand" if by_length else "in the data's order"
-            self._add(case, name, queries, found, f"{order}; {size} at once, the best of {', '.join(map(str, sizes))}")
+            tried = ", ".join(map(str, sizes))
+            chosen = f"{size} at once" + (f", the best of {tried}" if len(sizes) > 1 else "")
+            self._add(case, name, queries, found, f"{order}; {chosen}; {_padded_attention()}")
 
     def save(self) -> None:
         """Writes what there is, and frees the device's memory for the next method."""
@@ -200,12 +200,13 @@ def _case(queries: int, condition: str = "") -> str:
     return f"b={queries}" + (f",{condition}" if condition else "")
 
 
-def _warm(queries: int) -> int:
-    return 1 if queries <= _WARMED else 0
-
-
 def _modes(trainer: Trainer) -> str:
     """How the towers computed."""
     model = trainer.config.model
     layers = "fused" if model.fused else "compiled" if model.compile else "library's"
-    return f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
+    modes = f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
+    return modes if model.attention == "packed" else f"{modes}, {_padded_attention()}"
+
+
+def _padded_attention() -> str:
+    return "attention with cuDNN allowed" if torch.backends.cuda.cudnn_sdp_enabled() else "attention without cuDNN"

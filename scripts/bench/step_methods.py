@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,6 +32,17 @@ from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLA
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
+
+
+def settle_torch(*, cudnn_attention: bool) -> None:
+    """What holds for all methods of a process; to be called before anything is on the device.
+
+    Segments of memory grow, as in `retriever/train.py`. Padded attention goes without cuDNN unless it is asked for: on Hopper torch prefers
+    cuDNN wherever a mask is given, and that spends up to a second on a plan for each new number and length of texts, which is most of the
+    time of a short run whose chunks all have another shape.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
 
 @dataclass(frozen=True)

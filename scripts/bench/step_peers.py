@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +39,12 @@ class MiniBatch(NamedTuple):
 PairStep = Callable[[Features, Features, MiniBatch], object]  # queries, their passages
 
 _SCALE = 50.0  # temperature 0.02
-_TRIED = 0.25  # of the batch, on which mini-batch sizes are compared
+_TRIED = 1 / 16  # of the batch, on which mini-batch sizes are compared
+# What a peer may encode at once, in the data's order and sorted by length; the longest 512 passages fill an H100 of 80 GB.
+MINI_BATCHES = {
+    False: (MiniBatch(256), MiniBatch(512)),
+    True: (MiniBatch(512), MiniBatch(512, tokens=65_536)),
+}
 
 
 def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Features, Features, int]:
@@ -65,43 +73,64 @@ def _features(padded) -> Features:  # type: ignore[no-untyped-def]
 def best_sample(
     work: Work, step: PairStep, queries: int, sizes: Sequence[MiniBatch], *, by_length: bool, seconds: float
 ) -> tuple[Sample, MiniBatch]:
-    """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it; a size that does not fit loses.
+    """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it, similarities in TF32.
 
-    Raises torch.cuda.OutOfMemoryError where none fits.
+    A size that does not fit loses. Raises torch.cuda.OutOfMemoryError where none fits.
     """
-    part = max(2, int(_TRIED * queries))
-    a, b, _ = pairs_of(work, part, by_length=by_length)
-    times: dict[MiniBatch, float] = {}
-    for size in sizes:
-        try:
-            if not times:
-                _seconds(work, lambda size=size: step(_head(a, size.texts), _head(b, size.texts), size))  # type: ignore[misc]
-            times[size] = _seconds(work, lambda size=size: step(a, b, size))  # type: ignore[misc]
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    if not times:
-        raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
-    best = min(times, key=lambda size: times[size])
-    a, b, tokens = pairs_of(work, queries, by_length=by_length)
-    if work.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(work.device)
-    spent = [_seconds(work, lambda: step(a, b, best))]
-    while sum(spent) + spent[-1] < seconds:
-        spent.append(_seconds(work, lambda: step(a, b, best)))
-    peak = torch.cuda.max_memory_allocated(work.device) / 2**30 if work.device.type == "cuda" else None
-    return Sample(sum(spent) / len(spent), tokens, None, peak), best
+    a, b, _ = pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length)
+    whole_a, whole_b, tokens = pairs_of(work, queries, by_length=by_length)
+    with _tf32():
+        times: dict[MiniBatch, float] = {}
+        for size in sizes:
+            # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
+            first = partial(step, _head(whole_a, size.texts), _head(whole_b, size.texts), size)
+            if _seconds(work, first) is not None and (seconds_ := _seconds(work, partial(step, a, b, size))) is not None:
+                times[size] = seconds_
+        for best in sorted(times, key=lambda size: times[size]):
+            if work.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(work.device)
+            spent: list[float] = []
+            while not spent or sum(spent) + spent[-1] < seconds:
+                if (took := _seconds(work, partial(step, whole_a, whole_b, best))) is None:
+                    break
+                spent.append(took)
+            if spent:
+                peak = torch.cuda.max_memory_allocated(work.device) / 2**30 if work.device.type == "cuda" else None
+                return Sample(sum(spent) / len(spent), tokens, None, peak), best
+    raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
 
 
 def _head(features: Features, n: int) -> Features:
     return {name: tensor[:n] for name, tensor in features.items()}
 
 
-def _seconds(work: Work, call: Callable[[], object]) -> float:
+def _seconds(work: Work, call: Callable[[], object]) -> float | None:
+    """What a call takes; None where memory does not suffice."""
     synchronize(work.device)
     started = time.perf_counter()
-    call()
+    try:
+        call()
+    except torch.cuda.OutOfMemoryError:
+        fits = False
+    else:
+        fits = True
     synchronize(work.device)
-    return time.perf_counter() - started
+    taken = time.perf_counter() - started
+    if not fits:  # here and not above: the error holds on to what its call had allocated
+        gc.collect()
+        torch.cuda.empty_cache()
+    return taken if fits else None
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of fp32 matrices in TF32 meanwhile."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def sentence_transformers_step(work: Work) -> PairStep:
@@ -134,8 +163,8 @@ def sentence_transformers_step(work: Work) -> PairStep:
 
 
 def gradient_cache_step(work: Work) -> PairStep:
-    """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: padded chunks of so many texts in the batch's order and to the
-    batch's width, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and AdamW."""
+    """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: chunks of so many texts in the batch's order, each padded to its
+    longest, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and AdamW."""
     tower = work.tower()
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=work.device.type == "cuda")
 
@@ -169,7 +198,8 @@ def gradient_cache_step(work: Work) -> PairStep:
 
 def _chunks(side: Features, size: int) -> Iterator[Features]:
     for ids, mask in zip(side["input_ids"].split(size), side["attention_mask"].split(size), strict=True):
-        yield {"input_ids": ids, "attention_mask": mask}
+        width = int(mask.sum(dim=1).max())
+        yield {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
 
 
 def _embed(tower: BertModel, chunk: Features) -> Tensor:
@@ -178,3 +208,6 @@ def _embed(tower: BertModel, chunk: Features) -> Tensor:
         hidden = tower(**chunk).last_hidden_state.float()  # [n, width, D]
     mask = chunk["attention_mask"][..., None]
     return normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+PEERS: dict[str, Callable[[Work], PairStep]] = {"sentence-transformers": sentence_transformers_step, "gradcache": gradient_cache_step}

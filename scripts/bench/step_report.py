@@ -1,8 +1,10 @@
 """The page and the plots of `scripts.bench.step`'s tables.
 
-    python -m scripts.bench.step_report docs/bench/step.json [docs/bench/step_million.json …] [--curves docs/bench/step_curves.json]
+    python -m scripts.bench.step_report docs/bench/step.json [docs/bench/step_million.json …]
+        [--curves docs/bench/step_curves.json] [--note "…"]
 
-Rows of further tables are added to the first one's, whose name the page and the plot take.
+Rows of further tables are added to the first one's, whose name the page and the plot take. A peer's row that a run did not come to is shown
+as such; a note says why.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.bench.step_peers import MINI_BATCHES, PEERS
 from scripts.bench.tables import Row, Table
 
 _STAGES = ("first_pass", "loss", "second_pass", "update")
+_COLUMNS = ("case", "method", "pairs/s", "ours is", "tokens/s", "MFU", "peak GiB", "overhead", "retained", "waited", "")
+_FIGURES = (("tokens_per_s", ",.0f"), ("mfu", ".3f"), ("peak_gib", ".1f"), ("overhead", ".3f"), ("retained", ".0%"), ("waited", ".2%"))
 
 
-def markdown(tables: Sequence[Table], curves: Table | None) -> str:
-    """The results as a page."""
+def markdown(tables: Sequence[Table], curves: Table | None, note: str = "") -> str:
+    """The results as a page; `note` goes in front of the figures."""
     rows = [row for table in tables for row in table.rows]
     rate = _value(rows, "8192x8192x8192", "floor", "matmul_tflops")
     lines = ["# The whole training step", ""]
@@ -32,16 +37,10 @@ def markdown(tables: Sequence[Table], curves: Table | None) -> str:
         + (f" ({rate:.0f} TFLOP/s, 8192³ bf16)." if rate is not None else "."),
         "Overhead: time over the floor's, which encodes every chunk once and pulls given gradients back. Waited: share of the step spent",
         "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise.",
+        *(["", note] if note else []),
         "",
-        "| case | method | pairs/s | tokens/s | MFU | peak GiB | overhead | retained | waited | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *_table_lines(rows),
     ]
-    for case, method in _methods(rows):
-        figures = [("pairs_per_s", ",.0f"), ("tokens_per_s", ",.0f"), ("mfu", ".3f"), ("peak_gib", ".1f"), ("overhead", ".3f")]
-        figures += [("retained", ".0%"), ("waited", ".2%")]
-        cells = [_cell(_value(rows, case, method, metric), style) for metric, style in figures]
-        notes = [row.note for row in rows if (row.case, row.method, row.metric) == (case, method, "pairs_per_s")]
-        lines.append("| " + " | ".join([case, method, *cells, "; ".join(dict.fromkeys(notes))]) + " |")
     lines += ["", "## Where the time goes, and what was predicted", ""]
     lines += [
         "Milliseconds of the stages of one step of ours, between CUDA events; in parentheses what preflight predicted before step 1.",
@@ -58,6 +57,26 @@ def markdown(tables: Sequence[Table], curves: Table | None) -> str:
     if curves is not None:
         lines += _curve_lines(curves)
     return "\n".join(lines) + "\n"
+
+
+def _table_lines(rows: Sequence[Row]) -> list[str]:
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    for case, method in sorted([*_methods(rows), *_missing(rows)], key=lambda key: _queries(key[0])):
+        rate, own = _value(rows, case, method, "pairs_per_s"), _value(rows, f"b={_queries(case)}", "bigbatch", "pairs_per_s")
+        ratio = own / rate if method in PEERS and own is not None and rate is not None else None
+        cells = [_cell(rate, ",.0f"), "" if ratio is None else f"{ratio:.2f}×"]
+        cells += [_cell(_value(rows, case, method, metric), style) for metric, style in _FIGURES]
+        notes = [row.note for row in rows if (row.case, row.method, row.metric) == (case, method, "pairs_per_s")]
+        lines.append("| " + " | ".join([case, method, *cells, "; ".join(dict.fromkeys(notes)) or "not measured"]) + " |")
+    return lines
+
+
+def _missing(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(case, method) of the peers that a run did not come to, at sizes at which it came to one."""
+    there = {(row.case, row.method) for row in rows if row.metric == "pairs_per_s"}
+    sizes = sorted({_queries(case) for case, method in there if method in PEERS})
+    expected = [(f"b={n}" + ",sorted" * by_length, method) for n in sizes for method in PEERS for by_length in MINI_BATCHES]
+    return [key for key in expected if key not in there]
 
 
 def _curve_lines(curves: Table) -> list[str]:
@@ -150,10 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+")
     parser.add_argument("--curves", type=Path)
+    parser.add_argument("--note", default="", help="a sentence or two in front of the figures, such as what was left out")
     args = parser.parse_args(arguments)
     tables = [Table.load(path) for path in args.tables]
     curves = Table.load(args.curves) if args.curves else None
-    args.tables[0].with_suffix(".md").write_text(markdown(tables, curves))
+    args.tables[0].with_suffix(".md").write_text(markdown(tables, curves, args.note))
     plot(tables, args.tables[0].with_suffix(".png"))
     if curves is not None:
         plot_curves(curves, args.curves.with_suffix(".png"))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
-from eval.bm25 import bm25_run
+from eval.bm25 import Bm25, cores, in_threads
 from eval.evaluate import Ranks
 from eval.search import load_queries, search
 from eval.trec import Ranking
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
 
 NONE = -1  # fills a row of candidates whose search found fewer
-_QUERIES_AT_ONCE = 65_536  # searched together and written as one file
+_QUERIES_AT_ONCE = 65_536  # searched together by the model and written as one file
+_BM25_QUERIES = 4_096
 
 
 def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens_per_chunk: int | None) -> None:
     """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there already are kept."""
-    texts = {"query": (pool.numbered_queries(), len(pool.queries)), "passage": (pool.numbered_texts(), len(pool.texts))}
+    texts = {"query": (pool.numbered_queries(), len(pool.queries)), "passage": (pool.numbered_texts(), len(pool.passages))}
     for side in ("query", "passage"):
         stream, count = texts[side]
         encode_to_shards(
@@ -59,11 +61,17 @@ def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int
     return files
 
 
-def search_bm25(pool: Pool, depth: int, folder: Path) -> list[str]:
-    """As `search_model`, by BM25, in one part."""
-    queries = dict(pool.numbered_queries())
-    write_array(folder / "00000.npy", _numbers(bm25_run(pool.numbered_texts(), queries, depth), list(queries), depth))
-    return ["00000.npy"]
+def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, ranks: Ranks, threads: int | None = None) -> list[str]:
+    """As `search_model`, by BM25, each query in one of `threads`; the ranks divide the cores of their machine among them by default."""
+    files = [f"{part:05d}.npy" for part in range(-(-len(pool.queries) // _BM25_QUERIES))]
+    mine = [part for part in range(len(files)) if part % ranks.size == ranks.rank]
+    threads = threads or max(1, cores() // ranks.size)
+    for part in tqdm(mine, desc="search by bm25", unit="part", disable=ranks.rank != 0):
+        if not (folder / files[part]).exists():
+            texts = [query.text for query in pool.queries[part * _BM25_QUERIES : (part + 1) * _BM25_QUERIES]]
+            found = in_threads(lambda text: _row(index.rank(text, depth, str), depth), texts, threads)
+            write_array(folder / files[part], np.stack(list(found)))
+    return files
 
 
 def read_candidates(folder: Path, files: Sequence[str]) -> np.ndarray:
@@ -81,11 +89,11 @@ def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettin
     window = slice(settings.first_rank - 1, settings.last_rank)
     chosen = []
     for row, query in enumerate(pool.queries):
-        known = pool.known(query)
+        known = {*query.positives, query.own}
         by_rank = np.stack([numbers[row, window] for numbers in searched], axis=1).ravel().tolist()
-        found = [n for n in dict.fromkeys(by_rank) if n != NONE and n not in known and pool.texts[n].strip()]
+        found = [n for n in dict.fromkeys(by_rank) if n != NONE and n not in known and pool.text(n).strip()]
         if settings.pick == "random":
-            found.sort(key=lambda n, query_id=query.id: drawn(settings.seed, f"{query_id}\n{pool.texts[n]}"))  # type: ignore[misc]
+            found.sort(key=lambda n, query_id=query.id: drawn(settings.seed, f"{query_id}\n{pool.text(n)}"))  # type: ignore[misc]
         chosen.append(found[: settings.candidates])
     return chosen
 
@@ -99,8 +107,11 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def _numbers(run: Mapping[str, Ranking], query_ids: Sequence[str], depth: int) -> np.ndarray:
-    numbers = np.full((len(query_ids), depth), NONE, dtype=np.int64)
-    for row, query_id in enumerate(query_ids):
-        found = run[query_id].passage_ids
-        numbers[row, : len(found)] = [int(passage_id) for passage_id in found]
+    return np.stack([_row(run[query_id], depth) for query_id in query_ids])  # [Q, depth]
+
+
+def _row(found: Ranking, depth: int) -> np.ndarray:
+    """The numbers [depth] int64 of one query's passages."""
+    numbers = np.full(depth, NONE, dtype=np.int64)
+    numbers[: len(found.passage_ids)] = [int(passage_id) for passage_id in found.passage_ids]
     return numbers

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.bm25 import DESCRIPTION
+from eval.bm25 import DESCRIPTION, Bm25
+from eval.bm25_index import FILES
 from eval.collection import fingerprint
 from eval.evaluate import Ranks
 from retriever.data.formats import Passage
@@ -44,6 +45,7 @@ class Mining:
     index: str = "flat"
     tokens_per_batch: int = 8_192  # of a cross-encoder
     tokens_per_chunk: int | None = None  # of the encoder
+    threads: int | None = None  # of BM25's search; None: all cores, divided among the ranks
     ranks: Ranks = field(default_factory=Ranks)
     progress: bool = True
     counts: dict[str, int] = field(default_factory=dict)
@@ -100,10 +102,20 @@ class Mining:
         run_stage("encode", folder, {"data": self.pool.fingerprint, "model": model}, work, ranks=self.ranks)
         return open_shards(folder / "query"), open_shards(folder / "passage")
 
+    def _bm25(self) -> Bm25:
+        def work(folder: Path) -> list[str]:
+            if self.ranks.rank == 0:
+                Bm25.build(self.pool.texts(), folder, progress=self.progress)
+            return list(FILES)
+
+        folder = self.work / "bm25"
+        run_stage("index for bm25", folder, {"data": self.pool.fingerprint, "bm25": DESCRIPTION}, work, ranks=self.ranks)
+        return Bm25(folder)
+
     def _search(self, name: Retriever, shards: Shards | None) -> tuple[np.ndarray, Outputs]:
         def work(folder: Path) -> list[str]:
             if name == "bm25":
-                return search_bm25(self.pool, self.settings.last_rank, folder) if self.ranks.rank == 0 else []
+                return search_bm25(self.pool, self._bm25(), self.settings.last_rank, folder, self.ranks, self.threads)
             assert shards is not None
             queries, passages = shards
             return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.ranks)
@@ -114,7 +126,10 @@ class Mining:
         return read_candidates(folder, list(outputs)), outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], shards: Shards | None, searched: Sequence[Outputs]) -> np.ndarray:
-        judge = fused_judge([self._judge(teacher, shards) for teacher in self.teachers or ("model",)])
+        def work(folder: Path) -> list[str]:
+            judge = fused_judge([self._judge(teacher, shards) for teacher in self.teachers or ("model",)])
+            return write_scores(self.pool, shortlists, judge, folder, self.ranks, self.progress)
+
         inputs = {
             "data": self.pool.fingerprint,
             "shortlists": fingerprint([list(numbers) for numbers in shortlists]),
@@ -122,19 +137,18 @@ class Mining:
             "judge": self._judge_inputs(),
         }
         folder = self.work / "scores"
-        work = lambda folder: write_scores(self.pool, shortlists, judge, folder, self.ranks, self.progress)  # noqa: E731
         return read_scores(folder, list(run_stage("score", folder, inputs, work, ranks=self.ranks)))
 
     def _judge(self, teacher: CrossEncoder | Retriever, shards: Shards | None) -> Judge:
         if teacher == "bm25":
-            return bm25_judge(self.pool)
+            return bm25_judge(self.pool, self._bm25())
         if teacher == "model":
             assert shards is not None  # the command asks for the model where a teacher is it
             return model_judge(*shards)
         return teacher_judge(self.pool, teacher, self.tokens_per_batch)
 
     def _write(self, path: Path, shortlists: Sequence[Sequence[int]], scores: np.ndarray | None) -> None:
-        self.counts = {"queries": len(self.pool.queries), "without a positive": self.pool.left_out, "passages": len(self.pool.texts)}
+        self.counts = {"queries": len(self.pool.queries), "without a positive": self.pool.left_out, "passages": len(self.pool.passages)}
         self.counts |= {"negatives": 0, "dropped by score": 0, "queries without negatives": 0}
         aside = path.with_name(f"{path.name}.tmp")
         with aside.open("w", encoding="utf-8") as stream:

@@ -32,15 +32,14 @@ def fused_judge(judges: Sequence[Judge]) -> Judge:
     return lambda rows, numbers: np.mean([_standardised(judge(rows, numbers), rows) for judge in judges], axis=0).astype(np.float32)
 
 
-def bm25_judge(pool: Pool) -> Judge:
+def bm25_judge(pool: Pool, index: Bm25) -> Judge:
     """BM25's score of a pair, 0 where it shares no word."""
-    index = Bm25(pool.texts)
-    return lambda rows, numbers: np.concatenate([index.scores(pool.queries[row].text)[numbers[rows == row]] for row in np.unique(rows)])
+    return lambda rows, numbers: np.concatenate([index.scores_of(pool.queries[r].text, numbers[rows == r]) for r in np.unique(rows)])
 
 
 def teacher_judge(pool: Pool, teacher: CrossEncoder, tokens_per_batch: int) -> Judge:
     """The cross-encoder's scores of a pair's texts."""
-    return lambda rows, numbers: teacher.score([pool.queries[r].text for r in rows], [pool.texts[n] for n in numbers], tokens_per_batch)
+    return lambda rows, numbers: teacher.score([pool.queries[r].text for r in rows], [pool.text(n) for n in numbers], tokens_per_batch)
 
 
 def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:

@@ -36,7 +36,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return build_or_open(config, tiny_tokenizer(), progress=False)
 
 
-def _loader(store: Store, *, rank: int = 0, world_size: int = 1, masked: bool = True) -> BatchLoader:
+def _loader(
+    store: Store, *, rank: int = 0, world_size: int = 1, masked: bool = True, even_chunks: bool = False, packed: bool = False
+) -> BatchLoader:
     planner = Planner(store, queries=16, negatives=2, seed=3)
     template = TokenTemplate.from_tokenizer(tiny_tokenizer())
     return BatchLoader(
@@ -45,10 +47,12 @@ def _loader(store: Store, *, rank: int = 0, world_size: int = 1, masked: bool = 
         template,
         MODEL,
         tokens_per_chunk=BUDGET,
+        packed=packed,
         mask_known_positives=masked,
         device=torch.device("cpu"),
         rank=rank,
         world_size=world_size,
+        even_chunks=even_chunks,
     )
 
 
@@ -105,6 +109,26 @@ def test_the_ranks_batches_make_up_one_batch(store: Store, world_size: int) -> N
         assert sorted(ids) == sorted(set(ids)) == sorted(alone.targets.passage_ids.tolist())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_even_chunks_are_the_same_number_on_every_rank(store: Store, packed: bool) -> None:
+    """Each side has as many as on the rank with most, its own ones first, then fillers of one token and no rows."""
+    filled = 0
+    for step in range(STEPS):
+        plain = [list(_loader(store, rank=rank, world_size=3, packed=packed).load(step).chunks) for rank in range(3)]
+        even = [list(_loader(store, rank=rank, world_size=3, packed=packed, even_chunks=True).load(step).chunks) for rank in range(3)]
+        for side in ("query", "passage"):
+            own = [[chunk for chunk in chunks if chunk.side == side] for chunks in plain]
+            most = max(map(len, own))
+            for chunks, real in zip(even, own, strict=True):
+                found = [chunk for chunk in chunks if chunk.side == side]
+                assert len(found) == most
+                assert all(torch.equal(a.rows, b.rows) for a, b in zip(found, real, strict=False))
+                assert all(len(filler.rows) == 0 and filler.tokens.input_ids.numel() == 1 for filler in found[len(real) :])
+                filled += most - len(real)
+        assert [[chunk.side for chunk in chunks] for chunks in even] == [[chunk.side for chunk in even[0]]] * 3
+    assert filled > 0, "the ranks have equally many chunks anyway: this proves little"
+
+
 def test_known_positives_of_a_batch(store: Store) -> None:
     """The target is always among a row's known ids; masking adds the others that the store knows."""
     counts = []
@@ -131,7 +155,7 @@ def test_batches_prepared_ahead_are_those_loaded_one_by_one(store: Store) -> Non
     assert list(loader.batches(3, 3)) == []
     for _ in loader.batches(0, 10**6):
         break
-    assert not [t for t in threading.enumerate() if t.name.startswith("plan")]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("plan", "chunks"))]
 
 
 def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,31 @@ def test_an_error_in_the_thread_is_raised_at_the_reader(fail_at: int) -> None:
     assert not _threads()
 
 
+def test_a_later_start_leaves_the_first_chunks_unbuilt() -> None:
+    built: list[int] = []
+    chunks = Chunks(_builders(11, built), CPU)
+    assert [int(chunk.rows) for chunk in chunks.starting_at(7)] == [7, 8, 9, 10] and sorted(built) == [7, 8, 9, 10]
+    assert list(chunks.starting_at(11)) == [] and not _threads()
+
+
+def test_prefetched_chunks_are_taken_once_or_dropped() -> None:
+    """The first iteration takes them, a later start or `close` drops them; no chunk is lost or doubled, no thread stays."""
+    built: list[int] = []
+    chunks = Chunks(_builders(20, built), CPU)
+    for _ in range(2):
+        chunks.prefetch()
+        chunks.prefetch()
+        assert len(built) <= 10
+        assert [int(chunk.rows) for chunk in chunks] == list(range(20)) and len(built) == 20
+        built.clear()
+    chunks.prefetch()
+    assert [int(chunk.rows) for chunk in chunks.starting_at(18)] == [18, 19]
+    chunks.prefetch()
+    chunks.close()
+    chunks.close()
+    assert not _threads() and [int(chunk.rows) for chunk in chunks] == list(range(20))
+
+
 def test_leaving_the_loop_early_ends_the_thread() -> None:
     """By break or by an exception in the loop's body, the thread stops and the remaining chunks are never built."""
     built: list[int] = []

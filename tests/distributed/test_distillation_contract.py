@@ -114,9 +114,9 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     batch, rows, columns = rank_batch(whole, world.rank, 57)
     groups = _groups(whole)
     batch = replace(batch, targets=replace(batch.targets, groups=_as_tensors([groups[row] for row in rows])))
-    representations, states = encode_without_graph(encoder, batch)
+    representations, first = encode_without_graph(encoder, batch)
     loss, gradients = representation_gradients(objective, representations, batch, world)
-    backward_through_encoder(encoder, batch, gradients, states)
+    backward_through_encoder(encoder, batch, gradients, first)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
     found, loss = _gradients(encoder, objective), world.sum(loss)
 

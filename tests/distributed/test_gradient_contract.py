@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from retriever.config import LossConfig, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
 from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
@@ -40,9 +41,11 @@ class Case:
     dims: tuple[int, ...] = ()
     layers: str = "padded"  # or packed, or fused
     retain: int = 0
+    sharded: bool = False
+    checkpointing: bool = False
 
     def __str__(self) -> str:
-        features = [name for name in ("symmetric", "learn_temperature") if getattr(self, name)]
+        features = [name for name in ("symmetric", "learn_temperature", "sharded", "checkpointing") if getattr(self, name)]
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
         features += [f"dims={self.dims}"] if self.dims else []
@@ -71,7 +74,17 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
     return cases
 
 
-CASES = {1: _cases(("dense", "tiled", "local", "disco")), 2: _cases(("dense", "tiled", "local", "disco")), 4: _cases(("dense", "tiled"))}
+SHARDED = [
+    Case("tiled", 19, sharded=True),  # chunks of one long text each make the ranks' numbers of them most unequal
+    Case("tiled", 40, tied=False, layers="packed", sharded=True),
+    Case("dense", 57, tied=False, symmetric=True, learn_temperature=True, sharded=True),
+    Case("tiled", 57, sharded=True, checkpointing=True),
+]
+CASES = {
+    1: _cases(("dense", "tiled", "local", "disco")),
+    2: _cases(("dense", "tiled", "local", "disco")) + SHARDED,
+    4: _cases(("dense", "tiled")) + SHARDED[1:2],
+}
 
 
 def _encoder(folder: Path, case: Case) -> DualEncoder:
@@ -90,7 +103,8 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
 
 def _named_gradients(encoder: DualEncoder, objective: ContrastiveObjective) -> dict[str, Tensor]:
     modules = torch.nn.ModuleDict({"encoder": encoder, "objective": objective})
-    return {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in modules.named_parameters() if p.grad is not None}
+    return whole_tensors(gradients, torch.device("cpu"))
 
 
 def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
@@ -100,14 +114,28 @@ def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
 def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     whole = random_batch(ranks=world.size, ignored=case.ignored)
     encoder, objective = _encoder(folder, case), _objective(case)
-    batch, _, _ = rank_batch(whole, world.rank, case.tokens_per_chunk, packed=encoder.packed)
+    if case.checkpointing:
+        encoder.train().enable_gradient_checkpointing()  # is off in eval mode
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    if case.sharded:
+        world = World(world.device, world.rank, world.size, sharded=True)
+        PlacedEncoder(encoder, world)
+    cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed)
+    most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
+    batch, _, _ = cut(world.rank, chunks_a_side=most)
     representations, passes = encode_without_graph(encoder, batch, case.retain)
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
     found, loss = _named_gradients(encoder, objective), world.sum(loss)
 
-    expected_loss, expected = _oracle(folder, replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0), world.size)
+    expected_loss, expected = _oracle(
+        folder,
+        replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0, sharded=False, checkpointing=False),
+        world.size,
+    )
     total = torch.stack([g.norm() for g in expected.values()]).norm()
     errors = {name: (found[name] - g).norm() for name, g in expected.items() if name in found}
     return {

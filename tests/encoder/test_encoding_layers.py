@@ -12,7 +12,10 @@ from torch.nn.functional import cosine_similarity
 from retriever.config import ModelConfig
 from retriever.data.layout import Packed, pack_rows
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.encoding_layers import EncodingLayers, fuse_for_encoding
+from retriever.encoder.encoding_embeddings import EncodingEmbeddings
+from retriever.encoder.encoding_layers import EncodingLayers, fuse_for_encoding, fused_for_encoding
+from retriever.encoder.fused_layers import FusedLayers
+from retriever.encoder.slabs import inference
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
 LENGTHS = (90, 41, 17, 3, 1)
@@ -71,8 +74,47 @@ def test_without_half_precision_or_with_a_graph_they_are_the_fused_layers(folder
 
 
 def test_a_projection_before_the_layers_may_hand_on_half_precision(tmp_path: Path, tokens: Packed) -> None:
-    """ELECTRA's embeddings pass through a matrix product first."""
+    """ELECTRA's embeddings pass through a matrix product first, and stay the library's."""
     folder = save_tiny_model(tmp_path, "electra")
     with torch.no_grad():
         exact, found = (_encoder(folder, *how)("passage", tokens) for how in (("plain",), ("encoding", torch.bfloat16)))
     assert 0 < (1 - cosine_similarity(found.double(), exact.double())).max() < 1e-4
+    assert not isinstance(_encoder(folder, "encoding").passage_tower.embeddings, EncodingEmbeddings)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "camembert"])
+def test_embeddings_are_the_library_s_rounded_once(tmp_path: Path, tokens: Packed, architecture: str) -> None:
+    """What reaches the layers: the float32 sum and norm in float16, and the very bits of the library with a graph."""
+    tower = _encoder(save_tiny_model(tmp_path, architecture), "plain").passage_tower
+    inputs = {"input_ids": tokens.input_ids[None], "position_ids": tokens.positions[None] + 2}
+    exact = tower.embeddings(**inputs)  # type: ignore[operator]
+    fuse_for_encoding(tower)
+    assert torch.equal(tower.embeddings(**inputs), exact)  # type: ignore[operator]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = tower.embeddings(**inputs)  # type: ignore[operator]
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), exact, rtol=1.01 * torch.finfo(torch.float16).eps / 2, atol=1e-6)
+
+
+def test_a_model_in_training_encodes_by_them_and_keeps_its_own(folder: Path, tokens: Packed) -> None:
+    """Inside the block the embeddings are the encoding layers'; after it the modules and their modes are those of before."""
+    training = _encoder(folder, "fused", torch.bfloat16).train()
+    before = dict(training.named_modules())
+    with torch.no_grad():
+        expected = _encoder(folder, "encoding", torch.bfloat16)("passage", tokens)
+        with inference(training):
+            assert torch.equal(training("passage", tokens), expected)
+        with pytest.raises(RuntimeError, match="stopped"), inference(training):
+            raise RuntimeError("stopped")
+        assert not torch.equal(training.eval()("passage", tokens), expected)
+    training.train()
+    after = dict(training.named_modules())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert type(training.passage_tower.encoder) is FusedLayers and all(module.training for module in after.values())
+
+
+def test_layers_of_the_library_are_left_alone(folder: Path) -> None:
+    tower = _encoder(folder, "plain").passage_tower
+    layers = tower.encoder
+    with fused_for_encoding(tower):
+        assert tower.encoder is layers

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
+import bm25s
+import numpy as np
 import pytest
 
-from eval.bm25 import bm25_run, plural_stem
+from eval.bm25 import Bm25, bm25_run, plural_stem
+from eval.bm25_index import FILES
 from eval.collection import read_beir
 from eval.metrics import measure_run
 
@@ -67,3 +73,50 @@ def test_the_known_figures(name: str, figure: float) -> None:
     collection = read_beir(DATA / name)
     run = bm25_run(collection.passages("join", " "), collection.queries, 100, exclude_self=True)
     assert measure_run(collection.qrels, run, ["nDCG@10"]).means["nDCG@10"] == pytest.approx(figure, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def collection() -> tuple[list[str], list[str]]:
+    """(passages, queries): words of unequal frequency, passages over more than one batch, some without a word."""
+    draw, words = random.Random(0), [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
+    weights = [1 / (i + 1) for i in range(400)]
+    passages = [" ".join(draw.choices(words, weights, k=draw.randrange(0, 30))) for _ in range(5000)]
+    return passages, [" ".join(draw.choices(words, k=draw.randrange(0, 6))) for _ in range(40)]
+
+
+def test_an_index_from_a_stream_scores_as_bm25s_itself(collection: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    """Bit by bit, for all passages and for some, with what bm25s makes of all the texts at once."""
+    passages, queries = collection
+    Bm25.build(iter(passages), tmp_path)
+    index, whole = Bm25(tmp_path), bm25s.BM25(k1=0.9, b=0.4)
+    whole.index(bm25s.tokenize(passages, stopwords="en", show_progress=False), show_progress=False)
+    rows, hits = np.random.default_rng(1).integers(0, len(passages), 300), 0
+    for query in queries:
+        words = query.split()
+        expected = whole.get_scores(words) if words else np.zeros(len(passages), dtype=np.float32)
+        assert index.scores(query).tobytes() == expected.tobytes()
+        assert index.scores_of(query, rows).tobytes() == expected[rows].tobytes()
+        hits += np.count_nonzero(expected)
+    assert hits > 10_000
+    assert {file.name for file in tmp_path.iterdir()} == set(FILES)
+
+
+def test_threads_change_nothing(collection: tuple[list[str], list[str]]) -> None:
+    passages, queries = [(str(i), text) for i, text in enumerate(collection[0])], dict(enumerate(collection[1]))
+    named = {str(i): text for i, text in queries.items()}
+    runs = [bm25_run(passages, named, 50, threads=threads) for threads in (1, 4)]
+    assert list(runs[0]) == list(runs[1]) == list(named)
+    for one, four in zip(*(run.values() for run in runs), strict=True):
+        assert one.passage_ids == four.passage_ids and one.scores.tobytes() == four.scores.tobytes()
+
+
+def test_an_index_has_the_same_bytes_in_every_process(collection: tuple[list[str], list[str]], tmp_path: Path) -> None:
+    """Sets of words have another order in every process; the numbers of words have not."""
+    (tmp_path / "texts").write_text("\n".join(collection[0]))
+    code = "import sys; from pathlib import Path; from eval.bm25 import Bm25; Bm25.build(open(sys.argv[1]), Path(sys.argv[2]))"
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        command = [sys.executable, "-c", code, str(tmp_path / "texts"), str(tmp_path / seed)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60)
+    for name in FILES:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -40,7 +40,7 @@ matches("_backward_tiles", [20, 31, 9, 2], 2, dropout=0.0, causal=True, block=64
 """,
     "blocks": """
 matches("_dkey_blocks", [40, 0, 20], 1, fused=True)
-matches("_dkey_blocks", [45, 3], 2, causal=True, window=20)
+matches("_dkey_blocks", [52, 3], 2, causal=True, window=3)
 """,
 }
 

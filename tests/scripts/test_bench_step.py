@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from scripts.bench import step, step_bench, step_curves, step_report
 from scripts.bench.step_bench import PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
 from scripts.bench.step_methods import Trainer, Work
-from scripts.bench.step_peers import MiniBatch, PairStep, gradient_cache_step, pairs_of, sentence_transformers_step
+from scripts.bench.step_peers import MiniBatch, PairStep, best_sample, gradient_cache_step, pairs_of, sentence_transformers_step
 from scripts.bench.tables import Table
 
 STAGES = ("first_pass_ms", "loss_ms", "second_pass_ms", "update_ms")
@@ -33,10 +35,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled layers are left out: compiling them takes longer than all the rest."""
-    monkeypatch.setattr(step, "FORMS", [form for form in step.FORMS if "compiled" not in form.condition])
-    monkeypatch.setattr(step, "_MINI_BATCHES", {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))})
+    monkeypatch.setattr(step, "MINI_BATCHES", {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))})
     output = tmp_path / "step.json"
-    arguments = ["--tiny", "--sizes", "8", "16", "--forms-at", "16", "--recomputing-at", "8", "--seconds", "0.01"]
+    arguments = ["--tiny", "--sizes", "8", "16", "--peers-at", "16", "--recomputing-at", "8", "--seconds", "0.01"]
+    arguments += ["--forms", "unretained", "packed", "padded"]
     step.main([*arguments, "--settings", "batch.tokens_per_chunk=400", "optim.precision=fp32", "--output", str(output)])
     table = Table.load(output)
     ours = ["b=8", "b=16", "b=16,retain=0", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
@@ -46,13 +48,27 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for case in ("b=8", "b=16"):
         assert (table.get(case, "bigbatch", "overhead") or 0) > 0 and (table.get(case, "floor", "pairs_per_s") or 0) > 0
         assert all((table.get(case, "bigbatch", f"predicted_{name}") or 0) > 0 for name in ("pairs_per_s", *STAGES))
-    for case, method in (("b=16", "sentence-transformers"), ("b=16,sorted", "sentence-transformers"), ("b=16", "gradcache")):
+    for case, method in itertools.product(("b=16", "b=16,sorted"), step.PEERS):
         assert (table.get(case, method, "pairs_per_s") or 0) > 0, [row for row in table.rows if row.method == method]
+    timed = [(row.case, row.method) for row in table.rows if row.metric == "pairs_per_s"]
+    assert timed.index(("b=16,sorted", "gradcache")) < timed.index(("b=8", "bigbatch")) < timed.index(("b=16,packed", "bigbatch"))
 
     step_report.main([str(output)])
     page = output.with_suffix(".md").read_text()
     assert "| b=16,sorted | sentence-transformers |" in page and "| b=8,cache | bigbatch |" in page
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_a_run_did_not_come_to() -> None:
+    table = Table("python -m scripts.bench.step", "0" * 40, "a machine", {})
+    for case, method, rate in (("b=16", "bigbatch", 300.0), ("b=16", "sentence-transformers", 120.0), ("b=16,sorted", "gradcache", None)):
+        table.add(case, method, "pairs_per_s", rate, "pairs/s", "as it was")
+    page = step_report.markdown([table], None, "Stopped after a minute.").splitlines()
+    assert "Stopped after a minute." in page
+    assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 6 + " as it was |" in page
+    assert "| b=16,sorted | gradcache | — |  |" + " — |" * 6 + " as it was |" in page
+    for row in ("| b=16 | gradcache |", "| b=16,sorted | sentence-transformers |"):
+        assert row + " — |  |" + " — |" * 6 + " not measured |" in page
 
 
 def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +139,7 @@ def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.M
     step_curves.main(["--tiny", "--queries", "16", "--steps", "4", "--lr", "2e-3", "--output", str(output)])
     table = Table.load(output)
     gaps = {form.condition: table.get("b=16,steps=4", form.condition, "largest_gap") for form in compared}
-    assert gaps["padded"] == gaps["padded, retained"] == 0.0
+    assert gaps["padded"] == 0.0
     assert gaps["packed, fused"] == gaps["packed, fused, retained"]
     assert all(gap is not None and gap < 0.05 for gap in gaps.values()) and gaps["padded, fp32"] != 0
     assert table.get("b=16,steps=4", "packed", "last_loss") < table.get("step=0", "packed", "loss")  # type: ignore[operator]
@@ -131,3 +147,24 @@ def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "| packed, fused, retained |" in step_report.markdown([], table)
     assert step_bench.RECOMPUTING[0].retain == EVERYTHING
+
+
+def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
+    """A size may fit the part on which sizes are compared, and not the whole batch."""
+    calls: list[tuple[int, MiniBatch]] = []
+
+    def step(queries: dict[str, Tensor], passages: dict[str, Tensor], size: MiniBatch) -> None:
+        pairs = len(queries["input_ids"])
+        calls.append((pairs, size))
+        assert passages["input_ids"].shape[0] == pairs and torch.get_float32_matmul_precision() == "high"
+        if size.texts == 32 or (size.texts == 16 and pairs == 64):
+            raise torch.cuda.OutOfMemoryError
+        time.sleep(0.1 if size.texts == 8 else 0.02 * pairs / size.texts)
+
+    sizes = [MiniBatch(n) for n in (4, 8, 16, 32)]
+    found, size = best_sample(work, step, 64, sizes, by_length=True, seconds=0.01)
+    assert size == MiniBatch(4) and found.seconds == pytest.approx(0.32, rel=0.3)
+    assert calls[-2:] == [(64, MiniBatch(16)), (64, MiniBatch(4))] and (32, MiniBatch(32)) in calls
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="none of 32 texts at once"):
+        best_sample(work, step, 64, sizes[-1:], by_length=False, seconds=0.01)

@@ -125,7 +125,7 @@ def test_interrupted_at_every_stage_it_ends_the_same(workplace: Workplace, undis
         starts += 1
         assert starts < 40
     assert status == 0
-    inside = 4 + 4  # encode, search by one retriever or two, score where there is a teacher, and the mined data themselves
+    inside = 5 + 6  # read, encode, index for BM25, search by one retriever or two, score where there is a teacher, the mined data
     assert starts == len(stopped) == 1 + 2 + 3 + 3 + inside
     _assert_same(workplace.folder / "stopped", undisturbed)
 

@@ -178,7 +178,7 @@ def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CrossEncoder, "score", counting)
-    for place in ("search", "bm25_run"):
+    for place in ("search", "in_threads"):
         with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
             broken.setattr(f"scripts.mining.candidates.{place}", interrupted)
             mined(workplace, "stopped", *arguments)
@@ -223,11 +223,16 @@ def test_inline_sources_are_mined_from_their_own_passages(workplace: Workplace, 
     assert read(workplace.folder / "inline") == records
 
 
+_BOTH = ("--retrievers", "model", "bm25")
+
+
 def _mine_on_rank(world: World, folder: Path) -> None:
     """As the command does under a launcher, in small parts, so that each rank has some of each kind of work."""
-    scores_module._QUERIES_A_PART = candidates_module._QUERIES_AT_ONCE = 7
+    scores_module._QUERIES_A_PART = candidates_module._QUERIES_AT_ONCE = candidates_module._BM25_QUERIES = 7
     arguments = ["--data", str(folder / "data"), "--model", str(folder / "model"), "--teacher", str(folder / "teacher")]
-    given = _parser().parse_args([*arguments, "--teacher-max-tokens", "64", "--ranks", "1", "30", "--output-dir", str(folder / "ranks")])
+    given = _parser().parse_args(
+        [*arguments, "--teacher-max-tokens", "64", "--ranks", "1", "30", "--output-dir", str(folder / "ranks"), *_BOTH]
+    )
     mine(given, Ranks(world.rank, world.size, world.barrier), world.device)
 
 
@@ -235,11 +240,15 @@ def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
     """The same negatives; scores differ by rounding at most."""
     run_on_ranks(_mine_on_rank, 2, workplace.folder)
     together = read(workplace.folder / "ranks")
-    alone = mined(workplace, "alone", "--teacher", str(workplace.folder / "teacher"), "--negatives", "8")
+    alone = mined(workplace, "alone", "--teacher", str(workplace.folder / "teacher"), "--negatives", "8", *_BOTH)
     for found, expected in zip(together, alone, strict=True):
         for side in ("positive", "negative"):
             assert found.pop(f"{side}_scores") == pytest.approx(expected.pop(f"{side}_scores"), abs=2e-4)
         assert found == expected and len(found["negative_passages"]) == 8
+    parts = sorted((workplace.folder / "ranks.work" / "search-bm25").glob("*.npy"))
+    assert len(parts) == -(-QUERIES // 7)
+    whole = np.load(workplace.folder / "alone.work" / "search-bm25" / "00000.npy")
+    assert np.concatenate([np.load(part) for part in parts]).tobytes() == whole.tobytes()
 
 
 def test_a_score_that_is_no_number_is_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

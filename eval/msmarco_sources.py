@@ -1,0 +1,133 @@
+"""MS MARCO's passages, queries and judgments from elsewhere than a folder of its files: ir_datasets' cache, or Hugging Face data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from eval.collection import Collection, judged_queries
+from retriever.config import ConfigError
+from retriever.data.collection import qrels_of
+from retriever.data.files import Table
+from retriever.data.hub_tables import named_table
+from retriever.data.records import DataError, Record
+
+if TYPE_CHECKING:
+    from eval.msmarco import Split
+
+
+class PairTable:
+    """(id, text) pairs as records; `read` gives them anew each time."""
+
+    def __init__(self, label: str, read: Callable[[], Iterable[tuple[str, str]]]) -> None:
+        self._label, self._read = label, read
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self._label
+
+    def records(self) -> Iterator[Record]:
+        """The pairs, numbered from 1. Raises DataError where they cannot be had."""
+        with _told("ir_datasets", self._label):
+            for row, (passage_id, text) in enumerate(self._read(), 1):
+                yield Record({"id": passage_id, "text": text}, self._label, row, "row")
+
+    def digest(self) -> str:
+        """blake2b of all ids and texts."""
+        hasher = hashlib.blake2b(digest_size=16)
+        for record in self.records():
+            for value in (record.identifier("id"), record.text("text")):
+                encoded = value.encode("utf-8", "surrogatepass")
+                hasher.update(len(encoded).to_bytes(8, "little") + encoded)
+        return hasher.hexdigest()
+
+
+def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) -> Collection:
+    """The collection `name` as ir_datasets has it, `<root>/<split.ir_datasets>`; what its cache lacks, it downloads.
+
+    Raises ConfigError where ir_datasets is not installed, DataError where it has no such collection or cannot download it.
+    """
+    identifier = f"{root}/{split.ir_datasets}"
+    try:
+        library = importlib.import_module("ir_datasets")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "--source ir_datasets: expected the package ir_datasets, which is not installed (pip install ir_datasets); "
+            "its cache is ~/.ir_datasets or $IR_DATASETS_HOME"
+        ) from error
+    with _told("ir_datasets", identifier):
+        found = library.load(identifier)
+        qrels: dict[str, dict[str, int]] = {}
+        for judgment in found.qrels_iter():
+            qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+    if not texts:
+        return Collection("msmarco", name, {}, qrels, (), split.relevance)
+    queries = PairTable(f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter()))
+    corpus = PairTable(f"{identifier} docs", lambda: ((passage.doc_id, passage.text) for passage in found.docs_iter()))
+    return Collection("msmarco", name, judged_queries([queries], qrels), qrels, (corpus,), split.relevance)
+
+
+def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, texts: bool = True) -> Collection:
+    """The collection `name` from the Hugging Face data set `data` of BEIR's form: subsets corpus, queries and judgments by split.
+
+    Judgments may stand in `<data>-qrels` instead. `corpus` names another data set, or `name:subset`, for the passages.
+    Raises DataError where something cannot be loaded, or no split of the judgments is the one asked for.
+    """
+    judgments, splits = _judgments(data)
+    known = next((word for word in split.hub if word in splits), None)
+    if known is None:
+        raise DataError(
+            f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, found {', '.join(splits)}"
+        )
+    qrels = qrels_of(_table(judgments, known))
+    if not texts:
+        return Collection("msmarco", name, {}, qrels, (), split.relevance)
+    queries = judged_queries([_table(f"{data}:queries")], qrels)
+    return Collection("msmarco", name, queries, qrels, (_table(corpus or f"{data}:corpus"),), split.relevance)
+
+
+def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:
+    """Those of `splits` that the data set has judgments of. Raises DataError where there are none."""
+    judgments, there = _judgments(data)
+    found = [name for name, split in splits.items() if any(word in there for word in split.hub)]
+    if not found:
+        expected = "; ".join(f"{name}: {' or '.join(split.hub)}" for name, split in splits.items())
+        raise DataError(f"Hugging Face data set {judgments!r}: expected one of the splits {expected}; found {', '.join(there)}")
+    return found
+
+
+def _judgments(data: str) -> tuple[str, Sequence[str]]:
+    """(name, splits) of the data set's judgments: its own subset default or qrels, else `<data>-qrels`."""
+    import datasets
+
+    with _told("Hugging Face data set", data):
+        subsets = datasets.get_dataset_config_names(data)
+        own = next((subset for subset in ("default", "qrels") if subset in subsets), None)
+        if own is not None:
+            return f"{data}:{own}", datasets.get_dataset_split_names(data, own)
+    with _told("Hugging Face data set", f"{data}-qrels"):
+        return f"{data}-qrels", datasets.get_dataset_split_names(f"{data}-qrels")
+
+
+def _table(name: str, split: str | None = None) -> Table:
+    with _told("Hugging Face data set", name):
+        return named_table(name, None, split)
+
+
+@contextmanager
+def _told(what: str, name: str) -> Iterator[None]:
+    """Makes a DataError of the errors that libraries raise where data are missing or cannot be downloaded."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # a data set that needs code of its own: RuntimeError
+        raise DataError(f"{what} {name!r}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Any) -> str:
+    return next(iter(str(error).splitlines()), "no message")

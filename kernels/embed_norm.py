@@ -1,0 +1,47 @@
+"""BERT's embeddings where nothing is trained: three rows a token, their sum and its norm in one pass over memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, layer_norm
+
+__all__ = ["WIDEST_ROW", "embed_norm"]
+
+WIDEST_ROW = 4096
+
+
+def embed_norm(
+    ids: Tensor, positions: Tensor, words: Tensor, places: Tensor, segment: Tensor, weight: Tensor, bias: Tensor, *, eps: float
+) -> Tensor:
+    """y_t = LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias: [T, D] float16.
+
+    ids, positions [T] int64; words [V, D], places [P, D], segment, weight and bias [D], D ≤ 4096: float32; all contiguous, on one device.
+    Computed in float32 and rounded once. Not differentiable. Nobody waits for a GPU to say that an id is outside its table, so its row is
+    NaN there; on a CPU it raises IndexError. Raises ValueError where shapes, dtypes or devices do not fit.
+    (Devlin et al. 2019, arXiv:1810.04805, section 3; Ba et al. 2016, arXiv:1607.06450)
+    """
+    D = words.shape[-1]
+    if ids.ndim != 1 or words.ndim != 2 or places.ndim != 2 or not 1 <= D <= WIDEST_ROW:
+        raise ValueError(
+            f"expected ids [T], words [V, D] and places [P, D], D in 1..{WIDEST_ROW}, received {list(ids.shape)}, {list(words.shape)} and "
+            f"{list(places.shape)}"
+        )
+    vectors = {"segment": segment, "weight": weight, "bias": bias}
+    expected = {"ids": (ids.shape, torch.int64), "positions": (ids.shape, torch.int64), "words": (words.shape, torch.float32)}
+    expected |= {"places": (torch.Size([len(places), D]), torch.float32)} | {name: (torch.Size([D]), torch.float32) for name in vectors}
+    for name, tensor in {"ids": ids, "positions": positions, "words": words, "places": places, **vectors}.items():
+        if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
+            shape, dtype = expected[name]
+            raise ValueError(
+                f"expected {name} {list(shape)} {dtype} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
+                f"on {tensor.device}"
+            )
+    if ids.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        from kernels import embed_norm_triton
+
+        return embed_norm_triton.embed_norm(ids, positions, words, places, segment, weight, bias, eps)
+    z = embedding(ids, words) + segment + embedding(positions, places)  # [T, D]
+    return layer_norm(z, (D,), weight, bias, eps).to(torch.float16)

@@ -1,0 +1,138 @@
+"""The pool of a mining: numbers, equal texts and positives against dictionaries, its errors, and the memory that reading and BM25 take."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from eval.evaluate import Ranks
+from retriever.config import SourceConfig
+from retriever.data.formats import DataError, Passage, open_source
+from scripts.mine_negatives import main
+from scripts.mining import passages as passages_module
+from scripts.mining.passages import Passages, PassageWriter, first_equal
+from scripts.mining.pool import Pool
+from tests.tiny import random_texts
+
+
+def _write(folder: Path, corpus: list[dict[str, str]], queries: dict[str, str], qrels: list[tuple[str, str]]) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in corpus))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in queries.items()))
+    rows = "".join(f"{query}\t{passage}\t1\n" for query, passage in qrels)
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return folder
+
+
+def _pool(folder: Path, work: Path, **options: Any) -> Pool:
+    return Pool(open_source(SourceConfig(path=str(folder), **options)), "join", " ", work)
+
+
+def test_passages_are_read_back_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passages_module, "_BATCH_ROWS", 7)
+    written = [Passage(f"p{i}" if i % 3 else None, f"text {i} – {'é' * i}", "title" if i % 2 else "") for i in range(30)]
+    with PassageWriter(tmp_path / "passages.arrow") as writer:
+        assert [writer.add(passage) for passage in written] == list(range(30))
+    rows = np.array([29, 0, 6, 7, 13, 14])
+    assert list(Passages(tmp_path / "passages.arrow", rows)) == [written[row] for row in rows]
+
+
+def test_first_equal_is_what_a_dictionary_finds() -> None:
+    draw = random.Random(3)
+    digests = [bytes([draw.randrange(3)]) + bytes(14) + bytes([draw.randrange(3)]) for _ in range(200)]  # halves that differ alone
+    first: dict[bytes, int] = {}
+    expected = [first.setdefault(value, place) for place, value in enumerate(digests)]
+    assert first_equal(b"".join(digests)).tolist() == expected and len(first) == 9
+    assert len(first_equal(b"")) == 0
+
+
+def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
+    """Numbers follow the corpus, a title and a text joined are compared; a query knows its own text even where it is no positive."""
+    corpus = [
+        {"_id": "a", "title": "red", "text": "fox"},
+        {"_id": "b", "title": "", "text": "grey goose"},
+        {"_id": "c", "title": "", "text": "red fox"},
+        {"_id": "d", "title": "", "text": "blue whale"},
+        {"_id": "e", "title": "", "text": "grey goose"},
+    ]
+    queries = {"x": "which fox", "y": "blue whale", "z": "unjudged", "w": "which fox"}
+    folder = _write(tmp_path / "data", corpus, queries, [("x", "c"), ("x", "a"), ("y", "e"), ("w", "d")])
+    pool = _pool(folder, tmp_path / "pool")
+    assert list(pool.texts()) == ["red fox", "grey goose", "blue whale"] == [pool.text(number) for number in range(3)]
+    assert [passage.id for passage in pool.passages] == ["a", "b", "d"]
+    assert [(query.id, query.positives, query.own) for query in pool.queries] == [("x", [0], None), ("y", [1], 2), ("w", [2], None)]
+
+
+def test_passages_of_examples_come_behind_the_corpus(tmp_path: Path) -> None:
+    """Their texts may be the corpus's under another id; a query whose examples lie apart; one without positives is left out."""
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"docid": f"p{i}", "text": f"passage {i}"}) + "\n" for i in range(3)))
+    with (tmp_path / "train.jsonl").open("w") as stream:
+        for query, positives, negatives in (("1", ["new"], ["passage 1", "old"]), ("2", [], ["old"]), ("1", ["passage 2"], [])):
+            sides = {"positive_passages": positives, "negative_passages": negatives}
+            listed = {name: [{"docid": text, "text": text} for text in texts] for name, texts in sides.items()}
+            stream.write(json.dumps({"query_id": query, "query": f"query {query}"} | listed) + "\n")
+    pool = _pool(tmp_path / "train.jsonl", tmp_path / "pool", corpus=str(tmp_path / "corpus.jsonl"), format="tevatron")
+    texts = list(pool.texts())
+    assert texts == [f"passage {i}" for i in range(3)] + ["new", "old"]
+    assert [(q.id, q.positives) for q in pool.queries] == [("1", [3, 2])] and pool.left_out == 1
+
+
+@pytest.mark.parametrize(
+    ("corpus", "qrels", "message"),
+    [
+        ([("a", "one"), ("b", "two"), ("a", "three")], [("q", "b")], "passage id 'a' stands for two texts in the corpus"),
+        ([("a", "one"), ("b", "two"), ("a", "one")], [("q", "b"), ("q", "nowhere")], "passage 'nowhere', a positive of query 'q', is not"),
+        ([("a", "one")], [("q", "a"), ("q", "b"), ("q", "c")], "passage 'b', a positive of query 'q', is not in its corpus"),
+    ],
+)
+def test_a_corpus_that_does_not_fit_is_refused(
+    tmp_path: Path, corpus: list[tuple[str, str]], qrels: list[tuple[str, str]], message: str
+) -> None:
+    records = [{"_id": i, "title": "", "text": text} for i, text in corpus]
+    folder = _write(tmp_path / "data", records, {"q": "query"}, qrels)
+    with pytest.raises(DataError, match=message):
+        _pool(folder, tmp_path / "pool")
+
+
+def test_other_ranks_read_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _write(tmp_path / "data", [{"_id": "a", "title": "", "text": "one"}], {"q": "query"}, [("q", "a")])
+    first = _pool(folder, tmp_path / "pool")
+    monkeypatch.setattr("scripts.mining.pool.PoolReader", None)
+    source = open_source(SourceConfig(path=str(folder)))
+    second = Pool(source, "join", " ", tmp_path / "pool", Ranks(1, 2, lambda: None))
+    assert second.queries == first.queries and list(second.passages) == list(first.passages)
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
+    """28 MiB of text are read, indexed, searched, scored by BM25 and written as negatives within half of that."""
+    draw = random.Random(1)
+    words = [f"{word}{'x' * 600}{i}" for i, word in enumerate(random_texts(300, shortest=1, longest=1, seed=5))]
+    folder, total = tmp_path / "data", 0
+    (folder / "qrels").mkdir(parents=True)
+    with (folder / "corpus.jsonl").open("w") as stream:
+        for i in range(6_000):
+            text = " ".join(draw.choices(words, k=8))
+            total += len(text)
+            stream.write(json.dumps({"_id": f"p{i}", "text": text}) + "\n")
+    queries = "".join(json.dumps({"_id": f"q{i}", "text": " ".join(draw.choices(words, k=3))}) + "\n" for i in range(64))
+    (folder / "queries.jsonl").write_text(queries)
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\tp{i}\t1\n" for i in range(64)))
+    arguments = ["--data", str(folder), "--retrievers", "bm25", "--teacher", "bm25", "--threads", "1"]
+    main([*arguments, "--limit", "2", "--output-dir", str(tmp_path / "imports")])  # code that is loaded now is not counted
+    tracemalloc.start()
+    try:
+        main([*arguments, "--output-dir", str(tmp_path / "mined")])
+        peak = tracemalloc.get_traced_memory()[1] + pa.default_memory_pool().max_memory()
+    finally:
+        tracemalloc.stop()
+    records = [json.loads(line) for line in (tmp_path / "mined" / "train.jsonl").read_text().splitlines()]
+    assert len(records) == 64 and all(len(record["negative_passages"]) == 8 for record in records)
+    print(f"texts {total / 2**20:.1f} MiB, peak {peak / 2**20:.1f} MiB")
+    assert total > 27 * 2**20 and peak < total / 2
