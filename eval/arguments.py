@@ -50,7 +50,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     """How passages are searched."""
     names = "flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: 'IVF4096,Flat nprobe=64'"
     parser.add_argument("--index", default="flat", help=f"{names} (default: %(default)s)")
-    engines = "of flat: FAISS on the CPU, or torch on every rank's device; auto: FAISS (default: %(default)s)"
+    engines = "of flat: FAISS on the CPU, or torch on every rank's device; auto: torch on GPUs (default: %(default)s)"
     parser.add_argument("--engine", choices=("auto", "faiss", "torch"), default="auto", help=engines)
     parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
     gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"

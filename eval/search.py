@@ -50,14 +50,15 @@ def search(
     queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and rounded to
     float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks. `engine` says what
     searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it; `auto` is
-    FAISS. Every rank calls it, with the same values; ranks other than the first return {}.
+    torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
     Other indexes are those of `eval.index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
     `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
     Raises ValueError where dimensions differ, a value is not finite, or an id is repeated; ConfigError for an unknown index.
     """
     _check_queries(queries, query_ids, passages.dimension, k)
     is_first = world is None or world.is_first
-    on_torch = index == "flat" and engine == "torch"
+    on_gpu = world is not None and world.device.type == "cuda"
+    on_torch = index == "flat" and (engine == "torch" or (engine == "auto" and on_gpu))
     if not on_torch and not is_first:
         return {}
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]

@@ -15,12 +15,15 @@ from eval.evaluate import Ranks
 from eval.search import load_queries, search
 from eval.trec import Ranking
 from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
 from scripts.code_pairs.split import drawn
 from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from retriever.encoder.bundle import EncoderBundle
 
 NONE = -1  # fills a row of candidates whose search found fewer
@@ -47,7 +50,9 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens
         )
 
 
-def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, ranks: Ranks) -> list[str]:
+def search_model(
+    queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, ranks: Ranks, device: torch.device
+) -> list[str]:
     """Writes the numbers of the `depth` passages nearest to each query, a part of the queries a file; rank r writes parts r, r + size, …
 
     Parts that are in `folder` already are kept. Returns the names of all.
@@ -57,7 +62,8 @@ def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int
     for number, file in enumerate(files):
         if number % ranks.size == ranks.rank and not (folder / file).exists():
             part = slice(number * _QUERIES_AT_ONCE, (number + 1) * _QUERIES_AT_ONCE)
-            write_array(folder / file, _numbers(search(embeddings[part], ids[part], passages, depth, index=index), ids[part], depth))
+            run = search(embeddings[part], ids[part], passages, depth, index=index, world=World(device))  # this rank alone
+            write_array(folder / file, _numbers(run, ids[part], depth))
     return files
 
 

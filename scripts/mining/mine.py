@@ -116,9 +116,9 @@ class Mining:
         def work(folder: Path) -> list[str]:
             if name == "bm25":
                 return search_bm25(self.pool, self._bm25(), self.settings.last_rank, folder, self.ranks, self.threads)
-            assert shards is not None
+            assert shards is not None and self.bundle is not None
             queries, passages = shards
-            return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.ranks)
+            return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.ranks, self.bundle.encoder.device)
 
         inputs = {"data": self.pool.fingerprint, "retriever": self._retriever(name), "depth": self.settings.last_rank}
         folder = self.work / f"search-{name}"

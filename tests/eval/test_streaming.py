@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import streaming
-from eval.search import search
+from eval.search import Engine, search
 from eval.streaming import Sizes, sizes
 from retriever.config import ConfigError
 from retriever.parallel.world import World
@@ -126,6 +127,29 @@ def _small_search(world: World | None) -> dict:
     passages[500:1_500] = passages[0]
     parts = Parts(passages, [f"p{i}" for i in np.random.default_rng(7).permutation(2_000)], [700])
     return search(np.vstack([passages[:1], unit_vectors(16, 12, 8)]), [str(i) for i in range(17)], parts, 40, world=world, engine="torch")
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "index", "by"),
+    [
+        ("cpu", "auto", "flat", "search_flat"),
+        ("cuda", "auto", "flat", "search_streaming"),
+        ("cuda", "faiss", "flat", "search_flat"),
+        ("cpu", "torch", "flat", "search_streaming"),
+        ("cuda", "auto", "hnsw", "open_index"),
+    ],
+)
+def test_what_searches(device: str, engine: Engine, index: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch on a GPU and FAISS on a CPU, unless told otherwise; an index is FAISS's wherever it is searched."""
+
+    def stop(name: str, *_: object, **__: object) -> None:
+        raise InterruptedError(name)
+
+    for place, name in (("eval.streaming", "search_streaming"), ("eval.search", "search_flat"), ("eval.search", "open_index")):
+        monkeypatch.setattr(f"{place}.{name}", partial(stop, name))
+    parts = Parts(unit_vectors(9, 4, 0), list("abcdefghi"), [])
+    with pytest.raises(InterruptedError, match=by):
+        search(unit_vectors(2, 4, 1), ["p", "q"], parts, 3, index=index, world=World(torch.device(device)), engine=engine)
 
 
 def test_two_ranks_give_the_run_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
