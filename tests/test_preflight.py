@@ -62,13 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class _Device:
-    """As `resolve` sees one."""
-
-    def __init__(self, type_: str) -> None:
-        self.type = type_
-
-
 @pytest.mark.parametrize(
     ("device", "given", "expected"),
     [
@@ -83,7 +76,7 @@ class _Device:
 )
 def test_how_towers_compute(folder: Path, device: str, given: dict[str, Any], expected: tuple[str, bool, bool]) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder / "model")))
-    model = preflight._modes(ModelConfig("m", **given), encoder, _Device(device))  # type: ignore[arg-type]
+    model = preflight._modes(ModelConfig("m", **given), encoder, World(torch.device(device)))
     assert (model.attention, model.fused, model.compile) == expected
 
 
