@@ -82,9 +82,10 @@ def post_norm_layer(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors
     """The stream after the layer [T, D], and the same rounded.
 
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
-    nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. Differentiable once in
-    stream, rounded and parameters; what needs no gradient costs no matrix product. The backward pass uses `read` as the forward pass did;
-    it raises where a bias or norm of `parameters` has been changed in between. Raises ValueError where shapes or dtypes do not fit.
+    nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
+    without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
+    pass did, and raises where a bias or norm of `parameters` has been changed in between. Raises ValueError where shapes or dtypes do
+    not fit.
     """
     stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, *parameters)
     return stream, stream if low is None else low

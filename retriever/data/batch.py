@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -148,7 +149,9 @@ class BatchLoader:
             try:
                 for step in range(first, last):
                     assert coming is not None
+                    asked = time.perf_counter()
                     batch = coming.result()
+                    batch.chunks.waited_s = time.perf_counter() - asked
                     coming = pool.submit(self._prefetched, step + 1) if step + 1 < last else None
                     with closing(batch.chunks):
                         yield batch

@@ -1,4 +1,4 @@
-"""Texts one behind another through Hugging Face models: attention that stays inside each text, and its parity check.
+"""Texts one behind another through Hugging Face models: attention that stays inside each text.
 
 transformers looks its attention up by name; under ours a model runs on one row [1, T] of packed texts without a mask, whose
 boundaries arrive as keyword arguments that the layers hand through.

@@ -13,7 +13,7 @@ collective has the cards of all ranks of a node.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -143,7 +143,9 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
     workspace = _AUTO_WORKSPACE_MIB if loss.workspace_mib == "auto" else loss.workspace_mib
     passages = config.batch.queries * (1 + config.data.negatives)
     work = Workload(config.batch.queries, passages, dim, world.size, loss.symmetric, loss.precision, workspace)
-    return choose(work, Machine.here(), _GATHER_SHARE * free)
+    machine = Machine.here()
+    fewest = -int(world.max(torch.tensor(-machine.ranks_per_node, device=world.device)))  # nodes may be of unequal size
+    return choose(work, replace(machine, ranks_per_node=fewest), _GATHER_SHARE * free)
 
 
 def _compute_ms(operations: float, work: Workload, machine: Machine) -> float:

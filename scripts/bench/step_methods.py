@@ -202,9 +202,7 @@ def sample(step: Callable[[Batch], object], batches: Iterator[Batch], device: to
         torch.cuda.reset_peak_memory_stats(device)
     done, tokens, waited, elapsed, started = 0, 0, 0.0, 0.0, time.perf_counter()
     while done == 0 or (done < 2 and elapsed < seconds) or elapsed + elapsed / done < seconds:
-        asked = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
         step(batch)
         synchronize(device)
         done, tokens, waited = done + 1, tokens + batch.tokens, waited + batch.chunks.waited_s

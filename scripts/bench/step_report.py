@@ -36,7 +36,8 @@ def markdown(tables: Sequence[Table], curves: Table | None, note: str = "") -> s
         "MFU: 6 · parameters without embeddings · real tokens over the matmul rate of the same run"
         + (f" ({rate:.0f} TFLOP/s, 8192³ bf16)." if rate is not None else "."),
         "Overhead: time over the floor's, which encodes every chunk once and pulls given gradients back. Waited: share of the step spent",
-        "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise.",
+        "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise "
+        "(embedding tables aside, whose gradients torch sums by atomics).",
         *(["", note] if note else []),
         "",
         *_table_lines(rows),
