@@ -103,10 +103,12 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
     towers = "tied" if encoder.tied else "untied"
+    layers = "fused" if config.model.fused is True else "compiled" if config.model.compile is True else "the library's"
     return "\n".join(
         (
             f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling"
-            + (f", in shards on {world.size} ranks" if world.sharded else ""),
+            + (f", in shards on {world.size} ranks" if world.sharded else "")
+            + f"; {config.model.attention} texts, {layers} layers",
             f"data    queries of {sources}; {len(store.passages):,} passages",
             f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
