@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from retriever.config import ConfigError, OptimConfig, SourceConfig
 from retriever.data.formats import DataError, final_text, open_source
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.optim import Optimizer
 from retriever.rng import seed_step
+from scripts.mining.teacher import load_classifier
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,12 @@ def train_cross_encoder(
 
     Returns, over the last tenth of the steps and before each one's update, the mean loss and the share of queries whose positive scored
     highest: within the first epoch both are of queries not trained on yet. Deterministic in `training.seed` up to the device's own sums.
-    Raises ConfigError where the model cannot be read or `output` exists.
+    Raises ConfigError where the model cannot be read, its body lacks a weight or `output` exists.
     """
     if output.exists():
         raise ConfigError(f"--output-dir {output}: exists already; expected a new folder")
     torch.manual_seed(training.seed)  # the head's first values
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {name_or_path}: expected an encoder with its tokenizer: {error}") from error
+    model, tokenizer = load_classifier(name_or_path, "--model", new_head=True, num_labels=1)
     steps = list(_steps(len(groups), training))
     optimizer = Optimizer(optim, [model.to(device).train()], len(steps), device)
     autocast = AUTOCAST_DTYPES[optim.precision]

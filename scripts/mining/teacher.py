@@ -15,6 +15,7 @@ from retriever.config import ConfigError
 from retriever.data.chunks import plan_chunks
 from retriever.data.layout import pad_rows
 from retriever.encoder.bundle import AUTOCAST_DTYPES, Precision
+from retriever.encoder.dual_encoder import quiet_transformers
 from scripts.stages import model_fingerprint
 
 
@@ -33,14 +34,11 @@ class CrossEncoder:
     def load(cls, name_or_path: str | Path, *, max_tokens: int = 512, precision: Precision = "fp32", device: torch.device) -> CrossEncoder:
         """A sequence classifier with one label, or two: then the score is the second's logit less the first's.
 
-        `max_tokens` cuts longer pairs, the longer text first. Raises ConfigError where there is no such model or it does not fit.
+        `max_tokens` cuts longer pairs, the longer text first. Raises ConfigError where there is no such model, it lacks
+        a weight or it does not fit.
         """
         name = str(name_or_path)
-        try:
-            model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--teacher {name}: expected a sequence classification model with its tokenizer: {error}") from error
+        model, tokenizer = load_classifier(name, "--teacher")
         if model.config.num_labels not in (1, 2):
             raise ConfigError(f"--teacher {name}: expected 1 or 2 labels, found {model.config.num_labels}")
         if max_tokens > tokenizer.model_max_length:
@@ -70,3 +68,31 @@ class CrossEncoder:
                 logits = self._model(**{key: value.to(self._device) for key, value in inputs.items()}).logits.float()  # [n, labels]
             scores[rows] = (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).cpu().numpy()
         return scores
+
+
+def load_classifier(name: str, option: str, *, new_head: bool = False, **config: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A sequence classifier in fp32 with its tokenizer, from safetensors alone; `config` overrides entries of its configuration.
+
+    With `new_head` the head and the pooler may be missing and are drawn from torch's generator. Raises ConfigError, which names
+    `option`, where there is no such model or tokenizer, or any other weight is missing or of another shape.
+    """
+    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
+    settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForSequenceClassification.from_pretrained(name, **settings, **config)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        wanted = "an encoder" if new_head else "a sequence classification model"
+        raise ConfigError(
+            f"{option} {name}: expected {wanted} in safetensors (pickled ones are not read), with its tokenizer: {error}"
+        ) from error
+    if report["mismatched_keys"]:
+        key, found, fitting = min(report["mismatched_keys"])
+        raise ConfigError(f"{option} {name}: {key} has shape {list(found)}; expected {list(fitting)}")
+    missing, body = set(report["missing_keys"]), f"{model.base_model_prefix}."
+    drawn = {key for key in missing if new_head and (not key.startswith(body) or key.startswith(f"{body}pooler."))}
+    if lacking := sorted(missing - drawn):
+        expected = "all but those of the head and the pooler" if new_head else "all, those of a trained head too"
+        raise ConfigError(f"{option} {name}: lacks {len(lacking)} weights, {lacking[0]} first; expected {expected}")
+    return model, tokenizer
