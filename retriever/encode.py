@@ -51,10 +51,11 @@ def encode_to_shards(
 
     All ranks see the same texts in the same order; rank r encodes shards r, r + world_size, … and rank 0 writes the manifest
     when all are done, so more than one rank needs `barrier`, a function that returns once every rank has called it.
-    Shards of the same job (model, prompt, length, dtype, `texts_fingerprint`, …) that are already there are kept, whatever
+    Shards of the same job (model, prompt, length, precision, mode, `texts_fingerprint`, …) that are already there are kept, whatever
     the number of ranks that wrote them; where all are, nothing is encoded. Texts are sorted by length within a shard, a slab of it at
     a time. While one slab is encoded, threads read and tokenise the next and write the shards before.
     """
+    from retriever.encoder.slabs import mode_of
     from retriever.shards import ShardJob, ShardWriter
 
     if world_size > 1 and barrier is None:
@@ -68,6 +69,7 @@ def encode_to_shards(
         pooling=bundle.encoder.pooling,
         normalize=bundle.encoder.normalize,
         precision=bundle.precision,
+        mode=mode_of(bundle.encoder),
         dimension=bundle.dimension,
         dtype=dtype,
         texts=texts_fingerprint,

@@ -20,7 +20,7 @@ import pyarrow as pa
 from retriever.data.text_table import write_json
 from retriever.data.tokens import Side
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
 _DTYPES = ("float32", "float16")
 _SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")
@@ -42,6 +42,7 @@ class ShardJob:
     pooling: str
     normalize: bool
     precision: Literal["fp32", "bf16", "fp16"]
+    mode: Literal["padded", "packed", "fused"]  # how the encoder computes: `retriever.encoder.slabs.mode_of`
     dimension: int
     dtype: Literal["float32", "float16"]
     texts: str  # fingerprint of the texts and their ids

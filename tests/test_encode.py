@@ -18,6 +18,7 @@ from retriever import encode as encode_module
 from retriever.encode import encode_to_shards, main
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.slabs import inference, mode_of
 from retriever.shards import ShardError, open_shards
 from tests.tiny import random_texts, save_tiny_model
 
@@ -134,6 +135,19 @@ def test_what_is_there_is_not_encoded_again(bundle: EncoderBundle, tmp_path: Pat
     _encode(again, tmp_path)
     assert again.texts == 0
     np.testing.assert_array_equal(_read(tmp_path)[0], _read(_encode(bundle, tmp_path / "fresh"))[0])
+
+
+def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: Path) -> None:
+    """Padded, packed and fused embeddings are told apart, so that comparing two of them compares two."""
+    for attention, fused, mode in (("padded", False, "padded"), ("packed", False, "packed"), ("packed", True, "fused")):
+        bundle = load_encoder(model, attention=attention, device="cpu")  # type: ignore[arg-type]
+        if fused:
+            bundle.encoder.fuse_layers()
+        counting = _counting(bundle)
+        assert open_shards(_encode(counting, tmp_path)).manifest["mode"] == mode
+        assert counting.texts == len(TEXTS)
+        with inference(bundle.encoder):
+            assert mode_of(bundle.encoder) == mode
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from retriever.shards import ShardError, ShardJob, ShardWriter, open_shards
 
-JOB = ShardJob("passage", "hash", "", 144, "mean", True, "fp32", 3, "float32", "texts", shard_rows=4)
+JOB = ShardJob("passage", "hash", "", 144, "mean", True, "fp32", "padded", 3, "float32", "texts", shard_rows=4)
 
 
 def _fill(folder: Path, job: ShardJob = JOB, rows: int = 10) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_shards_of_the_same_job_are_kept_and_others_go(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert ShardWriter(tmp_path, JOB).finished()
     other = ShardWriter(tmp_path, replace(JOB, prompt="passage: "))
-    assert not other.finished()
+    assert not other.finished() and not ShardWriter(tmp_path, replace(JOB, mode="fused")).finished()
     (tmp_path / "00001.npy").unlink()
     same = ShardWriter(tmp_path, JOB)
     assert not same.finished()
@@ -120,7 +120,7 @@ def test_damage_names_its_file(tmp_path: Path) -> None:
     refused(r"manifest\.json: not readable as JSON")
     manifest = json.loads(files["manifest.json"])
     for change, message in (
-        ({"format_version": 7}, "format_version is 7; expected 1"),
+        ({"format_version": 7}, "format_version is 7; expected 2"),
         ({"rows": 11}, "do not add up to its 11 rows"),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))

@@ -42,7 +42,7 @@ class EncodingEmbeddings(nn.Module):
         super().__init__()
         for name, child in module.named_children():
             self.add_module(name, child)
-        self.train(module.training)
+        self.training = module.training  # of it alone: the modules are shared, and have modes of their own
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
         """input_ids and position_ids [1, T] to the layers' input [1, T, H]: float16 where it is only encoded, else the library's."""

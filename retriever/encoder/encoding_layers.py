@@ -2,7 +2,8 @@
 
 In half precision and without a graph GELU is part of the matrix product before it, in its tanh form, and the residual stream is
 float16, eight times finer than bfloat16, from the embeddings on. Both are well below what rounding the matrix products' factors costs, but
-an embedding is not bitwise the one of training. Everything else runs as `FusedLayers` does.
+an embedding is not bitwise the one of training, nor quite its function: the model's own GELU is the exact one. Padded texts, or float32,
+avoid both. Everything else runs as `FusedLayers` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from retriever.encoder.fused_layers import FusedLayers, _read_parameters
 def fuse_for_encoding(tower: PreTrainedModel) -> None:
     """Puts encoding layers into `tower`, which `fused_layers.can_fuse` knows; it takes packed texts only from then on."""
     encoder: Any = tower.encoder
-    tower.encoder = EncodingLayers(encoder.layer).train(tower.training)
+    tower.encoder = EncodingLayers(encoder.layer)
+    tower.encoder.training = encoder.training  # of it alone: the layers' modules are shared, and have modes of their own
     if knows_embeddings(tower):
         tower.embeddings = EncodingEmbeddings(tower.embeddings)  # type: ignore[arg-type]
 

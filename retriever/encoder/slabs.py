@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from retriever.data.text_table import TokenRows
 from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.encoding_layers import fused_for_encoding
+from retriever.encoder.fused_layers import FusedLayers
 
 SLAB_TEXTS = 32_768
 _TEXTS_AT_ONCE = 4096  # handed to the tokenizer; two such calls at a time keep all cores busy
@@ -120,6 +121,13 @@ def _joined(parts: Sequence[Future[_Tokens]]) -> TokenRows:
     tokens = np.concatenate([np.empty(0, np.uint32), *(tokens for tokens, _ in found)])
     offsets = np.concatenate([np.zeros(1, np.int64), *(counts for _, counts in found)]).cumsum()
     return TokenRows(tokens, offsets)
+
+
+def mode_of(encoder: DualEncoder) -> Literal["padded", "packed", "fused"]:
+    """How `encoder` computes within `inference`; in half precision the embeddings of one mode are not those of another."""
+    if any(isinstance(getattr(tower, "encoder", None), FusedLayers) for tower in encoder.each_tower):
+        return "fused"
+    return "packed" if encoder.packed else "padded"
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def unit_vectors(n: int, dimension: int, seed: int, device: torch.device) -> Ten
 
 def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: torch.device) -> EmbeddingShards:
     """Random unit vectors as a finished folder of shards, made on `device`; what is there already stays."""
-    job = ShardJob("passage", "random", "", 1, "mean", True, "fp32", dimension, dtype, f"random {rows}", _SHARD_ROWS)  # type: ignore[arg-type]
+    made = f"random {rows}"
+    job = ShardJob("passage", "random", "", 1, "mean", True, "fp32", "padded", dimension, dtype, made, _SHARD_ROWS)  # type: ignore[arg-type]
     writer = ShardWriter(folder, job)
     if not writer.finished():
         writer.prepare()

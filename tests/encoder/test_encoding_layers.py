@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,19 @@ def test_a_model_in_training_encodes_by_them_and_keeps_its_own(folder: Path, tok
     after = dict(training.named_modules())
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     assert type(training.passage_tower.encoder) is FusedLayers and all(module.training for module in after.values())
+
+
+def test_modes_set_by_hand_outlive_an_encoding(folder: Path) -> None:
+    """A dropout that was switched off by hand stays off, in the embeddings and in the layers."""
+    training = _encoder(folder, "fused", torch.bfloat16).train()
+    tower: Any = training.passage_tower
+    for dropout in (tower.embeddings.dropout, tower.encoder.layer[0].output.dropout):
+        dropout.eval()
+    before = {name: module.training for name, module in training.named_modules()}
+    with inference(training):
+        assert not any(module.training for module in training.modules())
+    assert {name: module.training for name, module in training.named_modules()} == before
+    assert list(before.values()).count(False) == 2
 
 
 def test_layers_of_the_library_are_left_alone(folder: Path) -> None:

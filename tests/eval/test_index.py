@@ -30,7 +30,7 @@ def vectors() -> np.ndarray:
 
 
 def shards_of(folder: Path, vectors: np.ndarray, texts: str = "t") -> EmbeddingShards:
-    writer = ShardWriter(folder, ShardJob("passage", "m", "", 32, "mean", True, "fp32", vectors.shape[1], "float32", texts, 4000))
+    writer = ShardWriter(folder, ShardJob("passage", "m", "", 32, "mean", True, "fp32", "padded", vectors.shape[1], "float32", texts, 4000))
     writer.prepare()
     for shard, start in enumerate(range(0, len(vectors), 4000)):
         writer.write(shard, vectors[start : start + 4000], [f"p{i}" for i in range(start, min(start + 4000, len(vectors)))])

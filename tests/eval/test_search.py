@@ -134,7 +134,7 @@ def test_what_cannot_be_searched_is_refused(change: dict, message: str) -> None:
 
 
 def write_shards(folder: Path, side: str, embeddings: np.ndarray, ids: list[str], model: str = "m") -> Path:
-    job = ShardJob(side, model, "", 32, "mean", True, "fp32", embeddings.shape[1], "float32", "t", 4)  # type: ignore[arg-type]
+    job = ShardJob(side, model, "", 32, "mean", True, "fp32", "padded", embeddings.shape[1], "float32", "t", 4)  # type: ignore[arg-type]
     writer = ShardWriter(folder, job)
     writer.prepare()
     for shard, start in enumerate(range(0, len(ids), 4)):
