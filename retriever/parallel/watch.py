@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+import torch
 import torch.distributed as dist
 
 from retriever.parallel.world import World
@@ -97,14 +98,16 @@ class Watch:
     def tell(self, error: BaseException) -> BaseException:
         """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led to it."""
         cause = error
+        # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
+        led = error if isinstance(error, RuntimeError) and not isinstance(error, (RankError, torch.OutOfMemoryError)) else None
         if isinstance(error, KeyboardInterrupt):
             self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} was interrupted", INTERRUPTED))
-        elif isinstance(error, RuntimeError) and not isinstance(error, RankError) and (self._still() or self._verdict()):
-            cause = self.blame(error)  # torch's own collectives, of an encoder in shards, ask nobody else
+        elif led and (self._still() or self._verdict()):
+            cause = self.blame(led)  # torch's own collectives, of an encoder in shards, ask nobody else
         elif not isinstance(error, RankError):
             what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             verdict = self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} ended with {what}"))
-            if isinstance(error, RuntimeError) and verdict.rank != self._rank:
+            if led and verdict.rank != self._rank:
                 cause = RankError(verdict, self._rank)
         if self._rank == 0:  # it may hold the store, where the others have yet to read why
             time.sleep(2 * self._interval_s)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from retriever.parallel.watch import LOST, RankError, watched
+from retriever.parallel.watch import LOST, RankError, Verdict, Watch, watched
 from retriever.parallel.world import World
 
 RANKS, TIMEOUT_S = 3, 12.0
@@ -112,3 +112,25 @@ def test_a_rank_that_hangs_says_where(case: str, ended: dict[str, list[tuple[int
     culprit = CASES[case][1]
     status, said = ended[case][culprit]
     assert status == LOST and f"rank {culprit} is here:" in said and "time.sleep(120)" in said
+
+
+def _two_ranks() -> tuple[Watch, Watch]:
+    """Two ranks' watches of which neither beats, as of ranks that ended or are held up."""
+    store = dist.HashStore()
+    return Watch(store, 0, 2, 0.1), Watch(store, 1, 2, 0.1)
+
+
+def test_memory_that_runs_out_is_told_as_it_is_and_blames_nobody() -> None:
+    """Also where the other ranks stand still, or run out of memory at the same time."""
+    first, second = _two_ranks()
+    for rank, watch in enumerate((first, second)):
+        error = torch.OutOfMemoryError(f"no memory on {rank}")
+        assert watch.tell(error) is error
+    verdict = second.announce(Verdict(1, 1, "later"))
+    assert (verdict.rank, verdict.what) == (0, "rank 0 ended with OutOfMemoryError: no memory on 0")
+
+
+def test_another_runtime_error_beside_a_rank_that_stands_still_is_its_doing() -> None:
+    told = _two_ranks()[0].tell(RuntimeError("connection closed"))
+    assert isinstance(told, RankError) and told.verdict.rank == 1
+    assert "rank 1 ended without a word, and a collective failed (connection closed)" in str(told)
