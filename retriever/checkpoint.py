@@ -26,6 +26,7 @@ from retriever.parallel.sharded import spread, whole_tensors
 
 FOLDER = "checkpoints"  # inside a run's folder
 _FORMAT_VERSION = 1
+_PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
 _WRITING, _REMOVING = ".writing-", ".removing-"
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -207,13 +208,21 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and bits; the same on every device. Empty for no weights."""
+    """Of names, shapes and bits in their places; the same on every device. Empty for no weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        bits = int(weight.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64))  # exact in any order
-        digest.update(f"{name} {tuple(weight.shape)} {bits}\n".encode())
+        parts = weight.detach().reshape(-1).view(torch.int16).split(_PART)  # in parts, for the products are four times as large
+        factors = _factors(min(_PART, parts[0].numel()), weight.device)
+        sums = [int((part * factors[: part.numel()]).sum()) for part in parts]  # modulo 2^64: exact in any order
+        digest.update(f"{name} {tuple(weight.shape)} {sums}\n".encode())
     return digest.hexdigest() if weights else ""
+
+
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Odd int64 numbers [count], mixed, so that no two words of a part may change places unseen."""
+    mixed = torch.arange(1, count + 1, device=device) * _GOLDEN  # wraps
+    return (mixed ^ (mixed >> 31)) * _GOLDEN | 1
 
 
 def _manifest(folder: Path) -> dict:

@@ -246,11 +246,26 @@ def test_frozen_weights_are_not_saved_and_must_be_the_same_again(config: Config,
     assert all(torch.equal(a, b) for a, b in zip(ended, straight, strict=True))
     trained = [p.requires_grad for p in resumed.modules().parameters()]
     assert [not torch.equal(a, b) for a, b in zip(ended, start, strict=True)] == trained
-    other = _adapted(config)
-    with torch.no_grad():
-        next(p for p in other.encoder.parameters() if not p.requires_grad).view(-1)[3] += 1e-6
-    with pytest.raises(ConfigError, match="other frozen weights than model.name_or_path holds now"):
-        checkpoint.load(saved, other, "f1")
+    for change in (
+        lambda words: words[3, 3].add_(1e-6),
+        lambda words: words.copy_(words.flip(0)),
+        lambda words: words[:2].copy_(words[[1, 0]]),
+    ):
+        other = _adapted(config)
+        change(next(p for p in other.encoder.parameters() if not p.requires_grad).data)
+        with pytest.raises(ConfigError, match="other frozen weights than model.name_or_path holds now"):
+            checkpoint.load(saved, other, "f1")
+
+
+@pytest.mark.parametrize("part", [8, 1 << 22])
+def test_a_fingerprint_sees_where_weights_stand(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the parts that are summed at once, and from one part to another."""
+    monkeypatch.setattr(checkpoint, "_PART", part)
+    weight = torch.arange(30.0).reshape(10, 3)
+    orders = [torch.arange(10), torch.arange(10).flip(0), *(torch.arange(10).roll(n) for n in range(1, 10))]
+    found = {checkpoint._fingerprint({"weight": weight[order]}) for order in orders}
+    assert len(found) == len(orders)
+    assert checkpoint._fingerprint({"weight": weight.T.contiguous().T}) == checkpoint._fingerprint({"weight": weight})
 
 
 def _adapted(config: Config) -> TrainingState:
