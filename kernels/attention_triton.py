@@ -33,7 +33,9 @@ class Tile:
     backward_registers: int | None = None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
 
 
-# By the width of a head, then by the longest text. Several short texts share a tile.
+# By the width of a head, then by the longest text. Several short texts share a tile. With 128 registers two programs of the widest tile
+# share a multiprocessor, but a thread spills some 800 bytes: on an H100 the backward pass still takes 10 % less time for texts of 64 to
+# 90 tokens and 7 % less for 91 to 128 (33,792 tokens, 12 heads of 64) than with as many registers as it wants, and no spills.
 _TILES = {
     64: {
         16: Tile(64, 4, 4),

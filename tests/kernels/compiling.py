@@ -18,16 +18,27 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, warps: int, stages: int, gluon: bool = False
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    warps: int,
+    stages: int,
+    gluon: bool = False,
+    registers: int | None = None,
 ) -> tuple[int, int, str]:
-    """(bytes of shared memory, bytes of stack: spilled registers, PTX) of a kernel; arguments without a type are constants or None."""
+    """(bytes of shared memory, bytes of a thread's stack: spilled registers, PTX) of a kernel.
+
+    Arguments without a type are constants or None; `registers`: the most that a thread may have, as the launch's `maxnreg`.
+    """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     unknown = (set(types) | set(constants)) - set(kernel.arg_names)
     assert not unknown, f"no arguments of {kernel}: {unknown}"
     values = {(i,): constants.get(name) for i, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
     source = (GluonASTSource if gluon else ASTSource)(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
