@@ -64,7 +64,7 @@ class AnsweredQuestions(Collection):
             if questions := wanted.pop(str(passage.id), None):
                 words = _words(passage.text or "")
                 for question in questions:
-                    if any(_stands_in(answer, words) for answer in sought[question]):
+                    if holds_answer(words, sought[question]):
                         qrels[question][str(passage.id)] = 1
         if wanted:
             raise DataError(
@@ -73,10 +73,9 @@ class AnsweredQuestions(Collection):
         return qrels
 
 
-def holds_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether the words of one of the answers stand in `text` in a row. A word is letters, digits and marks, or one other visible sign."""
-    words = _words(text)
-    return any(_stands_in(_words(answer), words) for answer in answers)
+def holds_answer(words: Sequence[str], answers: Iterable[Sequence[str]]) -> bool:
+    """Whether the words of one of the answers stand in those of a text in a row. A word is letters, digits and marks, or one other sign."""
+    return any(_stands_in(answer, words) for answer in answers)
 
 
 def read_answered(folder: Path, questions: Path) -> AnsweredQuestions:

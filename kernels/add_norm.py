@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from kernels.dispatch import WIDEST_ROW, on_kernels
+
 __all__ = ["add_norm"]
 
 _HALF = (torch.bfloat16, torch.float16)
-_WIDEST_ROW = 4096
 
 
 def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -21,8 +20,8 @@ def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias:
     Computed in float32 and rounded once; for float16 x both results are one tensor. Not differentiable.
     Raises ValueError where shapes, dtypes or devices do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
-    if x.ndim != 2 or not 1 <= x.shape[1] <= _WIDEST_ROW or x.dtype not in _HALF:
-        raise ValueError(f"expected x [T, D] bfloat16 or float16, D in 1..{_WIDEST_ROW}, received {list(x.shape)} {x.dtype}")
+    if x.ndim != 2 or not 1 <= x.shape[1] <= WIDEST_ROW or x.dtype not in _HALF:
+        raise ValueError(f"expected x [T, D] bfloat16 or float16, D in 1..{WIDEST_ROW}, received {list(x.shape)} {x.dtype}")
     vectors = {"bias": bias, "weight": weight, "norm_bias": norm_bias}
     expected = {"stream": (x.shape, torch.float16)} | {name: (x.shape[1:], torch.float32) for name in vectors}
     for name, tensor in {"stream": stream, **vectors}.items():
@@ -36,7 +35,7 @@ def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias:
                 f"expected {name} {list(shape)} {dtype} on {x.device}, contiguous as x is, received {list(tensor.shape)} {tensor.dtype} "
                 f"on {tensor.device}"
             )
-    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if on_kernels(x):
         from kernels import add_norm_triton
 
         return add_norm_triton.add_norm(x, bias, stream, weight, norm_bias, eps)

@@ -8,7 +8,6 @@ block by block with an online softmax (`attention_long`; Dao 2023, arXiv:2307.08
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from kernels import attention_reference
 from kernels.attention_reference import Mask
+from kernels.dispatch import on_kernels
 
 __all__ = ["packed_attention"]
 
@@ -64,7 +64,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor,
 
     Arguments as `packed_attention` has them, not checked here.
     """
-    if not _on_kernels(query):
+    if not on_kernels(query):
         return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query)
     if _in_blocks(query, key, longest):
         from kernels import attention_long
@@ -93,7 +93,7 @@ def attention_backward(
     """
     into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    if not _on_kernels(query):
+    if not on_kernels(query):
         attention_reference.backward(dout, query, key, value, into, starts, longest, mask)
     elif _in_blocks(query, key, longest):
         from kernels import attention_long_backward
@@ -185,14 +185,9 @@ class _PackedAttention(torch.autograd.Function):
         return *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask), None, None, None
 
 
-def _on_kernels(query: Tensor) -> bool:
-    """Whether the Triton kernels compute it: on a GPU, or through Triton's interpreter; float64 never is."""
-    return query.dtype != torch.float64 and (query.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
 def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
     """Whether the Triton kernels go block by block, since the texts are too long to be computed whole."""
-    if not _on_kernels(query):
+    if not on_kernels(query):
         return False
     from kernels import attention_triton
 
@@ -200,7 +195,7 @@ def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
 
 
 def _row_statistics(query: Tensor) -> Tensor:
-    return query.new_empty((query.shape[1], query.shape[0]) if _on_kernels(query) else (0, 0), dtype=torch.float32)
+    return query.new_empty((query.shape[1], query.shape[0]) if on_kernels(query) else (0, 0), dtype=torch.float32)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, layer_norm
 
-__all__ = ["WIDEST_ROW", "embed_norm"]
+from kernels.dispatch import WIDEST_ROW, on_kernels
 
-WIDEST_ROW = 4096
+__all__ = ["embed_norm"]
 
 
 def embed_norm(
@@ -39,7 +37,7 @@ def embed_norm(
                 f"expected {name} {list(shape)} {dtype} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
                 f"on {tensor.device}"
             )
-    if ids.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if on_kernels(ids):
         from kernels import embed_norm_triton
 
         return embed_norm_triton.embed_norm(ids, positions, words, places, segment, weight, bias, eps)

@@ -7,15 +7,14 @@ second forward pass draw them again, and runs repeat bitwise.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["WIDEST_ROW", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
+from kernels.dispatch import WIDEST_ROW, on_kernels
 
-WIDEST_ROW = 4096  # a row is normalised in the registers of one program
+__all__ = ["gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
 
 
 def norm_forward(
@@ -84,7 +83,7 @@ def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 
 def _norm_kernels(x: Tensor) -> ModuleType:
-    if _on_gpu(x):
+    if on_kernels(x):
         from kernels import fused_norm_triton
 
         return fused_norm_triton
@@ -94,18 +93,13 @@ def _norm_kernels(x: Tensor) -> ModuleType:
 
 
 def _gelu_kernels(x: Tensor) -> ModuleType:
-    if _on_gpu(x):
+    if on_kernels(x):
         from kernels import fused_gelu_triton
 
         return fused_gelu_triton
     from kernels import fused_layer_reference
 
     return fused_layer_reference
-
-
-def _on_gpu(x: Tensor) -> bool:
-    """Whether the Triton kernels compute it: on a GPU, or through Triton's interpreter; float64 never is."""
-    return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

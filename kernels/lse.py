@@ -11,7 +11,6 @@ row-wise product. Memory is O(B + N) beside inputs and outputs. (Cheng et al. 20
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from kernels import lse_reference
 from kernels.deferred import Deferred
+from kernels.dispatch import on_kernels
 from kernels.exclusions import Exclusions, MaskTables
 
-__all__ = ["Departure", "Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse", "on_kernels"]
+__all__ = ["Departure", "Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
 
 Precision = Literal["bf16", "high", "fp32"]
 
@@ -164,13 +164,6 @@ def _check_extent(extent: list[float], N: int) -> bool:
     if least < -1 or most >= N:
         raise ValueError(f"expected targets between -1 and {N - 1} (a column of passages), received {least:.0f} to {most:.0f}")
     return least < 0
-
-
-def on_kernels(x: Tensor) -> bool:
-    """Whether `x` is computed on the Triton kernels: on a GPU, or through Triton's interpreter; float64 never is."""
-    if x.dtype == torch.float64:
-        return False
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _workspace_bytes(x: Tensor, workspace_mib: int | None) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.lse import Precision, on_kernels
+from kernels.dispatch import on_kernels
+from kernels.lse import Precision
 from kernels.lse_reference import rounded
 
 __all__ = ["pull_targets", "target_similarities"]

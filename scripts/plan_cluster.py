@@ -13,9 +13,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from retriever.parallel.cost import Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
+from retriever.parallel.cost import GATHER_SHARE, Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
 
-GATHER_SHARE = 0.25  # of the memory that is free before step 1, as `loss.exchange: auto` allows
 _GIB = 2**30
 _STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and AdamW's two moments
 _BUCKET_MIB = 2 * 256  # gradients of a bucket, flat, before and after the sum

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernels.embed_norm import WIDEST_ROW, embed_norm
+from kernels.dispatch import WIDEST_ROW
+from kernels.embed_norm import embed_norm
 
 _NAMES = {"word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"}
 

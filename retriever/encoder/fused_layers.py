@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from kernels.fused_layer import WIDEST_ROW
+from kernels.dispatch import WIDEST_ROW
 from kernels.post_norm_layer import Factors, Layer, Parameters, factors, post_norm_layer
 from retriever.encoder.packed_attention import draw_seeds
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Exchange = Literal["ring", "gather"]
 
-_GATHER_SHARE = 0.25  # of the memory that is free before step 1: the encoder's activations need the rest
+GATHER_SHARE = 0.25  # of the memory that is free before step 1: the encoder's activations need the rest
 _AUTO_WORKSPACE_MIB = 1024
 _ONE_PASS_ROWS = 2048  # in a workspace that holds fewer, `kernels.infonce_tiled` takes two passes
 _BYTES = {"bf16": 2, "high": 4, "fp32": 4}
@@ -145,7 +145,7 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
     work = Workload(config.batch.queries, passages, dim, world.size, loss.symmetric, loss.precision, workspace)
     machine = Machine.here()
     fewest = -int(world.max(torch.tensor(-machine.ranks_per_node, device=world.device)))  # nodes may be of unequal size
-    return choose(work, replace(machine, ranks_per_node=fewest), _GATHER_SHARE * free)
+    return choose(work, replace(machine, ranks_per_node=fewest), GATHER_SHARE * free)
 
 
 def _compute_ms(operations: float, work: Workload, machine: Machine) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,13 @@ def test_batches_prepared_ahead_are_those_loaded_one_by_one(store: Store) -> Non
     for _ in loader.batches(0, 10**6):
         break
     assert not [t for t in threading.enumerate() if t.name.startswith(("plan", "chunks"))]
+
+
+def test_waiting_for_a_plan_counts_as_waiting(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = _loader(store)
+    load = loader.load
+    monkeypatch.setattr(loader, "load", lambda step: (time.sleep(0.2), load(step))[1])
+    assert all(batch.chunks.waited_s > 0.1 for batch in loader.batches(0, 2))
 
 
 def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from retriever.data.records import DataError
     ],
 )
 def test_an_answers_words_stand_in_a_row(text: str, answer: str, holds: bool) -> None:
-    assert holds_answer(text, ["never there", answer]) == holds
+    assert holds_answer(_words(text), [_words("never there"), _words(answer)]) == holds
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127), max_size=30))

@@ -17,7 +17,8 @@ from kernels.lse import negatives_gradient, negatives_lse
 PROGRAM = """
 import numpy, torch
 from kernels.exclusions import MaskTables, known_pairs
-from kernels.lse import Exclusions, negatives_gradient, negatives_lse, on_kernels
+from kernels.dispatch import on_kernels
+from kernels.lse import Exclusions, negatives_gradient, negatives_lse
 from kernels.targets import pull_targets, target_similarities
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 

@@ -107,11 +107,22 @@ def test_the_choice_is_what_was_measured_to_be_faster(direction: str) -> None:
 class _Ranks(World):
     """Several ranks of which only the number counts."""
 
-    def __init__(self, size: int) -> None:
-        self.device, self.rank, self.size = torch.device("cpu"), 0, size
+    def __init__(self, size: int, fewest: int | None = None) -> None:
+        self.device, self.rank, self.size, self._fewest = torch.device("cpu"), 0, size, fewest
 
     def max(self, x: Tensor) -> Tensor:
-        return x
+        return x if self._fewest is None else x.clamp(min=-self._fewest)
+
+
+def test_nodes_of_unequal_size_settle_on_one_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' own sizes would have one gather and the other pass on; every rank reckons with the smallest node's."""
+    config = Config(loss=LossConfig(symmetric=True), batch=BatchConfig(queries=65536), data=DataConfig(negatives=0))
+    alone, together = set(), set()
+    for own in ("4", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", own)
+        alone.add(exchange_for(config, 768, _Ranks(6)))
+        together.add(exchange_for(config, 768, _Ranks(6, fewest=2)))
+    assert len(alone) == 2 and len(together) == 1
 
 
 def test_the_setting_is_settled_before_step_1() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from retriever.parallel import cost
 from retriever.parallel.cost import Machine, hiding_queries
-from scripts.plan_cluster import GATHER_SHARE, Model, main, predict
+from scripts.plan_cluster import Model, main, predict
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
 BERT = Model(pairs_per_s=5_000)
@@ -39,7 +38,6 @@ def test_more_gpus_take_less_time_and_less_memory_each() -> None:
 
 def test_a_gather_that_does_not_fit_is_a_ring() -> None:
     """262,144 gathered passages, their gradients and the workspace are 2.5 GiB: gathered where a quarter of the memory holds them."""
-    assert cost._GATHER_SHARE == GATHER_SHARE, "training chooses by another share"
     assert predict(2**18, 8, BERT, Machine(), 9.0).exchange == "ring"
     assert predict(2**18, 8, BERT, Machine(), 11.0).exchange == "gather"
     assert predict(2**24, 64, BERT, Machine(), 75.0).gib < 75
