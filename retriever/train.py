@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,19 +141,20 @@ def _train(
 
     settings = settings_of(config, encoder.pooling)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
-    for batch in loader.batches(finished, total):
-        report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
-        telemetry.step(report)
-        done = report.step + 1
-        with telemetry.paused():
-            evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
-            if config.eval is not None and evaluated:
-                bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
-                telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
-                del bundle  # where the encoder is in shards, a copy of it
-            # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
-            if evaluated or _due(done, config.train.save_every, total):
-                outputs.save(done)
+    with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
+        for batch in batches:
+            report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
+            telemetry.step(report)
+            done = report.step + 1
+            with telemetry.paused():
+                evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
+                if config.eval is not None and evaluated:
+                    bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
+                    telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
+                    del bundle  # where the encoder is in shards, a copy of it
+                # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
+                if evaluated or _due(done, config.train.save_every, total):
+                    outputs.save(done)
     outputs.finish()
     telemetry.close()
     accelerator.print(f"finished {total:,} steps: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}")

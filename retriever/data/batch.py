@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -142,8 +142,11 @@ class BatchLoader:
         chunks = Chunks(builders, self._device)
         return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in threads meanwhile."""
+    def batches(self, first: int, last: int) -> Generator[Batch, None, None]:
+        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in threads meanwhile.
+
+        Whoever may leave the loop early closes it, for ending its threads takes waiting for them.
+        """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan") as pool:
             coming = pool.submit(self._prefetched, first) if first < last else None
             try:
