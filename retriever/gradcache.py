@@ -8,6 +8,7 @@ fit in memory keep them and are encoded once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,55 +16,42 @@ from torch import Tensor
 
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
-from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
+from retriever.representations import DeviceRoom, HostRoom, Place, Representations, reordered
 from retriever.rng import RngState
-
-
-class Representations(NamedTuple):
-    """Embeddings of a rank's batch, or the loss's gradient at them."""
-
-    query: Tensor  # [B, D]
-    passage: Tensor  # [N, D]
-
-
-class Kept(NamedTuple):
-    """A chunk that keeps its graph between the passes."""
-
-    side: Side
-    rows: Tensor  # [n]
-    embeddings: Tensor  # [n, D], with their graph
 
 
 class FirstPass(NamedTuple):
     """What the first pass leaves for the second."""
 
-    kept: list[Kept]  # the first chunks of the batch
+    places: list[Place]  # of every chunk
+    kept: list[Tensor]  # embeddings [n, D] of the first chunks, with their graphs
     states: list[RngState]  # that the others were encoded under
 
 
-def encode_without_graph(encoder: DualEncoder, batch: Batch, retain: int = 0) -> tuple[Representations, FirstPass]:
-    """The batch's representations, and what is needed to differentiate them.
+def encode_without_graph(
+    encoder: DualEncoder, batch: Batch, retain: int = 0, *, offload: bool = False
+) -> tuple[Representations, FirstPass]:
+    """The batch's representations, in host memory where `offload`, and what is needed to differentiate them.
 
     The first chunks, of at most `retain` tokens together, keep their graphs: they are the first whose memory is free again.
     """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
-    sides = [torch.empty(n, encoder.dimension, dtype=parameter.dtype, device=parameter.device) for n in batch.sizes]
-    representations = Representations(*sides)
-    first = FirstPass([], [])
+    room = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
+    first = FirstPass([], [], [])
     for chunk in batch.chunks:
         retain -= chunk.tokens.input_ids.numel()
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(retain >= 0):
             embeddings = _encode(encoder, chunk)  # [n, D]
-        getattr(representations, chunk.side)[chunk.rows] = embeddings.detach()
+        first.places.append(room.put(chunk, embeddings.detach()))
         if retain >= 0:
-            first.kept.append(Kept(chunk.side, chunk.rows, embeddings))
+            first.kept.append(embeddings)
         else:
             first.states.append(state)
-    return representations, first
+    return room.finished(), first
 
 
 def representation_gradients(
@@ -73,18 +61,25 @@ def representation_gradients(
 
     The gradient of a learned temperature is left on the objective's parameter, scaled alike.
     """
-    loss, dqueries, dpassages = objective(representations.query, representations.passage, batch.targets, world, scale)
+    targets = batch.targets if representations.order is None else reordered(batch.targets, *representations.order)
+    loss, dqueries, dpassages = objective(representations.query, representations.passage, targets, world, scale)
     return loss, Representations(dqueries, dpassages)
 
 
 def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
     """Backpropagates each chunk's rows of the gradient, through the graph it kept or one made by encoding it again."""
-    for side, rows, embeddings in first.kept:
-        embeddings.backward(getattr(gradients, side)[rows])
+    for place, embeddings in zip(first.places, _with_graphs(encoder, batch, first), strict=True):
+        rows = getattr(gradients, place.side)[place.rows]
+        embeddings.backward(rows.to(embeddings.device, non_blocking=True))
+
+
+def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterator[Tensor]:
+    """Every chunk's embeddings [n, D], with a graph."""
+    yield from first.kept
     for chunk, state in zip(batch.chunks.starting_at(len(first.kept)), first.states, strict=True):
         with state.restored():
-            embeddings = _encode(encoder, chunk)  # [n, D]
-        embeddings.backward(getattr(gradients, chunk.side)[chunk.rows])
+            embeddings = _encode(encoder, chunk)
+        yield embeddings
 
 
 def _encode(encoder: DualEncoder, chunk: Chunk) -> Tensor:

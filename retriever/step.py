@@ -38,7 +38,7 @@ def train_step(
     temperature = objective.temperature
 
     # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
-    representations, first = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
+    representations, first = encode_without_graph(encoder, batch, retain, offload=objective.offload)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)

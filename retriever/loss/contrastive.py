@@ -29,14 +29,19 @@ from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
 
+_ROWS_AT_ONCE = 65_536  # held in double precision
+
 
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig, *, unit: bool = True) -> None:
-        """`unit`: embeddings are unit vectors, and so are their leading parts where `loss.dims` asks for them."""
+    def __init__(self, config: LossConfig, *, unit: bool = True, block_rows: int | None = None) -> None:
+        """`unit`: embeddings are unit vectors, and so are their leading parts where `loss.dims` asks for them.
+
+        `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
+        """
         super().__init__()
-        self._config, self._unit = config, unit
+        self._config, self._unit, self._block_rows = config, unit, block_rows
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )
@@ -45,6 +50,11 @@ class ContrastiveObjective(nn.Module):
     def temperature(self) -> float:
         """The present temperature; one that is not learned is the configuration's to the last bit."""
         return math.exp(-self.log_scale.item()) if self.log_scale.requires_grad else self._config.temperature
+
+    @property
+    def offload(self) -> bool:
+        """Whether representations and their gradients are in host memory."""
+        return self._block_rows is not None
 
     @torch.no_grad()
     def forward(
@@ -68,11 +78,12 @@ class ContrastiveObjective(nn.Module):
     def _contrast(
         self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        problem = self._problem(queries, passages, targets, gradient_scale)
+        problem = replace(self._problem(queries, passages, targets, gradient_scale), block_rows=self._block_rows)
         row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
         if self.log_scale.requires_grad:
             # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
-            gradient = (problem.queries.double() * dqueries.double()).sum().to(self.log_scale.dtype)
+            parts = zip(problem.queries.split(_ROWS_AT_ONCE), dqueries.split(_ROWS_AT_ONCE), strict=True)
+            gradient = torch.stack([(q.double() * dq.double()).sum() for q, dq in parts]).sum().to(self.log_scale)
             self.log_scale.grad = gradient if self.log_scale.grad is None else self.log_scale.grad + gradient
         loss = row_losses.sum() / targets.global_queries
         return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)

@@ -25,6 +25,7 @@ class Problem:
     precision: Precision
     workspace_mib: int | None = None  # of the tiled strategy on a GPU; None: up to 1 GiB of what is free
     exchange: Literal["ring", "gather"] = "gather"  # how the ranks of the tiled strategy see each other's passages
+    block_rows: int | None = None  # of the tiled strategy's blocks where queries and passages are in host memory
 
     @property
     def active(self) -> Tensor:

@@ -7,7 +7,7 @@ takes the same blocks in reverse order and gives the gradient: the queries' adds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,35 +41,69 @@ def ring(
     # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
     ids, blocks = Ring(world, counts, problem.exclusions.passage_ids).forth(), Ring(world, counts, passages)
     sweep = blocks.forth()
-    masks = _BlockMasks.of(problem, ids, counts, world.rank)
+    masks = BlockMasks.of(problem, ids, counts, world.rank)
     positive = problem.scale * target_similarities(queries, passages, targets, precision=precision)  # [B]
 
-    row_lse = torch.full_like(positive, -torch.inf)
+    row_lse, column_lse = lse_of_sweep(problem, world, counts, queries, sweep, masks.of_block, lse)
+    terms = Terms.of(problem, positive, row_lse, column_lse)
+    dqueries, dpassages = gradient_of_sweep(
+        problem, world, counts, queries, blocks.back(), terms.row_log_weights, terms.column_log_weights, masks.of_block, gradient=gradient
+    )
+    pull_targets(dqueries, dpassages, queries, passages, targets, terms.pull, precision=precision)
+    return terms.losses, dqueries, dpassages
+
+
+def lse_of_sweep(
+    problem: Problem,
+    world: World,
+    counts: Sequence[int],
+    queries: Tensor,
+    sweep: Iterable[tuple[int, Tensor]],
+    masks: Callable[[int], MaskTables],
+    lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
+) -> tuple[Tensor, Tensor | None]:
+    """Sweep 1, `forth`: row_lse of `queries` over every (owner, block) and, where symmetric, column_lse of own passages over all ranks'.
+
+    `masks` gives the tables of an owner's block, `counts` its rows; of `problem` only settings are read.
+    """
+    row_lse = queries.new_full((len(queries),), -torch.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
     column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
     for owner, block in sweep:
-        rows, columns = lse(queries, block, problem.scale, masks.of_block(owner), columns=problem.symmetric, precision=precision)
+        rows, columns = lse(queries, block, problem.scale, masks(owner), columns=problem.symmetric, precision=problem.precision)
         row_lse = torch.logaddexp(row_lse, rows)
         if columns is not None:
             column_sums.add(owner, columns)
+    return row_lse, column_sums.home() if problem.symmetric else None
 
-    terms = Terms.of(problem, positive, row_lse, column_sums.home() if problem.symmetric else None)
-    column_weights = None if terms.column_log_weights is None else Ring(world, counts, terms.column_log_weights).back()
-    dqueries = None
+
+def gradient_of_sweep(
+    problem: Problem,
+    world: World,
+    counts: Sequence[int],
+    queries: Tensor,
+    sweep: Iterable[tuple[int, Tensor]],
+    row_log_weights: Tensor,
+    column_log_weights: Tensor | None,
+    masks: Callable[[int], MaskTables],
+    dqueries: Tensor | None = None,
+    gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
+) -> tuple[Tensor, Tensor]:
+    """Sweep 2, `back`: the negatives' part of dqueries, added to what is given, and of own dpassages over all ranks' queries."""
+    column_weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
     dpassages = TravellingSum(world, counts, step=-1)
-    for owner, block in blocks.back():
+    for owner, block in sweep:
         weights = None if column_weights is None else next(column_weights)[1]  # [rows of block]
         dqueries, term = gradient(
-            queries, block, problem.scale, terms.row_log_weights, weights, masks.of_block(owner),
-            dqueries=dqueries, precision=precision, workspace_mib=problem.workspace_mib,
+            queries, block, problem.scale, row_log_weights, weights, masks(owner),
+            dqueries=dqueries, precision=problem.precision, workspace_mib=problem.workspace_mib,
         )  # fmt: skip
         dpassages.add(owner, term)
     assert dqueries is not None
-    pull_targets(dqueries, dpassages.home(), queries, passages, targets, terms.pull, precision=precision)
-    return terms.losses, dqueries, dpassages.home()
+    return dqueries, dpassages.home()
 
 
 @dataclass(frozen=True)
-class _BlockMasks:
+class BlockMasks:
     """The pairs of own queries and every block's passages that are no negatives: all known pairs, whatever the number of ranks."""
 
     pairs: dict[int, tuple[Tensor, Tensor]]  # owner -> rows, columns of the block; without the rows' own targets
@@ -79,7 +113,7 @@ class _BlockMasks:
     rank: int
 
     @staticmethod
-    def of(problem: Problem, ids: Iterable[tuple[int, Tensor]], counts: tuple[int, ...], rank: int) -> _BlockMasks:
+    def of(problem: Problem, ids: Iterable[tuple[int, Tensor]], counts: tuple[int, ...], rank: int) -> BlockMasks:
         """Finds the pairs of every block's (owner, passage ids). How many there are the host asks here, not in a sweep."""
         own, targets = problem.exclusions, problem.positives
         pairs = {}
@@ -89,7 +123,7 @@ class _BlockMasks:
                 further = columns != targets[rows]
                 rows, columns = rows[further], columns[further]
             pairs[owner] = rows, columns
-        return _BlockMasks(pairs, targets.int(), own.threshold, counts, rank)
+        return BlockMasks(pairs, targets.int(), own.threshold, counts, rank)
 
     def of_block(self, owner: int) -> MaskTables:
         """The tables of one rank's block."""

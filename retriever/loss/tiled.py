@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.lse import Departure, MaskTables, infonce, negatives_gradient, negatives_lse
 from kernels.targets import pull_targets, target_similarities
+from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
 from retriever.loss.terms import Terms
@@ -18,8 +19,10 @@ from retriever.parallel.world import Gathered, Transfer, World
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.lse`. (Cheng et al. 2024, arXiv:2410.17243)
 
-    `problem.exchange` says how ranks see each other's passages; the result is the same.
+    `problem.exchange` says how ranks see each other's passages, `problem.block_rows` whether they are in host memory; the result is the same.
     """
+    if problem.block_rows is not None:
+        return offloaded(problem, world)
     return ring(problem, world) if problem.exchange == "ring" and world.size > 1 else gathered(problem, world)
 
 

@@ -1,0 +1,92 @@
+"""Where a rank's representations are between the passes: on the device in the batch's order, or in host memory chunk behind chunk.
+
+In host memory the rows of a chunk stand together, so that each chunk is one copy, out in the first pass and back (its gradient) in the
+second. The loss does not mind the order; the targets are brought into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.lse import Exclusions
+from retriever.data.batch import Targets
+from retriever.data.chunks import Chunk
+from retriever.data.tokens import Side
+from retriever.parallel.host import host_rows
+
+
+class Representations(NamedTuple):
+    """Embeddings of a rank's batch, or the loss's gradient at them."""
+
+    query: Tensor  # [B, D]
+    passage: Tensor  # [N, D]
+    order: tuple[Tensor, Tensor] | None = None  # the batch's rows [B] and [N] that these are, where they stand in another order
+
+
+class Place(NamedTuple):
+    """Where the rows of a chunk stand in the representations and in their gradient."""
+
+    side: Side
+    rows: Tensor | slice  # [n]
+
+
+class DeviceRoom:
+    """Room for a batch's representations on the device of `like`, in its dtype."""
+
+    def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
+        self._sides = Representations(*(torch.empty(n, dimension, dtype=like.dtype, device=like.device) for n in sizes))
+
+    def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
+        """Stores the chunk's rows [n, D]."""
+        getattr(self._sides, chunk.side)[chunk.rows] = embeddings
+        return Place(chunk.side, chunk.rows)
+
+    def finished(self) -> Representations:
+        """All rows, in the batch's order."""
+        return self._sides
+
+
+class HostRoom:
+    """Room for them in host memory, page-locked where `like` is on a GPU: the next chunk is encoded while one is copied."""
+
+    def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
+        self._device = like.device
+        self._rows = {side: host_rows((n, dimension), like.dtype, like.device) for side, n in zip(_SIDES, sizes, strict=True)}
+        self._order = {side: host_rows((n,), torch.int64, like.device) for side, n in zip(_SIDES, sizes, strict=True)}
+        self._filled = dict.fromkeys(_SIDES, 0)
+
+    def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
+        """Begins to copy the chunk's rows [n, D] behind those of its side that are there."""
+        start = self._filled[chunk.side]
+        self._filled[chunk.side] = stop = start + len(chunk.rows)
+        self._rows[chunk.side][start:stop].copy_(embeddings, non_blocking=True)
+        self._order[chunk.side][start:stop].copy_(chunk.rows, non_blocking=True)
+        return Place(chunk.side, slice(start, stop))
+
+    def finished(self) -> Representations:
+        """All rows, which the host may read from now on, and their order."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return Representations(self._rows["query"], self._rows["passage"], (self._order["query"], self._order["passage"]))
+
+
+_SIDES: tuple[Side, Side] = ("query", "passage")
+
+
+def reordered(targets: Targets, query_rows: Tensor, passage_rows: Tensor) -> Targets:
+    """The targets of a batch whose row i is the one that was query_rows[i] of its queries [B], passage_rows[i] of its passages [N]."""
+    place = torch.empty_like(passage_rows)
+    place[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
+    positives = targets.positives[query_rows]
+    known = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids).of_rows(query_rows)
+    return replace(
+        targets,
+        positives=place[positives.clamp(min=0)].where(positives >= 0, -1),
+        passage_ids=targets.passage_ids[passage_rows],
+        known_ptr=known.known_ptr,
+        known_ids=known.known_ids,
+    )
