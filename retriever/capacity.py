@@ -126,9 +126,11 @@ def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> 
 def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, dimension: int, device: torch.device) -> Cost:
     """The loss and its gradients over `queries` random unit vectors and `passages` of them, on this rank alone; call it `undisturbed`.
 
+    Both are in host memory where the objective takes them from there.
     Raises torch.cuda.OutOfMemoryError where it does not fit.
     """
-    sides = [nn.functional.normalize(torch.randn(n, dimension, device=device), dim=1) for n in (queries, passages)]
+    home = torch.device("cpu") if objective.offload else device
+    sides = [nn.functional.normalize(torch.randn(n, dimension, device=home), dim=1) for n in (queries, passages)]
     positives = torch.arange(queries) % passages
     ptr = torch.arange(queries + 1)
     groups = Groups(ptr, positives, torch.ones(queries))  # a teacher's, where one is distilled

@@ -99,7 +99,7 @@ class BatchConfig:
     tokens_per_chunk: int | Auto = "auto"
     retain: bool | int | Auto = "auto"  # graphs kept between the passes: all, none, or of so many tokens a rank
     one_source: bool = True
-    offload: bool = False
+    offload: bool = False  # representations and their gradients in host memory, a few blocks of them on the device
 
 
 @dataclass(frozen=True)

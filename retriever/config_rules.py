@@ -1,4 +1,4 @@
-"""Which values can be run together, and which ask for what this version does not have."""
+"""Which values can be run together."""
 
 from __future__ import annotations
 
@@ -11,19 +11,9 @@ from retriever.config_tree import ConfigError, flatten
 if TYPE_CHECKING:
     from retriever.config import Config
 
-# Settings whose room is not built yet. Each is refused by name; the room that brings it deletes its line.
-_NOT_AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "batch.offload": (True,),
-}
-
 
 def validate(config: Config) -> None:
     """Raises ConfigError where the values cannot be run together."""
-    for key, refused in _NOT_AVAILABLE.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value in refused and type(value) is type(refused[0]):
-            raise ConfigError(f"{key}: {value!r} is not available in this version; leave it at its default")
     model, loss, train = config.model, config.loss, config.train
     for key, number in flatten(asdict(config)).items():
         _require(not isinstance(number, float) or math.isfinite(number), key, "a finite number", number)
@@ -65,6 +55,7 @@ def validate(config: Config) -> None:
     margin = loss.false_negative_margin
     _require(margin is None or margin >= 0, "loss.false_negative_margin", "null or 0 or more", margin)
     _check_distillation(config)
+    _check_offload(config)
     _require(config.optim.lr > 0, "optim.lr", "a number above 0", config.optim.lr)
     _require(all(0 <= beta < 1 for beta in config.optim.betas), "optim.betas", "two numbers from 0 to below 1", list(config.optim.betas))
     unused = config.optim.name == "adafactor" and tuple(config.optim.betas) != (0.9, 0.999)
@@ -124,6 +115,19 @@ def _check_distillation(config: Config) -> None:
     _require(
         not loss.distils or config.data.negatives >= 1, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives
     )
+
+
+def _check_offload(config: Config) -> None:
+    loss = config.loss
+    if not config.batch.offload:
+        return
+    _require(
+        loss.strategy == "tiled", "loss.strategy", "tiled with batch.offload=true: the others hold a matrix of similarities", loss.strategy
+    )
+    _require(loss.exchange != "gather", "loss.exchange", "auto or ring with batch.offload=true: nothing is gathered", loss.exchange)
+    for name in ("kl_weight", "margin_mse_weight"):
+        weight = getattr(loss, name)
+        _require(weight == 0, f"loss.{name}", "0 with batch.offload=true: a teacher's terms gather all passages on the device", weight)
 
 
 def _require(holds: bool, key: str, expected: str, received: Any) -> None:

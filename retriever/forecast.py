@@ -55,6 +55,7 @@ class Memory:
     optimizer: float
     representations: float
     loss: float  # at its peak, above the representations
+    host: float = 0.0  # in host memory instead: representations, their gradients and the copies that the loss makes
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from retriever.verify import GradientCheck, gradient_error
 
 _WORKSPACE_MIB = 1024
 _VERIFY_QUERIES = 32
+_VERIFY_BLOCK_ROWS = 12  # several blocks, the last one shorter
 _VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
 _SIDE_NAMES: dict[Side, str] = {"query": "queries", "passage": "passages"}
@@ -156,7 +157,9 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         ("weights", _size(memory.weights), "and what else is there before step 1"),
         ("gradients", _size(memory.gradients), ""),
         ("optimizer", _size(memory.optimizer), ""),
-        ("representations", _size(memory.representations), "and as much for their gradients"),
+        ("representations", _size(memory.representations), "and as much for their gradients")
+        if not memory.host
+        else ("host memory", _size(memory.host), "representations, their gradients, and copies of them"),
     ]
     if usable_bytes is None:
         return _columns([*rows, ("activations", "unknown", "measured on a GPU only")])
@@ -197,7 +200,7 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
     )
     alone = World(encoder.device)
     batch = BatchLoader.from_config(store, Planner.from_config(store, small), template, small, alone).load(0)
-    check = gradient_error(encoder, config.loss, batch)
+    check = gradient_error(encoder, config.loss, batch, block_rows=_VERIFY_BLOCK_ROWS if config.batch.offload else None)
     if not max(check.gradient_error, check.loss_error) <= _VERIFY_BOUND:
         raise ConfigError(f"run.verify: {check}; expected at most {_VERIFY_BOUND:g}. Please report it; the run was not started")
     return check

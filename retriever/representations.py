@@ -18,6 +18,8 @@ from retriever.data.chunks import Chunk
 from retriever.data.tokens import Side
 from retriever.parallel.host import host_rows
 
+_SIDES: tuple[Side, Side] = ("query", "passage")
+
 
 class Representations(NamedTuple):
     """Embeddings of a rank's batch, or the loss's gradient at them."""
@@ -38,7 +40,8 @@ class DeviceRoom:
     """Room for a batch's representations on the device of `like`, in its dtype."""
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
-        self._sides = Representations(*(torch.empty(n, dimension, dtype=like.dtype, device=like.device) for n in sizes))
+        queries, passages = (torch.empty(n, dimension, dtype=like.dtype, device=like.device) for n in sizes)
+        self._sides = Representations(queries, passages)
 
     def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
         """Stores the chunk's rows [n, D]."""
@@ -55,9 +58,10 @@ class HostRoom:
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
         self._device = like.device
-        self._rows = {side: host_rows((n, dimension), like.dtype, like.device) for side, n in zip(_SIDES, sizes, strict=True)}
-        self._order = {side: host_rows((n,), torch.int64, like.device) for side, n in zip(_SIDES, sizes, strict=True)}
-        self._filled = dict.fromkeys(_SIDES, 0)
+        rows: dict[Side, int] = dict(zip(_SIDES, sizes, strict=True))
+        self._rows = {side: host_rows((n, dimension), like.dtype, like.device) for side, n in rows.items()}
+        self._order = {side: host_rows((n,), torch.int64, like.device) for side, n in rows.items()}
+        self._filled = dict.fromkeys(rows, 0)
 
     def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
         """Begins to copy the chunk's rows [n, D] behind those of its side that are there."""
@@ -72,9 +76,6 @@ class HostRoom:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return Representations(self._rows["query"], self._rows["passage"], (self._order["query"], self._order["passage"]))
-
-
-_SIDES: tuple[Side, Side] = ("query", "passage")
 
 
 def reordered(targets: Targets, query_rows: Tensor, passage_rows: Tensor) -> Targets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from retriever.data.tokens import Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, middle, most_retained, scaled_loss, settled_size
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.offload import host_bytes
 from retriever.parallel.world import World
 
 EVERYTHING = 2**62  # tokens: more than any batch has
@@ -55,13 +56,14 @@ class StepPlanner:
         trained = [p for module in (encoder, objective) for p in module.parameters() if p.requires_grad]
         own = sum(t.nbytes for module in (encoder, objective) for t in [*module.parameters(), *module.buffers()])
         self._parameters = trained
-        rows = sum(len(own) for own in self._lengths.values())
+        numbers = sum(len(own) for own in self._lengths.values()) * encoder.dimension
         self._memory = Memory(
             weights=max(allocated_bytes(self._device), own),
             gradients=sum(p.nbytes for p in trained),
             optimizer=_state_bytes(config.optim, trained),
-            representations=rows * encoder.dimension * next(encoder.parameters()).itemsize,
+            representations=0.0 if config.batch.offload else numbers * next(encoder.parameters()).itemsize,
             loss=0.0,
+            host=numbers * host_bytes(config.loss.precision) if config.batch.offload else 0.0,
         )
 
     def decide(self) -> tuple[Config, Forecast | None]:
@@ -180,7 +182,9 @@ class StepPlanner:
         share = min(1.0, sqrt(_MEASURED_PAIRS[self._device.type, tiled] / (queries * passages)))
         part = max(1, int(share * queries)), max(1, int(share * passages))
         cost = measure_loss(self._objective, *part, self._encoder.dimension, self._device)
-        fixed = int(config.workspace_mib) * 2**20 if tiled else 0
+        fixed = float(config.workspace_mib) * 2**20 if tiled else 0.0
+        if self._config.batch.offload:
+            fixed = inf  # blocks do not grow with the batch
         return scaled_loss(cost, part, (queries, passages), linear_memory=tiled, fixed_bytes=fixed)
 
 

@@ -96,6 +96,7 @@ def _train(
     from retriever.encoder.modes import use
     from retriever.encoder.settings import settings_of
     from retriever.loss.contrastive import ContrastiveObjective
+    from retriever.loss.offload import BLOCK_ROWS
     from retriever.optim import Optimizer
     from retriever.outputs import Outputs
     from retriever.parallel.sharded import PlacedEncoder
@@ -112,7 +113,8 @@ def _train(
     if config.model.lora is not None:
         adapt(encoder.towers, config.model.lora, config.run.seed)
     placed = PlacedEncoder(encoder, world)
-    objective = ContrastiveObjective(config.loss, unit=config.model.normalize).to(world.device)
+    block_rows = BLOCK_ROWS if config.batch.offload else None
+    objective = ContrastiveObjective(config.loss, unit=config.model.normalize, block_rows=block_rows).to(world.device)
     config = preflight.resolve(config, encoder, world)
     use(encoder, config.model)
     planner = Planner.from_config(store, config)

@@ -41,11 +41,12 @@ class GradientCheck:
         )
 
 
-def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> GradientCheck:
+def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, block_rows: int | None = None) -> GradientCheck:
     """Compares the cached gradient of one rank's `batch` with that of a whole-batch forward pass and autograd.
 
     Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is measured is
-    the method and not the rounding. The whole batch must fit in memory. The encoder and the global RNG state are left as they are.
+    the method and not the rounding. `block_rows`: representations in host memory, as `ContrastiveObjective` takes them. The whole batch
+    must fit in memory. The encoder and the global RNG state are left as they are.
     Raises ConfigError where the whole batch's gradient is rounding alone.
     """
     state = RngState.capture(encoder.device)
@@ -55,8 +56,8 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch) -> Grad
     loss = replace(loss, precision="fp32", learn_temperature=False)
 
     with state.restored():
-        representations, first = encode_without_graph(exact, batch)
-        objective = ContrastiveObjective(loss, unit=exact.normalize)
+        objective = ContrastiveObjective(loss, unit=exact.normalize, block_rows=block_rows)
+        representations, first = encode_without_graph(exact, batch, offload=objective.offload)
         value, gradients = representation_gradients(objective, representations, batch, world)
         backward_through_encoder(exact, batch, gradients, first)
         cached = _take_gradients(exact)

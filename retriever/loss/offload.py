@@ -77,6 +77,11 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     return terms.losses, queries.sums, passages.sums
 
 
+def host_bytes(precision: str) -> int:
+    """Host memory for a number of an embedding, at most: itself, what it is rounded to, what is copied of it, and its gradient."""
+    return 4 + (4 + 2 if precision == "bf16" else 4) + 4
+
+
 @dataclass(frozen=True)
 class _Cut:
     """How all ranks cut their rows: the same numbers of blocks on each, as many as the longest rank fills."""

@@ -19,7 +19,7 @@ from retriever.parallel.world import Gathered, Transfer, World
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.lse`. (Cheng et al. 2024, arXiv:2410.17243)
 
-    `problem.exchange` says how ranks see each other's passages, `problem.block_rows` whether they are in host memory; the result is the same.
+    `problem.exchange` says how ranks see each other's passages, `problem.block_rows` that rows are in host memory; the result is the same.
     """
     if problem.block_rows is not None:
         return offloaded(problem, world)

@@ -135,6 +135,8 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
         raise ConfigError(f"loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy={loss.strategy}, which gathers")
     if loss.exchange != "auto":
         return loss.exchange
+    if config.batch.offload:
+        return "ring"
     if world.size == 1 or loss.strategy != "tiled":
         return "gather"
     free = float("inf")

@@ -43,6 +43,7 @@ class Case:
     retain: int = 0
     sharded: bool = False
     checkpointing: bool = False
+    block_rows: int | None = None  # representations in host memory
 
     def __str__(self) -> str:
         features = [name for name in ("symmetric", "learn_temperature", "sharded", "checkpointing") if getattr(self, name)]
@@ -51,6 +52,7 @@ class Case:
         features += [f"dims={self.dims}"] if self.dims else []
         features += [self.layers] if self.layers != "padded" else []
         features += [f"retain{self.retain}"] if self.retain else []
+        features += [f"offload{self.block_rows}"] if self.block_rows is not None else []
         return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
 
 
@@ -79,11 +81,18 @@ SHARDED = [
     Case("tiled", 40, tied=False, layers="packed", sharded=True),
     Case("dense", 57, tied=False, symmetric=True, learn_temperature=True, sharded=True),
     Case("tiled", 57, sharded=True, checkpointing=True),
+    Case("tiled", 19, sharded=True, block_rows=4),
+]
+OFFLOADED = [
+    Case("tiled", 19, block_rows=5),
+    Case("tiled", 40, tied=False, layers="packed", retain=60, block_rows=4),
+    Case("tiled", symmetric=True, learn_temperature=True, margin=0.1, ignored=2, block_rows=3),
+    Case("tiled", dims=(8, 32), learn_temperature=True, block_rows=8),
 ]
 CASES = {
-    1: _cases(("dense", "tiled", "local", "disco")),
-    2: _cases(("dense", "tiled", "local", "disco")) + SHARDED,
-    4: _cases(("dense", "tiled")) + SHARDED[1:2],
+    1: _cases(("dense", "tiled", "local", "disco")) + OFFLOADED,
+    2: _cases(("dense", "tiled", "local", "disco")) + SHARDED + OFFLOADED,
+    4: _cases(("dense", "tiled")) + SHARDED[1:2] + OFFLOADED,
 }
 
 
@@ -125,7 +134,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed)
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
-    representations, passes = encode_without_graph(encoder, batch, case.retain)
+    representations, passes = encode_without_graph(encoder, batch, case.retain, offload=objective.offload)
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
@@ -133,7 +142,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
 
     expected_loss, expected = _oracle(
         folder,
-        replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0, sharded=False, checkpointing=False),
+        replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0, sharded=False, checkpointing=False, block_rows=None),
         world.size,
     )
     total = torch.stack([g.norm() for g in expected.values()]).norm()
@@ -172,7 +181,7 @@ def _objective(case: Case) -> ContrastiveObjective:
         dims=case.dims,
         dim_weights=DIM_WEIGHTS[: len(case.dims)],
     )
-    return ContrastiveObjective(config).double()
+    return ContrastiveObjective(config, block_rows=case.block_rows).double()
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -1,4 +1,4 @@
-"""The gradient contract over the ring, at the representations: any number of ranks, unequal and empty ones, every feature of the loss."""
+"""The gradient contract at the representations, over the ring and in blocks: any number of ranks, unequal and empty, every feature."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Case:
     """What is asked of the objective, and how the batch lies on the ranks."""
 
     exchange: str = "ring"
+    block_rows: int | None = None  # in host memory
     precision: str = "fp32"
     dtype: str = "float64"
     symmetric: bool = False
@@ -56,6 +57,7 @@ class Case:
         )
 
 
+FEATURES = ((False, 0.2, 3), (True, 0.2, 3), (False, None, 0), (True, None, 3))  # symmetric, margin, ignored
 CASES = [
     *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
     *(Case(symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
@@ -65,6 +67,15 @@ CASES = [
     *(Case(symmetric=s, precision="bf16", dtype="float32", bound=1e-5) for s in (False, True)),
     *(Case(symmetric=s, precision="high", dtype="float32", bound=1e-5) for s in (False, True)),
     Case(exchange="gather", symmetric=True, margin=0.1, ignored=2, learn_temperature=True),
+    *(Case(block_rows=r, symmetric=s, margin=m, ignored=i) for r, (s, m, i) in zip((3, 5, 8, 20), FEATURES, strict=True)),
+    *(Case(block_rows=4, symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
+    *(Case(block_rows=6, symmetric=s, owners=owners) for s in (False, True) for owners in ("equal", "one")),
+    *(Case(block_rows=100, symmetric=s, temperature=0.005) for s in (False, True)),
+    *(Case(block_rows=4, symmetric=s, temperature=0.02, unit=False) for s in (False, True)),
+    *(
+        Case(block_rows=7, symmetric=s, precision=p, dtype="float32", bound=1e-5)
+        for s, p in ((False, "bf16"), (True, "bf16"), (True, "high"))
+    ),
 ]
 
 
@@ -107,7 +118,7 @@ def _compute_case(world: World, case: Case) -> dict[str, Any]:
     whole = _whole(case, world.size)
     q, p = _vectors(whole, case)
     batch, rows, columns = rank_batch(whole, world.rank, 10**6)
-    objective = ContrastiveObjective(case.config())
+    objective = ContrastiveObjective(case.config(), block_rows=case.block_rows)
     loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
     dscale = torch.zeros(()) if objective.log_scale.grad is None else objective.log_scale.grad
     return {"rows": rows, "columns": columns, "loss": loss.item(), "dq": dq.tolist(), "dp": dp.tolist(), "dscale": dscale.item()}
