@@ -90,6 +90,14 @@ def test_every_objective_can_be_measured(loss: LossConfig) -> None:
     assert 0 < small < large
 
 
+def test_a_loss_in_host_memory_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = ContrastiveObjective(LossConfig(), block_rows=8)
+    given = []
+    monkeypatch.setattr(objective, "forward", lambda *args: given.append(args))
+    measure_loss(objective, 4, 8, 16, torch.device("meta"))
+    assert {x.device.type for args in given for x in args[:2]} == {"cpu"}
+
+
 def test_an_update_of_more_parameters_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     from retriever import capacity
 

@@ -97,8 +97,6 @@ def minimal(tmp_path: Path) -> Path:
         ("model.lora={r: 0}", "model.lora.r: "),
         ("model.lora={alpha: 0}", "model.lora.alpha: "),
         ("model.lora={dropout: 1.0}", "model.lora.dropout: "),
-        # Not built yet.
-        ("batch.offload=true", "batch.offload: .*not available"),
         ("loss.dims=[64, 0]", "loss.dims"),
         # Overrides that are none, or go nowhere.
         ("run.seed", "run.seed.*expected key.sub=value"),
@@ -113,6 +111,23 @@ def test_every_refusal_names_its_key(minimal: Path, override: str, message: str)
     load(minimal)
     with pytest.raises(ConfigError, match=message):
         load(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.strategy=dense", "loss.strategy: expected tiled with batch.offload=true"),
+        ("loss.exchange=gather", "loss.exchange: expected auto or ring with batch.offload=true"),
+        ("loss.kl_weight=1", "loss.kl_weight: expected 0 with batch.offload=true"),
+        ("loss.margin_mse_weight=0.5", "loss.margin_mse_weight: expected 0 with batch.offload=true"),
+    ],
+)
+def test_what_cannot_be_in_host_memory_is_refused(minimal: Path, override: str, message: str) -> None:
+    """Each alone is accepted."""
+    load(minimal, ["batch.offload=true", "loss.symmetric=true", "loss.dims=[8, 16]"])
+    load(minimal, [override])
+    with pytest.raises(ConfigError, match=message):
+        load(minimal, ["batch.offload=true", override])
 
 
 @pytest.mark.parametrize("text", ["- a\n", "5\n", "model: [1,\n", "model: {}\nmodel: {}\n", "run:\n", "3: 4\n"])

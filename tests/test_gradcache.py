@@ -68,12 +68,12 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def _cached(encoder: nn.Module, batch: Batch, retain: int = 0) -> list[Tensor]:
+def _cached(encoder: nn.Module, batch: Batch, retain: int = 0, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, passes = encode_without_graph(encoder, batch, retain)  # type: ignore[arg-type]
-    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    representations, passes = encode_without_graph(encoder, batch, retain, offload=objective.offload)  # type: ignore[arg-type]
+    _, gradients = representation_gradients(objective, representations, batch, CPU)
     backward_through_encoder(encoder, batch, gradients, passes)  # type: ignore[arg-type]
     return _gradients(encoder)
 
@@ -122,6 +122,32 @@ def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, l
         again = _cached(recording, batch, retain=sum(sizes[:kept]))
         assert recording.with_graph == [True] * kept + [False] * (len(sizes) - kept) + [True] * (len(sizes) - kept)
         assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
+
+
+@pytest.mark.parametrize("layers", ["padded", "fused"])
+def test_representations_in_host_memory_give_the_same_gradient(folder: Path, layers: str) -> None:
+    """With dropout on, fillers among the chunks and some of them retained, to rounding; and the same bits whatever is retained."""
+    encoder = _encoder(folder, dropout=True)
+    if layers == "fused":
+        encoder.pack()
+        encoder.fuse_layers()
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed, chunks_a_side=9)
+    offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5)
+    expected, found = _cached(encoder, batch), _cached(encoder, batch, objective=offloaded)
+    assert _error(found, expected) < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(found, _cached(encoder, batch, 150, offloaded), strict=True))
+
+
+def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
+    """In the order of the chunks, and `order` says which rows of the batch they are."""
+    encoder = _encoder(folder, dropout=False)
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    resident, _ = encode_without_graph(encoder, batch)
+    moved, first = encode_without_graph(encoder, batch, offload=True)
+    assert moved.order is not None and moved.order[1].tolist() != list(range(14))
+    assert torch.equal(moved.query, resident.query[moved.order[0]]) and torch.equal(moved.passage, resident.passage[moved.order[1]])
+    for place, chunk in zip(first.places, batch.chunks, strict=True):
+        assert torch.equal(getattr(moved, place.side)[place.rows], getattr(resident, chunk.side)[chunk.rows])
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def test_the_plan_as_a_table() -> None:
     assert rows["the run"][2:6] == ["2", "min", "45", "s"] and rows["encoded once"][2] == "33%"
     assert rows["weights"][1:3] == ["512.0", "MiB"] and rows["kept graphs"][2] == "2.00" and rows["peak"][1] == "6.75"
     assert "packed, fused layers" in table and "of 20.00 GiB that can be used" in table
+    assert rows["representations"][1:3] == ["256.0", "MiB"] and "host memory" not in table
+    offloaded = replace(_forecast(), memory=replace(_forecast().memory, representations=0.0, host=3.0 * GIB))
+    assert re.search(r"^host memory +3.00 GiB  representations", preflight.plan_table(offloaded, CONFIG, 10, 20.0 * GIB), re.MULTILINE)
     on_cpu = preflight.plan_table(_forecast(0.0), CONFIG, 10, None)
     assert "measured on a GPU only" in on_cpu and "peak" not in on_cpu
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retriever import step_plan
-from retriever.capacity import ChunkCost
+from retriever.capacity import ChunkCost, Cost
 from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig, OptimConfig, RunConfig
 from retriever.data.planner import Planner
 from retriever.data.store import Store
@@ -56,7 +56,7 @@ def _config(queries: int = QUERIES, preflight: str = "auto", **batch: Any) -> Co
 
 
 def _decide(store: Store, encoder: DualEncoder, config: Config, world: World = CPU) -> tuple[BatchConfig, Forecast | None]:
-    objective = ContrastiveObjective(config.loss)
+    objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None)
     planner = Planner(store, queries=config.batch.queries, negatives=0, seed=0)
     decided, forecast = StepPlanner(config, encoder, objective, store, planner, TEMPLATE, world).decide()
     assert replace(decided, batch=config.batch) == config
@@ -129,6 +129,21 @@ def test_all_or_an_error_that_says_by_how_much(store: Store, encoder: DualEncode
     limited(KEPT * 60_000)
     with pytest.raises(ConfigError, match=r"batch\.retain: true, but keeping all graphs takes 0\.\d GiB more"):
         _decide(store, encoder, _config(retain=True, tokens_per_chunk=8192))
+
+
+def test_representations_in_host_memory_take_none_of_a_gpus(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 bytes of each number, 4 of it rounded, 2 as it is copied and 4 of its gradient are in host memory; the loss does not grow."""
+    limited(1e12)
+    monkeypatch.setattr(step_plan, "measure_loss", lambda *given: Cost(1.0, 2.0**24))
+    monkeypatch.setitem(step_plan._MEASURED_PAIRS, ("cpu", True), 2**16)
+    there, here = (_decide(store, encoder, _config(tokens_per_chunk=8192, offload=offload))[1] for offload in (True, False))
+    assert there is not None and here is not None
+    rows = sum(len(lengths) for lengths in there.workload.lengths.values())
+    assert (there.memory.representations, there.memory.host) == (0, rows * 32 * 14)
+    assert (here.memory.representations, here.memory.host) == (rows * 32 * 4, 0)
+    assert there.memory.loss == 2**24 < here.memory.loss and there.loss_s == here.loss_s > 10
 
 
 def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:

@@ -70,6 +70,18 @@ def undisturbed(workplace: Path) -> Path:
     return workplace / "undisturbed"
 
 
+def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
+    """The losses of a few steps are the resident run's, and `run.verify` checks the offloaded gradient."""
+    losses = []
+    for offload in ("true", "false"):
+        output = workplace / f"offload-{offload}"
+        settings = ["eval=null", "train.eval_every=0", "train.max_steps=4", "train.log_every=1", "loss.precision=fp32", "run.verify=true"]
+        arguments = ["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", f"batch.offload={offload}", *settings]
+        assert main(arguments) == 0
+        losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def _metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

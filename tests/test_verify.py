@@ -13,10 +13,12 @@ from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import FirstPass, Representations, backward_through_encoder
+from retriever.gradcache import FirstPass, backward_through_encoder
 from retriever.loss import distill
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
+from retriever.parallel.host import HostRows
+from retriever.representations import Representations
 from retriever.verify import gradient_error
 from tests.problems import random_batch, rank_batch
 from tests.tiny import save_tiny_model
@@ -51,6 +53,16 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     assert (check.queries, check.passages, check.chunks) == (8, 14, len(batch.chunks)) and check.chunks > 4
     assert f"{check.gradient_error:.1e}" in str(check)
+
+
+def test_representations_in_host_memory_are_checked_in_blocks(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offloaded loss is exact as well, and a gradient that keeps its last block alone is found."""
+    loss = LossConfig(temperature=0.07, symmetric=True, false_negative_margin=0.1)
+    check = gradient_error(encoder, loss, batch, block_rows=5)
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+    accumulate = HostRows.accumulate
+    monkeypatch.setattr(HostRows, "accumulate", lambda rows, fresh: accumulate(rows, fresh=True))
+    assert gradient_error(encoder, loss, batch, block_rows=5).gradient_error > BROKEN
 
 
 def test_a_teachers_terms_are_checked_too(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ class Case:
     symmetric: bool
     margin: float | None = None
     ignored: int = 0
+    block_rows: int | None = None  # representations in host memory
 
     def objective(self) -> ContrastiveObjective:
         """The objective, with a learned temperature."""
@@ -49,7 +50,8 @@ class Case:
                 learn_temperature=True,
                 symmetric=self.symmetric,
                 false_negative_margin=self.margin,
-            )
+            ),
+            block_rows=self.block_rows,
         )
 
 
@@ -58,6 +60,8 @@ CASES = [
     Case("ring", "bf16", False, 0.15, 9),
     Case("ring", "bf16", True),
     Case("ring", "high", True, 0.15, 9),
+    Case("ring", "bf16", True, 0.15, 9, block_rows=256),
+    Case("ring", "bf16", False, block_rows=512),
     Case("gather", "bf16", False),
     Case("gather", "bf16", True, 0.15, 9),
     Case("gather", "high", False),
@@ -112,7 +116,9 @@ def _errors(world: World, case: Case) -> list[float]:
     q, p = _vectors(whole, world.device)
     batch, rows, columns = rank_batch(whole, world.rank, 10**6)
     objective = case.objective().to(world.device)
-    loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
+    home = torch.device("cpu") if objective.offload else world.device
+    loss, dq, dp = objective(q[rows].to(home), p[columns].to(home), batch.targets, world)
+    dq, dp = dq.to(world.device), dp.to(world.device)
     assert objective.log_scale.grad is not None
     found = [world.sum(loss.double()), dq, dp, world.sum(objective.log_scale.grad)]
     truth = _truth(q, p, whole, case)

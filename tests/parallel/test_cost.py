@@ -133,5 +133,7 @@ def test_the_setting_is_settled_before_step_1() -> None:
     assert exchange_for(replace(config, loss=replace(config.loss, strategy="dense")), 768, _Ranks(2)) == "gather"
     for asked, ranks in (("ring", 2), ("gather", 2), ("ring", 1)):
         assert exchange_for(replace(config, loss=replace(config.loss, exchange=asked)), 768, _Ranks(ranks)) == asked  # type: ignore[arg-type]
+    offload = replace(config, batch=replace(config.batch, offload=True))
+    assert {exchange_for(offload, 768, _Ranks(ranks)) for ranks in (1, 2)} == {"ring"}, "blocks in host memory are gathered nowhere"
     with pytest.raises(ConfigError, match="loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy=dense"):
         exchange_for(replace(config, loss=LossConfig(exchange="ring", strategy="dense")), 768, _Ranks(2))
