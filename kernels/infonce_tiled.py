@@ -21,6 +21,7 @@ from kernels.lse_tiled import Operands, Shifts, estimate_shifts, exact_row_shift
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.matmul import add_product, parts_of
 from kernels.rows_triton import finish_passages, finish_queries, target_similarities, weigh_rows
+from kernels.targets import sum_by_target
 
 if TYPE_CHECKING:
     from kernels.lse import Departure
@@ -215,8 +216,7 @@ def two_pass_infonce(
         loss = (loss + log_one_plus_exp(against_column)) / 2
         row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
         pull = row_pull + column_pull
-        # A passage that is the target of several queries has a term for each; index_put_ adds them in a fixed order.
-        passage_pull = torch.zeros_like(column_lse).index_put_((targets,), column_pull, accumulate=True)
+        passage_pull = sum_by_target(column_pull, targets, len(column_lse))  # a target of several queries has a term for each
         column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
     if not gradients:
         return loss, None, None, None
