@@ -90,4 +90,5 @@ def reordered(targets: Targets, query_rows: Tensor, passage_rows: Tensor) -> Tar
         passage_ids=targets.passage_ids[passage_rows],
         known_ptr=known.known_ptr,
         known_ids=known.known_ids,
+        known_pairs=None,  # of another order, and other ranks have theirs
     )
