@@ -4,10 +4,9 @@ A block is `Problem.block_rows` rows. The device holds a block of queries and th
 ones on their way; with several ranks, each rank's block then goes round the ring before the next ones come. Beside blocks the device
 holds a few numbers a row.
 
-Sweep 1 reads b/R · n·D numbers on one rank, R being the rows of a block; sweep 2 reads as many and takes the sums of the passages' gradient
-in, in float32, and out again. Two sweeps that never move those sums, one with queries resident and one with passages, would copy a
-third as much, and compute the logits once more: 10·b·n·D operations for 8. What is copied hides behind the work on a block from some 20,000
-rows on, so it is copied.
+With b/R blocks of queries of R rows each, sweep 1 reads b/R · n·D numbers on one rank; sweep 2 reads as many, and takes the sums of the
+passages' gradient in and out again in float32. A third sweep, with passages and their sums resident while queries pass by, would halve what
+is copied, but compute the logits once more: 10·b·n·D operations for 8. Copies hide behind the work on a block, so they are the cheaper.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ PairsByBlock = dict[tuple[int, int], tuple[Tensor, Tensor]]
 def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B] on the device, dqueries [B, D] and dpassages [N, D] in host memory, as `problem`'s own tensors are.
 
-    8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16, and the workspace. (Cheng et al. 2024,
-    arXiv:2410.17243)
+    8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16 (40 with several ranks) and the workspace.
+    (Cheng et al. 2024, arXiv:2410.17243)
     """
     assert problem.block_rows is not None
     here, cut = _without_rows(problem, world.device), _Cut.of(problem, world)
