@@ -37,43 +37,50 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16 (40 with several ranks) and the workspace.
     (Cheng et al. 2024, arXiv:2410.17243)
     """
-    assert problem.block_rows is not None
     here, cut = _without_rows(problem, world.device), _Cut.of(problem, world)
     tables, copies = _Tables.of(here, cut, world), CopyStream(world.device)
     queries = HostRows(_travelling(problem.queries, problem, world), cut.size, cut.query_blocks, copies)
     passages = HostRows(_travelling(problem.passages, problem, world), cut.size, len(cut.counts), copies)
+    terms = _first_sweep(here, world, cut, tables, queries, passages)
+    _second_sweep(here, world, cut, tables, queries, passages, terms)
+    copies.finish()
+    return terms.losses, queries.sums, passages.sums
+
+
+def _first_sweep(problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows) -> Terms:
+    """What follows from all log-sum-exps: of rows over their negatives and, where symmetric, of columns over all ranks' queries."""
     positive = torch.zeros(len(problem.positives), dtype=queries.sums.dtype, device=world.device)  # [B]
     row_lse = torch.full_like(positive, -torch.inf)
-    column_lse = positive.new_full((len(problem.passages),), -torch.inf) if problem.symmetric else None
-
+    column_lse = positive.new_full((len(problem.exclusions.passage_ids),), -torch.inf) if problem.symmetric else None
     for a, q in queries.read():
         i = queries.places[a]
         for k, p in passages.read():
-            j, masks = passages.places[k], partial(tables.masks, a, k)
-            rows, columns = lse_of_sweep(here, world, cut.counts[k], q, Ring(world, cut.counts[k], p).forth(), masks)
+            j, counts = passages.places[k], cut.counts[k]
+            rows, columns = lse_of_sweep(problem, world, counts, q, Ring(world, counts, p).forth(), partial(tables.masks, a, k))
             row_lse[i] = torch.logaddexp(row_lse[i], rows)
             if column_lse is not None and columns is not None:
                 column_lse[j] = torch.logaddexp(column_lse[j], columns)
             at, targets = tables.targets_in(a, k)
             positive[i][at] = problem.scale * target_similarities(q[at], p, targets, precision=problem.precision)
+    return Terms.of(problem, positive, row_lse, column_lse)
 
-    terms = Terms.of(here, positive, row_lse, column_lse)
+
+def _second_sweep(problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows, terms: Terms) -> None:
+    """Leaves both gradients in the `sums` of their sides."""
     for a, q, dq in queries.accumulate(fresh=True):
         i = queries.places[a]
         for k, p, dp in passages.accumulate(fresh=a == 0):
-            j, masks = passages.places[k], partial(tables.masks, a, k)
+            j, counts = passages.places[k], cut.counts[k]
             column_log_weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
-            sweep = Ring(world, cut.counts[k], p).back()
-            _, of_block = gradient_of_sweep(
-                here, world, cut.counts[k], q, sweep, terms.row_log_weights[i], column_log_weights, masks, dqueries=dq
-            )
+            _, term = gradient_of_sweep(
+                problem, world, counts, q, Ring(world, counts, p).back(), terms.row_log_weights[i], column_log_weights,
+                partial(tables.masks, a, k), dqueries=dq,
+            )  # fmt: skip
             at, targets = tables.targets_in(a, k)
             dq_at = dq[at]
-            pull_targets(dq_at, of_block, q[at], p, targets, terms.pull[i][at], precision=problem.precision)
+            pull_targets(dq_at, term, q[at], p, targets, terms.pull[i][at], precision=problem.precision)
             dq[at] = dq_at
-            dp += of_block
-    copies.finish()
-    return terms.losses, queries.sums, passages.sums
+            dp += term
 
 
 def host_bytes(precision: str) -> int:

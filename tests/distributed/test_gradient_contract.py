@@ -95,7 +95,7 @@ OFFLOADED = [
 CASES = {
     1: _cases(("dense", "tiled", "local", "disco")) + OFFLOADED,
     2: _cases(("dense", "tiled", "local", "disco")) + SHARDED + OFFLOADED,
-    4: _cases(("dense", "tiled")) + SHARDED[1:2] + OFFLOADED,
+    4: _cases(("dense", "tiled")) + SHARDED[1:2] + OFFLOADED[1:3],
 }
 
 
