@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ def known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
     return row_of.repeat_interleave(count), order[first.repeat_interleave(count) + offset]
 
 
+class Pairs(NamedTuple):
+    """Some (row, column) of a block of rows and columns."""
+
+    rows: Tensor  # [E] int64, ascending
+    columns: Tensor  # [E] int64
+
+
+def further_pairs(exclusions: Exclusions, targets: Tensor) -> Pairs:
+    """The `known_pairs` of `exclusions` without those of a row and its own target, targets [B] int64 (−1: none).
+
+    How many there are depends on ids alone, but on a GPU the host waits to be told.
+    """
+    rows, columns = known_pairs(exclusions)
+    other = columns != targets[rows]
+    return Pairs(rows[other], columns[other])
+
+
 @dataclass(frozen=True)
 class MaskTables:
     """The exclusions of a block of B rows and N columns, in the form the kernels read.
@@ -60,13 +78,15 @@ class MaskTables:
         """Tables of `exclusions` and of every row's target [B] int64 (−1: none)."""
         if exclusions is None:
             nothing = targets.new_empty(0)
-            return MaskTables(nothing, nothing, targets.int(), None, N)
-        rows, columns = known_pairs(exclusions)
-        other = columns != targets[rows]
-        threshold = exclusions.threshold
+            return MaskTables.of_pairs(Pairs(nothing, nothing), targets, None, N)
+        return MaskTables.of_pairs(further_pairs(exclusions, targets), targets, exclusions.threshold, N)
+
+    @staticmethod
+    def of_pairs(further: Pairs, targets: Tensor, threshold: Tensor | None, N: int) -> MaskTables:
+        """Tables of `further_pairs` found beforehand, every row's target [B] int64 (−1: none) and its threshold; waits for nothing."""
         if threshold is not None:
             threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
-        return MaskTables(rows[other], columns[other], targets.int(), threshold, N)
+        return MaskTables(*further, targets.int(), threshold, N)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Every excluded (row, column), targets and further ones, as two [E] int64 in no order."""

@@ -21,6 +21,7 @@ from kernels.lse_tiled import Operands, Shifts, estimate_shifts, exact_row_shift
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.matmul import add_product, parts_of
 from kernels.rows_triton import finish_passages, finish_queries, target_similarities, weigh_rows
+from kernels.targets import sum_by_target
 
 if TYPE_CHECKING:
     from kernels.lse import Departure
@@ -106,8 +107,9 @@ def _depart(departure: Departure, e: Sequence[Tensor], q: Sequence[Tensor], dpas
 
 
 def row_infonce(
-    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, departure: Departure | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, departure: Departure | None,
+    largest: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(loss [B], dqueries [B, D], dpassages, dscale []) of the one-direction loss, in one pass; targets in 0..N−1.
 
     dpassages [N, D]; with a departure [kept, D], or None where all of it had to stay until the end.
@@ -115,7 +117,7 @@ def row_infonce(
     B, D = x.queries.shape
     dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
     dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
-    shifts = estimate_shifts(x, scale, columns=False)
+    shifts = estimate_shifts(x, scale, columns=False, largest=largest)
     similarity = target_similarities(x.queries, x.passages, targets)
     row_sum, coefficient, remaining = _one_direction(
         x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True, departure
@@ -199,10 +201,11 @@ def _processors(x: Tensor) -> int:
 
 
 def two_pass_infonce(
-    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int,
+    largest: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
-    shifts = estimate_shifts(x, scale, symmetric)
+    shifts = estimate_shifts(x, scale, symmetric, largest)
     row_lse, column_lse = negatives_lse(x, scale, masks, shifts, symmetric)
     logit = scale * target_similarities(x.queries, x.passages, targets)
     against_row = row_lse - logit
@@ -213,8 +216,7 @@ def two_pass_infonce(
         loss = (loss + log_one_plus_exp(against_column)) / 2
         row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
         pull = row_pull + column_pull
-        # A passage that is the target of several queries has a term for each; index_put_ adds them in a fixed order.
-        passage_pull = torch.zeros_like(column_lse).index_put_((targets,), column_pull, accumulate=True)
+        passage_pull = sum_by_target(column_pull, targets, len(column_lse))  # a target of several queries has a term for each
         column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
     if not gradients:
         return loss, None, None, None
@@ -227,16 +229,16 @@ def two_pass_infonce(
 
 def infonce(
     queries: Tensor, passages: Tensor, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, *, symmetric: bool,
-    precision: str, budget: int, gradients: bool, departure: Departure | None = None,
+    precision: str, budget: int, gradients: bool, departure: Departure | None = None, largest: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """See `kernels.lse.infonce`; every row has a target, `budget` bytes bound the slabs."""
     x = Operands.of(queries, passages, precision)
     (B, D), N = queries.shape, len(passages)
     rows = slab_rows(B, N, D, precision, budget, _processors(queries))
     if symmetric or not gradients or rows < min(B, _LEAST_SLAB_ROWS):
-        loss, dqueries, dpassages, dscale = two_pass_infonce(x, targets, scale, masks, weights, symmetric, gradients, budget)
+        loss, dqueries, dpassages, dscale = two_pass_infonce(x, targets, scale, masks, weights, symmetric, gradients, budget, largest)
         if departure is not None and dpassages is not None:
             departure.leave(dpassages)
             dpassages = None
         return loss, dqueries, dpassages, dscale
-    return row_infonce(x, targets, scale, masks, weights, Workspace(x.queries, precision, rows, N), departure)
+    return row_infonce(x, targets, scale, masks, weights, Workspace(x.queries, precision, rows, N), departure, largest)

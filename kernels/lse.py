@@ -28,6 +28,7 @@ __all__ = ["Departure", "Exclusions", "InfoNCE", "MaskTables", "Precision", "inf
 Precision = Literal["bf16", "high", "fp32"]
 
 _AUTO_WORKSPACE = 2**30
+_SMALL_WORKSPACE = 2**26  # bytes that are used without asking what is free
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def infonce(
     workspace_mib: int | None = None,
     gradients: bool = True,
     departure: Departure | None = None,
+    ignored: bool | None = None,
+    largest: float | None = None,
 ) -> InfoNCE:
     """loss_i = log(e^{x_it} + Σ_{j : (i,j) ∈ neg} e^{x_ij}) − x_it with x = scale · Q Pᵀ and t = targets_i, and its gradients.
 
@@ -73,8 +76,12 @@ def infonce(
     "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB, None: up to 1 GiB
     of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets. `departure` is called, gradients
     being asked for, on every path; where that is early is up to the path. Results are float32 (float64 for float64 inputs), the same
-    bits every time. Raises ValueError where shapes, dtypes, devices or targets do not fit. (Gao et al. 2021, arXiv:2101.06983; Cheng
-    et al. 2024, arXiv:2410.17243)
+    bits every time.
+
+    What the caller knows spares the host waiting for the device, and is taken on trust: `ignored`, whether any target is −1, all being in
+    range; `largest`, what no |⟨q_i, p_j⟩| exceeds but by rounding to bf16 (1 for unit vectors). With ignored=False, `MaskTables` and
+    largest · scale ≤ 53, a GPU is asked nothing. Raises ValueError where shapes, dtypes, devices or targets do not fit.
+    (Gao et al. 2021, arXiv:2101.06983; Cheng et al. 2024, arXiv:2410.17243)
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("targets", targets, len(queries), queries)
@@ -90,23 +97,24 @@ def infonce(
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
         none = InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
         return _all_gone(none, departure)
-    extent = Deferred(torch.stack(torch.aminmax(targets)))
-    if on_kernels(queries) and not symmetric:
-        # Queued before the targets are known to be right: the check at the end then waits for nothing.
+    extent = Deferred(torch.stack(torch.aminmax(targets))) if ignored is None else None
+    if on_kernels(queries) and not symmetric and ignored is not False:
+        # Queued before the targets are known to be right: the check at the end then waits for nothing more.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
-            workspace_mib, gradients, departure,
+            workspace_mib, gradients, departure, largest,
         )  # fmt: skip
-        _check_extent(extent.get(), len(passages))
+        if extent is not None:
+            _check_extent(extent.get(), len(passages))
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
-    if _check_extent(extent.get(), len(passages)):
+    if ignored if extent is None else _check_extent(extent.get(), len(passages)):
         return _all_gone(
             _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients),
             departure,
         )
     if on_kernels(queries):
         results = _tiled_infonce(
-            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, departure
+            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, departure, largest
         )
         return InfoNCE(*results)
     found = lse_reference.infonce(
@@ -126,14 +134,14 @@ def _all_gone(result: InfoNCE, departure: Departure | None) -> InfoNCE:
 
 def _tiled_infonce(
     queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, weights: Tensor,
-    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, departure: Departure | None,
+    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, departure: Departure | None, largest: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from kernels import infonce_tiled
 
     masks = exclusions if isinstance(exclusions, MaskTables) else MaskTables.of(exclusions, targets, len(passages))
     return infonce_tiled.infonce(
         queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
-        budget=_workspace_bytes(queries, workspace_mib), gradients=gradients, departure=departure,
+        budget=_workspace_bytes(queries, passages, workspace_mib), gradients=gradients, departure=departure, largest=largest,
     )  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def _without_ignored(
         exclusions = exclusions.select_rows(kept) if isinstance(exclusions, MaskTables) else exclusions.of_rows(kept)
     some = infonce(
         queries[kept], passages, targets[kept], scale, exclusions=exclusions,
-        weights=weights[kept], symmetric=symmetric, precision=precision, workspace_mib=workspace_mib, gradients=gradients,
+        weights=weights[kept], symmetric=symmetric, precision=precision, workspace_mib=workspace_mib, gradients=gradients, ignored=False,
     )  # fmt: skip
     loss = some.loss.new_zeros(len(queries))
     loss[kept] = some.loss
@@ -166,14 +174,16 @@ def _check_extent(extent: list[float], N: int) -> bool:
     return least < 0
 
 
-def _workspace_bytes(x: Tensor, workspace_mib: int | None) -> int:
+def _workspace_bytes(queries: Tensor, passages: Tensor, workspace_mib: int | None) -> int:
     if workspace_mib is not None:
         return workspace_mib * 2**20
-    if not x.is_cuda:
+    if not queries.is_cuda:
         return _AUTO_WORKSPACE
-    free = torch.cuda.mem_get_info(x.device)[0]
+    if 4 * len(queries) * (len(passages) + 64) <= _SMALL_WORKSPACE:  # all similarities
+        return _SMALL_WORKSPACE
+    free = torch.cuda.mem_get_info(queries.device)[0]
     if free < 2 * _AUTO_WORKSPACE:  # what PyTorch holds without using it counts, but takes longer to ask for
-        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        free += torch.cuda.memory_reserved(queries.device) - torch.cuda.memory_allocated(queries.device)
     return min(_AUTO_WORKSPACE, free // 2)
 
 
@@ -185,13 +195,14 @@ def negatives_lse(
     *,
     columns: bool = False,
     precision: Precision = "fp32",
+    largest: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """row_lse [B] and, where `columns`, column_lse [N] (else None); −inf where nothing is left to sum.
 
     queries [B, D], passages [N, D]: same dtype and device. Results are float32 (float64 for float64 inputs). `MaskTables`, made
     beforehand, spare a block that comes by twice the second look-up of its known pairs.
     `precision` names what the similarities are computed from: "bf16" rounds the inputs first, "fp32" takes them as they
-    are, "high" promises an error below 1e-5. Raises ValueError where shapes, dtypes or devices do not fit.
+    are, "high" promises an error below 1e-5. `largest` is that of `infonce`. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
     if on_kernels(queries) and len(queries) and len(passages):
@@ -199,7 +210,7 @@ def negatives_lse(
 
         masks = _tables(exclusions, queries, passages)
         x = lse_tiled.Operands.of(queries, passages, precision)
-        return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns), columns)
+        return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns, largest), columns)
     return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
 
 
@@ -214,13 +225,15 @@ def negatives_gradient(
     dqueries: Tensor | None = None,
     precision: Precision = "fp32",
     workspace_mib: int | None = None,
+    largest: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dqueries [B, D] = scale · G P and dpassages [N, D] = scale · Gᵀ Q, both float32 (float64 for float64 inputs).
 
     G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else 0:
     with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
     these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A `dqueries` that is
-    given is added to in place and returned, so that blocks sum up. `workspace_mib` is that of `infonce`.
+    given is added to in place and returned, so that blocks sum up. `workspace_mib` and `largest`
+    are those of `infonce`.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
@@ -234,8 +247,8 @@ def negatives_gradient(
 
         masks = _tables(exclusions, queries, passages)
         x = lse_tiled.Operands.of(queries, passages, precision)
-        constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False).constant
-        budget = _workspace_bytes(queries, workspace_mib)
+        constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False, largest).constant
+        budget = _workspace_bytes(queries, passages, workspace_mib)
         return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries)
     return lse_reference.negatives_gradient(
         queries, passages, scale, row_log_weights, column_log_weights, exclusions, dqueries=dqueries, precision=precision

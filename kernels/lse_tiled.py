@@ -18,6 +18,7 @@ from kernels.exclusions import MaskTables
 from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.rows_triton import LARGEST_SUM, SMALLEST_SUM
 
+_ROUNDING = 1.01  # a product of two vectors, each rounded to bf16, is longer by less
 _SAFE_BOUND = 78.0  # |logit| in base 2 below which the constant shift loses nothing
 _HEADROOM = 60.0  # how far a shift stays below the largest logit there may be
 _UNIT_SCALE = 105.0  # with unit vectors, the constant shift nearly always does up to here
@@ -59,7 +60,7 @@ class Shifts:
 
     @property
     def safe(self) -> bool:
-        """Whether no sum can have lost terms; waits for the bound."""
+        """Whether no sum can have lost terms; waits for a bound that was measured."""
         return not (self.estimated or self.bound.get()[0] > _SAFE_BOUND)  # NaN is as good as any: the loss is NaN
 
     @property
@@ -80,10 +81,17 @@ def _largest_logit(x: Operands, scale: float) -> Tensor:
     return norms[0] * norms[1] * (scale * LOG2E)
 
 
-def estimate_shifts(x: Operands, scale: float, columns: bool) -> Shifts:
-    """One constant where the norms, or the guess that vectors have unit length, say that it will do, else from samples."""
-    largest = _largest_logit(x, scale)
-    top, bound = largest - _HEADROOM, Deferred(largest)
+def estimate_shifts(x: Operands, scale: float, columns: bool, largest: float | None = None) -> Shifts:
+    """One constant where the norms, or the guess that vectors have unit length, say that it will do, else from samples.
+
+    `largest`, what no |⟨q_i, p_j⟩| exceeds but by rounding, spares measuring the norms, and waiting for them.
+    """
+    if largest is None:
+        measured = _largest_logit(x, scale)
+        top, bound = measured - _HEADROOM, Deferred(measured)
+    else:
+        most = largest * _ROUNDING * scale * LOG2E
+        top, bound = x.queries.new_full((1,), most - _HEADROOM, dtype=torch.float32), Deferred(torch.tensor([most], device="cpu"))
     if scale <= _UNIT_SCALE or bound.get()[0] <= _SAFE_BOUND:
         return Shifts(top.expand(len(x.queries)).contiguous(), None, bound, False)
     rows = torch.minimum(_sampled_maximum(x.queries, x.passages, scale).add_(_HEADROOM / 2), top)

@@ -50,6 +50,9 @@ class Optimizer:
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
         else:
             self.torch = torch.optim.Adafactor(groups, lr=config.lr)
+        # Where the device can leave an update out by itself, the host need not ask before it.
+        self._skips = config.name == "adamw" and device.type == "cuda" and config.precision != "fp16"
+        self._skips = self._skips and not any(isinstance(p, DTensor) for p in self.parameters)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=device))  # the scaler makes its scale at the first use
@@ -74,16 +77,21 @@ class Optimizer:
     def clip_and_step(self, step: int) -> float:
         """Clips to `max_grad_norm`, updates, clears the gradients; returns the norm before clipping.
 
-        In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError.
+        In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError, no update being made.
         """
         self.scaler.unscale_(self.torch)
-        norm = _total_norm([[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()])
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made")
+        norm = clipped = _total_norm([[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()])
+        if self._skips:
+            self.torch.found_inf = norm.isfinite().logical_not_().float()  # type: ignore[attr-defined]
+            clipped = norm.nan_to_num(0.0, 0.0, 0.0)  # gradients that are not used stay what they were, to be named
+        elif not self.scaler.is_enabled():
+            self._check(norm, step)
         for parameters in self._alike():
-            nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, clipped)
         self.scaler.step(self.torch)
         self.scaler.update()
+        if self._skips:
+            self._check(norm, step)  # the step's first wait for the device: all is queued
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise FloatingPointError(
                 f"step {step + 1}: gradients are not finite at a loss scale of {self.scaler.get_scale():g} either; "
@@ -96,6 +104,10 @@ class Optimizer:
         """The parameters that every rank holds whole, and those in shards: torch computes with one kind at a time."""
         kinds = ([p for p in self.parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True))
         return [parameters for parameters in kinds if parameters]
+
+    def _check(self, norm: Tensor, step: int) -> None:
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made")
 
     def _first_non_finite(self) -> str:
         bad = (name for name, p in self.names.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))

@@ -35,13 +35,13 @@ def train_step(
     (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
     """
     seed_step(seed, batch.step, world.rank)
-    temperature = objective.temperature
+    temperature, gradient_scale = objective.temperature, optimizer.gradient_scale  # read while the device has nothing to do
 
     # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
     representations, first = encode_without_graph(encoder, batch, retain)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
-    loss, gradients = representation_gradients(objective, representations, batch, world, optimizer.gradient_scale)
+    loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale)
 
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
     backward_through_encoder(encoder, batch, gradients, first)

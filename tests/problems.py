@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.batch import Batch, Targets
+from kernels.exclusions import Pairs
+from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
 
@@ -49,9 +50,12 @@ def random_batch(
 
 
 def rank_batch(
-    whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False, chunks_a_side: int = 0
+    whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False, chunks_a_side: int = 0, looked_up: bool = False
 ) -> tuple[Batch, list[int], list[int]]:
-    """The rank's Batch, with fillers up to `chunks_a_side`, and which rows of the whole batch its queries and passages are."""
+    """The rank's Batch, with fillers up to `chunks_a_side`, and which rows of the whole batch its queries and passages are.
+
+    `looked_up`: with its known pairs, as the loader finds them.
+    """
     columns = [c for c, owner in enumerate(whole.owners) if owner == rank]
     home = [whole.owners[c] if c >= 0 else 0 for c in whole.positives]
     rows = [r for r, owner in enumerate(home) if owner == rank]
@@ -63,6 +67,7 @@ def rank_batch(
         torch.tensor([0, *np.cumsum([len(k) for k in known])], dtype=torch.int64),
         torch.tensor([i for k in known for i in k], dtype=torch.int64),
         global_queries=len(whole.positives),
+        known_pairs=_known_pairs(whole, rows) if looked_up else None,
     )
     sides = {"query": [whole.query_tokens[r] for r in rows], "passage": [whole.passage_tokens[c] for c in columns]}
     chunks = []
@@ -75,6 +80,19 @@ def rank_batch(
         chunks += [lambda side=side: filler(side, packed=packed)] * missing  # type: ignore[misc]
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
+
+
+def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
+    """Of the queries `rows`, pair by pair; columns in the order of the ranks."""
+    order = sorted(range(len(whole.owners)), key=lambda c: whole.owners[c])
+    pairs = [
+        (i, j)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(order)
+        if whole.passage_ids[column] in whole.known[row] and column != whole.positives[row]
+    ]
+    rows_and_columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return KnownPairs(Pairs(*rows_and_columns), tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1)))
 
 
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:

@@ -12,8 +12,6 @@ from torch import nn
 from retriever.config import OptimConfig
 from retriever.optim import Optimizer, learning_rate, load_state_tensors, state_tensors
 
-CPU = torch.device("cpu")
-
 
 class _Model(nn.Module):
     """A matrix, a bias, a norm, a scalar, a frozen weight."""
@@ -27,8 +25,8 @@ class _Model(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
 
 
-def _optimizer(model: nn.Module, total: int = 20, **settings: Any) -> Optimizer:
-    return Optimizer(OptimConfig(**({"precision": "fp32", "lr": 0.01} | settings)), [model], total, CPU)
+def _optimizer(model: nn.Module, device: str = "cpu", total: int = 20, **settings: Any) -> Optimizer:
+    return Optimizer(OptimConfig(**({"precision": "fp32", "lr": 0.01} | settings)), [model], total, torch.device(device))
 
 
 def _set_gradients(optimizer: Optimizer, seed: int, size: float = 1.0) -> None:
@@ -130,19 +128,39 @@ def test_fp16_skips_a_non_finite_step_and_lowers_the_scale() -> None:
     assert not torch.equal(model.linear.weight, before[0])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # what is done on a GPU works on the host, too
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_non_finite_gradient_stops_the_run_and_names_the_step(precision: str, bad: float) -> None:
-    """Without a scaler it is an error that names step and parameter, before any weight has changed."""
+def test_a_non_finite_gradient_stops_the_run_and_names_the_step(precision: str, bad: float, device: str, name: str) -> None:
+    """Without a scaler it is an error that names step and parameter; neither weights nor the optimizer's state have changed."""
     model = _Model()
-    optimizer = _optimizer(model, precision=precision)
+    optimizer = _optimizer(model, device, precision=precision, name=name, warmup=0)
     assert optimizer.gradient_scale == 1.0
-    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.set_learning_rate(0)
+    _set_gradients(optimizer, 1)
+    optimizer.clip_and_step(0)
+    kept = [*model.parameters(), *state_tensors(optimizer).values()]
+    before = [t.detach().clone() for t in kept]
     _set_gradients(optimizer, 0)
     model.norm.bias.grad[1] = bad
     with pytest.raises(FloatingPointError, match=r"step 8: .*norm.bias"):
         optimizer.clip_and_step(7)
-    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(t, b) for t, b in zip(kept, before, strict=True))
+
+
+def test_an_update_is_the_same_whoever_would_have_left_it_out() -> None:
+    """To the last bit, steps whose gradients the device checks by itself are those of torch's fused AdamW."""
+    ours, theirs = _Model(), _Model()
+    optimizer, plain = _optimizer(ours, "cuda", warmup=0), _optimizer(theirs, "cuda", warmup=0)
+    plain._skips = False
+    for step in range(4):
+        for one in (optimizer, plain):
+            one.set_learning_rate(step)
+            _set_gradients(one, step, 10.0**step)
+        assert optimizer.clip_and_step(step) == plain.clip_and_step(step)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.linear.weight, _Model().linear.weight)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
@@ -183,4 +201,4 @@ def test_a_shared_parameter_is_trained_once() -> None:
     """Tied towers hold a parameter once; the objective's log-scale counts only where it is learned."""
     shared = nn.Linear(2, 2)
     tied = nn.ModuleDict({"query": shared, "passage": shared})
-    assert len(Optimizer(OptimConfig(precision="fp32"), [tied, _Model()], 5, CPU).parameters) == 2 + 5
+    assert len(Optimizer(OptimConfig(precision="fp32"), [tied, _Model()], 5, torch.device("cpu")).parameters) == 2 + 5

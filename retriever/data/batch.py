@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.exclusions import Exclusions, Pairs, further_pairs
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.chunk_builders import chunk_builders
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
-from retriever.data.planner import GlobalBatch, Planner, known_positives, owners, slice_for_rank
-from retriever.data.store import Store, TextTable
+from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, owners, slice_for_rank
+from retriever.data.store import Csr, Store, TextTable
 from retriever.data.teacher import false_negatives, scored_groups
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.parallel.world import World
@@ -32,6 +33,17 @@ class Groups(NamedTuple):
     scores: Tensor  # [ptr[-1]] float32
 
 
+class KnownPairs(NamedTuple):
+    """Which of this rank's queries and all ranks' passages are no negatives, looked up beforehand."""
+
+    pairs: Pairs  # the queries' own targets aside; columns counted over all ranks' passages, rank after rank
+    counts: tuple[int, ...]  # passages of each rank
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> KnownPairs:
+        """The same pairs with every tensor replaced by `function` of it."""
+        return KnownPairs(Pairs(*map(function, self.pairs)), self.counts)
+
+
 @dataclass(frozen=True)
 class Targets:
     """Which passages each query is compared with, and how. B queries and N passages on this rank."""
@@ -42,12 +54,38 @@ class Targets:
     known_ids: Tensor  # [known_ptr[-1]] int64: passages that are no negatives of a row; the positive is among them
     global_queries: int  # queries of the whole batch, over all ranks
     groups: Groups | None = None  # what a teacher says of some passages, where it is distilled
+    known_pairs: KnownPairs | None = None  # of `known_ids`; None: to be looked up where the ranks' passages meet
+    ignores: bool | None = None  # whether any row is ignored; None: not asked yet
 
     def to(self, device: torch.device) -> Targets:
-        """The same targets on `device`."""
-        positives, passage_ids = self.positives.to(device), self.passage_ids.to(device)
-        groups = None if self.groups is None else Groups(*(part.to(device) for part in self.groups))
-        return Targets(positives, passage_ids, self.known_ptr.to(device), self.known_ids.to(device), self.global_queries, groups)
+        """The same targets on `device`, `ignores` known; the copy does not block where the memory is pinned.
+
+        Raises ValueError where a positive is none of the N columns.
+        """
+        ignores = self._ignores() if self.ignores is None else self.ignores
+        return replace(self._map(lambda t: t.to(device, non_blocking=device.type != "cpu")), ignores=ignores)
+
+    def pinned(self) -> Targets:
+        """The same targets in page-locked host memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _ignores(self) -> bool:
+        """Waits for nothing where the targets are on the host, as they are before `to`."""
+        least, most = (int(x) for x in self.positives.aminmax()) if len(self.positives) else (0, -1)
+        if least < -1 or most >= len(self.passage_ids):
+            raise ValueError(f"expected positives between -1 and {len(self.passage_ids) - 1} (a column), received {least} to {most}")
+        return least < 0
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Targets:
+        return replace(
+            self,
+            positives=function(self.positives),
+            passage_ids=function(self.passage_ids),
+            known_ptr=function(self.known_ptr),
+            known_ids=function(self.known_ids),
+            groups=None if self.groups is None else Groups(*map(function, self.groups)),
+            known_pairs=None if self.known_pairs is None else self.known_pairs.map(function),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +173,11 @@ class BatchLoader:
             torch.from_numpy(np.ascontiguousarray(known.ids)),
             global_queries=len(whole.queries),
             groups=groups,
+            known_pairs=_known_pairs(mine, known, self._rank),
+            ignores=False,
         )
+        if self._device.type == "cuda":
+            targets = targets.pinned()
         counts = self._most_chunks(whole) if self._even_chunks else (0, 0)
         builders = self._builders("query", mine.queries, counts[0]) + self._builders("passage", mine.passages, counts[1])
         tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())
@@ -190,3 +232,10 @@ class BatchLoader:
             packed=self._packed,
         )
         return builders + [partial(filler, side, packed=self._packed)] * (at_least - len(builders))
+
+
+def _known_pairs(mine: RankSlice, known: Csr, rank: int) -> KnownPairs:
+    """Looks up the passages `known` to each query of the slice among all ranks': ids are enough for it, and the host has them."""
+    exclusions = Exclusions(*(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (mine.every_passage, known.ptr, known.ids)))
+    targets = torch.from_numpy(mine.targets + sum(mine.counts[:rank]))
+    return KnownPairs(further_pairs(exclusions, targets), mine.counts)

@@ -35,6 +35,8 @@ class RankSlice:
     queries: np.ndarray  # [B] int64, rows of the store
     passages: np.ndarray  # [N] int64, rows of the store, ascending
     targets: np.ndarray  # [B] int64, positions in `passages`
+    every_passage: np.ndarray  # [n] int64, rows of the store: all ranks' passages, rank after rank
+    counts: tuple[int, ...]  # of each rank's passages
 
 
 class Planner:
@@ -161,8 +163,10 @@ def slice_for_rank(batch: GlobalBatch, query_lengths: np.ndarray, passage_length
     and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down, to and fro.
     """
     of_query, of_passage = owners(batch, query_lengths, passage_lengths, world_size)
-    own, mine = np.flatnonzero(of_passage == rank), of_query == rank
-    return RankSlice(batch.queries[mine], batch.passages[own], np.searchsorted(batch.passages[own], batch.targets[mine]))
+    passages, mine = batch.passages[of_passage == rank], of_query == rank
+    every_passage = batch.passages[np.argsort(of_passage, kind="stable")]
+    counts = tuple(np.bincount(of_passage, minlength=world_size).tolist())
+    return RankSlice(batch.queries[mine], passages, np.searchsorted(passages, batch.targets[mine]), every_passage, counts)
 
 
 def owners(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -94,13 +94,12 @@ class ContrastiveObjective(nn.Module):
     def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float) -> Problem:
         # Positive and negative similarities come from the same rounded vectors: a loss is never below zero.
         queries, passages = rounded(queries, self._config.precision), rounded(passages, self._config.precision)
-        ignored = targets.positives < 0
         threshold = None
-        if self._config.false_negative_margin is not None or bool(ignored.any()):
-            margin = self._config.false_negative_margin
+        margin = self._config.false_negative_margin
+        if margin is not None or targets.ignores:
             target_similarity = (queries * passages[targets.positives.clamp(min=0)]).sum(dim=1)  # [B]
             threshold = target_similarity + margin if margin is not None else torch.full_like(target_similarity, torch.inf)
-            threshold[ignored] = -torch.inf  # no column of an ignored row takes part
+            threshold = threshold.masked_fill(targets.positives < 0, -torch.inf)  # no column of an ignored row takes part
         exclusions = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids, threshold)
         return Problem(
             queries,
@@ -113,4 +112,7 @@ class ContrastiveObjective(nn.Module):
             precision=self._config.precision,
             workspace_mib=None if self._config.workspace_mib == "auto" else self._config.workspace_mib,
             exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1
+            known_pairs=targets.known_pairs,
+            ignores=targets.ignores,
+            largest=1.0 if self._unit else None,
         )

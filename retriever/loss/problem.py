@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.lse import Exclusions, Precision
+from retriever.data.batch import KnownPairs
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Problem:
     precision: Precision
     workspace_mib: int | None = None  # of the tiled strategy on a GPU; None: up to 1 GiB of what is free
     exchange: Literal["ring", "gather"] = "gather"  # how the ranks of the tiled strategy see each other's passages
+    # What is known beforehand, so that the host need not wait for the device to say it; None: it is asked.
+    known_pairs: KnownPairs | None = None  # those of `exclusions`
+    ignores: bool | None = None  # whether any row is ignored
+    largest: float | None = None  # similarity that none exceeds, rounding apart
 
     @property
     def active(self) -> Tensor:

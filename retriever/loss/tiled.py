@@ -26,16 +26,21 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
 
-    Passages are on their way while known pairs are looked up, gradients while the last slab's own part is computed.
+    Gradients are on their way while the last slab's own part is computed; where the batch comes without its known pairs, passages are
+    while those are looked up.
     """
     travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
     queries, own = problem.queries.to(travelling), problem.passages.to(travelling)
-    counts = world.counts(len(own))
+    counts, known = _counts(problem, world), problem.known_pairs
     start = sum(counts[: world.rank])
-    ids = world.begin_gather(problem.exclusions.passage_ids, counts)  # few bytes, and needed first
+    ids = world.begin_gather(problem.exclusions.passage_ids, counts) if known is None else None  # few bytes, and needed first
     arriving = world.begin_gather(own, counts)
-    targets = torch.where(problem.active, problem.positives + start, -1)
-    masks = MaskTables.of(replace(problem.exclusions, passage_ids=ids.wait()), targets, sum(counts))
+    targets = torch.where(problem.active, problem.positives + start, -1) if start else problem.positives
+    if ids is not None:
+        masks = MaskTables.of(replace(problem.exclusions, passage_ids=ids.wait()), targets, sum(counts))
+    else:
+        assert known is not None
+        masks = MaskTables.of_pairs(known.pairs, targets, problem.exclusions.threshold, sum(counts))
     passages = Gathered(arriving.wait(), counts, world.rank)
     if problem.symmetric and world.size > 1:
         return _symmetric_over_ranks(problem, queries, passages, masks, world)
@@ -52,6 +57,8 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
         departure=departure if world.size > 1 else None,
+        ignored=problem.ignores,
+        largest=problem.largest,
     )
     assert result.dqueries is not None
     if not homeward:
@@ -61,13 +68,27 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     return result.loss, result.dqueries, dpassages if result.dpassages is None else dpassages.add_(result.dpassages)
 
 
+def _counts(problem: Problem, world: World) -> tuple[int, ...]:
+    """Every rank's passages; the host waits for them where they are not known."""
+    known, own = problem.known_pairs, len(problem.passages)
+    if known is None:
+        return world.counts(own)
+    if len(known.counts) != world.size or known.counts[world.rank] != own:
+        raise ValueError(
+            f"expected known pairs of {world.size} ranks, of which rank {world.rank} has {own} passages; received counts {known.counts}"
+        )
+    return known.counts
+
+
 def _symmetric_over_ranks(
     problem: Problem, queries: Tensor, passages: Gathered, masks: MaskTables, world: World
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gathered` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been seen."""
     own = passages.rows[passages.own]
     positive = problem.scale * target_similarities(queries, own, problem.columns, precision=problem.precision)
-    row_lse, column_lse = negatives_lse(queries, passages.rows, problem.scale, masks, columns=True, precision=problem.precision)
+    row_lse, column_lse = negatives_lse(
+        queries, passages.rows, problem.scale, masks, columns=True, precision=problem.precision, largest=problem.largest
+    )
     assert column_lse is not None
     terms = Terms.of(problem, positive, row_lse, world.logsumexp(column_lse)[passages.own])
     assert terms.column_log_weights is not None
@@ -80,6 +101,7 @@ def _symmetric_over_ranks(
         masks,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
+        largest=problem.largest,
     )
     dpassages = world.reduce_rows(dpassages, passages.counts)
     pull_targets(dqueries, dpassages, queries, own, problem.columns, terms.pull, precision=problem.precision)

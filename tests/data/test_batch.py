@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
-from retriever.data.batch import Batch, BatchLoader
+from retriever.data.batch import Batch, BatchLoader, Targets
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
 from retriever.data.tokens import TokenTemplate
@@ -128,6 +128,39 @@ def test_even_chunks_are_the_same_number_on_every_rank(store: Store, packed: boo
                 filled += most - len(real)
         assert [[chunk.side for chunk in chunks] for chunks in even] == [[chunk.side for chunk in even[0]]] * 3
     assert filled > 0, "the ranks have equally many chunks anyway: this proves little"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_known_pairs_are_looked_up_among_all_ranks_passages(store: Store, world_size: int) -> None:
+    """Pair by pair: a row's known passages, its target aside, at their place when the ranks' passages stand one behind another."""
+    found = 0
+    for step in range(STEPS):
+        parts = [_loader(store, rank=rank, world_size=world_size).load(step).targets for rank in range(world_size)]
+        ids = torch.cat([part.passage_ids for part in parts]).tolist()
+        for rank, targets in enumerate(parts):
+            assert targets.known_pairs is not None and targets.ignores is False
+            assert targets.known_pairs.counts == tuple(len(part.passage_ids) for part in parts)
+            expected = []
+            for i, column in enumerate(targets.positives.tolist()):
+                known = set(targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]].tolist())
+                expected += [(i, ids.index(k)) for k in known - {int(targets.passage_ids[column])} if k in ids]
+            pairs = targets.known_pairs.pairs
+            assert pairs.rows.tolist() == sorted(pairs.rows.tolist()), f"rank {rank}: rows do not ascend"
+            assert sorted(zip(*(x.tolist() for x in pairs), strict=True)) == sorted(expected)
+            found += len(expected)
+    assert found > 0, "no query knows a second passage of its batch: this proves little"
+
+
+def test_targets_know_whether_rows_are_ignored() -> None:
+    """Asked once, on the way to the device; a positive that is no column is an error."""
+    ids = torch.arange(3)
+    for positives, ignores in (([0, 2], False), ([0, -1], True), ([], False)):
+        ptr = torch.zeros(len(positives) + 1, dtype=torch.int64)
+        moved = Targets(torch.tensor(positives, dtype=torch.int64), ids, ptr, ids[:0], 2).to(torch.device("cpu"))
+        assert moved.ignores is ignores and moved.to(torch.device("cpu")).ignores is ignores
+    for wrong in (3, -2):
+        with pytest.raises(ValueError, match="between -1 and 2 .*received"):
+            Targets(torch.tensor([0, wrong]), ids, torch.zeros(3, dtype=torch.int64), ids[:0], 2).to(torch.device("cpu"))
 
 
 def test_known_positives_of_a_batch(store: Store) -> None:

@@ -43,9 +43,10 @@ class Case:
     retain: int = 0
     sharded: bool = False
     checkpointing: bool = False
+    looked_up: bool = False  # known pairs beforehand, as a run's loader has them
 
     def __str__(self) -> str:
-        features = [name for name in ("symmetric", "learn_temperature", "sharded", "checkpointing") if getattr(self, name)]
+        features = [name for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "looked_up") if getattr(self, name)]
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
         features += [f"dims={self.dims}"] if self.dims else []
@@ -71,6 +72,8 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
             replace(plain, dims=(8, 32), learn_temperature=True),
             replace(plain, tied=False, symmetric=True, learn_temperature=True, margin=0.1, ignored=2),
         ]
+    if "tiled" in strategies:
+        cases += [Case("tiled", looked_up=True), Case("tiled", symmetric=True, margin=0.05, ignored=2, looked_up=True)]
     return cases
 
 
@@ -122,7 +125,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     if case.sharded:
         world = World(world.device, world.rank, world.size, sharded=True)
         PlacedEncoder(encoder, world)
-    cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed)
+    cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed, looked_up=case.looked_up)
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
     representations, passes = encode_without_graph(encoder, batch, case.retain)
@@ -133,7 +136,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
 
     expected_loss, expected = _oracle(
         folder,
-        replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0, sharded=False, checkpointing=False),
+        replace(case, strategy="dense", tokens_per_chunk=0, layers="padded", retain=0, sharded=False, checkpointing=False, looked_up=False),
         world.size,
     )
     total = torch.stack([g.norm() for g in expected.values()]).norm()

@@ -18,7 +18,11 @@ CASES = [
     "matches(B=40, N=70, D=48, scale=200.0, norm=2.0, symmetric=True, most=12)",
     "matches(B=1, N=1, D=32, scale=20.0, symmetric=True)",
     "matches(B=300, N=520, D=32, scale=50.0, most=2, workspace_mib=1)",
+    "matches(B=40, N=70, D=48, scale=50.0, most=3, told=True)",
+    "matches(B=65, N=90, D=48, scale=50.0, symmetric=True, most=3, ignored=False, told=True)",
+    "matches(B=40, N=70, D=48, scale=200.0, ignored=False, told=True)",
     "matches_ring(B=40, N=70, D=48, scale=20.0)",
+    "matches_ring(B=40, N=70, D=48, scale=20.0, largest=1.0)",
     "departs(B=75, N=90, kept=slice(30, 70), slab=32, scale=50.0)",
     "departs(B=40, N=70, kept=slice(0, 30), slab=64, scale=50.0)",
     "departs(B=40, N=70, kept=slice(30, 70), slab=32, scale=200.0, early=False)",
@@ -44,11 +48,14 @@ def problem(B, N, D, norm, most, threshold):
     known = torch.randint(0, N, (int(ptr[-1]),))
     return q, p, Exclusions(torch.randperm(N) // 2, ptr, known, limit)
 
-def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, workspace_mib=None):
+def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, workspace_mib=None, ignored=True, told=False):
     q, p, exclusions = problem(B, N, D, norm, most, threshold)
-    targets, weights = torch.randint(-1 if B > 1 else 0, N, (B,)), torch.rand(B) / B
+    targets, weights = torch.randint(-1 if B > 1 and ignored else 0, N, (B,)), torch.rand(B) / B
+    targets[0] = -1 if ignored and told else targets[0]
     want = dense_infonce(q, p, targets, scale, weights, excluded_matrix(q, p, exclusions), symmetric)
     options = dict(exclusions=exclusions, weights=weights, symmetric=symmetric, precision="fp32", workspace_mib=workspace_mib)
+    if told:
+        options |= dict(ignored=ignored, largest=norm**2)
     got = infonce(q, p, targets, scale, **options)
     assert launched, "the kernels did not run"
     assert relative_error(infonce(q, p, targets, scale, gradients=False, **options).loss, want[0]) < 1e-6 or B == 1
@@ -73,16 +80,16 @@ def departs(B, N, kept, slab, scale, early=True):
         for x, y in zip((got.loss, got.dqueries, together, got.dscale), want):
             assert y.norm() > 0 and relative_error(x, y) < 2e-5, relative_error(x, y)
 
-def matches_ring(B, N, D, scale):
+def matches_ring(B, N, D, scale, largest=None):
     q, p, exclusions = problem(B, N, D, 1.0, 3, True)
     x = (scale * q.double() @ p.double().T).masked_fill(excluded_matrix(q, p, exclusions), -torch.inf)
-    rows, columns = negatives_lse(q, p, scale, exclusions, columns=True)
+    rows, columns = negatives_lse(q, p, scale, exclusions, columns=True, largest=largest)
     torch.testing.assert_close(rows.double(), x.logsumexp(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(columns.double(), x.logsumexp(0), atol=1e-5, rtol=1e-5)
     weights = torch.where(rows > -torch.inf, -rows, -torch.inf)
     for other in (None, torch.where(columns > -torch.inf, -columns, -torch.inf)):
         g = (x + weights[:, None]).exp() + (0 if other is None else (x + other).exp())
-        dq, dp = negatives_gradient(q, p, scale, weights, other, exclusions)
+        dq, dp = negatives_gradient(q, p, scale, weights, other, exclusions, largest=largest)
         assert relative_error(dq, scale * g @ p.double()) < 2e-5 and relative_error(dp, scale * g.T @ q.double()) < 2e-5
 """
 
