@@ -13,11 +13,14 @@ __all__ = ["add_norm"]
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, last: bool = False
+) -> tuple[Tensor, Tensor]:
     """y = LayerNorm(x + bias + stream) · weight + norm_bias over the last dimension: y as the next stream, and y in x's dtype.
 
     x [T, D] bfloat16 or float16, stream [T, D] float16, D ≤ 4096; bias, weight and norm_bias [D] float32; all contiguous, on one device.
-    Computed in float32 and rounded once; for float16 x both results are one tensor. Not differentiable.
+    Computed in float32 and rounded once; for float16 x both results are one tensor. `last`: no layer follows, and both are y in float32,
+    one tensor. Not differentiable.
     Raises ValueError where shapes, dtypes or devices do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
     if x.ndim != 2 or not 1 <= x.shape[1] <= WIDEST_ROW or x.dtype not in _HALF:
@@ -38,7 +41,9 @@ def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias:
     if on_kernels(x):
         from kernels import add_norm_triton
 
-        return add_norm_triton.add_norm(x, bias, stream, weight, norm_bias, eps)
+        return add_norm_triton.add_norm(x, bias, stream, weight, norm_bias, eps, last)
     y = layer_norm(x.float() + bias + stream.float(), x.shape[1:], weight, norm_bias, eps)  # [T, D]
+    if last:
+        return y, y
     following = y.to(torch.float16)
     return following, following if x.dtype == torch.float16 else y.to(x.dtype)

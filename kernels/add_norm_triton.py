@@ -19,7 +19,7 @@ def _add_norm(
     stream,  # [T, D] float16
     weight,  # [D] float32
     norm_bias,  # [D] float32
-    following,  # out [T, D] float16
+    following,  # out [T, D] float16 or float32
     low,  # out [T, D] in x's dtype, or None
     T,
     eps,
@@ -39,16 +39,18 @@ def _add_norm(
     spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     scale, base = tl.load(weight + columns, in_columns, other=0.0), tl.load(norm_bias + columns, in_columns, other=0.0)
     y = centred * spread[:, None] * scale[None, :] + base[None, :]
-    tl.store(following + at, y.to(tl.float16), inside)
+    tl.store(following + at, y.to(following.dtype.element_ty), inside)
     if low is not None:
         tl.store(low + at, y.to(low.dtype.element_ty), inside)
 
 
-def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The next stream [T, D] float16 and the same in x's dtype, one tensor where that is float16 too."""
+def add_norm(
+    x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, last: bool
+) -> tuple[Tensor, Tensor]:
+    """The next stream [T, D] float16 and the same in x's dtype, one tensor where that is float16 too; the `last` one is float32."""
     T, D = x.shape
-    following = torch.empty_like(stream)
-    low = None if x.dtype == torch.float16 else torch.empty_like(x)
+    following = torch.empty_like(stream, dtype=torch.float32 if last else None)
+    low = None if last or x.dtype == torch.float16 else torch.empty_like(x)
     block_d, warps = block(D)
     _add_norm[(triton.cdiv(T, ROWS),)](
         x, bias, stream, weight, norm_bias, following, low, T, eps, D, ROWS=ROWS, BLOCK_D=block_d, num_warps=warps

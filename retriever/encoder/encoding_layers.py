@@ -54,7 +54,7 @@ class EncodingLayers(FusedLayers):
     def forward(
         self, hidden_states: Tensor, *, packed_starts: Tensor, packed_longest: int, **others: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float16 in half precision."""
+        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H] float32."""
         device = hidden_states.device
         if not only_encodes(self, device) or hidden_states.dtype == torch.float64:
             return super().forward(hidden_states, packed_starts=packed_starts, packed_longest=packed_longest, **others)
@@ -64,12 +64,13 @@ class EncodingLayers(FusedLayers):
             for i, place in enumerate(self._places):
                 parameters = _read_parameters(place.holders)
                 layer = Layer(place.heads, place.eps, packed_starts, packed_longest, (0.0, 0.0, 0.0), (None, None, None))
-                stream, rounded = _encode(stream, rounded, layer, self._factors(i, parameters, dtype), parameters)
+                last = i == len(self._places) - 1
+                stream, rounded = _encode(stream, rounded, layer, self._factors(i, parameters, dtype), parameters, last)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
 
-def _encode(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, p: Parameters) -> tuple[Tensor, Tensor]:
-    """`post_norm_layer` of stream [T, H] float16 and the same rounded to the computing dtype."""
+def _encode(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, p: Parameters, last: bool) -> tuple[Tensor, Tensor]:
+    """`post_norm_layer` of stream [T, H] float16 and the same rounded to the computing dtype; what the `last` one gives is float32."""
     qkv = torch.addmm(read.qkv_bias, rounded, read.qkv.T).view(len(rounded), 3, layer.heads, -1)  # [T, 3, heads, d]
     query, key, value = qkv.unbind(1)
     context, _ = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[-1]))  # [T, heads, d]
@@ -77,4 +78,4 @@ def _encode(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, p: Par
     stream, rounded = add_norm(added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, eps=layer.eps)
     widened = torch._addmm_activation(p.widened_bias.to(rounded.dtype), rounded, read.widened.T, use_gelu=True)  # [T, F]
     narrow = widened @ read.narrowed.T  # [T, H]
-    return add_norm(narrow, p.narrowed_bias, stream, p.narrowed_norm_weight, p.narrowed_norm_bias, eps=layer.eps)
+    return add_norm(narrow, p.narrowed_bias, stream, p.narrowed_norm_weight, p.narrowed_norm_bias, eps=layer.eps, last=last)

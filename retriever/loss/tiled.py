@@ -29,7 +29,8 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
 
-    Passages are on their way while known pairs are looked up, gradients while the last slab's own part is computed.
+    Gradients are on their way while the last slab's own part is computed; where the batch comes without its known pairs, passages are
+    while those are looked up.
     """
     travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
     queries, own = problem.queries.to(travelling), problem.passages.to(travelling)

@@ -112,6 +112,7 @@ def test_addresses_beyond_two_to_the_31(length: int) -> None:
     assert all(bool(x[-length:].isfinite().all()) for x in whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_with_dropout_is_the_same_call() -> None:
     starts, longest = texts([64, 40, 1, 50], "cuda")
     inputs = heads_of(155, 12, 12, 64, torch.bfloat16, "cuda")

@@ -23,7 +23,7 @@ launched, run = [], add_norm_triton._add_norm.run
 add_norm_triton._add_norm.run = lambda *a, **k: (launched.append(k), run(*a, **k))[1]
 for T, D in ((37, 48), (1, 100), (4, 768)):  # float16 alone: the interpreter rounds no bfloat16
     check(inputs(T, D, torch.float16))
-assert len(launched) == 3, "the kernel did not run"
+assert len(launched) == 6, "the kernel did not run"
 """
 
 
@@ -41,7 +41,8 @@ def check(given: tuple[Tensor, ...]) -> None:
     z = x.double() + bias.double() + stream.double()
     centred = z - z.mean(1, keepdim=True)
     expected = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double() + norm_bias.double()
-    for found, dtype in zip(add_norm(*given, eps=1e-5), (torch.float16, x.dtype), strict=True):
+    results = [*add_norm(*given, eps=1e-5), *add_norm(*given, eps=1e-5, last=True)]
+    for found, dtype in zip(results, (torch.float16, x.dtype, torch.float32, torch.float32), strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=3e-6)
 
