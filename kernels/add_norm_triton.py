@@ -44,9 +44,7 @@ def _add_norm(
         tl.store(low + at, y.to(low.dtype.element_ty), inside)
 
 
-def add_norm(
-    x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, last: bool
-) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, bias: Tensor, stream: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, last: bool) -> tuple[Tensor, Tensor]:
     """The next stream [T, D] float16 and the same in x's dtype, one tensor where that is float16 too; the `last` one is float32."""
     T, D = x.shape
     following = torch.empty_like(stream, dtype=torch.float32 if last else None)
