@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,9 @@ def lse_of_sweep(
     """
     row_lse = queries.new_full((len(queries),), -torch.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
     column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
+    settings: Any = {"columns": problem.symmetric, "precision": problem.precision, "largest": problem.largest}
     for owner, block in sweep:
-        rows, columns = lse(queries, block, problem.scale, masks(owner), columns=problem.symmetric, precision=problem.precision)
+        rows, columns = lse(queries, block, problem.scale, masks(owner), **settings)
         row_lse = torch.logaddexp(row_lse, rows)
         if columns is not None:
             column_sums.add(owner, columns)
@@ -95,7 +97,7 @@ def gradient_of_sweep(
         weights = None if column_weights is None else next(column_weights)[1]  # [rows of block]
         dqueries, term = gradient(
             queries, block, problem.scale, row_log_weights, weights, masks(owner),
-            dqueries=dqueries, precision=problem.precision, workspace_mib=problem.workspace_mib,
+            dqueries=dqueries, precision=problem.precision, workspace_mib=problem.workspace_mib, largest=problem.largest,
         )  # fmt: skip
         dpassages.add(owner, term)
     assert dqueries is not None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kernels.exclusions import MaskTables
+from kernels.exclusions import MaskTables, Pairs
 from kernels.lse import Exclusions, Precision
+from retriever.data.batch import KnownPairs
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
 from retriever.loss.strategies import STRATEGIES
@@ -36,14 +37,17 @@ class Shard:
     def problem(
         self, *, symmetric: bool = False, precision: Precision = "bf16", dtype: torch.dtype = torch.bfloat16, **more: Any
     ) -> Problem:
-        """What the project's strategies are given."""
+        """What the project's strategies are given in training: the loader has looked up that no pair but the targets is known."""
         B, device = len(self.queries), self.queries.device
         at = torch.arange(B, device=device)
         ids = at + self.world.rank * B
         exclusions = Exclusions(ids, torch.arange(B + 1, device=device), ids)
         weight = 1 / (B * self.world.size)
         queries, passages = self.queries.to(dtype), self.passages.to(dtype)
-        return Problem(queries, passages, at, exclusions, 1 / self.temperature, weight, symmetric, precision, **more)
+        none = at.new_empty(0)
+        known = KnownPairs(Pairs(none, none), (B,) * self.world.size)
+        beforehand: Any = {"known_pairs": known, "ignores": False, "largest": 1.0}  # of unit vectors
+        return Problem(queries, passages, at, exclusions, 1 / self.temperature, weight, symmetric, precision, **beforehand, **more)
 
 
 @dataclass(frozen=True)
