@@ -106,7 +106,7 @@ def _seconds(s: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of docs/cluster.md, or one for another machine."""
-    defaults, bert = Machine(), Model(pairs_per_s=5_000)
+    defaults, bert = Machine(), Model(pairs_per_s=6_500)
     parser = argparse.ArgumentParser(prog="python -m scripts.plan_cluster", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 256, 1024])

@@ -9,6 +9,7 @@ from pathlib import Path
 from retriever.parallel.cost import Machine, Workload, gather_cost, hiding_queries, ring_cost
 from scripts.bench.tables import Row, Table
 
+_HEAD = 3  # lines of a table without a row
 _ABLATION = {"neither": "dense", "cross-GPU": "bigbatch", "both": "bigbatch"}
 
 
@@ -51,7 +52,8 @@ def methods(table: Table) -> list[str]:
         for metric in ("gradient_error", "loss_error"):
             found = errors.get(metric)
             cells.append("—" if found is None or found.value is None else f"{found.value:.1e}")
-        notes = [r.note for r in table.rows if r.method == method and place(r)[2] == condition and r.note not in ("", "one call")]
+        own = [r for r in table.rows if r.method == method and place(r)[2] == condition and r.metric != "with_transfers_ms"]
+        notes = [r.note for r in own if r.note not in ("", "one call")]
         rows.append([*cells, "; ".join(dict.fromkeys(notes))])
     return _lines(["method", *(f"b={b:,}" for b in sizes), "gradient error", "loss error", ""], rows)
 
@@ -60,7 +62,7 @@ def model(table: Table) -> list[str]:
     """What the cost model says beside what was measured, and the share of exposed transfers."""
     rows = []
     for row in _measured(table):
-        if table.get(row.case, row.method, "predicted_ms") is None or row.value is None:
+        if row.value is None or all(table.get(row.case, row.method, metric) is None for metric in ("predicted_ms", "exposed_share")):
             continue
         b, _, condition = place(row)
         share = _figure(table, row, "exposed_share", ".1%")
@@ -107,20 +109,25 @@ def markdown(table: Table, dim: int = 768) -> str:
         "against float64 at a small batch.",
         "",
         *methods(table),
-        "## The cost model",
-        "",
-        "`retriever/parallel/cost.py`, with its defaults at that commit. Exposed: (time − time with local copies in place of transfers) /",
-        "time.",
-        "",
-        *model(table),
-        "## Which tiling does what",
-        "",
-        "In fp32, so that losses can be compared; the relative difference is to the first line of each batch.",
-        "",
-        *ablation(table),
+        *_section(
+            "The cost model",
+            "`retriever/parallel/cost.py`, with its defaults at that commit. Exposed: (time − time with local copies in place of transfers) /\n"
+            "time.",
+            model(table),
+        ),
+        *_section(
+            "Which tiling does what",
+            "In fp32, so that losses can be compared; the relative difference is to the first line of each batch.",
+            ablation(table),
+        ),
         *_sentences(table),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _section(title: str, text: str, table: list[str]) -> list[str]:
+    """A part of the page, left out where its table has no row."""
+    return [f"## {title}", "", text, "", *table] if len(table) > _HEAD else []
 
 
 def forecast(dim: int = 768) -> list[str]:
