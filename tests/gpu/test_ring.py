@@ -26,7 +26,7 @@ from tests.problems import WholeBatch, random_batch, rank_batch
 
 pytestmark = pytest.mark.multi_gpu
 D = 128
-FLOOR = {"bf16": 1e-4, "high": 2e-6}  # what rounding alone may differ by, whichever way sums are ordered
+FLOOR = {"bf16": 1e-4, "high": 4e-6}  # what rounding alone may differ by, whichever way sums are ordered
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ CASES = [
     Case("gather", "bf16", True, 0.15, 9),
     Case("gather", "high", False),
 ]
-RUNS = [training.Run("ring", symmetric=True, loss_precision="bf16", lr=3e-4), training.Run("gather", loss_precision="bf16", lr=3e-4)]
+# In bf16 ten queries leave a noise of 1e-3 and more: chunks of other texts round otherwise.
+RUNS = [training.Run("ring", symmetric=True, loss_precision="high", lr=3e-4), training.Run("gather", loss_precision="high", lr=3e-4)]
 
 
 def _whole(case: Case, ranks: int) -> WholeBatch:
@@ -83,8 +84,8 @@ def _vectors(whole: WholeBatch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _truth(q: Tensor, p: Tensor, whole: WholeBatch, case: Case) -> tuple[Tensor, ...]:
-    """Loss, dqueries, dpassages and the gradient of log scale in float64, from the values that the precision tier computes from."""
-    q, p = (x.bfloat16().double() if case.precision == "bf16" else x.double() for x in (q, p))
+    """Loss, dqueries, dpassages and the gradient of log scale in float64; rounding to the precision tier counts as error."""
+    q, p = q.double(), p.double()
     targets = torch.tensor(whole.positives, device=q.device)
     column = {i: c for c, i in enumerate(whole.passage_ids)}
     excluded = torch.zeros(len(q), len(p), dtype=torch.bool, device=q.device)
