@@ -111,8 +111,8 @@ def markdown(table: Table, dim: int = 768) -> str:
         *methods(table),
         *_section(
             "The cost model",
-            "`retriever/parallel/cost.py`, with its defaults at that commit. Exposed: (time − time with local copies in place of transfers)\n"
-            "/ time.",
+            "`retriever/parallel/cost.py`, with its defaults at that commit. Exposed: (time − time with local copies in place of\n"
+            "transfers) / time.",
             model(table),
         ),
         *_section(
