@@ -241,6 +241,30 @@ def test_what_cannot_be_evaluated_stops_before_the_encoding(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"_id": "twice", "text": "one text"}, {"_id": "twice", "text": "another"}], "passage id 'twice' stands twice"),
+        ([{"_id": "two words", "text": "a text"}], "passage id 'two words'.* expected an id without any"),
+    ],
+)
+def test_ids_that_no_run_can_hold_are_told_in_one_line(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, records: list[dict[str, str]], message: str
+) -> None:
+    data = write_beir(tmp_path / "odd", texts)
+    with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    with pytest.raises(SystemExit, match=message):
+        beir.main(["--model", str(folders[0]), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")])
+
+
+def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_path: Path) -> None:
+    data = write_beir(tmp_path / "wordless", texts)
+    (data / "corpus.jsonl").write_text('{"_id": "p", "text": "!"}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="1 passages without a single word"):
+        beir.main(["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")])
+
+
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
         beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])
