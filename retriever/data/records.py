@@ -82,12 +82,12 @@ class Record:
             raise self.error(self._spell(names), "text", value)
         if not (empty or value.strip()):
             raise self.error(self._spell(names), "text that is not blank", value)
-        return value
+        return value if value.isascii() else self._unicode(self._spell(names), value)
 
     def identifier(self, *names: str) -> str:
         """The id under the first of `names` that is there: text or a whole number."""
         value = self._first(names)
-        return value if type(value) is str and value else self._as_identifier(self._spell(names), value)
+        return value if type(value) is str and value and value.isascii() else self._as_identifier(self._spell(names), value)
 
     def optional_text(self, name: str) -> str:
         """The text under `name`, or "" where it is missing or null."""
@@ -104,6 +104,8 @@ class Record:
         for i, value in enumerate(values):
             if not isinstance(value, str):
                 raise self.error(f"{name}[{i}]", "text", value)
+            if not value.isascii():
+                self._unicode(f"{name}[{i}]", value)
         return values
 
     def identifiers(self, name: str) -> list[str]:
@@ -148,7 +150,14 @@ class Record:
     def _as_identifier(self, field: str, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise self.error(field, "an id (text or a whole number)", value)
-        return str(value)
+        return self._unicode(field, str(value))
+
+    def _unicode(self, field: str, value: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half a character, as JSON's \ud83d: no tokenizer takes it
+            raise self.error(field, f"Unicode text without the lone surrogate at {error.start}", value) from error
+        return value
 
     def _list(self, name: str) -> list[Any]:
         value = self.values.get(name)
