@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # scores are kept as float32
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """A passage as it stands in a file. `text` None: to be looked up by `id` in the source's corpus."""
@@ -113,11 +116,11 @@ class Record:
         return [self._as_identifier(f"{name}[{i}]", value) for i, value in enumerate(self._list(name))]
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers; a missing or empty list is an empty tuple."""
+        """A list of `count` finite numbers; a missing or empty list is an empty tuple."""
         values = self._list(name)
         for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise self.error(f"{name}[{i}]", "a number", value)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:  # NaN is not either
+                raise self.error(f"{name}[{i}]", "a finite number", value)
         if values and len(values) != count:
             raise self.error(name, f"{count} numbers, one for each passage", values)
         return tuple(float(value) for value in values)

@@ -204,6 +204,8 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
         ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received '3'"),
         ("f.jsonl", [{"query": "q", "pos": "p"}], "line 1: field 'pos': expected a list, received 'p'"),
         ("f.jsonl", [{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}], "field 'pos_scores': expected 1 numbers"),
+        ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', r"field 'pos_scores\[0\]': expected a finite number, received nan"),
+        ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [-1e39]}', "expected a finite number, received -1e"),
         ("f.jsonl", r'{"query": "half \ud83d", "pos": ["p"]}', "line 1: field 'query': expected Unicode text without the lone surrogate at 5"),
         ("f.jsonl", r'{"query": "q", "pos": ["p", "\ude00"]}', r"line 1: field 'pos\[1\]': expected Unicode text"),
         ("t.jsonl", r'{"query_id": "\ud83d", "query": "q", "positive_passages": []}', "line 1: field 'query_id': expected Unicode text"),
