@@ -168,6 +168,8 @@ def _csv_records(path: Path) -> Iterator[Record]:
     reader = csv.reader((line + "\n" for _, line in read_lines(path)), strict=True)
     try:
         header = next(reader, None)
+        if header is not None:
+            _check_columns(header, path)
         while header is not None:
             start = reader.line_num + 1
             row = next(reader, None)
@@ -184,8 +186,14 @@ def _tsv_records(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
     for number, line in read_lines(path):
         if columns is None:
             columns = line.split("\t")
+            _check_columns(columns, path)
         elif line:
             yield _row_record(columns, line.split("\t"), path, number)
+
+
+def _check_columns(columns: Sequence[str], path: Path) -> None:
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise DataError(f"expected columns of different names, received {twice!r} twice: {', '.join(columns)}", path, 1)
 
 
 def _row_record(columns: Sequence[str], row: Sequence[str], path: Path, line: int) -> Record:

@@ -215,6 +215,8 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
             "line 3: expected one JSON object on a line: .* received '{\"query\": '",
         ),
         ("c.csv", "anchor,positive\na,b\nc,d,e\n", r"line 3: expected 2 columns \(anchor, positive\), received 3"),
+        ("c.csv", "anchor,positive,negative,negative\na,b,c,d\n", "line 1: expected columns of different names, received 'negative' twice"),
+        ("c.tsv", "anchor\tpositive\tpositive\na\tb\tc\n", "line 1: expected columns of different names, received 'positive' twice"),
         ("c.csv", 'anchor,positive\na,"b\nc', "line 3: expected comma-separated values"),
         ("c.tsv", "anchor\tpositive\na\n", r"line 2: expected 2 columns \(anchor, positive\), received 1"),
         (
