@@ -29,6 +29,11 @@ class Ranking(NamedTuple):
     passage_ids: list[str]
     scores: np.ndarray
 
+    def without(self, passage_id: str) -> Ranking:
+        """The ranking less one of its passages."""
+        place = self.passage_ids.index(passage_id)
+        return Ranking([*self.passage_ids[:place], *self.passage_ids[place + 1 :]], np.delete(self.scores, place))
+
 
 Run = Mapping[str, Ranking]  # query id -> ranking
 

@@ -203,6 +203,17 @@ def test_a_passage_with_the_querys_id_is_left_out_unless_asked_for(
         assert {query_id in found.passage_ids for query_id, found in run.items()} == {there}
 
 
+@pytest.mark.parametrize(("option", "first"), [("--exclude-self", 1.0), ("--no-exclude-self", 0.5)])
+def test_a_passage_with_the_querys_id_is_left_out_of_a_run_too(texts: Texts, tmp_path: Path, capsys: Any, option: str, first: float) -> None:
+    data = write_beir(tmp_path / "own", texts)
+    lines = (f"{q} Q0 {q} 1 2.0 x\n{q} Q0 {max(grades, key=lambda p: grades[p])} 2 1.0 x\n" for q, grades in texts.qrels.items())
+    (tmp_path / "run.trec").write_text("".join(lines))
+    beir.main(["--run", str(tmp_path / "run.trec"), "--data", str(data), "--output-dir", str(tmp_path / "out"), option])
+    result = result_of(tmp_path / "out", "test")
+    assert (result["metrics"]["MRR@10"], result["search"]["exclude_self"]) == (first, first == 1.0)
+    assert ("queries find a passage of their own id" in capsys.readouterr().out) == (first == 1.0)
+
+
 def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
     data = write_beir(tmp_path / "odd", texts)
     with (data / "qrels" / "test.tsv").open("a") as file:
