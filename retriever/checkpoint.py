@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from retriever.parallel.sharded import spread, whole_tensors
 FOLDER = "checkpoints"  # inside a run's folder
 _FORMAT_VERSION = 1
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+_NAME = re.compile(r"step-[0-9]+")
 _WRITING, _REMOVING = ".writing-", ".removing-"
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -137,7 +139,7 @@ def find(run: RunConfig) -> Path | None:
         return newest(root)
     if run.resume != "never":
         named = Path(run.resume)
-        step = int(_manifest(named)["step"])
+        step = finished_steps(named)
         if later := [p.name for p in steps(root) if p.parent.resolve() == named.resolve().parent and step_of(p) > step]:
             raise ConfigError(
                 f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
@@ -168,13 +170,18 @@ def newest(root: Path) -> Path | None:
 
 
 def steps(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-*"))
+    """The checkpoints under `root`, oldest first; what a person put beside them under another name is none of ours."""
+    return sorted(folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name))
 
 
 def step_of(folder: Path) -> int:
-    """How many optimizer steps a checkpoint stands after, by its name."""
+    """How many optimizer steps one of `steps` stands after, by its name."""
     return int(folder.name.removeprefix("step-"))
+
+
+def finished_steps(folder: Path) -> int:
+    """How many optimizer steps a checkpoint of any name stands after. Raises ConfigError where it is none."""
+    return int(_manifest(folder)["step"])
 
 
 def clean(root: Path) -> None:

@@ -103,7 +103,7 @@ def _train(
     from retriever.step_plan import StepPlanner, retained_tokens
     from retriever.telemetry import Telemetry
 
-    start = checkpoint.step_of(last) if last is not None else 0
+    start = checkpoint.finished_steps(last) if last is not None else 0
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
     if config.eval is not None:
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,15 @@ def test_publish_replaces_the_whole_folder(tmp_path: Path) -> None:
         checkpoint.publish(source, target)
         assert [p.name for p in target.iterdir()] == ["weights"] and [p.name for p in source.iterdir()] == ["weights"]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "new"]
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(config: Config) -> None:
+    root = Path(config.run.output_dir) / checkpoint.FOLDER
+    copy = shutil.copytree(_save(config, 3), root / "step-00000003-best")
+    newest = _save(config, 4)
+    assert checkpoint.find(config.run) == newest and checkpoint.finished_steps(copy) == 3
+    checkpoint.keep_last(root, 1)
+    assert sorted(p.name for p in root.iterdir()) == [copy.name, newest.name]
 
 
 def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path: Path) -> None:
