@@ -276,6 +276,14 @@ def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_pa
         beir.main(["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("option", ["--threads", "--batch"])
+def test_a_number_below_one_is_refused(option: str, capsys: Any) -> None:
+    for number in ("-1", "0", "two"):
+        with pytest.raises(SystemExit):
+            beir.main(["--bm25", "--data", "nowhere", option, number])
+        assert f"argument {option}: expected a whole number of at least 1; received '{number}'" in capsys.readouterr().err
+
+
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
         beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])
