@@ -146,14 +146,15 @@ def _train(
             report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
             telemetry.step(report)
             done = report.step + 1
-            with telemetry.paused():
-                evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
-                if config.eval is not None and evaluated:
+            evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
+            if config.eval is not None and evaluated:
+                with telemetry.paused("evaluate"):
                     bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
                     telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
                     del bundle  # where the encoder is in shards, a copy of it
-                # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
-                if evaluated or _due(done, config.train.save_every, total):
+            # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
+            if evaluated or _due(done, config.train.save_every, total):
+                with telemetry.paused("write checkpoint and export"):
                     outputs.save(done)
     outputs.finish()
     telemetry.close()
