@@ -55,7 +55,9 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
     gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"
     parser.add_argument("--faiss-gpu", choices=("off", "shard", "replicate"), default="off", help=gpus)
-    parser.add_argument("--threads", type=at_least_one, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)")
+    parser.add_argument(
+        "--threads", type=at_least_one, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)"
+    )
 
 
 def at_least_one(text: str) -> int:

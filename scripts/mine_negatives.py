@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
     judge.add_argument("--teacher", nargs="+", metavar="NAME", help=teachers)
     judge.add_argument("--teacher-max-tokens", type=int, default=512, help="of a pair (default: %(default)s)")
-    judge.add_argument("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)")
+    judge.add_argument(
+        "--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)"
+    )
     judge.add_argument("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)")
     judge.add_argument("--margin", type=float, help="drop what scores above the lowest positive's score less this")
     judge.add_argument("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95")

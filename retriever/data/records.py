@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # scores are kept as float32
 
 

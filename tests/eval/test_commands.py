@@ -204,7 +204,7 @@ def test_a_passage_with_the_querys_id_is_left_out_unless_asked_for(
 
 
 @pytest.mark.parametrize(("option", "first"), [("--exclude-self", 1.0), ("--no-exclude-self", 0.5)])
-def test_a_passage_with_the_querys_id_is_left_out_of_a_run_too(texts: Texts, tmp_path: Path, capsys: Any, option: str, first: float) -> None:
+def test_a_passage_with_the_querys_id_is_left_out_of_runs(texts: Texts, tmp_path: Path, capsys: Any, option: str, first: float) -> None:
     data = write_beir(tmp_path / "own", texts)
     lines = (f"{q} Q0 {q} 1 2.0 x\n{q} Q0 {max(grades, key=lambda p: grades[p])} 2 1.0 x\n" for q, grades in texts.qrels.items())
     (tmp_path / "run.trec").write_text("".join(lines))
