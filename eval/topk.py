@@ -58,8 +58,8 @@ class TopK:
         last = self._keys[queries, -1]
         return np.where(last == _EMPTY, np.float32(-np.inf), _scores_of(last))
 
-    def merge(self, queries: slice, rows: np.ndarray, scores: np.ndarray, precedence: np.ndarray) -> None:
-        """Adds candidates in flat form: `rows` [P] int, ascending, counts from the slice's start; scores [P] float32; precedence [P]."""
+    def merge(self, queries: slice | np.ndarray, rows: np.ndarray, scores: np.ndarray, precedence: np.ndarray) -> None:
+        """Adds candidates in flat form: `rows` [P] int, ascending, places in `queries`; scores [P] float32; precedence [P]."""
         best = self._keys[queries]  # [q, k]
         counts = np.bincount(rows, minlength=len(best))
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # place of a candidate in its row

@@ -99,8 +99,9 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
 def read_model_config(name_or_path: str | Path) -> Any:
     """The passage tower's transformers config. Raises ConfigError where there is none, or of an unverified architecture."""
     name = str(name_or_path)
+    folder = tower_folder(name, "passage")
     try:
-        config = AutoConfig.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model: {reason}") from error
