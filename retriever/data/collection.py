@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from retriever.data.files import KINDS, FileTable, Table, kind_of, read_lines, stem_of
@@ -85,6 +85,16 @@ def queries_of(table: Table) -> Iterator[tuple[str, str]]:
     """The (id, text) pairs of one query table."""
     for record in table.records():
         yield record.identifier(*QUERY_IDS), record.text(*QUERY_TEXTS)
+
+
+def query_texts(tables: Iterable[Table], wanted: Container[str] | None = None) -> dict[str, str]:
+    """Query id -> text, of all queries or of those in `wanted`, in the tables' order. Raises DataError for an id of two texts."""
+    found: dict[str, str] = {}
+    for table in tables:
+        for query_id, text in queries_of(table):
+            if (wanted is None or query_id in wanted) and found.setdefault(query_id, text) != text:
+                raise DataError(f"query id {query_id!r} stands for two texts, the second {text[:60]!r}", table.label)
+    return found
 
 
 def corpus_tables(path: Path) -> list[Table]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eval.collection import read_beir
 from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Example, Passage, Source, find_qrels, open_source, read_corpus, read_qrels, read_queries
 
@@ -93,6 +94,16 @@ def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
         match=r"corpus\.jsonl, line 2: field 'text' is missing: expected 'text' or 'contents' or 'passage', received fields _id, title",
     ):
         list(read_corpus(tmp_path / "corpus.jsonl"))
+
+
+def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
+    folder = beir(tmp_path)
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write(lines({"_id": "q1", "text": "another text"}))
+    with pytest.raises(DataError, match=r"queries\.jsonl: query id 'q1' stands for two texts, the second 'another text'"):
+        list(opened(folder).examples())
+    with pytest.raises(DataError, match="query id 'q1' stands for two texts"):
+        read_beir(folder, "train")
 
 
 def msmarco(folder: Path) -> Path:
