@@ -13,6 +13,7 @@ PASSAGE_TEXTS = ("text", "contents", "passage")
 QUERY_IDS = ("_id", "query_id", "qid", "id")
 QUERY_TEXTS = ("text", "query_text", "query")
 SPLITS = ("train", "dev", "test", "validation", "valid", "val", "eval")
+_TRACKS = dict.fromkeys(("2019qrels", "2020qrels", "dl19", "dl20"), "test")  # TREC's judgments of MS MARCO passages, by their file names
 _CORPUS_STEMS = ("corpus", "collection")
 _QUERY_STEMS = ("queries", "topics")
 _GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")
@@ -125,7 +126,7 @@ def find_qrels(folder: Path, split: str) -> Path:
 def split_of(path: Path) -> str | None:
     """The split that a file's name speaks of: `train` for qidpidtriples.train.full.2.tsv; None where it speaks of none."""
     words = stem_of(path).lower().replace("-", ".").replace("_", ".").split(".")
-    return next((word for word in words if word in SPLITS), None)
+    return next((_TRACKS.get(word, word) for word in words if word in SPLITS or word in _TRACKS), None)
 
 
 def _judge(qrels: dict[str, dict[str, int]], query: str, passage: str, grade: int, record: Record) -> None:

@@ -127,6 +127,16 @@ def test_msmarco_judgments_with_collection_and_queries_beside(tmp_path: Path) ->
         list(read_queries(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["2019qrels-pass.txt", "2020qrels-pass.txt", "qrels.dl19-passage.txt", "qrels.dl20-passage.txt"])
+def test_judgments_to_evaluate_on_are_not_trained_on(tmp_path: Path, name: str) -> None:
+    """eval.msmarco reads them from the folder that a training reads."""
+    source = opened(msmarco(tmp_path))
+    before, fingerprint = list(source.examples()), source.fingerprint()
+    write(tmp_path / name, "19335 0 1 2\n")
+    source = opened(tmp_path)
+    assert list(source.examples()) == before and source.fingerprint() == fingerprint
+
+
 def test_msmarco_folder_unites_judgments_hard_negatives_and_id_triples_but_not_text_triples(tmp_path: Path) -> None:
     msmarco(tmp_path)
     mined = [{"qid": 1, "pos": [10], "neg": {"bm25": [12, 11], "ance": [11]}}, {"qid": "2", "pos": [], "neg": ["10"]}]
