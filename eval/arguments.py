@@ -102,10 +102,8 @@ def output_folder(given: argparse.Namespace) -> Path:
 
 
 def label(given: argparse.Namespace) -> str:
-    """A short name of what is evaluated: BM25, the run file's name, the hub name, or the last two names of a model folder."""
+    """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's path."""
     if given.bm25:
         return "BM25"
-    if given.run is not None:
-        return given.run.name
-    folder = Path(given.model)
-    return "/".join(folder.resolve().parts[-2:]) if folder.exists() else given.model
+    path = Path(given.run or given.model)
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else str(path)

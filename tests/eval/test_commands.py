@@ -115,6 +115,18 @@ def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Pat
     assert measured["fingerprints"] == {key: made["fingerprints"][key] for key in ("run", "qrels")}
 
 
+def test_runs_of_one_name_keep_results_of_their_own(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model's run of a split is called test.trec."""
+    data = write_beir(tmp_path / "data", texts)
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "tuned"):
+        run = tmp_path / name / "test.trec"
+        run.parent.mkdir()
+        run.write_text("".join(f"{query_id} Q0 x 1 1.0 {name}\n" for query_id in texts.qrels))
+        beir.main(["--run", str(run), "--data", str(data)])
+    assert sorted(p.name for p in (tmp_path / "evaluations").iterdir()) == ["base-test.trec", "tuned-test.trec"]
+
+
 def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, data, _ = folders
     arguments = ["--model", str(model), "--data", str(data), *LENGTHS]
