@@ -24,7 +24,7 @@ def read_corpus(path: str | Path) -> Iterator[Passage]:
     """Passages of a corpus file, or of a folder that holds one (corpus.* or collection.*, or a folder of that name).
 
     JSONL and Parquet with an id (`_id`, `docid`, `pid`, `id`), `text` and perhaps `title`; TSV of id, text or id, title, text,
-    or with a header. Raises DataError naming file, line and field.
+    or with a header; DPR's, of id, text, title, has its fields in quotation marks. Raises DataError naming file, line and field.
     """
     for table in corpus_tables(Path(path)):
         yield from passages_of(table)
@@ -142,7 +142,7 @@ def _id_table(path: Path, layouts: Sequence[tuple[str, ...]]) -> Table:
         return FileTable(path)
     row = next((line for _, line in read_lines(FileTable(path).path)), "").split("\t")
     if len(row) > 1 and all(name in _HEADER_NAMES for name in row):
-        return FileTable(path)
+        return FileTable(path, quoted=row == ["id", "text", "title"])  # DPR's psgs_w100.tsv
     return FileTable(path, next((names for names in layouts if len(names) == len(row)), layouts[0]))
 
 

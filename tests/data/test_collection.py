@@ -96,6 +96,19 @@ def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
         list(read_corpus(tmp_path / "corpus.jsonl"))
 
 
+def test_dprs_passages_lose_the_quotation_marks_around_them(tmp_path: Path) -> None:
+    rows = ['1\t"Aaron ( or ; ""Ahärôn"") is"\tAaron', '2\t"He said ""no"""\t"""Weird Al"" Yankovic"', '3\t"A" and "B"\t"', '4\t""\tx']
+    path = write(tmp_path / "psgs_w100.tsv.gz", "id\ttext\ttitle\n" + "\n".join(rows) + "\n")
+    assert [(passage.text, passage.title) for passage in read_corpus(path)] == [
+        ('Aaron ( or ; "Ahärôn") is', "Aaron"),
+        ('He said "no"', '"Weird Al" Yankovic'),
+        ('"A" and "B"', '"'),
+        ("", "x"),
+    ]
+    headless = write(tmp_path / "collection.tsv", '10\t"quoted" as it stands "here"\n11\t"all of it"\n')
+    assert [passage.text for passage in read_corpus(headless)] == ['"quoted" as it stands "here"', '"all of it"']
+
+
 def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
     folder = beir(tmp_path)
     with (folder / "queries.jsonl").open("a") as file:
