@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,17 @@ def continued(config: Config, folder: Path) -> Config:
     """
     before = from_dict(_manifest(folder)["config"])
     config = adopt_auto(config, before)
-    changed = [line for line in differences(before, config) if line.partition(":")[0] not in _FREE]
+    changed = [line for line in differences(_anywhere(before), _anywhere(config)) if line.partition(":")[0] not in _FREE]
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}")
     return config
+
+
+def _anywhere(config: Config) -> Config:
+    """`config` without the places of its sources: what stands there is in the store's fingerprint."""
+    sources = tuple(replace(source, path=None, corpus=None, queries=None) for source in config.data.train)
+    return replace(config, data=replace(config.data, train=sources))
 
 
 def newest(root: Path) -> Path | None:
