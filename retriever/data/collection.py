@@ -70,7 +70,7 @@ def qrels_of(table: Table) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
     for record in table.records():
         score = record.values.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or score != int(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not float(score).is_integer():
             raise record.error("score", "a whole number", score)
         _judge(qrels, record.identifier("query-id"), record.identifier("corpus-id"), int(score), record)
     return qrels

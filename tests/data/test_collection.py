@@ -195,6 +195,13 @@ def test_malformed_qrels(tmp_path: Path, text: str, message: str) -> None:
         read_qrels(write(tmp_path / "qrels.txt", text))
 
 
+@pytest.mark.parametrize("grade", ["NaN", "Infinity", "0.5", "true"])
+def test_a_grade_in_json_is_a_whole_number(tmp_path: Path, grade: str) -> None:
+    path = write(tmp_path / "test.jsonl", f'{{"query-id": "q", "corpus-id": "d", "score": {grade}}}\n')
+    with pytest.raises(DataError, match="line 1: field 'score': expected a whole number"):
+        read_qrels(path)
+
+
 def test_hard_negatives_of_another_project_are_read_as_what_they_are(tmp_path: Path) -> None:
     mined = {"query": "q", "pos": ["p"], "neg": ["n"]}
     assert opened(write(tmp_path / "train-hard-negatives.jsonl", lines(mined))).format == "flagembedding"
