@@ -139,6 +139,9 @@ def _train(
     if finished:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
+    if last is not None and finished == total and not outputs.holds(last):
+        outputs.save(total)  # another run's end: this run's folder gets it too
+
     settings = settings_of(config, encoder.pooling)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
