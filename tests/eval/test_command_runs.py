@@ -54,10 +54,9 @@ def test_ids_that_no_run_can_hold_are_told_in_one_line(texts: Texts, tmp_path: P
     data = write_beir(tmp_path / "odd", texts)
     with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+    model = save_tiny_model(tmp_path / "model")
     with pytest.raises(SystemExit, match=message):
-        beir.main(
-            ["--model", str(save_tiny_model(tmp_path / "model")), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")]
-        )
+        beir.main(["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")])
 
 
 def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_path: Path) -> None:
