@@ -30,7 +30,7 @@ def command_parser(prog: str, description: str, *, hub: bool = False, data: str 
     parser.add_argument("--k", type=int, default=1000, help="passages a query in the run (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)")
     add_search_arguments(parser)
-    parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
+    parser.add_argument("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder (default: %(default)s)")
     packed = "packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
     parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
@@ -55,7 +55,16 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, default=8.0, help="of each device, for torch's search (default: %(default)s)")
     gpus = "an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds (default: %(default)s)"
     parser.add_argument("--faiss-gpu", choices=("off", "shard", "replicate"), default="off", help=gpus)
-    parser.add_argument("--threads", type=int, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)")
+    parser.add_argument(
+        "--threads", type=at_least_one, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)"
+    )
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; received {text!r}")
+    return int(text)
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -93,10 +102,8 @@ def output_folder(given: argparse.Namespace) -> Path:
 
 
 def label(given: argparse.Namespace) -> str:
-    """A short name of what is evaluated: BM25, the run file's name, the hub name, or the last two names of a model folder."""
+    """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's path."""
     if given.bm25:
         return "BM25"
-    if given.run is not None:
-        return given.run.name
-    folder = Path(given.model)
-    return "/".join(folder.resolve().parts[-2:]) if folder.exists() else given.model
+    path = Path(given.run or given.model)
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else str(path)

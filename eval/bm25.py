@@ -33,7 +33,7 @@ class Bm25:
     def build(texts: Iterable[str], folder: Path, *, progress: bool = False) -> None:
         """Writes the index of the texts into `folder`, reading them once and holding none.
 
-        Raises ValueError where there are no texts, or none has a word.
+        Raises DataError where there are no texts, or none has a word.
         """
         write_index(texts, folder, _tokenise, K1, B, progress=progress)
 
@@ -92,7 +92,7 @@ def bm25_run(
 
     passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds the ids; texts go into an
     index in a temporary folder. Queries are searched in `threads` (default: one a core), each of which holds one score a passage.
-    Raises ValueError where there are no passages, or none has a word.
+    Raises DataError where there are no passages, or none has a word.
     """
     ids: list[str] = []
 

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from retriever.atomic import write_text
+from retriever.data.records import DataError
 
 FILES = ("rows.npy", "weights.npy", "starts.npy", "words.json")
 _BATCH_TEXTS = 512
@@ -46,12 +47,12 @@ def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: floa
     """Indexes the texts [N] by Lucene's formula. Word numbers go to a file first, so that no text is held.
 
     Memory: some 36 bytes a posting (a distinct word of a passage) while bm25s sorts them, and the words.
-    Raises ValueError where there are no texts, or none has a word.
+    Raises DataError where there are no texts, or none has a word.
     """
     spool = folder / "numbers.tmp"
     lengths, words = _spool(tqdm(texts, desc="BM25: words", unit="text", disable=not progress), spool, tokenise)
     if not words:
-        raise ValueError(f"{len(lengths)} passages without a single word: BM25 needs text")
+        raise DataError(f"{len(lengths)} passages without a single word: BM25 needs text")
     index = bm25s.BM25(k1=k1, b=b)
     tokens = bm25s.tokenization.Tokenized(ids=_Numbers(spool, lengths), vocab=words)
     index.index(tokens, create_empty_token=False, show_progress=progress)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from eval.metrics import Scores, measure_run
 from eval.trec import Run
-from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, queries_of, query_tables
+from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, query_tables, query_texts
 from retriever.data.files import Table
 from retriever.data.formats import read_qrels
 from retriever.data.hub_tables import collection_tables
@@ -92,8 +92,8 @@ def _read_hub(name: str, split: str, qrels: dict[str, dict[str, int]] | None, te
 
 
 def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The texts of the queries that have judgments, in the file's order. Raises DataError for a judged query without text."""
-    found = {query_id: text for table in tables for query_id, text in queries_of(table) if query_id in qrels}
+    """The texts of the queries that have judgments, in the file's order. Raises DataError for one without text or with two."""
+    found = query_texts(tables, qrels)
     missing = [query_id for query_id in qrels if query_id not in found]
     if missing:
         names = ", ".join(table.label for table in tables)

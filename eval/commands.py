@@ -149,8 +149,11 @@ def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence
     run = read_run(given.run)
     asked = collection.qrels or collection.queries
     without = sum(query_id not in run for query_id in asked)
-    notes = (f"{without:,} of {len(asked):,} judged queries are not in the run and count 0",) if without else ()
-    return EvalResult(collection, collection.measure(run, metrics), run, notes=notes)
+    notes = [f"{without:,} of {len(asked):,} judged queries are not in the run and count 0"] if without else []
+    if collection.exclude_self and (own := [query_id for query_id, found in run.items() if query_id in found.passage_ids]):
+        run |= {query_id: run[query_id].without(query_id) for query_id in own}
+        notes.append(f"{len(own):,} queries find a passage of their own id, which is left out (BEIR's rule; --no-exclude-self keeps it)")
+    return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 
 
 def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:
@@ -158,7 +161,7 @@ def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco
     from eval.report import format_table, write_result
 
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
-    search = {"k": given.k, "exclude_self": result.collection.exclude_self, **result.index} if not given.run else {}
+    search = {"exclude_self": result.collection.exclude_self} | ({} if given.run else {"k": given.k, **result.index})
     path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
     passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
     print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -12,7 +13,8 @@ from eval.embeddings import Embeddings, blocks_of
 from eval.topk import PassageOrder, TopK
 
 _MARGIN = 32  # passages asked for beyond k, so that equal scores at the k-th place rarely need a second search
-_QUERIES_AT_ONCE = 8192  # bounds what one search returns: 12 bytes x (k + margin) a query
+_QUERIES_AT_ONCE = 8192
+_HITS_AT_ONCE = 2**23  # bounds what one search returns, 12 bytes each, even where thousands of passages are equal
 _PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 
 
@@ -29,15 +31,17 @@ def search_flat(queries: np.ndarray, passages: Embeddings, order: PassageOrder, 
         searcher.add(block)
         for first in range(0, len(queries), _QUERIES_AT_ONCE):
             part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-            rows, columns = _candidates(searcher, queries[part], block, best.worst_scores(part), k)
-            scores = _inner_products(queries[part], block, rows, columns)
-            best.merge(part, rows, scores, order.precedence[start + columns])
+            for group, rows, columns in _candidates(searcher, queries[part], block, best.worst_scores(part), k):
+                scores = _inner_products(queries[first + group], block, rows, columns)
+                best.merge(first + group, rows, scores, order.precedence[start + columns])
         bar.update(len(block))
     return best
 
 
-def _candidates(searcher: faiss.Index, queries: np.ndarray, block: np.ndarray, worst: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (query row [P], ascending; block column [P]) that hold every passage of a query's k best in this block.
+def _candidates(
+    searcher: faiss.Index, queries: np.ndarray, block: np.ndarray, worst: np.ndarray, k: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Some queries [q], and pairs (row among them [P], ascending; block column [P]) with every passage of their k best in this block.
 
     A float32 inner product of D terms is off by at most D·2^-24·|q|·|p|; twice that below the k-th score FAISS saw, or below the
     k-th best so far, nothing can be among the k best. Queries whose last hit is still above that line are searched again, deeper.
@@ -45,20 +49,19 @@ def _candidates(searcher: faiss.Index, queries: np.ndarray, block: np.ndarray, w
     longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max(initial=0.0)))
     slack = (block.shape[1] + 1) * 2.0**-23 * longest * np.linalg.norm(queries, axis=1)  # [Q]
     pending, wanted = np.arange(len(queries)), min(k + _MARGIN, len(block))
-    found_rows, found_columns = [], []
     while len(pending):
-        scores, columns = searcher.search(queries[pending], wanted)  # [q, wanted], descending
-        line = np.maximum(worst[pending], scores[:, k - 1] if wanted >= k else -np.inf) - slack[pending]  # [q]
-        keep = scores >= line[:, None]
-        deeper = keep[:, -1] & (wanted < len(block))
-        keep[deeper] = False
-        places, hits = np.nonzero(keep)
-        found_rows.append(pending[places])
-        found_columns.append(columns[places, hits])
-        pending, wanted = pending[deeper], min(2 * wanted, len(block))
-    rows, columns = np.concatenate(found_rows), np.concatenate(found_columns)
-    by_row = np.argsort(rows, kind="stable")
-    return rows[by_row], columns[by_row]
+        unfinished, at_once = [], max(1, _HITS_AT_ONCE // wanted)
+        for first in range(0, len(pending), at_once):
+            group = pending[first : first + at_once]
+            scores, columns = searcher.search(queries[group], wanted)  # [q, wanted], descending
+            line = np.maximum(worst[group], scores[:, k - 1] if wanted >= k else -np.inf) - slack[group]  # [q]
+            keep = scores >= line[:, None]
+            deeper = keep[:, -1] & (wanted < len(block))
+            keep[deeper] = False
+            rows, hits = np.nonzero(keep)
+            yield group, rows, columns[rows, hits]
+            unfinished.append(group[deeper])
+        pending, wanted = np.concatenate(unfinished), min(2 * wanted, len(block))
 
 
 def _inner_products(queries: np.ndarray, block: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

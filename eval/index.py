@@ -52,7 +52,7 @@ class IndexSpec:
 
 def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpec:
     """What `index` means for a collection of `rows` passages. Raises ConfigError where FAISS cannot build it."""
-    name, *given = index.split()
+    name, *given = index.split() or [""]
     nlist = _lists(rows)
     probes = f"nprobe={min(nlist, max(16, nlist // 64))}"
     if name == "ivf":

@@ -53,7 +53,8 @@ def search(
     torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
     Other indexes are those of `eval.index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
     `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
-    Raises ValueError where dimensions differ, a value is not finite, or an id is repeated; ConfigError for an unknown index.
+    Raises ValueError where dimensions differ, a value is not finite, or an id is repeated (a passage's: DataError); ConfigError for an
+    unknown index.
     """
     _check_queries(queries, query_ids, passages.dimension, k)
     is_first = world is None or world.is_first

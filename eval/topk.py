@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retriever.data.records import DataError
+
 _EMPTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # sorts behind every passage
 _LOW = np.uint64(0xFFFF_FFFF)
 _SIGN = np.uint32(0x8000_0000)
@@ -21,14 +23,14 @@ class PassageOrder:
     """All passages' precedence in a tie: position in the collection -> precedence, 0 for the greatest id (UTF-8 byte order)."""
 
     def __init__(self, passage_ids: pa.LargeStringArray) -> None:
-        """`passage_ids`: [N] in the collection's order. Raises ValueError for a repeated id, or N >= 2^32 - 1."""
+        """`passage_ids`: [N] in the collection's order. Raises DataError for a repeated id, ValueError where N >= 2^32 - 1."""
         if len(passage_ids) >= 2**32 - 1:
             raise ValueError(f"{len(passage_ids)} passages: expected fewer than 2^32 - 1 in one search")
         order = pc.array_sort_indices(passage_ids, order="descending")  # [N]
         self._ids = passage_ids.take(order)  # [N], greatest id first
         if len(self._ids) > 1 and (same := pc.equal(self._ids[1:], self._ids[:-1])).true_count:
             twice = self._ids[pc.index(same, True).as_py()].as_py()
-            raise ValueError(f"passage id {twice!r} stands twice in the collection: expected each id once")
+            raise DataError(f"passage id {twice!r} stands twice in the collection: expected each id once")
         self.precedence = np.empty(len(passage_ids), dtype=np.uint32)  # [N]
         self.precedence[order.to_numpy()] = np.arange(len(passage_ids), dtype=np.uint32)
 
@@ -56,8 +58,8 @@ class TopK:
         last = self._keys[queries, -1]
         return np.where(last == _EMPTY, np.float32(-np.inf), _scores_of(last))
 
-    def merge(self, queries: slice, rows: np.ndarray, scores: np.ndarray, precedence: np.ndarray) -> None:
-        """Adds candidates in flat form: `rows` [P] int, ascending, counts from the slice's start; scores [P] float32; precedence [P]."""
+    def merge(self, queries: slice | np.ndarray, rows: np.ndarray, scores: np.ndarray, precedence: np.ndarray) -> None:
+        """Adds candidates in flat form: `rows` [P] int, ascending, places in `queries`; scores [P] float32; precedence [P]."""
         best = self._keys[queries]  # [q, k]
         counts = np.bincount(rows, minlength=len(best))
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # place of a candidate in its row

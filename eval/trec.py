@@ -29,6 +29,11 @@ class Ranking(NamedTuple):
     passage_ids: list[str]
     scores: np.ndarray
 
+    def without(self, passage_id: str) -> Ranking:
+        """The ranking less one of its passages."""
+        place = self.passage_ids.index(passage_id)
+        return Ranking([*self.passage_ids[:place], *self.passage_ids[place + 1 :]], np.delete(self.scores, place))
+
 
 Run = Mapping[str, Ranking]  # query id -> ranking
 
@@ -36,14 +41,14 @@ Run = Mapping[str, Ranking]  # query id -> ranking
 def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) -> Ranking:
     """The passages in trec_eval's order; `scores` are rounded to float32 first, as trec_eval reads them.
 
-    Raises ValueError where a passage comes twice, a score is NaN, or the lengths differ.
+    Raises DataError where a passage comes twice, ValueError where a score is NaN or the lengths differ.
     """
     rounded = np.asarray(scores, dtype=np.float64).astype(np.float32)  # [n]
     if len(rounded) != len(passage_ids):
         raise ValueError(f"{len(passage_ids)} passage ids but {len(rounded)} scores: expected one score a passage")
     if len(set(passage_ids)) != len(passage_ids):
         twice = Counter(passage_ids).most_common(1)[0][0]
-        raise ValueError(f"passage {twice!r} stands twice in one ranking: expected each passage once")
+        raise DataError(f"passage {twice!r} stands twice in one ranking: expected each passage once")
     if np.isnan(rounded).any():
         raise ValueError(f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number")
     # Python compares strings by code point, which is the byte order of UTF-8 that trec_eval's strcmp sees.
@@ -55,7 +60,7 @@ def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) ->
 def write_trec(path: str | Path, run: Run, tag: str = "bigbatch") -> None:
     """`query-id Q0 passage-id rank score tag`, ranks from 1; a float32 score reads back to the same float32.
 
-    Raises ValueError where an id or the tag is empty or has white space in it, which the format cannot hold.
+    Raises DataError where an id or the tag is empty or has white space in it, which the format cannot hold.
     """
     _require_words([tag], "run tag")
     _require_words(run, "query id")
@@ -158,7 +163,7 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def _require_words(words: Iterable[str], name: str) -> None:
     for word in words:
         if len(word.split()) != 1 or word != word.strip():
-            raise ValueError(f"{name} {word!r}: a run file separates its fields by white space; expected an id without any")
+            raise DataError(f"{name} {word!r}: a run file separates its fields by white space; expected an id without any")
 
 
 def _write_lines(path: str | Path, lines: Iterable[str]) -> None:

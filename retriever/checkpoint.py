@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from retriever.parallel.sharded import spread, whole_tensors
 FOLDER = "checkpoints"  # inside a run's folder
 _FORMAT_VERSION = 1
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+_NAME = re.compile(r"step-[0-9]+")
 _WRITING, _REMOVING = ".writing-", ".removing-"
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -137,7 +139,7 @@ def find(run: RunConfig) -> Path | None:
         return newest(root)
     if run.resume != "never":
         named = Path(run.resume)
-        step = int(_manifest(named)["step"])
+        step = finished_steps(named)
         if later := [p.name for p in steps(root) if p.parent.resolve() == named.resolve().parent and step_of(p) > step]:
             raise ConfigError(
                 f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
@@ -155,11 +157,17 @@ def continued(config: Config, folder: Path) -> Config:
     """
     before = from_dict(_manifest(folder)["config"])
     config = adopt_auto(config, before)
-    changed = [line for line in differences(before, config) if line.partition(":")[0] not in _FREE]
+    changed = [line for line in differences(_anywhere(before), _anywhere(config)) if line.partition(":")[0] not in _FREE]
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}")
     return config
+
+
+def _anywhere(config: Config) -> Config:
+    """`config` without the places of its sources: what stands there is in the store's fingerprint."""
+    sources = tuple(replace(source, path=None, corpus=None, queries=None) for source in config.data.train)
+    return replace(config, data=replace(config.data, train=sources))
 
 
 def newest(root: Path) -> Path | None:
@@ -168,13 +176,18 @@ def newest(root: Path) -> Path | None:
 
 
 def steps(root: Path) -> list[Path]:
-    """The checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-*"))
+    """The checkpoints under `root`, oldest first; what a person put beside them under another name is none of ours."""
+    return sorted(folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name))
 
 
 def step_of(folder: Path) -> int:
-    """How many optimizer steps a checkpoint stands after, by its name."""
+    """How many optimizer steps one of `steps` stands after, by its name."""
     return int(folder.name.removeprefix("step-"))
+
+
+def finished_steps(folder: Path) -> int:
+    """How many optimizer steps a checkpoint of any name stands after. Raises ConfigError where it is none."""
+    return int(_manifest(folder)["step"])
 
 
 def clean(root: Path) -> None:

@@ -198,7 +198,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(merged, DictConfig):
         raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
     for override in overrides:
-        _override(merged, override)
+        apply_override(merged, override)
     given = {override.partition("=")[0] for override in overrides}
     for named, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # one on the command line replaces the file's other
         if f"train.{named}" in given and f"train.{other}" not in given and OmegaConf.select(merged, f"train.{named}") is not None:
@@ -208,8 +208,11 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _override(merged: DictConfig, override: str) -> None:
-    """Sets one `key.sub=value`; the value is read as YAML, but unquoted text is taken as it stands: `model.query_prompt=query: `."""
+def apply_override(merged: DictConfig, override: str) -> None:
+    """Sets one `key.sub=value`; the value is read as YAML, but unquoted text is taken as it stands: `model.query_prompt=query: `.
+
+    Raises ConfigError naming the override.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected key.sub=value")

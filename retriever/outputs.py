@@ -46,6 +46,10 @@ class Outputs:
             write_text(self.folder / "config.yaml", to_yaml(config))
             self._publish()
 
+    def holds(self, folder: Path) -> bool:
+        """Whether a checkpoint is one of this run's folder; every rank finds the same."""
+        return folder.resolve().parent == self._checkpoints.resolve()
+
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps, its export as the run's newest and perhaps its best, older ones removed."""
         first = self._world.is_first

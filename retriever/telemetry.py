@@ -19,6 +19,7 @@ from retriever.atomic import write_text
 from retriever.forecast import Forecast
 from retriever.step import StepReport
 
+_DESCRIPTION = "train"
 _SETTLING_STEPS = 2  # compile, tune and allocate
 _COMPARED_STEPS = 5
 _NOTABLE = 0.1  # relative difference between what was expected and what is
@@ -35,7 +36,7 @@ class Telemetry:
         self._first = accelerator.is_main_process
         self._metrics, self._total = metrics, total
         self._bar = tqdm(
-            total=total, initial=finished, desc="train", unit="step", disable=not self._first or finished == total, dynamic_ncols=True
+            total=total, initial=finished, desc=_DESCRIPTION, unit="step", disable=not self._first or finished == total, dynamic_ncols=True
         )
         self._forecast, self._step_seconds = forecast, list[float]()
         self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0  # of the steps not logged yet
@@ -100,10 +101,12 @@ class Telemetry:
         self._accelerator.log(values, step=step)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count into pairs/s."""
+    def paused(self, doing: str) -> Iterator[None]:
+        """Time inside does not count into pairs/s; the bar says what it goes to."""
         started = time.perf_counter()
+        self._bar.set_description_str(doing)
         yield
+        self._bar.set_description_str(_DESCRIPTION)
         inside = time.perf_counter() - started
         self._since, self._step_started = self._since + inside, self._step_started + inside
 

@@ -104,7 +104,7 @@ def _train(
     from retriever.step_plan import StepPlanner, retained_tokens
     from retriever.telemetry import Telemetry
 
-    start = checkpoint.step_of(last) if last is not None else 0
+    start = checkpoint.finished_steps(last) if last is not None else 0
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
     if config.eval is not None:
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
@@ -141,6 +141,9 @@ def _train(
     if finished:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
 
+    if last is not None and finished == total and not outputs.holds(last):
+        outputs.save(total)  # another run's end: this run's folder gets it too
+
     settings = settings_of(config, encoder.pooling)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
@@ -148,14 +151,15 @@ def _train(
             report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
             telemetry.step(report)
             done = report.step + 1
-            with telemetry.paused():
-                evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
-                if config.eval is not None and evaluated:
+            evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
+            if config.eval is not None and evaluated:
+                with telemetry.paused("evaluate"):
                     bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
                     telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
                     del bundle  # where the encoder is in shards, a copy of it
-                # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
-                if evaluated or _due(done, config.train.save_every, total):
+            # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
+            if evaluated or _due(done, config.train.save_every, total):
+                with telemetry.paused("write checkpoint and export"):
                     outputs.save(done)
     outputs.finish()
     telemetry.close()

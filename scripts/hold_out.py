@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
     """Writes the BEIR folder `target`; returns how many queries fit and dev have.
 
-    Raises ConfigError where `target` exists or `split` has too few queries, DataError where `source` cannot be read.
+    Raises ConfigError where `target` exists, `split` has too few queries or `source` has another fit or dev, DataError where it cannot
+    be read.
     """
     from retriever.config import ConfigError
     from retriever.data.collection import data_files
@@ -46,6 +47,10 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
 
     judgments = find_qrels(source, split)
     qrels = read_qrels(judgments)
+    for name in ("fit", "dev"):
+        if there := [file.name for file in data_files(source / "qrels", name) if file != judgments]:
+            expected = f"no split of that name beside {split}, for it is written anew"
+            raise ConfigError(f"--data {source}: its qrels/ holds {there[0]}; expected {expected}")
     if target.exists():
         raise ConfigError(f"--output {target}: exists already; expected a new folder")
     if not 0 < queries < len(qrels):
@@ -53,8 +58,11 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
     aside = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "qrels").mkdir(parents=True)
-    for file in data_files(source):
-        shutil.copyfile(file, aside / file.name)
+    for entry in (*data_files(source), *(source / stem for stem in ("corpus", "queries"))):
+        if entry.is_dir():
+            shutil.copytree(entry, aside / entry.name)
+        elif entry.exists():
+            shutil.copyfile(entry, aside / entry.name)
     for file in data_files(source / "qrels"):
         if file != judgments:
             shutil.copyfile(file, aside / "qrels" / file.name)

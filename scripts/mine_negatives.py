@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.arguments import at_least_one
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m scripts.mine_negatives`."""
@@ -110,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
     judge.add_argument("--teacher", nargs="+", metavar="NAME", help=teachers)
     judge.add_argument("--teacher-max-tokens", type=int, default=512, help="of a pair (default: %(default)s)")
-    judge.add_argument("--teacher-batch", type=int, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)")
+    judge.add_argument(
+        "--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)"
+    )
     judge.add_argument("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)")
     judge.add_argument("--margin", type=float, help="drop what scores above the lowest positive's score less this")
     judge.add_argument("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95")
@@ -121,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of both models (default: %(default)s)")
     packed = "of the encoder: packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
     parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
-    parser.add_argument("--batch", type=int, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
+    parser.add_argument("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
     threads = "of a process, for FAISS (default: OMP_NUM_THREADS, else all cores) and BM25 (default: all cores)"
-    parser.add_argument("--threads", type=int, help=threads)
+    parser.add_argument("--threads", type=at_least_one, help=threads)
     return parser
 
 

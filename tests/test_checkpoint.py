@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,15 @@ def test_publish_replaces_the_whole_folder(tmp_path: Path) -> None:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "new"]
 
 
+def test_a_copy_beside_the_checkpoints_is_left_alone(config: Config) -> None:
+    root = Path(config.run.output_dir) / checkpoint.FOLDER
+    copy = shutil.copytree(_save(config, 3), root / "step-00000003-best")
+    newest = _save(config, 4)
+    assert checkpoint.find(config.run) == newest and checkpoint.finished_steps(copy) == 3
+    checkpoint.keep_last(root, 1)
+    assert sorted(p.name for p in root.iterdir()) == [copy.name, newest.name]
+
+
 def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path: Path) -> None:
     """auto: the newest or none; a path: that one; never: none, and no run in the folder."""
     run = config.run
@@ -223,12 +233,15 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
         config,
         run=replace(config.run, trackers=(), resume="never", output_dir="elsewhere", timeout_s=5),
         train=replace(config.train, log_every=1, save_every=1, keep_last=9),
-        data=replace(config.data, cache_dir="elsewhere"),
+        data=replace(config.data, cache_dir="elsewhere", train=(SourceConfig(path="elsewhere/x"),)),  # the store knows what is in it
     )
     assert checkpoint.continued(free, saved) == replace(free, batch=resolved.batch)
     changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
     with pytest.raises(ConfigError, match=r"(?s)optim.lr: 0.001 -> 1.0.*run.seed: 0 -> 7"):
         checkpoint.continued(changed, saved)
+    heavier = replace(config, data=replace(config.data, train=(SourceConfig(path="x", weight=2.0),)))
+    with pytest.raises(ConfigError, match="data.train"):
+        checkpoint.continued(heavier, saved)
 
 
 def test_frozen_weights_are_not_saved_and_must_be_the_same_again(config: Config, tmp_path: Path) -> None:

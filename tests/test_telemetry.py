@@ -76,7 +76,7 @@ def test_pauses_are_left_out(tmp_path: Path, clock: Clock) -> None:
     for step in range(2):
         clock.now += 1.0
         telemetry.step(_report(step))
-        with telemetry.paused():
+        with telemetry.paused("evaluate"):
             clock.now += 50
     clock.now += 4.0
     telemetry.step(_report(2))
@@ -92,6 +92,16 @@ def test_the_bar_says_how_much_was_waited(tmp_path: Path, clock: Clock, capsys: 
     assert "64 pairs/s, 12.5% waiting for data" in capsys.readouterr().err
 
 
+def test_the_bar_says_what_a_pause_is_for(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = _telemetry(tmp_path)
+    clock.now += 1.0
+    telemetry.step(_report(0))
+    with telemetry.paused("write checkpoint and export"):
+        assert "\rwrite checkpoint and export: " in capsys.readouterr().err
+    telemetry.close()
+    assert "\rtrain: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(2.1, ""), (2.5, "a step takes 2.5 s, where 2 s were expected"), (1.7, "takes 1.7 s")])
 def test_a_forecast_that_is_off_is_said_once(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float, said: str
@@ -101,7 +111,7 @@ def test_a_forecast_that_is_off_is_said_once(
     for step in range(20):
         clock.now += 30.0 if step < 2 else seconds
         telemetry.step(_report(step))
-        with telemetry.paused():
+        with telemetry.paused("evaluate"):
             clock.now += 7
     out = capsys.readouterr().out
     assert (said in out and out.count("were expected") == 1) if said else "expected" not in out

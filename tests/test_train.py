@@ -182,6 +182,14 @@ def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed:
     assert again.returncode == 0, again.stderr
 
 
+def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000040", workplace / "kept")
+    again = _run(workplace, "elsewhere", "run.resume=kept")
+    assert "already finished at step 40 of 40: kept" in again.stdout, again.stderr
+    weights = [run / "export" / "model.safetensors" for run in (workplace / "elsewhere", undisturbed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
+
+
 def test_two_ranks_train_as_one(workplace: Path) -> None:
     """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its weights."""
     save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from retriever.data.files import KINDS, FileTable, Table, kind_of, read_lines, stem_of
@@ -13,6 +13,7 @@ PASSAGE_TEXTS = ("text", "contents", "passage")
 QUERY_IDS = ("_id", "query_id", "qid", "id")
 QUERY_TEXTS = ("text", "query_text", "query")
 SPLITS = ("train", "dev", "test", "validation", "valid", "val", "eval")
+_TRACKS = dict.fromkeys(("2019qrels", "2020qrels", "dl19", "dl20"), "test")  # TREC's judgments of MS MARCO passages, by their file names
 _CORPUS_STEMS = ("corpus", "collection")
 _QUERY_STEMS = ("queries", "topics")
 _GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")
@@ -23,7 +24,7 @@ def read_corpus(path: str | Path) -> Iterator[Passage]:
     """Passages of a corpus file, or of a folder that holds one (corpus.* or collection.*, or a folder of that name).
 
     JSONL and Parquet with an id (`_id`, `docid`, `pid`, `id`), `text` and perhaps `title`; TSV of id, text or id, title, text,
-    or with a header. Raises DataError naming file, line and field.
+    or with a header; DPR's, of id, text, title, has its fields in quotation marks. Raises DataError naming file, line and field.
     """
     for table in corpus_tables(Path(path)):
         yield from passages_of(table)
@@ -69,7 +70,7 @@ def qrels_of(table: Table) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
     for record in table.records():
         score = record.values.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or score != int(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not float(score).is_integer():
             raise record.error("score", "a whole number", score)
         _judge(qrels, record.identifier("query-id"), record.identifier("corpus-id"), int(score), record)
     return qrels
@@ -85,6 +86,16 @@ def queries_of(table: Table) -> Iterator[tuple[str, str]]:
     """The (id, text) pairs of one query table."""
     for record in table.records():
         yield record.identifier(*QUERY_IDS), record.text(*QUERY_TEXTS)
+
+
+def query_texts(tables: Iterable[Table], wanted: Container[str] | None = None) -> dict[str, str]:
+    """Query id -> text, of all queries or of those in `wanted`, in the tables' order. Raises DataError for an id of two texts."""
+    found: dict[str, str] = {}
+    for table in tables:
+        for query_id, text in queries_of(table):
+            if (wanted is None or query_id in wanted) and found.setdefault(query_id, text) != text:
+                raise DataError(f"query id {query_id!r} stands for two texts, the second {text[:60]!r}", table.label)
+    return found
 
 
 def corpus_tables(path: Path) -> list[Table]:
@@ -115,7 +126,7 @@ def find_qrels(folder: Path, split: str) -> Path:
 def split_of(path: Path) -> str | None:
     """The split that a file's name speaks of: `train` for qidpidtriples.train.full.2.tsv; None where it speaks of none."""
     words = stem_of(path).lower().replace("-", ".").replace("_", ".").split(".")
-    return next((word for word in words if word in SPLITS), None)
+    return next((_TRACKS.get(word, word) for word in words if word in SPLITS or word in _TRACKS), None)
 
 
 def _judge(qrels: dict[str, dict[str, int]], query: str, passage: str, grade: int, record: Record) -> None:
@@ -131,7 +142,7 @@ def _id_table(path: Path, layouts: Sequence[tuple[str, ...]]) -> Table:
         return FileTable(path)
     row = next((line for _, line in read_lines(FileTable(path).path)), "").split("\t")
     if len(row) > 1 and all(name in _HEADER_NAMES for name in row):
-        return FileTable(path)
+        return FileTable(path, quoted=row == ["id", "text", "title"])  # DPR's psgs_w100.tsv
     return FileTable(path, next((names for names in layouts if len(names) == len(row)), layouts[0]))
 
 

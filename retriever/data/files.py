@@ -20,6 +20,7 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _PIECE_CHARACTERS = 1 << 20
 _LONGEST_JSON_CHARACTERS = 1 << 28
 _SEPARATORS = re.compile(r"[\s,]*")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 class Table(Protocol):
@@ -39,13 +40,15 @@ class Table(Protocol):
 class FileTable:
     """The records of one file. `columns` names the columns of a TSV file that has no header."""
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] | None = None, *, quoted: bool = False) -> None:
+        """`quoted`: a TSV field may stand in quotation marks, those inside it doubled."""
         if not path.is_file():
             raise DataError("no such file", path)
         if kind_of(path) not in KINDS:
             raise DataError(f"expected a file ending in {', '.join(KINDS)}, or one of these with .gz", path)
         self.path = path
         self.columns = columns
+        self.quoted = quoted
 
     @property
     def label(self) -> str:
@@ -60,16 +63,17 @@ class FileTable:
         elif kind == ".csv":
             yield from _csv_records(path)
         elif kind in (".tsv", ".txt"):
-            yield from _tsv_records(path, self.columns)
+            yield from _tsv_records(path, self.columns, self.quoted)
         elif kind == ".json" and _first_character(path) == "[":
             yield from _json_list_records(path)
         else:
             yield from _json_line_records(path)
 
     def digest(self) -> str:
-        """blake2b of the file's bytes."""
+        """blake2b of the file's bytes, and whether fields are quoted."""
         with self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return f"{digest} quoted" if self.quoted else digest
 
 
 def kind_of(path: Path) -> str:
@@ -168,6 +172,8 @@ def _csv_records(path: Path) -> Iterator[Record]:
     reader = csv.reader((line + "\n" for _, line in read_lines(path)), strict=True)
     try:
         header = next(reader, None)
+        if header is not None:
+            _check_columns(header, path)
         while header is not None:
             start = reader.line_num + 1
             row = next(reader, None)
@@ -179,13 +185,25 @@ def _csv_records(path: Path) -> Iterator[Record]:
         raise DataError(f"expected comma-separated values: {error}", path, reader.line_num) from error
 
 
-def _tsv_records(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
-    """Rows split at tabs, without any quoting: quotation marks in a text are part of it."""
+def _tsv_records(path: Path, columns: Sequence[str] | None, quoted: bool) -> Iterator[Record]:
+    """Rows split at tabs; unless they are `quoted`, quotation marks in a text are part of it."""
     for number, line in read_lines(path):
         if columns is None:
             columns = line.split("\t")
+            _check_columns(columns, path)
         elif line:
-            yield _row_record(columns, line.split("\t"), path, number)
+            row = line.split("\t")
+            yield _row_record(columns, [_unquoted(field) for field in row] if quoted else row, path, number)
+
+
+def _unquoted(field: str) -> str:
+    """The field without its quotation marks, if it is quoted as a whole."""
+    return field[1:-1].replace('""', '"') if _QUOTED.fullmatch(field) else field
+
+
+def _check_columns(columns: Sequence[str], path: Path) -> None:
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise DataError(f"expected columns of different names, received {twice!r} twice: {', '.join(columns)}", path, 1)
 
 
 def _row_record(columns: Sequence[str], row: Sequence[str], path: Path, line: int) -> Record:

@@ -19,8 +19,8 @@ from retriever.data.collection import (
     find_qrels,
     passages_of,
     qrels_of,
-    queries_of,
     query_tables,
+    query_texts,
     read_corpus,
     read_qrels,
     read_queries,
@@ -115,16 +115,12 @@ def _name_of(config: SourceConfig) -> str:
     return config.name or Path(config.path or "").resolve().name
 
 
-def _queries_of(tables: Sequence[Table]) -> dict[str, str]:
-    return dict(chain.from_iterable(queries_of(table) for table in tables))
-
-
 def _judged(config: SourceConfig, corpus: Sequence[Table], queries: Sequence[Table], judgments: Table) -> Source:
     """BEIR: every judged query of the split."""
 
     def examples() -> Iterator[Example]:
         qrels = read_qrels(judgments.path) if isinstance(judgments, FileTable) else qrels_of(judgments)
-        return readers_by_id.judged_examples(qrels, _queries_of(queries), judgments.label)
+        return readers_by_id.judged_examples(qrels, query_texts(queries), judgments.label)
 
     return Source(_name_of(config), "beir", (judgments, *queries, *corpus), tuple(corpus), examples, config.limit)
 
@@ -140,7 +136,7 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
         corpus, queries = corpus_tables(_expanded(config.corpus, folder)), query_tables(_expanded(config.queries, folder), split)
 
     def examples() -> Iterator[Example]:
-        return readers_by_id.msmarco_examples(files, _queries_of(queries))
+        return readers_by_id.msmarco_examples(files, query_texts(queries))
 
     tables = (*(FileTable(file) for file in files), *queries, *corpus)
     return Source(_name_of(config), "msmarco", tables, tuple(corpus), examples, config.limit)
@@ -158,7 +154,7 @@ def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = No
 
     def examples() -> Iterator[Example]:
         if kind == "columns":
-            return readers_inline.column_examples(records(), config.columns, _queries_of(queries) if queries else None, by_id=bool(corpus))
+            return readers_inline.column_examples(records(), config.columns, query_texts(queries) if queries else None, by_id=bool(corpus))
         return _INLINE[kind](records())
 
     return Source(_name_of(config), kind, (*tables, *queries, *corpus), tuple(corpus), examples, config.limit, config.columns)

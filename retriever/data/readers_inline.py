@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retriever.data.records import DataError, Example, Passage, Record
+
+_ID_COLUMN = re.compile(r"(.*[-_ ])?(id|idx|index|qid|pid|docid|uuid)|unnamed: \d+|")  # the last two: a table's row numbers
 
 
 def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
@@ -73,11 +76,12 @@ class ColumnRoles:
     query_id: str | None
 
 
-def column_roles(record: Record, asked: Sequence[str] | None) -> ColumnRoles:
+def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = False) -> ColumnRoles:
     """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of negatives.
 
     `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else their
-    order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels.
+    order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels, or by
+    their names ids, unless they are asked for or texts are looked up `by_id`.
     """
     there = list(record.values)
     query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
@@ -85,6 +89,8 @@ def column_roles(record: Record, asked: Sequence[str] | None) -> ColumnRoles:
     if asked is None and {"anchor", "positive"} <= set(names):
         names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
     labels = [name for name in names if name.lower() in ("label", "labels", "score", "scores")]
+    if asked is None and not by_id:
+        labels += [name for name in names if _ID_COLUMN.fullmatch(name.lower())]
     problem = next((f"no column {name!r}" for name in names if name not in there), None)
     problem = problem or ("expected an anchor and a positive column" if len(names) < 2 else None)
     problem = problem or (f"column {labels[0]!r} is no passage" if labels else None)
@@ -105,7 +111,7 @@ def column_examples(
     known: dict[tuple[str, ...], ColumnRoles] = {}
     for number, record in enumerate(records):
         there = tuple(record.values)
-        roles = known.get(there) or known.setdefault(there, column_roles(record, asked))
+        roles = known.get(there) or known.setdefault(there, column_roles(record, asked, by_id or queries is not None))
         if queries is None:
             query_id = record.identifier(roles.query_id) if roles.query_id else str(number)
             query = record.text(roles.anchor, empty=False)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # scores are kept as float32
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -82,12 +84,12 @@ class Record:
             raise self.error(self._spell(names), "text", value)
         if not (empty or value.strip()):
             raise self.error(self._spell(names), "text that is not blank", value)
-        return value
+        return value if value.isascii() else self._unicode(self._spell(names), value)
 
     def identifier(self, *names: str) -> str:
         """The id under the first of `names` that is there: text or a whole number."""
         value = self._first(names)
-        return value if type(value) is str and value else self._as_identifier(self._spell(names), value)
+        return value if type(value) is str and value and value.isascii() else self._as_identifier(self._spell(names), value)
 
     def optional_text(self, name: str) -> str:
         """The text under `name`, or "" where it is missing or null."""
@@ -104,6 +106,8 @@ class Record:
         for i, value in enumerate(values):
             if not isinstance(value, str):
                 raise self.error(f"{name}[{i}]", "text", value)
+            if not value.isascii():
+                self._unicode(f"{name}[{i}]", value)
         return values
 
     def identifiers(self, name: str) -> list[str]:
@@ -111,11 +115,11 @@ class Record:
         return [self._as_identifier(f"{name}[{i}]", value) for i, value in enumerate(self._list(name))]
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
-        """A list of `count` numbers; a missing or empty list is an empty tuple."""
+        """A list of `count` finite numbers; a missing or empty list is an empty tuple."""
         values = self._list(name)
         for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise self.error(f"{name}[{i}]", "a number", value)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:  # NaN is not either
+                raise self.error(f"{name}[{i}]", "a finite number", value)
         if values and len(values) != count:
             raise self.error(name, f"{count} numbers, one for each passage", values)
         return tuple(float(value) for value in values)
@@ -148,7 +152,14 @@ class Record:
     def _as_identifier(self, field: str, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise self.error(field, "an id (text or a whole number)", value)
-        return str(value)
+        return self._unicode(field, str(value))
+
+    def _unicode(self, field: str, value: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half a character, as JSON's \ud83d: no tokenizer takes it
+            raise self.error(field, f"Unicode text without the lone surrogate at {error.start}", value) from error
+        return value
 
     def _list(self, name: str) -> list[Any]:
         value = self.values.get(name)

@@ -64,8 +64,10 @@ def longest_input(config: Any) -> int | None:
 
 
 def check_lengths(config: Any, query_max_tokens: int, passage_max_tokens: int) -> None:
-    """Raises ConfigError where a text may become longer than the model's positions reach."""
+    """Raises ConfigError where a text may become longer than the model's positions reach, or keeps hardly a token of its own."""
     longest = longest_input(config)
     for key, value in (("model.query_max_tokens", query_max_tokens), ("model.passage_max_tokens", passage_max_tokens)):
+        if value < 4:
+            raise ConfigError(f"{key}: expected at least 4, special tokens included; received {value}")
         if longest is not None and value > longest:
             raise ConfigError(f"{key}: {value} tokens, but the model has positions for {longest}; set it to at most {longest}")

@@ -174,8 +174,9 @@ def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padde
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hugging Face name; both towers of a folder share one. Raises ConfigError."""
     name = str(name_or_path)
+    folder = tower_folder(name, "passage")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path: {name} has no tokenizer that can be loaded: {error}") from error
     # Without any tokenizer file transformers makes up an empty tokenizer of the architecture's class.

@@ -7,13 +7,16 @@ defaults that fit the architecture.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from retriever.config import Config, ConfigError
 from retriever.data.tokens import Side
@@ -96,8 +99,9 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
 def read_model_config(name_or_path: str | Path) -> Any:
     """The passage tower's transformers config. Raises ConfigError where there is none, or of an unverified architecture."""
     name = str(name_or_path)
+    folder = tower_folder(name, "passage")
     try:
-        config = AutoConfig.from_pretrained(name, subfolder=tower_folder(name, "passage"), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model: {reason}") from error
@@ -179,11 +183,24 @@ def _tokenizer_limit(name: str, folder: str = "") -> int | None:
 
 @cache
 def _hub_file(name: str, file: str) -> str | None:
-    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked once a process."""
+    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked once a process.
+
+    Where the hub is not reached, a model in the cache has the files that lie there, which is said. Raises ConfigError for any other model.
+    """
     try:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:  # not to be taken for a file that the model does not have
-        raise ConfigError(f"model.name_or_path: {file} of {name!r} could not be fetched: {error}") from error
+        return hf_hub_download(name, file)
+    except LocalEntryNotFoundError as error:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            reason = "the hub was not reached, and the model is not in the cache"
+            raise ConfigError(f"model.name_or_path: {name!r} is no folder, and cannot be fetched: {reason}") from error
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none", file=sys.stderr)
+        return None
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # not to be taken for a file that the model does not have
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.name_or_path: {file} of {name!r} could not be fetched: {reason}") from error
 
 
 def _read_json(name: str, file: str) -> Any | None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from retriever.config import Config, SourceConfig, from_dict, validate
+from retriever.config import Config, SourceConfig, apply_override, from_dict, validate
 from retriever.config_tree import ConfigError, build
 
 
@@ -91,11 +91,8 @@ def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
         if not isinstance(merged, DictConfig):
             raise ConfigError(f"{path}: expected a mapping of sections, found a list")
         for override in overrides:
-            key, separator, value = override.partition("=")
-            if not separator:
-                raise ConfigError(f"override {override!r}: expected key.sub=value")
-            OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={value}"])["value"], force_add=True)
-        tree = OmegaConf.to_container(merged, resolve=True)
+            apply_override(merged, override)
+        tree = OmegaConf.to_container(merged, resolve=False)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (OmegaConfBaseException, YAMLError) as error:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eval.collection import read_beir
 from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Example, Passage, Source, find_qrels, open_source, read_corpus, read_qrels, read_queries
 
@@ -95,6 +96,29 @@ def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
         list(read_corpus(tmp_path / "corpus.jsonl"))
 
 
+def test_dprs_passages_lose_the_quotation_marks_around_them(tmp_path: Path) -> None:
+    rows = ['1\t"Aaron ( or ; ""Ahärôn"") is"\tAaron', '2\t"He said ""no"""\t"""Weird Al"" Yankovic"', '3\t"A" and "B"\t"', '4\t""\tx']
+    path = write(tmp_path / "psgs_w100.tsv.gz", "id\ttext\ttitle\n" + "\n".join(rows) + "\n")
+    assert [(passage.text, passage.title) for passage in read_corpus(path)] == [
+        ('Aaron ( or ; "Ahärôn") is', "Aaron"),
+        ('He said "no"', '"Weird Al" Yankovic'),
+        ('"A" and "B"', '"'),
+        ("", "x"),
+    ]
+    headless = write(tmp_path / "collection.tsv", '10\t"quoted" as it stands "here"\n11\t"all of it"\n')
+    assert [passage.text for passage in read_corpus(headless)] == ['"quoted" as it stands "here"', '"all of it"']
+
+
+def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
+    folder = beir(tmp_path)
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write(lines({"_id": "q1", "text": "another text"}))
+    with pytest.raises(DataError, match=r"queries\.jsonl: query id 'q1' stands for two texts, the second 'another text'"):
+        list(opened(folder).examples())
+    with pytest.raises(DataError, match="query id 'q1' stands for two texts"):
+        read_beir(folder, "train")
+
+
 def msmarco(folder: Path) -> Path:
     write(folder / "collection.tsv", '10\tthe "first" one\n11\tsecond\r\n12\tthird\n')
     write(folder / "queries.train.tsv", "1\thow far\n2\t why so\n3\tnever judged\n")
@@ -114,6 +138,16 @@ def test_msmarco_judgments_with_collection_and_queries_beside(tmp_path: Path) ->
     assert list(read_queries(tmp_path, "dev")) == [("9", "dev query")]
     with pytest.raises(DataError, match=r"expected one queries file, found queries\.dev\.small\.tsv, queries\.train\.tsv"):
         list(read_queries(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["2019qrels-pass.txt", "2020qrels-pass.txt", "qrels.dl19-passage.txt", "qrels.dl20-passage.txt"])
+def test_judgments_to_evaluate_on_are_not_trained_on(tmp_path: Path, name: str) -> None:
+    """eval.msmarco reads them from the folder that a training reads."""
+    source = opened(msmarco(tmp_path))
+    before, fingerprint = list(source.examples()), source.fingerprint()
+    write(tmp_path / name, "19335 0 1 2\n")
+    source = opened(tmp_path)
+    assert list(source.examples()) == before and source.fingerprint() == fingerprint
 
 
 def test_msmarco_folder_unites_judgments_hard_negatives_and_id_triples_but_not_text_triples(tmp_path: Path) -> None:
@@ -159,6 +193,13 @@ def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dic
 def test_malformed_qrels(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=r"qrels\.txt, " + message):
         read_qrels(write(tmp_path / "qrels.txt", text))
+
+
+@pytest.mark.parametrize("grade", ["NaN", "Infinity", "0.5", "true"])
+def test_a_grade_in_json_is_a_whole_number(tmp_path: Path, grade: str) -> None:
+    path = write(tmp_path / "test.jsonl", f'{{"query-id": "q", "corpus-id": "d", "score": {grade}}}\n')
+    with pytest.raises(DataError, match="line 1: field 'score': expected a whole number"):
+        read_qrels(path)
 
 
 def test_hard_negatives_of_another_project_are_read_as_what_they_are(tmp_path: Path) -> None:

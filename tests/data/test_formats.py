@@ -172,6 +172,9 @@ def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path
     source = opened(path, corpus=str(corpus), queries=str(queries), **settings)
     assert list(source.examples()) == [Example("1", "who", (Passage("11"),), (Passage("12"), Passage("13")))]
     assert list(source.corpus()) == [Passage("11", "x"), Passage("12", "y"), Passage("13", "z")]
+    by_order = write(tmp_path / "order.jsonl", [{"qid": "1", "pid": "11"}])
+    assert list(opened(by_order, corpus=str(corpus), queries=str(queries)).examples()) == [Example("1", "who", (Passage("11"),))]
+    assert next(opened(by_order, columns=("qid", "pid")).examples()).query == "1", "asked for by name"
     with pytest.raises(DataError, match="'score' is no passage"):
         list(opened(path, format="columns").examples())
 
@@ -204,12 +207,21 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
         ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received '3'"),
         ("f.jsonl", [{"query": "q", "pos": "p"}], "line 1: field 'pos': expected a list, received 'p'"),
         ("f.jsonl", [{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}], "field 'pos_scores': expected 1 numbers"),
+        ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', r"'pos_scores\[0\]': expected a finite number, received nan"),
+        ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [-1e39]}', "expected a finite number, received -1e"),
+        ("f.jsonl", r'{"query": "half \ud83d", "pos": ["p"]}', "field 'query': expected Unicode text without the lone surrogate at 5"),
+        ("f.jsonl", r'{"query": "q", "pos": ["p", "\ude00"]}', r"line 1: field 'pos\[1\]': expected Unicode text"),
+        ("t.jsonl", r'{"query_id": "\ud83d", "query": "q", "positive_passages": []}', "line 1: field 'query_id': expected Unicode text"),
         (
             "f.jsonl",
             '{"query": "q", "pos": ["p"]}\n\n{"query": \n',
             "line 3: expected one JSON object on a line: .* received '{\"query\": '",
         ),
         ("c.csv", "anchor,positive\na,b\nc,d,e\n", r"line 3: expected 2 columns \(anchor, positive\), received 3"),
+        ("c.jsonl", [{"id": "q17", "question": "a", "answer": "b"}], "line 1: column 'id' is no passage: the columns are id, question,"),
+        ("c.csv", ",question,answer\n0,a,b\n", "line 2: column '' is no passage"),
+        ("c.csv", "anchor,positive,negative,negative\na,b,c,d\n", "line 1: expected columns of different names, received 'neg"),
+        ("c.tsv", "anchor\tpositive\tpositive\na\tb\tc\n", "line 1: expected columns of different names, received 'positive' twice"),
         ("c.csv", 'anchor,positive\na,"b\nc', "line 3: expected comma-separated values"),
         ("c.tsv", "anchor\tpositive\na\n", r"line 2: expected 2 columns \(anchor, positive\), received 1"),
         (

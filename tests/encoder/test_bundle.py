@@ -104,6 +104,9 @@ def test_what_is_given_replaces_what_the_folder_says(folder: Path) -> None:
         load_encoder(folder, precision="int8")
     with pytest.raises(ConfigError, match=r"model\.query_max_tokens: 999 tokens.*at most 256"):
         load_encoder(folder, query_max_tokens=999)
+    for none_left in (2, 0, -1):
+        with pytest.raises(ConfigError, match=rf"model\.passage_max_tokens: expected at least 4.*received {none_left}"):
+            load_encoder(folder, passage_max_tokens=none_left)
 
 
 def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:

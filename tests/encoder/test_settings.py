@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from retriever.config import Config, ConfigError, DataConfig, ModelConfig
+from retriever.encoder import settings as module
 from retriever.encoder.settings import EncoderSettings, read_settings, settings_of, tower_folder
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
@@ -120,3 +123,34 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is no folder or Hugging Face name of a loadable model"):
         read_settings(tmp_path / "empty")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The files asked of a hub that cannot be reached."""
+    files: list[str] = []
+
+    def unreached(_: str, file: str) -> str:
+        files.append(file)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(module, "hf_hub_download", unreached)
+    module._hub_file.cache_clear()
+    yield files
+    module._hub_file.cache_clear()
+
+
+def test_a_hub_that_is_not_reached_is_asked_once(asked: list[str]) -> None:
+    with pytest.raises(ConfigError, match="'some/model' is no folder, .*the hub was not reached, and the model is not in the cache"):
+        tower_folder("some/model", "passage")
+    assert asked == ["bigbatch.json"], "every question takes half a minute of retries"
+
+
+def test_a_cached_model_whose_files_cannot_be_asked_for_is_told(
+    asked: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pooling may stand in a file that was never fetched."""
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda name, file: str(folder / file))
+    assert tower_folder("some/model", "passage") == ""
+    assert asked == ["bigbatch.json", "modules.json"]
+    assert "note: some/model: the hub was not reached; the cache has no modules.json" in capsys.readouterr().err

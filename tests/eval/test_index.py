@@ -117,6 +117,7 @@ def test_defaults_by_corpus_size() -> None:
         ("IVF16,PQ5", "dimension 16 .*multiple of the number of subquantizers"),
         ("ivf probes=3", "FAISS refuses probes=3; received 'ivf probes=3'"),
         ("hnsw efSearch", "FAISS refuses efSearch"),
+        ("", "expected flat, .*; received ''"),
     ],
 )
 def test_what_faiss_cannot_build_is_refused(index: str, message: str) -> None:

@@ -77,6 +77,23 @@ def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.Monk
     assert same_rankings(whole, alone)
 
 
+def test_embeddings_that_are_all_the_same_do_not_take_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every passage of a collapsed model may be among the k best, so that every query is searched to the end of the block."""
+    most = []
+
+    class Watched(faiss.IndexFlatIP):
+        def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            most.append(len(queries) * k)
+            return super().search(queries, k)
+
+    monkeypatch.setattr(faiss, "IndexFlatIP", Watched)
+    monkeypatch.setattr(flat, "_HITS_AT_ONCE", 4_000)
+    ids = [f"{i:05d}" for i in range(3_000)]
+    run = search(np.ones((50, 8), np.float32), [f"q{i}" for i in range(50)], Parts(np.ones((3_000, 8), np.float32), ids, []), 10)
+    assert max(most) <= 4_000 and len(most) > 50
+    assert all(found.passage_ids == ids[:-11:-1] for found in run.values())
+
+
 def test_threads_change_nothing() -> None:
     rng = np.random.default_rng(1)
     passages, queries = rng.standard_normal((3_000, 16)).astype(np.float16), rng.standard_normal((40, 16)).astype(np.float32)

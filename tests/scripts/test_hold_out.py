@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever.data.formats import read_qrels
+from retriever.data.formats import read_corpus, read_qrels
 from scripts.hold_out import main
 
 
@@ -34,6 +34,26 @@ def test_fit_and_dev_are_the_split_divided(source: Path, tmp_path: Path) -> None
     for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         assert (tmp_path / "a" / file).read_bytes() == (source / file).read_bytes()
     assert not (tmp_path / "a" / "qrels" / "train.tsv").exists(), "training on it would be training on dev"
+
+
+def test_a_corpus_of_shards_is_copied(source: Path, tmp_path: Path) -> None:
+    (source / "corpus").mkdir()
+    (source / "corpus.jsonl").rename(source / "corpus" / "00000.jsonl")
+    main(["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"])
+    assert [passage.id for passage in read_corpus(tmp_path / "out")] == ["p"]
+
+
+@pytest.mark.parametrize("name", ["dev.tsv", "fit.tsv", "dev.jsonl"])
+def test_a_split_of_the_source_is_not_overwritten(source: Path, tmp_path: Path, name: str) -> None:
+    (source / "qrels" / name).write_text("query-id\tcorpus-id\tscore\nofficial\tp\t1\n")
+    with pytest.raises(SystemExit, match=f"its qrels/ holds {name}"):
+        main(["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"])
+
+
+def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
+    (source / "qrels" / "train.tsv").rename(source / "qrels" / "dev.tsv")
+    main(["--data", str(source), "--output", str(tmp_path / "out"), "--split", "dev", "--queries", "6"])
+    assert len(read_qrels(tmp_path / "out" / "qrels" / "dev.tsv")) == 6
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_killed_at_any_moment_it_ends_the_same(workplace: Workplace, undisturbed
         ("train.run.output_dir=x", "train.run.output_dir: the loop sets it"),
         ("rounds.0.mien=1", "rounds.0.mien: unknown key"),
         ("source.path=/nowhere", "/nowhere"),
+        ("rounds.x.name=other", "override 'rounds.x.name=other'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(
@@ -173,6 +174,12 @@ def test_the_projects_loops_are_valid(path: Path) -> None:
     assert load_loop(path).rounds
     with pytest.raises(ConfigError, match="expected key.sub=value"):
         load_loop(path, ["rounds"])
+
+
+@pytest.mark.parametrize("prompt", ["query: ", "Represent question #1: ", "${a}"])
+def test_a_prompt_on_the_command_line_is_taken_as_it_stands(prompt: str) -> None:
+    loop = load_loop(ROOT / "configs" / "loop_scifact.yaml", [f"train.model.query_prompt={prompt}"])
+    assert loop.training(0, "model", None, Path("out")).model.query_prompt == prompt
 
 
 def test_options_become_words() -> None:
