@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.exclusions import Pairs
 from retriever.config import OptimConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
@@ -134,7 +135,10 @@ def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, d
     positives = torch.arange(queries) % passages
     ptr = torch.arange(queries + 1)
     groups = Groups(ptr, positives, torch.ones(queries))  # a teacher's, where one is distilled
-    targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups)
+    none = torch.empty(0, dtype=torch.int64)
+    known = KnownPairs(Pairs(none, none), (passages,))  # but the targets
+    targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups, known_pairs=known, ignores=False)
+    targets = targets.pinned() if device.type == "cuda" else targets
     alone = World(device)
     objective(*sides, targets, alone)
     rounds = [_measured(device, lambda: objective(*sides, targets, alone))[0] for _ in range(_REPEATS)]

@@ -19,6 +19,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, middle, most_retained, scaled_loss, settled_size
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import host_bytes
+from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
 from retriever.parallel.world import World
 
 EVERYTHING = 2**62  # tokens: more than any batch has
@@ -185,7 +186,16 @@ class StepPlanner:
         fixed = float(config.workspace_mib) * 2**20 if tiled else 0.0
         if self._config.batch.offload:
             fixed = inf  # blocks do not grow with the batch
+        elif tiled:
+            cost = replace(cost, seconds=cost.seconds * self._operations(queries, passages) / self._operations(*part, alone=True))
         return scaled_loss(cost, part, (queries, passages), linear_memory=tiled, fixed_bytes=fixed)
+
+    def _operations(self, queries: int, passages: int, *, alone: bool = False) -> int:
+        """Of the tiled loss, for a number of a query and a passage; `alone`: as it is measured, on one rank."""
+        loss = self._config.loss
+        if loss.exchange == "ring" and self._world.size > 1 and not alone:
+            return RING_OPERATIONS
+        return gathered_operations(queries, passages, loss.symmetric, loss.precision, float(loss.workspace_mib))
 
 
 def _unmeasured(batch: BatchConfig, device: torch.device, longest: int) -> BatchConfig:

@@ -143,7 +143,22 @@ def test_representations_in_host_memory_take_none_of_a_gpus(
     rows = sum(len(lengths) for lengths in there.workload.lengths.values())
     assert (there.memory.representations, there.memory.host) == (0, rows * 32 * 14)
     assert (here.memory.representations, here.memory.host) == (rows * 32 * 4, 0)
-    assert there.memory.loss == 2**24 < here.memory.loss and there.loss_s == here.loss_s > 10
+    assert there.memory.loss == 2**24 < here.memory.loss and min(there.loss_s, here.loss_s) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"), [({}, 8 / 6), ({"workspace_mib": 64}, 1), ({"symmetric": True}, 1), ({"strategy": "dense"}, 1)]
+)
+def test_a_larger_loss_may_take_two_passes(
+    store: Store, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], factor: float
+) -> None:
+    """Measured over 256 pairs, for which 1 MiB of exponentials does in one pass where both directions are not asked for."""
+    monkeypatch.setattr(step_plan, "measure_loss", lambda *given: Cost(1.0, 2.0**24))
+    monkeypatch.setattr(step_plan, "_MEASURED_PAIRS", {("cpu", True): 2**16, ("cpu", False): 2**16})
+    config = _config(preflight="only")
+    _, forecast = _decide(store, encoder, replace(config, loss=replace(config.loss, **changes)))
+    assert forecast is not None
+    assert forecast.loss_s == pytest.approx(factor * (QUERIES / 256) ** 2, rel=0.02)
 
 
 def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:

@@ -28,6 +28,7 @@ Exchange = Literal["ring", "gather"]
 
 GATHER_SHARE = 0.25  # of the memory that is free before step 1: the encoder's activations need the rest
 _AUTO_WORKSPACE_MIB = 1024
+RING_OPERATIONS = 8  # for a number of a query and a passage: two sweeps
 _ONE_PASS_ROWS = 2048  # in a workspace that holds fewer, `kernels.infonce_tiled` takes two passes
 _BYTES = {"bf16": 2, "high": 4, "fp32": 4}
 _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix units
@@ -78,18 +79,23 @@ class Estimate:
         return self.compute_ms + self.exposed_ms
 
 
+def gathered_operations(rows: float, columns: int, symmetric: bool, precision: str, workspace_mib: float) -> int:
+    """Operations for a number of a query and a passage, of `rows` queries and `columns` passages at hand: 8 in two passes, 6 in one."""
+    in_slab = workspace_mib * 2**20 / (columns * (2 if precision == "bf16" else 4))
+    return RING_OPERATIONS if symmetric or in_slab < min(rows, _ONE_PASS_ROWS) else 6
+
+
 def gather_cost(work: Workload, machine: Machine) -> Estimate:
     """All passages at hand."""
     rows, columns = work.queries / work.ranks, work.passages
-    in_slab = work.workspace_mib * 2**20 / (columns * (2 if work.precision == "bf16" else 4))
-    passes = 2 if work.symmetric or in_slab < min(rows, _ONE_PASS_ROWS) else 1
-    compute = _compute_ms((4 + 2 * passes) * rows * columns * work.dim, work, machine) + machine.block_ms + machine.call_ms
+    each = gathered_operations(rows, columns, work.symmetric, work.precision, work.workspace_mib)
+    compute = _compute_ms(each * rows * columns * work.dim, work, machine) + machine.block_ms + machine.call_ms
     wide = _BYTES[work.precision] + 4  # there in the loss's precision, back in float32
     nodes = -(-work.ranks // machine.ranks_per_node)
     inside = (columns - columns / work.ranks) * work.dim * wide / machine.inside_gb_s
     between = (columns - columns / nodes) * work.dim * wide / machine.between_gb_s / machine.ranks_per_node
     transfer = max(inside, between) / 1e6
-    own = columns / work.ranks * (1 if work.symmetric or passes > 1 or work.ranks == 1 else 2)  # the last slab's part is apart
+    own = columns / work.ranks * (1 if each == RING_OPERATIONS or work.ranks == 1 else 2)  # the last slab's part is apart
     received = columns * work.dim * wide if work.ranks > 1 else 0.0
     return Estimate(compute, transfer, transfer, (received + (rows + own) * work.dim * 4) / 2**20 + work.workspace_mib)
 
@@ -101,7 +107,8 @@ def ring_cost(work: Workload, machine: Machine) -> Estimate:
     hops = work.ranks - 1
     bandwidth = machine.inside_gb_s if work.ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
     sweeps = [(2, narrow, hops), (6, 4, min(hops, 1)), (6, narrow + 4, hops - 1)]  # sweep 2 begins with the block sweep 1 ended on
-    compute = work.ranks * (_compute_ms(8 * rows * columns * work.dim, work, machine) + 2 * machine.block_ms) + machine.call_ms
+    a_block = _compute_ms(RING_OPERATIONS * rows * columns * work.dim, work, machine) + 2 * machine.block_ms
+    compute = work.ranks * a_block + machine.call_ms
     transfer = exposed = 0.0
     for operations, width, times in sweeps:
         hop = columns * work.dim * width / bandwidth / 1e6
