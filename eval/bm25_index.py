@@ -50,7 +50,7 @@ def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: floa
     Raises DataError where there are no texts, or none has a word.
     """
     spool = folder / "numbers.tmp"
-    lengths, words = _spool(tqdm(texts, desc="BM25: words", unit="text", disable=not progress), spool, tokenise)
+    lengths, words = _spool(tqdm(texts, desc="BM25: words", unit=" texts", disable=not progress), spool, tokenise)
     if not words:
         raise DataError(f"{len(lengths)} passages without a single word: BM25 needs text")
     index = bm25s.BM25(k1=k1, b=b)

@@ -65,7 +65,7 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
     order = PassageOrder(passage_ids(passages))
     wanted = k + exclude_self
-    with tqdm(total=passages.rows, desc="search", unit="passage", unit_scale=True, disable=not (progress and is_first)) as bar:
+    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)) as bar:
         if on_torch:
             from eval.streaming import search_streaming
 

@@ -84,7 +84,7 @@ def encode_to_shards(
         writer.prepare()
     wait()
     reading = _Reading(texts, shard_rows, lambda shard: shard % world_size == rank and not writer.has(shard))
-    with tqdm(unit="text", desc=f"encode {side}", disable=not progress or rank != 0) as bar:
+    with tqdm(unit=" texts", desc=f"encode {side}", disable=not progress or rank != 0) as bar:
         encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
         with closing(encoded):
             _write(writer, encoded)

@@ -110,7 +110,7 @@ def read_members(settings: Settings) -> tuple[list[Member], list[str]]:
     """Every documented function of the packages, by module and line; and the modules that this Python cannot parse."""
     members, unreadable = [], []
     for package in settings.packages:
-        for file in tqdm(list(python_files(package)), f"reading {package}", unit="files", delay=2, leave=False):
+        for file in tqdm(list(python_files(package)), f"reading {package}", unit=" files", delay=2, leave=False):
             try:
                 with tokenize.open(file.path) as source:
                     functions = list(documented_functions(source.read(), file.module))

@@ -69,7 +69,7 @@ class EncoderBundle:
             found = arriving.wait()
             embeddings[start : start + len(found)] = found
 
-        with tqdm(total=len(texts), unit="text", desc=f"encode {side}", disable=progress is not True) as bar:
+        with tqdm(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
             done = progress if callable(progress) else bar.update
             with closing(self.encode_slabs(slabs, side, tokens_per_chunk=tokens_per_chunk, progress=done)) as encoded:
                 for slab in encoded:

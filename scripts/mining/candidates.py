@@ -72,7 +72,7 @@ def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, ranks: Ranks,
     files = [f"{part:05d}.npy" for part in range(-(-len(pool.queries) // _BM25_QUERIES))]
     mine = [part for part in range(len(files)) if part % ranks.size == ranks.rank]
     threads = threads or max(1, cores() // ranks.size)
-    for part in tqdm(mine, desc="search by bm25", unit="part", disable=ranks.rank != 0):
+    for part in tqdm(mine, desc="search by bm25", unit=" parts", disable=ranks.rank != 0):
         if not (folder / files[part]).exists():
             texts = [query.text for query in pool.queries[part * _BM25_QUERIES : (part + 1) * _BM25_QUERIES]]
             found = in_threads(lambda text: _row(index.rank(text, depth, str), depth), texts, threads)

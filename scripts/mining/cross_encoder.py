@@ -79,7 +79,7 @@ def train_cross_encoder(
     optimizer = Optimizer(optim, [model.to(device).train()], len(steps), device)
     autocast = AUTOCAST_DTYPES[optim.precision]
     seen = []
-    for step, chosen in enumerate(tqdm(steps, desc="train cross-encoder", unit="step", mininterval=2)):
+    for step, chosen in enumerate(tqdm(steps, desc="train cross-encoder", unit=" steps", mininterval=2)):
         seed_step(training.seed, step, 0)
         inputs, sizes = _pairs([groups[i] for i in chosen], training, tokenizer)
         optimizer.set_learning_rate(step)

@@ -76,7 +76,7 @@ def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, 
     starts = range(0, len(pool.queries), _QUERIES_A_PART)
     files = [f"{part:05d}.npy" for part in range(len(starts))]
     mine = [part for part in range(len(starts)) if part % ranks.size == ranks.rank]
-    for part in tqdm(mine, desc="score", unit="part", disable=not progress or ranks.rank != 0):
+    for part in tqdm(mine, desc="score", unit=" parts", disable=not progress or ranks.rank != 0):
         if (folder / files[part]).exists():
             continue
         here = range(starts[part], min(starts[part] + _QUERIES_A_PART, len(pool.queries)))
