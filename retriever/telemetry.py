@@ -36,7 +36,12 @@ class Telemetry:
         self._first = accelerator.is_main_process
         self._metrics, self._total = metrics, total
         self._bar = tqdm(
-            total=total, initial=finished, desc=_DESCRIPTION, unit=" steps", disable=not self._first or finished == total, dynamic_ncols=True
+            total=total,
+            initial=finished,
+            desc=_DESCRIPTION,
+            unit=" steps",
+            disable=not self._first or finished == total,
+            dynamic_ncols=True,
         )
         self._forecast, self._step_seconds = forecast, list[float]()
         self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0  # of the steps not logged yet
