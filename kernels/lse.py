@@ -107,7 +107,8 @@ def infonce(
         if extent is not None:
             _check_extent(extent.get(), len(passages))
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
-    if ignored if extent is None else _check_extent(extent.get(), len(passages)):
+    some_ignored = ignored if extent is None else _check_extent(extent.get(), len(passages))
+    if some_ignored:
         return _all_gone(
             _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients),
             departure,

@@ -19,7 +19,7 @@ from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
-from retriever.representations import DeviceRoom, HostRoom, Place, Representations, reordered
+from retriever.representations import DeviceRoom, HostRoom, Place, Representations
 from retriever.rng import RngState
 
 
@@ -55,14 +55,19 @@ def encode_without_graph(
 
 
 def representation_gradients(
-    objective: ContrastiveObjective, representations: Representations, batch: Batch, world: World, scale: float = 1.0
+    objective: ContrastiveObjective,
+    representations: Representations,
+    batch: Batch,
+    world: World,
+    scale: float = 1.0,
+    temperature: float | None = None,
 ) -> tuple[Tensor, Representations]:
     """This rank's share of the loss over all ranks' passages, and `scale` times its gradient at the representations.
 
-    The gradient of a learned temperature is left on the objective's parameter, scaled alike.
+    The gradient of a learned temperature is left on the objective's parameter, scaled alike. `temperature`: the present one, if known.
     """
-    targets = batch.targets if representations.order is None else reordered(batch.targets, *representations.order)
-    loss, dqueries, dpassages = objective(representations.query, representations.passage, targets, world, scale)
+    targets = batch.targets if representations.order is None else batch.targets.reordered(*representations.order)
+    loss, dqueries, dpassages = objective(representations.query, representations.passage, targets, world, scale, temperature)
     return loss, Representations(dqueries, dpassages)
 
 

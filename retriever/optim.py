@@ -91,7 +91,7 @@ class Optimizer:
         self.scaler.step(self.torch)
         self.scaler.update()
         if self._skips:
-            self._check(norm, step)  # the step's first wait for the device: all is queued
+            self._check(norm, step)  # the update's first wait for the device: all is queued
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise FloatingPointError(
                 f"step {step + 1}: gradients are not finite at a loss scale of {self.scaler.get_scale():g} either; "

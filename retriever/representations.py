@@ -6,14 +6,11 @@ second. The loss does not mind the order; the targets are brought into it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.lse import Exclusions
-from retriever.data.batch import Targets
 from retriever.data.chunks import Chunk
 from retriever.data.tokens import Side
 from retriever.parallel.host import host_rows
@@ -54,7 +51,7 @@ class DeviceRoom:
 
 
 class HostRoom:
-    """Room for them in host memory, page-locked where `like` is on a GPU: the next chunk is encoded while one is copied."""
+    """Room for them in host memory, page-locked where `like` is on a GPU: kernels wait for a copy, the host does not."""
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
         self._device = like.device
@@ -76,19 +73,3 @@ class HostRoom:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return Representations(self._rows["query"], self._rows["passage"], (self._order["query"], self._order["passage"]))
-
-
-def reordered(targets: Targets, query_rows: Tensor, passage_rows: Tensor) -> Targets:
-    """The targets of a batch whose row i is the one that was query_rows[i] of its queries [B], passage_rows[i] of its passages [N]."""
-    place = torch.empty_like(passage_rows)
-    place[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
-    positives = targets.positives[query_rows]
-    known = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids).of_rows(query_rows)
-    return replace(
-        targets,
-        positives=place[positives.clamp(min=0)].where(positives >= 0, -1),
-        passage_ids=targets.passage_ids[passage_rows],
-        known_ptr=known.known_ptr,
-        known_ids=known.known_ids,
-        known_pairs=None,  # of another order, and other ranks have theirs
-    )

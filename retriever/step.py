@@ -41,7 +41,7 @@ def train_step(
     representations, first = encode_without_graph(encoder, batch, retain, offload=objective.offload)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
-    loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale)
+    loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)
 
     # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
     backward_through_encoder(encoder, batch, gradients, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, sqrt
@@ -64,7 +65,7 @@ class StepPlanner:
             optimizer=_state_bytes(config.optim, trained),
             representations=0.0 if config.batch.offload else numbers * next(encoder.parameters()).itemsize,
             loss=0.0,
-            host=numbers * host_bytes(config.loss.precision) if config.batch.offload else 0.0,
+            host=numbers * host_bytes(config.loss.precision, dims=bool(config.loss.dims)) if config.batch.offload else 0.0,
         )
 
     def decide(self) -> tuple[Config, Forecast | None]:
@@ -72,8 +73,9 @@ class StepPlanner:
 
         A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing is measured of
         an encoder in shards, of which no rank can work alone.
-        Raises ConfigError where no chunk fits, or `batch.retain=true` and not all graphs do.
+        Raises ConfigError where no chunk fits, `batch.retain=true` and not all graphs do, or representations are more than the host holds.
         """
+        self._check_host()
         if self._world.sharded:
             return replace(self._config, batch=_unmeasured(self._config.batch, self._device, self._longest)), None
         batch, usable, preflight = self._config.batch, self._usable, self._config.run.preflight
@@ -96,6 +98,14 @@ class StepPlanner:
             if retain is True and usable is not None:
                 self._check_room(forecast.peak_bytes - usable)
         return replace(self._config, batch=replace(batch, tokens_per_chunk=size, retain=retain)), forecast
+
+    def _check_host(self) -> None:
+        ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if (taken := ranks * self._memory.host) > there:
+            raise ConfigError(
+                f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} GiB of host memory, "
+                f"and this machine has {there / _GIB:,.1f} GiB; lower batch.queries"
+            )
 
     def _check_room(self, missing_bytes: float) -> None:
         missing = -self._agreed(int(-missing_bytes))  # on the rank that lacks most

@@ -68,7 +68,7 @@ def test_a_random_chunk_has_the_lengths_asked_for(packed: bool) -> None:
 
 def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
     """Weights, modes, gradients and random numbers are as they were, though dropout drew and gradients were made."""
-    objective = ContrastiveObjective(LossConfig(learn_temperature=True))
+    objective = ContrastiveObjective(LossConfig(learn_temperature=True), unit=True)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.rand(4)
@@ -86,12 +86,12 @@ def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))])
 def test_every_objective_can_be_measured(loss: LossConfig) -> None:
-    small, large = (measure_loss(ContrastiveObjective(loss), n, 2 * n, 16, CPU).seconds for n in (4, 1024))
+    small, large = (measure_loss(ContrastiveObjective(loss, unit=True), n, 2 * n, 16, CPU).seconds for n in (4, 1024))
     assert 0 < small < large
 
 
 def test_a_loss_in_host_memory_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = ContrastiveObjective(LossConfig(), block_rows=8)
+    objective = ContrastiveObjective(LossConfig(), block_rows=8, unit=True)
     given = []
     monkeypatch.setattr(objective, "forward", lambda *args: given.append(args))
     measure_loss(objective, 4, 8, 16, torch.device("meta"))

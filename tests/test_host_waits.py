@@ -122,17 +122,18 @@ def _encoder() -> DualEncoder:
         LossConfig(symmetric=True),
         LossConfig(symmetric=True, false_negative_margin=0.05, workspace_mib=1),
         LossConfig(dims=(16, 64), dim_weights=(1.0, 1.0)),
+        LossConfig(learn_temperature=True, temperature=0.05),
     ],
     ids=lambda loss: ",".join(f"{k}={v}" for k, v in vars(loss).items() if v != getattr(LossConfig(), k)) or "default",
 )
 def test_nothing_is_waited_for_between_the_passes(store: Store, launches: list[str], loss: LossConfig, retain: int) -> None:
     """From the first chunk to the last backward pass, hard positives and all."""
-    encoder, objective, world = _encoder(), ContrastiveObjective(loss), World(NOWHERE)
+    encoder, objective, world = _encoder(), ContrastiveObjective(loss, unit=True).to(NOWHERE), World(NOWHERE)
     batch = _batch(store)
     assert len(batch.targets.known_pairs.pairs.rows) == QUERIES // 3  # type: ignore[union-attr]
     with _watched() as watch:
         representations, first = encode_without_graph(encoder, batch, retain)
-        value, gradients = representation_gradients(objective, representations, batch, world)
+        value, gradients = representation_gradients(objective, representations, batch, world, temperature=loss.temperature)
         backward_through_encoder(encoder, batch, gradients, first)
     assert value.device == NOWHERE and all(p.grad is not None for p in encoder.parameters())
     assert watch.operations > 100 and {"_tile_pass", "_finish_queries", "_finish_passages"} <= set(launches)
@@ -145,7 +146,7 @@ def test_the_watch_sees_waits(store: Store, launches: list[str]) -> None:
 
     def loss(targets: Any, **settings: Any) -> None:
         with _watched():
-            ContrastiveObjective(LossConfig(**settings))(q, p, targets, world)
+            ContrastiveObjective(LossConfig(**settings), unit=True)(q, p, targets, world)
 
     loss(targets)
     for unknown in (replace(targets, known_pairs=None), replace(targets, ignores=True)):

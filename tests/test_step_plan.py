@@ -56,7 +56,7 @@ def _config(queries: int = QUERIES, preflight: str = "auto", **batch: Any) -> Co
 
 
 def _decide(store: Store, encoder: DualEncoder, config: Config, world: World = CPU) -> tuple[BatchConfig, Forecast | None]:
-    objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None)
+    objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None, unit=True)
     planner = Planner(store, queries=config.batch.queries, negatives=0, seed=0)
     decided, forecast = StepPlanner(config, encoder, objective, store, planner, TEMPLATE, world).decide()
     assert replace(decided, batch=config.batch) == config
@@ -159,6 +159,16 @@ def test_a_larger_loss_may_take_two_passes(
     _, forecast = _decide(store, encoder, replace(config, loss=replace(config.loss, **changes)))
     assert forecast is not None
     assert forecast.loss_s == pytest.approx(factor * (QUERIES / 256) ** 2, rel=0.02)
+
+
+def test_more_than_the_host_holds_is_refused(store: Store, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all ranks of this machine together."""
+    there = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * QUERIES * 32 * 14}
+    monkeypatch.setattr(step_plan.os, "sysconf", there.get)  # type: ignore[attr-defined]
+    _decide(store, encoder, _config(offload=True))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="batch.offload: .*lower batch.queries"):
+        _decide(store, encoder, _config(offload=True))
 
 
 def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:

@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
+from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
 from tests.tiny import random_texts, save_tiny_model
 
@@ -80,6 +82,20 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
         assert main(arguments) == 0
         losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["true", "false"])
+def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(workplace: Path, monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
+    largest, problem = [], ContrastiveObjective._problem
+
+    def noted(objective: ContrastiveObjective, *given: Any) -> Any:
+        largest.append(problem(objective, *given).largest)
+        return problem(objective, *given)
+
+    monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
+    settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
+    assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
+    assert set(largest) == {1.0 if normalize == "true" else None}
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:

@@ -55,6 +55,15 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
     assert f"{check.gradient_error:.1e}" in str(check)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_leading_dimensions_are_checked_of_any_vectors(encoder: DualEncoder, batch: Batch, normalize: bool) -> None:
+    """They are brought to unit length again where embeddings are unit vectors, and nowhere else."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(encoder, "normalize", normalize)
+        check = gradient_error(encoder, LossConfig(temperature=0.5, dims=(8, 32), dim_weights=(1.0, 0.5)), batch)
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+
+
 def test_representations_in_host_memory_are_checked_in_blocks(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """The offloaded loss is exact as well, and a gradient that keeps its last block alone is found."""
     loss = LossConfig(temperature=0.07, symmetric=True, false_negative_margin=0.1)

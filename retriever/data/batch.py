@@ -69,6 +69,25 @@ class Targets:
         """The same targets in page-locked host memory."""
         return self._map(Tensor.pin_memory)
 
+    def reordered(self, query_rows: Tensor, passage_rows: Tensor) -> Targets:
+        """The targets of a batch whose row i is the one that was query_rows[i] of these queries [B], passage_rows[i] of the passages [N].
+
+        A teacher's groups are left out, and pairs that were looked up: they are of the old order, on other ranks too.
+        """
+        place = torch.empty_like(passage_rows)
+        place[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
+        positives = self.positives[query_rows]
+        known = Exclusions(self.passage_ids, self.known_ptr, self.known_ids).of_rows(query_rows)
+        return replace(
+            self,
+            positives=place[positives.clamp(min=0)].where(positives >= 0, -1),
+            passage_ids=self.passage_ids[passage_rows],
+            known_ptr=known.known_ptr,
+            known_ids=known.known_ids,
+            groups=None,
+            known_pairs=None,
+        )
+
     def _ignores(self) -> bool:
         """Waits for nothing where the targets are on the host, as they are before `to`."""
         least, most = (int(x) for x in self.positives.aminmax()) if len(self.positives) else (0, -1)
@@ -120,8 +139,9 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         even_chunks: bool = False,
+        look_up: bool = True,
     ) -> None:
-        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end."""
+        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end; `look_up`: known pairs, too."""
         self._store, self._planner, self._template = store, planner, template
         self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
         self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
@@ -129,6 +149,7 @@ class BatchLoader:
         self._masked = mask_known_positives
         self._teacher_groups, self._teacher_margin = teacher_groups, teacher_margin
         self._device, self._rank, self._world_size, self._even_chunks = device, rank, world_size, even_chunks
+        self._look_up = look_up
 
     @classmethod
     def from_config(cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> BatchLoader:
@@ -139,6 +160,7 @@ class BatchLoader:
                 "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and negatives; "
                 "data.train has none (scripts.mine_negatives --teacher writes them)"
             )
+        gathers = config.loss.exchange != "ring" or world.size == 1
         return cls(
             store,
             planner,
@@ -153,6 +175,7 @@ class BatchLoader:
             rank=world.rank,
             world_size=world.size,
             even_chunks=world.sharded,
+            look_up=config.loss.strategy == "tiled" and gathers and not config.batch.offload,  # others do it themselves
         )
 
     def load(self, step: int) -> Batch:
@@ -173,8 +196,7 @@ class BatchLoader:
             torch.from_numpy(np.ascontiguousarray(known.ids)),
             global_queries=len(whole.queries),
             groups=groups,
-            known_pairs=_known_pairs(mine, known, self._rank),
-            ignores=False,
+            known_pairs=_known_pairs(mine, known, self._rank) if self._look_up else None,
         )
         if self._device.type == "cuda":
             targets = targets.pinned()

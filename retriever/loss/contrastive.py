@@ -35,8 +35,8 @@ _ROWS_AT_ONCE = 65_536  # held in double precision
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig, *, unit: bool = True, block_rows: int | None = None) -> None:
-        """`unit`: embeddings are unit vectors, and so are their leading parts where `loss.dims` asks for them.
+    def __init__(self, config: LossConfig, *, unit: bool, block_rows: int | None = None) -> None:
+        """`unit`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
         """
@@ -58,27 +58,34 @@ class ContrastiveObjective(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float = 1.0
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        targets: Targets,
+        world: World,
+        gradient_scale: float = 1.0,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's loss [], dqueries [B, D] and dpassages [N, D], of the dtype of queries [B, D] and passages [N, D].
 
         Where the temperature is learned, this rank's part of its gradient is added to `log_scale.grad`. Gradients, not the
-        loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16.
+        loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16. `temperature`: the present one; None: it is
+        read here, and where it is learned the host waits for it.
         """
-        targets = targets.to(queries.device)
+        targets, temperature = targets.to(queries.device), self.temperature if temperature is None else temperature
         if not self._config.dims:
-            return self._contrast(queries, passages, targets, world, gradient_scale)
+            return self._contrast(queries, passages, targets, world, gradient_scale, temperature)
         weights = self._config.dim_weights or (1.0,) * len(self._config.dims)
 
         def contrast(q: Tensor, p: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-            return self._contrast(q, p, targets, world, gradient_scale * weight)
+            return self._contrast(q, p, targets, world, gradient_scale * weight, temperature)
 
         return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit)
 
     def _contrast(
-        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float
+        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        problem = replace(self._problem(queries, passages, targets, gradient_scale), block_rows=self._block_rows)
+        problem = self._problem(queries, passages, targets, gradient_scale, temperature)
         row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
         if self.log_scale.requires_grad:
             # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
@@ -102,7 +109,7 @@ class ContrastiveObjective(nn.Module):
         losses, dqueries, dpassages = STRATEGIES[config.strategy](replace(problem, weight=weight * problem.weight), world)
         return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
 
-    def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float) -> Problem:
+    def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float, temperature: float) -> Problem:
         # Positive and negative similarities come from the same rounded vectors: a loss is never below zero.
         queries, passages = rounded(queries, self._config.precision), rounded(passages, self._config.precision)
         threshold = None
@@ -117,7 +124,7 @@ class ContrastiveObjective(nn.Module):
             passages,
             targets.positives,
             exclusions,
-            scale=1.0 / self.temperature,
+            scale=1.0 / temperature,
             weight=gradient_scale / targets.global_queries,
             symmetric=self._config.symmetric,
             precision=self._config.precision,
@@ -126,4 +133,5 @@ class ContrastiveObjective(nn.Module):
             known_pairs=targets.known_pairs,
             ignores=targets.ignores,
             largest=1.0 if self._unit else None,
+            block_rows=self._block_rows,
         )

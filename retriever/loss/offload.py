@@ -26,7 +26,7 @@ from retriever.parallel.host import CopyStream, HostRows, host_rows
 from retriever.parallel.ring import Ring
 from retriever.parallel.world import World
 
-BLOCK_ROWS = 32_768  # in bf16 on an H100, the work on a block hides copies at 30 GB/s
+BLOCK_ROWS = 32_768  # in bf16 on an H100, the work on a block hides copies at 30 GB/s, those of a sweep's first block aside
 
 PairsByBlock = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
@@ -83,9 +83,12 @@ def _second_sweep(problem: Problem, world: World, cut: _Cut, tables: _Tables, qu
             dp += term
 
 
-def host_bytes(precision: str) -> int:
-    """Host memory for a number of an embedding, at most: itself, what it is rounded to, what is copied of it, and its gradient."""
-    return 4 + (4 + 2 if precision == "bf16" else 4) + 4
+def host_bytes(precision: str, *, dims: bool) -> int:
+    """Host memory for a number of an embedding: itself, what it is rounded to, what is copied of it, and its gradient.
+
+    With `loss.dims` leading parts, their gradients and sums of these come on top. Page-locked memory comes in powers of two.
+    """
+    return 4 + (4 + 2 if precision == "bf16" else 4) + 4 + (20 if dims else 0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.targets import sum_by_target
 from retriever.loss.problem import Problem, nll
 
 
@@ -37,8 +38,8 @@ class Terms:
             losses = (losses + nll(of_targets, positive)) / 2
             column_share = torch.sigmoid(of_targets - positive)
             share = share + column_share
-            # A passage that several queries have as target has a term for each; index_put_ adds them in a fixed order.
-            pulled = torch.zeros_like(column_lse).index_put_((columns,), (weight * column_share).where(active, 0.0), accumulate=True)
+            # A passage that several queries have as target has a term for each.
+            pulled = sum_by_target((weight * column_share).where(active, 0.0), columns, len(column_lse))
             column_log_weights = torch.where(pulled > 0, pulled.log() - column_lse, -torch.inf)
         pull = (problem.scale * weight * share).where(active, 0.0)
         return Terms(losses.where(active, 0.0), row_log_weights, column_log_weights, pull)

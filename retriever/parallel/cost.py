@@ -43,7 +43,7 @@ class Machine:
     inside_gb_s: float = 240.0  # from a rank to its neighbour in the node, each direction
     between_gb_s: float = 45.0  # through a rank's network card
     block_ms: float = 0.1  # of launches and waits, for a block in a sweep
-    call_ms: float = 1.5  # in which the device waits for the host: it asks how many rows and known pairs there are
+    call_ms: float = 1.5  # of a ring: the device waits for the host, which asks how many known pairs there are
 
     @staticmethod
     def here() -> Machine:
@@ -89,7 +89,7 @@ def gather_cost(work: Workload, machine: Machine) -> Estimate:
     """All passages at hand."""
     rows, columns = work.queries / work.ranks, work.passages
     each = gathered_operations(rows, columns, work.symmetric, work.precision, work.workspace_mib)
-    compute = _compute_ms(each * rows * columns * work.dim, work, machine) + machine.block_ms + machine.call_ms
+    compute = _compute_ms(each * rows * columns * work.dim, work, machine) + machine.block_ms
     wide = _BYTES[work.precision] + 4  # there in the loss's precision, back in float32
     nodes = -(-work.ranks // machine.ranks_per_node)
     inside = (columns - columns / work.ranks) * work.dim * wide / machine.inside_gb_s

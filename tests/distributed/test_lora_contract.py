@@ -36,7 +36,7 @@ def _encoder(folder: Path, tied: bool) -> DualEncoder:
 
 
 def _objective(strategy: str) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(strategy=strategy, precision="fp32", temperature=0.1)).double()  # type: ignore[arg-type]
+    return ContrastiveObjective(LossConfig(strategy=strategy, precision="fp32", temperature=0.1), unit=True).double()  # type: ignore[arg-type]
 
 
 def _oracle(folder: Path, tied: bool, ranks: int) -> tuple[float, dict[str, Tensor]]:

@@ -47,7 +47,7 @@ class _Run:
         if self.config.model.lora is not None:
             adapt(self.encoder.towers, self.config.model.lora, seed=0)
         self.placed = PlacedEncoder(self.encoder, world)
-        objective = ContrastiveObjective(self.config.loss).double().to(world.device)
+        objective = ContrastiveObjective(self.config.loss, unit=True).double().to(world.device)
         self.state = TrainingState(self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, world.device))
         whole = random_batch(queries=7, passages=12, ranks=world.size)
         cut = partial(rank_batch, whole, tokens_per_chunk=BUDGET)

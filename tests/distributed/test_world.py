@@ -102,7 +102,7 @@ def _empty_rank(world: World) -> list[str]:
     alone, wrong = rank_batch(whole, 0, 10**6)[0], []
     for name in STRATEGIES:
         for symmetric in (False, True):
-            objective = ContrastiveObjective(LossConfig(strategy=name, symmetric=symmetric, precision="fp32"))  # type: ignore[arg-type]
+            objective = ContrastiveObjective(LossConfig(strategy=name, symmetric=symmetric, precision="fp32"), unit=True)  # type: ignore[arg-type]
             loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
             whole_loss, whole_dq, whole_dp = objective(q, p, alone.targets, World(world.device))
             pairs = [(world.sum(loss), whole_loss), (dq, whole_dq[rows]), (dp, whole_dp[columns])]

@@ -32,6 +32,7 @@ LOSSES = {
     "margin": ("loss.false_negative_margin=0.05",),
     "symmetric": ("loss.symmetric=true",),
     "high": ("loss.precision=high", "loss.temperature=0.05"),
+    "temperature": ("loss.learn_temperature=true", "loss.temperature=0.05"),
 }
 
 
@@ -66,9 +67,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def _between_the_passes(trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     seed_step(0, batch.step, 0)
+    temperature = trainer.objective.temperature
     with no_waits(monkeypatch):
         representations, first = encode_without_graph(trainer.encoder, batch, trainer.retain)
-        _, gradients = representation_gradients(trainer.objective, representations, batch, trainer.world)
+        _, gradients = representation_gradients(trainer.objective, representations, batch, trainer.world, temperature=temperature)
         backward_through_encoder(trainer.encoder, batch, gradients, first)
 
 

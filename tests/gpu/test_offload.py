@@ -47,7 +47,7 @@ def _vectors(queries: int, passages: int, dimension: int) -> tuple[Tensor, Tenso
 
 def _results(q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None) -> list[Tensor]:
     """Loss, dqueries, dpassages and the temperature's gradient, on the GPU."""
-    objective = ContrastiveObjective(config, block_rows=block_rows).to(world.device)
+    objective = ContrastiveObjective(config, block_rows=block_rows, unit=True).to(world.device)
     home = "cpu" if objective.offload else "cuda"
     found = objective(q.to(home), p.to(home), targets, world)
     assert [x.device.type for x in found] == ["cuda", home, home] and objective.log_scale.grad is not None
@@ -80,7 +80,7 @@ def test_the_encoders_gradient_is_that_of_resident_rows(gpu: World, tmp_path: Pa
     batch = replace(batch, chunks=Chunks(batch.chunks._builders, gpu.device))
     gradients = []
     for block_rows in (None, 128, 128):
-        objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows).to(gpu.device)
+        objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows, unit=True).to(gpu.device)
         encoder.zero_grad()
         seed_step(0, 0, 0)
         representations, first = encode_without_graph(encoder, batch, 2000, offload=objective.offload)
@@ -112,7 +112,7 @@ def _peak(
     q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Bytes on the GPU at the peak, the rows' own included, and the results."""
-    objective = ContrastiveObjective(config, block_rows=block_rows).to(world.device)
+    objective = ContrastiveObjective(config, block_rows=block_rows, unit=True).to(world.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = objective(q, p, targets, world)

@@ -52,6 +52,7 @@ class Case:
                 false_negative_margin=self.margin,
             ),
             block_rows=self.block_rows,
+            unit=True,
         )
 
 

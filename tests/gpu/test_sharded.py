@@ -51,7 +51,7 @@ def _gradients(world: World, folder: Path, dtype: torch.dtype | None, *, sharded
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
     batch = replace(batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu")))
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1)).to(world.device)
+    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit=True).to(world.device)
     representations, passes = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)

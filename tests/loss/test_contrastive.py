@@ -29,7 +29,7 @@ def _problem(seed: int = 0, dtype: torch.dtype = torch.float64, dimension: int =
 
 
 def _objective(**settings: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings)))
+    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings)), unit=True)
 
 
 def _one_query(similarities: list[float]) -> tuple[Tensor, Tensor, Targets]:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.batch import Groups, Targets
 from retriever.loss import offload as module
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import offloaded
@@ -22,7 +22,6 @@ from retriever.loss.problem import Problem
 from retriever.loss.tiled import gathered
 from retriever.parallel import host
 from retriever.parallel.world import World
-from retriever.representations import reordered
 from tests.problems import random_batch, rank_batch
 
 CPU = World(torch.device("cpu"))
@@ -70,8 +69,10 @@ def _problem(symmetric: bool = False, block_rows: int | None = ROWS) -> Problem:
     whole = random_batch(queries=QUERIES, passages=PASSAGES, ignored=4, seed=2)
     draw = torch.Generator().manual_seed(2)
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (QUERIES, PASSAGES))
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2))
-    return replace(objective._problem(q, p, _targets(whole), 1.0), block_rows=block_rows)
+    objective = ContrastiveObjective(
+        LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2), unit=True
+    )
+    return replace(objective._problem(q, p, _targets(whole), 1.0, 0.1), block_rows=block_rows)
 
 
 def _targets(whole: Any) -> Targets:
@@ -110,9 +111,16 @@ def test_any_sizes_make_whole_blocks_and_a_rest(sizes: tuple[int, int]) -> None:
     positives = torch.arange(queries) % passages
     targets = Targets(positives, torch.arange(passages), torch.arange(queries + 1), positives, queries)
     config = LossConfig(precision="fp32", temperature=0.1, symmetric=True)
-    found, expected = (ContrastiveObjective(config, block_rows=rows)(q, p, targets, CPU) for rows in (ROWS, None))
+    found, expected = (ContrastiveObjective(config, block_rows=rows, unit=True)(q, p, targets, CPU) for rows in (ROWS, None))
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-14)
+
+
+def test_a_teachers_groups_do_not_follow() -> None:
+    """They are refused with `batch.offload`; targets that were moved do not pass them on in the old order."""
+    whole = random_batch(queries=5, passages=9, seed=4)
+    targets = replace(_targets(whole), groups=Groups(torch.arange(6), torch.arange(5), torch.ones(5)))
+    assert targets.reordered(torch.arange(5).flip(0), torch.arange(9)).groups is None
 
 
 def test_targets_follow_their_rows_into_another_order() -> None:
@@ -121,9 +129,9 @@ def test_targets_follow_their_rows_into_another_order() -> None:
     targets, draw = _targets(whole), torch.Generator().manual_seed(4)
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (20, 33))
     rows, columns = torch.randperm(20, generator=draw), torch.randperm(33, generator=draw)
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3))
+    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3), unit=True)
     loss, dq, dp = objective(q, p, targets, CPU)
-    moved = objective(q[rows], p[columns], reordered(targets, rows, columns), CPU)
+    moved = objective(q[rows], p[columns], targets.reordered(rows, columns), CPU)
     assert dq.norm() > 1e-2
     for f, e in zip(moved, (loss, dq[rows], dp[columns]), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-14)

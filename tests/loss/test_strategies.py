@@ -26,7 +26,7 @@ strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 
 
 def _objective(**settings: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings))).double()
+    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings)), unit=True).double()
 
 
 def _vectors(whole: WholeBatch, seed: int, *, unit: bool = True, length: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _compare(names: Iterable[str], whole: WholeBatch, q: Tensor, p: Tensor, boun
     config = LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings))
     expected = _oracle(q, p, whole, config.temperature, symmetric=config.symmetric, margin=config.false_negative_margin)
     for name in names:
-        found = ContrastiveObjective(replace(config, strategy=name))(q, p, _targets(whole), CPU)  # type: ignore[arg-type]
+        found = ContrastiveObjective(replace(config, strategy=name), unit=True)(q, p, _targets(whole), CPU)  # type: ignore[arg-type]
         assert [f.dtype for f in found[1:]] == [q.dtype, p.dtype]
         errors = [_error(f, e) for f, e in zip(found, expected, strict=True)]
         assert max(errors) <= bound, f"{name}: {errors}"
@@ -203,3 +203,15 @@ def test_gradients_are_those_of_the_loss_by_finite_differences(strategy: str, sy
     q, p = (x.requires_grad_() for x in _vectors(whole, 9, unit=False))
     objective = _objective(strategy=strategy, symmetric=symmetric, temperature=0.5)
     assert torch.autograd.gradcheck(_AsFunction.apply, (q, p, objective, _targets(whole)))
+
+
+def test_known_pairs_of_other_ranks_are_refused() -> None:
+    """Looked up for two ranks, or for another number of passages."""
+    whole = random_batch(queries=4, passages=7)
+    q, p = _vectors(whole, 0)
+    targets = rank_batch(whole, 0, 10**6, looked_up=True)[0].targets
+    assert targets.known_pairs is not None
+    for counts in ((7, 7), (6,)):
+        wrong = replace(targets, known_pairs=targets.known_pairs._replace(counts=counts))
+        with pytest.raises(ValueError, match="expected known pairs of 1 ranks, of which rank 0 has 7 passages"):
+            _objective(strategy="tiled")(q, p, wrong, CPU)

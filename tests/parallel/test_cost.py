@@ -17,7 +17,9 @@ from retriever.parallel.world import World
 # 1 TFLOP/s, 1 GB/s inside and half between nodes of two ranks, no time for launches.
 MACHINE = Machine(ranks_per_node=2, tflops=1.0, inside_gb_s=1.0, between_gb_s=0.5, block_ms=0.0, call_ms=0.0)
 WORK = Workload(queries=4000, passages=8000, dim=100, ranks=2, workspace_mib=40)  # room for 2,621 rows of 8,000 columns
-MEASURED = Path(__file__).resolve().parents[2] / "docs" / "bench" / "ring.json"
+MEASURED = [
+    Path(__file__).resolve().parents[2] / "docs" / "bench" / name for name in ("ring.json", "ring_exchanges.json")
+]  # the later one last
 
 
 def _about(estimate: Estimate, compute_ms: float, transfer_ms: float, exposed_ms: float, mib: float) -> None:
@@ -88,8 +90,9 @@ def test_the_faster_exchange_that_fits_is_chosen() -> None:
 
 @pytest.mark.parametrize("direction", ["", ",symmetric"])
 def test_the_choice_is_what_was_measured_to_be_faster(direction: str) -> None:
-    """On the machine of the benchmark; within 3 % either will do. From 65,536 on, the model's times are within 16 % of the measured."""
-    rows = {(r["case"], r["metric"]): r["value"] for r in json.loads(MEASURED.read_text())["rows"] if r["method"] == "bigbatch"}
+    """On the machine of the benchmark; within 3 % either will do. From 65,536 on, the model's times are within 7 % of the measured."""
+    read = [row for path in MEASURED for row in json.loads(path.read_text())["rows"] if row["method"] == "bigbatch"]
+    rows = {(row["case"], row["metric"]): row["value"] for row in read}
     compared = 0
     for b in (16384, 65536, 131072, 262144, 1048576):
         times = {name: rows.get((f"b={b},W=2,{name}{direction}", "forward_backward_ms")) for name in ("gather", "ring")}
@@ -99,7 +102,7 @@ def test_the_choice_is_what_was_measured_to_be_faster(direction: str) -> None:
         chosen = choose(work, Machine(ranks_per_node=2), budget_mib=1e9)
         assert times[chosen] <= 1.03 * min(times.values()), (b, times)
         costs = {"gather": gather_cost(work, Machine()), "ring": ring_cost(replace(work, workspace_mib=256), Machine())}
-        assert b < 65536 or all(cost.total_ms == pytest.approx(times[name], rel=0.16) for name, cost in costs.items()), (b, times, costs)
+        assert b < 65536 or all(cost.total_ms == pytest.approx(times[name], rel=0.07) for name, cost in costs.items()), (b, times, costs)
         compared += 1
     assert compared >= 3
 
@@ -116,7 +119,7 @@ class _Ranks(World):
 
 def test_nodes_of_unequal_size_settle_on_one_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """The nodes' own sizes would have one gather and the other pass on; every rank reckons with the smallest node's."""
-    config = Config(loss=LossConfig(symmetric=True), batch=BatchConfig(queries=65536), data=DataConfig(negatives=0))
+    config = Config(loss=LossConfig(symmetric=True), batch=BatchConfig(queries=131072), data=DataConfig(negatives=0))
     alone, together = set(), set()
     for own in ("4", "2"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", own)
