@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the command with the message alone where settings, data or shards cannot be used."""
+    """Ends the command with the message alone where settings, data or shards cannot be used, or it is interrupted."""
     from retriever.config import ConfigError
     from retriever.data.records import DataError
     from retriever.shards import ShardError
@@ -29,6 +29,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ConfigError, DataError, ShardError) as error:
         raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @contextmanager

@@ -153,6 +153,9 @@ def _search_folders(given: argparse.Namespace, world: World) -> dict[str, Rankin
     models = query_shards.manifest["model"], passage_shards.manifest["model"]
     if models[0] != models[1]:
         raise ShardError(f"{given.queries} and {given.passages} hold embeddings of different models: {models[0]}, {models[1]}")
+    for folder, shards, side in ((given.queries, query_shards, "query"), (given.passages, passage_shards, "passage")):
+        if shards.manifest["side"] != side:
+            raise ShardError(f"{folder} holds embeddings of the {shards.manifest['side']} side; expected the {side} side")
     queries, query_ids = load_queries(query_shards)
     return search(
         queries, query_ids, passage_shards, given.k, index=given.index, exclude_self=given.exclude_self, block_mib=given.block_mib,

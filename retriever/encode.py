@@ -143,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (ConfigError, DataError, ShardError) as error:
         raise SystemExit(f"{error}") from error
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on with the shards that are not there yet", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         state.destroy_process_group()
     if state.is_main_process:

@@ -47,6 +47,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
         ) from error
     if asked not in ("no", config.optim.precision):
         accelerator.print(f"note: accelerate asks for {asked}; optim.precision={config.optim.precision} is used")
+    if accelerator.device.type == "cpu" and config.optim.precision != "fp32":
+        accelerator.print(f"note: on most CPUs {config.optim.precision} is slower than fp32 (optim.precision=fp32)")
     if accumulation != "1":
         accelerator.print(f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step")
     if accelerator.is_main_process:

@@ -104,7 +104,8 @@ def read_model_config(name_or_path: str | Path) -> Any:
         config = AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model: {reason}") from error
+        hint = f"; did you mean {name}/export?" if (Path(name) / "export").is_dir() else f": {reason}"
+        raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model{hint}") from error
     check_architecture(config, name)
     return config
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from retriever.parallel.world import World
 
 LOST, INTERRUPTED = 3, 130  # exit statuses
-INTERRUPTION = "interrupted: the same command goes on from the last checkpoint, one every train.save_every steps"
+INTERRUPTION = "interrupted: the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
 _VERDICT = "verdict"
 _SLOWEST_INTERVAL_S = 1.0
 

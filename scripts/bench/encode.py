@@ -163,8 +163,8 @@ def markdown(table: Table) -> str:
         "text to shards on disk (text; sentence-transformers: to host memory). Cosine: the worst passage of a sample against the padded",
         "fp32 encoder. Padded attention goes without cuDNN, which builds a plan for every new shape.",
         "",
-        "| method | | passages/s | × sentence-transformers | peak GiB | cosine |",
-        "|---|---|---|---|---|---|",
+        "| method | | passages/s | " + ("× sentence-transformers | " if peer else "") + "peak GiB | cosine |",
+        "|---" * (6 if peer else 5) + "|",
     ]
     cosine_of = {(_way(row.case), row.method): row.value for row in table.rows if row.metric == "cosine_min"}
     for row in table.rows:
@@ -175,7 +175,7 @@ def markdown(table: Table) -> str:
                 row.method,
                 row.case,
                 row.note if row.value is None else f"{row.value:,.0f}",
-                f"{row.value / peer:.1f}" if row.value and peer else "—",
+                *([f"{row.value / peer:.1f}" if row.value else "—"] if peer else []),
                 "—" if peak is None else f"{peak:.1f}",
                 "—" if cosine is None else f"{cosine:.6f}",
             ]

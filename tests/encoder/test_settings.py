@@ -123,6 +123,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is no folder or Hugging Face name of a loadable model"):
         read_settings(tmp_path / "empty")
+    (tmp_path / "empty" / "export").mkdir()
+    with pytest.raises(ConfigError, match="did you mean .*empty/export"):
+        read_settings(tmp_path / "empty")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from eval import beir
+from eval.commands import one_line_errors
 from tests.eval.texts import Texts, help_texts, write_beir
 from tests.tiny import save_tiny_model
 
@@ -72,3 +73,9 @@ def test_a_number_below_one_is_refused(option: str, capsys: Any) -> None:
         with pytest.raises(SystemExit):
             beir.main(["--bm25", "--data", "nowhere", option, number])
         assert f"argument {option}: expected a whole number of at least 1; received '{number}'" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"

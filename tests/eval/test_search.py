@@ -175,6 +175,14 @@ def test_the_command_turns_shards_into_a_run(tmp_path: Path, capsys: pytest.Capt
     assert "5 queries, 15 lines" in capsys.readouterr().out
 
 
+def test_shards_of_the_other_side_are_not_searched(tmp_path: Path) -> None:
+    write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"])
+    write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"])
+    swapped = ["--queries", str(tmp_path / "passages"), "--passages", str(tmp_path / "queries"), "--output", str(tmp_path / "run.trec")]
+    with pytest.raises(SystemExit, match="passages holds embeddings of the passage side; expected the query side"):
+        main(swapped)
+
+
 def test_shards_of_two_models_are_not_searched_together(tmp_path: Path) -> None:
     write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"], model="one")
     write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"], model="two")
