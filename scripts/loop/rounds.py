@@ -149,7 +149,10 @@ class Loop:
         if self._config.launch and not alone:
             subprocess.run([*self._config.launch, "-m", module, *arguments], check=True)
             return
-        status = importlib.import_module(module).main(list(arguments))
+        try:
+            status = importlib.import_module(module).main(list(arguments))
+        except SystemExit as ended:
+            status = ended.code
         if status == 130:
             raise KeyboardInterrupt
         if status:

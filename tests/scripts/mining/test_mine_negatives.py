@@ -179,12 +179,12 @@ def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, mo
 
     monkeypatch.setattr(CrossEncoder, "score", counting)
     for place in ("search", "in_threads"):
-        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as broken, pytest.raises(SystemExit, match="130"):
             broken.setattr(f"scripts.mining.candidates.{place}", interrupted)
             mined(workplace, "stopped", *arguments)
-    with pytest.raises(KeyboardInterrupt):  # in the third part of the scores
+    with pytest.raises(SystemExit, match="130"):  # in the third part of the scores
         mined(workplace, "stopped", *arguments)
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="130"):
         broken.setattr("scripts.mining.mine._described", interrupted)  # while the data are written
         mined(workplace, "stopped", *arguments)
     assert len(scored) - 1 == -(-QUERIES // 7), "a part was scored twice, or not at all"
