@@ -6,15 +6,17 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
+from retriever.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, SourceConfig
 from retriever.data.batch import Batch, BatchLoader, Targets
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
 from retriever.data.tokens import TokenTemplate
+from retriever.parallel.world import World
 from tests.tiny import random_texts, tiny_tokenizer
 
 MODEL = ModelConfig(query_prompt="query: ", passage_prompt="passage: ", query_max_tokens=12, passage_max_tokens=24)
@@ -128,6 +130,29 @@ def test_even_chunks_are_the_same_number_on_every_rank(store: Store, packed: boo
                 filled += most - len(real)
         assert [[chunk.side for chunk in chunks] for chunks in even] == [[chunk.side for chunk in even[0]]] * 3
     assert filled > 0, "the ranks have equally many chunks anyway: this proves little"
+
+
+@pytest.mark.parametrize(
+    ("loss", "offload", "ranks", "expected"),
+    [
+        ({}, False, 1, True),
+        ({"exchange": "gather"}, False, 2, True),
+        ({"exchange": "ring"}, False, 1, True),
+        ({"exchange": "ring"}, False, 2, False),
+        ({"strategy": "dense"}, False, 2, False),
+        ({}, True, 1, False),
+    ],
+)
+def test_known_pairs_are_looked_up_where_the_loss_reads_them(
+    store: Store, loss: dict[str, Any], offload: bool, ranks: int, expected: bool
+) -> None:
+    batch = BatchConfig(queries=16, tokens_per_chunk=BUDGET, offload=offload)
+    config = Config(model=MODEL, data=DataConfig(negatives=2), batch=batch, loss=LossConfig(**loss))
+    world = World(torch.device("cpu"))
+    world.size = ranks  # no collective is called
+    planner = Planner(store, queries=16, negatives=2, seed=3)
+    loader = BatchLoader.from_config(store, planner, TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world)
+    assert (loader.load(0).targets.known_pairs is not None) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -61,6 +61,15 @@ def test_half_precision_embeddings_are_close_to_exact_ones(folder: Path, tokens:
     assert encoding.mean() < 1.5 * fused.mean() + 1e-7
 
 
+def test_what_is_pooled_was_not_rounded(folder: Path, tokens: Packed) -> None:
+    """The last layer's result is float32, with more digits than the stream between layers has."""
+    tower = _encoder(folder, "encoding").passage_tower.eval()
+    hidden = torch.randn(1, len(tokens.input_ids), tower.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = tower.encoder(hidden, packed_starts=tokens.starts, packed_longest=tokens.longest).last_hidden_state  # type: ignore[operator]
+    assert found.dtype == torch.float32 and not torch.equal(found, found.half().float())
+
+
 def test_without_half_precision_or_with_a_graph_they_are_the_fused_layers(folder: Path, tokens: Packed) -> None:
     """The very bits, in float32 and wherever a gradient is asked for; and the weights keep their names."""
     with torch.no_grad():
