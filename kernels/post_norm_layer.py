@@ -70,6 +70,14 @@ class Layer(NamedTuple):
         return Mask(width**-0.5, dropout, seed if dropout > 0 else None, False, None)
 
 
+class Products(NamedTuple):
+    """What of a layer takes longest to compute for the memory it takes: 4 bytes of each number of the stream in half precision."""
+
+    context: Tensor  # [T, heads, d]: what attention makes of the values
+    lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
+    narrow: Tensor  # [T, D]: of the second product of the widened part, before its bias
+
+
 def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     """`parameters` as matrix products in `dtype` read them; no gradient flows back through this."""
     p = Parameters(*(parameter.detach() for parameter in parameters))
@@ -78,17 +86,67 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     return Factors(qkv, bias, p.attended_weight.to(dtype), p.widened_weight.to(dtype), p.narrowed_weight.to(dtype))
 
 
-def post_norm_layer(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor]:
+def post_norm_layer(
+    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, products: Products | None = None
+) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and the same rounded.
 
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
     nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
     without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
-    pass did, and raises where a bias or norm of `parameters` has been changed in between. Raises ValueError where shapes or dtypes do
-    not fit.
+    pass did, and raises where a bias or norm of `parameters` has been changed in between. `products` of `with_products` for the same
+    arguments are taken as they are and not computed again; every result keeps its bits.
+    Raises ValueError where shapes or dtypes do not fit.
     """
-    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, *parameters)
+    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, *parameters)
     return stream, stream if low is None else low
+
+
+@torch.no_grad()
+def with_products(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor, Products]:
+    """The results of `post_norm_layer` without a graph, and the products that spare a later call with one the most work."""
+    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None)
+    return passed.out, passed.out if passed.out_low is None else passed.out_low, Products(passed.context, passed.lse, passed.narrow)
+
+
+class _Passed(NamedTuple):
+    """All that a forward pass computes, in its order."""
+
+    qkv: Tensor  # [T, 3, heads, d]
+    context: Tensor  # [T, heads, d]
+    lse: Tensor
+    added: Tensor  # [T, D], before its bias
+    middle: Tensor  # [T, D]: the stream between the two parts
+    middle_low: Tensor | None  # the same rounded
+    statistics1: Tensor  # [2, T]
+    wide: Tensor  # [T, F], before its bias
+    activated: Tensor  # [T, F]
+    narrow: Tensor  # [T, D], before its bias
+    out: Tensor  # [T, D]
+    out_low: Tensor | None
+    statistics2: Tensor  # [2, T]
+
+
+def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None) -> _Passed:
+    x = stream if low is None else low
+    T, D = x.shape
+    qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
+    if known is None:
+        query, key, value = qkv.unbind(1)
+        context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
+    else:
+        context, lse = known.context, known.lse
+    added = linear(context.view(T, D), read.attended)
+    middle, middle_low, statistics1 = norm_forward(
+        added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1]
+    )
+    wide = linear(middle if middle_low is None else middle_low, read.widened)
+    activated = gelu_forward(wide, p.widened_bias)
+    narrow = linear(activated, read.narrowed) if known is None else known.narrow
+    out, out_low, statistics2 = norm_forward(
+        narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2]
+    )
+    return _Passed(qkv, context, lse, added, middle, middle_low, statistics1, wide, activated, narrow, out, out_low, statistics2)
 
 
 class _PostNormLayer(torch.autograd.Function):
@@ -96,38 +154,24 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, *tensors: Tensor
+        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        x = stream if low is None else low
-        T, D = x.shape
-        qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)  # [T, 3, heads, d]
-        query, key, value = qkv.unbind(1)
-        context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
-        added = linear(context.view(T, D), read.attended)  # [T, D], before its bias
-        middle, middle_low, statistics1 = norm_forward(
-            added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1]
-        )
-        y = middle if middle_low is None else middle_low
-        wide = linear(y, read.widened)  # [T, F], before its bias
-        activated = gelu_forward(wide, p.widened_bias)
-        narrow = linear(activated, read.narrowed)  # [T, D], before its bias
-        out, out_low, statistics2 = norm_forward(
-            narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2]
-        )
+        a = _forward(stream, low, layer, read, p, products)
+        x, y = (stream, a.middle) if low is None else (low, a.middle_low)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
+            stream, x, a.qkv, a.context, a.lse, a.added, a.statistics1, a.middle, y, a.wide, a.activated, a.narrow, a.statistics2,
             p.attended_bias, p.attended_norm_weight, p.widened_bias, p.narrowed_bias, p.narrowed_norm_weight,
         )  # fmt: skip
-        return out, out_low
+        return a.out, a.out_low
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dout_low: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read = ctx.layer, ctx.read
-        needs_stream, needs_low, _, _, *needs_parameters = ctx.needs_input_grad
+        needs_stream, needs_low, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
             stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
@@ -163,7 +207,7 @@ class _PostNormLayer(torch.autograd.Function):
         if needs_stream or needs_low:
             dstream, dlow = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         return (
-            dstream, dlow, None, None,
+            dstream, dlow, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattended, of_norm1[2], of_norm1[0], of_norm1[1],
             dwidened, dwidened_bias,

@@ -6,6 +6,7 @@ Everything here leaves the run as it found it: the state of the generators, no g
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.exclusions import Pairs
+from kernels.post_norm_layer import Products
 from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
@@ -40,7 +42,9 @@ class ChunkCost:
     tokens: int  # computed ones: padding counts
     first_s: float  # encoding without a graph
     forward_s: float  # encoding with one
+    again_s: float  # the same where the products of the layers were kept; as long where they cannot be
     backward_s: float
+    products_bytes: float  # by these products, 0 where they cannot be kept
     kept_bytes: float  # by the graph, until its backward pass
     first_bytes: float  # at the peak of encoding without a graph
     forward_bytes: float  # at the peak of encoding with one
@@ -100,12 +104,12 @@ def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> 
     tokens = tokens.map(lambda t: t.to(device))
     direction = torch.full((len(tokens), encoder.dimension), 1e-3, device=device)
 
-    def encode() -> Tensor:
-        return encoder(side, tokens)
+    def encode(products: deque[Products] | None = None) -> Tensor:
+        return encoder(side, tokens, products)
 
-    def encode_alone() -> Tensor:
+    def encode_alone(products: deque[Products] | None = None) -> Tensor:
         with torch.no_grad():
-            return encoder(side, tokens)
+            return encoder(side, tokens, products)
 
     encode_alone()
     encode().backward(direction.to(next(encoder.parameters()).dtype))  # compiles, tunes, and makes the parameters' gradients
@@ -118,9 +122,14 @@ def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> 
         given = direction.to(output.dtype)
         backward, _ = _measured(device, lambda output=output, given=given: output.backward(given))  # type: ignore[misc]
         del output
-        rounds.append(
-            (first.seconds, forward.seconds, backward.seconds, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes)
-        )
+        again, of_products = forward, 0.0
+        if encoder.keeps_products:
+            before, products = allocated_bytes(device), deque[Products]()
+            encode_alone(products)
+            of_products = allocated_bytes(device) - before
+            again, _ = _measured(device, lambda products=products: encode(products))  # type: ignore[misc]
+        seconds = first.seconds, forward.seconds, again.seconds, backward.seconds
+        rounds.append((*seconds, of_products, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
     return ChunkCost(tokens.input_ids.numel(), *(float(x) for x in np.median(rounds, axis=0)))
 
 

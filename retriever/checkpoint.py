@@ -34,7 +34,8 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 _FREE = (
     *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s", "data.cache_dir"),
     *("train.log_every", "train.save_every", "train.keep_last"),
-    "batch.retain",  # the same operations in the same order, and another GPU may keep more or less
+    "batch.retain",
+    "batch.retain_products",  # the same operations in the same order, and another GPU may keep more or less
 )
 
 

@@ -98,6 +98,7 @@ class BatchConfig:
     queries: int = 1024  # global, per optimizer step
     tokens_per_chunk: int | Auto = "auto"
     retain: bool | int | Auto = "auto"  # graphs kept between the passes: all, none, or of so many tokens a rank
+    retain_products: bool | int | Auto = "auto"  # of the other chunks: the results of their fused layers that cost most
     one_source: bool = True
     offload: bool = False  # representations and their gradients in host memory, a few blocks of them on the device
 

@@ -45,8 +45,9 @@ def validate(config: Config) -> None:
             f"auto or at least {longest}, the longest text of model.*_max_tokens",
             config.batch.tokens_per_chunk,
         )
-    retain = config.batch.retain
-    _require(retain == "auto" or retain >= 0, "batch.retain", "auto, true, false or a number of tokens", retain)
+    for key in ("retain", "retain_products"):
+        retain = getattr(config.batch, key)
+        _require(retain == "auto" or retain >= 0, f"batch.{key}", "auto, true, false or a number of tokens", retain)
     _require(loss.temperature > 0, "loss.temperature", "a number above 0", loss.temperature)
     _require(all(d >= 1 for d in loss.dims), "loss.dims", "numbers of at least 1", list(loss.dims))
     as_many = len(loss.dim_weights) in (0, len(loss.dims)) and all(weight > 0 for weight in loss.dim_weights)
@@ -91,8 +92,8 @@ def check_sharded(config: Config) -> None:
     settings = flatten(asdict(config))
     for key, values in refused.items():
         _require(settings[key] not in values, key, "another value with FSDP", settings[key])
-    retain = config.batch.retain
-    _require(retain in ("auto", 0), "batch.retain", "auto or false with FSDP", retain)
+    for key in ("batch.retain", "batch.retain_products"):
+        _require(settings[key] in ("auto", 0), key, "auto or false with FSDP", settings[key])
 
 
 def _check_lora(config: Config) -> None:

@@ -6,12 +6,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from retriever.capacity import ChunkCost, Cost
 from retriever.data.chunks import plan_chunks
 from retriever.data.tokens import Side
+from retriever.retention import NOTHING, Keeps, Retention, Room
 
 SIDES: tuple[Side, Side] = ("query", "passage")
 
@@ -60,37 +62,42 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A step as it is expected to be, `retain` tokens of graphs kept."""
+    """A step as it is expected to be where so much is kept between its passes."""
 
     workload: Workload
     costs: list[ChunkCost]  # of every chunk, in order
     loss_s: float
     update_s: float
     memory: Memory
-    retain: int
+    retention: Retention = NOTHING
 
     @cached_property
-    def kept(self) -> int:
-        """How many chunks, from the first on, keep their graphs."""
-        return int(np.searchsorted(np.cumsum([cost.tokens for cost in self.costs]), self.retain, side="right"))
+    def chunks(self) -> list[tuple[ChunkCost, Keeps]]:
+        """Every chunk's cost, and what it keeps."""
+        room = Room(self.retention)
+        return [(cost, room.take(cost.tokens)) for cost in self.costs]
 
     @property
     def computed(self) -> int:
         """Tokens that one pass computes, padding included."""
         return sum(cost.tokens for cost in self.costs)
 
-    @property
-    def retained_share(self) -> float:
-        """Of the computed tokens, those that are encoded once."""
-        return sum(cost.tokens for cost in self.costs[: self.kept]) / self.computed
+    def share(self, kept: Keeps) -> float:
+        """Of the computed tokens, those of chunks that keep their graphs, the products of their layers, or nothing."""
+        return sum(cost.tokens for cost, keeps in self.chunks if keeps == kept) / self.computed
+
+    def count(self, kept: Keeps) -> int:
+        """How many chunks keep it."""
+        return sum(keeps == kept for _, keeps in self.chunks)
 
     @property
     def first_pass_s(self) -> float:
-        return sum(cost.forward_s for cost in self.costs[: self.kept]) + sum(cost.first_s for cost in self.costs[self.kept :])
+        return sum(cost.forward_s if keeps == "graph" else cost.first_s for cost, keeps in self.chunks)
 
     @property
     def second_pass_s(self) -> float:
-        return sum(cost.backward_s for cost in self.costs) + sum(cost.forward_s for cost in self.costs[self.kept :])
+        encoding = sum(cost.again_s if keeps == "products" else cost.forward_s for cost, keeps in self.chunks if keeps != "graph")
+        return encoding + sum(cost.backward_s for cost in self.costs)
 
     @property
     def step_s(self) -> float:
@@ -101,10 +108,10 @@ class Forecast:
         """Queries of the global batch a second."""
         return self.workload.queries / self.step_s
 
-    @property
-    def retained_bytes(self) -> float:
-        """Of the graphs that are kept until the second pass."""
-        return sum(cost.kept_bytes for cost in self.costs[: self.kept])
+    @cached_property
+    def retained_bytes(self) -> list[float]:
+        """Of what each chunk keeps between the passes."""
+        return [{"graph": cost.kept_bytes, "products": cost.products_bytes, "nothing": 0.0}[keeps] for cost, keeps in self.chunks]
 
     @property
     def working_bytes(self) -> float:
@@ -115,18 +122,25 @@ class Forecast:
     def peak_bytes(self) -> float:
         """The largest of the stages' peaks, from the second step on, when the optimizer has its state."""
         part = self.memory
-        kept, replayed = self.costs[: self.kept], self.costs[self.kept :]
-        before = np.concatenate([[0.0], np.cumsum([cost.kept_bytes for cost in kept])])  # kept when a chunk's turn comes
-        first = [b + cost.forward_bytes for b, cost in zip(before, kept, strict=False)]
-        first += [before[-1] + cost.first_bytes for cost in replayed]
-        second = [before[-1] - b + cost.backward_bytes - cost.kept_bytes for b, cost in zip(before, kept, strict=False)]
-        second += [max(cost.forward_bytes, cost.backward_bytes) for cost in replayed]
+        kept, first, second = 0.0, 0.0, 0.0
+        for (cost, keeps), own in zip(self.chunks, self.retained_bytes, strict=True):
+            first = max(first, kept + (cost.forward_bytes if keeps == "graph" else cost.first_bytes + own))
+            kept += own
+        left = kept
+        for (cost, keeps), own in zip(self.chunks, self.retained_bytes, strict=True):
+            left -= own
+            second = max(second, left + (cost.backward_bytes if keeps == "graph" else max(cost.forward_bytes, cost.backward_bytes)))
         stages = (
-            part.representations + max(first),
-            part.representations + before[-1] + part.loss,
-            2 * part.representations + part.gradients + max(second),
+            part.representations + first,
+            part.representations + kept + part.loss,
+            2 * part.representations + part.gradients + second,
         )
         return part.weights + part.optimizer + max(stages)
+
+
+def costs_like(workload: Workload, cost: ChunkCost) -> list[ChunkCost]:
+    """The cost of every chunk where each takes by token what one of them was measured to take."""
+    return [_scaled(cost, cost, 0.0, workload.computed(chunk)) for side in SIDES for chunk in workload.chunks[side]]
 
 
 def costs_of(workload: Workload, measured: dict[Side, dict[int, ChunkCost]]) -> list[ChunkCost]:
@@ -154,18 +168,38 @@ def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> C
     return ChunkCost(tokens, *((1 - share) * a + share * b)[1:] * tokens)
 
 
-def most_retained(forecast: Forecast, usable_bytes: float) -> int:
-    """Tokens of graphs that can be kept in `usable_bytes`; more than these chunks have where there is room, as batches differ a little.
+def most_retained(forecast: Forecast, usable_bytes: float, graphs: int | None = None, products: int | None = None) -> Retention:
+    """What can be kept in `usable_bytes`: of graphs and of products as many tokens as given, or else as fit.
 
-    0 where not even one chunk's graph fits.
+    Products come first, as they spare more time by the byte. A little more is allowed than these chunks have where there is room, as
+    batches differ a little; nothing of a kind where not even one chunk's fit.
     """
-    sums = np.cumsum([cost.tokens for cost in forecast.costs]).tolist()
-    fitting = bisect_right(sums, usable_bytes, key=lambda tokens: replace(forecast, retain=tokens).peak_bytes)
+    chosen = replace(forecast, retention=Retention(graphs or 0, products or 0))
+    if products is None:
+        behind = sum(cost.tokens for cost, keeps in chosen.chunks if keeps == "graph")
+        fitting = _most(chosen, usable_bytes, "products", behind)
+        chosen = replace(chosen, retention=chosen.retention._replace(products=fitting))
+    if graphs is None:
+        chosen = replace(chosen, retention=chosen.retention._replace(graphs=_most(chosen, usable_bytes, "graphs", 0)))
+    return chosen.retention
+
+
+def _most(forecast: Forecast, usable_bytes: float, kind: Literal["graphs", "products"], behind: int) -> int:
+    """Tokens of a kind of which there is room, counted behind the first `behind` ones."""
+    own = [cost.kept_bytes if kind == "graphs" else cost.products_bytes for cost in forecast.costs]
+    if not all(own):
+        return 0
+    counts = [tokens - behind for tokens in np.cumsum([cost.tokens for cost in forecast.costs]).tolist() if tokens > behind]
+
+    def peak(tokens: int) -> float:
+        return replace(forecast, retention=forecast.retention._replace(**{kind: tokens})).peak_bytes
+
+    fitting = bisect_right(counts, usable_bytes, key=peak)
     if fitting == 0:
         return 0
-    room = usable_bytes - replace(forecast, retain=sums[fitting - 1]).peak_bytes
-    dearest = max(cost.kept_bytes / cost.tokens for cost in forecast.costs)
-    return sums[fitting - 1] + (int(room / dearest) if dearest > 0 else 0)
+    dearest = max(of_chunk / cost.tokens for of_chunk, cost in zip(own, forecast.costs, strict=True))
+    more = int((usable_bytes - peak(counts[fitting - 1])) / dearest)
+    return counts[fitting - 1] + min(more, forecast.workload.tokens_per_chunk)
 
 
 def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.04) -> int:

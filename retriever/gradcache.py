@@ -3,55 +3,70 @@
 (Gao et al. 2021, arXiv:2101.06983.) With representations r = f(x) and loss L(r), dL/dθ = Σ over chunks of (∂r/∂θ)ᵀ dL/dr.
 dL/dr is taken once over the whole batch; each chunk is then encoded again, with a graph, and its rows are pulled back.
 The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the first. Chunks whose graphs
-fit in memory keep them and are encoded once.
+fit in memory keep them and are encoded once; others may keep the results that cost most, and take them from there.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.post_norm_layer import Products
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.representations import DeviceRoom, HostRoom, Place, Representations
+from retriever.retention import NOTHING, Retention, Room
 from retriever.rng import RngState
 
 
-class FirstPass(NamedTuple):
-    """What the first pass leaves for the second."""
+class Begun(NamedTuple):
+    """A chunk whose second pass finds a part of its work done."""
 
-    places: list[Place]  # of every chunk
-    kept: list[Tensor]  # embeddings [n, D] of the first chunks, with their graphs
+    chunk: Chunk
+    state: RngState
+    products: deque[Products]  # of each layer; the second pass takes them out
+
+
+class FirstPass(NamedTuple):
+    """What the first pass leaves for the second, of the chunks in their order."""
+
+    places: list[Place]  # of all of them
+    kept: list[Tensor]  # embeddings [n, D] of the first ones, with their graphs
+    begun: list[Begun]  # the next ones
     states: list[RngState]  # that the others were encoded under
 
 
 def encode_without_graph(
-    encoder: DualEncoder, batch: Batch, retain: int = 0, *, offload: bool = False
+    encoder: DualEncoder, batch: Batch, retention: Retention = NOTHING, *, offload: bool = False
 ) -> tuple[Representations, FirstPass]:
     """The batch's representations, in host memory where `offload`, and what is needed to differentiate them.
 
-    The first chunks, of at most `retain` tokens together, keep their graphs: they are the first whose memory is free again.
+    The first chunks keep what `retention` allows: it is they whose memory is free again first.
     """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
-    room = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
-    first = FirstPass([], [], [])
+    representations = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
+    first, room = FirstPass([], [], [], []), Room(retention)
     for chunk in batch.chunks:
-        retain -= chunk.tokens.input_ids.numel()
+        keeps = room.take(chunk.tokens.input_ids.numel())
+        products = deque[Products]() if keeps == "products" else None
         state = RngState.capture(parameter.device)
-        with torch.set_grad_enabled(retain >= 0):
-            embeddings = _encode(encoder, chunk)  # [n, D]
-        first.places.append(room.put(chunk, embeddings.detach()))
-        if retain >= 0:
+        with torch.set_grad_enabled(keeps == "graph"):
+            embeddings = _encode(encoder, chunk, products)  # [n, D]
+        first.places.append(representations.put(chunk, embeddings.detach()))
+        if keeps == "graph":
             first.kept.append(embeddings)
+        elif products is not None:
+            first.begun.append(Begun(chunk, state, products))
         else:
             first.states.append(state)
-    return room.finished(), first
+    return representations.finished(), first
 
 
 def representation_gradients(
@@ -81,12 +96,16 @@ def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Repr
 def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterator[Tensor]:
     """Every chunk's embeddings [n, D], with a graph."""
     yield from first.kept
-    for chunk, state in zip(batch.chunks.starting_at(len(first.kept)), first.states, strict=True):
+    for chunk, state, products in first.begun:
+        with state.restored():
+            embeddings = _encode(encoder, chunk, products)
+        yield embeddings
+    for chunk, state in zip(batch.chunks.starting_at(len(first.kept) + len(first.begun)), first.states, strict=True):
         with state.restored():
             embeddings = _encode(encoder, chunk)
         yield embeddings
 
 
-def _encode(encoder: DualEncoder, chunk: Chunk) -> Tensor:
+def _encode(encoder: DualEncoder, chunk: Chunk, products: deque[Products] | None = None) -> Tensor:
     """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
-    return encoder(chunk.side, chunk.tokens)[: len(chunk.rows)]
+    return encoder(chunk.side, chunk.tokens, products)[: len(chunk.rows)]

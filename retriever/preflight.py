@@ -126,7 +126,7 @@ def plan_lines(forecast: Forecast, total: int) -> str:
     return "\n".join(
         (
             f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {len(forecast.costs):,} chunks, "
-            f"{forecast.retained_share:.0%} of them encoded once{peak}",
+            f"{forecast.share('graph'):.0%} of them encoded once, {forecast.share('products'):.0%} again in part{peak}",
             f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
             f"{_duration(total * forecast.step_s)} for {total:,} steps",
         )
@@ -142,10 +142,12 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         texts, chunks = workload.lengths[side], len(workload.chunks[side])
         rows.append((_SIDE_NAMES[side], f"{len(texts):,}", f"{int(texts.sum()):,} tokens in {chunks:,} chunks"))
     padding = forecast.computed - workload.tokens
+    once, partly = forecast.share("graph"), forecast.share("products")
     rows += [
         ("tokens in a chunk", f"{workload.tokens_per_chunk:,}", f"at most; {model.attention}, {layers}"),
         ("padding", f"{padding:,}", f"{padding / forecast.computed:.0%} of what is computed"),
-        ("encoded once", f"{forecast.retained_share:.0%}", f"of the tokens: the first {forecast.kept:,} chunks keep their graphs"),
+        ("encoded once", f"{once:.0%}", f"of the tokens: the first {forecast.count('graph'):,} chunks keep their graphs"),
+        ("again in part", f"{partly:.0%}", f"of the tokens: the next {forecast.count('products'):,} keep products of their layers"),
         ("", "", ""),
         ("first pass", f"{forecast.first_pass_s:.3f} s", ""),
         ("loss", f"{forecast.loss_s:.3f} s", ""),
@@ -165,7 +167,7 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         return _columns([*rows, ("activations", "unknown", "measured on a GPU only")])
     rows += [
         ("loss at its peak", _size(memory.loss), ""),
-        ("kept graphs", _size(forecast.retained_bytes), ""),
+        ("kept between passes", _size(sum(forecast.retained_bytes)), ""),
         ("a chunk at work", _size(forecast.working_bytes), ""),
         ("peak", _size(forecast.peak_bytes), f"of {_size(usable_bytes)} that can be used; not all parts at once"),
     ]

@@ -10,6 +10,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
+from retriever.retention import NOTHING, Retention
 from retriever.rng import seed_step
 
 
@@ -28,7 +29,13 @@ class StepReport:
 
 
 def train_step(
-    encoder: DualEncoder, objective: ContrastiveObjective, batch: Batch, optimizer: Optimizer, world: World, seed: int, retain: int = 0
+    encoder: DualEncoder,
+    objective: ContrastiveObjective,
+    batch: Batch,
+    optimizer: Optimizer,
+    world: World,
+    seed: int,
+    retention: Retention = NOTHING,
 ) -> StepReport:
     """Encode, differentiate the loss at the representations, encode again and backpropagate, update.
 
@@ -37,8 +44,8 @@ def train_step(
     seed_step(seed, batch.step, world.rank)
     temperature, gradient_scale = objective.temperature, optimizer.gradient_scale  # read while the device has nothing to do
 
-    # 1. Encode every chunk without a graph; remember the RNG state of each (and keep the graphs of the first `retain` tokens).
-    representations, first = encode_without_graph(encoder, batch, retain, offload=objective.offload)  # queries [B, D], passages [N, D]
+    # 1. Encode every chunk without a graph; remember the RNG state of each (and of the first ones what memory allows).
+    representations, first = encode_without_graph(encoder, batch, retention, offload=objective.offload)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)

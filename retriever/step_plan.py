@@ -17,24 +17,19 @@ from retriever.data.planner import Planner, slice_for_rank
 from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, middle, most_retained, scaled_loss, settled_size
+from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, middle, most_retained, scaled_loss, settled_size
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import host_bytes
 from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
 from retriever.parallel.world import World
+from retriever.retention import NOTHING, Retention, given_tokens
 
-EVERYTHING = 2**62  # tokens: more than any batch has
 _LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving
 _LEAST_SIZE = 1024  # tried where none of those fits
 _CPU_SIZE = 8_192
 _GIB = 2**30
 # Query-passage pairs over which the loss is measured; a larger one follows from it.
 _MEASURED_PAIRS = {("cuda", True): 2**32, ("cuda", False): 2**28, ("cpu", True): 2**22, ("cpu", False): 2**22}
-
-
-def retained_tokens(batch: BatchConfig) -> int:
-    """Tokens whose graphs a step keeps under a resolved `batch.retain`."""
-    return EVERYTHING if batch.retain is True else int(batch.retain)
 
 
 class StepPlanner:
@@ -73,13 +68,16 @@ class StepPlanner:
 
         A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing is measured of
         an encoder in shards, of which no rank can work alone.
-        Raises ConfigError where no chunk fits, `batch.retain=true` and not all graphs do, or representations are more than the host holds.
+        Raises ConfigError where no chunk fits, where all graphs or products are to be kept and do not fit or the layers keep none, or
+        where representations are more than the host holds.
         """
         self._check_host()
+        self._check_products()
         if self._world.sharded:
             return replace(self._config, batch=_unmeasured(self._config.batch, self._device, self._longest)), None
         batch, usable, preflight = self._config.batch, self._usable, self._config.run.preflight
-        open_ends = "auto" in (batch.tokens_per_chunk, batch.retain) or batch.retain is True
+        kept = batch.retain, batch.retain_products
+        open_ends = "auto" in (batch.tokens_per_chunk, *kept) or any(setting is True for setting in kept)
         forecast = None
         with undisturbed(self._device, self._encoder, self._objective):
             size = self._agreed(self._tokens_per_chunk()) if batch.tokens_per_chunk == "auto" else batch.tokens_per_chunk
@@ -90,14 +88,23 @@ class StepPlanner:
                     forecast = self._forecast(size)
                 except torch.cuda.OutOfMemoryError as error:
                     raise ConfigError(f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto") from error
-        retain: bool | int = batch.retain if batch.retain != "auto" else 0
+        fitting = NOTHING
+        if forecast is not None and usable is not None:
+            fitting = Retention(*map(self._agreed, most_retained(forecast, usable, *map(given_tokens, kept))))
+        graphs, products = (tokens if setting == "auto" else setting for setting, tokens in zip(kept, fitting, strict=True))
+        batch = replace(batch, tokens_per_chunk=size, retain=graphs, retain_products=products)
         if forecast is not None:
-            if usable is not None and batch.retain == "auto":
-                retain = self._agreed(most_retained(forecast, usable))
-            forecast = replace(forecast, retain=retained_tokens(replace(batch, retain=retain)))
-            if retain is True and usable is not None:
+            forecast = replace(forecast, retention=Retention.from_config(batch))
+            if usable is not None and any(setting is True for setting in kept):
                 self._check_room(forecast.peak_bytes - usable)
-        return replace(self._config, batch=replace(batch, tokens_per_chunk=size, retain=retain)), forecast
+        return replace(self._config, batch=batch), forecast
+
+    def _check_products(self) -> None:
+        given = self._config.batch.retain_products
+        if given not in ("auto", 0) and not self._encoder.keeps_products:
+            raise ConfigError(
+                f"batch.retain_products: {str(given).lower()}, but only fused layers (model.fused=true) keep products; set it to auto"
+            )
 
     def _check_host(self) -> None:
         ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -110,8 +117,9 @@ class StepPlanner:
     def _check_room(self, missing_bytes: float) -> None:
         missing = -self._agreed(int(-missing_bytes))  # on the rank that lacks most
         if missing > 0:
+            key, what = ("batch.retain", "graphs") if self._config.batch.retain is True else ("batch.retain_products", "products")
             raise ConfigError(
-                f"batch.retain: true, but keeping all graphs takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
+                f"{key}: true, but keeping all {what} takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
             )
 
     def _agreed(self, value: int) -> int:
@@ -142,7 +150,7 @@ class StepPlanner:
         return settled_size(tried) if tried else 0
 
     def _seconds_per_token(self, side: Side, size: int) -> float | None:
-        """Of a middle chunk through both passes, less what retention spares; None where a step of such chunks does not fit."""
+        """Of a step of chunks like the middle one, what fits of them kept; None where not one does."""
         chunks = self._workload(size).chunks[side]
         chunk = random_chunk(chunks[middle(len(chunks))], self._vocabulary(side), packed=self._encoder.packed)
         try:
@@ -150,14 +158,12 @@ class StepPlanner:
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
-        part = self._memory
-        room = (self._usable or 0.0) - part.weights - part.optimizer - part.gradients - 2 * part.representations
-        if room < cost.backward_bytes:
+        workload, batch = self._workload(size), self._config.batch
+        forecast, usable = Forecast(workload, costs_like(workload, cost), 0.0, 0.0, self._memory), self._usable or 0.0
+        if forecast.peak_bytes > usable:
             return None
-        fitting = int((room - cost.backward_bytes + cost.kept_bytes) / cost.kept_bytes) * cost.tokens
-        retain = fitting if self._config.batch.retain == "auto" else retained_tokens(self._config.batch)
-        replayed = 1 - min(1.0, retain / self._workload(size).tokens)
-        return (replayed * cost.first_s + cost.forward_s + cost.backward_s) / cost.tokens
+        retention = most_retained(forecast, usable, given_tokens(batch.retain), given_tokens(batch.retain_products))
+        return replace(forecast, retention=retention).step_s / forecast.computed
 
     def _workload(self, size: int) -> Workload:
         return Workload(self._queries, self._lengths, size, self._encoder.packed)
@@ -183,7 +189,7 @@ class StepPlanner:
         # What the encoder made for itself at its first chunk (rounded weights, workspaces) stays for the whole run.
         made = allocated_bytes(self._device) - sum(p.grad.nbytes for p in self._parameters if p.grad is not None)
         memory = replace(self._memory, weights=max(self._memory.weights, made), loss=loss.peak_bytes)
-        return Forecast(workload, costs_of(workload, measured), loss.seconds, update_s, memory, retain=0)
+        return Forecast(workload, costs_of(workload, measured), loss.seconds, update_s, memory)
 
     def _loss(self) -> Cost:
         config, tiled = self._config.loss, self._config.loss.strategy == "tiled"
@@ -211,7 +217,7 @@ class StepPlanner:
 def _unmeasured(batch: BatchConfig, device: torch.device, longest: int) -> BatchConfig:
     usual = max(_SMALLEST_USUAL if device.type == "cuda" else _CPU_SIZE, longest)
     size = usual if batch.tokens_per_chunk == "auto" else batch.tokens_per_chunk
-    return replace(batch, tokens_per_chunk=size, retain=0)
+    return replace(batch, tokens_per_chunk=size, retain=0, retain_products=0)
 
 
 def _step_lengths(

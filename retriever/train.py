@@ -100,8 +100,9 @@ def _train(
     from retriever.optim import Optimizer
     from retriever.outputs import Outputs
     from retriever.parallel.sharded import PlacedEncoder
+    from retriever.retention import Retention
     from retriever.step import train_step
-    from retriever.step_plan import StepPlanner, retained_tokens
+    from retriever.step_plan import StepPlanner
     from retriever.telemetry import Telemetry
 
     start = checkpoint.finished_steps(last) if last is not None else 0
@@ -148,7 +149,7 @@ def _train(
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
         for batch in batches:
-            report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, retained_tokens(config.batch))
+            report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, Retention.from_config(config.batch))
             telemetry.step(report)
             done = report.step + 1
             evaluated = config.eval is not None and _due(done, config.train.eval_every, total)

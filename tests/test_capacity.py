@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from retriever.loss.contrastive import ContrastiveObjective
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
-FIRST_S, FORWARD_S, BACKWARD_S = 0.01, 0.05, 0.2
+FIRST_S, AGAIN_S, FORWARD_S, BACKWARD_S = 0.01, 0.03, 0.06, 0.2
 
 
 class _Slow(torch.autograd.Function):
@@ -36,12 +37,19 @@ class SlowEncoder(nn.Module):
 
     dimension, device = 4, CPU
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_products: bool) -> None:
         super().__init__()
+        self.keeps_products = keeps_products
         self.weight = nn.Parameter(torch.ones(4))
 
-    def forward(self, side: str, tokens: Padded | Packed) -> Tensor:
-        time.sleep(FORWARD_S if torch.is_grad_enabled() else FIRST_S)
+    def forward(self, side: str, tokens: Padded | Packed, products: deque[str] | None = None) -> Tensor:
+        assert products is None or self.keeps_products
+        if not torch.is_grad_enabled():
+            time.sleep(FIRST_S)
+            if products is not None:
+                products.append("product")
+        else:
+            time.sleep(AGAIN_S if products else FORWARD_S)
         return _Slow.apply(self.weight.expand(len(tokens), 4))
 
 
@@ -50,11 +58,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
     return DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path_factory.mktemp("model"))), passage_max_tokens=64))
 
 
-def test_a_chunks_times_are_told_apart() -> None:
-    cost = measure_chunk(SlowEncoder(), "passage", random_chunk(np.array([5, 3]), 50, packed=True))  # type: ignore[arg-type]
+@pytest.mark.parametrize("keeps_products", [False, True])
+def test_a_chunks_times_are_told_apart(keeps_products: bool) -> None:
+    cost = measure_chunk(SlowEncoder(keeps_products), "passage", random_chunk(np.array([5, 3]), 50, packed=True))  # type: ignore[arg-type]
     assert cost.tokens == 8
-    assert FIRST_S <= cost.first_s < FORWARD_S <= cost.forward_s < BACKWARD_S <= cost.backward_s
+    assert FIRST_S <= cost.first_s < AGAIN_S < FORWARD_S <= cost.forward_s < BACKWARD_S <= cost.backward_s
+    assert AGAIN_S <= cost.again_s < FORWARD_S if keeps_products else cost.again_s == cost.forward_s
     assert cost.kept_bytes == cost.first_bytes == cost.forward_bytes == cost.backward_bytes == 0  # not known on a CPU
+    assert cost.products_bytes == 0
     assert usable_bytes(CPU) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from retriever.config import ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_of, most_retained, scaled_loss, settled_size
+from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, most_retained, scaled_loss, settled_size
 from retriever.gradcache import encode_without_graph
+from retriever.retention import EVERYTHING, NOTHING, Keeps, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
 from tests.tiny import save_tiny_model
 
@@ -24,39 +26,43 @@ MEMORY = Memory(weights=100, gradients=90, optimizer=180, representations=40, lo
 LENGTHS = {"query": np.arange(4, 20), "passage": np.arange(10, 60)}
 
 
-def _costs(count: int, seed: int = 0) -> list[ChunkCost]:
+def _costs(count: int, seed: int = 0, products: float = 0.1) -> list[ChunkCost]:
     """Random costs whose peaks hold what they must hold."""
     draw = random.Random(seed)
     costs = []
     for _ in range(count):
         tokens, kept = draw.randint(10, 99), draw.uniform(50, 400)
-        seconds = [draw.uniform(0.1, 1.0) for _ in range(3)]
-        costs.append(ChunkCost(tokens, *seconds, kept, draw.uniform(5, 50), kept + draw.uniform(0, 60), kept + draw.uniform(0, 90)))
+        seconds = [draw.uniform(0.1, 1.0) for _ in range(4)]
+        peaks = draw.uniform(5, 50), kept + draw.uniform(0, 60), kept + draw.uniform(0, 90)
+        costs.append(ChunkCost(tokens, *seconds, products * kept, kept, *peaks))
     return costs
 
 
-def _forecast(count: int = 7, retain: int = 0, seed: int = 0, memory: Memory = MEMORY) -> Forecast:
-    return Forecast(Workload(16, LENGTHS, 64, packed=True), _costs(count, seed), 0.25, 0.125, memory, retain)
+def _forecast(count: int = 7, retention: Retention = NOTHING, seed: int = 0, memory: Memory = MEMORY, products: float = 0.1) -> Forecast:
+    return Forecast(Workload(16, LENGTHS, 64, packed=True), _costs(count, seed, products), 0.25, 0.125, memory, retention)
 
 
 def _played_peak(forecast: Forecast) -> float:
     """The step as the trainer does it, event by event: what is alive is added up after each."""
-    part, budget = forecast.memory, forecast.retain
+    part, (graphs, products) = forecast.memory, forecast.retention
     alive = {"weights": part.weights, "optimizer": part.optimizer, "representations": part.representations}
     peak, kept = sum(alive.values()), []
     for i, cost in enumerate(forecast.costs):
-        budget -= cost.tokens
-        if budget >= 0:
+        graphs -= cost.tokens
+        if graphs >= 0:
             peak = max(peak, sum(alive.values()) + cost.forward_bytes)
-            alive[f"graph {i}"] = cost.kept_bytes
+            alive[f"kept {i}"] = cost.kept_bytes
             kept.append(i)
-        else:
-            peak = max(peak, sum(alive.values()) + cost.first_bytes)
+            continue
+        products -= cost.tokens
+        if products >= 0:
+            alive[f"kept {i}"] = cost.products_bytes
+        peak = max(peak, sum(alive.values()) + cost.first_bytes)
     peak = max(peak, sum(alive.values()) + part.loss)
     alive["representations' gradients"] = part.representations
     alive["gradients"] = part.gradients
     for i, cost in enumerate(forecast.costs):
-        alive.pop(f"graph {i}", None)
+        alive.pop(f"kept {i}", None)  # they are part of the graph from here on
         peak = max(peak, sum(alive.values()) + cost.backward_bytes, sum(alive.values()) + (0 if i in kept else cost.forward_bytes))
     return peak
 
@@ -64,38 +70,85 @@ def _played_peak(forecast: Forecast) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_peak_is_that_of_the_step_played_through(seed: int) -> None:
     peaks = set()
-    for retain in (0, 30, 100, 250, 10_000):
-        for loss in (0.0, 300.0, 5000.0):
-            forecast = _forecast(retain=retain, seed=seed, memory=replace(MEMORY, loss=loss))
+    for graphs, products, loss in itertools.product((0, 30, 100, 250, 10_000), (0, 150, 10_000), (0.0, 300.0, 5000.0)):
+        for share in (0.1, 0.9):
+            forecast = _forecast(retention=Retention(graphs, products), seed=seed, memory=replace(MEMORY, loss=loss), products=share)
             assert forecast.peak_bytes == pytest.approx(_played_peak(forecast), rel=1e-12)
             peaks.add(round(forecast.peak_bytes, 6))
     assert len(peaks) > 5
 
 
 def test_a_step_takes_what_its_parts_take() -> None:
-    forecast = _forecast(retain=sum(cost.tokens for cost in _costs(7)[:3]))
-    kept, replayed = forecast.costs[:3], forecast.costs[3:]
-    expected = sum(c.forward_s + c.backward_s for c in kept) + sum(c.first_s + c.forward_s + c.backward_s for c in replayed)
+    sums = np.cumsum([cost.tokens for cost in _costs(7)]).tolist()
+    forecast = _forecast(retention=Retention(sums[1], sums[4] - sums[1]))
+    kept, begun, replayed = forecast.costs[:2], forecast.costs[2:5], forecast.costs[5:]
+    expected = sum(c.forward_s + c.backward_s for c in kept) + sum(c.first_s + c.again_s + c.backward_s for c in begun)
+    expected += sum(c.first_s + c.forward_s + c.backward_s for c in replayed)
     assert forecast.step_s == pytest.approx(expected + 0.25 + 0.125)
     assert forecast.pairs_per_s == pytest.approx(16 / forecast.step_s)
-    assert forecast.retained_share == pytest.approx(sum(c.tokens for c in kept) / sum(c.tokens for c in forecast.costs))
-    assert replace(forecast, retain=10_000).step_s < forecast.step_s < replace(forecast, retain=0).step_s
+    parts: list[tuple[Keeps, list[ChunkCost]]] = [("graph", kept), ("products", begun), ("nothing", replayed)]
+    for keeps, costs in parts:
+        assert forecast.count(keeps) == len(costs)
+        assert forecast.share(keeps) == pytest.approx(sum(c.tokens for c in costs) / sums[-1])
+    assert sum(forecast.retained_bytes) == sum(c.kept_bytes for c in kept) + sum(c.products_bytes for c in begun)
+
+
+def _fits(forecast: Forecast, usable: float, graphs: int, products: int) -> bool:
+    """Whether so many chunks keep graphs, and so many behind them products, within `usable` bytes."""
+    sums = [0, *np.cumsum([cost.tokens for cost in forecast.costs]).tolist()]
+    kept = Retention(sums[graphs], sums[min(graphs + products, len(forecast.costs))] - sums[graphs])
+    return replace(forecast, retention=kept).peak_bytes <= usable
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_as_much_is_retained_as_fits_and_no_more(seed: int) -> None:
-    nothing = _forecast(seed=seed)
-    sums = np.cumsum([cost.tokens for cost in nothing.costs])
-    everything = replace(nothing, retain=int(sums[-1])).peak_bytes
+@pytest.mark.parametrize("products", [0.0, 0.1])
+def test_as_much_is_retained_as_fits_and_no_more(seed: int, products: float) -> None:
+    """As many chunks as can be keep products; where all do, as many of them as can be keep graphs instead."""
+    nothing = _forecast(seed=seed, products=products)
+    nothing = replace(nothing, costs=[replace(cost, tokens=50) for cost in nothing.costs])
+    count = len(nothing.costs)
+    everything = replace(nothing, retention=Retention(graphs=EVERYTHING)).peak_bytes
+    seen = set()
     for usable in np.linspace(0.9 * nothing.peak_bytes, 1.1 * everything, 23):
-        retain = most_retained(nothing, usable)
-        chosen = replace(nothing, retain=retain)
-        assert chosen.peak_bytes <= usable or (retain == 0 and replace(nothing, retain=int(sums[0])).peak_bytes > usable)
-        if chosen.kept < len(sums):
-            assert replace(nothing, retain=int(sums[chosen.kept])).peak_bytes > usable
-    assert most_retained(nothing, 1.1 * everything) > sums[-1]  # a later batch may be larger
-    room = 0.5 * nothing.costs[3].kept_bytes  # for half of the fourth chunk: a later batch's first three may be a few tokens longer
-    assert most_retained(nothing, replace(nothing, retain=int(sums[2])).peak_bytes + room) > sums[2]
+        retention = most_retained(nothing, usable)
+        chosen = replace(nothing, retention=retention)
+        graphs, begun = chosen.count("graph"), chosen.count("products")
+        seen.add((graphs > 0, begun > 0))
+        assert chosen.peak_bytes <= usable or retention == NOTHING
+        if products and graphs + begun < count:
+            assert graphs == 0 and not _fits(nothing, usable, 0, begun + 1)
+        elif graphs < count:
+            assert not _fits(nothing, usable, graphs + 1, count if products else 0)
+    assert seen == ({(False, False), (False, True), (True, True), (True, False)} if products else {(False, False), (True, False)})
+
+
+@pytest.mark.parametrize("products", [0.0, 0.1])
+def test_a_batch_may_be_a_little_larger_than_the_one_measured(products: float) -> None:
+    nothing = _forecast(products=products)
+    sums = np.cumsum([cost.tokens for cost in nothing.costs]).tolist()
+    three = Retention(products=sums[2]) if products else Retention(graphs=sums[2])
+    room = 0.5 * nothing.costs[3].kept_bytes * (products or 1.0)  # for half of what the fourth chunk keeps
+    found = most_retained(nothing, replace(nothing, retention=three).peak_bytes + room)
+    assert (found.products if products else found.graphs) > sums[2] and 0 in found
+    assert most_retained(nothing, 1e9).graphs > sums[-1]
+
+
+def test_what_is_given_stays_and_the_other_kind_takes_the_room() -> None:
+    nothing = _forecast()
+    sums = np.cumsum([cost.tokens for cost in nothing.costs]).tolist()
+    roomy = replace(nothing, retention=Retention(sums[2], 0)).peak_bytes
+    assert most_retained(nothing, roomy, 0, 0) == NOTHING
+    assert most_retained(nothing, roomy, None, 0).graphs >= sums[2]
+    found = most_retained(nothing, roomy, sums[0], None)
+    assert found.graphs == sums[0] and replace(nothing, retention=found).count("products") > 2
+    assert most_retained(nothing, 1e9, sums[0], None).products >= sums[-1] - sums[0]
+
+
+def test_costs_like_one_chunks_are_its_by_token() -> None:
+    workload = Workload(16, LENGTHS, 64, packed=True)
+    costs = costs_like(workload, ChunkCost(10, *[20.0] * 9))
+    assert [cost.tokens for cost in costs] == [workload.computed(chunk) for side in SIDES for chunk in workload.chunks[side]]
+    assert all(cost == ChunkCost(cost.tokens, *[pytest.approx(2.0 * cost.tokens)] * 9) for cost in costs)
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +176,13 @@ def test_chunks_and_retention_are_those_of_the_run(folder: Path, packed: bool) -
     encoder = DualEncoder.from_pretrained(config)
     if packed:
         encoder.pack()
-    costs = [ChunkCost(tokens, *[0.0] * 7) for _, tokens, _ in expected]
-    for retain in (0, expected[0][1], expected[0][1] + expected[1][1] - 1, 900, 10_000):
-        _, first = encode_without_graph(encoder, batch, retain)
-        kept = [True] * len(first.kept) + [False] * len(first.states)
-        assert kept == [i < Forecast(workload, costs, 0, 0, MEMORY, retain).kept for i in range(len(kept))]
+        encoder.fuse_layers()
+    costs = [ChunkCost(tokens, *[0.0] * 9) for _, tokens, _ in expected]
+    for graphs in (0, expected[0][1], expected[0][1] + expected[1][1] - 1, 900, 10_000):
+        for products in (0, 500, 10_000) if packed else (0,):
+            _, first = encode_without_graph(encoder, batch, Retention(graphs, products))
+            kept = ["graph"] * len(first.kept) + ["products"] * len(first.begun) + ["nothing"] * len(first.states)
+            assert kept == [keeps for _, keeps in Forecast(workload, costs, 0, 0, MEMORY, Retention(graphs, products)).chunks]
 
 
 def test_costs_of_chunks_that_were_not_measured_lie_between_those_that_were() -> None:
@@ -137,7 +192,7 @@ def test_costs_of_chunks_that_were_not_measured_lie_between_those_that_were() ->
         places = workload.measured_places(side)  # type: ignore[arg-type]
         sizes = {place: workload.computed(workload.chunks[side][place]) for place in places}  # type: ignore[index]
         factors = dict(zip(places, (2.0, 1.0, 1.0), strict=False))  # the longest texts cost twice as much by token
-        measured[side] = {place: ChunkCost(n, *[per_token * factors[place] * n] * 7) for place, n in sizes.items()}
+        measured[side] = {place: ChunkCost(n, *[per_token * factors[place] * n] * 9) for place, n in sizes.items()}
     costs = costs_of(workload, measured)  # type: ignore[arg-type]
     assert [cost.tokens for cost in costs] == [workload.computed(chunk) for side in SIDES for chunk in workload.chunks[side]]
     by_token = [cost.forward_s / cost.tokens for cost in costs[len(workload.chunks["query"]) :]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kernels import post_norm_layer
+from kernels.attention import attention_forward
+from kernels.post_norm_layer import Products
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks
@@ -22,6 +27,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.representations import Representations
+from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import RngState, seed_step
 from tests.problems import WholeBatch, encode_whole, random_batch, rank_batch
 from tests.tiny import save_tiny_model
@@ -40,8 +46,8 @@ class Recording(nn.Module):
         self.outputs: list[Tensor] = []
         self.with_graph: list[bool] = []
 
-    def forward(self, side: str, tokens: Padded | Packed) -> Tensor:
-        output = self.encoder(side, tokens)  # type: ignore[arg-type]
+    def forward(self, side: str, tokens: Padded | Packed, products: deque[Products] | None = None) -> Tensor:
+        output = self.encoder(side, tokens, products)  # type: ignore[arg-type]
         self.outputs.append(output.detach().clone())
         self.with_graph.append(output.requires_grad)
         return output
@@ -68,11 +74,11 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def _cached(encoder: nn.Module, batch: Batch, retain: int = 0, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
+def _cached(encoder: nn.Module, batch: Batch, retention: Retention = NOTHING, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    representations, passes = encode_without_graph(encoder, batch, retain, offload=objective.offload)  # type: ignore[arg-type]
+    representations, passes = encode_without_graph(encoder, batch, retention, offload=objective.offload)  # type: ignore[arg-type]
     _, gradients = representation_gradients(objective, representations, batch, CPU)
     backward_through_encoder(encoder, batch, gradients, passes)  # type: ignore[arg-type]
     return _gradients(encoder)
@@ -119,9 +125,57 @@ def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, l
     replayed = _cached(recording, batch)
     for kept in (0, 1, 3, len(sizes)):
         recording.with_graph.clear()
-        again = _cached(recording, batch, retain=sum(sizes[:kept]))
+        again = _cached(recording, batch, Retention(graphs=sum(sizes[:kept])))
         assert recording.with_graph == [True] * kept + [False] * (len(sizes) - kept) + [True] * (len(sizes) - kept)
         assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("offload", [False, True])
+def test_kept_products_are_not_computed_again_and_give_the_same_bits(
+    folder: Path, tied: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout on: behind chunks that keep their graphs, chunks that keep products, and behind these chunks that keep nothing."""
+    encoder = _encoder(folder, dropout=True, tied=tied)
+    encoder.pack()
+    encoder.fuse_layers()
+    attended: list[int] = []  # tokens
+
+    def counted(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        attended.append(len(query))
+        return attention_forward(query, *others)
+
+    monkeypatch.setattr(post_norm_layer, "attention_forward", counted)
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True, chunks_a_side=9)
+    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit=True)
+    sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
+    replayed = _cached(encoder, batch, objective=objective)
+    assert attended == sizes + sizes
+    for graphs, products in ((0, 2), (1, 3), (0, len(sizes)), (3, len(sizes))):
+        attended.clear()
+        behind = EVERYTHING if graphs + products >= len(sizes) else sum(sizes[graphs : graphs + products])
+        again = _cached(encoder, batch, Retention(sum(sizes[:graphs]), behind), objective)
+        assert attended == sizes + sizes[graphs + products :]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
+
+
+def test_products_are_given_up_as_they_are_used(folder: Path) -> None:
+    """None is left when a chunk has its graph, so that the backward pass frees them with it."""
+    encoder = _encoder(folder, dropout=True)
+    encoder.pack()
+    encoder.fuse_layers()
+    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
+    representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
+    assert [len(begun.products) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
+    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    backward_through_encoder(encoder, batch, gradients, first)
+    assert not any(begun.products for begun in first.begun)
+
+
+def test_layers_that_keep_no_products_say_so(folder: Path) -> None:
+    batch, _, _ = rank_batch(WHOLE, 0, 40)
+    with pytest.raises(ValueError, match="kept by fused layers only"):
+        encode_without_graph(_encoder(folder, dropout=False), batch, Retention(products=EVERYTHING))
 
 
 @pytest.mark.parametrize("layers", ["padded", "fused"])
@@ -135,7 +189,7 @@ def test_representations_in_host_memory_give_the_same_gradient(folder: Path, lay
     offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5, unit=True)
     expected, found = _cached(encoder, batch), _cached(encoder, batch, objective=offloaded)
     assert _error(found, expected) < 1e-12
-    assert all(torch.equal(a, b) for a, b in zip(found, _cached(encoder, batch, 150, offloaded), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, _cached(encoder, batch, Retention(graphs=150), offloaded), strict=True))
 
 
 def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:

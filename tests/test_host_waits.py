@@ -33,6 +33,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
+from retriever.retention import Retention
 from scripts.bench.step_data import TEMPLATE, random_store
 
 QUERIES = 48
@@ -112,7 +113,7 @@ def _encoder() -> DualEncoder:
     return encoder.to(NOWHERE).train()
 
 
-@pytest.mark.parametrize("retain", [0, 1500, 10**6])
+@pytest.mark.parametrize("retention", [Retention(), Retention(1500, 1500), Retention(graphs=10**6)])
 @pytest.mark.parametrize(
     "loss",
     [
@@ -126,13 +127,13 @@ def _encoder() -> DualEncoder:
     ],
     ids=lambda loss: ",".join(f"{k}={v}" for k, v in vars(loss).items() if v != getattr(LossConfig(), k)) or "default",
 )
-def test_nothing_is_waited_for_between_the_passes(store: Store, launches: list[str], loss: LossConfig, retain: int) -> None:
+def test_nothing_is_waited_for_between_the_passes(store: Store, launches: list[str], loss: LossConfig, retention: Retention) -> None:
     """From the first chunk to the last backward pass, hard positives and all."""
     encoder, objective, world = _encoder(), ContrastiveObjective(loss, unit=True).to(NOWHERE), World(NOWHERE)
     batch = _batch(store)
     assert len(batch.targets.known_pairs.pairs.rows) == QUERIES // 3  # type: ignore[union-attr]
     with _watched() as watch:
-        representations, first = encode_without_graph(encoder, batch, retain)
+        representations, first = encode_without_graph(encoder, batch, retention)
         value, gradients = representation_gradients(objective, representations, batch, world, temperature=loss.temperature)
         backward_through_encoder(encoder, batch, gradients, first)
     assert value.device == NOWHERE and all(p.grad is not None for p in encoder.parameters())

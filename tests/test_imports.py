@@ -20,7 +20,7 @@ FLOORS = (
     ("rng", "config", "config_tree", "config_rules", "environment", "atomic"),
     ("data", "encoder", "parallel"),
     ("loss",),
-    ("gradcache", "representations", "optim"),
+    ("gradcache", "representations", "retention", "optim"),
     ("step",),
     ("capacity", "forecast", "step_plan"),
     ("checkpoint", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),

@@ -18,25 +18,27 @@ from retriever.config import BatchConfig, Config, ConfigError, LossConfig, Model
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.forecast import Forecast, Memory, Workload
 from retriever.parallel.world import World
+from retriever.retention import Retention
 from retriever.train import main
 from tests.tiny import random_texts, save_tiny_model
 
 GIB = 2**30
-CONFIG = Config(model=ModelConfig("m", attention="packed", fused=True, compile=False), batch=BatchConfig(16, retain=100))
+_BATCH = BatchConfig(16, retain=100, retain_products=64)
+CONFIG = Config(model=ModelConfig("m", attention="packed", fused=True, compile=False), batch=_BATCH)
 
 
 def _forecast(activations: float = 2.0 * GIB) -> Forecast:
     workload = Workload(16, {"query": np.full(16, 4), "passage": np.full(16, 8)}, 64, packed=True)
-    costs = [ChunkCost(64, 1.0, 1.5, 3.0, *[activations] * 4) for _ in range(3)]
+    costs = [ChunkCost(64, 1.0, 1.5, 1.25, 3.0, activations / 8, *[activations] * 4) for _ in range(3)]
     memory = Memory(weights=GIB / 2, gradients=GIB, optimizer=2 * GIB, representations=GIB / 4, loss=GIB / 8)
-    return Forecast(workload, costs, 0.25, 0.75, memory, retain=100)
+    return Forecast(workload, costs, 0.25, 0.75, memory, Retention(100, 64))
 
 
 def test_the_plan_in_two_lines() -> None:
     lines = preflight.plan_lines(_forecast(), 1000).splitlines()
     assert lines == [
-        "plan    a step of 192 tokens a rank in 3 chunks, 33% of them encoded once; at most 6.75 GiB a GPU",
-        "        first pass, loss, second pass, update 3.5 + 0.25 + 12 + 0.75 s: 1 pairs/s, 4 h 35 min for 1,000 steps",
+        "plan    a step of 192 tokens a rank in 3 chunks, 33% of them encoded once, 33% again in part; at most 7.00 GiB a GPU",
+        "        first pass, loss, second pass, update 3.5 + 0.25 + 11.8 + 0.75 s: 1 pairs/s, 4 h 30 min for 1,000 steps",
     ]
     assert "GiB" not in preflight.plan_lines(_forecast(0.0), 1000)
 
@@ -45,9 +47,9 @@ def test_the_plan_as_a_table() -> None:
     table = preflight.plan_table(_forecast(), CONFIG, 10, 20.0 * GIB)
     rows = {line.split("  ")[0]: line.split() for line in table.splitlines() if line}
     assert rows["queries"][1:4] == ["16", "64", "tokens"] and rows["passages"][1:4] == ["16", "128", "tokens"]
-    assert rows["first pass"][2] == "3.500" and rows["second pass"][2] == "12.000" and rows["a step"][2] == "16.500"
-    assert rows["the run"][2:6] == ["2", "min", "45", "s"] and rows["encoded once"][2] == "33%"
-    assert rows["weights"][1:3] == ["512.0", "MiB"] and rows["kept graphs"][2] == "2.00" and rows["peak"][1] == "6.75"
+    assert rows["first pass"][2] == "3.500" and rows["second pass"][2] == "11.750" and rows["a step"][2] == "16.250"
+    assert rows["the run"][2:6] == ["2", "min", "42", "s"] and rows["encoded once"][2] == rows["again in part"][3] == "33%"
+    assert rows["weights"][1:3] == ["512.0", "MiB"] and rows["kept between passes"][3] == "2.25" and rows["peak"][1] == "7.00"
     assert "packed, fused layers" in table and "of 20.00 GiB that can be used" in table
     assert rows["representations"][1:3] == ["256.0", "MiB"] and "host memory" not in table
     offloaded = replace(_forecast(), memory=replace(_forecast().memory, representations=0.0, host=3.0 * GIB))

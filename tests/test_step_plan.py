@@ -19,7 +19,8 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.forecast import Forecast
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
-from retriever.step_plan import EVERYTHING, StepPlanner, retained_tokens
+from retriever.retention import EVERYTHING, Retention
+from retriever.step_plan import StepPlanner
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
 from tests.tiny import save_tiny_model
 
@@ -67,13 +68,13 @@ def _decide(store: Store, encoder: DualEncoder, config: Config, world: World = C
 def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Memory is limited to so many bytes; chunks cost by token what they are said to."""
 
-    def limit(usable: float, *, fits: int = 10**9, dearer_below: int = 0) -> None:
+    def limit(usable: float, *, fits: int = 10**9, dearer_below: int = 0, dearer: float = 1.5, products: int = 0) -> None:
         def measure(encoder: DualEncoder, side: str, tokens: Any) -> ChunkCost:
             n = tokens.input_ids.numel()
             if n > fits:
                 raise torch.cuda.OutOfMemoryError(f"{n} tokens")
-            second = 1e-6 * n * (1.5 if n < dearer_below else 1.0)
-            return ChunkCost(n, second, second, second, KEPT * n, 100 * n, (KEPT + 100) * n, WORKING * n)
+            second = 1e-6 * n * (dearer if n < dearer_below else 1.0)
+            return ChunkCost(n, second, second, 0.7 * second, second, products * n, KEPT * n, 100 * n, (KEPT + 100) * n, WORKING * n)
 
         monkeypatch.setattr(step_plan, "usable_bytes", lambda device: usable)
         monkeypatch.setattr(step_plan, "measure_chunk", measure)
@@ -82,17 +83,18 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_a_cpu_keeps_the_rule_and_measures_when_asked(store: Store, encoder: DualEncoder) -> None:
-    assert _decide(store, encoder, _config()) == (BatchConfig(QUERIES, tokens_per_chunk=8192, retain=0), None)
+    assert _decide(store, encoder, _config()) == (BatchConfig(QUERIES, tokens_per_chunk=8192, retain=0, retain_products=0), None)
     batch, forecast = _decide(store, encoder, _config(queries=20, preflight="only", retain=700, tokens_per_chunk=400))
     assert (batch.tokens_per_chunk, batch.retain) == (400, 700)
-    assert forecast is not None and forecast.step_s > 0 and 1 <= forecast.kept < len(forecast.costs) and forecast.workload.queries == 20
+    assert forecast is not None and forecast.step_s > 0 and forecast.workload.queries == 20
+    assert 1 <= forecast.count("graph") < len(forecast.costs)
     assert all(p.grad is None for p in encoder.parameters())
 
 
 def test_true_false_and_numbers_stay(store: Store, encoder: DualEncoder) -> None:
-    for retain, tokens in ((True, EVERYTHING), (False, 0), (123, 123)):
-        batch, _ = _decide(store, encoder, _config(retain=retain))
-        assert batch.retain is retain and retained_tokens(batch) == tokens
+    for given, tokens in ((True, EVERYTHING), (False, 0), (123, 123)):
+        batch, _ = _decide(store, encoder, _config(retain=given, retain_products=False))
+        assert batch.retain is given and Retention.from_config(batch) == (tokens, 0)
 
 
 def test_the_size_is_the_smallest_that_is_as_fast_and_fits(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
@@ -115,12 +117,12 @@ def test_the_size_is_the_smallest_that_is_as_fast_and_fits(store: Store, encoder
 def test_what_memory_is_left_is_for_graphs(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
     limited(KEPT * 60_000)
     batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
-    assert forecast is not None and forecast.peak_bytes <= KEPT * 60_000 and 0 < forecast.kept < len(forecast.costs)
-    assert batch.retain == forecast.retain and 35_000 < int(batch.retain) < 60_000
+    assert forecast is not None and forecast.peak_bytes <= KEPT * 60_000 and 0 < forecast.count("graph") < len(forecast.costs)
+    assert batch.retain == forecast.retention.graphs and 35_000 < int(batch.retain) < 60_000
     limited(1e12)
     batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
-    assert forecast is not None and forecast.kept == len(forecast.costs) and forecast.retained_share == 1
-    assert _decide(store, encoder, _config(tokens_per_chunk=8192, retain=False))[1].retained_share == 0  # type: ignore[union-attr]
+    assert forecast is not None and forecast.share("graph") == 1
+    assert _decide(store, encoder, _config(tokens_per_chunk=8192, retain=False))[1].share("graph") == 0  # type: ignore[union-attr]
 
 
 def test_all_or_an_error_that_says_by_how_much(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
@@ -129,6 +131,48 @@ def test_all_or_an_error_that_says_by_how_much(store: Store, encoder: DualEncode
     limited(KEPT * 60_000)
     with pytest.raises(ConfigError, match=r"batch\.retain: true, but keeping all graphs takes 0\.\d GiB more"):
         _decide(store, encoder, _config(retain=True, tokens_per_chunk=8192))
+
+
+def _that_keeps_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DualEncoder, "keeps_products", True)
+
+
+def test_products_go_before_graphs(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for products alone, for products and a few graphs, and where the configuration says otherwise."""
+    _that_keeps_products(monkeypatch)
+    limited(KEPT * 20_000, products=100)
+    few, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
+    assert forecast is not None and forecast.peak_bytes <= KEPT * 20_000 and forecast.retention == (few.retain, few.retain_products)
+    assert few.retain == 0 and 0 < forecast.count("products") < len(forecast.costs)
+    limited(KEPT * 60_000, products=100)
+    more, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192))
+    assert forecast is not None and forecast.peak_bytes <= KEPT * 60_000
+    assert forecast.count("graph") > 0 and forecast.count("nothing") == 0
+    graphs, _ = _decide(store, encoder, _config(tokens_per_chunk=8192, retain_products=False))
+    assert graphs.retain_products is False and int(graphs.retain) > int(more.retain)
+    products, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192, retain=False, retain_products=True))
+    assert products.retain_products is True and forecast is not None and forecast.share("products") == 1
+    limited(KEPT * 15_000, products=100)
+    with pytest.raises(ConfigError, match=r"batch\.retain_products: true, but keeping all products takes 0\.\d GiB more"):
+        _decide(store, encoder, _config(tokens_per_chunk=8192, retain=False, retain_products=True))
+
+
+def test_products_make_room_for_smaller_chunks(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger chunk would cost 8% less by itself, but leaves room for fewer products."""
+    _that_keeps_products(monkeypatch)
+    limited(WORKING * 70_000, dearer_below=40_000, dearer=1.08, products=600)
+    assert _decide(store, encoder, _config(retain=False, retain_products=False))[0].tokens_per_chunk == 65_536
+    assert _decide(store, encoder, _config(retain=False))[0].tokens_per_chunk == 16_384
+
+
+def test_layers_that_keep_no_products_are_told(store: Store, encoder: DualEncoder) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.retain_products: true, but only fused layers"):
+        _decide(store, encoder, _config(retain_products=True))
+    assert _decide(store, encoder, _config(retain_products=False))[0].retain_products is False
 
 
 def test_representations_in_host_memory_take_none_of_a_gpus(
@@ -175,14 +219,14 @@ def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Ca
     limited(1e12)
     batch, forecast = _decide(store, encoder, _config(), Unequal(9000))
     assert (batch.tokens_per_chunk, batch.retain) == (9000, 9000)
-    assert forecast is not None and forecast.retain == 9000
+    assert forecast is not None and forecast.retention == (9000, 0)
 
 
 def test_nothing_is_measured_where_everything_is_given(
     store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited(1e12, fits=0)
-    given = _config(preflight="off", tokens_per_chunk=5000, retain=77)
+    given = _config(preflight="off", tokens_per_chunk=5000, retain=77, retain_products=0)
     assert _decide(store, encoder, given) == (given.batch, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kernels.post_norm_layer import Products
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
-from retriever.encoder.fused_layers import can_fuse, fuse
+from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
@@ -91,19 +93,24 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, side: Side, tokens: Padded | Packed) -> Tensor:
+    def forward(self, side: Side, tokens: Padded | Packed, products: deque[Products] | None = None) -> Tensor:
         """Embeddings [n, D] float32 (float64 after `.double()`) of n texts of one side, each of at least one token.
 
-        After `pack` the texts come `Packed`, before it `Padded`. Raises ValueError for the other layout, or a chunk without a token.
+        After `pack` the texts come `Packed`, before it `Padded`. Where the encoder `keeps_products`, a call without a graph puts those of
+        each layer into `products`, and a later call for the same texts with a graph takes them out of it instead of computing them.
+        Raises ValueError for the other layout, a chunk without a token, or `products` of layers that keep none.
         """
         if tokens.input_ids.numel() == 0:
             raise ValueError(f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text")
         if isinstance(tokens, Packed) != self.packed:
             raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}")
+        if products is not None and not self.keeps_products:
+            raise ValueError("products of layers are kept by fused layers only; call fuse_layers first")
         tower = self.query_tower if side == "query" else self.passage_tower
         with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if isinstance(tokens, Packed):
-                hidden = tower(**packed_inputs(tower, tokens)).last_hidden_state[0]  # [T, D]
+                kept = {} if products is None else {"packed_products": products}
+                hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, D]
                 embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, D]
             else:
                 hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, D]
@@ -137,6 +144,11 @@ class DualEncoder(nn.Module):
             if not can_fuse(tower):
                 raise ConfigError(f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto")
             fuse(tower)
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether a pass without a graph can leave the products of its layers to one with it."""
+        return all(type(getattr(tower, "encoder", None)) is FusedLayers for tower in self.each_tower)
 
     def compile_layers(self) -> None:
         """Compiles the repeated layers of each tower: one graph serves them all, whatever the sizes of a chunk.

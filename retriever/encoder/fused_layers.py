@@ -5,6 +5,7 @@ Dropout masks are functions of seeds that each forward pass draws, so a pass wit
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.post_norm_layer import Factors, Layer, Parameters, factors, post_norm_layer
+from kernels.post_norm_layer import Factors, Layer, Parameters, Products, factors, post_norm_layer, with_products
 from retriever.encoder.packed_attention import draw_seeds
 
 FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
@@ -71,9 +72,18 @@ class FusedLayers(nn.Module):
         self._rounded: dict[int, _Rounded] = {}
 
     def forward(
-        self, hidden_states: Tensor, *, packed_starts: Tensor, packed_longest: int, **_: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_starts: Tensor,
+        packed_longest: int,
+        packed_products: deque[Products] | None = None,
+        **_: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider."""
+        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
+
+        Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
+        """
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
@@ -86,7 +96,14 @@ class FusedLayers(nn.Module):
             for i, place in enumerate(self._places):
                 layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
                 parameters = _read_parameters(place.holders)
-                stream, rounded = post_norm_layer(stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters)
+                given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
+                if packed_products is None:
+                    stream, rounded = post_norm_layer(*given)
+                elif torch.is_grad_enabled():
+                    stream, rounded = post_norm_layer(*given, packed_products.popleft())
+                else:
+                    stream, rounded, products = with_products(*given)
+                    packed_products.append(products)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
     def _dropouts(self, place: _Place) -> tuple[float, float, float]:

@@ -15,9 +15,9 @@ from transformers import BertModel
 
 from retriever.data.batch import Batch
 from retriever.forecast import Forecast
-from retriever.step_plan import EVERYTHING
+from retriever.retention import Retention
 from scripts.bench.loss import matmul_tflops
-from scripts.bench.step_methods import Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_methods import ALL_GRAPHS, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
 from scripts.bench.step_peers import MiniBatch, PairStep, best_sample
 from scripts.bench.tables import Table
 
@@ -35,7 +35,7 @@ class Form:
 
     condition: str
     settings: tuple[str, ...] = ()
-    retain: int | None = None  # tokens whose graphs are kept; None: as preflight decides
+    retention: Retention | None = None  # None: as preflight decides
 
 
 _LIBRARY = ("model.fused=false", "model.compile=false")
@@ -43,17 +43,19 @@ PLAIN = ("model.attention=packed", *_LIBRARY)
 PADDED = ("model.attention=padded", *_LIBRARY)
 PACKED_FUSED = ("model.attention=packed", "model.fused=true", "model.compile=false")
 PACKED_COMPILED = ("model.attention=packed", "model.fused=false", "model.compile=true")
-AUTO = Form("", ("run.preflight=only", "batch.retain=auto"))  # and chunks of the size that was measured to be best
+_MEASURED = ("run.preflight=only", "batch.retain=auto")
+AUTO = Form("", (*_MEASURED, "batch.retain_products=auto"))  # and chunks of the size that was measured to be best
 FORMS = {
-    "unretained": Form("retain=0", retain=0),
-    "compiled": Form("packed,compiled", PACKED_COMPILED, 0),
-    "packed": Form("packed", PLAIN, 0),
-    "padded": Form("padded", PADDED, 0),
+    "graphs": Form("graphs", _MEASURED),
+    "unretained": Form("nothing kept"),
+    "compiled": Form("packed,compiled", PACKED_COMPILED),
+    "packed": Form("packed", PLAIN),
+    "padded": Form("padded", PADDED),
 }
 # The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all kept.
 RECOMPUTING = (
-    Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), EVERYTHING),
-    Form("cache", PLAIN, 0),
+    Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), ALL_GRAPHS),
+    Form("cache", PLAIN),
 )
 
 
@@ -87,7 +89,9 @@ class Bench:
             if self.tflops is not None:
                 bound = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
                 self.table.add(case, "bigbatch", "loss_bound_ms", bound, "ms", "6·b²·d over the matmul rate")
-            self.table.add(case, "bigbatch", "retained", min(1.0, trainer.retain / found.tokens), "of tokens")
+            graphs = min(1.0, trainer.retention.graphs / found.tokens)
+            self.table.add(case, "bigbatch", "retained", graphs, "of tokens")
+            self.table.add(case, "bigbatch", "products", min(1.0 - graphs, trainer.retention.products / found.tokens), "of tokens")
             if trainer.forecast is not None:
                 self._add_forecast(case, trainer.forecast)
             self._against_floor(case, queries)
@@ -143,7 +147,7 @@ class Bench:
     def _trainer(self, queries: int, form: Form) -> Trainer:
         size = self._sizes.get(queries, max(self._sizes.values(), default=None))
         given = () if form is AUTO or size is None else (f"batch.tokens_per_chunk={size}",)
-        trainer = Trainer(self.work, self.work.configuration(queries, *given, *form.settings), retain=form.retain)
+        trainer = Trainer(self.work, self.work.configuration(queries, *given, *form.settings), retention=form.retention)
         if form is AUTO:
             self._sizes[queries] = int(trainer.config.batch.tokens_per_chunk)
         return trainer
@@ -164,7 +168,7 @@ class Bench:
 
     def _reference(self, queries: int, *settings: str) -> Trainer:
         size = f"batch.tokens_per_chunk={_REFERENCE_SIZE}"
-        return Trainer(self.work, self.work.configuration(queries, *PADDED, size, *settings), retain=EVERYTHING)
+        return Trainer(self.work, self.work.configuration(queries, *PADDED, size, *settings), retention=ALL_GRAPHS)
 
     def _warm(self, trainer: Trainer, queries: int) -> None:
         """Compiles and tunes on a small batch."""

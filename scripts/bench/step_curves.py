@@ -20,10 +20,10 @@ import torch
 from transformers import BertConfig
 
 from retriever.parallel.world import World
-from retriever.step_plan import EVERYTHING
+from retriever.retention import EVERYTHING, Retention
 from scripts.bench.step_bench import PACKED_COMPILED, PACKED_FUSED, PADDED, PLAIN, Form
 from scripts.bench.step_data import random_store
-from scripts.bench.step_methods import Trainer, Work, settle_torch
+from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work, settle_torch
 from scripts.bench.tables import Row, Table
 
 REFERENCE, YARDSTICK = "padded", "padded, other chunks"
@@ -36,20 +36,21 @@ def forms(tokens_per_chunk: int) -> list[Form]:
     """What is compared, the reference and the yardstick first."""
     size, half = (f"batch.tokens_per_chunk={n}" for n in (tokens_per_chunk, tokens_per_chunk // 2))
     return [
-        Form(REFERENCE, (*PADDED, size), 0),
-        Form(YARDSTICK, (*PADDED, half), 0),
-        Form("padded, fp32", (*PADDED, size, "optim.precision=fp32", "loss.precision=fp32"), 0),
-        Form("packed", (*PLAIN, size), 0),
-        Form("packed, fused", (*PACKED_FUSED, size), 0),
-        Form("packed, fused, retained", (*PACKED_FUSED, size), EVERYTHING),
-        Form("packed, compiled", (*PACKED_COMPILED, size), 0),
+        Form(REFERENCE, (*PADDED, size)),
+        Form(YARDSTICK, (*PADDED, half)),
+        Form("padded, fp32", (*PADDED, size, "optim.precision=fp32", "loss.precision=fp32")),
+        Form("packed", (*PLAIN, size)),
+        Form("packed, fused", (*PACKED_FUSED, size)),
+        Form("packed, fused, products kept", (*PACKED_FUSED, size), Retention(products=EVERYTHING)),
+        Form("packed, fused, graphs kept", (*PACKED_FUSED, size), ALL_GRAPHS),
+        Form("packed, compiled", (*PACKED_COMPILED, size)),
     ]
 
 
 def curve(work: Work, form: Form, queries: int, steps: int, lr: float) -> list[float]:
     """The loss of every step."""
     settings = (*form.settings, f"optim.lr={lr}", "optim.warmup=10")
-    trainer = Trainer(work, work.configuration(queries, *settings), retain=form.retain, **_NO_DROPOUT)
+    trainer = Trainer(work, work.configuration(queries, *settings), retention=form.retention, **_NO_DROPOUT)
     with closing(trainer.batches(queries, steps)) as batches:  # type: ignore[type-var]
         return [trainer.step(batch).loss for batch in batches]
 

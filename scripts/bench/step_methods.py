@@ -25,9 +25,10 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
+from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
-from retriever.step_plan import EVERYTHING, StepPlanner, retained_tokens
+from retriever.step_plan import StepPlanner
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
@@ -70,9 +71,12 @@ class Work:
             *("model.name_or_path=random", "model.pooling=mean", "data.train=[{path: random}]", "data.negatives=0"),
             *(f"model.query_max_tokens={QUERY_MAX_TOKENS}", f"model.passage_max_tokens={PASSAGE_MAX_TOKENS}"),
             *(f"batch.queries={queries}", f"train.max_steps={_STEPS}", "optim.lr=1e-5", "run.trackers=[]"),
-            *("run.preflight=off", "batch.retain=false"),
+            *("run.preflight=off", "batch.retain=false", "batch.retain_products=false"),
         )
         return load(None, [*base, *self.settings, *overrides])
+
+
+ALL_GRAPHS = Retention(graphs=EVERYTHING)
 
 
 class Stages(NamedTuple):
@@ -87,8 +91,8 @@ class Stages(NamedTuple):
 class Trainer:
     """A run of ours, as `retriever/train.py` wires it, over random weights."""
 
-    def __init__(self, work: Work, config: Config, *, retain: int | None = None, **changes: float) -> None:
-        """`retain`: tokens whose graphs are kept, None: as preflight decides; `changes` go to the model's config."""
+    def __init__(self, work: Work, config: Config, *, retention: Retention | None = None, **changes: float) -> None:
+        """`retention`: as preflight decides where none is given; `changes` go to the model's config."""
         tower = work.tower(**changes)
         self.work, self.world = work, work.world
         self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
@@ -101,7 +105,7 @@ class Trainer:
         plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
         self.config, self.forecast = plan.decide()
         self.optimizer = Optimizer(self.config.optim, [self.encoder, self.objective], _STEPS, self.world.device)
-        self.retain = retained_tokens(self.config.batch) if retain is None else retain
+        self.retention = Retention.from_config(self.config.batch) if retention is None else retention
 
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
         """Batches of `queries` pairs through the run's own planner and threads."""
@@ -117,14 +121,14 @@ class Trainer:
 
     def step(self, batch: Batch) -> StepReport:
         """One step of training."""
-        return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retain)
+        return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retention)
 
     def staged_step(self, batch: Batch) -> Stages:
         """One step with its stages timed; the same calls as `train_step` makes."""
         clock = _Clock(self.world.device)
         seed_step(_SEED, batch.step, 0)
         clock.mark()
-        representations, passes = encode_without_graph(self.encoder, batch, self.retain)
+        representations, passes = encode_without_graph(self.encoder, batch, self.retention)
         clock.mark()
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
         clock.mark()
@@ -143,10 +147,10 @@ class Trainer:
             self.encoder(chunk.side, chunk.tokens).backward(given[chunk.side][chunk.rows])
         self.optimizer.clip_and_step(batch.step)
 
-    def gradients(self, batch: Batch, retain: int, *, tables: bool = True) -> Tensor:
+    def gradients(self, batch: Batch, retention: Retention, *, tables: bool = True) -> Tensor:
         """All parameters' gradients of one batch, in one vector; without `tables` those of the embedding tables are left out."""
         seed_step(_SEED, 0, 0)
-        representations, passes = encode_without_graph(self.encoder, batch, retain)
+        representations, passes = encode_without_graph(self.encoder, batch, retention)
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
         backward_through_encoder(self.encoder, batch, gradients, passes)
         tensors = {name: p.grad for name, p in self.encoder.named_parameters() if p.grad is not None}
@@ -216,15 +220,16 @@ def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:
     found = []
     for one in (trainer, reference):
         one.encoder.eval()
-        found.append(one.gradients(one.first_batch(queries), EVERYTHING))
+        found.append(one.gradients(one.first_batch(queries), ALL_GRAPHS))
         one.encoder.train()
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 
 def replays_bitwise(trainer: Trainer, queries: int) -> bool:
-    """Whether chunks that are encoded again give the gradient of kept ones to the last bit, with dropout on.
+    """Whether chunks that are encoded again, wholly or in part, give the gradient of kept ones to the last bit, with dropout on.
 
     Embedding tables are left out: on a GPU torch adds up their rows in any order, so that no two runs give the same bits.
     """
-    kept, replayed = (trainer.gradients(trainer.first_batch(queries), retain, tables=False) for retain in (EVERYTHING, 0))
-    return torch.equal(kept, replayed) and float(kept.norm()) > 0
+    others = [NOTHING, Retention(products=EVERYTHING)] if trainer.encoder.keeps_products else [NOTHING]
+    kept, *replayed = (trainer.gradients(trainer.first_batch(queries), r, tables=False) for r in (ALL_GRAPHS, *others))
+    return all(torch.equal(kept, again) for again in replayed) and float(kept.norm()) > 0

@@ -17,8 +17,11 @@ from scripts.bench.step_peers import MINI_BATCHES, PEERS
 from scripts.bench.tables import Row, Table
 
 _STAGES = ("first_pass", "loss", "second_pass", "update")
-_COLUMNS = ("case", "method", "pairs/s", "ours is", "tokens/s", "MFU", "peak GiB", "overhead", "retained", "waited", "")
-_FIGURES = (("tokens_per_s", ",.0f"), ("mfu", ".3f"), ("peak_gib", ".1f"), ("overhead", ".3f"), ("retained", ".0%"), ("waited", ".2%"))
+_COLUMNS = ("case", "method", "pairs/s", "ours is", "tokens/s", "MFU", "peak GiB", "overhead", "graphs", "products", "waited", "")
+_FIGURES = (
+    *(("tokens_per_s", ",.0f"), ("mfu", ".3f"), ("peak_gib", ".1f"), ("overhead", ".3f")),
+    *(("retained", ".0%"), ("products", ".0%"), ("waited", ".2%")),
+)
 
 
 def markdown(tables: Sequence[Table], curves: Table | None, note: str = "") -> str:

@@ -19,6 +19,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
+from retriever.retention import Retention
 from tests.distributed.processes import run_on_ranks
 from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
 from tests.tiny import save_tiny_model
@@ -40,7 +41,8 @@ class Case:
     ignored: int = 0
     dims: tuple[int, ...] = ()
     layers: str = "padded"  # or packed, or fused
-    retain: int = 0
+    retain: int = 0  # tokens of graphs
+    products: int = 0  # and behind them of products
     sharded: bool = False
     checkpointing: bool = False
     block_rows: int | None = None  # representations in host memory
@@ -53,6 +55,7 @@ class Case:
         features += [f"dims={self.dims}"] if self.dims else []
         features += [self.layers] if self.layers != "padded" else []
         features += [f"retain{self.retain}"] if self.retain else []
+        features += [f"products{self.products}"] if self.products else []
         features += [f"offload{self.block_rows}"] if self.block_rows is not None else []
         return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
 
@@ -66,6 +69,7 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
             replace(plain, layers="packed", tied=False),
             replace(plain, layers="fused"),
             replace(plain, layers="fused", tokens_per_chunk=19, retain=60),
+            replace(plain, layers="fused", tied=False, tokens_per_chunk=19, retain=30, products=60),
             replace(plain, retain=10**6),
             replace(plain, symmetric=True),
             replace(plain, learn_temperature=True),
@@ -91,6 +95,7 @@ OFFLOADED = [
     Case("tiled", 40, tied=False, layers="packed", retain=60, block_rows=4),
     Case("tiled", symmetric=True, learn_temperature=True, margin=0.1, ignored=2, looked_up=True, block_rows=3),
     Case("tiled", dims=(8, 32), learn_temperature=True, block_rows=8),
+    Case("tiled", 19, layers="fused", products=10**6, block_rows=5),
 ]
 CASES = {
     1: _cases(("dense", "tiled", "local", "disco")) + OFFLOADED,
@@ -137,7 +142,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed, looked_up=case.looked_up)
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
-    representations, passes = encode_without_graph(encoder, batch, case.retain, offload=objective.offload)
+    representations, passes = encode_without_graph(encoder, batch, Retention(case.retain, case.products), offload=objective.offload)
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
@@ -151,6 +156,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
             tokens_per_chunk=0,
             layers="padded",
             retain=0,
+            products=0,
             sharded=False,
             checkpointing=False,
             looked_up=False,

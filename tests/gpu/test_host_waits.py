@@ -18,9 +18,10 @@ from retriever.data.batch import Batch
 from retriever.data.store import Store
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.parallel.world import World
+from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from scripts.bench.step_data import random_store
-from scripts.bench.step_methods import Trainer, Work
+from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -69,16 +70,16 @@ def _between_the_passes(trainer: Trainer, batch: Batch, monkeypatch: pytest.Monk
     seed_step(0, batch.step, 0)
     temperature = trainer.objective.temperature
     with no_waits(monkeypatch):
-        representations, first = encode_without_graph(trainer.encoder, batch, trainer.retain)
+        representations, first = encode_without_graph(trainer.encoder, batch, trainer.retention)
         _, gradients = representation_gradients(trainer.objective, representations, batch, trainer.world, temperature=temperature)
         backward_through_encoder(trainer.encoder, batch, gradients, first)
 
 
-@pytest.mark.parametrize("retain", [0, 2**62])
+@pytest.mark.parametrize("retention", [NOTHING, Retention(graphs=2000, products=EVERYTHING), ALL_GRAPHS])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_is_waited_for_between_the_passes(work: Work, loss: str, retain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_waited_for_between_the_passes(work: Work, loss: str, retention: Retention, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first chunk to the last backward pass, on batches from the run's own loader."""
-    trainer = Trainer(work, work.configuration(QUERIES, *LOSSES[loss]), retain=retain)
+    trainer = Trainer(work, work.configuration(QUERIES, *LOSSES[loss]), retention=retention)
     with closing(trainer.batches(QUERIES, 3)) as batches:  # type: ignore[type-var]
         trainer.step(next(batches))  # compiles and allocates
         for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from kernels.post_norm_layer import Parameters
+from kernels.post_norm_layer import Parameters, Products
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
 from retriever.rng import RngState
@@ -51,17 +52,17 @@ def make_tower(dropout: float, device: str = "cuda", **sizes: int) -> Any:
     return tower
 
 
-def encode(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None) -> Tensor:
+def encode(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None, **more: Any) -> Tensor:
     """What the layers make of hidden [T, D] under autocast to `dtype`."""
     encoder: Any = tower.encoder
     starts, longest = texts(LENGTHS, hidden.device.type)
     with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype is not None):
-        return encoder(hidden[None], packed_starts=starts, packed_longest=longest).last_hidden_state[0]
+        return encoder(hidden[None], packed_starts=starts, packed_longest=longest, **more).last_hidden_state[0]
 
 
-def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None, **more: Any) -> dict[str, Tensor]:
     """By name: at the layers' parameters, at their input, and the output itself."""
-    out = encode(tower, hidden, dtype)
+    out = encode(tower, hidden, dtype, **more)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     named = {name: p for name, p in tower.named_parameters() if name.startswith("encoder.")}
     found = torch.autograd.grad(out, (hidden, *named.values()), weights)
@@ -92,14 +93,17 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits() -> None:
     tower, hidden = make_tower(0.1), make_stream(sum(LENGTHS), 768, torch.float32, "cuda")
     fuse(tower)
     state = RngState.capture(torch.device("cuda"))
+    products = deque[Products]()
     with torch.no_grad():
-        without = encode(tower, hidden, torch.bfloat16)
+        without = encode(tower, hidden, torch.bfloat16, packed_products=products)
+    assert len(products) == 2
     runs = []
-    for _ in range(2):
+    for kept in (None, None, products):
         with state.restored():
-            runs.append(gradients(tower, hidden, torch.bfloat16))
-    assert torch.equal(without, runs[0]["output"])
-    assert all(runs[0][name].any() and torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+            runs.append(gradients(tower, hidden, torch.bfloat16, packed_products=kept))
+    assert torch.equal(without, runs[0]["output"]) and not products
+    for other in runs[1:]:
+        assert all(runs[0][name].any() and torch.equal(runs[0][name], other[name]) for name in runs[0])
     assert not torch.equal(encode(tower, hidden, torch.bfloat16), without)  # other masks
 
 

@@ -25,9 +25,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work(model, store, World(torch.device("cuda")), ("run.preflight=only", "batch.tokens_per_chunk=16384"))
 
 
-@pytest.mark.parametrize("retain", ["0", "100000", "auto"])
-def test_a_step_is_as_it_was_predicted(work: Work, retain: str) -> None:
-    trainer = Trainer(work, work.configuration(QUERIES, f"batch.retain={retain}"))
+@pytest.mark.parametrize(("graphs", "products"), [("0", "0"), ("100000", "0"), ("0", "200000"), ("auto", "auto")])
+def test_a_step_is_as_it_was_predicted(work: Work, graphs: str, products: str) -> None:
+    trainer = Trainer(work, work.configuration(QUERIES, f"batch.retain={graphs}", f"batch.retain_products={products}"))
     forecast = trainer.forecast
     assert forecast is not None
     with closing(trainer.batches(QUERIES)) as batches:  # type: ignore[type-var]

@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from kernels import post_norm_layer as module
 from kernels.dropout_hash import keep_mask
-from kernels.post_norm_layer import Layer, Parameters, factors, post_norm_layer
+from kernels.post_norm_layer import Layer, Parameters, Products, factors, post_norm_layer, with_products
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import relative_error
 
@@ -144,6 +144,25 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
     assert not without.requires_grad and all(torch.equal(kept[0], other) for other in (kept[1], without, inference))
     gradients = [torch.autograd.grad(out.square().sum(), (stream, *p)) for out in kept]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "computing"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
+def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(dtype: torch.dtype, computing: torch.dtype) -> None:
+    layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
+    given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
+    *without, products = with_products(*given)
+    assert not any(x.requires_grad for x in (*without, *products)) and products.narrow.dtype == computing
+
+    def gradients(products: Products | None) -> list[Tensor]:
+        results = post_norm_layer(*given, products)
+        return [*results, *torch.autograd.grad(sum(x.double().square().sum() for x in results), (stream, *p))]  # type: ignore[union-attr]
+
+    expected = gradients(None)
+    assert all(torch.equal(a, b) for a, b in zip(expected[:2], without, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(products), strict=True))
+    for name in ("context", "narrow"):  # they are what the layer goes on with; `lse` is for the kernels of a GPU
+        others = gradients(products._replace(**{name: getattr(products, name) + 1}))
+        assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
 
 
 @pytest.mark.parametrize("used", [0, 1])

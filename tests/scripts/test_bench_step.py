@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from retriever.parallel.world import World
-from retriever.step_plan import EVERYTHING
+from retriever.retention import NOTHING
 from scripts.bench import step, step_bench, step_curves, step_report
 from scripts.bench.step_bench import PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
-from scripts.bench.step_methods import Trainer, Work
+from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
 from scripts.bench.step_peers import MiniBatch, PairStep, best_sample, gradient_cache_step, pairs_of, sentence_transformers_step
 from scripts.bench.tables import Table
 
@@ -41,7 +41,7 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     arguments += ["--forms", "unretained", "packed", "padded"]
     step.main([*arguments, "--settings", "batch.tokens_per_chunk=400", "optim.precision=fp32", "--output", str(output)])
     table = Table.load(output)
-    ours = ["b=8", "b=16", "b=16,retain=0", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
+    ours = ["b=8", "b=16", "b=16,nothing kept", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
     for case in ours:
         assert all((table.get(case, "bigbatch", name) or 0) > 0 for name in ("pairs_per_s", "tokens_per_s", *STAGES)), case
         assert 0 <= (table.get(case, "bigbatch", "waited") or 0) < 1
@@ -65,19 +65,19 @@ def test_the_page_says_what_a_run_did_not_come_to() -> None:
         table.add(case, method, "pairs_per_s", rate, "pairs/s", "as it was")
     page = step_report.markdown([table], None, "Stopped after a minute.").splitlines()
     assert "Stopped after a minute." in page
-    assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 6 + " as it was |" in page
-    assert "| b=16,sorted | gradcache | — |  |" + " — |" * 6 + " as it was |" in page
+    assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 7 + " as it was |" in page
+    assert "| b=16,sorted | gradcache | — |  |" + " — |" * 7 + " as it was |" in page
     for row in ("| b=16 | gradcache |", "| b=16,sorted | sentence-transformers |"):
-        assert row + " — |  |" + " — |" * 6 + " not measured |" in page
+        assert row + " — |  |" + " — |" * 7 + " not measured |" in page
 
 
 def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a form whose replayed chunks draw other dropout masks than the first time."""
     bench = Bench(work, Table.begin(()), tmp_path / "table.json", seconds=0.01)
-    bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05"), 0))
-    bench.measure_form(8, Form("right", PLAIN, 0))
+    bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05")))
+    bench.measure_form(8, Form("right", PLAIN))
     monkeypatch.setattr("retriever.rng.RngState._set", lambda state: None)
-    bench.measure_form(8, Form("forgetful", PADDED, 0))
+    bench.measure_form(8, Form("forgetful", PADDED))
     rows = {row.case: row for row in bench.table.rows if row.metric == "pairs_per_s"}
     assert rows["b=8,right"].value is not None
     assert rows["b=8,warm"].value is None and rows["b=8,forgetful"].value is None and rows["b=8,warm"].note == "not timed: wrong"
@@ -106,7 +106,7 @@ def test_peers_arrive_at_our_gradient(work: Work, peer: Callable[[Work], PairSte
     undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
     batch = trainer.first_batch(8)
-    expected = trainer.gradients(batch, 0)
+    expected = trainer.gradients(batch, NOTHING)
     queries, passages, tokens = pairs_of(undropped, 8, by_length=True)
     assert tokens == batch.tokens
     lengths = passages["attention_mask"].sum(dim=1).tolist()
@@ -140,13 +140,13 @@ def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.M
     table = Table.load(output)
     gaps = {form.condition: table.get("b=16,steps=4", form.condition, "largest_gap") for form in compared}
     assert gaps["padded"] == 0.0
-    assert gaps["packed, fused"] == gaps["packed, fused, retained"]
+    assert gaps["packed, fused"] == gaps["packed, fused, products kept"] == gaps["packed, fused, graphs kept"]
     assert all(gap is not None and gap < 0.05 for gap in gaps.values()) and gaps["padded, fp32"] != 0
     assert table.get("b=16,steps=4", "packed", "last_loss") < table.get("step=0", "packed", "loss")  # type: ignore[operator]
     step_report.plot_curves(table, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "| packed, fused, retained |" in step_report.markdown([], table)
-    assert step_bench.RECOMPUTING[0].retain == EVERYTHING
+    assert "| packed, fused, graphs kept |" in step_report.markdown([], table)
+    assert step_bench.RECOMPUTING[0].retention == ALL_GRAPHS
 
 
 def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:

@@ -1,0 +1,51 @@
+"""What a step keeps of its chunks between the two passes, in tokens, so that the second has less to compute.
+
+A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most, which spare about a
+third of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022, arXiv:2205.05198.)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from retriever.config import Auto, BatchConfig
+
+Keeps = Literal["graph", "products", "nothing"]
+EVERYTHING = 2**62  # tokens: more than any batch has
+
+
+class Retention(NamedTuple):
+    """Computed tokens of a rank's chunks: the first ones keep their graphs, the next ones the products of their layers."""
+
+    graphs: int = 0
+    products: int = 0
+
+    @classmethod
+    def from_config(cls, batch: BatchConfig) -> Retention:
+        """What `batch` gives; of what it leaves `auto`, nothing."""
+        return cls(*(given_tokens(setting) or 0 for setting in (batch.retain, batch.retain_products)))
+
+
+def given_tokens(setting: bool | int | Auto) -> int | None:
+    """Tokens that `batch.retain` or `batch.retain_products` stands for; None of `auto`."""
+    if setting == "auto":
+        return None
+    return EVERYTHING if setting is True else int(setting)
+
+
+NOTHING = Retention()
+
+
+class Room:
+    """What is left of a retention as the chunks of a step come, each in its turn."""
+
+    def __init__(self, retention: Retention) -> None:
+        self._graphs, self._products = retention
+
+    def take(self, tokens: int) -> Keeps:
+        """What a chunk of so many tokens keeps."""
+        self._graphs -= tokens
+        if self._graphs >= 0:
+            return "graph"
+        self._products -= tokens
+        return "products" if self._products >= 0 else "nothing"
