@@ -144,7 +144,7 @@ def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: P
         if fused:
             bundle.encoder.fuse_layers()
         counting = _counting(bundle)
-        assert open_shards(_encode(counting, tmp_path)).manifest["mode"] == mode
+        assert open_shards(_encode(counting, tmp_path, overwrite=True)).manifest["mode"] == mode
         assert counting.texts == len(TEXTS)
         with inference(bundle.encoder):
             assert mode_of(bundle.encoder) == mode
@@ -154,12 +154,16 @@ def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: P
     ("of_bundle", "of_call"),
     [({"passage_prompt": "other "}, {}), ({"passage_max_tokens": 9}, {}), ({}, {"texts_fingerprint": "new"}), ({}, {"dtype": "float16"})],
 )
-def test_another_job_encodes_everything_again(
+def test_another_job_is_refused_or_encodes_everything_again(
     bundle: EncoderBundle, tmp_path: Path, of_bundle: dict[str, Any], of_call: dict[str, Any]
 ) -> None:
     _encode(bundle, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     changed = _counting(bundle, **of_bundle)
-    _encode(changed, tmp_path, **of_call)
+    with pytest.raises(ShardError, match=r"another job.*--output.*--overwrite"):
+        _encode(changed, tmp_path, **of_call)
+    assert changed.texts == 0 and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    _encode(changed, tmp_path, **of_call, overwrite=True)
     assert changed.texts == 23
     # Another query prompt is no other job on the passage side.
     same = _counting(changed, query_prompt="unseen ")
@@ -207,10 +211,14 @@ def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Pat
     arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p")]
     main(arguments)
     main(arguments)
+    with pytest.raises(SystemExit, match=r"texts: .* there, .* asked for.*--overwrite") as stopped:
+        main([*arguments, "--title", "drop"])
+    assert "\n" not in str(stopped.value) and _read(tmp_path / "p")[1][-1] == "p22"
+    arguments.append("--overwrite")
     main([*arguments, "--title", "drop"])
     (beir / "corpus.jsonl").write_text((beir / "corpus.jsonl").read_text().replace("p22", "p99"))
     main([*arguments, "--title", "drop"])
-    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+    assert fingerprints[0] == fingerprints[1] and fingerprints[2] == fingerprints[3] and len(set(fingerprints)) == 3
     assert _read(tmp_path / "p")[1][-1] == "p99"
 
 
