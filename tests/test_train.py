@@ -239,6 +239,16 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     assert distance(found, expected) < 0.01 * distance(expected, started)
 
 
+@pytest.mark.parametrize("override", ["run.trackers=[foo]", "optim.lr=-1"])
+def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, override: str) -> None:
+    code = "import sys; from retriever.train import main; status = main(sys.argv[1:]); sys.exit(8 if 'torch' in sys.modules else status)"
+    command = [sys.executable, "-c", code, *_command(workplace, "fresh", override)[2:]]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1
+    assert not (workplace / "fresh").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
