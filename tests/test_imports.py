@@ -23,7 +23,7 @@ FLOORS = (
     ("gradcache", "representations", "optim"),
     ("step",),
     ("capacity", "forecast", "step_plan"),
-    ("checkpoint", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
+    ("checkpoint", "damage", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
     ("train", "encode"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -206,6 +206,17 @@ def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbe
     assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
 
 
+def test_a_damaged_checkpoint_is_refused_in_one_line(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(undisturbed, workplace / "damaged")
+    weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(_command(workplace, "damaged")[2:]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: {weights} is damaged") and said.endswith("step-00000039") and "\n" not in said
+    shutil.rmtree(weights.parent)
+    assert _run(workplace, "damaged").returncode == 0
+
+
 def test_two_ranks_train_as_one(workplace: Path) -> None:
     """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its weights."""
     save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
