@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from retriever.data.formats import DataError
     from retriever.encoder.bundle import load_encoder
     from retriever.shards import ShardError
+    from retriever.wording import counted
 
     state = PartialState(cpu=not torch.cuda.is_available())  # not told so, accelerate runs processes on CPUs as strangers to each other
     try:
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state.destroy_process_group()
     if state.is_main_process:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        print(f"{folder}: {manifest['rows']} embeddings of dimension {manifest['dimension']}, {manifest['dtype']}")
+        print(f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}")
 
 
 def _parser() -> argparse.ArgumentParser:

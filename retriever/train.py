@@ -15,6 +15,7 @@ if not __package__:  # started as a file: the project's root belongs on the path
 
 from retriever.config import Config, ConfigError, EvalConfig, differences, load
 from retriever.environment import check_environment, check_trackers
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,7 +173,9 @@ def _train(
                     outputs.save(done)
     outputs.finish()
     telemetry.close()
-    accelerator.print(f"finished {total:,} steps: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}")
+    accelerator.print(
+        f"finished {counted(total, 'step')}: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}"
+    )
 
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:

@@ -187,6 +187,10 @@ def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, t
     said = f"{model}: padded texts, fp32, on cpu\n{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
     assert capsys.readouterr().out == said
     main([*common, "--side", "query", "--output", str(tmp_path / "q")])
+    (beir / "one").mkdir()
+    (beir / "one" / "queries.jsonl").write_text('{"_id": "q", "text": "river"}')
+    main([*common, "--side", "query", "--input", str(beir / "one"), "--output", str(tmp_path / "one")])
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/one: 1 embedding of dimension 32, float32\n")
     loaded = load_encoder(
         model, pooling="cls", passage_prompt="a ", query_prompt="a ", passage_max_tokens=16, query_max_tokens=16, device="cpu"
     )

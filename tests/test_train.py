@@ -85,7 +85,9 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("normalize", ["true", "false"])
-def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(workplace: Path, monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
+def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], normalize: str
+) -> None:
     largest, problem = [], ContrastiveObjective._problem
 
     def noted(objective: ContrastiveObjective, *given: Any) -> Any:
@@ -95,6 +97,7 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(workplace: Path, 
     monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
     settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
     assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
+    assert "finished 1 step: model in" in capsys.readouterr().out
     assert set(largest) == {1.0 if normalize == "true" else None}
 
 
