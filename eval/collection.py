@@ -16,6 +16,7 @@ from retriever.data.files import Table
 from retriever.data.formats import read_qrels
 from retriever.data.hub_tables import collection_tables
 from retriever.data.records import DataError, final_text
+from retriever.wording import counted
 
 HUB = "hf:"  # in front of the name of a Hugging Face data set
 
@@ -49,11 +50,10 @@ class Collection:
         found = {passage_id for passage_id in passage_ids if passage_id in known}
         notes = []
         if absent := len(judged - found):
-            notes.append(f"{absent:,} of {len(judged):,} judged passages are not in the corpus and cannot be found")
+            notes.append(f"{absent:,} of {counted(len(judged), 'judged passage')} not in the corpus")
         if self.exclude_self and (shared := len(found & self.queries.keys())):
-            notes.append(
-                f"{shared:,} queries have the id of a passage, which their results leave out (BEIR's rule; --no-exclude-self keeps it)"
-            )
+            query = counted(shared, "query")
+            notes.append(f"{query} with the id of a passage, which the results leave out (BEIR's rule; --no-exclude-self keeps it)")
         return tuple(notes)
 
     def fingerprints(self) -> dict[str, str]:
@@ -98,7 +98,8 @@ def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int
     if missing:
         names = ", ".join(table.label for table in tables)
         raise DataError(
-            f"{len(missing)} of {len(qrels)} judged queries are not there, first {missing[0]!r}; expected a text for each", names
+            f"{len(missing):,} of {counted(len(qrels), 'judged query')} without a text, first {missing[0]!r}; expected a text for each",
+            names,
         )
     return found
 

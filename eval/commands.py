@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.arguments import label, load_bundle, output_folder
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from eval.collection import Collection
@@ -141,7 +142,7 @@ def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> lis
     found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels or collection.queries)]
     if not found:
         splits = ", ".join(collection.split for collection, _ in work)
-        raise DataError(f"none of its {len(query_ids):,} queries is judged in {splits}; expected a run of that split (--split)", path)
+        raise DataError(f"none of its queries ({len(query_ids):,}) is judged in {splits}; expected a run of that split (--split)", path)
     return found
 
 
@@ -152,10 +153,10 @@ def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence
     run = read_run(given.run)
     asked = collection.qrels or collection.queries
     without = sum(query_id not in run for query_id in asked)
-    notes = [f"{without:,} of {len(asked):,} judged queries are not in the run and count 0"] if without else []
+    notes = [f"{without:,} of {counted(len(asked), 'judged query')} not in the run, which count 0"] if without else []
     if collection.exclude_self and (own := [query_id for query_id, found in run.items() if query_id in found.passage_ids]):
         run |= {query_id: run[query_id].without(query_id) for query_id in own}
-        notes.append(f"{len(own):,} queries find a passage of their own id, which is left out (BEIR's rule; --no-exclude-self keeps it)")
+        notes.append(f"{counted(len(own), 'query')} with the passage of the same id left out (BEIR's rule; --no-exclude-self keeps it)")
     return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 
 
@@ -166,8 +167,8 @@ def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
     search = {"exclude_self": result.collection.exclude_self} | ({} if given.run else {"k": given.k, **result.index})
     path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
-    passages = f", {result.n_passages:,} passages" if result.n_passages is not None else ""
-    print(f"\n{result.collection.name} {result.collection.split}: {result.n_queries:,} queries{passages}; {path}")
+    passages = f", {counted(result.n_passages, 'passage')}" if result.n_passages is not None else ""
+    print(f"\n{result.collection.name} {result.collection.split}: {counted(result.n_queries, 'query')}{passages}; {path}")
     for note in result.notes:
         print(f"note: {note}")
     print(format_table({label(given): result.means}), flush=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from eval.arguments import parsed
 from eval.commands import one_line_errors
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from eval.collection import Collection
@@ -135,11 +136,11 @@ def _compare_files(given: argparse.Namespace) -> None:
             run = read_run(path)
             runs[name] = measure_run(collection.qrels, run, given.metrics, relevance)
             if without := len(collection.qrels.keys() - run.keys()):
-                notes.append(f"{name}: {without:,} of {len(collection.qrels):,} judged queries are not in the run and count 0")
+                notes.append(f"{name}: {without:,} of {counted(len(collection.qrels), 'judged query')} not in the run, which count 0")
         comparisons = compare(runs, permutations=given.permutations, seed=given.seed, n_moved=given.moved)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(f"{collection.name} {collection.split}: {len(collection.qrels):,} judged queries; baseline {names[0]}")
+    print(f"{collection.name} {collection.split}: {counted(len(collection.qrels), 'judged query')}; baseline {names[0]}")
     print("".join(f"note: {note}\n" for note in notes) + format_comparisons(names[0], comparisons, collection.queries), flush=True)
     if given.output is not None:
         _write(given, names[0], collection, comparisons, notes)

@@ -156,6 +156,7 @@ def evaluate_collection(
             barrier=ranks.barrier,
             shard_rows=shard_rows,
             tokens_per_chunk=tokens_per_chunk,
+            overwrite=True,  # a cache
             progress=progress,
         )
     passages = open_shards(folders["passage"])

@@ -22,6 +22,7 @@ from eval.flat import search_flat
 from eval.index import open_index
 from eval.topk import PassageOrder, TopK
 from eval.trec import Ranking, write_msmarco, write_trec
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from retriever.parallel.world import World
@@ -143,7 +144,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if ranks.rank == 0:
             write = write_trec if given.format == "trec" else write_msmarco
             write(given.output, run)
-            print(f"{given.output}: {len(run)} queries, {sum(len(r.passage_ids) for r in run.values())} lines")
+            print(f"{given.output}: {counted(len(run), 'query')}, {counted(sum(len(r.passage_ids) for r in run.values()), 'line')}")
 
 
 def _search_folders(given: argparse.Namespace, world: World) -> dict[str, Ranking]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
+from retriever.damage import EXPORT, OPTIMIZER, STATE, WEIGHTS, damage
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 
@@ -85,9 +86,9 @@ def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerpri
     writing = root / f"{_WRITING}{final.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    save_file(state.weights, writing / "model.safetensors")
-    save_file(state.optimizer, writing / "optimizer.safetensors")
-    export(writing / "export")
+    save_file(state.weights, writing / WEIGHTS)
+    save_file(state.optimizer, writing / OPTIMIZER)
+    export(writing / EXPORT)
     manifest = {
         "format_version": _FORMAT_VERSION,
         "step": step,
@@ -97,7 +98,7 @@ def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerpri
         "torch": torch.__version__,
         "config": to_dict(config),
     }
-    (writing / "state.json").write_text(json.dumps(manifest, indent=2))
+    (writing / STATE).write_text(json.dumps(manifest, indent=2))
     if final.exists():
         remove(final)
     os.replace(writing, final)
@@ -122,10 +123,10 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
             "run.resume=never and another run.output_dir to start afresh"
         )
     modules = state.modules()
-    current, saved = modules.state_dict(), load_file(folder / "model.safetensors")
+    current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
     trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
     modules.load_state_dict({**trained, **frozen})
-    load_state_tensors(state.optimizer, load_file(folder / "optimizer.safetensors"))
+    load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
     state.optimizer.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
 
@@ -133,13 +134,18 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
 def find(run: RunConfig) -> Path | None:
     """The checkpoint that `run.resume` asks to go on from: the newest of the run's folder, the one named, or none.
 
-    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint.
+    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint, or one is damaged.
     """
     root = Path(run.output_dir) / FOLDER
     if run.resume == "auto":
-        return newest(root)
+        last = newest(root)
+        if last is not None and (found := damage(last)) is not None:
+            raise ConfigError(f"{found}; {_way_past(last)}")
+        return last
     if run.resume != "never":
         named = Path(run.resume)
+        if (found := damage(named)) is not None:
+            raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
         step = finished_steps(named)
         if later := [p.name for p in steps(root) if p.parent.resolve() == named.resolve().parent and step_of(p) > step]:
             raise ConfigError(
@@ -149,6 +155,15 @@ def find(run: RunConfig) -> Path | None:
     if newest(root) is not None:
         raise ConfigError(f"run.resume: never, but {run.output_dir} already holds a run; choose another run.output_dir or remove it")
     return None
+
+
+def _way_past(damaged: Path) -> str:
+    """What to do where the newest checkpoint of a run cannot be read."""
+    whole = max((folder for folder in steps(damaged.parent) if damage(folder) is None), default=None)
+    if whole is None:
+        return "no checkpoint before it is whole: bring the file back, or choose another run.output_dir to start afresh"
+    removed = ", ".join(str(folder) for folder in steps(damaged.parent) if folder > whole)
+    return f"bring the file back, or remove {removed}: the run then goes on from {whole.name}"
 
 
 def continued(config: Config, folder: Path) -> Config:
@@ -241,11 +256,9 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 def _manifest(folder: Path) -> dict:
     try:
-        manifest = json.loads((folder / "state.json").read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"run.resume: {folder} is no checkpoint: it has no state.json") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{folder}/state.json is damaged ({error}); remove {folder} to go on from the checkpoint before it") from error
+        manifest = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is no checkpoint to go on from: {damage(folder)}") from error
     if manifest.get("format_version") != _FORMAT_VERSION:
         raise ConfigError(f"{folder}: checkpoint format {manifest.get('format_version')!r}; this version reads {_FORMAT_VERSION}")
     return manifest

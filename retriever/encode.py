@@ -45,6 +45,7 @@ def encode_to_shards(
     shard_rows: int = SHARD_ROWS,
     dtype: Literal["float32", "float16"] = "float32",
     tokens_per_chunk: int | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
@@ -52,8 +53,9 @@ def encode_to_shards(
     All ranks see the same texts in the same order; rank r encodes shards r, r + world_size, … and rank 0 writes the manifest
     when all are done, so more than one rank needs `barrier`, a function that returns once every rank has called it.
     Shards of the same job (model, prompt, length, precision, mode, `texts_fingerprint`, …) that are already there are kept, whatever
-    the number of ranks that wrote them; where all are, nothing is encoded. Texts are sorted by length within a shard, a slab of it at
-    a time. While one slab is encoded, threads read and tokenise the next and write the shards before.
+    the number of ranks that wrote them; where all are, nothing is encoded. Those of another job are replaced with `overwrite`,
+    else refused: a ShardError names what differs. Texts are sorted by length within a shard, a slab of it at a time. While one
+    slab is encoded, threads read and tokenise the next and write the shards before.
     """
     from retriever.encoder.slabs import mode_of
     from retriever.shards import ShardJob, ShardWriter
@@ -77,6 +79,8 @@ def encode_to_shards(
     )
     writer = ShardWriter(folder, job)
     finished = writer.finished()
+    if not finished and not overwrite:
+        writer.check()
     wait()  # no rank may change the folder before every rank has looked at it
     if finished:
         return writer.folder
@@ -111,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from retriever.data.formats import DataError
     from retriever.encoder.bundle import load_encoder
     from retriever.shards import ShardError
+    from retriever.wording import counted
 
     state = PartialState(cpu=not torch.cuda.is_available())  # not told so, accelerate runs processes on CPUs as strangers to each other
     try:
@@ -140,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             shard_rows=given.shard_rows,
             dtype=given.dtype,
             tokens_per_chunk=given.tokens_per_chunk,
+            overwrite=given.overwrite,
         )
     except (ConfigError, DataError, ShardError) as error:
         raise SystemExit(f"{error}") from error
@@ -150,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         state.destroy_process_group()
     if state.is_main_process:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        print(f"{folder}: {manifest['rows']} embeddings of dimension {manifest['dimension']}, {manifest['dtype']}")
+        print(f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, type=Path, help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one")
     parser.add_argument("--side", required=True, choices=("query", "passage"))
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept")
+    parser.add_argument("--overwrite", action="store_true", help="replace what another job left in --output; else it is refused")
     told = "(default: what the model says)"
     parser.add_argument("--prompt", help=f"put in front of every text {told}")
     parser.add_argument("--max-tokens", type=int, help=f"a text's length, prompt and special tokens included {told}")

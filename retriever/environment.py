@@ -1,12 +1,28 @@
-"""Checks of the Python environment that must come before the first import of transformers."""
+"""Checks of the Python environment that come before the first import of torch and transformers."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+from retriever.config_tree import ConfigError
+
 _OURS = Path(__file__).resolve().parents[1] / "kernels"
+_ALL = "all"  # the trackers that are installed, whichever they are
+# What accelerate can log to, by the distributions of which one must be there.
+_TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "mlflow-skinny"),
+    "trackio": ("trackio",),
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "comet_ml": ("comet-ml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+}
 
 
 def check_environment() -> None:
@@ -27,3 +43,21 @@ def check_environment() -> None:
         raise SystemExit(f"the distribution kernels {version} {what} kernels: run `pip uninstall kernels` in this environment")
     if found != _OURS:
         raise SystemExit(f"the package kernels is found at {found}, not at {_OURS}: rename or remove it, or install bigbatch again")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave out silently."""
+    for name in names:
+        if name not in (_ALL, *_TRACKERS):
+            raise ConfigError(f"run.trackers: expected names among {', '.join((*_TRACKERS, _ALL))}; received {name!r}")
+        if name != _ALL and not any(map(_is_installed, _TRACKERS[name])):
+            package = _TRACKERS[name][0]
+            raise ConfigError(f"run.trackers: {name} is not installed; run `pip install {package}`, or leave it out of run.trackers")
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

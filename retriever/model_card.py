@@ -7,6 +7,7 @@ import json
 from retriever.config import Config
 from retriever.data.tokens import Side
 from retriever.encoder.settings import EncoderSettings
+from retriever.wording import counted
 
 _HEADER = """---
 library_name: sentence-transformers
@@ -66,7 +67,7 @@ sentence-transformers knows one length a model: {"the longer of the two" if sett
 
 ## Training
 
-Contrastive training with bigbatch from `{model.name_or_path}`: {batch.queries} queries a step, at most {config.data.negatives} hard \
-negatives a query, temperature {loss.temperature:g}{learned}, {optim.name} with learning rate {optim.lr:g} ({optim.schedule}), \
-precision {optim.precision}, seed {config.run.seed}.
+Contrastive training with bigbatch from `{model.name_or_path}`: {batch.queries} queries a step, \
+at most {counted(config.data.negatives, "hard negative")} a query, temperature {loss.temperature:g}{learned}, \
+{optim.name} with learning rate {optim.lr:g} ({optim.schedule}), precision {optim.precision}, seed {config.run.seed}.
 """

@@ -69,6 +69,23 @@ class ShardWriter:
             return False
         return all(self.has(shard) for shard in range(len(manifest["shards"])))
 
+    def check(self) -> None:
+        """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder."""
+        first = min((file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"), default="")
+        manifest, asked = _read_json(self.folder / MANIFEST), asdict(self.job)
+        if not first and manifest is None:
+            return
+        there = _read_json(self.folder / _JOB) or {name: value for name, value in (manifest or {}).items() if name in asked}
+        differing = [name for name in asked if there.get(name) != asked[name]]
+        if not differing:
+            return
+        advice = "choose another folder (--output), or replace what is there (--overwrite)"
+        if not there:
+            what = f"has a {MANIFEST} that is not of embedding shards" if manifest is not None else f"has {first} and no {_JOB}"
+            raise ShardError(f"{self.folder} {what}; {advice}")
+        listed = "; ".join(f"{name}: {there.get(name)!r} there, {asked[name]!r} asked for" for name in differing)
+        raise ShardError(f"{self.folder} holds embeddings of another job ({listed}); {advice}")
+
     def prepare(self) -> None:
         """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ if not __package__:  # started as a file: the project's root belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from retriever.config import Config, ConfigError, EvalConfig, differences, load
-from retriever.environment import check_environment
+from retriever.environment import check_environment, check_trackers
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,19 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
     options = parser.parse_args(arguments)
     check_environment()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all ranks say is said once a node
+    try:
+        config = load(options.config, options.overrides)
+        check_trackers(config.run.trackers)
+    except ConfigError as error:
+        return _refused(error, first)
     # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from retriever.data.records import DataError
     from retriever.export import ExportError
     from retriever.parallel.watch import INTERRUPTION, RankError
 
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all ranks say is said once a node
     try:
-        train(load(options.config, options.overrides))
+        train(config)
     except (ConfigError, DataError, ExportError, FloatingPointError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error, first)
     except RankError as error:
         if error.speaks:
             print(f"\n{error}", file=sys.stderr, flush=True)  # behind the progress bar
@@ -55,6 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{INTERRUPTION}", file=sys.stderr)
         return 130
     return 0
+
+
+def _refused(error: Exception, first: bool) -> int:
+    if first:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def train(config: Config) -> None:
@@ -164,7 +174,9 @@ def _train(
                     outputs.save(done)
     outputs.finish()
     telemetry.close()
-    accelerator.print(f"finished {total:,} steps: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}")
+    accelerator.print(
+        f"finished {counted(total, 'step')}: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}"
+    )
 
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:

@@ -20,6 +20,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.rng import RngState
+from retriever.wording import counted
 
 _ROUNDING = 1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
 
@@ -36,7 +37,7 @@ class GradientCheck:
 
     def __str__(self) -> str:
         return (
-            f"{self.queries:,} queries and {self.passages:,} passages in {self.chunks} chunks: "
+            f"{counted(self.queries, 'query')} and {counted(self.passages, 'passage')} in {counted(self.chunks, 'chunk')}: "
             f"gradient equal to the whole batch's to {self.gradient_error:.1e}, loss to {self.loss_error:.1e}"
         )
 

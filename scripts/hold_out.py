@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from retriever.wording import counted
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m scripts.hold_out`."""
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with one_line_errors():
         fit, dev = hold_out(given.data, given.output, given.split, given.queries, given.seed)
-    print(f"{given.output}: {fit:,} queries to train on (fit), {dev:,} to choose by (dev)")
+    print(f"{given.output}: {counted(fit, 'query')} to train on (fit), {dev:,} to choose by (dev)")
 
 
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.arguments import at_least_one
+from retriever.wording import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +56,7 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     pool = Pool(source, given.title, given.title_separator, work / "pool", ranks)
     own = sum(query.prompt is not None for query in pool.queries)
     if own and ranks.rank == 0:
-        print(f"note: {own:,} queries carry a prompt of their own, which the search leaves out")
+        print(f"note: {counted(own, 'query')} with a prompt that the search leaves out")
     bundle = load_encoder(given.model, precision=given.precision, attention=given.attention, device=device) if asks_model else None
     teachers = [
         name
@@ -78,7 +79,7 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     )
     mining.run()
     if ranks.rank == 0 and mining.counts:
-        print(f"{output}: " + ", ".join(f"{count:,} {what}" for what, count in mining.counts.items()), flush=True)
+        print(f"{output}: " + ", ".join(f"{what} {count:,}" for what, count in mining.counts.items()), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

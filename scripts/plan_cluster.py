@@ -10,9 +10,11 @@ The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: t
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from eval.arguments import at_least_one
 from retriever.parallel.cost import GATHER_SHARE, Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
 
 _GIB = 2**30
@@ -104,22 +106,41 @@ def _seconds(s: float) -> str:
     return f"{s:.{1 if s < 100 else 0}f} s" if s < 1000 else f"{s / 60:,.0f} min"
 
 
+def _above_zero(text: str) -> float:
+    """A number for argparse that something can be divided by."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0; received {text!r}")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of docs/cluster.md, or one for another machine."""
     defaults, bert = Machine(), Model(pairs_per_s=6_500)
     parser = argparse.ArgumentParser(prog="python -m scripts.plan_cluster", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
-    parser.add_argument("--pairs-per-s", type=float, default=bert.pairs_per_s, help="of the encoder on one GPU (default: %(default)s)")
-    parser.add_argument("--parameters", type=float, default=bert.parameters, help="default: %(default).4g, BERT-base")
-    parser.add_argument("--dim", type=int, default=bert.dim, help="of an embedding and of the hidden layers (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=bert.layers, help="default: %(default)s")
-    parser.add_argument("--tokens-per-chunk", type=int, default=bert.tokens_per_chunk, help="default: %(default)s")
-    parser.add_argument("--memory-gib", type=float, default=75.0, help="of a GPU, that a run may use (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=defaults.ranks_per_node, help="default: %(default)s")
-    parser.add_argument("--tflops", type=float, default=defaults.tflops, help="of the loss's products (default: %(default)s)")
-    parser.add_argument("--inside-gb-s", type=float, default=defaults.inside_gb_s, help="GPU to GPU in a node (default: %(default)s)")
-    parser.add_argument("--between-gb-s", type=float, default=defaults.between_gb_s, help="a GPU's network card (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=at_least_one, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch"
+    )
+    parser.add_argument("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument(
+        "--pairs-per-s", type=_above_zero, default=bert.pairs_per_s, help="of the encoder on one GPU (default: %(default)s)"
+    )
+    parser.add_argument("--parameters", type=_above_zero, default=bert.parameters, help="default: %(default).4g, BERT-base")
+    parser.add_argument(
+        "--dim", type=at_least_one, default=bert.dim, help="of an embedding and of the hidden layers (default: %(default)s)"
+    )
+    parser.add_argument("--layers", type=at_least_one, default=bert.layers, help="default: %(default)s")
+    parser.add_argument("--tokens-per-chunk", type=at_least_one, default=bert.tokens_per_chunk, help="default: %(default)s")
+    parser.add_argument("--memory-gib", type=_above_zero, default=75.0, help="of a GPU, that a run may use (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=at_least_one, default=defaults.ranks_per_node, help="default: %(default)s")
+    parser.add_argument("--tflops", type=_above_zero, default=defaults.tflops, help="of the loss's products (default: %(default)s)")
+    parser.add_argument("--inside-gb-s", type=_above_zero, default=defaults.inside_gb_s, help="GPU to GPU in a node (default: %(default)s)")
+    parser.add_argument(
+        "--between-gb-s", type=_above_zero, default=defaults.between_gb_s, help="a GPU's network card (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     model = Model(given.pairs_per_s, given.parameters, given.dim, given.layers, given.tokens_per_chunk)
     machine = Machine(given.gpus_per_node, given.tflops, given.inside_gb_s, given.between_gb_s)

@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from retriever.wording import counted
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m scripts.train_cross_encoder`."""
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loss, right = train_cross_encoder(
             given.model, groups, training, OptimConfig(lr=given.lr, precision=given.precision), given.output_dir, device
         )
-    over = f"over the last tenth of {given.epochs:g} epochs of {len(groups):,} queries"
+    over = f"over the last tenth of {given.epochs:g} × {counted(len(groups), 'query')}"
     print(f"{given.output_dir}: {over} loss {loss:.3f}, positive first {100 * right:.1f}%", flush=True)
 
 

@@ -144,7 +144,7 @@ def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: P
         if fused:
             bundle.encoder.fuse_layers()
         counting = _counting(bundle)
-        assert open_shards(_encode(counting, tmp_path)).manifest["mode"] == mode
+        assert open_shards(_encode(counting, tmp_path, overwrite=True)).manifest["mode"] == mode
         assert counting.texts == len(TEXTS)
         with inference(bundle.encoder):
             assert mode_of(bundle.encoder) == mode
@@ -154,12 +154,16 @@ def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: P
     ("of_bundle", "of_call"),
     [({"passage_prompt": "other "}, {}), ({"passage_max_tokens": 9}, {}), ({}, {"texts_fingerprint": "new"}), ({}, {"dtype": "float16"})],
 )
-def test_another_job_encodes_everything_again(
+def test_another_job_is_refused_or_encodes_everything_again(
     bundle: EncoderBundle, tmp_path: Path, of_bundle: dict[str, Any], of_call: dict[str, Any]
 ) -> None:
     _encode(bundle, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     changed = _counting(bundle, **of_bundle)
-    _encode(changed, tmp_path, **of_call)
+    with pytest.raises(ShardError, match=r"another job.*--output.*--overwrite"):
+        _encode(changed, tmp_path, **of_call)
+    assert changed.texts == 0 and {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    _encode(changed, tmp_path, **of_call, overwrite=True)
     assert changed.texts == 23
     # Another query prompt is no other job on the passage side.
     same = _counting(changed, query_prompt="unseen ")
@@ -183,6 +187,10 @@ def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, t
     said = f"{model}: padded texts, fp32, on cpu\n{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
     assert capsys.readouterr().out == said
     main([*common, "--side", "query", "--output", str(tmp_path / "q")])
+    (beir / "one").mkdir()
+    (beir / "one" / "queries.jsonl").write_text('{"_id": "q", "text": "river"}')
+    main([*common, "--side", "query", "--input", str(beir / "one"), "--output", str(tmp_path / "one")])
+    assert capsys.readouterr().out.endswith(f"{tmp_path}/one: 1 embedding of dimension 32, float32\n")
     loaded = load_encoder(
         model, pooling="cls", passage_prompt="a ", query_prompt="a ", passage_max_tokens=16, query_max_tokens=16, device="cpu"
     )
@@ -207,10 +215,14 @@ def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Pat
     arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p")]
     main(arguments)
     main(arguments)
+    with pytest.raises(SystemExit, match=r"texts: .* there, .* asked for.*--overwrite") as stopped:
+        main([*arguments, "--title", "drop"])
+    assert "\n" not in str(stopped.value) and _read(tmp_path / "p")[1][-1] == "p22"
+    arguments.append("--overwrite")
     main([*arguments, "--title", "drop"])
     (beir / "corpus.jsonl").write_text((beir / "corpus.jsonl").read_text().replace("p22", "p99"))
     main([*arguments, "--title", "drop"])
-    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+    assert fingerprints[0] == fingerprints[1] and fingerprints[2] == fingerprints[3] and len(set(fingerprints)) == 3
     assert _read(tmp_path / "p")[1][-1] == "p99"
 
 

@@ -1,4 +1,4 @@
-"""Another `kernels` package stops a command with one line, before transformers is imported."""
+"""Another `kernels` package stops a command with one line, before transformers is imported; so does a tracker that is not there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-from retriever.environment import check_environment
+from retriever.config_tree import ConfigError
+from retriever.environment import check_environment, check_trackers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,3 +63,30 @@ def test_commands_check_before_they_import_transformers(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
     assert "pip uninstall kernels" in ran.stderr
+
+
+def test_trackers_are_those_that_accelerate_knows_and_finds() -> None:
+    """It raises for an unknown one, and leaves one out without a word whose package is not installed."""
+    found = {str(tracker) for tracker in get_available_trackers()}
+    assert "tensorboard" in found
+    for name in LoggerType.list():
+        if name in found or name == "all":
+            check_trackers((name,))
+        else:
+            with pytest.raises(ConfigError, match=f"run.trackers: {name} .* not installed.*pip install {name.replace('_', '-')}"):
+                check_trackers(("tensorboard", name))
+
+
+def test_an_unknown_tracker_is_named_with_the_known_ones() -> None:
+    check_trackers(())
+    with pytest.raises(ConfigError, match="run.trackers: expected .*'foo'") as refused:
+        check_trackers(("tensorboard", "foo"))
+    assert all(name in str(refused.value) for name in LoggerType.list())
+
+
+def test_a_folder_named_as_a_tracker_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb writes its runs to ./wandb."""
+    (tmp_path / "swanlab").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="swanlab is not installed"):
+        check_trackers(("swanlab",))

@@ -17,13 +17,13 @@ PACKAGES = ("kernels", "retriever", "eval", "scripts")
 
 # Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
 FLOORS = (
-    ("rng", "config", "config_tree", "config_rules", "environment", "atomic"),
+    ("rng", "config", "config_tree", "config_rules", "environment", "atomic", "wording"),
     ("data", "encoder", "parallel"),
     ("loss",),
     ("gradcache", "representations", "retention", "optim"),
     ("step",),
     ("capacity", "forecast", "step_plan"),
-    ("checkpoint", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
+    ("checkpoint", "damage", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
     ("train", "encode"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -73,6 +73,41 @@ def test_shards_of_the_same_job_are_kept_and_others_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "notes.txt"]
 
 
+def test_a_folder_of_another_job_is_refused_in_one_line(tmp_path: Path) -> None:
+    """By what differs; a job of which nothing is kept yet, and a folder of other things, are in nobody's way."""
+    other = replace(JOB, model="another", prompt="a\nb")
+    ShardWriter(tmp_path, JOB).check()
+    started = ShardWriter(tmp_path, JOB)
+    started.prepare()
+    ShardWriter(tmp_path, other).check()
+    started.write(0, np.zeros((4, 3)), list("abcd"))
+    (tmp_path / "notes.txt").write_text("mine")
+    started.check()
+
+    def refused(*named: str) -> None:
+        with pytest.raises(ShardError) as stopped:
+            ShardWriter(tmp_path, other).check()
+        said = str(stopped.value)
+        assert "\n" not in said and said.startswith(f"{tmp_path} ") and all(name in said for name in named), said
+
+    differing = ("model: 'hash' there, 'another' asked for", "prompt: '' there, 'a\\nb' asked for", "--output", "--overwrite")
+    refused(*differing)
+    _fill(tmp_path)
+    refused(*differing)
+    (tmp_path / "job.json").unlink()
+    ShardWriter(tmp_path, JOB).check()
+    refused(*differing)
+    (tmp_path / "manifest.json").unlink()
+    refused("has 00000.ids.arrow and no job.json", "--output", "--overwrite")
+
+
+def test_a_folder_that_is_no_folder_of_shards_is_refused(tmp_path: Path) -> None:
+    """A token store has a manifest.json too, which `prepare` would remove."""
+    (tmp_path / "manifest.json").write_text('{"format_version": 4, "rows": 7}')
+    with pytest.raises(ShardError, match=r"manifest\.json.*not of embedding shards.*--output"):
+        ShardWriter(tmp_path, JOB).check()
+
+
 @pytest.mark.parametrize("part", ["embeddings", "ids"])
 def test_an_interrupted_shard_is_written_again(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, JOB)

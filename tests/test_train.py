@@ -85,7 +85,9 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("normalize", ["true", "false"])
-def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(workplace: Path, monkeypatch: pytest.MonkeyPatch, normalize: str) -> None:
+def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], normalize: str
+) -> None:
     largest, problem = [], ContrastiveObjective._problem
 
     def noted(objective: ContrastiveObjective, *given: Any) -> Any:
@@ -95,6 +97,7 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(workplace: Path, 
     monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
     settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
     assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
+    assert "finished 1 step: model in" in capsys.readouterr().out
     assert set(largest) == {1.0 if normalize == "true" else None}
 
 
@@ -206,6 +209,17 @@ def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbe
     assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
 
 
+def test_a_damaged_checkpoint_is_refused_in_one_line(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(undisturbed, workplace / "damaged")
+    weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(_command(workplace, "damaged")[2:]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: {weights} is damaged") and said.endswith("step-00000039") and "\n" not in said
+    shutil.rmtree(weights.parent)
+    assert _run(workplace, "damaged").returncode == 0
+
+
 def test_two_ranks_train_as_one(workplace: Path) -> None:
     """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its weights."""
     save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -237,6 +251,16 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.1
     assert distance(found, expected) < 0.01 * distance(expected, started)
+
+
+@pytest.mark.parametrize("override", ["run.trackers=[foo]", "optim.lr=-1"])
+def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, override: str) -> None:
+    code = "import sys; from retriever.train import main; status = main(sys.argv[1:]); sys.exit(8 if 'torch' in sys.modules else status)"
+    command = [sys.executable, "-c", code, *_command(workplace, "fresh", override)[2:]]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1
+    assert not (workplace / "fresh").exists()
 
 
 @pytest.mark.parametrize(

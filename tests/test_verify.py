@@ -19,7 +19,7 @@ from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
 from retriever.parallel.host import HostRows
 from retriever.representations import Representations
-from retriever.verify import gradient_error
+from retriever.verify import GradientCheck, gradient_error
 from tests.problems import random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
@@ -160,3 +160,7 @@ def test_a_batch_that_proves_nothing_is_refused(encoder: DualEncoder) -> None:
     object.__setattr__(lonely.targets, "known_ptr", torch.tensor([0, 3, 6]))
     with pytest.raises(ValueError, match="proves nothing"):
         gradient_error(encoder, LossConfig(), lonely)
+
+
+def test_the_check_reads_as_a_sentence() -> None:
+    assert str(GradientCheck(1, 2048, 1, 0.0, 0.0)).startswith("1 query and 2,048 passages in 1 chunk: gradient equal")

@@ -21,6 +21,7 @@ from retriever.config import Config
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
 from retriever.data.relations import PASSAGE_BITS, REFERENCE, PairBuffer, Pairs, csr_of_keys, join_pairs, without
 from retriever.data.text_table import TextTableWriter, write_json
+from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
 
@@ -145,9 +146,10 @@ class StoreBuilder:
         source, count, before = reading.source, len(reading.queries), len(self._query_digests)
         kept = reading.positives.queries(count)
         if not kept.any():
-            raise DataError(f"source {source.name!r}: none of its {count:,} queries has a positive passage")
+            raise DataError(f"source {source.name!r}: none of its queries ({count:,}) has a positive passage")
         if not kept.all():
-            print(f"{source.name}: {count - int(kept.sum()):,} of {count:,} queries have no positive passage and are left out", flush=True)
+            left_out = f"{count - int(kept.sum()):,} of {counted(count, 'query')}"
+            print(f"{source.name}: {left_out} left out, without a positive passage", flush=True)
         with spool.open(encoding="utf-8") as stream:
             for number, line in enumerate(self._bar(stream, f"{source.name}: queries", count)):
                 if kept[number]:

@@ -9,6 +9,7 @@ from eval.metrics import Scores
 from eval.report import format_table
 from retriever.config import Config
 from retriever.verify import GradientCheck
+from retriever.wording import counted
 from scripts.cluster_bootstrap import cluster_interval
 
 HEADLINE = "nDCG@10"
@@ -35,12 +36,13 @@ def table(result: Mapping[str, Any], config: Config, speed: Mapping[str, float],
     low, high = result["interval"]
     verdict = "" if low > 0 else "; not above 0 beyond doubt"
     memory = f", at most {speed['peak_gib']:.1f} GiB" if "peak_gib" in speed else ""
+    trained = f"{counted(config.train.max_steps or 0, 'step')} × {config.batch.queries:,} pairs"
     return "\n".join(
         (
             format_table(result["rows"]),
             f"\n{HEADLINE} after − before: {result['gain']:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}] over modules{verdict}",
-            f"{result['queries']:,} queries from {result['modules']:,} modules that were not trained on",
-            f"trained {config.train.max_steps:,} steps × {config.batch.queries:,} pairs at {speed['pairs_per_s']:,.0f} pairs/s{memory}",
+            f"{counted(result['queries'], 'query')} from {counted(result['modules'], 'module')} that were not trained on",
+            f"trained {trained} at {speed['pairs_per_s']:,.0f} pairs/s{memory}",
             f"exactness, in float64: {check}",
         )
     )

@@ -54,7 +54,7 @@ class Pool:
         self.queries = [query for query in queries if query.positives]
         self.left_out = len(queries) - len(self.queries)
         if not self.queries:
-            raise DataError(f"source {source.name!r}: none of its {len(queries):,} queries has a positive passage")
+            raise DataError(f"source {source.name!r}: none of its queries ({len(queries):,}) has a positive passage")
 
     def text(self, number: int) -> str:
         """The final text of a passage."""

@@ -170,10 +170,10 @@ def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> 
 def test_queries_without_a_positive_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"query": "where", "pos": [], "neg": ["city"]}, {"query": "who", "pos": ["river"]}]
     store = built(tmp_path, write(tmp_path / "f.jsonl", *rows))
-    assert "f.jsonl: 1 of 2 queries have no positive passage and are left out" in capsys.readouterr().out
+    assert "f.jsonl: 1 of 2 queries left out, without a positive passage" in capsys.readouterr().out
     assert texts_of(store.queries) == [token_ids("find: who")] and store.sources[0].left_out == 1
     assert related(store.positives, store, 0) == passages("river") and len(store.negatives.ids) == 0
-    with pytest.raises(DataError, match="none of its 1 queries has a positive"):
+    with pytest.raises(DataError, match=r"none of its queries \(1\) has a positive"):
         built(tmp_path, write(tmp_path / "f.jsonl", rows[0]))
 
 

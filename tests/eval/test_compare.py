@@ -81,7 +81,7 @@ def test_a_collection_gives_judgments_and_texts(tmp_path: Path, layout: str, cap
     split = [] if layout == "beir" else ["--split", "dev"]
     main([str(tmp_path / "full"), str(tmp_path / "less"), "--data", str(data), *split])
     printed = capsys.readouterr().out
-    assert f"note: less: 1 of {len(texts.queries)} judged queries are not in the run and count 0" in printed
+    assert f"note: less: 1 of {len(texts.queries)} judged queries not in the run, which count 0" in printed
     assert f"{query}  {texts.queries[query]}" in printed
 
 

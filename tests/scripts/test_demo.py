@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -92,6 +93,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(starting, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
     monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, starting.PACKAGE, raising=False)  # else the one that another test imported is found
     return folder
 
 

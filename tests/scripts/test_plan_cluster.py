@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,27 @@ def test_the_pages_figure_for_hidden_traffic_is_the_models() -> None:
     queries = hiding_queries(Machine(), 64) / 64
     assert f"about {round(queries, -3):,.0f} queries a GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), queries
     assert math.isclose(queries, (2 + 4) / 6 * 590e3 / 45, rel_tol=1e-3)
+
+
+_WHOLE = ("--batches", "--gpus", "--dim", "--layers", "--tokens-per-chunk", "--gpus-per-node")
+_REAL = ("--pairs-per-s", "--parameters", "--memory-gib", "--tflops", "--inside-gb-s", "--between-gb-s")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [*product(_WHOLE, ("0", "-3", "1.5", "many")), *product(_REAL, ("0", "-1", "nan", "inf", "many"))]
+)
+def test_a_number_that_no_cluster_has_is_refused_by_its_option(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([option, value])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert f"argument {option}: expected " in said.err and f"received {value!r}" in said.err
+
+
+def test_all_options_are_held_to_that(capsys: pytest.CaptureFixture[str]) -> None:
+    """One GPU of a laptop may have less than one of a unit."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) == {*_WHOLE, *_REAL}
+    main(["--batches", "1", "--gpus", "1", "--between-gb-s", "0.5", "--pairs-per-s", "0.1", "--memory-gib", "0.5"])
+    assert "| 1 |" in capsys.readouterr().out

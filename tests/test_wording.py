@@ -1,0 +1,21 @@
+"""One of a thing is not several."""
+
+from __future__ import annotations
+
+import pytest
+
+from retriever.wording import counted
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "said"),
+    [
+        (1, "step", "1 step"),
+        (0, "step", "0 steps"),
+        (1, "judged query", "1 judged query"),
+        (2, "judged query", "2 judged queries"),
+        (1_048_576, "chunk", "1,048,576 chunks"),
+    ],
+)
+def test_a_noun_follows_its_count(count: int, noun: str, said: str) -> None:
+    assert counted(count, noun) == said
