@@ -19,6 +19,7 @@ from retriever.forecast import SIDES, Forecast
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
 from retriever.verify import GradientCheck, gradient_error
+from retriever.wording import counted
 
 _WORKSPACE_MIB = 1024
 _VERIFY_QUERIES = 32
@@ -79,7 +80,9 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> 
     """What is allowed and probably not meant in a run of `total` steps. Nothing is changed silently."""
     found = []
     if config.optim.warmup >= total:
-        found.append(f"optim.warmup={config.optim.warmup:g} steps of {total}: the learning rate never arrives at optim.lr")
+        found.append(
+            f"optim.warmup={config.optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never arrives at optim.lr"
+        )
     if config.batch.queries >= 8192 and config.optim.lr < 1e-4:
         found.append(f"optim.lr={config.optim.lr:g} is small for batch.queries={config.batch.queries}: 1e-4 and more is usual at this size")
     if not config.model.normalize and config.loss.temperature < 0.1:
@@ -113,7 +116,7 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             f"data    queries of {sources}; {len(store.passages):,} passages",
             f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
-            f"run     {total:,} steps ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
+            f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
             f"output in {config.run.output_dir}",
         )
     )
@@ -125,10 +128,10 @@ def plan_lines(forecast: Forecast, total: int) -> str:
     peak = f"; at most {_size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
     return "\n".join(
         (
-            f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {len(forecast.costs):,} chunks, "
+            f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "
             f"{forecast.share('graph'):.0%} of them encoded once, {forecast.share('products'):.0%} again in part{peak}",
             f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
-            f"{_duration(total * forecast.step_s)} for {total:,} steps",
+            f"{_duration(total * forecast.step_s)} for {counted(total, 'step')}",
         )
     )
 
@@ -140,21 +143,25 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
     rows: list[tuple[str, str, str]] = []
     for side in SIDES:
         texts, chunks = workload.lengths[side], len(workload.chunks[side])
-        rows.append((_SIDE_NAMES[side], f"{len(texts):,}", f"{int(texts.sum()):,} tokens in {chunks:,} chunks"))
+        rows.append((_SIDE_NAMES[side], f"{len(texts):,}", f"{int(texts.sum()):,} tokens in {counted(chunks, 'chunk')}"))
     padding = forecast.computed - workload.tokens
     once, partly = forecast.share("graph"), forecast.share("products")
     rows += [
         ("tokens in a chunk", f"{workload.tokens_per_chunk:,}", f"at most; {model.attention}, {layers}"),
         ("padding", f"{padding:,}", f"{padding / forecast.computed:.0%} of what is computed"),
-        ("encoded once", f"{once:.0%}", f"of the tokens: the first {forecast.count('graph'):,} chunks keep their graphs"),
-        ("again in part", f"{partly:.0%}", f"of the tokens: the next {forecast.count('products'):,} keep products of their layers"),
+        ("encoded once", f"{once:.0%}", f"of the tokens: graphs of {counted(forecast.count('graph'), 'chunk')} are kept"),
+        (
+            "again in part",
+            f"{partly:.0%}",
+            f"of the tokens: products of the layers are kept of {counted(forecast.count('products'), 'chunk')}",
+        ),
         ("", "", ""),
         ("first pass", f"{forecast.first_pass_s:.3f} s", ""),
         ("loss", f"{forecast.loss_s:.3f} s", ""),
         ("second pass", f"{forecast.second_pass_s:.3f} s", ""),
         ("update", f"{forecast.update_s:.3f} s", ""),
         ("a step", f"{forecast.step_s:.3f} s", f"{forecast.pairs_per_s:,.0f} pairs/s"),
-        ("the run", _duration(total * forecast.step_s), f"{total:,} steps; evaluations and checkpoints not counted"),
+        ("the run", _duration(total * forecast.step_s), f"{counted(total, 'step')}; evaluations and checkpoints not counted"),
         ("", "", ""),
         ("weights", _size(memory.weights), "and what else is there before step 1"),
         ("gradients", _size(memory.gradients), ""),

@@ -150,20 +150,17 @@ class OffloadBench:
         return False
 
     def _memory(self, case: str, placed: Placed, call: Callable[[], None]) -> None:
-        """Calls once; on a GPU, notes what that adds to the rows, and with them, and what of the host's memory is page-locked."""
+        """Calls once; on a GPU, notes what that adds to the rows, and with them."""
         if not self.on_gpu:
             call()
             return
-        torch.cuda.reset_peak_host_memory_stats()
         extra = peak_extra_mb(call)
         self.add(case, "peak_extra_mb", extra, "MiB")
         self.add(case, "gpu_mb", placed.resident_mb() + extra, "MiB", "with the representations" if placed.resident_mb() else "")
         if placed.block_rows is None:
             return
-        numbers, locked = placed.queries.numel() + placed.passages.numel(), torch.cuda.host_memory_stats().get("active_bytes.peak")
+        numbers = placed.queries.numel() + placed.passages.numel()
         self.add(case, "host_mb", numbers * host_bytes(_PRECISION, dims=False) / 2**20, "MiB", "calculated")
-        note = "in powers of two" if locked is not None else "this PyTorch does not say"
-        self.add(case, "page_locked_mb", None if locked is None else locked / 2**20, "MiB", note)
 
     def _parts(self, case: str, placed: Placed, block_rows: int) -> None:
         """What of the time is the host's, and how long the copies would take by themselves."""

@@ -34,10 +34,10 @@ def _cost(table: Table, dim: int) -> list[str]:
             continue
         b, place = _place(row)
         rate = "—" if row.value is None else f"{8 * b * b * dim / row.value / 1e9:,.0f}"
-        memory = [_figure(table, row, metric) for metric in ("peak_extra_mb", "gpu_mb", "host_mb", "page_locked_mb")]
+        memory = [_figure(table, row, metric) for metric in ("peak_extra_mb", "gpu_mb", "host_mb")]
         times = [_figure(table, row, metric, ",.1f") for metric in ("forward_backward_ms", "rounding_ms", "copies_ms")]
         rows.append([f"{b:,}", place, times[0], rate, *memory, *times[1:], row.note])
-    places = ("on the GPU, added", "in all", "on the host", "page-locked")
+    places = ("on the GPU, added", "in all", "on the host")
     return _lines(("b", "rows", "ms", "TFLOP/s", *places, "rounding, ms", "copies, ms", ""), rows)
 
 
@@ -74,8 +74,8 @@ def markdown(table: Table, dim: int = 768) -> str:
         f"d={dim}, temperature 0.02, float32 unit vectors, bf16 tier, one positive a query, one GPU; a workspace of 1,024 MiB, and blocks",
         "of 32,768 offloaded rows, where the command names no others. Forward + backward in ms, known pairs looked up as in training, the",
         "median of single calls; TFLOP/s counting 8·b²·d operations. Memory in MiB: what a call adds on the GPU, gradients included where",
-        "they are there; this with the representations, where these are; on the host, calculated, representations and gradients included;",
-        "how much page-locked memory is in use then, measured. Rounding is the host's part before the first block. Copies are those of a",
+        "they are there; this with the representations, where these are; on the host, calculated, representations and gradients included.",
+        "Rounding is the host's part before the first block. Copies are those of a",
         "call by themselves, calculated from the rates below: most run beside the work on a block.",
         "",
         *_cost(table, dim),

@@ -15,14 +15,13 @@ from scripts.bench.step_methods import Trainer, Work, sample
 pytestmark = pytest.mark.gpu
 
 QUERIES = 4096
-MODEL = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    model = BertConfig(**MODEL)
+    model = BertConfig()  # a smaller one, in chunks as small, would wait for the host, which a plan does not count
     store = random_store(tmp_path_factory.mktemp("plan") / "store", 4 * QUERIES, model.vocab_size)
-    return Work(model, store, World(torch.device("cuda")), ("run.preflight=only", "batch.tokens_per_chunk=16384"))
+    return Work(model, store, World(torch.device("cuda")), ("run.preflight=only", "batch.tokens_per_chunk=32768"))
 
 
 @pytest.mark.parametrize(("graphs", "products"), [("0", "0"), ("100000", "0"), ("0", "200000"), ("auto", "auto")])
@@ -31,7 +30,7 @@ def test_a_step_is_as_it_was_predicted(work: Work, graphs: str, products: str) -
     forecast = trainer.forecast
     assert forecast is not None
     with closing(trainer.batches(QUERIES)) as batches:  # type: ignore[type-var]
-        found = sample(trainer.step, batches, work.device, seconds=4.0, warm=4)  # kernels of new shapes are loaded first
+        found = sample(trainer.step, batches, work.device, seconds=4.0, warm=2)  # kernels of new shapes are loaded first
     assert found.peak_gib is not None
     assert forecast.peak_bytes / 2**30 == pytest.approx(found.peak_gib, rel=0.1)
     assert forecast.step_s == pytest.approx(found.seconds, rel=0.1)
