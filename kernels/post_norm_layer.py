@@ -71,7 +71,7 @@ class Layer(NamedTuple):
 
 
 class Products(NamedTuple):
-    """What of a layer takes longest to compute for the memory it takes: 4 bytes of each number of the stream in half precision."""
+    """What of a layer takes longest to compute for the memory it takes: in half precision 4 bytes of a number of the stream, and lse."""
 
     context: Tensor  # [T, heads, d]: what attention makes of the values
     lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
@@ -135,6 +135,8 @@ def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p:
         query, key, value = qkv.unbind(1)
         context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
     else:
+        if known.narrow.shape != x.shape:
+            raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.narrow.shape)}")
         context, lse = known.context, known.lse
     added = linear(context.view(T, D), read.attended)
     middle, middle_low, statistics1 = norm_forward(

@@ -127,7 +127,7 @@ def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> 
             before, products = allocated_bytes(device), deque[Products]()
             encode_alone(products)
             of_products = allocated_bytes(device) - before
-            again, _ = _measured(device, lambda products=products: encode(products))  # type: ignore[misc]
+            again = _measured(device, lambda products=products: encode(products))[0]  # type: ignore[misc]
         seconds = first.seconds, forward.seconds, again.seconds, backward.seconds
         rounds.append((*seconds, of_products, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
     return ChunkCost(tokens.input_ids.numel(), *(float(x) for x in np.median(rounds, axis=0)))

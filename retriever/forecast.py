@@ -13,7 +13,7 @@ import numpy as np
 from retriever.capacity import ChunkCost, Cost
 from retriever.data.chunks import plan_chunks
 from retriever.data.tokens import Side
-from retriever.retention import NOTHING, Keeps, Retention, Room
+from retriever.retention import NOTHING, Budget, Keeps, Retention
 
 SIDES: tuple[Side, Side] = ("query", "passage")
 
@@ -72,10 +72,10 @@ class Forecast:
     retention: Retention = NOTHING
 
     @cached_property
-    def chunks(self) -> list[tuple[ChunkCost, Keeps]]:
+    def kept_by_chunk(self) -> list[tuple[ChunkCost, Keeps]]:
         """Every chunk's cost, and what it keeps."""
-        room = Room(self.retention)
-        return [(cost, room.take(cost.tokens)) for cost in self.costs]
+        budget = Budget(self.retention)
+        return [(cost, budget.take(cost.tokens)) for cost in self.costs]
 
     @property
     def computed(self) -> int:
@@ -84,19 +84,19 @@ class Forecast:
 
     def share(self, kept: Keeps) -> float:
         """Of the computed tokens, those of chunks that keep their graphs, the products of their layers, or nothing."""
-        return sum(cost.tokens for cost, keeps in self.chunks if keeps == kept) / self.computed
+        return sum(cost.tokens for cost, keeps in self.kept_by_chunk if keeps == kept) / self.computed
 
     def count(self, kept: Keeps) -> int:
         """How many chunks keep it."""
-        return sum(keeps == kept for _, keeps in self.chunks)
+        return sum(keeps == kept for _, keeps in self.kept_by_chunk)
 
     @property
     def first_pass_s(self) -> float:
-        return sum(cost.forward_s if keeps == "graph" else cost.first_s for cost, keeps in self.chunks)
+        return sum(cost.forward_s if keeps == "graph" else cost.first_s for cost, keeps in self.kept_by_chunk)
 
     @property
     def second_pass_s(self) -> float:
-        encoding = sum(cost.again_s if keeps == "products" else cost.forward_s for cost, keeps in self.chunks if keeps != "graph")
+        encoding = sum(cost.again_s if keeps == "products" else cost.forward_s for cost, keeps in self.kept_by_chunk if keeps != "graph")
         return encoding + sum(cost.backward_s for cost in self.costs)
 
     @property
@@ -111,7 +111,7 @@ class Forecast:
     @cached_property
     def retained_bytes(self) -> list[float]:
         """Of what each chunk keeps between the passes."""
-        return [{"graph": cost.kept_bytes, "products": cost.products_bytes, "nothing": 0.0}[keeps] for cost, keeps in self.chunks]
+        return [{"graph": cost.kept_bytes, "products": cost.products_bytes, "nothing": 0.0}[keeps] for cost, keeps in self.kept_by_chunk]
 
     @property
     def working_bytes(self) -> float:
@@ -123,11 +123,11 @@ class Forecast:
         """The largest of the stages' peaks, from the second step on, when the optimizer has its state."""
         part = self.memory
         kept, first, second = 0.0, 0.0, 0.0
-        for (cost, keeps), own in zip(self.chunks, self.retained_bytes, strict=True):
+        for (cost, keeps), own in zip(self.kept_by_chunk, self.retained_bytes, strict=True):
             first = max(first, kept + (cost.forward_bytes if keeps == "graph" else cost.first_bytes + own))
             kept += own
         left = kept
-        for (cost, keeps), own in zip(self.chunks, self.retained_bytes, strict=True):
+        for (cost, keeps), own in zip(self.kept_by_chunk, self.retained_bytes, strict=True):
             left -= own
             second = max(second, left + (cost.backward_bytes if keeps == "graph" else max(cost.forward_bytes, cost.backward_bytes)))
         stages = (
@@ -169,37 +169,44 @@ def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> C
 
 
 def most_retained(forecast: Forecast, usable_bytes: float, graphs: int | None = None, products: int | None = None) -> Retention:
-    """What can be kept in `usable_bytes`: of graphs and of products as many tokens as given, or else as fit.
+    """What can be kept in `usable_bytes`: of graphs and of products as many tokens as given, or else as make the step shortest.
 
-    Products come first, as they spare more time by the byte. A little more is allowed than these chunks have where there is room, as
-    batches differ a little; nothing of a kind where not even one chunk's fit.
+    Products, which mostly spare more time by the byte, come before graphs, or there are none of them. A little more is allowed than
+    these chunks have where there is room, as batches differ a little; nothing of a kind where not even one chunk's fit.
     """
-    chosen = replace(forecast, retention=Retention(graphs or 0, products or 0))
+    plans = [_filled(forecast, usable_bytes, graphs, products)]
     if products is None:
-        behind = sum(cost.tokens for cost, keeps in chosen.chunks if keeps == "graph")
-        fitting = _most(chosen, usable_bytes, "products", behind)
-        chosen = replace(chosen, retention=chosen.retention._replace(products=fitting))
+        plans.append(_filled(forecast, usable_bytes, graphs, 0))
+    return min(plans, key=lambda plan: plan.step_s).retention
+
+
+def _filled(forecast: Forecast, usable_bytes: float, graphs: int | None, products: int | None) -> Forecast:
+    """`forecast` keeping what is given, and of the rest first as many products, then as many graphs as fit."""
+    plan = replace(forecast, retention=Retention(graphs or 0, products or 0))
     if graphs is None:
-        chosen = replace(chosen, retention=chosen.retention._replace(graphs=_most(chosen, usable_bytes, "graphs", 0)))
-    return chosen.retention
+        with_products = plan if products is not None else _with_most(plan, usable_bytes, "products")
+        graphs = _with_most(with_products, usable_bytes, "graphs").retention.graphs
+        plan = replace(plan, retention=Retention(graphs, products or 0))
+    return plan if products is not None else _with_most(plan, usable_bytes, "products")  # behind these graphs, and no further
 
 
-def _most(forecast: Forecast, usable_bytes: float, kind: Literal["graphs", "products"], behind: int) -> int:
-    """Tokens of a kind of which there is room, counted behind the first `behind` ones."""
-    own = [cost.kept_bytes if kind == "graphs" else cost.products_bytes for cost in forecast.costs]
+def _with_most(plan: Forecast, usable_bytes: float, kind: Literal["graphs", "products"]) -> Forecast:
+    """`plan` with as many tokens of a kind as there is room for, the other kind as it is."""
+    own = [cost.kept_bytes if kind == "graphs" else cost.products_bytes for cost in plan.costs]
     if not all(own):
-        return 0
-    counts = [tokens - behind for tokens in np.cumsum([cost.tokens for cost in forecast.costs]).tolist() if tokens > behind]
+        return plan
+    behind = sum(cost.tokens for cost, keeps in plan.kept_by_chunk if keeps == "graph") if kind == "products" else 0
+    counts = [tokens - behind for tokens in np.cumsum([cost.tokens for cost in plan.costs]).tolist() if tokens > behind]
 
-    def peak(tokens: int) -> float:
-        return replace(forecast, retention=forecast.retention._replace(**{kind: tokens})).peak_bytes
+    def keeping(tokens: int) -> Forecast:
+        return replace(plan, retention=plan.retention._replace(**{kind: tokens}))
 
-    fitting = bisect_right(counts, usable_bytes, key=peak)
+    fitting = bisect_right(counts, usable_bytes, key=lambda tokens: keeping(tokens).peak_bytes)
     if fitting == 0:
-        return 0
-    dearest = max(of_chunk / cost.tokens for of_chunk, cost in zip(own, forecast.costs, strict=True))
-    more = int((usable_bytes - peak(counts[fitting - 1])) / dearest)
-    return counts[fitting - 1] + min(more, forecast.workload.tokens_per_chunk)
+        return plan
+    room = usable_bytes - keeping(counts[fitting - 1]).peak_bytes
+    dearest = max(of_chunk / cost.tokens for of_chunk, cost in zip(own, plan.costs, strict=True))
+    return keeping(counts[fitting - 1] + min(int(room / 2 / dearest), plan.workload.tokens_per_chunk))
 
 
 def settled_size(seconds_per_token: Sequence[tuple[int, float]], tolerance: float = 0.04) -> int:

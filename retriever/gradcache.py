@@ -22,7 +22,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.representations import DeviceRoom, HostRoom, Place, Representations
-from retriever.retention import NOTHING, Retention, Room
+from retriever.retention import NOTHING, Budget, Retention
 from retriever.rng import RngState
 
 
@@ -51,22 +51,22 @@ def encode_without_graph(
     The first chunks keep what `retention` allows: it is they whose memory is free again first.
     """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
-    representations = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
-    first, room = FirstPass([], [], [], []), Room(retention)
+    room = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
+    first, budget = FirstPass([], [], [], []), Budget(retention)
     for chunk in batch.chunks:
-        keeps = room.take(chunk.tokens.input_ids.numel())
+        keeps = budget.take(chunk.tokens.input_ids.numel())
         products = deque[Products]() if keeps == "products" else None
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(keeps == "graph"):
             embeddings = _encode(encoder, chunk, products)  # [n, D]
-        first.places.append(representations.put(chunk, embeddings.detach()))
+        first.places.append(room.put(chunk, embeddings.detach()))
         if keeps == "graph":
             first.kept.append(embeddings)
         elif products is not None:
             first.begun.append(Begun(chunk, state, products))
         else:
             first.states.append(state)
-    return representations.finished(), first
+    return room.finished(), first
 
 
 def representation_gradients(

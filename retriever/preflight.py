@@ -129,7 +129,7 @@ def plan_lines(forecast: Forecast, total: int) -> str:
     return "\n".join(
         (
             f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "
-            f"{forecast.share('graph'):.0%} of them encoded once, {forecast.share('products'):.0%} again in part{peak}",
+            f"{forecast.share('graph'):.0%} encoded once, {forecast.share('products'):.0%} again in part{peak}",
             f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
             f"{_duration(total * forecast.step_s)} for {counted(total, 'step')}",
         )

@@ -36,7 +36,7 @@ def given_tokens(setting: bool | int | Auto) -> int | None:
 NOTHING = Retention()
 
 
-class Room:
+class Budget:
     """What is left of a retention as the chunks of a step come, each in its turn."""
 
     def __init__(self, retention: Retention) -> None:

@@ -44,13 +44,13 @@ def train_step(
     seed_step(seed, batch.step, world.rank)
     temperature, gradient_scale = objective.temperature, optimizer.gradient_scale  # read while the device has nothing to do
 
-    # 1. Encode every chunk without a graph; remember the RNG state of each (and of the first ones what memory allows).
+    # 1. Encode every chunk without a graph and remember its RNG state. (The first ones keep what `retention` allows: 3 has less to do.)
     representations, first = encode_without_graph(encoder, batch, retention, offload=objective.offload)  # queries [B, D], passages [N, D]
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)
 
-    # 3. Encode each chunk again under its RNG state, with a graph; backpropagate its rows of the gradient.
+    # 3. Encode each chunk again under its RNG state, with a graph (or take the one it kept); backpropagate its rows of the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
 
     # 4. The step's only parameter collective (an encoder in shards has summed its own, chunk by chunk), then the update.

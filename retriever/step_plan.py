@@ -77,7 +77,8 @@ class StepPlanner:
             return replace(self._config, batch=_unmeasured(self._config.batch, self._device, self._longest)), None
         batch, usable, preflight = self._config.batch, self._usable, self._config.run.preflight
         kept = batch.retain, batch.retain_products
-        open_ends = "auto" in (batch.tokens_per_chunk, *kept) or any(setting is True for setting in kept)
+        open_ends = "auto" in (batch.tokens_per_chunk, batch.retain) or any(setting is True for setting in kept)
+        open_ends |= batch.retain_products == "auto" and self._encoder.keeps_products and batch.retain is not True
         forecast = None
         with undisturbed(self._device, self._encoder, self._objective):
             size = self._agreed(self._tokens_per_chunk()) if batch.tokens_per_chunk == "auto" else batch.tokens_per_chunk
@@ -90,7 +91,7 @@ class StepPlanner:
                     raise ConfigError(f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto") from error
         fitting = NOTHING
         if forecast is not None and usable is not None:
-            fitting = Retention(*map(self._agreed, most_retained(forecast, usable, *map(given_tokens, kept))))
+            fitting = self._agreed_retention(forecast, usable)
         graphs, products = (tokens if setting == "auto" else setting for setting, tokens in zip(kept, fitting, strict=True))
         batch = replace(batch, tokens_per_chunk=size, retain=graphs, retain_products=products)
         if forecast is not None:
@@ -98,6 +99,12 @@ class StepPlanner:
             if usable is not None and any(setting is True for setting in kept):
                 self._check_room(forecast.peak_bytes - usable)
         return replace(self._config, batch=batch), forecast
+
+    def _agreed_retention(self, forecast: Forecast, usable_bytes: float) -> Retention:
+        """The most that fits on every rank; of products, behind the graphs that all ranks have agreed on."""
+        graphs, products = (given_tokens(setting) for setting in (self._config.batch.retain, self._config.batch.retain_products))
+        graphs = self._agreed(most_retained(forecast, usable_bytes, graphs, products).graphs)
+        return Retention(graphs, self._agreed(most_retained(forecast, usable_bytes, graphs, products).products))
 
     def _check_products(self) -> None:
         given = self._config.batch.retain_products
@@ -117,7 +124,8 @@ class StepPlanner:
     def _check_room(self, missing_bytes: float) -> None:
         missing = -self._agreed(int(-missing_bytes))  # on the rank that lacks most
         if missing > 0:
-            key, what = ("batch.retain", "graphs") if self._config.batch.retain is True else ("batch.retain_products", "products")
+            keys = {"batch.retain": "graphs", "batch.retain_products": "products"}
+            key, what = next((key, what) for key, what in keys.items() if getattr(self._config.batch, key.partition(".")[2]) is True)
             raise ConfigError(
                 f"{key}: true, but keeping all {what} takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
             )
@@ -151,14 +159,14 @@ class StepPlanner:
 
     def _seconds_per_token(self, side: Side, size: int) -> float | None:
         """Of a step of chunks like the middle one, what fits of them kept; None where not one does."""
-        chunks = self._workload(size).chunks[side]
-        chunk = random_chunk(chunks[middle(len(chunks))], self._vocabulary(side), packed=self._encoder.packed)
+        workload, batch = self._workload(size), self._config.batch
+        lengths = workload.chunks[side][middle(len(workload.chunks[side]))]
+        chunk = random_chunk(lengths, self._vocabulary(side), packed=self._encoder.packed)
         try:
             cost = measure_chunk(self._encoder, side, chunk)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return None
-        workload, batch = self._workload(size), self._config.batch
         forecast, usable = Forecast(workload, costs_like(workload, cost), 0.0, 0.0, self._memory), self._usable or 0.0
         if forecast.peak_bytes > usable:
             return None

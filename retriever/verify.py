@@ -19,6 +19,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
+from retriever.retention import Retention
 from retriever.rng import RngState
 from retriever.wording import counted
 
@@ -58,7 +59,7 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, bloc
 
     with state.restored():
         objective = ContrastiveObjective(loss, unit=exact.normalize, block_rows=block_rows)
-        representations, first = encode_without_graph(exact, batch, offload=objective.offload)
+        representations, first = encode_without_graph(exact, batch, _some_of_each(exact, batch), offload=objective.offload)
         value, gradients = representation_gradients(objective, representations, batch, world)
         backward_through_encoder(exact, batch, gradients, first)
         cached = _take_gradients(exact)
@@ -78,6 +79,13 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, bloc
         raise ConfigError(f"run.verify: the gradient of {batch.sizes[0]} queries is {norm:.1e}, rounding alone, and proves nothing")
     error = torch.linalg.vector_norm(cached - expected) / norm
     return GradientCheck(*batch.sizes, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
+
+
+def _some_of_each(encoder: DualEncoder, batch: Batch) -> Retention:
+    """The first third of the chunks keep their graphs, and the second third products where layers keep some."""
+    sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
+    third = -(-len(sizes) // 3)
+    return Retention(sum(sizes[:third]), sum(sizes[third : 2 * third]) if encoder.keeps_products else 0)
 
 
 def _encode_whole(encoder: DualEncoder, batch: Batch, side: Side) -> Tensor:

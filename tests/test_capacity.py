@@ -18,7 +18,7 @@ from retriever.loss.contrastive import ContrastiveObjective
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
-FIRST_S, AGAIN_S, FORWARD_S, BACKWARD_S = 0.01, 0.03, 0.06, 0.2
+FIRST_S, AGAIN_S, FORWARD_S, BACKWARD_S = 0.01, 0.03, 0.12, 0.3
 
 
 class _Slow(torch.autograd.Function):

@@ -274,11 +274,12 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
     assert checkpoint.continued(config, saved) == resolved
     free = replace(
         config,
+        batch=replace(config.batch, retain=5, retain_products=7),
         run=replace(config.run, trackers=(), resume="never", output_dir="elsewhere", timeout_s=5),
         train=replace(config.train, log_every=1, save_every=1, keep_last=9),
         data=replace(config.data, cache_dir="elsewhere", train=(SourceConfig(path="elsewhere/x"),)),  # the store knows what is in it
     )
-    assert checkpoint.continued(free, saved) == replace(free, batch=resolved.batch)
+    assert checkpoint.continued(free, saved) == replace(free, batch=replace(free.batch, tokens_per_chunk=512))
     changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
     with pytest.raises(ConfigError, match=r"(?s)optim.lr: 0.001 -> 1.0.*run.seed: 0 -> 7"):
         checkpoint.continued(changed, saved)

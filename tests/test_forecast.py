@@ -27,12 +27,13 @@ LENGTHS = {"query": np.arange(4, 20), "passage": np.arange(10, 60)}
 
 
 def _costs(count: int, seed: int = 0, products: float = 0.1) -> list[ChunkCost]:
-    """Random costs whose peaks hold what they must hold."""
+    """Random costs whose peaks hold what they must hold; products spare more than a graph, and take `products` times its memory."""
     draw = random.Random(seed)
     costs = []
     for _ in range(count):
         tokens, kept = draw.randint(10, 99), draw.uniform(50, 400)
-        seconds = [draw.uniform(0.1, 1.0) for _ in range(4)]
+        forward = draw.uniform(0.5, 1.0)
+        seconds = draw.uniform(0.1, 0.2), forward, 0.5 * forward, draw.uniform(0.1, 1.0)
         peaks = draw.uniform(5, 50), kept + draw.uniform(0, 60), kept + draw.uniform(0, 90)
         costs.append(ChunkCost(tokens, *seconds, products * kept, kept, *peaks))
     return costs
@@ -90,7 +91,7 @@ def test_a_step_takes_what_its_parts_take() -> None:
     for keeps, costs in parts:
         assert forecast.count(keeps) == len(costs)
         assert forecast.share(keeps) == pytest.approx(sum(c.tokens for c in costs) / sums[-1])
-    assert sum(forecast.retained_bytes) == sum(c.kept_bytes for c in kept) + sum(c.products_bytes for c in begun)
+    assert sum(forecast.retained_bytes) == pytest.approx(sum(c.kept_bytes for c in kept) + sum(c.products_bytes for c in begun))
 
 
 def _fits(forecast: Forecast, usable: float, graphs: int, products: int) -> bool:
@@ -131,6 +132,25 @@ def test_a_batch_may_be_a_little_larger_than_the_one_measured(products: float) -
     found = most_retained(nothing, replace(nothing, retention=three).peak_bytes + room)
     assert (found.products if products else found.graphs) > sums[2] and 0 in found
     assert most_retained(nothing, 1e9).graphs > sums[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_batch_that_is_much_larger_keeps_no_more_than_fits(seed: int) -> None:
+    """Only the first batch is measured, and another source's texts may be longer."""
+    nothing = _forecast(seed=seed)
+    larger = [replace(nothing, costs=nothing.costs * 2), replace(nothing, costs=[*nothing.costs, *nothing.costs[:3]])]
+    floor = max(forecast.peak_bytes for forecast in larger)
+    for usable in np.linspace(floor, 1.2 * replace(nothing, retention=Retention(graphs=EVERYTHING)).peak_bytes, 23):
+        retention = most_retained(nothing, usable)
+        assert all(replace(forecast, retention=retention).peak_bytes <= usable for forecast in larger), retention
+
+
+def test_products_that_spare_no_time_are_not_kept() -> None:
+    nothing = _forecast()
+    roomy = replace(nothing, retention=Retention(graphs=sum(cost.tokens for cost in nothing.costs[:4]))).peak_bytes
+    useless = replace(nothing, costs=[replace(cost, again_s=cost.forward_s) for cost in nothing.costs])
+    assert most_retained(nothing, roomy).products > 0
+    assert most_retained(useless, roomy) == most_retained(useless, roomy, None, 0) and most_retained(useless, roomy).graphs > 0
 
 
 def test_what_is_given_stays_and_the_other_kind_takes_the_room() -> None:
@@ -182,7 +202,7 @@ def test_chunks_and_retention_are_those_of_the_run(folder: Path, packed: bool) -
         for products in (0, 500, 10_000) if packed else (0,):
             _, first = encode_without_graph(encoder, batch, Retention(graphs, products))
             kept = ["graph"] * len(first.kept) + ["products"] * len(first.begun) + ["nothing"] * len(first.states)
-            assert kept == [keeps for _, keeps in Forecast(workload, costs, 0, 0, MEMORY, Retention(graphs, products)).chunks]
+            assert kept == [keeps for _, keeps in Forecast(workload, costs, 0, 0, MEMORY, Retention(graphs, products)).kept_by_chunk]
 
 
 def test_costs_of_chunks_that_were_not_measured_lie_between_those_that_were() -> None:

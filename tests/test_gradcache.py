@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -159,7 +160,7 @@ def test_kept_products_are_not_computed_again_and_give_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
 
 
-def test_products_are_given_up_as_they_are_used(folder: Path) -> None:
+def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is left when a chunk has its graph, so that the backward pass frees them with it."""
     encoder = _encoder(folder, dropout=True)
     encoder.pack()
@@ -168,8 +169,34 @@ def test_products_are_given_up_as_they_are_used(folder: Path) -> None:
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
     assert [len(begun.products) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
+    narrow = [weakref.ref(products.narrow) for begun in first.begun for products in begun.products]
+    alive: list[int] = []
+    backward = torch.Tensor.backward
+
+    def watched(self: Tensor, *given: Any) -> None:
+        backward(self, *given)
+        alive.append(sum(ref() is not None for ref in narrow))
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
     backward_through_encoder(encoder, batch, gradients, first)
     assert not any(begun.products for begun in first.begun)
+    assert alive == list(range(len(narrow)))[::-1]
+
+
+def test_products_of_other_calls_are_refused(folder: Path) -> None:
+    encoder = _encoder(folder, dropout=False)
+    encoder.pack()
+    encoder.fuse_layers()
+    first, *_, last = (chunk.tokens for chunk in rank_batch(WHOLE, 0, 40, packed=True)[0].chunks)
+    products = deque[Products]()
+    with pytest.raises(ValueError, match="expected the products of 1 layers, received those of 0"):
+        encoder("query", first, products)
+    with torch.no_grad():
+        encoder("query", first, products)
+        with pytest.raises(ValueError, match="of 0 layers, received those of 1"):
+            encoder("query", first, products)
+    with pytest.raises(ValueError, match="expected products of"):
+        encoder("query", last, products)
 
 
 def test_layers_that_keep_no_products_say_so(folder: Path) -> None:

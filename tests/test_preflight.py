@@ -37,7 +37,7 @@ def _forecast(activations: float = 2.0 * GIB) -> Forecast:
 def test_the_plan_in_two_lines() -> None:
     lines = preflight.plan_lines(_forecast(), 1000).splitlines()
     assert lines == [
-        "plan    a step of 192 tokens a rank in 3 chunks, 33% of them encoded once, 33% again in part; at most 7.00 GiB a GPU",
+        "plan    a step of 192 tokens a rank in 3 chunks, 33% encoded once, 33% again in part; at most 7.00 GiB a GPU",
         "        first pass, loss, second pass, update 3.5 + 0.25 + 11.8 + 0.75 s: 1 pairs/s, 4 h 30 min for 1,000 steps",
     ]
     assert "GiB" not in preflight.plan_lines(_forecast(0.0), 1000)

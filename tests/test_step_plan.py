@@ -222,6 +222,34 @@ def test_ranks_take_the_smallest(store: Store, encoder: DualEncoder, limited: Ca
     assert forecast is not None and forecast.retention == (9000, 0)
 
 
+def test_ranks_take_the_fewest_products(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another rank's 9,000 tokens of graphs, and then as many of products."""
+    _that_keeps_products(monkeypatch)
+    limited(1e12, products=100)
+    batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192), Unequal(9000))
+    assert (batch.retain, batch.retain_products) == (9000, 9000)
+    assert forecast is not None and (forecast.count("graph"), forecast.count("products")) == (1, 1)
+
+
+def test_products_ask_for_measuring_only_where_there_can_be_some(
+    store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(1e12, products=100)
+    given = _config(preflight="off", tokens_per_chunk=8192, retain=77)
+    assert _decide(store, encoder, given)[1] is None
+    _that_keeps_products(monkeypatch)
+    assert _decide(store, encoder, given)[1] is not None
+    assert _decide(store, encoder, replace(given, batch=replace(given.batch, retain_products=0)))[1] is None
+
+
+def test_one_token_is_not_true(store: Store, encoder: DualEncoder, limited: Callable[..., None]) -> None:
+    limited(KEPT * 30_000)
+    batch, forecast = _decide(store, encoder, _config(tokens_per_chunk=8192, retain=1))
+    assert batch.retain == 1 and forecast is not None and forecast.retention.graphs == 1
+
+
 def test_nothing_is_measured_where_everything_is_given(
     store: Store, encoder: DualEncoder, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from retriever import gradcache
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
 from tests.tiny import random_texts, save_tiny_model
@@ -82,6 +83,27 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
         assert main(arguments) == 0
         losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step keeps what `batch` says of its first chunks."""
+    begun = gradcache.encode_without_graph
+    kinds, losses = set(), []
+
+    def noted(*given: Any, **named: Any) -> Any:
+        representations, first = begun(*given, **named)
+        kinds.add(tuple(len(kept) > 0 for kept in (first.kept, first.begun, first.states)))
+        return representations, first
+
+    monkeypatch.setattr("retriever.step.encode_without_graph", noted)
+    for graphs, products in ((0, 0), (150, 200)):
+        output = workplace / f"kept-{graphs}"
+        kept = (f"batch.retain={graphs}", f"batch.retain_products={products}", "batch.tokens_per_chunk=100")
+        settings = ["eval=null", "train.eval_every=0", "train.max_steps=3", "train.log_every=1", "model.fused=true", *kept]
+        assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", *settings]) == 0
+        losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
+    assert kinds == {(False, False, True), (True, True, True)}
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("normalize", ["true", "false"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.post_norm_layer import Products, with_products
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
+from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import FirstPass, backward_through_encoder
 from retriever.loss import distill
@@ -72,6 +75,34 @@ def test_representations_in_host_memory_are_checked_in_blocks(encoder: DualEncod
     accumulate = HostRows.accumulate
     monkeypatch.setattr(HostRows, "accumulate", lambda rows, fresh: accumulate(rows, fresh=True))
     assert gradient_error(encoder, loss, batch, block_rows=5).gradient_error > BROKEN
+
+
+def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept graphs, kept products and neither; a product that is another one's is found."""
+    fused = copy.deepcopy(encoder)
+    fused.pack()
+    fused.fuse_layers()
+    batch = rank_batch(random_batch(queries=8, passages=14), 0, 40, packed=True)[0]
+    kinds: list[tuple[int, int, int]] = []
+
+    def noted(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
+        kinds.append((len(first.kept), len(first.begun), len(first.states)))
+        backward_through_encoder(encoder, batch, gradients, first)
+
+    monkeypatch.setattr(verify, "backward_through_encoder", noted)
+    assert gradient_error(fused, LossConfig(temperature=0.07), batch).gradient_error < BOUND
+    assert (
+        gradient_error(encoder, LossConfig(temperature=0.07), rank_batch(random_batch(queries=8, passages=14), 0, 40)[0]).gradient_error
+        < BOUND
+    )
+    assert min(kinds[0]) >= 2 and kinds[1][0] >= 2 and kinds[1][1] == 0 and kinds[1][2] >= 2
+    monkeypatch.setattr(fused_layers, "with_products", lambda *given: _swapped(*given))
+    assert gradient_error(fused, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
+
+
+def _swapped(*given: Any) -> tuple[Tensor, Tensor, Products]:
+    stream, rounded, products = with_products(*given)
+    return stream, rounded, products._replace(narrow=products.narrow.roll(1, 0))
 
 
 def test_a_teachers_terms_are_checked_too(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

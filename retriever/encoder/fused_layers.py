@@ -84,6 +84,8 @@ class FusedLayers(nn.Module):
 
         Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
         """
+        if packed_products is not None and len(packed_products) != (expected := len(self._places) * torch.is_grad_enabled()):
+            raise ValueError(f"expected the products of {expected} layers, received those of {len(packed_products)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded

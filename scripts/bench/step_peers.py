@@ -40,7 +40,7 @@ PairStep = Callable[[Features, Features, MiniBatch], object]  # queries, their p
 
 _SCALE = 50.0  # temperature 0.02
 _TRIED = 1 / 16  # of the batch, on which mini-batch sizes are compared
-# What a peer may encode at once, in the data's order and sorted by length; the longest 512 passages fill an H100 of 80 GB.
+# What a peer may encode at once, in the data's order and sorted by length; what does not fit has lost.
 MINI_BATCHES = {
     False: (MiniBatch(256), MiniBatch(512), MiniBatch(1024)),
     True: (MiniBatch(512), MiniBatch(1024), MiniBatch(512, tokens=65_536)),

@@ -116,6 +116,7 @@ def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: l
         ({}, Config(optim=OptimConfig(name="adafactor")), "optim.name"),
         ({}, Config(model=ModelConfig(fused=True)), "model.fused"),
         ({}, Config(batch=BatchConfig(retain=4096)), "batch.retain: expected auto or false with FSDP; received 4096"),
+        ({}, Config(batch=BatchConfig(retain_products=True)), "batch.retain_products: expected auto or false with FSDP; received True"),
         ({}, Config(run=RunConfig(verify=True)), "run.verify"),
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, Config(), "DeepSpeed"),
     ],

@@ -147,7 +147,9 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "computing"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
-def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(dtype: torch.dtype, computing: torch.dtype) -> None:
+def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
+    dtype: torch.dtype, computing: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
     given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
     *without, products = with_products(*given)
@@ -160,7 +162,12 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(dtype: to
     expected = gradients(None)
     assert all(torch.equal(a, b) for a, b in zip(expected[:2], without, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(products), strict=True))
-    for name in ("context", "narrow"):  # they are what the layer goes on with; `lse` is for the kernels of a GPU
+    used: list[Tensor] = []
+    backward = module.attention_backward
+    monkeypatch.setattr(module, "attention_backward", lambda *a: (used.append(a[5]), backward(*a))[1])
+    gradients(products)
+    assert used[0].data_ptr() == products.lse.data_ptr()  # the kernels of a GPU go on with it
+    for name in ("context", "narrow"):  # they are what the layer goes on with
         others = gradients(products._replace(**{name: getattr(products, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from kernels.post_norm_layer import Products, with_products
+from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
 from scripts.bench import step, step_bench, step_curves, step_report
-from scripts.bench.step_bench import PADDED, PLAIN, Bench, Form
+from scripts.bench.step_bench import PACKED_FUSED, PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
 from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
 from scripts.bench.step_peers import MiniBatch, PairStep, best_sample, gradient_cache_step, pairs_of, sentence_transformers_step
@@ -72,18 +74,25 @@ def test_the_page_says_what_a_run_did_not_come_to() -> None:
 
 
 def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is a form whose replayed chunks draw other dropout masks than the first time."""
+    """Nor is a form whose replayed chunks draw other dropout masks than the first time, or go on from other products."""
     bench = Bench(work, Table.begin(()), tmp_path / "table.json", seconds=0.01)
     bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05")))
     bench.measure_form(8, Form("right", PLAIN))
     monkeypatch.setattr("retriever.rng.RngState._set", lambda state: None)
     bench.measure_form(8, Form("forgetful", PADDED))
+    monkeypatch.undo()
+    monkeypatch.setattr(fused_layers, "with_products", lambda *given: (kept := with_products(*given))[:2] + (_other(kept[2]),))
+    bench.measure_form(8, Form("mistaken", PACKED_FUSED))
     rows = {row.case: row for row in bench.table.rows if row.metric == "pairs_per_s"}
-    assert rows["b=8,right"].value is not None
+    assert rows["b=8,right"].value is not None and rows["b=8,mistaken"].value is None
     assert rows["b=8,warm"].value is None and rows["b=8,forgetful"].value is None and rows["b=8,warm"].note == "not timed: wrong"
     errors = {row.case: row for row in bench.table.rows if row.metric == "gradient_error"}
     assert (errors["b=8,right"].value or 1) < 1e-4 < 0.1 < (errors["b=8,warm"].value or 0)
     assert "the replay differs" in errors["b=8,forgetful"].note and "bitwise" in errors["b=8,right"].note
+
+
+def _other(products: Products) -> Products:
+    return products._replace(narrow=products.narrow * 1.01)
 
 
 def test_the_floor_is_one_pass(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
