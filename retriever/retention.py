@@ -1,7 +1,7 @@
 """What a step keeps of its chunks between the two passes, in tokens, so that the second has less to compute.
 
-A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most, which spare about a
-third of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022, arXiv:2205.05198.)
+A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most, which spare over a
+quarter of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022, arXiv:2205.05198.)
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Chunks: length-sorted slices of a batch, each at most `tokens_per_chunk` tokens, padding included where there is any.
 
 Background threads read, wrap and lay out the next chunks (pinned where there is a GPU) while the encoder works on
-this one; a chunk goes to the device when its turn comes, so the memory that data takes does not grow with the batch.
+this one; a chunk goes to the device when its turn comes, so that the device holds the tokens of one chunk (and of those whose
+products the gradient cache keeps).
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = 2  # laying out holds the interpreter's lock: more make the first chunk later, and slow down who launches kernels
 _CHUNKS_AHEAD = 8
 
 
