@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=512)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--tokens-per-chunk", type=int, default=16_384)
+    parser.add_argument("--runs", nargs="*", default=[], help=f"names of those to compare with {REFERENCE!r}; all if absent")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, dimension 32")
     args = parser.parse_args(arguments)
     settle_torch(cudnn_attention=False)
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder) / "store", args.queries * 20, model.vocab_size)
         for form in forms(args.tokens_per_chunk):
+            if args.runs and form.condition not in (REFERENCE, *args.runs):
+                continue
             losses = curves[form.condition] = curve(Work(model, store, world), form, args.queries, args.steps, args.lr)
             table.rows += [Row(f"step={i}", form.condition, "loss", value, "nats") for i, value in enumerate(losses)]
             largest, mean = gap(losses, curves[REFERENCE])
