@@ -24,6 +24,7 @@ from retriever.data.text_table import TextTableWriter, write_json
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
+_AGAIN = "{} with the text of an earlier one under an id of its own; in one batch, a positive of one is a negative of the other"
 
 
 @dataclass
@@ -56,6 +57,8 @@ class StoreBuilder:
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
             described = [self._add_source(source) for source in sources]
         self._write_relations()
+        if again := len(self._query_digests) - len(set(self._query_digests)):
+            print(f"data.train: {_AGAIN.format(counted(again, 'query'))}", flush=True)
         files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
 

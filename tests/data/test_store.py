@@ -120,7 +120,7 @@ def test_equal_final_texts_are_one_passage_across_sources_and_formats(tmp_path: 
     assert set(texts_of(dropped.passages)) == passages("city river", "storm", "river")
 
 
-def test_queries_merge_by_id_within_a_source_and_never_by_text(tmp_path: Path) -> None:
+def test_queries_merge_by_id_within_a_source_and_never_by_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"query_id": "x", "anchor": "who", "positive": "a river", "negative": ["storm", "a city", "storm"]},
         {"query_id": "y", "anchor": "who", "positive": "ocean", "negative": []},
@@ -129,6 +129,7 @@ def test_queries_merge_by_id_within_a_source_and_never_by_text(tmp_path: Path) -
     path, again = write(tmp_path / "c.jsonl", *rows), write(tmp_path / "d.jsonl", rows[0])
     store = built(tmp_path, path, again)
     assert store.queries.ids.to_pylist() == ["x", "y", "x"]
+    assert "data.train: 2 queries with the text of an earlier one under an id of its own" in capsys.readouterr().out
     assert related(store.positives, store, 0) == passages("a river", "a city")
     assert related(store.negatives, store, 0) == passages("storm", "summer")  # a city is a positive by the third row
     assert related(store.positives, store, 2) == passages("a river")
@@ -170,7 +171,8 @@ def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> 
 def test_queries_without_a_positive_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"query": "where", "pos": [], "neg": ["city"]}, {"query": "who", "pos": ["river"]}]
     store = built(tmp_path, write(tmp_path / "f.jsonl", *rows))
-    assert "f.jsonl: 1 of 2 queries left out, without a positive passage" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "f.jsonl: 1 of 2 queries left out, without a positive passage" in said and "with the text of an earlier one" not in said
     assert texts_of(store.queries) == [token_ids("find: who")] and store.sources[0].left_out == 1
     assert related(store.positives, store, 0) == passages("river") and len(store.negatives.ids) == 0
     with pytest.raises(DataError, match=r"none of its queries \(1\) has a positive"):
