@@ -1,7 +1,7 @@
 """The page and the plots of `scripts.bench.step`'s tables.
 
     python -m scripts.bench.step_report docs/bench/step.json [docs/bench/step_million.json …]
-        [--curves docs/bench/step_curves.json] [--note "…"]
+        [--curves docs/bench/step_curves.json …] [--note "…"]
 
 Rows of further tables are added to the first one's, whose name the page and the plot take. A peer's row that a run did not come to is shown
 as such; a note says why.
@@ -24,12 +24,12 @@ _FIGURES = (
 )
 
 
-def markdown(tables: Sequence[Table], curves: Table | None, note: str = "") -> str:
+def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = "") -> str:
     """The results as a page; `note` goes in front of the figures."""
     rows = [row for table in tables for row in table.rows]
     rate = _value(rows, "8192x8192x8192", "floor", "matmul_tflops")
     lines = ["# The whole training step", ""]
-    for table in [*tables, *([curves] if curves else [])]:
+    for table in (*tables, *curves):
         lines.append(f"- `{table.command}` at commit {table.commit[:12]}, {table.hardware}; {_versions(table)}.")
     lines += [
         "",
@@ -58,7 +58,7 @@ def markdown(tables: Sequence[Table], curves: Table | None, note: str = "") -> s
         lines.append(
             f"| {case} | {stages['first_pass']} | {stages['loss']} | {bound} | {stages['second_pass']} | {stages['update']} | {peak} |"
         )
-    if curves is not None:
+    if curves:
         lines += _curve_lines(curves)
     return "\n".join(lines) + "\n"
 
@@ -83,16 +83,17 @@ def _missing(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [key for key in expected if key not in there]
 
 
-def _curve_lines(curves: Table) -> list[str]:
+def _curve_lines(curves: Sequence[Table]) -> list[str]:
     lines = ["", "## Loss curves", ""]
     lines += [
         "The same weights, batches and order, dropout off. Gaps to the padded run; with other chunks only the order of roundings differs.",
         "",
     ]
-    lines += ["| run | last loss | largest gap | mean gap |", "|---|---|---|---|"]
-    for row in (row for row in curves.rows if row.metric == "last_loss"):
-        gaps = [_cell(_value(curves.rows, row.case, row.method, metric), ".4f") for metric in ("largest_gap", "mean_gap")]
-        lines.append(f"| {row.method} | {_cell(row.value, '.4f')} | {' | '.join(gaps)} |")
+    lines += ["| on | run | last loss | largest gap | mean gap |", "|---|---|---|---|---|"]
+    for table in curves:
+        for row in (row for row in table.rows if row.metric == "last_loss"):
+            gaps = [_cell(_value(table.rows, row.case, row.method, metric), ".4f") for metric in ("largest_gap", "mean_gap")]
+            lines.append(f"| {table.hardware} | {row.method} | {_cell(row.value, '.4f')} | {' | '.join(gaps)} |")
     return lines
 
 
@@ -172,15 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command `python -m scripts.bench.step_report`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, nargs="+")
-    parser.add_argument("--curves", type=Path)
+    parser.add_argument("--curves", type=Path, nargs="*", default=[])
     parser.add_argument("--note", default="", help="a sentence or two in front of the figures, such as what was left out")
     args = parser.parse_args(arguments)
     tables = [Table.load(path) for path in args.tables]
-    curves = Table.load(args.curves) if args.curves else None
+    curves = [Table.load(path) for path in args.curves]
     args.tables[0].with_suffix(".md").write_text(markdown(tables, curves, args.note))
     plot(tables, args.tables[0].with_suffix(".png"))
-    if curves is not None:
-        plot_curves(curves, args.curves.with_suffix(".png"))
+    for table, path in zip(curves, args.curves, strict=True):
+        plot_curves(table, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_the_page_says_what_a_run_did_not_come_to() -> None:
     table = Table("python -m scripts.bench.step", "0" * 40, "a machine", {})
     for case, method, rate in (("b=16", "bigbatch", 300.0), ("b=16", "sentence-transformers", 120.0), ("b=16,sorted", "gradcache", None)):
         table.add(case, method, "pairs_per_s", rate, "pairs/s", "as it was")
-    page = step_report.markdown([table], None, "Stopped after a minute.").splitlines()
+    page = step_report.markdown([table], note="Stopped after a minute.").splitlines()
     assert "Stopped after a minute." in page
     assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 7 + " as it was |" in page
     assert "| b=16,sorted | gradcache | — |  |" + " — |" * 7 + " as it was |" in page
@@ -154,7 +154,8 @@ def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.M
     assert table.get("b=16,steps=4", "packed", "last_loss") < table.get("step=0", "packed", "loss")  # type: ignore[operator]
     step_report.plot_curves(table, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "| packed, fused, graphs kept |" in step_report.markdown([], table)
+    page = step_report.markdown([], [table, table])
+    assert page.count(f"| {table.hardware} | packed, fused, graphs kept |") == 2
     assert step_bench.RECOMPUTING[0].retention == ALL_GRAPHS
 
 
