@@ -255,11 +255,14 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def adopt_auto(config: Config, resolved: Config) -> Config:
-    """`config` with each `auto` replaced by the value that an earlier start of the same run resolved it to."""
+    """`config` with each `auto` replaced by the value that an earlier start of the same run resolved it to.
+
+    But for what is kept between the passes: no result depends on it, and this GPU may have other memory than the last one.
+    """
     chosen = flat(resolved)
     tree = to_dict(config)
     for key, value in flat(config).items():
-        if value == "auto" and key != "run.resume":
+        if value == "auto" and key not in ("run.resume", "batch.retain", "batch.retain_products"):
             section, _, name = key.partition(".")
             tree[section][name] = chosen[key]
     return from_dict(tree)

@@ -169,25 +169,25 @@ def _scaled(first: ChunkCost, middle: ChunkCost, share: float, tokens: int) -> C
 
 
 def most_retained(forecast: Forecast, usable_bytes: float, graphs: int | None = None, products: int | None = None) -> Retention:
-    """What can be kept in `usable_bytes`: of graphs and of products as many tokens as given, or else as make the step shortest.
+    """The faster of `filled` with products and without any; tokens that are given stay as they are."""
+    plans = [filled(forecast, usable_bytes, graphs, wanted) for wanted in ([None, 0] if products is None else [products])]
+    return min(plans, key=lambda plan: replace(forecast, retention=plan).step_s)
 
-    Products, which mostly spare more time by the byte, come before graphs, or there are none of them. A little more is allowed than
-    these chunks have where there is room, as batches differ a little; nothing of a kind where not even one chunk's fit.
+
+def filled(forecast: Forecast, usable_bytes: float, graphs: int | None, products: int | None) -> Retention:
+    """What can be kept in `usable_bytes`: of graphs and of products as many tokens as given, or else as fit.
+
+    Products, which mostly spare more time by the byte, come before graphs. A little more is allowed than these chunks have where there is
+    room, as batches differ a little; nothing of a kind where not even one chunk's fit.
     """
-    plans = [_filled(forecast, usable_bytes, graphs, products)]
-    if products is None:
-        plans.append(_filled(forecast, usable_bytes, graphs, 0))
-    return min(plans, key=lambda plan: plan.step_s).retention
-
-
-def _filled(forecast: Forecast, usable_bytes: float, graphs: int | None, products: int | None) -> Forecast:
-    """`forecast` keeping what is given, and of the rest first as many products, then as many graphs as fit."""
     plan = replace(forecast, retention=Retention(graphs or 0, products or 0))
     if graphs is None:
         with_products = plan if products is not None else _with_most(plan, usable_bytes, "products")
         graphs = _with_most(with_products, usable_bytes, "graphs").retention.graphs
         plan = replace(plan, retention=Retention(graphs, products or 0))
-    return plan if products is not None else _with_most(plan, usable_bytes, "products")  # behind these graphs, and no further
+    if products is None:
+        plan = _with_most(plan, usable_bytes, "products")  # behind these graphs, and no further
+    return plan.retention
 
 
 def _with_most(plan: Forecast, usable_bytes: float, kind: Literal["graphs", "products"]) -> Forecast:

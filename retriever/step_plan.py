@@ -17,7 +17,19 @@ from retriever.data.planner import Planner, slice_for_rank
 from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, middle, most_retained, scaled_loss, settled_size
+from retriever.forecast import (
+    SIDES,
+    Forecast,
+    Memory,
+    Workload,
+    costs_like,
+    costs_of,
+    filled,
+    middle,
+    most_retained,
+    scaled_loss,
+    settled_size,
+)
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import host_bytes
 from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
@@ -101,10 +113,14 @@ class StepPlanner:
         return replace(self._config, batch=batch), forecast
 
     def _agreed_retention(self, forecast: Forecast, usable_bytes: float) -> Retention:
-        """The most that fits on every rank; of products, behind the graphs that all ranks have agreed on."""
+        """Of plans that fit on every rank, with products and without, that whose slowest rank is the faster."""
         graphs, products = (given_tokens(setting) for setting in (self._config.batch.retain, self._config.batch.retain_products))
-        graphs = self._agreed(most_retained(forecast, usable_bytes, graphs, products).graphs)
-        return Retention(graphs, self._agreed(most_retained(forecast, usable_bytes, graphs, products).products))
+        plans = []
+        for wanted in [None, 0] if products is None else [products]:
+            kept = self._agreed(filled(forecast, usable_bytes, graphs, wanted).graphs)
+            plans.append(Retention(kept, self._agreed(filled(forecast, usable_bytes, kept, wanted).products)))
+        seconds = torch.tensor([replace(forecast, retention=plan).step_s for plan in plans], dtype=torch.float64, device=self._device)
+        return plans[int(self._world.max(seconds).argmin())]
 
     def _check_products(self) -> None:
         given = self._config.batch.retain_products

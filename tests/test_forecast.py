@@ -16,7 +16,7 @@ from retriever.config import ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, most_retained, scaled_loss, settled_size
+from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, filled, most_retained, scaled_loss, settled_size
 from retriever.gradcache import encode_without_graph
 from retriever.retention import EVERYTHING, NOTHING, Keeps, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
@@ -143,6 +143,23 @@ def test_a_batch_that_is_much_larger_keeps_no_more_than_fits(seed: int) -> None:
     for usable in np.linspace(floor, 1.2 * replace(nothing, retention=Retention(graphs=EVERYTHING)).peak_bytes, 23):
         retention = most_retained(nothing, usable)
         assert all(replace(forecast, retention=retention).peak_bytes <= usable for forecast in larger), retention
+
+
+def test_the_first_pass_may_be_the_peak() -> None:
+    """Chunks that take most while they are encoded without a graph: by then all products before them, and their own, are there."""
+    costs = [
+        ChunkCost(10, 1, 1, 1, 1, products_bytes=n, kept_bytes=50, first_bytes=1000, forward_bytes=60, backward_bytes=70) for n in (3, 5)
+    ]
+    forecast = Forecast(Workload(16, LENGTHS, 64, packed=True), costs, 0.25, 0.125, replace(MEMORY, loss=0), Retention(products=20))
+    assert forecast.peak_bytes == MEMORY.weights + MEMORY.optimizer + MEMORY.representations + 3 + 5 + 1000
+
+
+def test_half_the_room_that_is_left_is_for_larger_batches() -> None:
+    nothing = _forecast()
+    tokens = sum(cost.tokens for cost in nothing.costs[:2])
+    usable = replace(nothing, retention=Retention(graphs=tokens)).peak_bytes + 30
+    dearest = max(cost.kept_bytes / cost.tokens for cost in nothing.costs)
+    assert filled(nothing, usable, None, 0) == (tokens + int(15 / dearest), 0) and int(15 / dearest) > 0
 
 
 def test_products_that_spare_no_time_are_not_kept() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels import post_norm_layer
-from kernels.attention import attention_forward
 from kernels.post_norm_layer import Products
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
@@ -28,7 +24,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.representations import Representations
-from retriever.retention import EVERYTHING, NOTHING, Retention
+from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState, seed_step
 from tests.problems import WholeBatch, encode_whole, random_batch, rank_batch
 from tests.tiny import save_tiny_model
@@ -59,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
-def _encoder(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
+def make_encoder(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)).double()
     return encoder.train(dropout)
 
@@ -75,7 +71,7 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def _cached(encoder: nn.Module, batch: Batch, retention: Retention = NOTHING, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
+def cached(encoder: nn.Module, batch: Batch, retention: Retention = NOTHING, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
@@ -100,10 +96,10 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
 
 def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path) -> None:
     """Each chunk's embeddings in the backward pass equal those that the loss saw; the first pass builds no graph, the second does."""
-    recording = Recording(_encoder(folder, dropout=True))
+    recording = Recording(make_encoder(folder, dropout=True))
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     assert len(batch.chunks) > 4
-    _cached(recording, batch)
+    cached(recording, batch)
     first, second = recording.outputs[: len(batch.chunks)], recording.outputs[len(batch.chunks) :]
     assert recording.with_graph == [False] * len(first) + [True] * len(second)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -115,7 +111,7 @@ def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path)
 @pytest.mark.parametrize("layers", ["padded", "packed", "fused"])
 def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, layers: str) -> None:
     """With dropout on, however much is retained: the first chunks keep their graphs, and no bit of a gradient changes."""
-    encoder = _encoder(folder, dropout=True)
+    encoder = make_encoder(folder, dropout=True)
     if layers != "padded":
         encoder.pack()
     if layers == "fused":
@@ -123,105 +119,31 @@ def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, l
     recording = Recording(encoder)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed)
     sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
-    replayed = _cached(recording, batch)
+    replayed = cached(recording, batch)
     for kept in (0, 1, 3, len(sizes)):
         recording.with_graph.clear()
-        again = _cached(recording, batch, Retention(graphs=sum(sizes[:kept])))
+        again = cached(recording, batch, Retention(graphs=sum(sizes[:kept])))
         assert recording.with_graph == [True] * kept + [False] * (len(sizes) - kept) + [True] * (len(sizes) - kept)
         assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("offload", [False, True])
-def test_kept_products_are_not_computed_again_and_give_the_same_bits(
-    folder: Path, tied: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With dropout on: behind chunks that keep their graphs, chunks that keep products, and behind these chunks that keep nothing."""
-    encoder = _encoder(folder, dropout=True, tied=tied)
-    encoder.pack()
-    encoder.fuse_layers()
-    attended: list[int] = []  # tokens
-
-    def counted(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        attended.append(len(query))
-        return attention_forward(query, *others)
-
-    monkeypatch.setattr(post_norm_layer, "attention_forward", counted)
-    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True, chunks_a_side=9)
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit=True)
-    sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
-    replayed = _cached(encoder, batch, objective=objective)
-    assert attended == sizes + sizes
-    for graphs, products in ((0, 2), (1, 3), (0, len(sizes)), (3, len(sizes))):
-        attended.clear()
-        behind = EVERYTHING if graphs + products >= len(sizes) else sum(sizes[graphs : graphs + products])
-        again = _cached(encoder, batch, Retention(sum(sizes[:graphs]), behind), objective)
-        assert attended == sizes + sizes[graphs + products :]
-        assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
-
-
-def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is left when a chunk has its graph, so that the backward pass frees them with it."""
-    encoder = _encoder(folder, dropout=True)
-    encoder.pack()
-    encoder.fuse_layers()
-    batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
-    representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
-    assert [len(begun.products) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
-    _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    narrow = [weakref.ref(products.narrow) for begun in first.begun for products in begun.products]
-    alive: list[int] = []
-    backward = torch.Tensor.backward
-
-    def watched(self: Tensor, *given: Any) -> None:
-        backward(self, *given)
-        alive.append(sum(ref() is not None for ref in narrow))
-
-    monkeypatch.setattr(torch.Tensor, "backward", watched)
-    backward_through_encoder(encoder, batch, gradients, first)
-    assert not any(begun.products for begun in first.begun)
-    assert alive == list(range(len(narrow)))[::-1]
-
-
-def test_products_of_other_calls_are_refused(folder: Path) -> None:
-    encoder = _encoder(folder, dropout=False)
-    encoder.pack()
-    encoder.fuse_layers()
-    first, *_, last = (chunk.tokens for chunk in rank_batch(WHOLE, 0, 40, packed=True)[0].chunks)
-    products = deque[Products]()
-    with pytest.raises(ValueError, match="expected the products of 1 layers, received those of 0"):
-        encoder("query", first, products)
-    with torch.no_grad():
-        encoder("query", first, products)
-        with pytest.raises(ValueError, match="of 0 layers, received those of 1"):
-            encoder("query", first, products)
-    with pytest.raises(ValueError, match="expected products of"):
-        encoder("query", last, products)
-
-
-def test_layers_that_keep_no_products_say_so(folder: Path) -> None:
-    batch, _, _ = rank_batch(WHOLE, 0, 40)
-    with pytest.raises(ValueError, match="kept by fused layers only"):
-        encode_without_graph(_encoder(folder, dropout=False), batch, Retention(products=EVERYTHING))
 
 
 @pytest.mark.parametrize("layers", ["padded", "fused"])
 def test_representations_in_host_memory_give_the_same_gradient(folder: Path, layers: str) -> None:
     """With dropout on, fillers among the chunks and some of them retained, to rounding; and the same bits whatever is retained."""
-    encoder = _encoder(folder, dropout=True)
+    encoder = make_encoder(folder, dropout=True)
     if layers == "fused":
         encoder.pack()
         encoder.fuse_layers()
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed, chunks_a_side=9)
     offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5, unit=True)
-    expected, found = _cached(encoder, batch), _cached(encoder, batch, objective=offloaded)
+    expected, found = cached(encoder, batch), cached(encoder, batch, objective=offloaded)
     assert _error(found, expected) < 1e-12
-    assert all(torch.equal(a, b) for a, b in zip(found, _cached(encoder, batch, Retention(graphs=150), offloaded), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, cached(encoder, batch, Retention(graphs=150), offloaded), strict=True))
 
 
 def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
     """In the order of the chunks, and `order` says which rows of the batch they are."""
-    encoder = _encoder(folder, dropout=False)
+    encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     resident, _ = encode_without_graph(encoder, batch)
     moved, first = encode_without_graph(encoder, batch, offload=True)
@@ -235,30 +157,30 @@ def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
 @pytest.mark.parametrize("tokens_per_chunk", [19, 40, 10**6])
 def test_with_dropout_the_gradient_equals_that_of_kept_graphs(folder: Path, tied: bool, tokens_per_chunk: int) -> None:
     """Nothing but memory tells the cache from one graph over the same chunks: gradients agree to 1e-9."""
-    encoder = _encoder(folder, dropout=True, tied=tied)
+    encoder = make_encoder(folder, dropout=True, tied=tied)
     batch, _, _ = rank_batch(WHOLE, 0, tokens_per_chunk)
-    assert _error(_cached(encoder, batch), _with_kept_graphs(encoder, batch)) < 1e-9
+    assert _error(cached(encoder, batch), _with_kept_graphs(encoder, batch)) < 1e-9
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_fillers_change_no_bit(folder: Path, packed: bool) -> None:
     """Chunks without rows are encoded like others, twice, and add zeros to every gradient."""
-    encoder = _encoder(folder, dropout=False)
+    encoder = make_encoder(folder, dropout=False)
     if packed:
         encoder.pack()
     recording = Recording(encoder)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=packed)
     filled, _, _ = rank_batch(WHOLE, 0, 40, packed=packed, chunks_a_side=9)
-    expected = _cached(recording, batch)
+    expected = cached(recording, batch)
     recording.outputs.clear()
     assert len(filled.chunks) == 18 > len(batch.chunks)
-    assert all(torch.equal(a, b) for a, b in zip(_cached(recording, filled), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(cached(recording, filled), expected, strict=True))
     assert len(recording.outputs) == 36
 
 
 def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     """Guard: a second pass under another RNG state is far outside the bound, so the tests above can fail."""
-    encoder = _encoder(folder, dropout=True)
+    encoder = make_encoder(folder, dropout=True)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     expected = _with_kept_graphs(encoder, batch)
     encoder.zero_grad()
@@ -286,7 +208,7 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
 @pytest.fixture(scope="module")
 def without_dropout(folder: Path) -> Iterator[tuple[DualEncoder, list[Tensor]]]:
     """An encoder, and its gradient of the whole batch by autograd through the representations' gradients."""
-    encoder = _encoder(folder, dropout=False)
+    encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 10**6)
     sides = [encode_whole(encoder, WHOLE.query_tokens, "query"), encode_whole(encoder, WHOLE.passage_tokens, "passage")]
     _, gradients = representation_gradients(OBJECTIVE, Representations(*(x.detach() for x in sides)), batch, CPU)
@@ -299,14 +221,14 @@ def without_dropout(folder: Path) -> Iterator[tuple[DualEncoder, list[Tensor]]]:
 def test_any_chunking_gives_the_same_gradient(without_dropout: tuple[DualEncoder, list[Tensor]], seed: int) -> None:
     """With dropout off, where and in which order the batch is cut changes nothing beyond 1e-9."""
     encoder, expected = without_dropout
-    assert _error(_cached(encoder, _cut(WHOLE, np.random.default_rng(seed))), expected) < 1e-9
+    assert _error(cached(encoder, _cut(WHOLE, np.random.default_rng(seed))), expected) < 1e-9
 
 
 def test_gradients_add_to_what_stands_there(folder: Path) -> None:
     """Backward accumulates, so that several calls before one update sum up."""
-    encoder = _encoder(folder, dropout=False)
+    encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
-    once = _cached(encoder, batch)
+    once = cached(encoder, batch)
     representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
     backward_through_encoder(encoder, batch, gradients, first)
@@ -315,7 +237,7 @@ def test_gradients_add_to_what_stands_there(folder: Path) -> None:
 
 def test_a_pass_that_lacks_a_chunk_is_an_error(folder: Path) -> None:
     """A number of states other than that of the chunks is refused, never silently cut to the shorter."""
-    encoder = _encoder(folder, dropout=False)
+    encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)

@@ -95,9 +95,33 @@ def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pyt
         gradient_error(encoder, LossConfig(temperature=0.07), rank_batch(random_batch(queries=8, passages=14), 0, 40)[0]).gradient_error
         < BOUND
     )
-    assert min(kinds[0]) >= 2 and kinds[1][0] >= 2 and kinds[1][1] == 0 and kinds[1][2] >= 2
+    assert [kind[:2] for kind in kinds[::2]] == [(0, 0), (0, 0)]  # first all of them are encoded again
+    assert min(kinds[1]) >= 2 and kinds[3][0] >= 2 and kinds[3][1] == 0 and kinds[3][2] >= 2
     monkeypatch.setattr(fused_layers, "with_products", lambda *given: _swapped(*given))
     assert gradient_error(fused, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
+
+
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_a_replay_that_is_wrong_on_one_side_is_found(encoder: DualEncoder, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few chunks as there are, each is encoded again at least once."""
+    batch = rank_batch(random_batch(queries=4, passages=14), 0, 40)[0]
+    forward = DualEncoder.forward
+
+    def wrong(self: DualEncoder, own: Any, *given: Any) -> Tensor:
+        embeddings = forward(self, own, *given)
+        return 3 * embeddings if own == side and replaying else embeddings
+
+    replaying = False
+
+    def noted(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
+        nonlocal replaying
+        replaying = True
+        backward_through_encoder(encoder, batch, gradients, first)
+        replaying = False
+
+    monkeypatch.setattr(DualEncoder, "forward", wrong)
+    monkeypatch.setattr(verify, "backward_through_encoder", noted)
+    assert gradient_error(encoder, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
 
 
 def _swapped(*given: Any) -> tuple[Tensor, Tensor, Products]:

@@ -24,7 +24,7 @@ from retriever.data.text_table import TextTableWriter, write_json
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
-_AGAIN = "{} with the text of an earlier one under an id of its own; in one batch, a positive of one is a negative of the other"
+_AGAIN = "{} with the text of an earlier one, an id of its own and other positives, which in one batch are negatives of the other"
 
 
 @dataclass
@@ -57,8 +57,9 @@ class StoreBuilder:
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
             described = [self._add_source(source) for source in sources]
         self._write_relations()
-        if again := len(self._query_digests) - len(set(self._query_digests)):
-            print(f"data.train: {_AGAIN.format(counted(again, 'query'))}", flush=True)
+        for source in described:
+            if again := self._repeated(source["first"], source["last"]):
+                print(f"{source['name']}: {_AGAIN.format(counted(again, 'query'))}", flush=True)
         files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
 
@@ -160,6 +161,13 @@ class StoreBuilder:
                     self._queries.add(id_, (self._config.model.query_prompt if prompt is None else prompt) + text)
                     self._query_digests.append(reading.query_digests[number])
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
+
+    def _repeated(self, first: int, last: int) -> int:
+        """How many of these queries have the text of an earlier one, and other positives."""
+        ptr, ids = csr_of_keys(join_pairs(self._positives).keys, len(self._query_digests))
+        earlier: dict[bytes, int] = {}
+        rows = ((row, earlier.setdefault(self._query_digests[row], row)) for row in range(first, last))
+        return sum(not np.array_equal(ids[ptr[a] : ptr[a + 1]], ids[ptr[b] : ptr[b + 1]]) for a, b in rows)
 
     def _write_relations(self) -> None:
         """Positives, known positives (with any passage whose text is the query's own) and negatives (without the known)."""

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kernels.dispatch import WIDEST_ROW
 from kernels.post_norm_layer import Factors, Layer, Parameters, Products, factors, post_norm_layer, with_products
 from retriever.encoder.packed_attention import draw_seeds
+from retriever.wording import counted
 
 FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 
@@ -85,7 +86,7 @@ class FusedLayers(nn.Module):
         Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
         """
         if packed_products is not None and len(packed_products) != (expected := len(self._places) * torch.is_grad_enabled()):
-            raise ValueError(f"expected the products of {expected} layers, received those of {len(packed_products)}")
+            raise ValueError(f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded

@@ -90,8 +90,9 @@ def markdown(table: Table, dim: int = 768) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", type=Path, nargs="?", default=Path("docs/bench/offload.json"))
+    parser.add_argument("--dim", type=int, default=768, help="of the run's vectors (default: %(default)s)")
     args = parser.parse_args()
-    args.table.with_suffix(".md").write_text(markdown(Table.load(args.table)), encoding="utf-8")
+    args.table.with_suffix(".md").write_text(markdown(Table.load(args.table), args.dim), encoding="utf-8")
 
 
 if __name__ == "__main__":
