@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
-from retriever.damage import EXPORT, OPTIMIZER, STATE, WEIGHTS, damage
+from retriever.damage import EXPORT, FORMAT_VERSION, OPTIMIZER, STATE, WEIGHTS, DamageError, damage, read_state
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 
 FOLDER = "checkpoints"  # inside a run's folder
-_FORMAT_VERSION = 1
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
 _NAME = re.compile(r"step-[0-9]+")
 _WRITING, _REMOVING = ".writing-", ".removing-"
@@ -90,7 +89,7 @@ def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerpri
     save_file(state.optimizer, writing / OPTIMIZER)
     export(writing / EXPORT)
     manifest = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "step": step,
         "scaler": state.scaler,
         "store": store_fingerprint,
@@ -134,7 +133,8 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
 def find(run: RunConfig) -> Path | None:
     """The checkpoint that `run.resume` asks to go on from: the newest of the run's folder, the one named, or none.
 
-    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint, or one is damaged.
+    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint, or one is damaged
+    or cannot be read.
     """
     root = Path(run.output_dir) / FOLDER
     if run.resume == "auto":
@@ -159,7 +159,10 @@ def find(run: RunConfig) -> Path | None:
 
 def _way_past(damaged: Path) -> str:
     """What to do where the newest checkpoint of a run cannot be read."""
-    whole = max((folder for folder in steps(damaged.parent) if damage(folder) is None), default=None)
+    try:
+        whole = next((folder for folder in reversed(steps(damaged.parent)) if damage(folder) is None), None)
+    except ConfigError as error:
+        return f"of those before it, {error}"
     if whole is None:
         return "no checkpoint before it is whole: bring the file back, or choose another run.output_dir to start afresh"
     removed = ", ".join(str(folder) for folder in steps(damaged.parent) if folder > whole)
@@ -254,11 +257,11 @@ def _factors(count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 31)) * _GOLDEN | 1
 
 
-def _manifest(folder: Path) -> dict:
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is no checkpoint to go on from: {damage(folder)}") from error
-    if manifest.get("format_version") != _FORMAT_VERSION:
-        raise ConfigError(f"{folder}: checkpoint format {manifest.get('format_version')!r}; this version reads {_FORMAT_VERSION}")
+        manifest = read_state(folder)
+    except DamageError as error:
+        raise ConfigError(f"{folder} is no checkpoint to go on from: {error}") from error
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ConfigError(f"{folder}: checkpoint format {manifest['format_version']!r}; this version reads {FORMAT_VERSION}")
     return manifest

@@ -3,34 +3,89 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from retriever.config_tree import ConfigError
+
 STATE, WEIGHTS, OPTIMIZER, EXPORT = "state.json", "model.safetensors", "optimizer.safetensors", "export"
+FORMAT_VERSION = 1
+_ALWAYS_SAID = ("step", "scaler", "store", "config")  # by a state of this format
+_TOWERS = ("query", "passage")  # the folders of an untied export
+_PARTS = "model.safetensors.index.json"  # where an export's weights are too many for one file
+
+
+class DamageError(ConfigError):
+    """A file of a checkpoint that is missing or damaged; the message names it, and what is wrong."""
 
 
 def damage(folder: Path) -> str | None:
     """Names the first file of a checkpoint that is missing, or damaged and how; None for a whole one.
 
     Of tensors the header is read, which says how long the file must be, and not their values.
+    Raises ConfigError where a file cannot be read: whether it is whole is not known then.
     """
-    for name in (STATE, WEIGHTS, OPTIMIZER):
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing"
-    if not (folder / EXPORT).is_dir():
-        return f"{folder / EXPORT} is missing"
-    for file in (folder / STATE, *sorted(folder.rglob("*.safetensors"))):
-        try:
-            _read(file)
-        except (OSError, ValueError, SafetensorError) as error:
-            return f"{file} is damaged ({str(error).strip()})"
+    try:
+        read_state(folder)
+        for file in (folder / WEIGHTS, folder / OPTIMIZER, *_exported(folder / EXPORT)):
+            _read_header(file)
+    except DamageError as found:
+        return str(found)
     return None
 
 
-def _read(file: Path) -> None:
-    if file.suffix == ".json":
-        json.loads(file.read_text(encoding="utf-8"))
-        return
-    with safe_open(file, "numpy"):
-        pass
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says, complete where it is of this version's format.
+
+    Raises DamageError where it is missing or damaged, and ConfigError where it cannot be read.
+    """
+    with _reading(folder / STATE) as file:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"expected a JSON object, found {json.dumps(state)[:40]}")
+        expected = _ALWAYS_SAID if state.get("format_version") == FORMAT_VERSION else ("format_version",)
+        if lacking := [key for key in expected if key not in state]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+    return state
+
+
+def _exported(export: Path) -> Iterator[Path]:
+    """The files of weights that an export must hold."""
+    with _reading(export):
+        untied = any((export / side).exists() for side in _TOWERS)
+        towers = [export / side for side in _TOWERS] if untied else [export]
+        in_parts = [(tower / _PARTS).exists() for tower in towers]
+    for tower, several in zip(towers, in_parts, strict=True):
+        yield from _parts(tower) if several else [tower / WEIGHTS]
+
+
+def _parts(tower: Path) -> list[Path]:
+    with _reading(tower / _PARTS) as file:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError("expected a JSON object with a weight_map")
+        return [tower / part for part in sorted(set(index["weight_map"].values()))]
+
+
+def _read_header(weights: Path) -> None:
+    with _reading(weights) as file:
+        file.open("rb").close()  # safetensors calls whatever it cannot open a file that is not there
+        with safe_open(file, "numpy"):
+            pass
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Says in one line, with the file's name, what goes wrong while `file` is read."""
+    try:
+        yield file
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamageError(f"{file} is missing") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror or error}); start again once it can") from error
+    except (ValueError, SafetensorError) as error:
+        raise DamageError(f"{file} is damaged ({str(error).strip()})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,13 +47,21 @@ def check_environment() -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave out silently."""
+    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave out silently.
+
+    Only the first rank (`RANK`, as launchers set it) logs to trackers, so only there must they be installed. As accelerate does,
+    it goes by a tracker's distribution: the module alone may be a folder of runs, as ./wandb is, or another distribution's.
+    """
+    logs = os.environ.get("RANK", "0") == "0"
     for name in names:
         if name not in (_ALL, *_TRACKERS):
             raise ConfigError(f"run.trackers: expected names among {', '.join((*_TRACKERS, _ALL))}; received {name!r}")
-        if name != _ALL and not any(map(_is_installed, _TRACKERS[name])):
-            package = _TRACKERS[name][0]
-            raise ConfigError(f"run.trackers: {name} is not installed; run `pip install {package}`, or leave it out of run.trackers")
+        if logs and name != _ALL and not any(map(_is_installed, _TRACKERS[name])):
+            distributions = _TRACKERS[name]
+            raise ConfigError(
+                f"run.trackers: {name} is not installed (no distribution {' or '.join(distributions)}, which accelerate asks for); "
+                f"run `pip install {distributions[0]}`, or leave it out of run.trackers"
+            )
 
 
 def _is_installed(distribution: str) -> bool:

@@ -25,6 +25,7 @@ MANIFEST, _JOB = "manifest.json", "job.json"
 _DTYPES = ("float32", "float16")
 _SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")
 _IDS = pa.schema([("id", pa.string())])
+_OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # what a job says, and a manifest of it, in every format so far
 
 
 class ShardError(ValueError):
@@ -72,19 +73,19 @@ class ShardWriter:
     def check(self) -> None:
         """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder."""
         first = min((file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"), default="")
-        manifest, asked = _read_json(self.folder / MANIFEST), asdict(self.job)
+        advice = "choose another folder (--output), or replace what is there (--overwrite)"
+        job, manifest = _read_json(self.folder / _JOB), _read_json(self.folder / MANIFEST)
+        for name, found in ((_JOB, job), (MANIFEST, manifest)):
+            if found is not None and not found.keys() >= _OURS:
+                raise ShardError(f"{self.folder} has a {name} that is not of embedding shards; {advice}")
         if not first and manifest is None:
             return
-        there = _read_json(self.folder / _JOB) or {name: value for name, value in (manifest or {}).items() if name in asked}
-        differing = [name for name in asked if there.get(name) != asked[name]]
-        if not differing:
-            return
-        advice = "choose another folder (--output), or replace what is there (--overwrite)"
-        if not there:
-            what = f"has a {MANIFEST} that is not of embedding shards" if manifest is not None else f"has {first} and no {_JOB}"
-            raise ShardError(f"{self.folder} {what}; {advice}")
-        listed = "; ".join(f"{name}: {there.get(name)!r} there, {asked[name]!r} asked for" for name in differing)
-        raise ShardError(f"{self.folder} holds embeddings of another job ({listed}); {advice}")
+        there, asked = job or manifest, asdict(self.job)
+        if there is None:
+            raise ShardError(f"{self.folder} has {first} and no {_JOB}; {advice}")
+        if differing := [name for name in asked if there.get(name) != asked[name]]:
+            listed = "; ".join(f"{name}: {there.get(name)!r} there, {asked[name]!r} asked for" for name in differing)
+            raise ShardError(f"{self.folder} holds embeddings of another job ({listed}); {advice}")
 
     def prepare(self) -> None:
         """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""

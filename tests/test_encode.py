@@ -19,7 +19,7 @@ from retriever.encode import encode_to_shards, main
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.slabs import inference, mode_of
-from retriever.shards import ShardError, open_shards
+from retriever.shards import ShardError, ShardWriter, open_shards
 from tests.tiny import random_texts, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +120,39 @@ def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBu
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
     with pytest.raises(ValueError, match="world_size is 3 without a barrier"):
         _encode(bundle, folder, world_size=3)
+
+
+def test_no_rank_changes_the_folder_before_every_rank_has_looked(
+    bundle: EncoderBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a rank that is late finds the folder emptied for it, and refuses what the others begin, or begins what they refuse."""
+    events: list[tuple[int, str]] = []
+    now = [0]
+
+    def recorded(name: str) -> Any:
+        method = getattr(ShardWriter, name)
+
+        def call(*given: Any) -> Any:
+            events.append((now[0], name))
+            return method(*given)
+
+        return call
+
+    for name in ("finished", "check", "prepare", "write", "finish"):
+        monkeypatch.setattr(ShardWriter, name, recorded(name))
+
+    def wait(rank: int) -> None:
+        events.append((rank, "wait"))
+        if rank == 0 and events.count((0, "wait")) == 3:  # the other rank's turn
+            now[0] = 1
+            _encode(bundle, tmp_path, shard_rows=10, rank=1, world_size=2, barrier=lambda: wait(1))
+            now[0] = 0
+
+    _encode(bundle, tmp_path, shard_rows=10, rank=0, world_size=2, barrier=lambda: wait(0))
+    orders = [[name for r, name in events if r == rank] for rank in (0, 1)]
+    looked = ["finished", "check", "wait"]
+    assert orders[0] == [*looked, "prepare", "wait", "write", "write", "wait", "finish", "wait"]
+    assert orders[1] == [*looked, "wait", "write", "wait", "wait"]
 
 
 def test_what_is_there_is_not_encoded_again(bundle: EncoderBundle, tmp_path: Path) -> None:

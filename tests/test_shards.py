@@ -101,10 +101,28 @@ def test_a_folder_of_another_job_is_refused_in_one_line(tmp_path: Path) -> None:
     refused("has 00000.ids.arrow and no job.json", "--output", "--overwrite")
 
 
-def test_a_folder_that_is_no_folder_of_shards_is_refused(tmp_path: Path) -> None:
-    """A token store has a manifest.json too, which `prepare` would remove."""
-    (tmp_path / "manifest.json").write_text('{"format_version": 4, "rows": 7}')
-    with pytest.raises(ShardError, match=r"manifest\.json.*not of embedding shards.*--output"):
+_FOREIGN = ({"format_version": 4, "rows": 7}, {"stage": "encode", "model": {"model": "hash"}, "dtype": "float32"}, {})
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "job.json"])
+@pytest.mark.parametrize("content", _FOREIGN)
+def test_a_folder_that_is_no_folder_of_shards_is_refused(tmp_path: Path, name: str, content: dict[str, object]) -> None:
+    """Token stores, searches and stages have such files too, some with a key of ours among theirs; `prepare` would remove them."""
+    (tmp_path / name).write_text(json.dumps(content))
+    for _ in ("alone", "beside shards"):
+        with pytest.raises(ShardError, match=rf"has a {name} that is not of embedding shards; .*--output"):
+            ShardWriter(tmp_path, JOB).check()
+        np.save(tmp_path / "00000.npy", np.zeros(3))
+
+
+def test_shards_of_an_earlier_format_are_shards_of_another_job(tmp_path: Path) -> None:
+    """The first format did not say how the encoder computed."""
+    _fill(tmp_path)
+    for name in ("manifest.json", "job.json"):
+        content = json.loads((tmp_path / name).read_text())
+        del content["mode"]
+        (tmp_path / name).write_text(json.dumps(content | ({"format_version": 1} if name == "manifest.json" else {})))
+    with pytest.raises(ShardError, match=r"embeddings of another job \(mode: None there, 'padded' asked for\)"):
         ShardWriter(tmp_path, JOB).check()
 
 

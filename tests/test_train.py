@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -12,123 +11,31 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from retriever import gradcache
-from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
-from tests.tiny import random_texts, save_tiny_model
-
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = 40
+from tests.tiny import save_tiny_model
+from tests.workplace import STEPS, make_workplace, metrics, run_training, training_command
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and a BEIR folder whose queries are words out of their passages."""
-    folder = tmp_path_factory.mktemp("train")
-    save_tiny_model(folder / "model")
-    (folder / "data" / "qrels").mkdir(parents=True)
-    texts = random_texts(160, shortest=6, longest=20, seed=3)
-    draw = random.Random(0)
-    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
-    queries = [{"_id": f"q{i}", "text": " ".join(draw.sample(text.split(), 3))} for i, text in enumerate(texts)]
-    for name, records in (("corpus", corpus), ("queries", queries)):
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for split, rows in (("train", range(120)), ("dev", range(120, 160))):
-        lines = "".join(f"q{i}\td{i}\t1\n" for i in rows)
-        (folder / "data" / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
-    (folder / "run.yaml").write_text(
-        f"""
-model: {{name_or_path: {folder}/model, query_max_tokens: 16, passage_max_tokens: 32}}
-data: {{train: [{{path: {folder}/data}}], cache_dir: {folder}/cache}}
-batch: {{queries: 24, tokens_per_chunk: 192}}
-loss: {{temperature: 0.05, learn_temperature: true}}
-optim: {{lr: 1.0e-3, precision: fp32}}
-train: {{max_steps: {STEPS}, save_every: 3, eval_every: 10, log_every: 5}}
-eval: {{path: {folder}/data, split: dev, metrics: [MRR@10, "Recall@20"], k: 50}}
-"""
-    )
-    return folder
-
-
-def _command(workplace: Path, output: str, *overrides: str) -> list[str]:
-    script = str(ROOT / "retriever" / "train.py")
-    return [sys.executable, script, "--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / output}", *overrides]
-
-
-def _run(workplace: Path, output: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(workplace, output, *overrides), cwd=workplace, capture_output=True, text=True, timeout=240)
+    return make_workplace(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace: Path) -> Path:
-    finished = _run(workplace, "undisturbed", "run.verify=true")
+    finished = run_training(workplace, "undisturbed", "run.verify=true")
     assert finished.returncode == 0, finished.stderr
     error = float(finished.stdout.split("gradient equal to the whole batch's to ")[1].split(",")[0])
     assert error < 1e-9
     return workplace / "undisturbed"
 
 
-def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
-    """The losses of a few steps are the resident run's, and `run.verify` checks the offloaded gradient."""
-    losses = []
-    for offload in ("true", "false"):
-        output = workplace / f"offload-{offload}"
-        settings = ["eval=null", "train.eval_every=0", "train.max_steps=4", "train.log_every=1", "loss.precision=fp32", "run.verify=true"]
-        arguments = ["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", f"batch.offload={offload}", *settings]
-        assert main(arguments) == 0
-        losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step keeps what `batch` says of its first chunks."""
-    begun = gradcache.encode_without_graph
-    kinds, losses = set(), []
-
-    def noted(*given: Any, **named: Any) -> Any:
-        representations, first = begun(*given, **named)
-        kinds.add(tuple(len(kept) > 0 for kept in (first.kept, first.begun, first.states)))
-        return representations, first
-
-    monkeypatch.setattr("retriever.step.encode_without_graph", noted)
-    for graphs, products in ((0, 0), (150, 200)):
-        output = workplace / f"kept-{graphs}"
-        kept = (f"batch.retain={graphs}", f"batch.retain_products={products}", "batch.tokens_per_chunk=100")
-        settings = ["eval=null", "train.eval_every=0", "train.max_steps=3", "train.log_every=1", "model.fused=true", *kept]
-        assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", *settings]) == 0
-        losses.append([line["train/loss"] for line in _metrics(output) if "train/loss" in line])
-    assert kinds == {(False, False, True), (True, True, True)}
-    assert len(losses[0]) == 3 and losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("normalize", ["true", "false"])
-def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], normalize: str
-) -> None:
-    largest, problem = [], ContrastiveObjective._problem
-
-    def noted(objective: ContrastiveObjective, *given: Any) -> Any:
-        largest.append(problem(objective, *given).largest)
-        return problem(objective, *given)
-
-    monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
-    settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
-    assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
-    assert "finished 1 step: model in" in capsys.readouterr().out
-    assert set(largest) == {1.0 if normalize == "true" else None}
-
-
-def _metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) -> None:
-    lines = _metrics(undisturbed)
+    lines = metrics(undisturbed)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     evaluated = [line["step"] for line in lines if "eval/MRR@10" in line]
@@ -148,13 +55,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workplace: Path,
         log = workplace / f"killed-{number}.log"
         with (
             log.open("wb") as output,
-            subprocess.Popen(_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output) as process,
+            subprocess.Popen(training_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output) as process,
         ):
             _wait_for(lambda step=step: _reached(run, step), process, log)
             time.sleep(draw.random() * 0.1 if step is not None else 0)
             os.kill(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, f"kill {number} came after the end"
-    finished = _run(workplace, "killed")
+    finished = run_training(workplace, "killed")
     assert finished.returncode == 0, finished.stderr
     assert "resuming at step" in finished.stdout
     _assert_same_run(run, undisturbed)
@@ -189,11 +96,11 @@ def _assert_same_run(run: Path, other: Path) -> None:
     assert not any(p.name.startswith(".") for p in [*run.iterdir(), *(run / "checkpoints").iterdir()])
     timed = {"train/pairs_per_s", "train/tokens_per_s", "train/waited_share"}
     timeless = lambda lines: [{k: v for k, v in line.items() if k not in timed} for line in lines]  # noqa: E731
-    assert timeless(_metrics(run)) == timeless(_metrics(other))
+    assert timeless(metrics(run)) == timeless(metrics(other))
 
 
 def test_a_finished_run_says_so(workplace: Path, undisturbed: Path) -> None:
-    again = _run(workplace, "undisturbed")
+    again = run_training(workplace, "undisturbed")
     assert again.returncode == 0, again.stderr
     assert "already finished at step 40 of 40" in again.stdout
 
@@ -212,20 +119,20 @@ def test_a_finished_run_says_so(workplace: Path, undisturbed: Path) -> None:
 def test_what_is_wrong_is_said_in_one_message_without_a_traceback(
     workplace: Path, undisturbed: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(_command(workplace, "undisturbed", *overrides)[2:]) == 2
+    assert main(training_command(workplace, "undisturbed", *overrides)[2:]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ")
     assert message in said
 
 
 def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed: Path) -> None:
-    again = _run(workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "run.trackers=[]")
+    again = run_training(workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "run.trackers=[]")
     assert again.returncode == 0, again.stderr
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "checkpoints" / "step-00000040", workplace / "kept")
-    again = _run(workplace, "elsewhere", "run.resume=kept")
+    again = run_training(workplace, "elsewhere", "run.resume=kept")
     assert "already finished at step 40 of 40: kept" in again.stdout, again.stderr
     weights = [run / "export" / "model.safetensors" for run in (workplace / "elsewhere", undisturbed)]
     assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
@@ -235,11 +142,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(workplace: Path, undisturbe
     run = shutil.copytree(undisturbed, workplace / "damaged")
     weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert main(_command(workplace, "damaged")[2:]) == 2
+    assert main(training_command(workplace, "damaged")[2:]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(f"error: {weights} is damaged") and said.endswith("step-00000039") and "\n" not in said
     shutil.rmtree(weights.parent)
-    assert _run(workplace, "damaged").returncode == 0
+    assert run_training(workplace, "damaged").returncode == 0
 
 
 def test_two_ranks_train_as_one(workplace: Path) -> None:
@@ -254,17 +161,17 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
         "eval=null",
         "run.trackers=[]",
     )
-    alone = _run(workplace, "one-rank", *overrides)
+    alone = run_training(workplace, "one-rank", *overrides)
     assert alone.returncode == 0, alone.stderr
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launcher, *settings, *_command(workplace, "two-ranks", *overrides)[1:]]
-    assert _run(workplace, "two-ranks", *overrides).returncode == 0
+    launched = [sys.executable, *launcher, *settings, *training_command(workplace, "two-ranks", *overrides)[1:]]
+    assert run_training(workplace, "two-ranks", *overrides).returncode == 0
     shutil.rmtree(workplace / "two-ranks" / "checkpoints" / "step-00000012")  # one rank's first half, resumed on two
-    together = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=240)
+    together = subprocess.run(launched, cwd=workplace, capture_output=True, text=True, timeout=240)
     assert together.returncode == 0, together.stderr
     assert "on 2 × CPU" in together.stdout and "resuming at step 6 of 12" in together.stdout
-    losses = [[line["train/loss"] for line in _metrics(workplace / run) if "train/loss" in line] for run in ("one-rank", "two-ranks")]
+    losses = [[line["train/loss"] for line in metrics(workplace / run) if "train/loss" in line] for run in ("one-rank", "two-ranks")]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     found, expected = (load_file(workplace / run / "export" / "model.safetensors") for run in ("two-ranks", "one-rank"))
@@ -273,29 +180,3 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.1
     assert distance(found, expected) < 0.01 * distance(expected, started)
-
-
-@pytest.mark.parametrize("override", ["run.trackers=[foo]", "optim.lr=-1"])
-def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, override: str) -> None:
-    code = "import sys; from retriever.train import main; status = main(sys.argv[1:]); sys.exit(8 if 'torch' in sys.modules else status)"
-    command = [sys.executable, "-c", code, *_command(workplace, "fresh", override)[2:]]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1
-    assert not (workplace / "fresh").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("eval.path=/nowhere/collection", "/nowhere/collection"),
-        ("eval.metrics=[foo@10]", "foo@10"),
-        ("eval.metrics=[Recall@100]", "Recall@100 looks at 100 passages a query, of which k=50"),
-    ],
-)
-def test_an_evaluation_that_cannot_run_stops_the_run_before_its_first_step(
-    workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
-    assert message in capsys.readouterr().err
-    assert not (workplace / "fresh").exists()

@@ -47,7 +47,7 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens
             barrier=ranks.barrier,
             shard_rows=min(SHARD_ROWS, max(256, -(-count // 16))),
             tokens_per_chunk=tokens_per_chunk,
-            overwrite=True,  # run_stage knows whose folder it is
+            overwrite=True,  # run_stage knows whose folder it is, but not in which mode an interrupted encoding began
         )
 
 

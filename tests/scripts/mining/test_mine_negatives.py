@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eval.bm25 import bm25_run
 from eval.evaluate import Ranks
-from retriever.config import Config, ConfigError, DataConfig, ModelConfig, SourceConfig
+from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
 from retriever.parallel.world import World
@@ -24,7 +24,7 @@ from scripts.mining import scores as scores_module
 from scripts.mining.settings import MiningSettings
 from scripts.mining.teacher import CrossEncoder
 from tests.distributed.processes import run_on_ranks
-from tests.scripts.mining.workplace import QUERIES, Workplace, make_workplace, mined, read, save_tiny_teacher
+from tests.scripts.mining.workplace import QUERIES, Workplace, make_workplace, mined, read
 from tests.tiny import tiny_tokenizer
 
 
@@ -285,20 +285,6 @@ def test_a_folder_with_other_files_is_left_alone(workplace: Workplace) -> None:
     with pytest.raises(SystemExit, match="not of a stage"):
         mined(workplace, "data")
     assert (workplace.data / "corpus.jsonl").exists()
-
-
-def test_a_teacher_of_two_labels_gives_their_difference(workplace: Workplace, tmp_path: Path) -> None:
-    """Two logits: the second less the first; three labels are refused."""
-    save_tiny_teacher(tmp_path / "two", labels=2)
-    teacher = CrossEncoder.load(tmp_path / "two", max_tokens=64, device=torch.device("cpu"))
-    model, tokenizer = (kind.from_pretrained(tmp_path / "two") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-    query, passage = workplace.queries["q1"], workplace.texts["p1"]
-    with torch.no_grad():
-        logits = model.eval()(**tokenizer(query, passage, return_tensors="pt")).logits[0]
-    assert teacher.score([query], [passage], 1000)[0] == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
-    save_tiny_teacher(tmp_path / "three", labels=3)
-    with pytest.raises(ConfigError, match="1 or 2 labels, found 3"):
-        CrossEncoder.load(tmp_path / "three", max_tokens=64, device=torch.device("cpu"))
 
 
 def test_the_line_below_a_positive() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from retriever.config import ConfigError
 from scripts.mining.teacher import CrossEncoder, load_classifier
 from tests.scripts.mining.workplace import save_tiny_teacher
-from tests.tiny import save_tiny_model
+from tests.tiny import random_texts, save_tiny_model
 
 WEIGHTS = "model.safetensors"
 
@@ -79,3 +80,17 @@ def test_pickled_weights_are_not_read(tmp_path: Path, new_head: bool) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match="pickled: expected .* in safetensors"):
         load_classifier(str(folder), "--teacher", new_head=new_head)
+
+
+def test_a_teacher_of_two_labels_gives_their_difference(tmp_path: Path) -> None:
+    """Two logits: the second less the first; three labels are refused."""
+    save_tiny_teacher(tmp_path / "two", labels=2)
+    teacher = _teach(tmp_path / "two")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "two") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    query, passage = random_texts(2, shortest=6, longest=16, seed=2)
+    with torch.no_grad():
+        logits = model.eval()(**tokenizer(query, passage, return_tensors="pt")).logits[0]
+    assert teacher.score([query], [passage], 1000)[0] == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+    save_tiny_teacher(tmp_path / "three", labels=3)
+    with pytest.raises(ConfigError, match="1 or 2 labels, found 3"):
+        _teach(tmp_path / "three")
