@@ -33,6 +33,8 @@ def validate(config: Config) -> None:
     for i, source in enumerate(config.data.train):
         key = f"data.train.{i}"
         _require((source.path is None) != (source.name is None), key, "exactly one of path and name", asdict(source))
+        columns = source.columns or ()
+        _require(len(set(columns)) == len(columns), f"{key}.columns", "names of different columns", list(columns))
         _require(source.weight > 0, f"{key}.weight", "a number above 0", source.weight)
         _require(source.limit is None or source.limit > 0, f"{key}.limit", "null or at least 1", source.limit)
     _require(config.data.negatives >= 0, "data.negatives", "0 or more", config.data.negatives)

@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, type=Path, help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one")
     parser.add_argument("--side", required=True, choices=("query", "passage"))
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept")
-    parser.add_argument("--overwrite", action="store_true", help="replace what another job left in --output; else it is refused")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what another job left in --output, which is removed first; else it is refused"
+    )
     told = "(default: what the model says)"
     parser.add_argument("--prompt", help=f"put in front of every text {told}")
     parser.add_argument("--max-tokens", type=int, help=f"a text's length, prompt and special tokens included {told}")

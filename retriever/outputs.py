@@ -21,6 +21,7 @@ from retriever.export import export
 from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
 from retriever.report import write_report
+from retriever.telemetry import read_metrics
 
 _PROBES = 8  # texts that the export's parity check embeds
 
@@ -98,4 +99,4 @@ class Outputs:
         export(encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)
 
     def _logged(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        return read_metrics(self.metrics)

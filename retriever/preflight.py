@@ -40,6 +40,9 @@ def check_paths(config: Config) -> None:
     for key, path in paths.items():
         if not Path(path).expanduser().exists():
             raise ConfigError(f"{key}: there is no file or folder {path}")
+    for key, folder in (("run.output_dir", config.run.output_dir), ("data.cache_dir", config.data.cache_dir)):
+        if (found := Path(folder).expanduser()).exists() and not found.is_dir():
+            raise ConfigError(f"{key}: {folder} is a file; expected a folder, which may not exist yet")
     read_model_config(config.model.name_or_path)
 
 

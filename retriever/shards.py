@@ -72,6 +72,8 @@ class ShardWriter:
 
     def check(self) -> None:
         """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ShardError(f"{self.folder} is a file; choose another folder (--output)")
         first = min((file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"), default="")
         advice = "choose another folder (--output), or replace what is there (--overwrite)"
         job, manifest = _read_json(self.folder / _JOB), _read_json(self.folder / MANIFEST)
@@ -100,8 +102,14 @@ class ShardWriter:
         write_json(self.folder / _JOB, asdict(self.job))
 
     def has(self, shard: int) -> bool:
-        """Whether shard number `shard` is complete."""
-        return _ids_file(self.folder, shard).is_file() and _embeddings_file(self.folder, shard).is_file()
+        """Whether shard number `shard` is complete: its files can be read, and hold as many embeddings as ids."""
+        try:
+            embeddings = np.load(_embeddings_file(self.folder, shard), mmap_mode="r", allow_pickle=False)
+            with pa.memory_map(str(_ids_file(self.folder, shard))) as source:
+                ids = pa.ipc.open_file(source).read_all()
+        except (OSError, EOFError, ValueError, pa.ArrowException):  # missing or damaged: it is written again
+            return False
+        return embeddings.shape == (len(ids), self.job.dimension) and embeddings.dtype.name == self.job.dtype
 
     def write(self, shard: int, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         """Writes shard number `shard`: embeddings [n, D], stored in the job's dtype, and their n ids.
@@ -157,7 +165,7 @@ class EmbeddingShards:
         file = self.folder / shard["file"]
         try:
             embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
         expected = ((shard["rows"], self.dimension), self.manifest["dtype"])
         if (embeddings.shape, embeddings.dtype.name) != expected:
@@ -208,7 +216,7 @@ def _beside(file: Path) -> Path:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ShardError(f"{path}: not readable as JSON ({error}); delete the folder and encode the texts again") from error

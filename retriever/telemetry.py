@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retriever.atomic import write_text
+from retriever.config import ConfigError
 from retriever.forecast import Forecast
 from retriever.step import StepReport
 
@@ -120,16 +121,24 @@ class Telemetry:
         self._bar.close()
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drops lines of steps that a resumed run does again, and a last line that a kill cut short."""
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` holds, but for a last line that a kill cut short. Raises ConfigError where another line is none of ours."""
     if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text().splitlines():
+        return []
+    records, lines = [], metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # only the line being written when the run was killed
-            continue
-        if record["step"] <= step:
-            kept.append(line)
-    write_text(metrics, "".join(f"{line}\n" for line in kept))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ConfigError(f"{metrics}:{number} is damaged ({error}); remove the line, and the run goes on") from error
+        records.append(record)
+    return records
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run does again, and a last line that a kill cut short."""
+    if metrics.exists():
+        kept = [record for record in read_metrics(metrics) if record["step"] <= step]
+        write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))

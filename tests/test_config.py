@@ -75,6 +75,7 @@ def minimal(tmp_path: Path) -> Path:
         ("model={name_or_path: m, fused: true, gradient_checkpointing: true}", "model.fused: expected false or auto with"),
         ("data.negatives=-1", "data.negatives: "),
         ("batch.retain=-1", "batch.retain: expected auto, true, false or a number of tokens"),
+        ("data.train=[{path: x, columns: [a, a]}]", "data.train.0.columns: expected names of different columns"),
         ("batch.retain_products=-1", "batch.retain_products: expected auto, true, false or a number of tokens"),
         ("loss.kl_weight=-1", "loss.kl_weight: expected 0 or more"),
         ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),

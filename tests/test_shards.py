@@ -147,6 +147,27 @@ def test_an_interrupted_shard_is_written_again(tmp_path: Path, part: str, monkey
     assert embeddings.all() and ids == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["00001.npy", "00001.ids.arrow"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_shard_is_written_again(tmp_path: Path, name: str, kept: int) -> None:
+    """A finished folder is no more finished then, and the other shards stay."""
+    _fill(tmp_path)
+    writer = ShardWriter(tmp_path, JOB)
+    assert writer.finished()
+    with (tmp_path / name).open("r+b") as stream:
+        stream.truncate(kept)
+    assert not writer.finished() and writer.has(0) and not writer.has(1)
+    writer.check()
+    writer.prepare()
+    assert writer.has(0) and not writer.has(1)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match="file is a file; choose another folder"):
+        ShardWriter(tmp_path / "file", JOB).check()
+
+
 def test_damage_names_its_file(tmp_path: Path) -> None:
     _fill(tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in ("00000.npy", "00001.ids.arrow", "manifest.json")}

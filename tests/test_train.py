@@ -130,6 +130,20 @@ def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed:
     assert again.returncode == 0, again.stderr
 
 
+def test_a_last_line_that_was_cut_short_is_written_again(workplace: Path, undisturbed: Path) -> None:
+    shutil.copytree(undisturbed, workplace / "torn")
+    shutil.rmtree(workplace / "torn" / "checkpoints" / "step-00000040")
+    whole = (workplace / "torn" / "metrics.jsonl").read_bytes()
+    for cut in (whole[:-5], whole[:-1]):
+        (workplace / "torn" / "metrics.jsonl").write_bytes(cut)
+        again = run_training(workplace, "torn")
+        assert again.returncode == 0, again.stderr
+        assert [line["step"] for line in metrics(workplace / "torn")] == [line["step"] for line in metrics(undisturbed)]
+    (workplace / "torn" / "metrics.jsonl").write_bytes(b"{\n" + whole)
+    again = run_training(workplace, "torn")
+    assert again.returncode == 2 and "metrics.jsonl:1 is damaged" in again.stderr
+
+
 def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "checkpoints" / "step-00000040", workplace / "kept")
     again = run_training(workplace, "elsewhere", "run.resume=kept")

@@ -48,6 +48,8 @@ def detect_record_format(table: Table) -> str:
         return "flagembedding"
     if {"qid", "pos", "neg"} <= fields:
         return "msmarco"
+    if {"anchor", "positive"} <= fields:  # whatever is in them: who reads them says what is wrong
+        return "columns"
     if len(fields) >= 2 and not fields & {"_id", "docid"} and _holds_texts(first):
         return "columns"
     known = "tevatron, dpr, flagembedding, msmarco hard negatives or text columns"

@@ -27,7 +27,8 @@ _FIGURES = (
 def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = "") -> str:
     """The results as a page; `note` goes in front of the figures."""
     rows = [row for table in tables for row in table.rows]
-    rate = _value(rows, "8192x8192x8192", "floor", "matmul_tflops")
+    found = [_value(table.rows, "8192x8192x8192", "floor", "matmul_tflops") for table in tables]
+    rates = [f"{rate:.0f}" for rate in found if rate is not None]
     lines = ["# The whole training step", ""]
     for table in (*tables, *curves):
         lines.append(f"- `{table.command}` at commit {table.commit[:12]}, {table.hardware}; {_versions(table)}.")
@@ -37,7 +38,7 @@ def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = 
         "token store through the loader's own threads; bf16 autocast, dropout 0.1, AdamW, temperature 0.02. Means over whole steps, waits",
         "included.",
         "MFU: 6 · parameters without embeddings · real tokens over the matmul rate of the same run"
-        + (f" ({rate:.0f} TFLOP/s, 8192³ bf16)." if rate is not None else "."),
+        + (f" ({' and '.join(rates)} TFLOP/s, 8192³ bf16, in the runs' order)." if rates else "."),
         "Overhead: time over the floor's, which encodes every chunk once and pulls given gradients back. Waited: share of the step spent",
         "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise "
         "(embedding tables aside, whose gradients torch sums by atomics).",
