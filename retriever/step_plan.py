@@ -140,10 +140,9 @@ class StepPlanner:
     def _check_room(self, missing_bytes: float) -> None:
         missing = -self._agreed(int(-missing_bytes))  # on the rank that lacks most
         if missing > 0:
-            keys = {"batch.retain": "graphs", "batch.retain_products": "products"}
-            key, what = next((key, what) for key, what in keys.items() if getattr(self._config.batch, key.partition(".")[2]) is True)
+            key, what = ("retain", "graphs") if self._config.batch.retain is True else ("retain_products", "products")
             raise ConfigError(
-                f"{key}: true, but keeping all {what} takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
+                f"batch.{key}: true, but keeping all {what} takes {missing / _GIB:.1f} GiB more than a GPU has for it; set it to auto"
             )
 
     def _agreed(self, value: int) -> int:

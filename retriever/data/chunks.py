@@ -22,7 +22,7 @@ from torch import Tensor
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 
-_THREADS = 2  # laying out holds the interpreter's lock: more make the first chunk later, and slow down who launches kernels
+_THREADS = 2  # laying out holds the interpreter's lock: more make the first chunk later
 _CHUNKS_AHEAD = 8
 
 

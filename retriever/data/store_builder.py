@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.config import Config
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
-from retriever.data.relations import PASSAGE_BITS, REFERENCE, PairBuffer, Pairs, csr_of_keys, join_pairs, without
+from retriever.data.relations import PASSAGE_BITS, REFERENCE, Csr, PairBuffer, Pairs, csr_of_keys, join_pairs, without
 from retriever.data.text_table import TextTableWriter, write_json
 from retriever.wording import counted
 
@@ -56,9 +56,9 @@ class StoreBuilder:
             self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
             described = [self._add_source(source) for source in sources]
-        self._write_relations()
+        positives = self._write_relations()
         for source in described:
-            if again := self._repeated(source["first"], source["last"]):
+            if again := self._repeated(source["first"], source["last"], positives):
                 print(f"{source['name']}: {_AGAIN.format(counted(again, 'query'))}", flush=True)
         files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
@@ -162,28 +162,32 @@ class StoreBuilder:
                     self._query_digests.append(reading.query_digests[number])
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
 
-    def _repeated(self, first: int, last: int) -> int:
+    def _repeated(self, first: int, last: int, positives: Csr) -> int:
         """How many of these queries have the text of an earlier one, and other positives."""
-        ptr, ids = csr_of_keys(join_pairs(self._positives).keys, len(self._query_digests))
         earlier: dict[bytes, int] = {}
         rows = ((row, earlier.setdefault(self._query_digests[row], row)) for row in range(first, last))
-        return sum(not np.array_equal(ids[ptr[a] : ptr[a + 1]], ids[ptr[b] : ptr[b + 1]]) for a, b in rows)
+        return sum(a != b and not np.array_equal(positives.row(a), positives.row(b)) for a, b in rows)
 
-    def _write_relations(self) -> None:
-        """Positives, known positives (with any passage whose text is the query's own) and negatives (without the known)."""
+    def _write_relations(self) -> Csr:
+        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the known).
+
+        Returns the positives.
+        """
         count = len(self._query_digests)
         positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
         rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
         own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
         known = np.union1d(positives.keys, own)
         negatives = negatives.kept(without(negatives.keys, known))
-        for name, keys in (("positives", positives.keys), ("known", known), ("negatives", negatives.keys)):
-            ptr, ids = csr_of_keys(keys, count)
-            np.save(self._folder / f"{name}.ptr.npy", ptr, allow_pickle=False)
-            np.save(self._folder / f"{name}.ids.npy", ids, allow_pickle=False)
+        keys = {"positives": positives.keys, "known": known, "negatives": negatives.keys}
+        relations = {name: csr_of_keys(pairs, count) for name, pairs in keys.items()}
+        for name, relation in relations.items():
+            np.save(self._folder / f"{name}.ptr.npy", relation.ptr, allow_pickle=False)
+            np.save(self._folder / f"{name}.ids.npy", relation.ids, allow_pickle=False)
         for name, scores in (("positives", positives.scores), ("negatives", negatives.scores)):
             if scores is not None:
                 np.save(self._folder / f"{name}.scores.npy", scores, allow_pickle=False)
+        return relations["positives"]
 
     def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> tqdm:
         return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
