@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of bias and GELU: one pass over memory forward, one backward, the bias gradient included.
+"""Triton kernels of GELU: one pass over memory forward, one backward, which also sums the gradient over rows: that of a bias.
 
-With u = x + bias, Φ the normal distribution and φ its density, out = u Φ(u) and dx = dout · (Φ(u) + u φ(u)), dbias = Σ_rows dx.
+With Φ the normal distribution and φ its density, out = u Φ(u) and du = dout · (Φ(u) + u φ(u)).
 
 Both need e^(−u²/2), so Φ is built on it: the upper tail Φ(−|u|) is e^(−u²/2) times a polynomial in t = 1 / (1 + p |u|), a minimax fit of
 degree 8 to ½ erfcx(|u| / √2) on 0..12 with a relative error of 2e-7 (4e-7 in float32), in the tail as well, where 1 + erf cancels.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused_layer_launch import resident_programs
+from kernels.resident import resident_programs
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def _normal(u):
 
 @triton.jit(do_not_specialize=["T"])
 def _gelu_forward(
-    x,  # [T, F]
-    bias,  # [F]
+    u,  # [T, F]
     out,  # [T, F]
     T,
     F: tl.constexpr,
@@ -65,17 +64,15 @@ def _gelu_forward(
     rows, columns = tl.arange(0, ROWS), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (rows < T - first)[:, None] & (columns < F)[None, :]
     at = tl.cast(first, tl.int64) * F + (rows[:, None] * F + columns[None, :])
-    shift = tl.load(bias + columns, columns < F, other=0.0).to(tl.float32)
-    u = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
-    cdf, _ = _normal(u)
-    tl.store(out + at, (u * cdf).to(out.dtype.element_ty), inside)
+    value = tl.load(u + at, inside, other=0.0).to(tl.float32)
+    cdf, _ = _normal(value)
+    tl.store(out + at, (value * cdf).to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _gelu_backward(
-    dout,  # [T, F], overwritten by dx
-    x,  # [T, F]
-    bias,  # [F]
+    dout,  # [T, F], overwritten by du
+    u,  # [T, F]
     partial,  # out [programs, F] float32
     T,
     F: tl.constexpr,
@@ -84,33 +81,32 @@ def _gelu_backward(
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows, columns = tl.arange(0, ROWS), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    shift = tl.load(bias + columns, columns < F, other=0.0).to(tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK_F), tl.float32)
+    sums = tl.zeros((ROWS, BLOCK_F), tl.float32)
     for first in tl.range(program * ROWS, T, programs * ROWS):
         inside = (rows < T - first)[:, None] & (columns < F)[None, :]
         at = tl.cast(first, tl.int64) * F + (rows[:, None] * F + columns[None, :])
-        u = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
-        cdf, bell = _normal(u)
-        g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (cdf + u * bell * 0.3989422804014327)  # 1 / √(2π)
+        value = tl.load(u + at, inside, other=0.0).to(tl.float32)
+        cdf, bell = _normal(value)
+        g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (cdf + value * bell * 0.3989422804014327)  # 1 / √(2π)
         tl.store(dout + at, g.to(dout.dtype.element_ty), inside)
-        dbias += g
-    tl.store(partial + program * F + columns, tl.sum(dbias, 0), columns < F)
+        sums += g
+    tl.store(partial + program * F + columns, tl.sum(sums, 0), columns < F)
 
 
-def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias), [T, F] in x's dtype; x [T, F] contiguous."""
-    T, F = x.shape
-    out = torch.empty_like(x)
+def gelu_forward(u: Tensor) -> Tensor:
+    """gelu(u), [T, F] in u's dtype; u [T, F] contiguous."""
+    T, F = u.shape
+    out = torch.empty_like(u)
     grid = (triton.cdiv(T, FORWARD.rows), triton.cdiv(F, FORWARD.columns))
-    _gelu_forward[grid](x, bias, out, T, F, ROWS=FORWARD.rows, BLOCK_F=FORWARD.columns, num_warps=FORWARD.warps)
+    _gelu_forward[grid](u, out, T, F, ROWS=FORWARD.rows, BLOCK_F=FORWARD.columns, num_warps=FORWARD.warps)
     return out
 
 
-def gelu_backward_(dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """dbias [F] float32; dout [T, F] becomes dx. Each program sums its rows, then the sums are added in a fixed order: no atomics."""
-    T, F = x.shape
+def gelu_backward_(dout: Tensor, u: Tensor) -> Tensor:
+    """Σ_rows du [F] float32; dout [T, F] becomes du. Each program sums its rows, then the sums are added in a fixed order: no atomics."""
+    T, F = u.shape
     tiles = triton.cdiv(F, BACKWARD.columns)
-    programs = resident_programs(x, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
-    partial = x.new_empty(programs, F, dtype=torch.float32)
-    _gelu_backward[(programs, tiles)](dout, x, bias, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps)
+    programs = resident_programs(u, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
+    partial = u.new_empty(programs, F, dtype=torch.float32)
+    _gelu_backward[(programs, tiles)](dout, u, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps)
     return partial.sum(0)

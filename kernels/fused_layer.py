@@ -1,4 +1,4 @@
-"""The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + LayerNorm, and bias + GELU.
+"""The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + LayerNorm, and GELU.
 
 Forward and backward as plain functions, without a graph: `post_norm_layer` calls them. On a GPU they are Triton kernels; a CPU and float64
 take `fused_layer_reference`. Arithmetic is in float32. Dropout masks are a hash of the seed (`dropout_hash`): the backward pass and a
@@ -60,26 +60,24 @@ def norm_backward(
     return _norm_kernels(x).norm_backward(d_normed, d_low, x, bias, residual, weight, statistics, seed, dropout)
 
 
-def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    """u Φ(u) of u = x + bias, Φ the normal distribution (GELU in its exact form): [T, F] in x's dtype.
+def gelu_forward(u: Tensor) -> Tensor:
+    """u Φ(u), Φ the normal distribution (GELU in its exact form): [T, F] in u's dtype.
 
-    x [T, F] bfloat16, float16, float32 or float64, bias [F] of any floating dtype; one device, both contiguous.
+    u [T, F] bfloat16, float16, float32 or float64, contiguous.
     Raises ValueError where shapes, dtypes or strides do not fit. (Hendrycks and Gimpel 2016, arXiv:1606.08415)
     """
-    _check_rows(x, {}, None, widest=None)
-    _check_vectors(x, bias=bias)
-    return _gelu_kernels(x).gelu_forward(x, bias)
+    _check_rows(u, {}, None, widest=None, name="u")
+    return _gelu_kernels(u).gelu_forward(u)
 
 
-def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx, dbias) = (dout · (Φ(u) + u φ(u)), Σ_rows dx) of u = x + bias, φ = Φ′; `dout` is overwritten: its memory becomes dx.
+def gelu_backward(dout: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(du, Σ_rows du), du = dout · (Φ(u) + u φ(u)), φ = Φ′; `dout` is overwritten: its memory becomes du.
 
-    dout [T, F] like x, others as `gelu_forward` has them. Returns dx [T, F] in x's dtype and dbias [F] float32 (float64 of float64).
+    dout [T, F] like u, as `gelu_forward` has it. Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     Raises ValueError where shapes, dtypes or strides do not fit.
     """
-    _check_rows(x, {"dout": dout}, x.dtype, widest=None)
-    _check_vectors(x, bias=bias)
-    return dout, _gelu_kernels(x).gelu_backward_(dout, x, bias)
+    _check_rows(u, {"dout": dout}, u.dtype, widest=None, name="u")
+    return dout, _gelu_kernels(u).gelu_backward_(dout, u)
 
 
 def _norm_kernels(x: Tensor) -> ModuleType:
@@ -106,15 +104,17 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_rows(x: Tensor, others: dict[str, Tensor | None], dtype: torch.dtype | None, widest: int | None = WIDEST_ROW) -> None:
-    """x [T, D] is floating and contiguous, and so are others of its shape, of `dtype` where one is given."""
+def _check_rows(
+    x: Tensor, others: dict[str, Tensor | None], dtype: torch.dtype | None, widest: int | None = WIDEST_ROW, name: str = "x"
+) -> None:
+    """x [T, D], called `name`, is floating and contiguous, and so are others of its shape, of `dtype` where one is given."""
     if x.ndim != 2 or not 1 <= x.shape[1] <= (widest or x.shape[1]) or not x.is_floating_point() or not x.is_contiguous():
         width = f"D in 1..{widest}" if widest else "D of at least 1"
-        raise ValueError(f"expected x floating [T, D], {width}, contiguous, received {_described(x)}")
-    for name, other in others.items():
+        raise ValueError(f"expected {name} floating [T, D], {width}, contiguous, received {_described(x)}")
+    for other_name, other in others.items():
         fits = other is None or (other.shape == x.shape and other.is_contiguous() and other.dtype == (dtype or other.dtype))
         if other is not None and not (fits and other.is_floating_point()):
-            raise ValueError(f"expected {name} {dtype or 'floating'} {list(x.shape)}, contiguous, received {_described(other)}")
+            raise ValueError(f"expected {other_name} {dtype or 'floating'} {list(x.shape)}, contiguous, received {_described(other)}")
 
 
 def _check_vectors(x: Tensor, **vectors: Tensor | None) -> None:

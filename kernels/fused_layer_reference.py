@@ -51,19 +51,19 @@ def norm_backward(
     return dx.to(x.dtype), dz, torch.stack(sums)
 
 
-def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    """u Φ(u) of u = x + bias, [T, F] in x's dtype."""
-    u = _wide(x) + bias
-    return (u * _normal_cdf(u)).to(x.dtype)
+def gelu_forward(u: Tensor) -> Tensor:
+    """u Φ(u), [T, F] in u's dtype."""
+    wide = _wide(u)
+    return (wide * _normal_cdf(wide)).to(u.dtype)
 
 
-def gelu_backward_(dout: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-    """dbias [F] = Σ_rows dx; dout [T, F] becomes dx = dout · (Φ(u) + u φ(u))."""
-    u = _wide(x) + bias
-    density = torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-    dx = dout * (_normal_cdf(u) + u * density)
-    dout.copy_(dx)
-    return dx.sum(0)
+def gelu_backward_(dout: Tensor, u: Tensor) -> Tensor:
+    """Σ_rows du [F]; dout [T, F] becomes du = dout · (Φ(u) + u φ(u))."""
+    wide = _wide(u)
+    density = torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    du = dout * (_normal_cdf(wide) + wide * density)
+    dout.copy_(du)
+    return du.sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.dropout_hash import drop_below
 from kernels.dropout_hash_triton import kept, mask_keys, mask_words
-from kernels.fused_layer_launch import resident_programs
+from kernels.resident import resident_programs
 
 
 @dataclass(frozen=True)

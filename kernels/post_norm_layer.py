@@ -20,7 +20,8 @@ from torch.nn.functional import linear
 
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_reference import Mask
-from kernels.fused_layer import gelu_backward, gelu_forward, norm_backward, norm_forward
+from kernels.fused_layer import norm_backward, norm_forward
+from kernels.gelu_product import gelu_product, gelu_product_backward
 
 
 class Parameters(NamedTuple):
@@ -51,7 +52,8 @@ class Factors(NamedTuple):
     qkv_bias: Tensor  # [3 D]
     attended: Tensor  # [D, D]
     widened: Tensor  # [F, D]
-    narrowed: Tensor  # [D, F]
+    widened_bias: Tensor  # [F]
+    narrowed: Tensor  # [F, D]: transposed, as the backward pass reads it
 
 
 class Layer(NamedTuple):
@@ -83,7 +85,8 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     p = Parameters(*(parameter.detach() for parameter in parameters))
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
-    return Factors(qkv, bias, p.attended_weight.to(dtype), p.widened_weight.to(dtype), p.narrowed_weight.to(dtype))
+    narrowed = p.narrowed_weight.to(dtype).T.contiguous()
+    return Factors(qkv, bias, p.attended_weight.to(dtype), p.widened_weight.to(dtype), p.widened_bias.to(dtype), narrowed)
 
 
 def post_norm_layer(
@@ -98,14 +101,15 @@ def post_norm_layer(
     arguments are taken as they are and not computed again; every result keeps its bits.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, *parameters)
+    keep = torch.is_grad_enabled()
+    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, keep, *parameters)
     return stream, stream if low is None else low
 
 
 @torch.no_grad()
 def with_products(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor, Products]:
     """The results of `post_norm_layer` without a graph, and the products that spare a later call with one the most work."""
-    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None)
+    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
     return passed.out, passed.out if passed.out_low is None else passed.out_low, Products(passed.context, passed.lse, passed.narrow)
 
 
@@ -119,7 +123,7 @@ class _Passed(NamedTuple):
     middle: Tensor  # [T, D]: the stream between the two parts
     middle_low: Tensor | None  # the same rounded
     statistics1: Tensor  # [2, T]
-    wide: Tensor  # [T, F], before its bias
+    wide: Tensor | None  # [T, F]; for the backward pass alone
     activated: Tensor  # [T, F]
     narrow: Tensor  # [T, D], before its bias
     out: Tensor  # [T, D]
@@ -127,7 +131,7 @@ class _Passed(NamedTuple):
     statistics2: Tensor  # [2, T]
 
 
-def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None) -> _Passed:
+def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None, keep: bool) -> _Passed:
     x = stream if low is None else low
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
@@ -142,9 +146,8 @@ def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p:
     middle, middle_low, statistics1 = norm_forward(
         added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1]
     )
-    wide = linear(middle if middle_low is None else middle_low, read.widened)
-    activated = gelu_forward(wide, p.widened_bias)
-    narrow = linear(activated, read.narrowed) if known is None else known.narrow
+    wide, activated = gelu_product(middle if middle_low is None else middle_low, read.widened, read.widened_bias, keep)
+    narrow = activated @ read.narrowed if known is None else known.narrow
     out, out_low, statistics2 = norm_forward(
         narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2]
     )
@@ -156,16 +159,16 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, *tensors: Tensor
+        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, keep: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a = _forward(stream, low, layer, read, p, products)
+        a = _forward(stream, low, layer, read, p, products, keep)
         x, y = (stream, a.middle) if low is None else (low, a.middle_low)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             stream, x, a.qkv, a.context, a.lse, a.added, a.statistics1, a.middle, y, a.wide, a.activated, a.narrow, a.statistics2,
-            p.attended_bias, p.attended_norm_weight, p.widened_bias, p.narrowed_bias, p.narrowed_norm_weight,
+            p.attended_bias, p.attended_norm_weight, p.narrowed_bias, p.narrowed_norm_weight,
         )  # fmt: skip
         return a.out, a.out_low
 
@@ -173,11 +176,11 @@ class _PostNormLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dout_low: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read = ctx.layer, ctx.read
-        needs_stream, needs_low, _, _, _, *needs_parameters = ctx.needs_input_grad
+        needs_stream, needs_low, _, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
             stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
-            attended_bias, attended_norm_weight, widened_bias, narrowed_bias, narrowed_norm_weight,
+            attended_bias, attended_norm_weight, narrowed_bias, narrowed_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_low = (None if g is None else g.contiguous() for g in (dout, dout_low))
         dnarrow, dmiddle, of_norm2 = norm_backward(
@@ -186,7 +189,7 @@ class _PostNormLayer(torch.autograd.Function):
         del narrow, middle
         dnarrowed = _weight_gradient(dnarrow, activated) if needs.narrowed_weight else None
         del activated
-        dwide, dwidened_bias = gelu_backward(dnarrow @ read.narrowed, wide, widened_bias)
+        dwide, dwidened_bias = gelu_product_backward(dnarrow, read.narrowed, wide)
         del dnarrow, wide
         dwidened = _weight_gradient(dwide, y) if needs.widened_weight else None
         dmiddle, dmiddle_low = _to_both(dmiddle, dwide @ read.widened, ctx.is_rounded)
@@ -209,7 +212,7 @@ class _PostNormLayer(torch.autograd.Function):
         if needs_stream or needs_low:
             dstream, dlow = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         return (
-            dstream, dlow, None, None, None,
+            dstream, dlow, None, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattended, of_norm1[2], of_norm1[0], of_norm1[1],
             dwidened, dwidened_bias,

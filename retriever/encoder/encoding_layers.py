@@ -76,6 +76,6 @@ def _encode(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, p: Par
     context, _ = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[-1]))  # [T, heads, d]
     added = context.flatten(1) @ read.attended.T  # [T, H]
     stream, rounded = add_norm(added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, eps=layer.eps)
-    widened = torch._addmm_activation(p.widened_bias.to(rounded.dtype), rounded, read.widened.T, use_gelu=True)  # [T, F]
-    narrow = widened @ read.narrowed.T  # [T, H]
+    widened = torch._addmm_activation(read.widened_bias, rounded, read.widened.T, use_gelu=True)  # [T, F]
+    narrow = widened @ read.narrowed  # [T, H]
     return add_norm(narrow, p.narrowed_bias, stream, p.narrowed_norm_weight, p.narrowed_norm_bias, eps=layer.eps, last=last)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
+from kernels import gelu_product
 from kernels.post_norm_layer import Parameters, Products
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
@@ -22,6 +23,12 @@ from tests.kernels.test_post_norm_layer import OFF, ON, by_definition, make_laye
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [4, 256, 17, 90, 33, 64, 5, 128, 201, 76]
+
+
+@pytest.fixture(autouse=True, params=[0, gelu_product.FUSED_FROM], ids=["GELU in the product", "GELU after it"])
+def _gelu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper the widened product and GELU as one kernel, and as a small chunk takes them."""
+    monkeypatch.setattr(gelu_product, "FUSED_FROM", request.param)
 
 
 @pytest.mark.parametrize(("computing", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])

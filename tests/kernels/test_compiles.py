@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.experimental.gluon import language as gl
 
-from kernels import lse_hopper, lse_triton, rows_triton
+from kernels import gelu_product_hopper, lse_hopper, lse_triton, rows_triton
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 
 ARCHITECTURES = sorted(SHARED_LIMIT)
@@ -60,8 +60,23 @@ def test_hopper_tile_pass(variant: str) -> None:
     types |= {"queries": f"tensordesc<bf16[64, 64],{layout}>", "passages": f"tensordesc<bf16[256, 64],{layout}>"}
     if written:
         types["written"] = f"tensordesc<bf16[64, 128],{layout}>"
-    fixed = {"FACTORED": False, "RAGGED_COLUMNS": False, "GROUP": 64, "PROGRAMS": 132}
+    fixed = {"FACTORED": False, "RAGGED_COLUMNS": False}
     shared, spilled, ptx = compile_kernel(lse_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True)
+    assert shared <= SHARED_LIMIT[90]
+    assert spilled == 0, f"{spilled} bytes"
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("variant", ["forward", "forward, u kept", "backward"])
+def test_gelu_product(variant: str, dtype: str) -> None:
+    layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    square, wide = f"tensordesc<{dtype}[64, 64],{layout}>", f"tensordesc<{dtype}[256, 64],{layout}>"
+    types = {"x": square, "weight": wide, "out": square, "T": "i32"}
+    types |= {"u": square, "sums": "*fp32"} if variant == "backward" else {"bias": f"*{dtype}"}
+    if variant == "forward, u kept":
+        types["u_out"] = square
+    shared, spilled, ptx = compile_kernel(gelu_product_hopper._gelu_product, types, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
     assert shared <= SHARED_LIMIT[90]
     assert spilled == 0, f"{spilled} bytes"
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx

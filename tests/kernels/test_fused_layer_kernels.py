@@ -39,14 +39,13 @@ dx, dresidual, sums = norm_backward(y, low, x, bias, residual, weight, statistic
 assert y.shape == dx.shape == dresidual.shape == (0, 32) and not sums.any()
 
 x = torch.linspace(-13, 13, 37 * 700).view(37, 700)[:, torch.randperm(700)].contiguous()
-bias = torch.randn(700)
-out, u = gelu_forward(x, bias), x.double() + bias.double()
+out, u = gelu_forward(x), x.double()
 want = 0.5 * u * torch.erfc(-u / 2**0.5)
-close = x + bias > -12  # beyond, float32 has nothing left of it
+close = x > -12  # beyond, float32 has nothing left of it
 torch.testing.assert_close(out[close].double(), want[close], rtol=3e-5, atol=0)  # u² in the exponent costs its rounding times u²
-near = (x + bias).abs() < 3
+near = x.abs() < 3
 torch.testing.assert_close(out[near].double(), want[near], rtol=2e-6, atol=0)
-check_gelu(x, bias, 5e-7, 1e-6)
+check_gelu(x, 5e-7, 1e-6)
 assert len(kernels) == len(set(launched)) == 4, "the kernels did not run"
 """
 
@@ -92,8 +91,8 @@ def test_norm_compiles_for_a_float16_stream() -> None:
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
 def test_gelu_compiles(arch: int) -> None:
-    forward = {"x": "*bf16", "bias": "*fp32", "out": "*bf16", "T": "i32"}
-    backward = {"dout": "*bf16", "x": "*bf16", "bias": "*fp32", "partial": "*fp32", "T": "i32"}
+    forward = {"u": "*bf16", "out": "*bf16", "T": "i32"}
+    backward = {"dout": "*bf16", "u": "*bf16", "partial": "*fp32", "T": "i32"}
     for kernel, types, launch in (
         (fused_gelu_triton._gelu_forward, forward, fused_gelu_triton.FORWARD),
         (fused_gelu_triton._gelu_backward, backward, fused_gelu_triton.BACKWARD),

@@ -1,0 +1,51 @@
+"""A matrix product and the GELU after it, forward and backward; on Hopper one kernel each (`gelu_product_hopper`).
+
+Elsewhere, and where a kernel of its own is not worth its launch: the library's product, then one pass over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kernels.fused_layer import gelu_backward, gelu_forward
+
+# Numbers of a result from which on the kernel is taken: below, it spares the GPU less time than its launch takes from the host.
+FUSED_FROM = 2**25
+
+
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """(u, gelu(u)) of u = x Wᵀ + bias, each [T, F] in x's dtype; where not `keep`, u is None and need not be written at all.
+
+    x [T, D], weight W [F, D], bias [F]: one floating dtype, contiguous. gelu(u) has the same bits with u and without.
+    GELU in its exact form; that of half precision on Hopper is of u before rounding. (Hendrycks and Gimpel 2016, arXiv:1606.08415)
+    """
+    if _is_fused(x, weight):
+        from kernels import gelu_product_hopper
+
+        return gelu_product_hopper.gelu_product(x, weight, bias, keep)
+    u = linear(x, weight, bias)
+    return u if keep else None, gelu_forward(u)
+
+
+def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(du, Σ_rows du) with du = (dy Wᵀ) gelu′(u): the gradient at u, and that of its bias.
+
+    dy [T, D] and weight W [F, D] like u [T, F], which `gelu_product` gave: W maps what comes of gelu(u) to D numbers, transposed.
+    Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
+    """
+    if _is_fused(dy, weight):
+        from kernels import gelu_product_hopper
+
+        return gelu_product_hopper.gelu_product_backward(dy, weight, u)
+    return gelu_backward(torch.mm(dy, weight.T), u)
+
+
+def _is_fused(x: Tensor, weight: Tensor) -> bool:
+    F, D = weight.shape
+    if not x.is_cuda or len(x) * F < FUSED_FROM or D % 8 or F % 8:  # the copy engine takes rows of whole 16 bytes
+        return False
+    from kernels import hopper_tiles
+
+    return hopper_tiles.fits(x)
