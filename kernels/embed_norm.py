@@ -8,7 +8,7 @@ from torch.nn.functional import embedding, layer_norm
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
 
-__all__ = ["embed_norm"]
+__all__ = ["check_embeddings", "embed_norm"]
 
 
 def embed_norm(
@@ -21,6 +21,19 @@ def embed_norm(
     NaN there; on a CPU it raises IndexError. Raises ValueError where shapes, dtypes or devices do not fit.
     (Devlin et al. 2019, arXiv:1810.04805, section 3; Ba et al. 2016, arXiv:1607.06450)
     """
+    check_embeddings(ids, positions, words, places, segment, weight, bias, torch.float32)
+    if on_kernels(ids):
+        from kernels import embed_norm_triton
+
+        return embed_norm_triton.embed_norm(ids, positions, words, places, segment, weight, bias, eps=eps, dtype=torch.float16)[0]
+    z = embedding(ids, words) + segment + embedding(positions, places)  # [T, D]
+    return layer_norm(z, z.shape[1:], weight, bias, eps).to(torch.float16)
+
+
+def check_embeddings(
+    ids: Tensor, positions: Tensor, words: Tensor, places: Tensor, segment: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> None:
+    """Raises ValueError where the arguments of `embed_norm` or `embeddings` do not fit each other, tables and vectors being of `dtype`."""
     D = words.shape[-1]
     if ids.ndim != 1 or words.ndim != 2 or places.ndim != 2 or not 1 <= D <= WIDEST_ROW:
         raise ValueError(
@@ -28,18 +41,12 @@ def embed_norm(
             f"{list(places.shape)}"
         )
     vectors = {"segment": segment, "weight": weight, "bias": bias}
-    expected = {"ids": (ids.shape, torch.int64), "positions": (ids.shape, torch.int64), "words": (words.shape, torch.float32)}
-    expected |= {"places": (torch.Size([len(places), D]), torch.float32)} | {name: (torch.Size([D]), torch.float32) for name in vectors}
+    expected = {"ids": (ids.shape, torch.int64), "positions": (ids.shape, torch.int64), "words": (words.shape, dtype)}
+    expected |= {"places": (torch.Size([len(places), D]), dtype)} | {name: (torch.Size([D]), dtype) for name in vectors}
     for name, tensor in {"ids": ids, "positions": positions, "words": words, "places": places, **vectors}.items():
         if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
-            shape, dtype = expected[name]
+            shape, kind = expected[name]
             raise ValueError(
-                f"expected {name} {list(shape)} {dtype} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
+                f"expected {name} {list(shape)} {kind} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
                 f"on {tensor.device}"
             )
-    if on_kernels(ids):
-        from kernels import embed_norm_triton
-
-        return embed_norm_triton.embed_norm(ids, positions, words, places, segment, weight, bias, eps)
-    z = embedding(ids, words) + segment + embedding(positions, places)  # [T, D]
-    return layer_norm(z, (D,), weight, bias, eps).to(torch.float16)

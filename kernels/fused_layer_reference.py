@@ -14,15 +14,57 @@ from kernels.dropout_hash import keep_mask
 
 
 def norm_forward(
-    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rest: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`."""
-    z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`.
+
+    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32.
+    """
+    stream = residual if rest is None else joined(residual, rest)
+    z = _dropped_sum(x, bias, stream, seed, dropout)  # [T, D]
     mean = z.mean(1)
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
-    low = None if x.dtype == residual.dtype else normed.to(x.dtype)
-    return normed.to(residual.dtype), low, torch.stack([mean, rstd])
+    if x.dtype == torch.bfloat16:
+        normed = _off_ties(normed)
+    low = None if x.dtype == stream.dtype else normed.to(x.dtype)
+    return normed.to(stream.dtype), low, torch.stack([mean, rstd])
+
+
+def norm_halves(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rest: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """`norm_forward`'s normed float32 [T, D] as (high bfloat16, rest int16)."""
+    normed, high, _ = norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout)
+    assert high is not None
+    return high, (normed.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16)
+
+
+def joined(high: Tensor, rest: Tensor) -> Tensor:
+    """The float32 numbers whose halves are high (bfloat16) and rest (int16)."""
+    return ((high.view(torch.int16).int() << 16) + rest).view(torch.float32)
+
+
+def _off_ties(x: Tensor) -> Tensor:
+    """x float32 with its last bit changed where it lies halfway between two bfloat16 numbers: those would not say on which side."""
+    bits = x.contiguous().view(torch.int32)
+    return (bits + ((bits & 0xFFFF) == 0x8000).int()).view(torch.float32)
 
 
 def norm_backward(
@@ -46,7 +88,7 @@ def norm_backward(
     weighted = dy * weight
     along = (weighted * normalised).mean(1, keepdim=True)
     dz = rstd[:, None] * (weighted - weighted.mean(1, keepdim=True) - normalised * along)
-    dx = dz * _factor(x, seed, dropout)
+    dx = dz * dropout_factor(x, seed, dropout)
     sums = [(dy * normalised).sum(0), dy.sum(0)] + ([] if bias is None else [dx.sum(0)])
     return dx.to(x.dtype), dz, torch.stack(sums)
 
@@ -74,7 +116,7 @@ def _normal_cdf(u: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-u / math.sqrt(2))
 
 
-def _factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
+def dropout_factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
     """What dropout multiplies x [T, D] with: 0 or 1 / (1 − dropout)."""
     if seed is None:
         return 1.0
@@ -85,4 +127,4 @@ def _factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
 
 def _dropped_sum(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
     shifted = _wide(x) if bias is None else _wide(x) + bias
-    return shifted * _factor(x, seed, dropout) + residual
+    return shifted * dropout_factor(x, seed, dropout) + residual

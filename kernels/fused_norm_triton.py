@@ -42,11 +42,16 @@ _MOST_ELEMENTS = 4096  # of a block of rows
 
 
 @triton.jit
-def _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
+def _dropped_sum(x, residual, rest, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
     z = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
     if THRESHOLD > 0:
         z = tl.where(keep, z * inverse_keep, 0.0)
-    return z + tl.load(residual + at, inside, other=0.0).to(tl.float32)
+    added = tl.load(residual + at, inside, other=0.0)
+    if rest is None:
+        return z + added.to(tl.float32)
+    else:
+        bits = (added.to(tl.int16, bitcast=True).to(tl.int32) << 16) + tl.load(rest + at, inside, other=0).to(tl.int32)
+        return z + bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -71,12 +76,14 @@ def _norm_forward(
     x,  # [T, D]
     bias,  # [D] or None
     residual,  # [T, D]
+    rest,  # [T, D] int16, whose high half `residual` then is, or None
     weight,  # [D]
     norm_bias,  # [D]
     seed,  # [1] int64 or None
-    normed,  # out [T, D] in residual's dtype
+    normed,  # out [T, D] in residual's dtype; or None: in halves
     low,  # out [T, D] in x's dtype, or None
-    statistics,  # out [2, T]: mean, rstd
+    following,  # out [T, D] int16: what of the float32 number is not in `low`; or None
+    statistics,  # out [2, T]: mean, rstd; or None
     T,
     eps,
     inverse_keep,
@@ -91,16 +98,26 @@ def _norm_forward(
     inside = in_rows[:, None] & in_columns[None, :]
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
     keep = _keep(seed, first + rows, columns, THRESHOLD)
-    z = _dropped_sum(x, residual, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
+    z = _dropped_sum(x, residual, rest, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
     level = tl.sum(z, 1) / D
     centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
     spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
-    tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
+    if x.dtype.element_ty == tl.bfloat16:
+        # Off the ties: two halves of 16 bits would not say on which side of `low` the number was.
+        bits = y.to(tl.int32, bitcast=True)
+        y = (bits + ((bits & 0xFFFF) == 0x8000).to(tl.int32)).to(tl.float32, bitcast=True)
+    if normed is not None:
+        tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
     if low is not None:
-        tl.store(low + at, y.to(low.dtype.element_ty), inside)
-    tl.store(statistics + first + rows, level, in_rows)
-    tl.store(statistics + T + first + rows, spread, in_rows)
+        rounded = y.to(low.dtype.element_ty)
+        tl.store(low + at, rounded, inside)
+        if following is not None:
+            high = rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16
+            tl.store(following + at, (y.to(tl.int32, bitcast=True) - high).to(tl.int16), inside)
+    if statistics is not None:
+        tl.store(statistics + first + rows, level, in_rows)
+        tl.store(statistics + T + first + rows, spread, in_rows)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -136,7 +153,7 @@ def _norm_backward(
         inside = in_rows[:, None] & in_columns[None, :]
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
         keep = _keep(seed, first + rows, columns, THRESHOLD)
-        z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
+        z = _dropped_sum(x, residual, None, shift, at, inside, keep, inverse_keep, THRESHOLD)
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         g = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -164,19 +181,65 @@ def _norm_backward(
 
 
 def norm_forward(
-    x: Tensor, bias: Tensor | None, residual: Tensor, weight: Tensor, norm_bias: Tensor, seed: Tensor | None, eps: float, dropout: float
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rest: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`."""
-    T, D = x.shape
-    normed = torch.empty_like(residual)
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`.
+
+    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32.
+    """
+    normed = torch.empty_like(residual, dtype=None if rest is None else torch.float32)
     low = None if x.dtype == normed.dtype else torch.empty_like(x)
-    statistics = residual.new_empty((2, T), dtype=torch.float32)
-    rows, block_d, warps = _block(FORWARD, D)
+    statistics = residual.new_empty((2, len(x)), dtype=torch.float32)
+    _launch_forward(x, bias, residual, rest, weight, norm_bias, seed, normed, low, None, statistics, eps, dropout)
+    return normed, low, statistics
+
+
+def norm_halves(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rest: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """`norm_forward`'s normed float32 [T, D] as (high bfloat16, rest int16)."""
+    high, following = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
+    _launch_forward(x, bias, residual, rest, weight, norm_bias, seed, None, high, following, None, eps, dropout)
+    return high, following
+
+
+def _launch_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rest: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    normed: Tensor | None,
+    low: Tensor | None,
+    following: Tensor | None,
+    statistics: Tensor | None,
+    eps: float,
+    dropout: float,
+) -> None:
+    T, D = x.shape
+    rows, block_d, warps = block(FORWARD, D)
     _norm_forward[(triton.cdiv(T, rows),)](
-        x, bias, residual, weight, norm_bias, seed, normed, low, statistics, T, eps, 1 / (1 - dropout), D,
+        x, bias, residual, rest, weight, norm_bias, seed, normed, low, following, statistics, T, eps, 1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
-    return normed, low, statistics
 
 
 def norm_backward(
@@ -193,7 +256,7 @@ def norm_backward(
     """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a bias, dbias)."""
     T, D = x.shape
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
-    rows, block_d, warps = _block(BACKWARD, D)
+    rows, block_d, warps = block(BACKWARD, D)
     programs = resident_programs(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
     partial = residual.new_empty(programs, 2 if bias is None else 3, D)
     _norm_backward[(programs,)](
@@ -204,7 +267,7 @@ def norm_backward(
 
 
 @cache
-def _block(launch: Launch, D: int) -> tuple[int, int, int]:
+def block(launch: Launch, D: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program's block: whole rows, each spread over all warps, so that sums over rows stay in a thread."""
     block_d = triton.next_power_of_2(D)
     rows = max(1, min(launch.rows, _MOST_ELEMENTS // block_d))

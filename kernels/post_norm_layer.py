@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_reference import Mask
-from kernels.fused_layer import norm_backward, norm_forward
+from kernels.fused_layer import Halves, norm_backward, norm_forward, norm_halves
 from kernels.gelu_product import gelu_product, gelu_product_backward
 
 
@@ -53,7 +53,8 @@ class Factors(NamedTuple):
     attended: Tensor  # [D, D]
     widened: Tensor  # [F, D]
     widened_bias: Tensor  # [F]
-    narrowed: Tensor  # [F, D]: transposed, as the backward pass reads it
+    narrowed: Tensor  # [D, F]
+    narrowed_turned: Tensor  # [F, D]: transposed in memory, as the backward pass reads it
 
 
 class Layer(NamedTuple):
@@ -85,8 +86,8 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     p = Parameters(*(parameter.detach() for parameter in parameters))
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
-    narrowed = p.narrowed_weight.to(dtype).T.contiguous()
-    return Factors(qkv, bias, p.attended_weight.to(dtype), p.widened_weight.to(dtype), p.widened_bias.to(dtype), narrowed)
+    attended, widened, narrowed = (weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight))
+    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, narrowed.T.contiguous())
 
 
 def post_norm_layer(
@@ -97,20 +98,25 @@ def post_norm_layer(
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
     nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
     without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
-    pass did, and raises where a bias or norm of `parameters` has been changed in between. `products` of `with_products` for the same
+    pass did, and raises where a bias or norm of `parameters` has been changed in between. `products` of `without_graph` for the same
     arguments are taken as they are and not computed again; every result keeps its bits.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    keep = torch.is_grad_enabled()
-    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, keep, *parameters)
+    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, *parameters)
     return stream, stream if low is None else low
 
 
 @torch.no_grad()
-def with_products(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor, Products]:
-    """The results of `post_norm_layer` without a graph, and the products that spare a later call with one the most work."""
-    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
-    return passed.out, passed.out if passed.out_low is None else passed.out_low, Products(passed.context, passed.lse, passed.narrow)
+def without_graph(
+    stream: Tensor | Halves, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, *, halves: bool = False
+) -> tuple[Tensor | Halves, Tensor, Products]:
+    """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most work.
+
+    Nothing is kept that only a backward pass would read. In bfloat16 the stream may come in halves, and with `halves` it leaves so.
+    """
+    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False, halves=halves)
+    low: Any = passed.out if passed.out_low is None else passed.out_low
+    return passed.out, low, Products(passed.context, passed.lse, passed.narrow)
 
 
 class _Passed(NamedTuple):
@@ -120,19 +126,30 @@ class _Passed(NamedTuple):
     context: Tensor  # [T, heads, d]
     lse: Tensor
     added: Tensor  # [T, D], before its bias
-    middle: Tensor  # [T, D]: the stream between the two parts
+    middle: Tensor | Halves  # [T, D]: the stream between the two parts
     middle_low: Tensor | None  # the same rounded
-    statistics1: Tensor  # [2, T]
+    statistics1: Tensor | None  # [2, T]; for the backward pass alone
     wide: Tensor | None  # [T, F]; for the backward pass alone
     activated: Tensor  # [T, F]
     narrow: Tensor  # [T, D], before its bias
-    out: Tensor  # [T, D]
+    out: Tensor | Halves  # [T, D]
     out_low: Tensor | None
-    statistics2: Tensor  # [2, T]
+    statistics2: Tensor | None  # [2, T]; for the backward pass alone
 
 
-def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None, keep: bool) -> _Passed:
-    x = stream if low is None else low
+def _forward(
+    stream: Tensor | Halves,
+    low: Tensor | None,
+    layer: Layer,
+    read: Factors,
+    p: Parameters,
+    known: Products | None,
+    *,
+    keep: bool,
+    halves: bool = False,
+) -> _Passed:
+    """`keep` what a backward pass reads; or not: then the stream, in bfloat16, goes in halves, out of the layer too with `halves`."""
+    x: Any = stream if low is None else low
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
     if known is None:
@@ -143,15 +160,27 @@ def _forward(stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p:
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.narrow.shape)}")
         context, lse = known.context, known.lse
     added = linear(context.view(T, D), read.attended)
-    middle, middle_low, statistics1 = norm_forward(
-        added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1]
-    )
-    wide, activated = gelu_product(middle if middle_low is None else middle_low, read.widened, read.widened_bias, keep)
-    narrow = activated @ read.narrowed if known is None else known.narrow
-    out, out_low, statistics2 = norm_forward(
-        narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2]
-    )
+    in_halves = not keep and x.dtype == torch.bfloat16
+    middle, middle_low, statistics1 = _norm(
+        in_halves,
+        added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],
+    )  # fmt: skip
+    y: Any = middle if middle_low is None else middle_low
+    wide, activated = gelu_product(y, read.widened, read.widened_bias, keep)
+    narrow = linear(activated, read.narrowed) if known is None else known.narrow
+    out, out_low, statistics2 = _norm(
+        in_halves and halves,
+        narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
+    )  # fmt: skip
     return _Passed(qkv, context, lse, added, middle, middle_low, statistics1, wide, activated, narrow, out, out_low, statistics2)
+
+
+def _norm(in_halves: bool, *given: Any) -> tuple[Tensor | Halves, Tensor | None, Tensor | None]:
+    """(normed, the same rounded, statistics for a backward pass), or what of it there is in halves."""
+    if in_halves:
+        split = norm_halves(*given)
+        return split, split.high, None
+    return norm_forward(*given)
 
 
 class _PostNormLayer(torch.autograd.Function):
@@ -159,10 +188,10 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, keep: bool, *tensors: Tensor
+        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a = _forward(stream, low, layer, read, p, products, keep)
+        a: Any = _forward(stream, low, layer, read, p, products, keep=True)
         x, y = (stream, a.middle) if low is None else (low, a.middle_low)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
         ctx.set_materialize_grads(False)
@@ -176,7 +205,7 @@ class _PostNormLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dout_low: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read = ctx.layer, ctx.read
-        needs_stream, needs_low, _, _, _, _, *needs_parameters = ctx.needs_input_grad
+        needs_stream, needs_low, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
             stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
@@ -189,7 +218,7 @@ class _PostNormLayer(torch.autograd.Function):
         del narrow, middle
         dnarrowed = _weight_gradient(dnarrow, activated) if needs.narrowed_weight else None
         del activated
-        dwide, dwidened_bias = gelu_product_backward(dnarrow, read.narrowed, wide)
+        dwide, dwidened_bias = gelu_product_backward(dnarrow, read.narrowed_turned, wide)
         del dnarrow, wide
         dwidened = _weight_gradient(dwide, y) if needs.widened_weight else None
         dmiddle, dmiddle_low = _to_both(dmiddle, dwide @ read.widened, ctx.is_rounded)
@@ -212,7 +241,7 @@ class _PostNormLayer(torch.autograd.Function):
         if needs_stream or needs_low:
             dstream, dlow = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         return (
-            dstream, dlow, None, None, None, None,
+            dstream, dlow, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattended, of_norm1[2], of_norm1[0], of_norm1[1],
             dwidened, dwidened_bias,

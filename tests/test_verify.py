@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.post_norm_layer import Products, with_products
+from kernels.post_norm_layer import Products, without_graph
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
@@ -97,7 +97,7 @@ def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pyt
     )
     assert [kind[:2] for kind in kinds[::2]] == [(0, 0), (0, 0)]  # first all of them are encoded again
     assert min(kinds[1]) >= 2 and kinds[3][0] >= 2 and kinds[3][1] == 0 and kinds[3][2] >= 2
-    monkeypatch.setattr(fused_layers, "with_products", lambda *given: _swapped(*given))
+    monkeypatch.setattr(fused_layers, "without_graph", lambda *given, **form: _swapped(*given, **form))
     assert gradient_error(fused, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
 
 
@@ -124,8 +124,8 @@ def test_a_replay_that_is_wrong_on_one_side_is_found(encoder: DualEncoder, side:
     assert gradient_error(encoder, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
 
 
-def _swapped(*given: Any) -> tuple[Tensor, Tensor, Products]:
-    stream, rounded, products = with_products(*given)
+def _swapped(*given: Any, **form: Any) -> tuple[Any, Tensor, Products]:
+    stream, rounded, products = without_graph(*given, **form)
     return stream, rounded, products._replace(narrow=products.narrow.roll(1, 0))
 
 

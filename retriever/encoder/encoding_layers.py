@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kernels.add_norm import add_norm
 from kernels.attention import attention_forward
 from kernels.post_norm_layer import Factors, Layer, Parameters
-from retriever.encoder.encoding_embeddings import EncodingEmbeddings, knows_embeddings, only_encodes
+from retriever.encoder.encoding_embeddings import EncodingEmbeddings, only_encodes
+from retriever.encoder.fused_embeddings import knows_embeddings
 from retriever.encoder.fused_layers import FusedLayers, _read_parameters
 
 
@@ -77,5 +78,5 @@ def _encode(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, p: Par
     added = context.flatten(1) @ read.attended.T  # [T, H]
     stream, rounded = add_norm(added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, eps=layer.eps)
     widened = torch._addmm_activation(read.widened_bias, rounded, read.widened.T, use_gelu=True)  # [T, F]
-    narrow = widened @ read.narrowed  # [T, H]
+    narrow = widened @ read.narrowed.T  # [T, H]
     return add_norm(narrow, p.narrowed_bias, stream, p.narrowed_norm_weight, p.narrowed_norm_bias, eps=layer.eps, last=last)

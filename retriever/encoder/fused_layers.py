@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.post_norm_layer import Factors, Layer, Parameters, Products, factors, post_norm_layer, with_products
+from kernels.post_norm_layer import Factors, Layer, Parameters, Products, factors, post_norm_layer, without_graph
+from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
 
@@ -36,9 +37,11 @@ def can_fuse(tower: PreTrainedModel) -> bool:
 
 
 def fuse(tower: PreTrainedModel) -> None:
-    """Puts fused layers into `tower`, which from then on takes packed texts only."""
+    """Puts fused layers, and fused embeddings where they are plain ones, into `tower`, which from then on takes packed texts only."""
     encoder: Any = tower.encoder
     tower.encoder = FusedLayers(encoder.layer)
+    if knows_embeddings(tower):
+        tower.embeddings = FusedEmbeddings(tower.embeddings)  # type: ignore[arg-type]
 
 
 class _Place(NamedTuple):
@@ -89,7 +92,7 @@ class FusedLayers(nn.Module):
             raise ValueError(f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
-        stream = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
+        stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
         dropouts = [self._dropouts(place) for place in self._places]
         seeds: Any = [None] * 3 * len(dropouts)
@@ -100,13 +103,12 @@ class FusedLayers(nn.Module):
                 layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
                 parameters = _read_parameters(place.holders)
                 given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
-                if packed_products is None:
-                    stream, rounded = post_norm_layer(*given)
-                elif torch.is_grad_enabled():
-                    stream, rounded = post_norm_layer(*given, packed_products.popleft())
+                if torch.is_grad_enabled():
+                    stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
                 else:
-                    stream, rounded, products = with_products(*given)
-                    packed_products.append(products)
+                    stream, rounded, products = without_graph(*given, halves=i < len(self._places) - 1)
+                    if packed_products is not None:
+                        packed_products.append(products)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
     def _dropouts(self, place: _Place) -> tuple[float, float, float]:

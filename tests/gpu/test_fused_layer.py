@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.fused_layer import gelu_backward, gelu_forward, norm_backward, norm_forward
-from tests.kernels.test_fused_layer import EPS, check_gelu, check_norm, norm_inputs
+from tests.kernels.test_fused_layer import EPS, check_gelu, check_halves, check_norm, norm_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +50,11 @@ def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float
 def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(F)
     check_gelu((3 * torch.randn(T, F, device="cuda", generator=generator)).to(dtype), BOUNDS[dtype], 2e-6)
+
+
+@pytest.mark.parametrize(("T", "D"), [(1001, 768), (1, 384), (33, 1024), (257, 100)])
+def test_halves_are_the_whole(T: int, D: int) -> None:
+    check_halves(T, D, "cuda")
 
 
 def test_gelu_is_accurate_in_the_tails() -> None:

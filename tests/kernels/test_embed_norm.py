@@ -72,9 +72,9 @@ def test_the_kernel_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("arch", "D"), [(90, 768), (80, 1024), (100, 4096)])
 def test_the_kernel_compiles_without_spilling(arch: int, D: int) -> None:
     types = dict.fromkeys(("words", "places", "segment", "weight", "bias"), "*fp32") | dict.fromkeys(("ids", "positions"), "*i64")
-    types |= dict.fromkeys(("T", "V", "P"), "i32") | {"following": "*fp16", "eps": "fp32"}
+    types |= dict.fromkeys(("T", "V", "P"), "i32") | {"following": "*fp16", "eps": "fp32", "inverse_keep": "fp32"}
     columns, warps = block(D)
-    constants: dict[str, Any] = {"D": D, "ROWS": embed_norm_triton.ROWS, "BLOCK_D": columns}
+    constants: dict[str, Any] = {"D": D, "THRESHOLD": 0, "ROWS": embed_norm_triton.ROWS, "BLOCK_D": columns}
     shared, spilled, ptx = compile_kernel(embed_norm_triton._embed_norm, types, constants, arch, warps, 3)
     assert shared <= SHARED_LIMIT[arch] and spilled == 0 and "ld.global.v4.b32" in ptx
 

@@ -74,7 +74,7 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
         (fused_norm_triton._norm_forward, forward, fused_norm_triton.FORWARD),
         (fused_norm_triton._norm_backward, backward, fused_norm_triton.BACKWARD),
     ):
-        rows, block_d, warps = fused_norm_triton._block(launch, D)
+        rows, block_d, warps = fused_norm_triton.block(launch, D)
         constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": rows, "BLOCK_D": block_d}
         if "STAGES" in kernel.arg_names:
             constants["STAGES"] = launch.stages
@@ -84,8 +84,16 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
 def test_norm_compiles_for_a_float16_stream() -> None:
     types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(("residual", "normed"), "*fp16")
     types |= dict.fromkeys(("x", "low"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
-    rows, block_d, warps = fused_norm_triton._block(fused_norm_triton.FORWARD, 768)
+    rows, block_d, warps = fused_norm_triton.block(fused_norm_triton.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d}
+    compiles(fused_norm_triton._norm_forward, types, constants, 90, warps)
+
+
+def test_norm_compiles_in_halves() -> None:
+    vectors = dict.fromkeys(("bias", "weight", "norm_bias"), "*fp32") | dict.fromkeys(("x", "residual", "low"), "*bf16")
+    types = vectors | dict.fromkeys(("rest", "following"), "*i16") | {"seed": "*i64", "T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
+    rows, block_d, warps = fused_norm_triton.block(fused_norm_triton.FORWARD, 768)
+    constants = {"D": 768, "THRESHOLD": drop_below(0.1), "ROWS": rows, "BLOCK_D": block_d}
     compiles(fused_norm_triton._norm_forward, types, constants, 90, warps)
 
 

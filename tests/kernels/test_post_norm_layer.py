@@ -9,7 +9,8 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from kernels import post_norm_layer as module
 from kernels.dropout_hash import keep_mask
-from kernels.post_norm_layer import Layer, Parameters, Products, factors, post_norm_layer, with_products
+from kernels.fused_layer import Halves
+from kernels.post_norm_layer import Layer, Parameters, Products, factors, post_norm_layer, without_graph
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import relative_error
 
@@ -146,13 +147,25 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_stream_in_halves_has_the_bits_of_a_whole_one(computing: torch.dtype) -> None:
+    """Through three layers, of which the last gives it back whole; halves are for bfloat16 only."""
+    layer, p, stream = make_layer(ON), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32).detach()
+    read, whole, split = factors(p, computing), [stream, stream.to(computing)], [stream, stream.to(computing)]
+    for i in range(3):
+        whole = list(post_norm_layer(*whole, layer, read, p))
+        *split, _ = without_graph(*split, layer, read, p, halves=i < 2)
+        assert isinstance(split[0], Halves) == (i < 2 and computing == torch.bfloat16) and torch.equal(split[1], whole[1])
+    assert torch.equal(split[0], whole[0]) and split[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("dtype", "computing"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
 def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     dtype: torch.dtype, computing: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
     given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
-    *without, products = with_products(*given)
+    *without, products = without_graph(*given)
     assert not any(x.requires_grad for x in (*without, *products)) and products.narrow.dtype == computing
 
     def gradients(products: Products | None) -> list[Tensor]:

@@ -1,0 +1,93 @@
+"""BERT's embeddings as they are trained: three rows a token, the norm of their sum and its dropout, one pass over memory each way."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, layer_norm
+
+from kernels.dispatch import on_kernels
+from kernels.embed_norm import check_embeddings
+from kernels.fused_layer_reference import dropout_factor
+
+__all__ = ["Tables", "embeddings"]
+
+
+class Tables(NamedTuple):
+    """What is trained, and the rows of it that never are: of padding."""
+
+    words: Tensor  # [V, D]
+    places: Tensor  # [P, D]
+    segment: Tensor  # [D]
+    weight: Tensor  # [D]: of the norm
+    bias: Tensor  # [D]
+    padding_word: int | None = None
+    padding_place: int | None = None
+
+
+def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | None, *, eps: float, dropout: float) -> Tensor:
+    """y_t = dropout(LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias): [T, D], differentiable in the tables.
+
+    ids, positions [T] int64; `tables` of one dtype, float32 or float64, D ≤ 4096, which is that of y; all contiguous, on one device.
+    `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout > 0), their row and their column.
+    To be called with autocast off. The tables' gradients are dense; torch sums those of words and places by atomics on a GPU.
+    An id outside its table makes its row NaN on a GPU and raises IndexError on a CPU. Raises ValueError where shapes, dtypes or devices
+    do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
+    """
+    words, places, segment, weight, bias, padding_word, padding_place = tables
+    check_embeddings(ids, positions, words, places, segment, weight, bias, words.dtype)
+    if not 0 <= dropout < 1 or (dropout > 0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,))):
+        raise ValueError(f"expected dropout in 0..1 (1 excluded) and, above 0, a seed int64 [1]; received {dropout} and {seed}")
+    seed = seed if dropout > 0 else None
+    if on_kernels(words):
+        out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, padding_word, padding_place, *tables[:5])
+        return out
+    z = embedding(ids, words, padding_word) + segment + embedding(positions, places, padding_place)  # [T, D]
+    y = layer_norm(z, z.shape[1:], weight, bias, eps)
+    return y * dropout_factor(y, seed, dropout)
+
+
+class _Embeddings(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        positions: Tensor,
+        seed: Tensor | None,
+        eps: float,
+        dropout: float,
+        padding_word: int | None,
+        padding_place: int | None,
+        *tables: Tensor,
+    ) -> Tensor:
+        from kernels.embed_norm_triton import embed_norm
+
+        words, places, segment, weight, _ = tables
+        out, statistics = embed_norm(ids, positions, *tables, eps=eps, dtype=torch.float32, seed=seed, dropout=dropout, trained=True)
+        ctx.dropout, ctx.paddings = dropout, (padding_word, padding_place)
+        ctx.save_for_backward(ids, positions, words, places, segment, weight, statistics, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from kernels.embed_norm_triton import embed_norm_backward
+
+        ids, positions, words, places, segment, weight, statistics, seed = ctx.saved_tensors
+        needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[7:]
+        dz, sums = embed_norm_backward(dout.contiguous(), ids, positions, words, places, segment, weight, statistics, seed, ctx.dropout)
+        dweight, dbias, dsegment = sums
+        padding_word, padding_place = ctx.paddings
+        dwords = _table_gradient(dz, ids, words, padding_word) if needs_words else None
+        dplaces = _table_gradient(dz, positions, places, padding_place) if needs_places else None
+        vectors = [d if needed else None for d, needed in zip((dsegment, dweight, dbias), needs_vectors, strict=True)]
+        return (None,) * 7 + (dwords, dplaces, *vectors)
+
+
+def _table_gradient(dz: Tensor, rows: Tensor, table: Tensor, padding: int | None) -> Tensor:
+    """[V, D]: the gradients dz [T, D] added up by the rows they belong to."""
+    total: Tensor = torch.ops.aten.embedding_dense_backward(dz, rows, len(table), -1 if padding is None else padding, False)
+    return total

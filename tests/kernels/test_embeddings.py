@@ -1,0 +1,117 @@
+"""Embeddings as they are trained: by definition in float64, in Triton's interpreter, and compiled for a GPU that is not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import embed_norm_triton, fused_norm_triton
+from kernels.add_norm_triton import block
+from kernels.dropout_hash import drop_below, keep_mask
+from kernels.embeddings import Tables, embeddings
+from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
+from tests.kernels.oracle import relative_error
+
+EPS = 1e-5
+INTERPRETED = """
+import numpy, torch
+from kernels import embed_norm_triton
+from tests.kernels.test_embeddings import check, inputs
+
+numpy.seterr(over="ignore")
+launched, kernels = set(), (embed_norm_triton._embed_norm, embed_norm_triton._embed_norm_backward)
+for kernel in kernels:
+    kernel.run = lambda *a, run=kernel.run, **k: (launched.add(run), run(*a, **k))[1]
+for T, D, dropout in ((37, 48, 0.3), (1, 100, 0.0), (5, 768, 0.1)):
+    check(*inputs(T, D, torch.float32), dropout, 2e-6)
+assert len(launched) == 2, "the kernels did not run"
+"""
+
+
+def inputs(T: int, D: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tables]:
+    """ids, positions and tables of 61 words and 23 places, first and last among them; word 3 and place 1 are padding."""
+    draw = torch.Generator().manual_seed(T)
+    ids, positions = torch.randint(61, (T,), generator=draw), torch.randint(23, (T,), generator=draw)
+    ids[: min(T, 3)] = torch.tensor([60, 0, 3])[:T]
+    positions[: min(T, 3)] = torch.tensor([0, 22, 1])[:T]
+    shapes = ((61, D), (23, D), (D,), (D,), (D,))
+    made = ((torch.randn(shape, generator=draw, dtype=torch.float64) + 1).to(device, dtype).requires_grad_() for shape in shapes)
+    return ids.to(device), positions.to(device), Tables(*made, 3, 1)
+
+
+def by_definition(ids: Tensor, positions: Tensor, tables: Tables, dropout: float, seed: Tensor) -> Tensor:
+    words, places, segment, weight, bias, *_ = tables
+    z = words[ids] + places[positions] + segment
+    centred = z - z.mean(1, keepdim=True)
+    y = centred / (centred.square().mean(1, keepdim=True) + EPS).sqrt() * weight + bias
+    rows, columns = (torch.arange(n, device=ids.device) for n in y.shape)
+    return y * keep_mask(seed, rows, columns, dropout) / (1 - dropout)
+
+
+def check(ids: Tensor, positions: Tensor, tables: Tables, dropout: float, bound: float) -> None:
+    """Relative errors of the result and of every gradient; a padding's row gets none."""
+    seed = torch.tensor([2**40 + 5], device=ids.device)
+    exact = Tables(*(table.detach().double().requires_grad_() for table in tables[:5]), 3, 1)
+    found = embeddings(ids, positions, tables, seed, eps=EPS, dropout=dropout)
+    want = by_definition(ids, positions, exact, dropout, seed)
+    assert found.dtype == tables.words.dtype and relative_error(found.detach(), want.detach()) < bound
+    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(want)
+    got = torch.autograd.grad(found, tables[:5], dout.to(found.dtype))
+    expected = torch.autograd.grad(want, exact[:5], dout)
+    expected[0][3] = expected[1][1] = 0
+    for name, a, b in zip(Tables._fields, got, expected, strict=False):
+        assert a.dtype == found.dtype and b.norm() > 0 and relative_error(a, b) < bound, name
+    assert not got[0][3].any() and not got[1][1].any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_the_definition_and_its_gradients(dtype: torch.dtype, bound: float, dropout: float) -> None:
+    check(*inputs(37, 24, dtype), dropout, bound)
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("arch", "D"), [(90, 768), (80, 1024), (100, 384)])
+def test_the_kernels_compile_without_spilling(arch: int, D: int) -> None:
+    tables = dict.fromkeys(("words", "places", "segment", "weight", "statistics"), "*fp32")
+    types = tables | dict.fromkeys(("ids", "positions", "seed"), "*i64") | dict.fromkeys(("T", "V", "P"), "i32") | {"inverse_keep": "fp32"}
+    columns, warps = block(D)
+    constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": embed_norm_triton.ROWS, "BLOCK_D": columns}
+    forward = types | {"bias": "*fp32", "following": "*fp32", "eps": "fp32"}
+    backward = types | dict.fromkeys(("dout", "dz_out", "partial"), "*fp32")
+    launch = fused_norm_triton.BACKWARD
+    rows, columns, backward_warps = fused_norm_triton.block(launch, D)
+    staying = {"ROWS": rows, "BLOCK_D": columns, "STAGES": launch.stages}
+    for kernel, signature, more, count in (
+        (embed_norm_triton._embed_norm, forward, {}, warps),
+        (embed_norm_triton._embed_norm_backward, backward, staying, backward_warps),
+    ):
+        shared, spilled, ptx = compile_kernel(kernel, signature, constants | more, arch, count, 3)
+        assert shared <= SHARED_LIMIT[arch] and spilled == 0 and "ld.global.v4.b32" in ptx
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    ids, positions, tables = inputs(9, 24, torch.float64)
+    frozen = tables._replace(words=tables.words.detach(), weight=tables.weight.detach())
+    embeddings(ids, positions, frozen, None, eps=EPS, dropout=0.0).square().sum().backward()
+    assert frozen.words.grad is None and frozen.weight.grad is None and tables.places.grad is not None and tables.bias.grad.any()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    ids, positions, tables = inputs(3, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"expected places \[23, 8\] torch.float32 .*torch.float64"):
+        embeddings(ids, positions, tables._replace(places=tables.places.double()), None, eps=EPS, dropout=0.0)
+    with pytest.raises(ValueError, match=r"a seed int64 \[1\]; received 0.1 and None"):
+        embeddings(ids, positions, tables, None, eps=EPS, dropout=0.1)
+    with pytest.raises(IndexError):
+        embeddings(torch.tensor([0, 61, 1]), positions, tables, None, eps=EPS, dropout=0.0)
