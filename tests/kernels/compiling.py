@@ -26,10 +26,12 @@ def compile_kernel(
     stages: int,
     gluon: bool = False,
     registers: int | None = None,
+    fusion: bool = True,
 ) -> tuple[int, int, str]:
     """(bytes of shared memory, bytes of a thread's stack: spilled registers, PTX) of a kernel.
 
-    Arguments without a type are constants or None; `registers`: the most that a thread may have, as the launch's `maxnreg`.
+    Arguments without a type are constants or None; `registers`: the most that a thread may have, as the launch's `maxnreg`;
+    `fusion`: whether the assembler may make one operation of a product and a sum.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     unknown = (set(types) | set(constants)) - set(kernel.arg_names)
@@ -37,7 +39,7 @@ def compile_kernel(
     values = {(i,): constants.get(name) for i, name in enumerate(kernel.arg_names) if signature[name] == "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
     source = (GluonASTSource if gluon else ASTSource)(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
