@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import add_norm_triton, fused_norm_triton
 from kernels.dropout_hash import drop_below
-from kernels.fused_norm_triton import _keep
+from kernels.fused_norm_triton import keep_elements
 from kernels.resident import resident_programs
 
 ROWS = 2  # a program's, forward
@@ -70,7 +70,7 @@ def _embed_norm(
     scale, base = tl.load(weight + columns, in_columns, other=0.0), tl.load(bias + columns, in_columns, other=0.0)
     y = centred * spread[:, None] * scale[None, :] + base[None, :]
     if THRESHOLD > 0:
-        y = tl.where(_keep(seed, first + rows, columns, THRESHOLD), y * inverse_keep, 0.0)
+        y = tl.where(keep_elements(seed, first + rows, columns, THRESHOLD), y * inverse_keep, 0.0)
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
     tl.store(following + at, y.to(following.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
     if statistics is not None:
@@ -114,7 +114,7 @@ def _embed_norm_backward(
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
         g = tl.load(dout + at, inside, other=0.0)
         if THRESHOLD > 0:
-            g = tl.where(_keep(seed, first + rows, columns, THRESHOLD), g * inverse_keep, 0.0)
+            g = tl.where(keep_elements(seed, first + rows, columns, THRESHOLD), g * inverse_keep, 0.0)
         z = _gather(ids, positions, words, places, segment, first, rows, columns, T, V, P, D)
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread

@@ -63,7 +63,7 @@ def _load_row(pointer, columns, D: tl.constexpr):
 
 
 @triton.jit
-def _keep(seed, rows, columns, THRESHOLD: tl.constexpr):
+def keep_elements(seed, rows, columns, THRESHOLD: tl.constexpr):
     if THRESHOLD > 0:
         row_key, column_key = mask_keys(seed, 0)
         return kept(mask_words(row_key, rows)[:, None], mask_words(column_key, columns)[None, :], THRESHOLD)
@@ -97,7 +97,7 @@ def _norm_forward(
     in_rows, in_columns = rows < T - first, columns < D
     inside = in_rows[:, None] & in_columns[None, :]
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
-    keep = _keep(seed, first + rows, columns, THRESHOLD)
+    keep = keep_elements(seed, first + rows, columns, THRESHOLD)
     z = _dropped_sum(x, residual, rest, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
     level = tl.sum(z, 1) / D
     centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
@@ -152,7 +152,7 @@ def _norm_backward(
         in_rows = rows < T - first
         inside = in_rows[:, None] & in_columns[None, :]
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
-        keep = _keep(seed, first + rows, columns, THRESHOLD)
+        keep = keep_elements(seed, first + rows, columns, THRESHOLD)
         z = _dropped_sum(x, residual, None, shift, at, inside, keep, inverse_keep, THRESHOLD)
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread

@@ -87,11 +87,11 @@ def _finish_quarter(
         else:
             send(rounded_to(_gelu(x), out.dtype), staging.index(2 * LOWER + QUARTER % 2), out, row, at, 1)
     else:
-        place = staging.index(4 * LOWER + QUARTER)
-        g = _gelu_gradient(place.load(x.type.layout).to(gl.float32), x)
-        place.store(rounded_to(g, out.dtype))
+        buffer = staging.index(4 * LOWER + QUARTER)
+        g = _gelu_gradient(buffer.load(x.type.layout).to(gl.float32), x)
+        buffer.store(rounded_to(g, out.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [row, at], place)
+        tma.async_copy_shared_to_global(out, [row, at], buffer)
         store_column_sums(sums + row.to(gl.int64) // ROWS * F, g, at, F)
 
 

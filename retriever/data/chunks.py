@@ -57,8 +57,9 @@ def filler(side: Side, *, packed: bool) -> Chunk:
 def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = False) -> list[np.ndarray]:
     """Positions [n_c] int64 of each chunk: sorted by length, longest first, at most `tokens_per_chunk` tokens each.
 
-    Padded, a chunk of n rows has n × its longest tokens. The longest chunk comes first so that a run that does not fit in memory
-    fails at once. A function of the lengths alone: both passes of the gradient cache see the same bounds and the same widths.
+    Padded, a chunk of n rows has n × its longest tokens. Packed, the fewest chunks share the tokens evenly: a small one would leave a
+    GPU waiting for the host. The longest chunk comes first so that a run that does not fit in memory fails at once. A function of the lengths
+    alone: both passes of the gradient cache see the same bounds and the same widths.
     Raises ValueError where a single text is longer than the budget.
     """
     if len(lengths) == 0:
@@ -67,10 +68,12 @@ def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = Fa
     if lengths[order[0]] > tokens_per_chunk:
         raise ValueError(f"batch.tokens_per_chunk={tokens_per_chunk} is below the longest text of {lengths[order[0]]} tokens")
     before = np.concatenate([[0], lengths[order].cumsum()])  # tokens that stand before each place of the order
+    fewest = max(1, -(-before[-1] // tokens_per_chunk))
+    share = min(tokens_per_chunk, before[-1] // fewest + lengths[order[0]])  # a text more, so that no chunk falls short
     chunks, start = [], 0
     while start < len(order):
         if packed:
-            stop = int(np.searchsorted(before, before[start] + tokens_per_chunk, side="right")) - 1
+            stop = int(np.searchsorted(before, before[start] + share, side="right")) - 1
         else:
             stop = start + int(tokens_per_chunk // max(1, lengths[order[start]]))
         chunks.append(order[start : max(stop, start + 1)])

@@ -32,6 +32,28 @@ def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: l
     assert all(np.array_equal(a, b) for a, b in zip(plan, plan_chunks(array.copy(), budget), strict=True))
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 300))
+def test_packed_chunks_share_the_tokens_evenly(lengths: list[int], budget: int) -> None:
+    """Every row once, longest first, within the budget; no more chunks than to fill one after another; none but the last below its share."""
+    array = np.array(lengths, dtype=np.int64)
+    plan = plan_chunks(array, budget, packed=True)
+    rows = [int(row) for part in plan for row in part]
+    assert sorted(rows) == list(range(len(lengths))) and [lengths[row] for row in rows] == sorted(lengths, reverse=True)
+    sizes, fewest = [int(array[part].sum()) for part in plan], -(-sum(lengths) // budget)
+    assert max(sizes) <= budget
+    filled, fullest = 1, 0
+    for length in sorted(lengths, reverse=True):
+        filled, fullest = (filled + 1, length) if fullest + length > budget else (filled, fullest + length)
+    assert fewest <= len(plan) <= filled
+    if sum(lengths) // fewest + max(lengths) <= budget:  # there is room to share evenly
+        assert len(plan) == fewest and all(size > sum(lengths) // fewest for size in sizes[:-1])
+
+
+def test_a_batch_a_little_larger_than_a_chunk_makes_two_of_a_size() -> None:
+    plan = plan_chunks(np.full(780, 100), 65_536, packed=True)
+    assert [len(part) for part in plan] == [391, 389]
+
+
 def test_a_text_longer_than_the_budget_is_refused() -> None:
     """The message names the key, the budget and the length."""
     with pytest.raises(ValueError, match="batch.tokens_per_chunk=40 .* 41 tokens"):
