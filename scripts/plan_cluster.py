@@ -119,7 +119,7 @@ def _above_zero(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table of docs/cluster.md, or one for another machine."""
-    defaults, bert = Machine(), Model(pairs_per_s=6_500)
+    defaults, bert = Machine(), Model(pairs_per_s=6_800)
     parser = argparse.ArgumentParser(prog="python -m scripts.plan_cluster", description=(__doc__ or "").partition(":")[0])
     parser.add_argument(
         "--batches", type=at_least_one, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch"

@@ -58,8 +58,8 @@ def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = Fa
     """Positions [n_c] int64 of each chunk: sorted by length, longest first, at most `tokens_per_chunk` tokens each.
 
     Padded, a chunk of n rows has n × its longest tokens. Packed, the fewest chunks share the tokens evenly: a small one would leave a
-    GPU waiting for the host. The longest chunk comes first so that a run that does not fit in memory fails at once. A function of the lengths
-    alone: both passes of the gradient cache see the same bounds and the same widths.
+    GPU waiting for the host. The longest chunk comes first so that a run that does not fit in memory fails at once. A function of the
+    lengths alone: both passes of the gradient cache see the same bounds and the same widths.
     Raises ValueError where a single text is longer than the budget.
     """
     if len(lengths) == 0:

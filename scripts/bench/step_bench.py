@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers import BertModel
@@ -26,6 +27,7 @@ _ROUNDING = 1e-4  # an error that fp32 may have
 _CHECKED_PAIRS = 128
 _REFERENCE_SIZE = 4096  # tokens of a chunk
 _SMALL = 4096  # pairs
+_STAGED_STEPS = 3
 _TWO_STEPS = 32_768  # pairs: a larger batch is trained on once
 
 
@@ -97,10 +99,12 @@ class Bench:
             self._against_floor(case, queries)
 
     def _timed(self, trainer: Trainer, batches: Iterator[Batch], *, apart: bool) -> tuple[Sample, Stages]:
-        """Whole steps after an unmeasured one, and the stages of another one; or, not `apart`, steps that are both."""
-        if apart:
-            return sample(trainer.step, batches, self.work.device, self._seconds), trainer.staged_step(next(batches))
+        """Whole steps after an unmeasured one, and the middle of the stages of others; or, not `apart`, steps that are both."""
         stages: list[Stages] = []
+        if apart:
+            found = sample(trainer.step, batches, self.work.device, self._seconds)
+            stages = [trainer.staged_step(next(batches)) for _ in range(_STAGED_STEPS)]
+            return found, Stages(*map(median, zip(*stages, strict=True)))
         found = sample(lambda batch: stages.append(trainer.staged_step(batch)), batches, self.work.device, self._seconds / 2, 0)
         return found, stages[-1]
 

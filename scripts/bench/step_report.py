@@ -24,8 +24,8 @@ _FIGURES = (
 )
 
 
-def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = "") -> str:
-    """The results as a page; `note` goes in front of the figures."""
+def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = "", plots: Sequence[str] = ()) -> str:
+    """The results as a page; `note` goes in front of the figures, and links to `plots` beside the page."""
     rows = [row for table in tables for row in table.rows]
     found = [_value(table.rows, "8192x8192x8192", "floor", "matmul_tflops") for table in tables]
     rates = [f"{rate:.0f}" for rate in found if rate is not None]
@@ -43,12 +43,13 @@ def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = 
         "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise "
         "(embedding tables aside, whose gradients torch sums by atomics).",
         *(["", note] if note else []),
+        *(["", "Plots: " + ", ".join(f"[{name}]({name})" for name in plots) + "."] if plots else []),
         "",
         *_table_lines(rows),
     ]
     lines += ["", "## Where the time goes, and what was predicted", ""]
     lines += [
-        "Milliseconds of the stages of one step of ours, between CUDA events; in parentheses what preflight predicted before step 1.",
+        "Milliseconds of the stages of a step of ours, between CUDA events; in parentheses what preflight predicted before step 1.",
         "",
     ]
     lines += ["| case | first pass | loss | 6·b²·d at the matmul rate | second pass | update | peak GiB |", "|---|---|---|---|---|---|---|"]
@@ -134,7 +135,7 @@ def plot(tables: Sequence[Table], path: Path) -> None:
     sizes = sorted({_queries(case) for case, _, _ in timed})
     heights = [sum(_queries(case) == size for case, _, _ in timed) for size in sizes]
     figure = Figure(figsize=(9, 1.2 + 0.34 * sum(heights) + 0.5 * len(sizes)), layout="constrained")
-    for size, axes in zip(sizes, figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0], strict=True):
+    for size, axes in zip(sizes, figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0], strict=True):
         bars = [(" ".join([m, *c.split(",")[1:]]), v, m) for c, m, v in timed if _queries(c) == size]
         colors = ["#1f5fbf" if m == "bigbatch" else "#7a7a7a" if m == "floor" else "#d08a3a" for _, _, m in bars]
         places = range(len(bars))
@@ -162,8 +163,8 @@ def plot_curves(curves: Table, path: Path) -> None:
     for name in names:
         left.plot(losses[name], lw=1.1, label=name)
         right.plot([value - first for value, first in zip(losses[name], losses[names[0]], strict=True)], lw=1.1)
-    left.set(xlabel="step", ylabel="loss, nats")
-    right.set(xlabel="step", ylabel=f"loss less that of {names[0]}")
+    left.set(xlabel="step", ylabel="loss, nats", yscale="log")
+    right.set(xlabel="step", ylabel=f"loss minus that of {names[0]}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=8)
@@ -179,10 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     tables = [Table.load(path) for path in args.tables]
     curves = [Table.load(path) for path in args.curves]
-    args.tables[0].with_suffix(".md").write_text(markdown(tables, curves, args.note))
-    plot(tables, args.tables[0].with_suffix(".png"))
-    for table, path in zip(curves, args.curves, strict=True):
-        plot_curves(table, path.with_suffix(".png"))
+    plots = [path.with_suffix(".png") for path in (args.tables[0], *args.curves)]
+    args.tables[0].with_suffix(".md").write_text(markdown(tables, curves, args.note, [path.name for path in plots]))
+    plot(tables, plots[0])
+    for table, path in zip(curves, plots[1:], strict=True):
+        plot_curves(table, path)
 
 
 if __name__ == "__main__":

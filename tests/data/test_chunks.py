@@ -34,7 +34,7 @@ def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: l
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 300))
 def test_packed_chunks_share_the_tokens_evenly(lengths: list[int], budget: int) -> None:
-    """Every row once, longest first, within the budget; no more chunks than to fill one after another; none but the last below its share."""
+    """Every row once, longest first, within the budget; no more chunks than filled one by one; none but the last below its share."""
     array = np.array(lengths, dtype=np.int64)
     plan = plan_chunks(array, budget, packed=True)
     rows = [int(row) for part in plan for row in part]
