@@ -31,18 +31,19 @@ class Tables(NamedTuple):
 def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | None, *, eps: float, dropout: float) -> Tensor:
     """y_t = dropout(LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias): [T, D], differentiable in the tables.
 
-    ids, positions [T] int64; `tables` of one dtype, float32 or float64, D ≤ 4096, which is that of y; all contiguous, on one device.
+    ids, positions [T] int64; `tables` of one floating dtype, D ≤ 4096, which is that of y (all but float32 by torch's own operations); all
+    contiguous, on one device.
     `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout > 0), their row and their column.
     To be called with autocast off. The tables' gradients are dense; torch sums those of words and places by atomics on a GPU.
-    An id outside its table makes its row NaN on a GPU and raises IndexError on a CPU. Raises ValueError where shapes, dtypes or devices
-    do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
+    An id outside its table makes its row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where
+    shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
     """
     words, places, segment, weight, bias, padding_word, padding_place = tables
     check_embeddings(ids, positions, words, places, segment, weight, bias, words.dtype)
     if not 0 <= dropout < 1 or (dropout > 0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,))):
         raise ValueError(f"expected dropout in 0..1 (1 excluded) and, above 0, a seed int64 [1]; received {dropout} and {seed}")
     seed = seed if dropout > 0 else None
-    if on_kernels(words):
+    if on_kernels(words) and words.dtype == torch.float32:
         out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, padding_word, padding_place, *tables[:5])
         return out
     z = embedding(ids, words, padding_word) + segment + embedding(positions, places, padding_place)  # [T, D]
@@ -88,6 +89,7 @@ class _Embeddings(torch.autograd.Function):
 
 
 def _table_gradient(dz: Tensor, rows: Tensor, table: Tensor, padding: int | None) -> Tensor:
-    """[V, D]: the gradients dz [T, D] added up by the rows they belong to."""
-    total: Tensor = torch.ops.aten.embedding_dense_backward(dz, rows, len(table), -1 if padding is None else padding, False)
+    """[V, D]: the gradients dz [T, D] added up by the rows they belong to; those of rows outside, which are NaN, by the first one."""
+    inside = rows.where((rows >= 0) & (rows < len(table)), 0)  # torch would write outside of the table
+    total: Tensor = torch.ops.aten.embedding_dense_backward(dz, inside, len(table), -1 if padding is None else padding, False)
     return total

@@ -19,7 +19,8 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     """(u, gelu(u)) of u = x Wᵀ + bias, each [T, F] in x's dtype; where not `keep`, u is None and need not be written at all.
 
     x [T, D], weight W [F, D], bias [F]: one floating dtype, contiguous. gelu(u) has the same bits with u and without.
-    GELU in its exact form; that of half precision on Hopper is of u before rounding. (Hendrycks and Gimpel 2016, arXiv:1606.08415)
+    GELU in its exact form, of finite u; that of half precision on Hopper is of u before rounding.
+    (Hendrycks and Gimpel 2016, arXiv:1606.08415)
     """
     if _is_fused(x, weight):
         from kernels import gelu_product_hopper
@@ -32,7 +33,7 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
 def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(du, Σ_rows du) with du = (dy Wᵀ) gelu′(u): the gradient at u, and that of its bias.
 
-    dy [T, D] and weight W [F, D] like u [T, F], which `gelu_product` gave: W maps what comes of gelu(u) to D numbers, transposed.
+    dy [T, D] and weight W [F, D], `turned`, like u [T, F], which `gelu_product` gave: Wᵀ maps gelu(u) to D numbers.
     Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     """
     if _is_fused(dy, weight):
@@ -42,10 +43,18 @@ def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor
     return gelu_backward(torch.mm(dy, weight.T), u)
 
 
+def turned(weight: Tensor) -> Tensor:
+    """weight [D, F] transposed as `gelu_product_backward` reads it: in memory too where one kernel may do its work."""
+    return weight.T.contiguous() if _can_fuse(weight) else weight.T
+
+
 def _is_fused(x: Tensor, weight: Tensor) -> bool:
-    F, D = weight.shape
-    if not x.is_cuda or len(x) * F < FUSED_FROM or D % 8 or F % 8:  # the copy engine takes rows of whole 16 bytes
+    return len(x) * len(weight) >= FUSED_FROM and _can_fuse(weight) and x.dtype == weight.dtype
+
+
+def _can_fuse(weight: Tensor) -> bool:
+    if not weight.is_cuda or weight.shape[0] % 8 or weight.shape[1] % 8:  # the copy engine takes rows of whole 16 bytes
         return False
     from kernels import hopper_tiles
 
-    return hopper_tiles.fits(x)
+    return hopper_tiles.fits(weight)

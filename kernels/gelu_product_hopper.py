@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """A matrix product and the GELU that follows it in one kernel for Hopper, forward and backward: what lies between stays in registers.
 
-Forward: u = x Wᵀ + bias where a backward pass will read it, and u Φ(u), Φ the normal distribution. Backward: dx Wᵀ times
+Forward: u = x Wᵀ + bias where a backward pass will read it, and u Φ(u), Φ the normal distribution. Backward: dy Wᵀ times
 Φ(u) + u φ(u), and that summed over rows.
 
 The tail Φ(−|u|) is 2 to the power of a polynomial in |u|: no division, one exponential. Degree 7, a minimax fit to log₂ ½ erfc(|u| / √2)
@@ -132,7 +132,7 @@ def _finish(
 
 @gluon.jit(do_not_specialize=["T"])
 def _gelu_product(
-    x,  # descriptor [T, D], blocks of 64 × 64
+    x,  # descriptor [T, D], blocks of 64 × 64; dy of the backward pass
     weight,  # descriptor [F, D], blocks of 256 × 64
     bias,  # [F] of the forward pass
     u,  # descriptor [T, F], blocks of 64 × 64, of the backward pass; None: forward
@@ -178,10 +178,10 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     return u, out
 
 
-def gelu_product_backward(x: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(x Wᵀ gelu′(u) [T, F], its sums over rows [F] float32)."""
-    out, sums = torch.empty_like(u), x.new_empty(2 * triton.cdiv(len(x), 128), len(weight), dtype=torch.float32)
-    _launch(x, weight, None, u, None, out, sums)
+def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy Wᵀ gelu′(u) [T, F], its sums over rows [F] float32)."""
+    out, sums = torch.empty_like(u), dy.new_empty(2 * triton.cdiv(len(dy), 128), len(weight), dtype=torch.float32)
+    _launch(dy, weight, None, u, None, out, sums)
     return out, sums.sum(0)
 
 

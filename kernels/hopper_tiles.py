@@ -45,6 +45,7 @@ def place(tile, row_tiles, column_tiles):
 @gluon.jit
 def allocate_ring(dtype: gl.constexpr, STAGES: gl.constexpr):
     """(stages of the left factor, of the right one, barriers: a stage is ready, a stage is free, the upper group has begun)."""
+    gl.static_assert(STAGES >= LEAD, "the lower group waits for the upper one's first stages, which it would have to free")
     left_stages = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, INNER], LAYOUT)
     right_stages = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, INNER], LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

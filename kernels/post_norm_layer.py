@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_reference import Mask
 from kernels.fused_layer import Halves, norm_backward, norm_forward, norm_halves
-from kernels.gelu_product import gelu_product, gelu_product_backward
+from kernels.gelu_product import gelu_product, gelu_product_backward, turned
 
 
 class Parameters(NamedTuple):
@@ -54,7 +54,7 @@ class Factors(NamedTuple):
     widened: Tensor  # [F, D]
     widened_bias: Tensor  # [F]
     narrowed: Tensor  # [D, F]
-    narrowed_turned: Tensor  # [F, D]: transposed in memory, as the backward pass reads it
+    narrowed_turned: Tensor  # [F, D], as `gelu_product_backward` reads it
 
 
 class Layer(NamedTuple):
@@ -87,7 +87,7 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
     attended, widened, narrowed = (weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight))
-    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, narrowed.T.contiguous())
+    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, turned(narrowed))
 
 
 def post_norm_layer(
@@ -98,8 +98,8 @@ def post_norm_layer(
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
     nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
     without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
-    pass did, and raises where a bias or norm of `parameters` has been changed in between. `products` of `without_graph` for the same
-    arguments are taken as they are and not computed again; every result keeps its bits.
+    pass did, and raises where a parameter that it reads again (attended_bias, narrowed_bias, the norms' weights) was changed in between.
+    `products` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps its bits.
     Raises ValueError where shapes or dtypes do not fit.
     """
     stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, *parameters)
@@ -112,7 +112,8 @@ def without_graph(
 ) -> tuple[Tensor | Halves, Tensor, Products]:
     """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most work.
 
-    Nothing is kept that only a backward pass would read. In bfloat16 the stream may come in halves, and with `halves` it leaves so.
+    Next to nothing is written that only a backward pass would read. Rounded to bfloat16, the stream may come in halves, and leaves so with
+    `halves`.
     """
     passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False, halves=halves)
     low: Any = passed.out if passed.out_low is None else passed.out_low
@@ -160,7 +161,7 @@ def _forward(
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.narrow.shape)}")
         context, lse = known.context, known.lse
     added = linear(context.view(T, D), read.attended)
-    in_halves = not keep and x.dtype == torch.bfloat16
+    in_halves = not keep and low is not None and low.dtype == torch.bfloat16
     middle, middle_low, statistics1 = _norm(
         in_halves,
         added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],

@@ -44,7 +44,7 @@ class FusedEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
         """input_ids and position_ids [1, T] to the layers' input [1, T, H] in the tables' dtype."""
-        dropout = self.dropout.p if self.training else 0.0
+        dropout = self.dropout.p if self.dropout.training else 0.0
         seed = draw_seeds(1, input_ids.device) if dropout > 0 else None
         with torch.autocast(input_ids.device.type, enabled=False):
             y = embeddings(input_ids[0], position_ids[0], self.tables(), seed, eps=self.LayerNorm.eps, dropout=dropout)

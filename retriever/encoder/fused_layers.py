@@ -109,11 +109,12 @@ class FusedLayers(nn.Module):
                     stream, rounded, products = without_graph(*given, halves=i < len(self._places) - 1)
                     if packed_products is not None:
                         packed_products.append(products)
+                    del products  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
     def _dropouts(self, place: _Place) -> tuple[float, float, float]:
-        attention, attended, narrowed = place.dropouts
-        return (attention.p, attended.p, narrowed.p) if self.training else (0.0, 0.0, 0.0)
+        attention, attended, narrowed = (dropout.p if dropout.training else 0.0 for dropout in place.dropouts)
+        return attention, attended, narrowed
 
     def _factors(self, i: int, parameters: Parameters, dtype: torch.dtype) -> Factors:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""

@@ -14,6 +14,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, pack_rows
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.fused_embeddings import FusedEmbeddings
 from retriever.encoder.fused_layers import FAMILY, FusedLayers
 from retriever.rng import RngState
 from tests.tiny import MAX_POSITIONS, save_tiny_model
@@ -29,7 +30,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def tokens() -> Packed:
     generator = torch.Generator().manual_seed(0)
-    return pack_rows([torch.randint(5, 198, (n,), generator=generator).numpy() for n in LENGTHS])
+    rows = [torch.randint(5, 198, (n,), generator=generator).numpy() for n in LENGTHS]
+    rows[0][3], rows[1][5] = 0, 1  # padding's own tokens within a text: their rows get no gradient
+    return pack_rows(rows)
 
 
 def _packed(folder: Path, *, fused: bool) -> DualEncoder:
@@ -53,6 +56,8 @@ def test_embeddings_and_gradients_are_the_library_s(folder: Path, tokens: Packed
     for name, p in named[0].items():
         torch.testing.assert_close(named[1][name].grad, p.grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
     assert any(isinstance(module, FusedLayers) for module in encoders[1].modules())
+    fused = type(encoders[1].passage_tower.embeddings) is FusedEmbeddings
+    assert fused == (encoders[1].passage_tower.config.model_type != "electra")  # whose tables are narrower than its layers
 
 
 def test_dropout_draws_at_every_place_and_replays_bitwise(folder: Path, tokens: Packed) -> None:
@@ -75,6 +80,36 @@ def test_dropout_draws_at_every_place_and_replays_bitwise(folder: Path, tokens: 
     encoder.eval()
     seen.append(encoder("passage", tokens).detach())
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_a_dropout_that_is_switched_off_by_hand_draws_nothing(folder: Path, tokens: Packed) -> None:
+    encoder = _packed(folder, fused=True).eval()
+    expected = encoder("passage", tokens)
+    encoder.train()
+    places = [module for module in encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    for place in places:
+        place.eval()
+    assert torch.equal(encoder("passage", tokens), expected)
+    encoder.passage_tower.embeddings.dropout.train()
+    assert not torch.equal(encoder("passage", tokens), expected)
+
+
+@pytest.mark.parametrize("setting", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_tables_that_are_no_plain_ones_stay_the_library_s(tmp_path: Path, setting: dict[str, object]) -> None:
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / "bert")), passage_max_tokens=MAX_POSITIONS))
+    for name, value in setting.items():
+        setattr(encoder.passage_tower.embeddings.word_embeddings, name, value)
+    encoder.pack()
+    encoder.fuse_layers()
+    assert type(encoder.passage_tower.embeddings) is not FusedEmbeddings and type(encoder.passage_tower.encoder) is FusedLayers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tower_in_half_precision_encodes_with_a_graph_and_without(tmp_path: Path, tokens: Packed, dtype: torch.dtype) -> None:
+    encoder = _fused_bert(tmp_path, None).to(dtype)
+    with torch.no_grad():
+        without = encoder("passage", tokens)
+    assert without.isfinite().all() and torch.equal(without, encoder("passage", tokens))
 
 
 def test_weights_keep_their_names_in_memory_and_on_disk(folder: Path, tmp_path: Path) -> None:

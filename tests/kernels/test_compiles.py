@@ -82,6 +82,18 @@ def test_gelu_product(variant: str, dtype: str) -> None:
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
 
 
+def test_gelu_product_does_the_same_arithmetic_whether_u_is_kept_or_not() -> None:
+    """The bits of the gradient cache's two passes depend on it: the compiler might make other operations of a product and a sum."""
+    layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    square = f"tensordesc<bf16[64, 64],{layout}>"
+    types = {"x": square, "weight": f"tensordesc<bf16[256, 64],{layout}>", "out": square, "T": "i32", "bias": "*bf16"}
+    counts = []
+    for more in ({}, {"u_out": square}):
+        *_, ptx = compile_kernel(gelu_product_hopper._gelu_product, types | more, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
+        counts.append([ptx.count(name) for name in ("fma.rn.f32", "mul.f32", "add.f32", "sub.f32", "ex2.approx")])
+    assert counts[0] == counts[1] and counts[0][0] >= 256 * 7, counts
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_passes_over_rows(arch: int) -> None:
     blocks = {"BLOCK_B": 8, "BLOCK_D": 256}

@@ -115,3 +115,12 @@ def test_what_does_not_fit_is_refused() -> None:
         embeddings(ids, positions, tables, None, eps=EPS, dropout=0.1)
     with pytest.raises(IndexError):
         embeddings(torch.tensor([0, 61, 1]), positions, tables, None, eps=EPS, dropout=0.0)
+
+
+def test_half_precision_is_the_library_s() -> None:
+    ids, positions, tables = inputs(37, 24, torch.bfloat16)
+    y = embeddings(ids, positions, tables, None, eps=EPS, dropout=0.0)
+    assert (
+        y.dtype == torch.bfloat16
+        and relative_error(y.detach(), by_definition(ids, positions, tables, 0.0, torch.tensor([1])).detach()) < 1e-2
+    )
