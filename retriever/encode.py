@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -195,13 +195,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read_texts(path: Path, side: Side, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
-    from retriever.data.formats import final_text, read_corpus, read_queries
+    """(id, text) of each. Raises DataError at once where there is none: before anything in the output folder is replaced."""
+    from retriever.data.formats import DataError, final_text, read_corpus, read_queries
 
     if side == "query":
-        yield from read_queries(path)
-        return
-    for passage in read_corpus(path):
-        yield str(passage.id), final_text(passage, title, separator)
+        texts: Iterator[tuple[str, str]] = iter(read_queries(path))
+    else:
+        texts = ((str(passage.id), final_text(passage, title, separator)) for passage in read_corpus(path))
+    if (first := next(texts, None)) is None:
+        raise DataError(f"{path}: no {side} in it, so there is nothing to encode")
+    return chain([first], texts)
 
 
 def _fingerprint(path: Path, side: Side, title: str, separator: str) -> str:

@@ -293,3 +293,15 @@ def test_two_processes_run_the_command_as_a_script(model: Path, beir: Path, tmp_
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("23 embeddings of dimension 32") == 1, "only the first process reports"
     assert _read(tmp_path / "p")[1] == [i for i, _ in TEXTS]
+
+
+@pytest.mark.parametrize(("side", "name"), [("passage", "corpus.jsonl"), ("query", "queries.jsonl")])
+def test_an_input_without_a_text_is_refused(model: Path, tmp_path: Path, side: str, name: str) -> None:
+    """And what is there stays, --overwrite or not."""
+    texts, arguments = tmp_path / name, ["--model", str(model), "--input", str(tmp_path / name), "--side", side, "--overwrite", "--output"]
+    texts.write_text(json.dumps({"_id": "1", "text": "a river"}) + "\n", encoding="utf-8")
+    main([*arguments, str(tmp_path / "out")])
+    texts.write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit, match=rf"{name}: no {side} in it"):
+        main([*arguments, str(tmp_path / "out")])
+    assert _read(tmp_path / "out")[1] == ["1"]
