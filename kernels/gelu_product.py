@@ -33,7 +33,7 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
 def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(du, Σ_rows du) with du = (dy Wᵀ) gelu′(u): the gradient at u, and that of its bias.
 
-    dy [T, D] and weight W [F, D], `turned`, like u [T, F], which `gelu_product` gave: Wᵀ maps gelu(u) to D numbers.
+    u [T, F] as `gelu_product` gave it; dy [T, D], like u, the gradient at gelu(u) W; weight W [F, D], like u, as `turned` gives it.
     Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     """
     if _is_fused(dy, weight):
