@@ -23,9 +23,7 @@ ROWS = 2  # a program's, forward
 
 
 @triton.jit
-def _gather(
-    ids, positions, words, places, segment, first, rows, columns, T, V, P, D: tl.constexpr
-):  # fmt: skip
+def _gather(ids, positions, words, places, segment, first, rows, columns, T, V, P, D: tl.constexpr):
     """z of some rows [ROWS, BLOCK_D], 0 beyond D; NaN where an id is outside its table."""
     in_rows, in_columns = rows < T - first, columns < D
     word = tl.load(ids + first + rows, in_rows, other=0)

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, layer_norm
 
 from kernels.dispatch import on_kernels
 from kernels.embed_norm import check_embeddings
+from kernels.fused_layer import check_dropout
 from kernels.fused_layer_reference import dropout_factor
 
 __all__ = ["Tables", "embeddings"]
@@ -40,9 +41,7 @@ def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | No
     """
     words, places, segment, weight, bias, padding_word, padding_place = tables
     check_embeddings(ids, positions, words, places, segment, weight, bias, words.dtype)
-    if not 0 <= dropout < 1 or (dropout > 0 and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,))):
-        raise ValueError(f"expected dropout in 0..1 (1 excluded) and, above 0, a seed int64 [1]; received {dropout} and {seed}")
-    seed = seed if dropout > 0 else None
+    seed = check_dropout(dropout, seed)
     if on_kernels(words) and words.dtype == torch.float32:
         out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, padding_word, padding_place, *tables[:5])
         return out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
 
-__all__ = ["Halves", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward", "norm_halves"]
+__all__ = ["Halves", "check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward", "norm_halves"]
 
 
 class Halves(NamedTuple):
@@ -45,7 +45,7 @@ def norm_forward(
     Raises ValueError where shapes, dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
     residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
-    return _norm_kernels(x).norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout)
+    return _norm_kernels(x).norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout, False)
 
 
 def norm_halves(
@@ -62,7 +62,7 @@ def norm_halves(
     residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
     if x.dtype != torch.bfloat16 or (rest is None and residual.dtype != torch.float32):
         raise ValueError(f"expected x bfloat16 and residual float32 or its halves, received {x.dtype} and {residual.dtype}")
-    return Halves(*_norm_kernels(x).norm_halves(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout))
+    return Halves(*_norm_kernels(x).norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout, True)[1:])
 
 
 def norm_backward(
@@ -87,7 +87,7 @@ def norm_backward(
     _check_vectors(x, bias=bias, weight=weight)
     if statistics.shape != (2, len(x)) or not statistics.is_contiguous():
         raise ValueError(f"expected statistics [2, {len(x)}], contiguous, received {list(statistics.shape)}")
-    seed = _check_dropout(dropout, seed)
+    seed = check_dropout(dropout, seed)
     return _norm_kernels(x).norm_backward(d_normed, d_low, x, bias, residual, weight, statistics, seed, dropout)
 
 
@@ -150,7 +150,7 @@ def _check_norm(
     if rest is not None and (rest.shape, rest.dtype, high.dtype) != (x.shape, torch.int16, torch.bfloat16):
         raise ValueError(f"expected halves bfloat16 and int16 {list(x.shape)}, received {_described(high)} and {_described(rest)}")
     _check_vectors(x, bias=bias, weight=weight, norm_bias=norm_bias)
-    return high, rest, _check_dropout(dropout, seed)
+    return high, rest, check_dropout(dropout, seed)
 
 
 def _check_rows(
@@ -173,7 +173,7 @@ def _check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
             raise ValueError(f"expected {name} floating [{D}], contiguous, received {_described(vector)}")
 
 
-def _check_dropout(dropout: float, seed: Tensor | None) -> Tensor | None:
+def check_dropout(dropout: float, seed: Tensor | None) -> Tensor | None:
     """The seed where dropout is on, else None."""
     if dropout == 0:
         return None

@@ -23,10 +23,11 @@ def norm_forward(
     seed: Tensor | None,
     eps: float,
     dropout: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    halves: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`.
 
-    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32.
+    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
     """
     stream = residual if rest is None else joined(residual, rest)
     z = _dropped_sum(x, bias, stream, seed, dropout)  # [T, D]
@@ -35,25 +36,11 @@ def norm_forward(
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
     if x.dtype == torch.bfloat16:
         normed = _off_ties(normed)
+    if halves:
+        high = normed.to(torch.bfloat16)
+        return None, high, (normed.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16)
     low = None if x.dtype == stream.dtype else normed.to(x.dtype)
     return normed.to(stream.dtype), low, torch.stack([mean, rstd])
-
-
-def norm_halves(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    rest: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """`norm_forward`'s normed float32 [T, D] as (high bfloat16, rest int16)."""
-    normed, high, _ = norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout)
-    assert high is not None
-    return high, (normed.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16)
 
 
 def joined(high: Tensor, rest: Tensor) -> Tensor:

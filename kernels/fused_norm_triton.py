@@ -64,6 +64,7 @@ def _load_row(pointer, columns, D: tl.constexpr):
 
 @triton.jit
 def keep_elements(seed, rows, columns, THRESHOLD: tl.constexpr):
+    """Which elements of these rows and columns dropout keeps: [rows, columns], or True where there is none."""
     if THRESHOLD > 0:
         row_key, column_key = mask_keys(seed, 0)
         return kept(mask_words(row_key, rows)[:, None], mask_words(column_key, columns)[None, :], THRESHOLD)
@@ -190,57 +191,26 @@ def norm_forward(
     seed: Tensor | None,
     eps: float,
     dropout: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    halves: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`.
 
-    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32.
+    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
     """
-    normed = torch.empty_like(residual, dtype=None if rest is None else torch.float32)
-    low = None if x.dtype == normed.dtype else torch.empty_like(x)
-    statistics = residual.new_empty((2, len(x)), dtype=torch.float32)
-    _launch_forward(x, bias, residual, rest, weight, norm_bias, seed, normed, low, None, statistics, eps, dropout)
-    return normed, low, statistics
-
-
-def norm_halves(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    rest: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """`norm_forward`'s normed float32 [T, D] as (high bfloat16, rest int16)."""
-    high, following = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
-    _launch_forward(x, bias, residual, rest, weight, norm_bias, seed, None, high, following, None, eps, dropout)
-    return high, following
-
-
-def _launch_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    rest: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    normed: Tensor | None,
-    low: Tensor | None,
-    following: Tensor | None,
-    statistics: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> None:
     T, D = x.shape
+    normed = None if halves else torch.empty_like(residual, dtype=None if rest is None else torch.float32)
+    low = None if normed is not None and x.dtype == normed.dtype else torch.empty_like(x)
+    following = torch.empty_like(x, dtype=torch.int16) if halves else None
+    statistics = None if halves else residual.new_empty((2, T), dtype=torch.float32)
     rows, block_d, warps = block(FORWARD, D)
     # Fused or not is the assembler's choice, and depends on what else a number is used for: whole and in halves, y must have the same bits.
     _norm_forward[(triton.cdiv(T, rows),)](
         x, bias, residual, rest, weight, norm_bias, seed, normed, low, following, statistics, T, eps, 1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
+    last = following if statistics is None else statistics
+    assert last is not None
+    return normed, low, last
 
 
 def norm_backward(

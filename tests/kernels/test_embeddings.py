@@ -21,7 +21,8 @@ EPS = 1e-5
 INTERPRETED = """
 import numpy, torch
 from kernels import embed_norm_triton
-from tests.kernels.test_embeddings import check, inputs
+from kernels.embeddings import embeddings
+from tests.kernels.test_embeddings import EPS, check, inputs
 
 numpy.seterr(over="ignore")
 launched, kernels = set(), (embed_norm_triton._embed_norm, embed_norm_triton._embed_norm_backward)
@@ -30,6 +31,11 @@ for kernel in kernels:
 for T, D, dropout in ((37, 48, 0.3), (1, 100, 0.0), (5, 768, 0.1)):
     check(*inputs(T, D, torch.float32), dropout, 2e-6)
 assert len(launched) == 2, "the kernels did not run"
+
+ids, positions, tables = inputs(5, 48, torch.float32)
+ids[4] = 61  # one more than there are: its gradient, which is NaN, goes to the first row and not beyond the table
+embeddings(ids, positions, tables, None, eps=EPS, dropout=0.0).sum().backward()
+assert tables.words.grad[0].isnan().all() and tables.words.grad[1:].isfinite().all()
 """
 
 
@@ -111,7 +117,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ids, positions, tables = inputs(3, 8, torch.float32)
     with pytest.raises(ValueError, match=r"expected places \[23, 8\] torch.float32 .*torch.float64"):
         embeddings(ids, positions, tables._replace(places=tables.places.double()), None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match=r"a seed int64 \[1\]; received 0.1 and None"):
+    with pytest.raises(ValueError, match=r"a seed int64 \[1\]; received 0.1 and no seed"):
         embeddings(ids, positions, tables, None, eps=EPS, dropout=0.1)
     with pytest.raises(IndexError):
         embeddings(torch.tensor([0, 61, 1]), positions, tables, None, eps=EPS, dropout=0.0)

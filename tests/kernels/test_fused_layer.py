@@ -114,10 +114,10 @@ def check_halves(T: int, D: int, device: str = "cpu") -> None:
         want, want_low, want_statistics = norm_forward(x, bias, whole, *given, seed, EPS, 0.1)
         assert again.dtype == torch.float32 and again_low is not None and want_low is not None
         assert torch.equal(again, want) and torch.equal(again_low, want_low) and torch.equal(statistics, want_statistics)
-        assert all(torch.equal(a, b) for a, b in zip(norm_halves(x, bias, halves, *given, seed, EPS, 0.1), low_of(want), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(norm_halves(x, bias, halves, *given, seed, EPS, 0.1), halves_of(want), strict=True))
 
 
-def low_of(whole: Tensor) -> Halves:
+def halves_of(whole: Tensor) -> Halves:
     high = whole.to(torch.bfloat16)
     return Halves(high, (whole.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16))
 
