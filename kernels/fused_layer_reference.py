@@ -35,7 +35,7 @@ def norm_forward(
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
     if x.dtype == torch.bfloat16:
-        normed = _off_ties(normed)
+        normed = _off_ties(normed.float())
     if halves:
         high = normed.to(torch.bfloat16)
         return None, high, (normed.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16)
