@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,8 @@ def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, po
         result = function(World(device, rank, world_size), folder)
         dist.destroy_process_group()
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    # Not the interpreter's ordinary end: after a functional collective (DTensor's are) torch 2.13 keeps gloo's threads, and one that
+    # lets go of a tensor while the interpreter ends aborts the process: https://github.com/pytorch/pytorch/issues/190489
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
