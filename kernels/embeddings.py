@@ -35,7 +35,7 @@ def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | No
     ids, positions [T] int64; `tables` of one floating dtype, D ≤ 4096, which is that of y (all but float32 by torch's own operations); all
     contiguous, on one device.
     `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout > 0), their row and their column.
-    To be called with autocast off. The tables' gradients are dense; torch sums those of words and places by atomics on a GPU.
+    To be called with autocast off. The tables' gradients are dense; on a GPU torch may sum those of words and places by atomics.
     An id outside its table makes its row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where
     shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
     """

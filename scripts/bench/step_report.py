@@ -41,7 +41,7 @@ def markdown(tables: Sequence[Table], curves: Sequence[Table] = (), note: str = 
         + (f" ({' and '.join(rates)} TFLOP/s, 8192³ bf16, in the runs' order)." if rates else "."),
         "Overhead: time over the floor's, which encodes every chunk once and pulls given gradients back. Waited: share of the step spent",
         "waiting for data. Every form of ours was checked first: its gradient against fp32, replayed chunks against kept ones, bitwise "
-        "(embedding tables aside, whose gradients torch sums by atomics).",
+        "(embedding tables aside, whose gradients torch may sum by atomics).",
         *(["", note] if note else []),
         *(["", "Plots: " + ", ".join(f"[{name}]({name})" for name in plots) + "."] if plots else []),
         "",
