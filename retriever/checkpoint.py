@@ -26,9 +26,9 @@ from retriever.damage import EXPORT, FORMAT_VERSION, OPTIMIZER, STATE, WEIGHTS, 
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 
-FOLDER = "checkpoints"  # inside a run's folder
+FOLDER, EXPORTED = "checkpoints", "export.json"  # inside a run's folder; which step's export it shows
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
-_NAME = re.compile(r"step-[0-9]+")
+_NAME = re.compile(r"step-[0-9]{8,}")
 _WRITING, _REMOVING = ".writing-", ".removing-"
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -133,28 +133,49 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
 def find(run: RunConfig) -> Path | None:
     """The checkpoint that `run.resume` asks to go on from: the newest of the run's folder, the one named, or none.
 
-    Raises ConfigError where `run.resume` is `never` and the folder holds a run, or names what is no checkpoint, or one is damaged
-    or cannot be read.
+    A run that began from another run's checkpoint goes on from its own newest one when it is started with the same name again.
+    Raises ConfigError where the folder holds a run that `run.resume` does not go on with (`never`, or a name of another run's), or
+    exports without checkpoints, or where what is named is no checkpoint, or one is damaged or cannot be read.
     """
     root = Path(run.output_dir) / FOLDER
-    if run.resume == "auto":
-        last = newest(root)
-        if last is not None and (found := damage(last)) is not None:
-            raise ConfigError(f"{found}; {_way_past(last)}")
-        return last
-    if run.resume != "never":
-        named = Path(run.resume)
-        if (found := damage(named)) is not None:
-            raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
-        step = finished_steps(named)
-        if later := [p.name for p in steps(root) if p.parent.resolve() == named.resolve().parent and step_of(p) > step]:
+    last = newest(root)
+    otherwise = "choose another run.output_dir or remove it"
+    if last is None and (Path(run.output_dir) / EXPORTED).exists():
+        raise ConfigError(f"{run.output_dir} holds the exports of a run without its checkpoints; {otherwise}")
+    if run.resume == "never" and last is not None:
+        raise ConfigError(f"run.resume: never, but {run.output_dir} already holds a run; {otherwise}")
+    if run.resume not in ("auto", "never"):
+        return _find_named(run, root, last)
+    return None if last is None else _undamaged(last)
+
+
+def _find_named(run: RunConfig, root: Path, last: Path | None) -> Path:
+    named = Path(run.resume)
+    if (found := damage(named)) is not None:
+        raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
+    step = finished_steps(named)
+    if named.resolve().parent == root.resolve():
+        if later := [folder.name for folder in steps(root) if step_of(folder) > step]:
             raise ConfigError(
                 f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
             )
         return named
-    if newest(root) is not None:
-        raise ConfigError(f"run.resume: never, but {run.output_dir} already holds a run; choose another run.output_dir or remove it")
-    return None
+    if last is None:
+        return named
+    begun_from = str(_manifest(_undamaged(last))["config"]["run"]["resume"])
+    if Path(begun_from).resolve() != named.resolve():
+        raise ConfigError(
+            f"run.resume: {named} is of another run than the one in {run.output_dir}; run.resume=auto goes on with that, "
+            "or choose another run.output_dir"
+        )
+    return last
+
+
+def _undamaged(last: Path) -> Path:
+    """The newest checkpoint of a run. Raises ConfigError with a way past it where it cannot be read."""
+    if (found := damage(last)) is not None:
+        raise ConfigError(f"{found}; {_way_past(last)}")
+    return last
 
 
 def _way_past(damaged: Path) -> str:
@@ -165,7 +186,7 @@ def _way_past(damaged: Path) -> str:
         return f"of those before it, {error}"
     if whole is None:
         return "no checkpoint before it is whole: bring the file back, or choose another run.output_dir to start afresh"
-    removed = ", ".join(str(folder) for folder in steps(damaged.parent) if folder > whole)
+    removed = ", ".join(str(folder) for folder in steps(damaged.parent) if step_of(folder) > step_of(whole))
     return f"bring the file back, or remove {removed}: the run then goes on from {whole.name}"
 
 
@@ -191,12 +212,12 @@ def _anywhere(config: Config) -> Config:
 
 def newest(root: Path) -> Path | None:
     """The checkpoint of the latest step under `root`, or None."""
-    return max(steps(root), default=None)
+    return max(steps(root), key=step_of, default=None)
 
 
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; what a person put beside them under another name is none of ours."""
-    return sorted(folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name))
+    return sorted((folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:

@@ -45,7 +45,7 @@ class Outputs:
             checkpoint.clean(self._checkpoints)
             checkpoint.clean(self.folder)
             write_text(self.folder / "config.yaml", to_yaml(config))
-            self._publish()
+            self._publish(written=False)
 
     def holds(self, folder: Path) -> bool:
         """Whether a checkpoint is one of this run's folder; every rank finds the same."""
@@ -59,7 +59,7 @@ class Outputs:
         if first:
             export = partial(self._export, encoder)
             checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store_fingerprint, export)
-            self._publish()
+            self._publish(written=True)
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
         self._world.barrier()
 
@@ -70,17 +70,20 @@ class Outputs:
             write_report(self.folder / "report.html", self._config, self._logged())
         self._world.barrier()
 
-    def _publish(self) -> None:
-        """Brings `export/` and `best/` up to the newest checkpoint; at a start too, as a kill right after saving leaves them behind."""
+    def _publish(self, *, written: bool) -> None:
+        """Brings `export/` and `best/` up to the newest checkpoint, which was `written` just now.
+
+        At a start too, as a kill right after saving leaves them behind: then what is recorded of this step is not copied again.
+        """
         newest = checkpoint.newest(self._checkpoints)
         if newest is None:
             return
         step = checkpoint.step_of(newest)
-        if self._recorded("export") != step:
+        if written or self._recorded("export") != step:
             checkpoint.publish(newest / "export", self.folder / "export")
-            write_text(self.folder / "export.json", json.dumps({"step": step}))
+            write_text(self.folder / checkpoint.EXPORTED, json.dumps({"step": step}))
         metric, values = self._evaluations()
-        if values and max(values, key=lambda at: (values[at], at)) == step and self._recorded("best") != step:
+        if values and max(values, key=lambda at: (values[at], at)) == step and (written or self._recorded("best") != step):
             checkpoint.publish(newest / "export", self.folder / "best")
             write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
 

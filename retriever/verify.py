@@ -17,7 +17,7 @@ from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
-from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.contrastive import ContrastiveObjective, false_negatives_from
 from retriever.parallel.world import World
 from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState
@@ -121,7 +121,8 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
     known[~active] = True
     positive = similarities[row, column]
     if loss.false_negative_margin is not None:
-        known |= similarities.detach() > positive.detach()[:, None] + loss.false_negative_margin
+        threshold = false_negatives_from(queries.detach(), passages.detach()[column], loss.false_negative_margin)
+        known |= similarities.detach() > threshold[:, None]
     negatives = logits.masked_fill(known, -torch.inf)
     s = positive / loss.temperature
     losses = torch.logaddexp(s, negatives.logsumexp(dim=1)) - s

@@ -226,6 +226,43 @@ def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path
         checkpoint.find(replace(run, resume=str(tmp_path)))
 
 
+def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(config: Config, tmp_path: Path) -> None:
+    """Else that run's checkpoints would be replaced; a run that began from it goes on, as often as the same command is given."""
+    named = _save(config, 3)
+    own = replace(config, run=replace(config.run, output_dir=str(tmp_path / "own")))
+    begun = replace(own, run=replace(own.run, output_dir=str(tmp_path / "begun"), resume=str(named)))
+    _save(own, 2)
+    with pytest.raises(ConfigError, match=r"is of another run than the one in .*own; run.resume=auto goes on with that"):
+        checkpoint.find(replace(own.run, resume=str(named)))
+    assert checkpoint.find(begun.run) == named
+    _save(begun, 4)
+    last = _save(begun, 6)
+    assert checkpoint.find(begun.run) == last
+    (last / "state.json").unlink()
+    with pytest.raises(ConfigError, match="bring the file back, or remove .*: the run then goes on from step-00000004"):
+        checkpoint.find(begun.run)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "named"])
+def test_a_folder_of_exports_without_checkpoints_is_left_alone(config: Config, tmp_path: Path, resume: str) -> None:
+    """Whoever removes the checkpoints of a finished run keeps its model."""
+    run = replace(config.run, output_dir=str(tmp_path / "finished"), resume=str(_save(config, 3)) if resume == "named" else resume)
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "export.json").write_text('{"step": 3}')
+    with pytest.raises(ConfigError, match="finished holds the exports of a run without its checkpoints"):
+        checkpoint.find(run)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(config: Config) -> None:
+    """Beyond eight digits too; what a person named by a shorter number is not one of the run's."""
+    root = _save(config, 99_999_999).parent
+    latest = _save(config, 100_000_000)
+    shutil.copytree(latest, root / "step-9")
+    assert checkpoint.newest(root) == latest and len(checkpoint.steps(root)) == 2
+    checkpoint.keep_last(root, 1)
+    assert sorted(p.name for p in root.iterdir()) == ["step-100000000", "step-9"]
+
+
 def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config: Config) -> None:
     """Logging, saving, trackers and places may differ; any other key stops with a list of all that differ."""
     resolved = replace(config, batch=replace(config.batch, tokens_per_chunk=512))

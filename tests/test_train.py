@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -142,6 +143,20 @@ def test_a_last_line_that_was_cut_short_is_written_again(workplace: Path, undist
     (workplace / "torn" / "metrics.jsonl").write_bytes(b"{\n" + whole)
     again = run_training(workplace, "torn")
     assert again.returncode == 2 and "metrics.jsonl:1 is damaged" in again.stderr
+
+
+def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Path) -> None:
+    """`export/` and `best/` are the newest checkpoint's, also where the same step's stood there before."""
+    run = workplace / "again"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000040")
+    for name in ("export", "best"):
+        assert json.loads((run / f"{name}.json").read_text())["step"] == 40
+        (run / name / "model.safetensors").write_bytes(b"another run's")
+    finished = run_training(workplace, "again")
+    assert finished.returncode == 0, finished.stderr
+    expected = (run / "checkpoints" / "step-00000040" / "export" / "model.safetensors").read_bytes()
+    assert all((run / name / "model.safetensors").read_bytes() == expected for name in ("export", "best"))
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:

@@ -80,11 +80,12 @@ class Planner:
             weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
         )
-        for source, taken, parts in zip(store.sources, planner._per_epoch, planner._batches, strict=False):
-            if config.batch.one_source and config.data.negatives == 0 and taken // parts < 2:
-                raise ConfigError(
-                    f"data.train: {source.name} gives batches of one query, which has no negatives; raise its weight or add data"
-                )
+        names, taken = [source.name for source in store.sources], planner._per_epoch
+        if not config.batch.one_source:
+            names, taken = ["the mixture of all sources"], [sum(taken)]
+        for name, queries, parts in zip(names, taken, planner._batches, strict=True):
+            if config.data.negatives == 0 and queries // parts < 2:
+                raise ConfigError(f"data.train: {name} gives batches of one query, which has no negatives; raise its weight or add data")
         return planner
 
     @property

@@ -29,12 +29,24 @@ def packed_inputs(tower: PreTrainedModel, texts: Packed) -> dict[str, Any]:
     """Keyword arguments of a forward pass of `tower` over `texts`; its hidden states are [1, T, H]."""
     inputs: dict[str, Any] = {
         "input_ids": texts.input_ids[None],  # [1, T]
-        "position_ids": texts.positions[None] + first_position(tower.config),  # [1, T]
+        "position_ids": _positions(tower.config, texts)[None],  # [1, T]
         "attention_mask": None,
         "packed_starts": texts.starts,
         "packed_longest": texts.longest,
     }
     return inputs | {"use_cache": False} if is_decoder(tower.config) else inputs
+
+
+def _positions(config: Any, texts: Packed) -> Tensor:
+    """[T]: the position ids that the model itself would give each text alone."""
+    first = first_position(config)
+    if first == 0:
+        return texts.positions
+    padding = texts.input_ids == first - 1  # a text may spell the padding token out: it keeps this position, and the others' count skips it
+    seen = padding.cumsum(0)
+    begins = torch.arange(len(padding), device=padding.device) - texts.positions
+    skipped = seen - seen[begins] + padding[begins]  # of the same text
+    return (texts.positions - skipped + first).where(~padding, first - 1)
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:

@@ -32,6 +32,17 @@ from retriever.parallel.world import World
 _ROWS_AT_ONCE = 65_536  # held in double precision
 
 
+def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Tensor:
+    """[B]: a passage more similar to query i than this is no negative of its; queries and their targets [B, D], the margin in similarity.
+
+    It lies above the target's similarity by more than rounding even where the margin is 0, so that a passage with the target's own
+    embedding is a negative in whichever block and on whichever rank its similarity is computed.
+    """
+    similarity = (queries * targets).sum(dim=1)
+    rounding = torch.finfo(similarity.dtype).eps ** (2 / 3) * queries.norm(dim=1) * targets.norm(dim=1)  # 2.4e-5 of unit vectors in float32
+    return similarity + rounding.clamp(min=margin)
+
+
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
@@ -114,9 +125,11 @@ class ContrastiveObjective(nn.Module):
         queries, passages = rounded(queries, self._config.precision), rounded(passages, self._config.precision)
         threshold = None
         margin = self._config.false_negative_margin
-        if margin is not None or targets.ignores:
-            target_similarity = (queries * passages[targets.positives.clamp(min=0)]).sum(dim=1)  # [B]
-            threshold = target_similarity + margin if margin is not None else torch.full_like(target_similarity, torch.inf)
+        if margin is not None:
+            threshold = false_negatives_from(queries, passages[targets.positives.clamp(min=0)], margin)
+        elif targets.ignores:
+            threshold = queries.new_full((len(queries),), torch.inf)
+        if threshold is not None:
             threshold = threshold.masked_fill(targets.positives < 0, -torch.inf)  # no column of an ignored row takes part
         exclusions = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids, threshold)
         return Problem(

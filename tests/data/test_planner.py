@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.config import ConfigError
+from retriever.config import BatchConfig, Config, ConfigError, DataConfig, SourceConfig
 from retriever.data import planner as planner_module
 from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, slice_for_rank
 from retriever.data.store import Csr
@@ -108,6 +108,21 @@ def test_negatives_and_positives_rotate(negatives: int) -> None:
             assert set().union(*(step[query] for step in drawn[start : start + turns])) == set(own)
         positives = set(store.positives.row(query).tolist())
         assert all({step[query] for step in targets[start : start + len(positives)]} == positives for start in range(17))
+
+
+@pytest.mark.parametrize(("one_source", "named"), [(True, "s0"), (False, "the mixture of all sources")])
+def test_batches_of_one_query_need_negatives(one_source: bool, named: str) -> None:
+    """Three queries in batches of at most two are a batch of two and one of one, whose loss without negatives would be nothing."""
+
+    def planner(negatives: int, *sizes: int) -> Planner:
+        sources = tuple(SourceConfig(path=str(i)) for i in range(len(sizes)))
+        data, batch = DataConfig(train=sources, negatives=negatives), BatchConfig(queries=2, one_source=one_source)
+        return Planner.from_config(_store(*sizes), Config(data=data, batch=batch))
+
+    with pytest.raises(ConfigError, match=f"{named} gives batches of one query, which has no negatives"):
+        planner(0, 3)
+    assert planner(1, 3).steps_per_epoch == planner(0, 4).steps_per_epoch == 2
+    assert one_source or planner(0, 1, 1).steps_per_epoch == 1  # together they are a batch of two
 
 
 @pytest.mark.parametrize("one_source", [True, False])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,22 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, r
         (embeddings * direction).sum().backward()
     for (name, p), (_, q) in zip(packed.named_parameters(), padded.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=100 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_text_may_spell_out_the_padding_token(encoder: DualEncoder) -> None:
+    """Packed, it has the positions that the model gives it padded: some count the padding token nowhere."""
+    config = encoder.passage_tower.config
+    if config.model_type not in PACKED:
+        return
+    pad, tokens = config.pad_token_id, torch.arange(6, 16).numpy()
+    rows = [np.insert(tokens, places, pad) for places in ([], [3], [0, 0, 0], [2, 2, 5, 10])]
+    padded = DualEncoder(*[copy.deepcopy(encoder.passage_tower).double().eval()] * 2, pooling="mean").eval()
+    packed = copy.deepcopy(padded)
+    packed.pack()
+    with torch.no_grad():
+        expected = padded("passage", pad_rows(rows, pad))
+        torch.testing.assert_close(packed("passage", pack_rows(rows)), expected, rtol=0, atol=1e-6)
+    assert (expected[1:] - expected[0]).abs().amax(dim=1).min() > 1e-4
 
 
 def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor]) -> None:

@@ -55,6 +55,29 @@ def test_a_margin_is_in_similarity_units_before_temperature(strategy: str, tempe
 
 
 @strategy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimension", [3, 64, 384])
+def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(strategy: str, dtype: torch.dtype, dimension: int) -> None:
+    """At margin 0 the rounding of a similarity must not decide: with every passage twice and the halves as blocks, all or none would."""
+    draw = torch.Generator().manual_seed(0)
+    q, p = (torch.nn.functional.normalize(torch.randn(n, dimension, generator=draw, dtype=dtype), dim=1) for n in (64, 32))
+    p = torch.cat([p, p])
+    known = torch.arange(65), torch.arange(64)
+    targets = Targets(torch.arange(64), torch.arange(64), *known, global_queries=64)
+    similarities = (q.double() @ p.double().T)[:, :32]
+    own = similarities.gather(1, torch.arange(64)[:, None] % 32)
+    below = similarities.masked_fill(similarities > own, -torch.inf).masked_fill(similarities == own, -torch.inf)
+    negatives = torch.cat([own, below, below], dim=1)  # the copy among them
+    expected = torch.logaddexp(own[:, 0] / 0.1, (negatives / 0.1).logsumexp(dim=1)) - own[:, 0] / 0.1
+    for rows in (None, 5):
+        if rows is None or strategy == "tiled":
+            objective = ContrastiveObjective(
+                LossConfig(precision="fp32", temperature=0.1, strategy=strategy, false_negative_margin=0.0), unit=True, block_rows=rows
+            )
+            assert objective(q, p, targets, CPU)[0].item() == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+@strategy
 def test_temperature_is_the_configured_one_exactly(strategy: str) -> None:
     """The logits are similarities over the temperature that was asked for, to float64's precision where the vectors are float64."""
     q, p, targets = _one_query([0.5, 0.3])
