@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 # Compiled, not interpreted, whatever is said to `on_kernels` below.
 import kernels.attention_long_backward
 import kernels.attention_triton
+import kernels.embed_norm_triton
 import kernels.fused_gelu_triton
 import kernels.fused_norm_triton
 import kernels.infonce_tiled  # noqa: F401
