@@ -151,24 +151,24 @@ def find(run: RunConfig) -> Path | None:
 
 def _find_named(run: RunConfig, root: Path, last: Path | None) -> Path:
     named = Path(run.resume)
+    another = last is not None and named.resolve().parent != root.resolve()
+    if last is not None and another:
+        begun_from = Path(str(_manifest(_undamaged(last))["config"]["run"]["resume"]))
+        if begun_from.resolve() == named.resolve():
+            return last  # the other run may have removed its own by now
     if (found := damage(named)) is not None:
         raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
-    step = finished_steps(named)
-    if named.resolve().parent == root.resolve():
-        if later := [folder.name for folder in steps(root) if step_of(folder) > step]:
-            raise ConfigError(
-                f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
-            )
-        return named
-    if last is None:
-        return named
-    begun_from = str(_manifest(_undamaged(last))["config"]["run"]["resume"])
-    if Path(begun_from).resolve() != named.resolve():
+    if another:
         raise ConfigError(
             f"run.resume: {named} is of another run than the one in {run.output_dir}; run.resume=auto goes on with that, "
             "or choose another run.output_dir"
         )
-    return last
+    step = finished_steps(named)
+    if later := [folder.name for folder in steps(root) if step_of(folder) > step]:
+        raise ConfigError(
+            f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
+        )
+    return named
 
 
 def _undamaged(last: Path) -> Path:

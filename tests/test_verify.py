@@ -47,6 +47,7 @@ def batch() -> Batch:
     [
         {"temperature": 0.02},
         {"temperature": 0.07, "symmetric": True, "false_negative_margin": 0.1, "learn_temperature": True},
+        {"temperature": 0.05, "symmetric": True, "false_negative_margin": 0.0},  # at .1 no passage of these is left out
         {"temperature": 0.05, "precision": "bf16", "mask_known_positives": False},
     ],
 )
