@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.arguments import command_parser, parsed
-from eval.collection import Collection
+from eval.collections.collection import Collection
 from eval.commands import launched_ranks, one_line_errors, report_all
 
 if TYPE_CHECKING:
-    from eval.metrics import Scores
+    from eval.measures import Scores
     from eval.trec import Run
 
 METRICS = ("Success@1", "Success@5", "Success@20", "Success@100")
@@ -39,13 +39,13 @@ class AnsweredQuestions(Collection):
 
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
         """As `Collection.measure`; the texts of the passages that the run names are read once more. Raises DataError for a missing one."""
-        from eval.metrics import measure_run
+        from eval.measures import measure_run
 
         return measure_run(self._judged(run), run, metrics)
 
     def fingerprints(self) -> dict[str, str]:
         """As `Collection.fingerprints`, with the answers."""
-        from eval.collection import fingerprint
+        from eval.collections.collection import fingerprint
 
         return super().fingerprints() | {"answers": fingerprint({name: list(found) for name, found in self.answers.items()})}
 

@@ -70,7 +70,7 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _report_one(given: argparse.Namespace, ranks: Ranks, device: Any) -> list[EvalResult]:
-    from eval.collection import read_beir
+    from eval.collections.collection import read_beir
 
     read = (read_beir(given.data, split, given.qrels, texts=given.run is None) for split in given.split)
     collections = [replace(collection, relevance=given.relevance, exclude_self=given.exclude_self) for collection in read]

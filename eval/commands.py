@@ -14,9 +14,9 @@ from eval.arguments import label, load_bundle, output_folder
 from retriever.wording import counted
 
 if TYPE_CHECKING:
-    from eval.collection import Collection
+    from eval.collections.collection import Collection
+    from eval.engines.faiss_build import GpuUse
     from eval.evaluate import EvalResult, Ranks
-    from eval.faiss_build import GpuUse
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def launched_ranks(threads: int | None, faiss_gpu: GpuUse = "off") -> Iterator[t
 
     Raises ConfigError where the FAISS that is installed cannot do what `faiss_gpu` asks.
     """
-    from eval.faiss_build import check_faiss_build
+    from eval.engines.faiss_build import check_faiss_build
     from retriever.environment import check_environment
 
     check_environment()
@@ -77,7 +77,7 @@ def report_all(
     Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
     from eval.evaluate import check_measures
-    from eval.metrics import check_relevance
+    from eval.measures import check_relevance
     from eval.search import check_k
     from retriever.config import ConfigError
 
@@ -118,7 +118,7 @@ def _of_model(
 
 
 def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
-    from eval.bm25 import bm25_run
+    from eval.engines.bm25 import bm25_run
     from eval.evaluate import EvalResult
 
     ids: list[str] = []
@@ -161,7 +161,7 @@ def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence
 
 
 def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:
-    from eval.bm25 import DESCRIPTION
+    from eval.engines.bm25 import DESCRIPTION
     from eval.report import format_table, write_result
 
     source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}

@@ -19,8 +19,8 @@ from eval.commands import one_line_errors
 from retriever.wording import counted
 
 if TYPE_CHECKING:
-    from eval.collection import Collection
-    from eval.metrics import Scores
+    from eval.collections.collection import Collection
+    from eval.measures import Scores
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _compare_files(given: argparse.Namespace) -> None:
-    from eval.metrics import measure_run
+    from eval.measures import measure_run
     from eval.trec import read_run
     from retriever.config import ConfigError
 
@@ -147,7 +147,7 @@ def _compare_files(given: argparse.Namespace) -> None:
 
 
 def _collection(given: argparse.Namespace) -> Collection:
-    from eval.collection import Collection, read_beir
+    from eval.collections.collection import Collection, read_beir
     from eval.msmarco import SPLITS, read_msmarco
     from retriever.data.formats import read_qrels
     from retriever.data.records import DataError

@@ -9,11 +9,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.collection import Collection, fingerprint, read_beir
-from eval.embeddings import load_queries
-from eval.faiss_build import GpuUse
-from eval.index import check_index, describe
-from eval.metrics import Scores, parse_measure
+from eval.collections.collection import Collection, fingerprint, read_beir
+from eval.engines.embeddings import load_queries
+from eval.engines.faiss_build import GpuUse
+from eval.engines.faiss_index import check_index, describe
+from eval.measures import Scores, parse_measure
 from eval.search import Engine
 from eval.search import search as search_passages
 from eval.trec import Run
@@ -57,7 +57,7 @@ class EvalResult:
     run: Run
     n_passages: int | None = None  # None where a run was measured without reading the corpus
     encoding: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # how the shards were made
-    index: Mapping[str, object] = field(default_factory=dict)  # as `eval.index.describe` says it
+    index: Mapping[str, object] = field(default_factory=dict)  # as `eval.engines.faiss_index.describe` says it
     notes: tuple[str, ...] = ()  # what a reader of the figures should know
 
     @property

@@ -19,7 +19,7 @@ from eval.commands import launched_ranks, one_line_errors, report_all
 if TYPE_CHECKING:
     import argparse
 
-    from eval.collection import Collection
+    from eval.collections.collection import Collection
     from eval.evaluate import EvalResult
 
 N_PASSAGES = 8_841_823
@@ -69,7 +69,7 @@ def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collec
 
     Raises DataError where a file is missing (the message says where to get it) or malformed.
     """
-    from eval.collection import Collection, judged_queries
+    from eval.collections.collection import Collection, judged_queries
     from retriever.data.collection import corpus_tables, query_tables
     from retriever.data.formats import read_qrels
 
@@ -132,7 +132,7 @@ def _collections(given: argparse.Namespace) -> list[Collection]:
     if given.source == "folder":
         return [read_msmarco(given.data, name, texts=texts) for name in given.split or available_splits(given.data)]
 
-    from eval.msmarco_sources import hub_splits, read_hub, read_ir_datasets
+    from eval.collections.msmarco_sources import hub_splits, read_hub, read_ir_datasets
 
     data = str(given.data)
     if given.source == "ir_datasets":

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.collection import file_fingerprint
+from eval.collections.collection import file_fingerprint
 from eval.evaluate import EvalResult
 from eval.trec import write_msmarco, write_trec
 

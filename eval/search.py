@@ -1,4 +1,4 @@
-"""Nearest passages by inner product: embedding shards -> a run. Exact, or through a FAISS index (`eval.index`).
+"""Nearest passages by inner product: embedding shards -> a run. Exact, or through a FAISS index (`eval.engines.faiss_index`).
 
 python -m eval.search --queries shards/queries --passages shards/passages --k 1000 --output run.trec
 accelerate launch -m eval.search --queries shards/queries --passages shards/passages --output run.trec
@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.arguments import add_search_arguments
-from eval.embeddings import Embeddings, load_queries, passage_ids
-from eval.faiss_build import GpuUse, to_gpus
-from eval.flat import search_flat
-from eval.index import open_index
-from eval.topk import PassageOrder, TopK
+from eval.engines.embeddings import Embeddings, load_queries, passage_ids
+from eval.engines.faiss_build import GpuUse, to_gpus
+from eval.engines.faiss_index import open_index
+from eval.engines.flat import search_flat
+from eval.engines.topk import PassageOrder, TopK
 from eval.trec import Ranking, write_msmarco, write_trec
 from retriever.wording import counted
 
@@ -52,7 +52,7 @@ def search(
     float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks. `engine` says what
     searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it; `auto` is
     torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
-    Other indexes are those of `eval.index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
+    Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
     `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
     Raises ValueError where dimensions differ, a value is not finite, or an id is repeated (a passage's: DataError); ConfigError for an
     unknown index.
@@ -68,7 +68,7 @@ def search(
     wanted = k + exclude_self
     with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)) as bar:
         if on_torch:
-            from eval.streaming import search_streaming
+            from eval.engines.streaming import search_streaming
 
             best = search_streaming(queries, passages, order, wanted, world=world, memory_gib=memory_gib, bar=bar)
         elif index == "flat":

@@ -15,9 +15,9 @@ from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
-from retriever.forecast import SIDES, Forecast
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
+from retriever.plan.forecast import SIDES, Forecast
 from retriever.verify import GradientCheck, gradient_error
 from retriever.wording import counted
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from retriever.atomic import write_text
 from retriever.config import ConfigError
-from retriever.forecast import Forecast
+from retriever.plan.forecast import Forecast
 from retriever.step import StepReport
 
 _DESCRIPTION = "train"

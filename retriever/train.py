@@ -96,7 +96,6 @@ def _train(
     """All steps that are left after the checkpoint `last`."""
     from eval.evaluate import check_evaluation
     from retriever import checkpoint, launch, preflight
-    from retriever.capacity import usable_bytes
     from retriever.data.batch import BatchLoader
     from retriever.data.planner import Planner
     from retriever.data.tokens import TokenTemplate
@@ -110,9 +109,10 @@ def _train(
     from retriever.optim import Optimizer
     from retriever.outputs import Outputs
     from retriever.parallel.sharded import PlacedEncoder
+    from retriever.plan.measure import usable_bytes
+    from retriever.plan.step_plan import StepPlanner
     from retriever.retention import Retention
     from retriever.step import train_step
-    from retriever.step_plan import StepPlanner
     from retriever.telemetry import Telemetry
 
     start = checkpoint.finished_steps(last) if last is not None else 0

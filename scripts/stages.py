@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.collection import file_fingerprint, fingerprint
+from eval.collections.collection import file_fingerprint, fingerprint
 from eval.evaluate import Ranks
 from retriever.config import ConfigError
 from retriever.data.text_table import write_json

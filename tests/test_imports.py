@@ -22,7 +22,7 @@ FLOORS = (
     ("loss",),
     ("gradcache", "representations", "retention", "optim"),
     ("step",),
-    ("capacity", "forecast", "step_plan"),
+    ("plan",),
     ("checkpoint", "damage", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
     ("train", "encode"),
 )

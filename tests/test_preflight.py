@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from retriever import preflight
-from retriever.capacity import ChunkCost
 from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import Forecast, Memory, Workload
 from retriever.parallel.world import World
+from retriever.plan.forecast import Forecast, Memory, Workload
+from retriever.plan.measure import ChunkCost
 from retriever.retention import Retention
 from retriever.train import main
 from tests.tiny import random_texts, save_tiny_model

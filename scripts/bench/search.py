@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.embeddings import passage_ids
-from eval.index import index_spec
+from eval.engines.embeddings import passage_ids
+from eval.engines.faiss_index import index_spec
+from eval.engines.topk import PassageOrder
 from eval.search import search
-from eval.topk import PassageOrder
 from eval.trec import Ranking
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards

@@ -15,7 +15,7 @@ import torch
 from transformers import BertModel
 
 from retriever.data.batch import Batch
-from retriever.forecast import Forecast
+from retriever.plan.forecast import Forecast
 from retriever.retention import Retention
 from scripts.bench.loss import matmul_tflops
 from scripts.bench.step_methods import ALL_GRAPHS, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample

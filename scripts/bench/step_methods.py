@@ -25,10 +25,10 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
+from retriever.plan.step_plan import StepPlanner
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
-from retriever.step_plan import StepPlanner
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached

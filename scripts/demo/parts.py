@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from eval.bm25 import bm25_run
-from eval.collection import Collection
+from eval.collections.collection import Collection
+from eval.engines.bm25 import bm25_run
 from eval.evaluate import evaluate_collection
-from eval.metrics import Scores, measure_run
+from eval.measures import Scores, measure_run
 from retriever.config import Config, load
 from retriever.data.store import build_or_open
 from retriever.data.tokens import TokenTemplate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.metrics import Scores
+from eval.measures import Scores
 from eval.report import format_table
 from retriever.config import Config
 from retriever.verify import GradientCheck

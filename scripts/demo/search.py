@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from scripts.code_pairs.split import drawn
 
 if TYPE_CHECKING:
-    from eval.collection import Collection
+    from eval.collections.collection import Collection
     from eval.trec import Ranking
     from retriever.encoder.bundle import EncoderBundle
 
@@ -52,7 +52,7 @@ class Searcher:
 
 def read_test(data: Path) -> tuple[Collection, dict[str, str]]:
     """The test split of a folder of code pairs, and the module of each of its queries."""
-    from eval.collection import read_beir
+    from eval.collections.collection import read_beir
 
     test = read_beir(data)
     with (data / "queries.jsonl").open(encoding="utf-8") as lines:

@@ -10,7 +10,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from eval.collection import file_fingerprint, fingerprint
+from eval.collections.collection import file_fingerprint, fingerprint
 from eval.report import format_table
 from retriever.config import Config, to_dict, to_yaml
 from retriever.data.collection import data_files

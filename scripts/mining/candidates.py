@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from eval.bm25 import Bm25, cores, in_threads
+from eval.engines.bm25 import Bm25, cores, in_threads
 from eval.evaluate import Ranks
 from eval.search import load_queries, search
 from eval.trec import Ranking

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.bm25 import DESCRIPTION, Bm25
-from eval.bm25_index import FILES
-from eval.collection import fingerprint
+from eval.collections.collection import fingerprint
+from eval.engines.bm25 import DESCRIPTION, Bm25
+from eval.engines.bm25_index import FILES
 from eval.evaluate import Ranks
 from retriever.data.formats import Passage
 from retriever.shards import EmbeddingShards, open_shards

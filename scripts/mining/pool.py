@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from eval.collection import fingerprint
+from eval.collections.collection import fingerprint
 from eval.evaluate import Ranks
 from retriever.data.formats import DataError, Source, final_text
 from scripts.mining.passages import Passages

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from eval.bm25 import Bm25
+from eval.engines.bm25 import Bm25
 from eval.evaluate import Ranks
 from eval.search import load_queries
 from retriever.config import ConfigError

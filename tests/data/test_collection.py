@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.collection import read_beir
+from eval.collections.collection import read_beir
 from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Example, Passage, Source, find_qrels, open_source, read_corpus, read_qrels, read_queries
 

@@ -15,7 +15,7 @@ import pytest
 import pytrec_eval
 
 from eval import beir, msmarco
-from eval.collection import read_beir
+from eval.collections.collection import read_beir
 from eval.evaluate import Ranks, evaluate
 from eval.trec import read_run, read_trec
 from retriever.encoder.bundle import EncoderBundle, load_encoder

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import flat
+from eval.engines import flat
 from eval.search import main, search
 from eval.trec import Ranking, read_msmarco, read_trec
 from retriever.shards import ShardJob, ShardWriter

@@ -14,7 +14,7 @@ import pytest
 
 import scripts.demo.__main__ as command
 import scripts.demo.model as starting
-from eval.metrics import Scores
+from eval.measures import Scores
 from eval.trec import Ranking
 from scripts.cluster_bootstrap import cluster_interval
 from scripts.code_pairs.bounded import write_bounded

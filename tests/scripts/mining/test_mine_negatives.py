@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from eval.bm25 import bm25_run
+from eval.engines.bm25 import bm25_run
 from eval.evaluate import Ranks
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data.store import build_or_open

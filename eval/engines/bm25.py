@@ -12,7 +12,7 @@ from typing import TypeVar
 import bm25s
 import numpy as np
 
-from eval.bm25_index import read_index, write_index
+from eval.engines.bm25_index import read_index, write_index
 from eval.trec import Ranking, ranking
 
 K1, B = 0.9, 0.4  # Anserini's defaults for passages

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.embeddings import Embeddings, not_finite
-from eval.topk import PassageOrder, TopK
+from eval.engines.embeddings import Embeddings, not_finite
+from eval.engines.topk import PassageOrder, TopK
 from retriever.config import ConfigError
 from retriever.parallel.world import World
 
@@ -209,7 +209,7 @@ def _scores(keys: Tensor) -> Tensor:
 
 
 def _to_topk(keys: Tensor) -> np.ndarray:
-    """The same places in the keys of `eval.topk`, which ascend and are unsigned."""
+    """The same places in the keys of `eval.engines.topk`, which ascend and are unsigned."""
     return ~(keys.cpu().numpy().view(np.uint64) ^ np.uint64(2**63))
 
 

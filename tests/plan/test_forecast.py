@@ -11,13 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.capacity import ChunkCost, Cost
 from retriever.config import ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import SIDES, Forecast, Memory, Workload, costs_like, costs_of, filled, most_retained, scaled_loss, settled_size
 from retriever.gradcache import encode_without_graph
+from retriever.plan.forecast import (
+    SIDES,
+    Forecast,
+    Memory,
+    Workload,
+    costs_like,
+    costs_of,
+    filled,
+    most_retained,
+    scaled_loss,
+    settled_size,
+)
+from retriever.plan.measure import ChunkCost, Cost
 from retriever.retention import EVERYTHING, NOTHING, Keeps, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
 from tests.tiny import save_tiny_model

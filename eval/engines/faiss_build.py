@@ -1,4 +1,4 @@
-"""Which FAISS is installed, and indexes on its GPUs. The CPU build is the default: exact search on GPUs is torch's (`eval.streaming`)."""
+"""Which FAISS is installed, and indexes on its GPUs. The CPU build is the default: on GPUs torch searches exactly (`engines.streaming`)."""
 
 from __future__ import annotations
 

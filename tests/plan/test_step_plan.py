@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from retriever import step_plan
-from retriever.capacity import ChunkCost, Cost
 from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig, OptimConfig, RunConfig
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import Forecast
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
+from retriever.plan import step_plan
+from retriever.plan.forecast import Forecast
+from retriever.plan.measure import ChunkCost, Cost
+from retriever.plan.step_plan import StepPlanner
 from retriever.retention import EVERYTHING, Retention
-from retriever.step_plan import StepPlanner
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
 from tests.tiny import save_tiny_model
 

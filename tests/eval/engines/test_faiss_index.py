@@ -11,9 +11,9 @@ import faiss
 import numpy as np
 import pytest
 
-from eval import index as index_module
-from eval.faiss_build import check_faiss_build
-from eval.index import check_index, describe, index_spec, open_index
+from eval.engines import faiss_index as index_module
+from eval.engines.faiss_build import check_faiss_build
+from eval.engines.faiss_index import check_index, describe, index_spec, open_index
 from eval.search import search
 from retriever.config import ConfigError
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards

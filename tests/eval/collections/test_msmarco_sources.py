@@ -13,8 +13,8 @@ import datasets
 import pytest
 
 from eval import msmarco
+from eval.collections.msmarco_sources import PairTable, read_hub, read_ir_datasets
 from eval.msmarco import SPLITS
-from eval.msmarco_sources import PairTable, read_hub, read_ir_datasets
 from retriever.data.records import DataError
 from tests.eval.texts import Texts, help_texts, write_msmarco
 

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from retriever.capacity import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
 from retriever.config import BatchConfig, Config, ConfigError, OptimConfig
 from retriever.data.planner import Planner, slice_for_rank
 from retriever.data.store import Store
 from retriever.data.tokens import Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.forecast import (
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.offload import host_bytes
+from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
+from retriever.parallel.world import World
+from retriever.plan.forecast import (
     SIDES,
     Forecast,
     Memory,
@@ -30,10 +33,16 @@ from retriever.forecast import (
     scaled_loss,
     settled_size,
 )
-from retriever.loss.contrastive import ContrastiveObjective
-from retriever.loss.offload import host_bytes
-from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
-from retriever.parallel.world import World
+from retriever.plan.measure import (
+    Cost,
+    allocated_bytes,
+    measure_chunk,
+    measure_loss,
+    measure_update,
+    random_chunk,
+    undisturbed,
+    usable_bytes,
+)
 from retriever.retention import NOTHING, Retention, given_tokens
 
 _LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving

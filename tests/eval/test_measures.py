@@ -11,7 +11,7 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics import Scores, measure_run, parse_measure
+from eval.measures import Scores, measure_run, parse_measure
 from eval.trec import Ranking, ranking, read_trec
 
 DATA = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

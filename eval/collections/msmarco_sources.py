@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from eval.collection import Collection, judged_queries
+from eval.collections.collection import Collection, judged_queries
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
 from retriever.data.files import Table

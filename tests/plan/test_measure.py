@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retriever.capacity import measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
 from retriever.config import LossConfig, ModelConfig, OptimConfig
 from retriever.data.layout import Packed, Padded
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.plan.measure import measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -110,12 +110,12 @@ def test_a_loss_in_host_memory_is_measured_there(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_update_of_more_parameters_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from retriever import capacity
+    from retriever.plan import measure
 
     few, many = ([nn.Parameter(torch.ones(256, 256)) for _ in range(n)] for n in (1, 64))
     whole = measure_update(OptimConfig(), many, CPU)
     assert 0 < measure_update(OptimConfig(), few, CPU) < whole
-    monkeypatch.setattr(capacity, "_SCRATCH_PARAMETERS", 32 * 2**16)  # half of them stand for all
+    monkeypatch.setattr(measure, "_SCRATCH_PARAMETERS", 32 * 2**16)  # half of them stand for all
     assert measure_update(OptimConfig(name="adafactor", betas=(0.9, 0.999)), many, CPU) > 0
     assert 0.2 * whole < measure_update(OptimConfig(), many, CPU) < 5 * whole
     assert all(p.grad is None and bool((p == 1).all()) for p in many)

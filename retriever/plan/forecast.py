@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from retriever.capacity import ChunkCost, Cost
 from retriever.data.chunks import plan_chunks
 from retriever.data.tokens import Side
+from retriever.plan.measure import ChunkCost, Cost
 from retriever.retention import NOTHING, Budget, Keeps, Retention
 
 SIDES: tuple[Side, Side] = ("query", "passage")

@@ -24,7 +24,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from eval.embeddings import Embeddings, blocks_of
+from eval.engines.embeddings import Embeddings, blocks_of
 from retriever.config import ConfigError
 from retriever.data.text_table import write_json
 from retriever.shards import EmbeddingShards

@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from eval.embeddings import Embeddings, blocks_of
-from eval.topk import PassageOrder, TopK
+from eval.engines.embeddings import Embeddings, blocks_of
+from eval.engines.topk import PassageOrder, TopK
 
 _MARGIN = 32  # passages asked for beyond k, so that equal scores at the k-th place rarely need a second search
 _QUERIES_AT_ONCE = 8192

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from eval.metrics import Scores, measure_run
+from eval.measures import Scores, measure_run
 from eval.trec import Run
 from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, query_tables, query_texts
 from retriever.data.files import Table

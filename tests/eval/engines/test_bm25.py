@@ -13,12 +13,12 @@ import bm25s
 import numpy as np
 import pytest
 
-from eval.bm25 import Bm25, bm25_run, plural_stem
-from eval.bm25_index import FILES
-from eval.collection import read_beir
-from eval.metrics import measure_run
+from eval.collections.collection import read_beir
+from eval.engines.bm25 import Bm25, bm25_run, plural_stem
+from eval.engines.bm25_index import FILES
+from eval.measures import measure_run
 
-DATA = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
 
 PASSAGES = [
     ("a", "storm river river"),
@@ -113,10 +113,10 @@ def test_threads_change_nothing(collection: tuple[list[str], list[str]]) -> None
 def test_an_index_has_the_same_bytes_in_every_process(collection: tuple[list[str], list[str]], tmp_path: Path) -> None:
     """Sets of words have another order in every process; the numbers of words have not."""
     (tmp_path / "texts").write_text("\n".join(collection[0]))
-    code = "import sys; from pathlib import Path; from eval.bm25 import Bm25; Bm25.build(open(sys.argv[1]), Path(sys.argv[2]))"
+    code = "import sys; from pathlib import Path; from eval.engines.bm25 import Bm25; Bm25.build(open(sys.argv[1]), Path(sys.argv[2]))"
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
         command = [sys.executable, "-c", code, str(tmp_path / "texts"), str(tmp_path / seed)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60)
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[3], env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60)
     for name in FILES:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

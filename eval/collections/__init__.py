@@ -1,0 +1,1 @@
+"""Test collections and where they are read from."""

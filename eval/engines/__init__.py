@@ -1,0 +1,1 @@
+"""Search engines: exact (FAISS or torch), approximate (FAISS indexes), BM25."""

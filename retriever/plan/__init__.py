@@ -1,0 +1,1 @@
+"""Predicted time and memory of a step, and the sizes that follow."""
