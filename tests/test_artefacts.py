@@ -1,4 +1,4 @@
-"""What earlier versions wrote still opens, and says what it said then: runs, stores, shards, indexes, mined data, stages, exports."""
+"""What earlier versions wrote still opens: runs, stores, shards, indexes, mined data, stages, exports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from eval.bm25 import Bm25
-from eval.embeddings import load_queries
+from eval.engines.bm25 import Bm25
+from eval.engines.embeddings import load_queries
 from eval.search import search
 from retriever.config import SourceConfig, load
 from retriever.data.formats import open_source
@@ -55,24 +55,25 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(name: str) -> Non
         shutil.rmtree(run / published, ignore_errors=True)
         (run / f"{published}.json").unlink(missing_ok=True)
     assert train(["--config", "run.yaml", *RUNS[name], "run.trackers=[]"]) == 0
-    for file in ("checkpoints/step-00000006/model.safetensors", *(f"export/{tower}" for tower in _towers(Path("whole/export")))):
+    for file in ("checkpoints/step-00000006/model.safetensors", *_weights_of_export(Path("whole"))):
         _assert_close(load_file(run / file), load_file(Path("whole") / file), load_file(_started_from(file)))
     lines, expected = (_losses(folder / "metrics.jsonl") for folder in (run, Path("whole")))
     assert lines == pytest.approx(expected, rel=APART) and len(expected) == 6
 
 
-def _towers(export: Path) -> list[str]:
-    return [path.relative_to(export).as_posix() for path in sorted(export.rglob("model.safetensors"))]
+def _weights_of_export(run: Path) -> list[str]:
+    return [path.relative_to(run).as_posix() for path in sorted((run / "export").rglob("model.safetensors"))]
 
 
 def _started_from(file: str) -> Path:
-    """The same weights before the first step, by the names of `file`, or those of the checkpoint that the run goes on from."""
+    """Earlier weights under the same names: the first model's, or those of the checkpoint that the run goes on from."""
     return Path("model/model.safetensors") if file.startswith("export") else Path("whole", file.replace("6/", "3/"))
 
 
 def _assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], before: dict[str, np.ndarray]) -> None:
-    """Equal to rounding, and far from what the steps began with. A key bias has no gradient but rounding, which Adam makes large."""
+    """Equal to rounding, and far from the weights `before`."""
     assert found.keys() == expected.keys()
+    # The gradient of a key bias is rounding, which Adam makes large.
     trained = [key for key in expected if not key.endswith("key.bias")]
     largest = max(float(np.abs(expected[key]).max()) for key in trained)
     for key in trained:
@@ -140,22 +141,22 @@ def test_mined_data_are_read() -> None:
     examples = list(source.examples())
     assert len(examples) == len(lines) == 40
     for example, line in zip(examples, lines, strict=True):
-        assert [passage.text for passage in example.negatives] == [passage["text"] for passage in line["negative_passages"]]
+        assert [passage.text for passage in example.negatives] == [found["text"] for found in line["negative_passages"]]
         assert list(example.negative_scores or ()) == line["negative_scores"]
 
 
 @pytest.mark.usefixtures("recorded")
 def test_finished_stages_are_reused() -> None:
     """For the inputs that they were worked on for; and the loop's configuration is one still."""
-    manifests = [path for path in sorted(Path("loop").rglob("manifest.json")) if "stage" in json.loads(path.read_text())]
-    names = {json.loads(path.read_text())["stage"] for path in manifests}
+    found = {path: json.loads(path.read_text()) for path in sorted(Path("loop").rglob("manifest.json"))}
+    manifests = {path: manifest for path, manifest in found.items() if "stage" in manifest}
+    names = {manifest["stage"] for manifest in manifests.values()}
     assert {"mined: mine", "mined: train", "mined: evaluate", "mine", "encode", "score", "index for bm25"} <= names
 
     def refused(folder: Path) -> Sequence[str]:
         raise AssertionError(f"{folder} is worked on again")
 
-    for path in manifests:
-        manifest = json.loads(path.read_text())
+    for path, manifest in manifests.items():
         assert run_stage(manifest["stage"], path.parent, manifest["inputs"], refused) == manifest["outputs"]
     assert [described.name for described in load_loop("loop.yaml").rounds] == ["mined"]
 

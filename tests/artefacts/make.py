@@ -1,10 +1,10 @@
 """Makes the files that `tests/test_artefacts.py` opens: `python -m tests.artefacts.make tests/artefacts/<name>.tar.xz`.
 
-The committed archive was made by the first public layout of the code (commit 337befe) and is not made again: it stands for what
-people have on their disks. Where a format is added, add an archive beside it.
+The committed archive was written at commit 337befe and is not made again: it stands for what people have on disk.
+Where a format changes, add an archive beside it.
 
-All paths inside are relative to the archive's folder, so everything that opens it runs there. `recorded.json` says what the
-code that wrote the files read from them.
+Every path inside is relative to the archive's folder, so whatever opens it runs there. `recorded.json` says what the code
+that wrote the files read from them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.bm25 import Bm25
-from eval.embeddings import load_queries
+from eval.engines.bm25 import Bm25
+from eval.engines.embeddings import load_queries
 from eval.search import search
 from retriever.encoder.bundle import load_encoder
 from retriever.shards import open_shards
@@ -40,7 +40,11 @@ _SHARED = {
 }
 _TRAINING = _SHARED | {
     "run": {"output_dir": "run", "seed": 3},
-    "data": {"train": [{"path": "data"}, {"path": "loop/mined/mine/data", "weight": 0.5}], "negatives": 2, "cache_dir": "cache"},
+    "data": {
+        "train": [{"path": "data"}, {"path": "loop/mined/mine/data", "weight": 0.5}],
+        "negatives": 2,
+        "cache_dir": "cache",
+    },
     "batch": {"queries": 12, "tokens_per_chunk": 96},
     "train": {"max_steps": 6, "save_every": 3, "log_every": 1, "eval_every": 3},
     "eval": {"path": "data", "split": "dev", "metrics": ["MRR@10"], "k": 10},
@@ -49,11 +53,21 @@ _LOOP = {
     "output_dir": "loop",
     "source": {"path": "data", "format": "beir"},
     "train": _SHARED
-    | {"run": {"trackers": []}, "batch": {"queries": 12, "tokens_per_chunk": 96}, "train": {"max_steps": 2, "save_every": 2}},
+    | {
+        "run": {"trackers": []},
+        "batch": {"queries": 12, "tokens_per_chunk": 96},
+        "train": {"max_steps": 2, "save_every": 2},
+    },
     "rounds": [
         {
             "name": "mined",
-            "mine": {"ranks": [1, 30], "negatives": 3, "retrievers": ["model", "bm25"], "teacher": ["model", "bm25"], "index": "hnsw"},
+            "mine": {
+                "retrievers": ["model", "bm25"],
+                "teacher": ["model", "bm25"],
+                "ranks": [1, 30],
+                "negatives": 3,
+                "index": "hnsw",
+            },
             "train": {"loss": {"kl_weight": 1.0}, "data": {"negatives": 2}},
         }
     ],
@@ -106,6 +120,11 @@ def _write_data(folder: Path) -> None:
         (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
 
 
+def _kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Without what only people read."""
+    return None if Path(entry.name).name in ("logs", "report.html") else entry
+
+
 def _done(status: int) -> None:
     if status != 0:
         raise SystemExit(status)
@@ -118,7 +137,7 @@ def main() -> None:
         os.chdir(name)
         make(Path())
         with tarfile.open(archive, "w:xz") as packed:
-            packed.add(".", ".", filter=lambda entry: None if Path(entry.name).name in ("logs", "report.html") else entry)
+            packed.add(".", ".", filter=_kept)
     print(f"{archive}: {archive.stat().st_size:,} bytes")
 
 
