@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import add_norm_triton, fused_norm_triton
+from kernels import fused_norm_triton
 from kernels.dropout_hash import drop_below
 from kernels.fused_norm_triton import keep_elements
 from kernels.resident import resident_programs
 
 ROWS = 2  # a program's, forward
+_COLUMNS_PER_WARP = 256
 
 
 @triton.jit
@@ -46,8 +47,8 @@ def _embed_norm(
     weight,  # [D] float32
     bias,  # [D] float32
     seed,  # [1] int64 or None
-    following,  # out [T, D] float16 or float32
-    statistics,  # out [2, T] float32: mean, rstd; or None
+    out,  # [T, D] float32
+    statistics,  # out [2, T] float32: mean, rstd
     T,
     V,
     P,
@@ -70,10 +71,9 @@ def _embed_norm(
     if THRESHOLD > 0:
         y = tl.where(keep_elements(seed, first + rows, columns, THRESHOLD), y * inverse_keep, 0.0)
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
-    tl.store(following + at, y.to(following.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
-    if statistics is not None:
-        tl.store(statistics + first + rows, level, in_rows)
-        tl.store(statistics + T + first + rows, spread, in_rows)
+    tl.store(out + at, y, in_rows[:, None] & in_columns[None, :])
+    tl.store(statistics + first + rows, level, in_rows)
+    tl.store(statistics + T + first + rows, spread, in_rows)
 
 
 @triton.jit(do_not_specialize=["T", "V", "P"])
@@ -131,6 +131,12 @@ def _embed_norm_backward(
     tl.store(sums + 2 * D, dsegment, in_columns)
 
 
+def block(D: int) -> tuple[int, int]:
+    """(columns, warps) of a program of the forward pass."""
+    columns = triton.next_power_of_2(D)
+    return columns, max(1, min(16, columns // _COLUMNS_PER_WARP))
+
+
 def embed_norm(
     ids: Tensor,
     positions: Tensor,
@@ -141,16 +147,13 @@ def embed_norm(
     bias: Tensor,
     *,
     eps: float,
-    dtype: torch.dtype,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
-    trained: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(y [T, D] in `dtype`, statistics [2, T] float32 for a backward pass where `trained`)."""
+    seed: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """(y [T, D], statistics [2, T] for the backward pass), float32."""
     T, D = len(ids), words.shape[1]
-    out = torch.empty(T, D, dtype=dtype, device=ids.device)
-    statistics = words.new_empty(2, T) if trained else None
-    block_d, warps = add_norm_triton.block(D)
+    out, statistics = words.new_empty(T, D), words.new_empty(2, T)
+    block_d, warps = block(D)
     _embed_norm[(triton.cdiv(T, ROWS),)](
         ids, positions, words, places, segment, weight, bias, seed, out, statistics, T, len(words), len(places), eps, 1 / (1 - dropout),
         D=D, THRESHOLD=drop_below(dropout), ROWS=ROWS, BLOCK_D=block_d, num_warps=warps,

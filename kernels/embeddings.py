@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, layer_norm
 
-from kernels.dispatch import on_kernels
-from kernels.embed_norm import check_embeddings
+from kernels.dispatch import WIDEST_ROW, on_kernels
 from kernels.fused_layer import check_dropout
 from kernels.fused_layer_reference import dropout_factor
 
@@ -40,7 +39,7 @@ def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | No
     shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
     """
     words, places, segment, weight, bias, padding_word, padding_place = tables
-    check_embeddings(ids, positions, words, places, segment, weight, bias, words.dtype)
+    _check(ids, positions, tables)
     seed = check_dropout(dropout, seed)
     if on_kernels(words) and words.dtype == torch.float32:
         out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, padding_word, padding_place, *tables[:5])
@@ -48,6 +47,27 @@ def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | No
     z = embedding(ids, words, padding_word) + segment + embedding(positions, places, padding_place)  # [T, D]
     y = layer_norm(z, z.shape[1:], weight, bias, eps)
     return y * dropout_factor(y, seed, dropout)
+
+
+def _check(ids: Tensor, positions: Tensor, tables: Tables) -> None:
+    """Raises ValueError where the arguments of `embeddings` do not fit each other."""
+    words, places = tables.words, tables.places
+    D = words.shape[-1]
+    if ids.ndim != 1 or words.ndim != 2 or places.ndim != 2 or not 1 <= D <= WIDEST_ROW:
+        raise ValueError(
+            f"expected ids [T], words [V, D] and places [P, D], D in 1..{WIDEST_ROW}, received {list(ids.shape)}, {list(words.shape)} and "
+            f"{list(places.shape)}"
+        )
+    vectors = {"segment": tables.segment, "weight": tables.weight, "bias": tables.bias}
+    expected = {"ids": (ids.shape, torch.int64), "positions": (ids.shape, torch.int64), "words": (words.shape, words.dtype)}
+    expected |= {"places": (torch.Size([len(places), D]), words.dtype)} | {name: (torch.Size([D]), words.dtype) for name in vectors}
+    for name, tensor in {"ids": ids, "positions": positions, "words": words, "places": places, **vectors}.items():
+        if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
+            shape, kind = expected[name]
+            raise ValueError(
+                f"expected {name} {list(shape)} {kind} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
+                f"on {tensor.device}"
+            )
 
 
 class _Embeddings(torch.autograd.Function):
@@ -66,7 +86,7 @@ class _Embeddings(torch.autograd.Function):
         from kernels.embed_norm_triton import embed_norm
 
         words, places, segment, weight, _ = tables
-        out, statistics = embed_norm(ids, positions, *tables, eps=eps, dtype=torch.float32, seed=seed, dropout=dropout, trained=True)
+        out, statistics = embed_norm(ids, positions, *tables, eps=eps, seed=seed, dropout=dropout)
         ctx.dropout, ctx.paddings = dropout, (padding_word, padding_place)
         ctx.save_for_backward(ids, positions, words, places, segment, weight, statistics, seed)
         return out

@@ -20,7 +20,6 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
-from retriever.encoder.encoding_layers import fuse_for_encoding
 from retriever.encoder.modes import use
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
@@ -166,9 +165,6 @@ def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padde
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
     fused = packed and gpu and encoder.can_fuse
     use(encoder, ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused))
-    if fused:
-        for tower in encoder.each_tower:
-            fuse_for_encoding(tower)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:

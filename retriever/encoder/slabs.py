@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias, TypeVar
@@ -23,7 +23,6 @@ from retriever.data.chunks import Chunks
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.encoding_layers import fused_for_encoding
 from retriever.encoder.fused_layers import FusedLayers
 
 SLAB_TEXTS = 32_768
@@ -132,22 +131,19 @@ def mode_of(encoder: DualEncoder) -> Literal["padded", "packed", "fused"]:
 
 @contextmanager
 def inference(encoder: DualEncoder) -> Iterator[None]:
-    """Eval mode without graphs, fused layers replaced by encoding ones; all is as it was afterwards.
+    """Eval mode without graphs; all is as it was afterwards.
 
     Weights are cast for autocast once, not once a chunk.
     """
     dtype = encoder.autocast_dtype
-    with ExitStack() as stack:
-        for tower in encoder.each_tower:
-            stack.enter_context(fused_for_encoding(tower))
-        modes = [(module, module.training) for module in encoder.modules()]
-        encoder.eval()
-        try:
-            with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:

@@ -27,17 +27,16 @@ from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encode import encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.encoding_layers import fuse_for_encoding
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, SlabEncoder, inference
 from scripts.bench.passages import passage_lengths, random_passages, word_tokenizer
 from scripts.bench.tables import Table
 
-# What is done to a padded encoder; "encoding" is what the command itself chooses for this model on a GPU.
+# What is done to a padded encoder; "fused" is what the command itself chooses for this model on a GPU.
 MODES: dict[str, tuple[Callable[[DualEncoder], object], ...]] = {
     "padded": (),
     "packed": (DualEncoder.pack,),
     "packed,compiled": (DualEncoder.pack, DualEncoder.compile_layers),
-    "packed,encoding": (DualEncoder.pack, lambda encoder: fuse_for_encoding(encoder.passage_tower)),
+    "packed,fused": (DualEncoder.pack, DualEncoder.fuse_layers),
 }
 _WRONG = 0.999  # a cosine to the fp32 embedding below this is another encoder
 _SAMPLE = 2048
@@ -198,8 +197,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/bench/encode.json"))
     parser.add_argument("--texts", type=int, default=393_216, help="that are encoded from text (default: %(default)s)")
     parser.add_argument("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts")
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=["packed,encoding", "padded"])
-    parser.add_argument("--text-modes", nargs="*", choices=MODES, default=["packed,encoding"], help="also from text")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["packed,fused", "padded"])
+    parser.add_argument("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text")
     parser.add_argument("--tokens-per-chunk", type=int, default=131_072)
     parser.add_argument("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none")
     parser.add_argument("--peer-batch", type=int, default=512)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.encoder.slabs import inference
 from tests.tiny import random_texts, save_tiny_model
 
 TEXTS = ["", *random_texts(16, longest=40), "the brain"]
@@ -78,3 +80,18 @@ def test_the_encoder_is_as_it_was_when_encoding_ends_early(bundle: EncoderBundle
         assert bundle.encoder.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     finally:
         bundle.encoder.eval()
+
+
+def test_modes_set_by_hand_outlive_an_encoding(folder: Path) -> None:
+    """A dropout that was switched off by hand stays off, in fused embeddings and layers too, and no module is exchanged."""
+    encoder = load_encoder(folder, attention="packed").encoder
+    encoder.fuse_layers()
+    encoder.train()
+    tower: Any = encoder.passage_tower
+    for dropout in (tower.embeddings.dropout, tower.encoder.layer[0].output.dropout):
+        dropout.eval()
+    before = {name: (module, module.training) for name, module in encoder.named_modules()}
+    with inference(encoder):
+        assert not any(module.training for module in encoder.modules())
+    assert {name: (module, module.training) for name, module in encoder.named_modules()} == before
+    assert [training for _, training in before.values()].count(False) == 2

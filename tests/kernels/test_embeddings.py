@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import embed_norm_triton, fused_norm_triton
-from kernels.add_norm_triton import block
 from kernels.dropout_hash import drop_below, keep_mask
+from kernels.embed_norm_triton import block
 from kernels.embeddings import Tables, embeddings
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 from tests.kernels.oracle import relative_error
@@ -32,6 +32,11 @@ for T, D, dropout in ((37, 48, 0.3), (1, 100, 0.0), (5, 768, 0.1)):
     check(*inputs(T, D, torch.float32), dropout, 2e-6)
 assert len(launched) == 2, "the kernels did not run"
 
+for name, outside in (("ids", 61), ("ids", -1), ("positions", 23), ("positions", -1)):
+    ids, positions, tables = inputs(5, 48, torch.float32)
+    {"ids": ids, "positions": positions}[name][2] = outside
+    found = embeddings(ids, positions, tables, None, eps=EPS, dropout=0.0)
+    assert found[2].isnan().all() and found[[0, 1, 3, 4]].isfinite().all(), (name, outside)
 ids, positions, tables = inputs(5, 48, torch.float32)
 ids[4] = 61  # one more than there are: its gradient, which is NaN, goes to the first row and not beyond the table
 embeddings(ids, positions, tables, None, eps=EPS, dropout=0.0).sum().backward()
@@ -93,7 +98,7 @@ def test_the_kernels_compile_without_spilling(arch: int, D: int) -> None:
     types = tables | dict.fromkeys(("ids", "positions", "seed"), "*i64") | dict.fromkeys(("T", "V", "P"), "i32") | {"inverse_keep": "fp32"}
     columns, warps = block(D)
     constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": embed_norm_triton.ROWS, "BLOCK_D": columns}
-    forward = types | {"bias": "*fp32", "following": "*fp32", "eps": "fp32"}
+    forward = types | {"bias": "*fp32", "out": "*fp32", "eps": "fp32"}
     backward = types | dict.fromkeys(("dout", "dz_out", "partial"), "*fp32")
     launch = fused_norm_triton.BACKWARD
     rows, columns, backward_warps = fused_norm_triton.block(launch, D)
@@ -117,6 +122,14 @@ def test_what_does_not_fit_is_refused() -> None:
     ids, positions, tables = inputs(3, 8, torch.float32)
     with pytest.raises(ValueError, match=r"expected places \[23, 8\] torch.float32 .*torch.float64"):
         embeddings(ids, positions, tables._replace(places=tables.places.double()), None, eps=EPS, dropout=0.0)
+    with pytest.raises(ValueError, match=r"expected ids \[3\] torch.int64 .*torch.int32"):
+        embeddings(ids.int(), positions, tables, None, eps=EPS, dropout=0.0)
+    with pytest.raises(ValueError, match=r"expected positions \[3\] .*received \[2\]"):
+        embeddings(ids, positions[:2], tables, None, eps=EPS, dropout=0.0)
+    with pytest.raises(ValueError, match=r"expected ids \[T\], words \[V, D\]"):
+        embeddings(ids, positions, tables._replace(words=tables.words[0]), None, eps=EPS, dropout=0.0)
+    with pytest.raises(ValueError, match="contiguous"):
+        embeddings(ids, positions, tables._replace(words=tables.words.T.contiguous().T), None, eps=EPS, dropout=0.0)
     with pytest.raises(ValueError, match=r"a seed int64 \[1\]; received 0.1 and no seed"):
         embeddings(ids, positions, tables, None, eps=EPS, dropout=0.1)
     with pytest.raises(IndexError):
