@@ -2,15 +2,12 @@
 
 One direction, 6·B·N·D operations: a pass over the tiles writes a slab of rows of E = 2^(logits − shift) and sums the
 rounded rows; then dQ = E P, weighted by row, and dP += Eᵀ (weighted Q) are plain products. Both directions, 8·B·N·D: one pass
-sums rows and columns at once, a second one writes the gradient at the logits. dP of columns that came from other ranks leaves before the
-last slab's other products.
+sums rows and columns at once, a second one writes the gradient at the logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +19,6 @@ from kernels.lse_triton import LOG2E, aligned, tile_pass
 from kernels.matmul import add_product, parts_of
 from kernels.rows_triton import finish_passages, finish_queries, target_similarities, weigh_rows
 from kernels.targets import sum_by_target
-
-if TYPE_CHECKING:
-    from kernels.lse import Departure
 
 _LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
 _INNER = {"bf16": None, "high": 2048, "fp32": None}
@@ -57,15 +51,10 @@ def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: i
 
 def _one_direction(
     x: Operands, similarity: Tensor, scale: float, masks: MaskTables, weights: Tensor, shifts: Shifts, workspace: Workspace,
-    dqueries: Tensor, dpassages: Tensor, fresh: bool, departure: Departure | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum, coefficient) [B].
-
-    Where `departure` is possible before the end, the third result is what remains to be added to the kept columns, else None.
-    """
+    dqueries: Tensor, dpassages: Tensor, fresh: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum, coefficient) [B]."""
     (B, D), N = x.queries.shape, len(x.passages)
-    remaining = None
-    early = departure if departure is not None and departure.kept.start < departure.kept.stop else None
     passages = parts_of(x.passages, x.precision)
     weighted = [x.queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
     row_sum, coefficient = torch.empty_like(similarity), torch.empty_like(similarity)
@@ -82,53 +71,29 @@ def _one_direction(
             q[1] if len(q) > 1 else None,
         )  # fmt: skip
         inner = _INNER[x.precision]
-        # `safe` waits for a number from before the first slab: no sooner than here, or the device would have nothing to do meanwhile.
-        if early is not None and i.stop == B and shifts.safe:
-            remaining = _depart(early, e, q, dpassages, fresh, inner)
-        else:
-            add_product(dpassages, [part.T for part in e], q, fresh=fresh, inner=inner)
+        add_product(dpassages, [part.T for part in e], q, fresh=fresh, inner=inner)
         add_product(dqueries[i], e, passages, fresh=True, inner=inner)
         fresh = False
-    return row_sum, coefficient, remaining
-
-
-def _depart(departure: Departure, e: Sequence[Tensor], q: Sequence[Tensor], dpassages: Tensor, fresh: bool, inner: int | None) -> Tensor:
-    """The last slab's Eᵀ Q': columns of other ranks are completed and leave; those of the kept ones are returned [kept, D]."""
-    kept = departure.kept
-    for j in (slice(0, kept.start), slice(kept.stop, len(dpassages))):
-        if j.stop > j.start:
-            add_product(dpassages[j], [part[:, j].T for part in e], q, fresh=fresh, inner=inner)
-    if fresh:
-        dpassages[kept] = 0.0
-    departure.leave(dpassages)
-    remaining = torch.empty_like(dpassages[kept])
-    add_product(remaining, [part[:, kept].T for part in e], q, fresh=True, inner=inner)
-    return remaining
+    return row_sum, coefficient
 
 
 def row_infonce(
-    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, departure: Departure | None,
-    largest: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """(loss [B], dqueries [B, D], dpassages, dscale []) of the one-direction loss, in one pass; targets in 0..N−1.
-
-    dpassages [N, D]; with a departure [kept, D], or None where all of it had to stay until the end.
-    """
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, largest: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [B], dqueries [B, D], dpassages [N, D], dscale []) of the one-direction loss, in one pass; targets in 0..N−1."""
     B, D = x.queries.shape
     dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
     dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
     shifts = estimate_shifts(x, scale, columns=False, largest=largest)
     similarity = target_similarities(x.queries, x.passages, targets)
-    row_sum, coefficient, remaining = _one_direction(
-        x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True, departure
-    )
+    row_sum, coefficient = _one_direction(x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True)
     row_lse = log_of(row_sum, shifts.rows)
     if not shifts.safe and len(again := outside(row_sum)):
         some = Operands(aligned(x.queries[again]), x.passages, x.precision)
         some_masks = masks.select_rows(again)
         exact = exact_row_shifts(some, scale, some_masks)
         some_dqueries = dqueries.new_empty(len(again), D)
-        row_sum, coefficient[again], _ = _one_direction(
+        row_sum, coefficient[again] = _one_direction(
             some, similarity[again], scale, some_masks, weights[again], Shifts(exact, None, shifts.bound, False), workspace,
             some_dqueries, dpassages, False,
         )  # fmt: skip
@@ -137,14 +102,8 @@ def row_infonce(
     against_target = row_lse - scale * similarity
     target_weight = scale * weights * against_target.sigmoid()
     along = finish_queries(dqueries, x.queries, x.passages, targets, coefficient, target_weight)
-    if departure is not None and remaining is not None:
-        within = (targets - departure.kept.start).clamp_(0, len(remaining) - 1)  # an ignored row's stand-in may be anywhere
-        finish_passages(remaining, x.queries, within, target_weight)
-        return log_one_plus_exp(against_target), dqueries, remaining, along.sum() / scale
     finish_passages(dpassages, x.queries, targets, target_weight)
-    if departure is not None:
-        departure.leave(dpassages)
-    return log_one_plus_exp(against_target), dqueries, dpassages if departure is None else None, along.sum() / scale
+    return log_one_plus_exp(against_target), dqueries, dpassages, along.sum() / scale
 
 
 def negatives_gradient(
@@ -229,16 +188,12 @@ def two_pass_infonce(
 
 def infonce(
     queries: Tensor, passages: Tensor, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, *, symmetric: bool,
-    precision: str, budget: int, gradients: bool, departure: Departure | None = None, largest: float | None = None,
+    precision: str, budget: int, gradients: bool, largest: float | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """See `kernels.lse.infonce`; every row has a target, `budget` bytes bound the slabs."""
     x = Operands.of(queries, passages, precision)
     (B, D), N = queries.shape, len(passages)
     rows = slab_rows(B, N, D, precision, budget, _processors(queries))
     if symmetric or not gradients or rows < min(B, _LEAST_SLAB_ROWS):
-        loss, dqueries, dpassages, dscale = two_pass_infonce(x, targets, scale, masks, weights, symmetric, gradients, budget, largest)
-        if departure is not None and dpassages is not None:
-            departure.leave(dpassages)
-            dpassages = None
-        return loss, dqueries, dpassages, dscale
-    return row_infonce(x, targets, scale, masks, weights, Workspace(x.queries, precision, rows, N), departure, largest)
+        return two_pass_infonce(x, targets, scale, masks, weights, symmetric, gradients, budget, largest)
+    return row_infonce(x, targets, scale, masks, weights, Workspace(x.queries, precision, rows, N), largest)

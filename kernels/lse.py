@@ -11,8 +11,7 @@ row-wise product. Memory is O(B + N) beside inputs and outputs. (Cheng et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from kernels.deferred import Deferred
 from kernels.dispatch import on_kernels
 from kernels.exclusions import Exclusions, MaskTables
 
-__all__ = ["Departure", "Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
+__all__ = ["Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
 
 Precision = Literal["bf16", "high", "fp32"]
 
@@ -37,16 +36,8 @@ class InfoNCE:
 
     loss: Tensor  # [B] float32, 0 for an ignored row
     dqueries: Tensor | None  # [B, D] float32
-    dpassages: Tensor | None  # [N, D] float32; with a `Departure` [kept, D], or None where all has left
+    dpassages: Tensor | None  # [N, D] float32
     dscale: Tensor | None  # []
-
-
-@dataclass(frozen=True)
-class Departure:
-    """Hands dpassages over while work remains, so that what belongs to other ranks can be on its way meanwhile."""
-
-    kept: slice  # of columns; every target lies in it
-    leave: Callable[[Tensor], None]  # called once, with [N, D]: final, but for what `InfoNCE.dpassages` holds for the kept columns
 
 
 def infonce(
@@ -61,7 +52,6 @@ def infonce(
     precision: Precision = "bf16",
     workspace_mib: int | None = None,
     gradients: bool = True,
-    departure: Departure | None = None,
     ignored: bool | None = None,
     largest: float | None = None,
 ) -> InfoNCE:
@@ -74,9 +64,8 @@ def infonce(
     queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
     weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32 accumulation),
     "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB, None: up to 1 GiB
-    of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets. `departure` is called, gradients
-    being asked for, on every path; where that is early is up to the path. Results are float32 (float64 for float64 inputs), the same
-    bits every time.
+    of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets. Results are float32 (float64 for
+    float64 inputs), the same bits every time.
 
     What the caller knows spares the host waiting for the device, and is taken on trust: `ignored`, whether any target is −1, all being in
     range; `largest`, what no |⟨q_i, p_j⟩| exceeds but by rounding to bf16 (1 for unit vectors). With ignored=False, `MaskTables` and
@@ -95,54 +84,42 @@ def infonce(
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
     if not len(queries):
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
-        none = InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
-        return _all_gone(none, departure)
+        return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
     extent = Deferred(torch.stack(torch.aminmax(targets))) if ignored is None else None
     if on_kernels(queries) and not symmetric and ignored is not False:
         # Queued before the targets are known to be right: the check at the end then waits for nothing more.
         results = _tiled_infonce(
             queries, passages, targets.clamp(0, len(passages) - 1), scale, exclusions, weights * (targets >= 0), False, precision,
-            workspace_mib, gradients, departure, largest,
+            workspace_mib, gradients, largest,
         )  # fmt: skip
         if extent is not None:
             _check_extent(extent.get(), len(passages))
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     some_ignored = ignored if extent is None else _check_extent(extent.get(), len(passages))
     if some_ignored:
-        return _all_gone(
-            _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients),
-            departure,
-        )
+        return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
     if on_kernels(queries):
         results = _tiled_infonce(
-            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, departure, largest
+            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, largest
         )
         return InfoNCE(*results)
     found = lse_reference.infonce(
         queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
         precision=precision, gradients=gradients,
     )  # fmt: skip
-    return _all_gone(InfoNCE(*found), departure)
-
-
-def _all_gone(result: InfoNCE, departure: Departure | None) -> InfoNCE:
-    """`result`, whose dpassages leave at the end where a departure is asked for."""
-    if departure is None or result.dpassages is None:
-        return result
-    departure.leave(result.dpassages)
-    return replace(result, dpassages=None)
+    return InfoNCE(*found)
 
 
 def _tiled_infonce(
     queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, weights: Tensor,
-    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, departure: Departure | None, largest: float | None,
+    symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, largest: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from kernels import infonce_tiled
 
     masks = exclusions if isinstance(exclusions, MaskTables) else MaskTables.of(exclusions, targets, len(passages))
     return infonce_tiled.infonce(
         queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
-        budget=_workspace_bytes(queries, passages, workspace_mib), gradients=gradients, departure=departure, largest=largest,
+        budget=_workspace_bytes(queries, passages, workspace_mib), gradients=gradients, largest=largest,
     )  # fmt: skip
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.lse import Departure, MaskTables, infonce, negatives_gradient, negatives_lse
+from kernels.lse import MaskTables, infonce, negatives_gradient, negatives_lse
 from kernels.targets import pull_targets, target_similarities
 from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
 from retriever.loss.terms import Terms
-from retriever.parallel.world import Gathered, Transfer, World
+from retriever.parallel.world import Gathered, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,8 +29,7 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
 
-    Gradients are on their way while the last slab's own part is computed; where the batch comes without its known pairs, passages are
-    while those are looked up.
+    Where the batch comes without its known pairs, passages are on their way while those are looked up.
     """
     travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
     queries, own = problem.queries.to(travelling), problem.passages.to(travelling)
@@ -47,8 +46,6 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     passages = Gathered(arriving.wait(), counts, world.rank)
     if problem.symmetric and world.size > 1:
         return _symmetric_over_ranks(problem, queries, passages, masks, world)
-    homeward: list[Transfer] = []
-    departure = Departure(passages.own, lambda dpassages: homeward.append(world.begin_reduce(dpassages, counts)))
     result = infonce(
         queries,
         passages.rows,
@@ -59,16 +56,11 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
-        departure=departure if world.size > 1 else None,
         ignored=problem.ignores,
         largest=problem.largest,
     )
-    assert result.dqueries is not None
-    if not homeward:
-        assert result.dpassages is not None
-        return result.loss, result.dqueries, result.dpassages
-    dpassages = homeward[0].wait()
-    return result.loss, result.dqueries, dpassages if result.dpassages is None else dpassages.add_(result.dpassages)
+    assert result.dqueries is not None and result.dpassages is not None
+    return result.loss, result.dqueries, world.reduce_rows(result.dpassages, counts)
 
 
 def _counts(problem: Problem, world: World) -> tuple[int, ...]:

@@ -95,9 +95,8 @@ def gather_cost(work: Workload, machine: Machine) -> Estimate:
     inside = (columns - columns / work.ranks) * work.dim * wide / machine.inside_gb_s
     between = (columns - columns / nodes) * work.dim * wide / machine.between_gb_s / machine.ranks_per_node
     transfer = max(inside, between) / 1e6
-    own = columns / work.ranks * (1 if each == RING_OPERATIONS or work.ranks == 1 else 2)  # the last slab's part is apart
     received = columns * work.dim * wide if work.ranks > 1 else 0.0
-    return Estimate(compute, transfer, transfer, (received + (rows + own) * work.dim * 4) / 2**20 + work.workspace_mib)
+    return Estimate(compute, transfer, transfer, (received + (rows + columns / work.ranks) * work.dim * 4) / 2**20 + work.workspace_mib)
 
 
 def ring_cost(work: Workload, machine: Machine) -> Estimate:

@@ -144,19 +144,15 @@ class World:
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """This rank's rows of Σ over ranks of `x` [Σ counts, D], where every rank holds a term for every row."""
-        return self.begin_reduce(x, counts).wait()
-
-    def begin_reduce(self, x: Tensor, counts: Sequence[int]) -> Transfer:
-        """Begins `reduce_rows`: what is queued before `wait` runs meanwhile. `x` stays as it is until then."""
         if self.size == 1:
-            return Transfer(x, x, [])
+            return x
         x, own = x.contiguous(), x.new_empty((counts[self.rank], *x.shape[1:]))
         with self.collective():
             if len(set(counts)) == 1:
-                work = _reduce_scatter(own, x, async_op=True)
+                _reduce_scatter(own, x)
             else:
-                work = dist.reduce_scatter(own, list(x.split(list(counts))), async_op=True)
-        return Transfer(x, own, [work], self.collective)
+                dist.reduce_scatter(own, list(x.split(list(counts))))
+        return own
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
         """Begins to send `x` to the rank `step` places on and to receive into `arriving` from the rank `step` places back.

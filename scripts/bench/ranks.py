@@ -92,9 +92,9 @@ class Silent(World):
         """Own rows, once for every rank."""
         return Transfer(x, torch.cat([_as_of(x, (owner - self.rank) % self.size) for owner in range(self.size)]), [])
 
-    def begin_reduce(self, x: Tensor, counts: Sequence[int]) -> Transfer:
+    def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Own rows of own terms."""
-        return Transfer(x, x.split(list(counts))[self.rank].clone(), [])
+        return x.split(list(counts))[self.rank].clone()
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
         """What is sent arrives here."""

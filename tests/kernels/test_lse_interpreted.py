@@ -27,15 +27,12 @@ CASES = [
     "matches(B=40, N=70, D=48, scale=200.0, ignored=False, told=True)",
     "matches_ring(B=40, N=70, D=48, scale=20.0)",
     "matches_ring(B=40, N=70, D=48, scale=20.0, largest=1.0)",
-    "departs(B=75, N=90, kept=slice(30, 70), slab=32, scale=50.0)",
-    "departs(B=40, N=70, kept=slice(0, 30), slab=64, scale=50.0)",
-    "departs(B=40, N=70, kept=slice(30, 70), slab=32, scale=200.0, early=False)",
 ]
 
 PROGRAM = """
 import numpy, torch
-from kernels import infonce_tiled, lse_triton
-from kernels.lse import Departure, Exclusions, MaskTables, infonce, negatives_gradient, negatives_lse
+from kernels import lse_triton
+from kernels.lse import Exclusions, infonce, negatives_gradient, negatives_lse
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 launched = []
@@ -65,24 +62,6 @@ def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, 
     assert relative_error(infonce(q, p, targets, scale, gradients=False, **options).loss, want[0]) < 1e-6 or B == 1
     for x, y in zip((got.loss, got.dqueries, got.dpassages, got.dscale), want):
         assert (B == 1 and not x.any() and not y.any()) or (y.norm() > 0 and relative_error(x, y) < 2e-5), relative_error(x, y)
-
-def departs(B, N, kept, slab, scale, early=True):
-    infonce_tiled._LEAST_SLAB_ROWS, infonce_tiled.slab_rows = 1, lambda *_: min(B, slab)
-    q, p, exclusions = problem(B, N, 16, 1.0, 2, False)
-    targets, weights, left = torch.randint(kept.start, kept.stop, (B,)), torch.rand(B) / B, []
-    targets[::7] = -1
-    want = dense_infonce(q, p, targets, scale, weights, excluded_matrix(q, p, exclusions), False)
-    departure = Departure(kept, lambda dpassages: left.append(dpassages.clone()))
-    options = dict(weights=weights, precision="fp32", workspace_mib=1, departure=departure)
-    for given in (exclusions, MaskTables.of(exclusions, targets, N)):
-        got = infonce(q, p, targets, scale, exclusions=given, **options)
-        together = left.pop()
-        assert (got.dpassages is not None) == early and not left
-        if early:
-            assert bool(together[kept].norm() > 0) == (B > slab), "the slabs before the last have left too"
-            together[kept] += got.dpassages
-        for x, y in zip((got.loss, got.dqueries, together, got.dscale), want):
-            assert y.norm() > 0 and relative_error(x, y) < 2e-5, relative_error(x, y)
 
 def matches_ring(B, N, D, scale, largest=None):
     q, p, exclusions = problem(B, N, D, 1.0, 3, True)
