@@ -29,7 +29,7 @@ test: $(MODEL_READY)
 	$(BIN)/python -m pytest
 
 test-gpu: $(MODEL_READY)
-	$(BIN)/python -m pytest -m "gpu or multi_gpu"
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" --durations 25
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The pointwise parts of a layer on a GPU: against float64, against themselves and beyond 2³¹ elements."""
+"""The pointwise parts of a layer: against float64, against themselves and beyond 2³¹ elements."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.fused_layer import gelu_backward, gelu_forward, norm_backward, norm_forward
+from tests.gpu.devices import toy
 from tests.kernels.test_fused_layer import EPS, check_gelu, check_halves, check_norm, norm_inputs
-
-pytestmark = pytest.mark.gpu
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
@@ -30,9 +29,9 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
         (40, 1, torch.float32, 0.0, True),
     ],
 )
-def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float, bias: bool) -> None:
-    seed = torch.tensor([2**40 + 3], device="cuda")
-    check_norm(norm_inputs(T, D, dtype, bias, "cuda"), dropout, seed, BOUNDS[dtype], 2e-6)
+def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float, bias: bool, device: str) -> None:
+    seed = torch.tensor([2**40 + 3], device=device)
+    check_norm(norm_inputs(*toy(device, T, D), dtype, bias, device), dropout, seed, BOUNDS[dtype], 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -47,26 +46,26 @@ def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float
         (40, 1, torch.float32),
     ],
 )
-def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator("cuda").manual_seed(F)
-    check_gelu((3 * torch.randn(T, F, device="cuda", generator=generator)).to(dtype), BOUNDS[dtype], 2e-6)
+def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator(device).manual_seed(F)
+    check_gelu((3 * torch.randn(toy(device, T, F), device=device, generator=generator)).to(dtype), BOUNDS[dtype], 2e-6)
 
 
 @pytest.mark.parametrize(("T", "D"), [(1001, 768), (1, 384), (33, 1024), (257, 100)])
-def test_halves_are_the_whole(T: int, D: int) -> None:
-    check_halves(T, D, "cuda")
+def test_halves_are_the_whole(T: int, D: int, device: str) -> None:
+    check_halves(*toy(device, T, D), device)
 
 
-def test_gelu_is_accurate_in_the_tails() -> None:
-    u = torch.linspace(-12, 12, 100_000, device="cuda").view(-1, 100)
+def test_gelu_is_accurate_in_the_tails(device: str) -> None:
+    u = torch.linspace(-12, 12, 100_000, device=device).view(-1, 100)
     # erfc keeps the lower tail, where torch's own normal distribution is 0.
     want, near = u.double() * torch.special.erfc(-u.double() / 2**0.5) / 2, u.abs() < 3
     torch.testing.assert_close(gelu_forward(u).double(), want, rtol=3e-5, atol=0)
     torch.testing.assert_close(gelu_forward(u).double()[near], want[near], rtol=3e-6, atol=0)
 
 
-def test_a_half_precision_stream_is_computed_in_float32() -> None:
-    x, bias, residual, weight, norm_bias = norm_inputs(1001, 768, torch.bfloat16, device="cuda")
+def test_a_half_precision_stream_is_computed_in_float32(device: str) -> None:
+    x, bias, residual, weight, norm_bias = norm_inputs(*toy(device, 1001, 768), torch.bfloat16, device=device)
     y, low, statistics = norm_forward(x, bias, residual.half(), weight, norm_bias, None, EPS, 0.0)
     want, want_low, _ = norm_forward(x, bias, residual.half().float(), weight, norm_bias, None, EPS, 0.0)
     assert statistics.dtype == torch.float32 and torch.equal(y, want.half())
@@ -88,15 +87,16 @@ def passes(T: int, D: int, rows: slice, inputs: tuple[Tensor, ...], seed: Tensor
     return [*found, du[rows], sums, of_rows]
 
 
-def test_no_row_is_no_error() -> None:
-    inputs = norm_inputs(0, 768, torch.bfloat16, device="cuda")
-    *_, sums, of_rows = passes(0, 768, slice(None), inputs, torch.tensor([1], device="cuda"))  # type: ignore[arg-type]
+def test_no_row_is_no_error(device: str) -> None:
+    inputs = norm_inputs(0, 768, torch.bfloat16, device=device)
+    *_, sums, of_rows = passes(0, 768, slice(None), inputs, torch.tensor([1], device=device))  # type: ignore[arg-type]
     assert sums.shape == (3, 768) and not sums.any() and not of_rows.any()
 
 
-def test_repeats_give_the_same_bits() -> None:
-    inputs, seed = norm_inputs(5000, 768, torch.bfloat16, device="cuda"), torch.tensor([3], device="cuda")
-    runs = [passes(5000, 768, slice(None), inputs, seed) for _ in range(2)]  # type: ignore[arg-type]
+def test_repeats_give_the_same_bits(device: str) -> None:
+    T, D = toy(device, 5000, 768)
+    inputs, seed = norm_inputs(T, D, torch.bfloat16, device=device), torch.tensor([3], device=device)
+    runs = [passes(T, D, slice(None), inputs, seed) for _ in range(2)]  # type: ignore[arg-type]
     assert all(a.any() and torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

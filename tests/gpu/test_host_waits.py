@@ -22,9 +22,10 @@ from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from scripts.bench.step_data import random_store
 from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
+from tests.gpu.devices import toy
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 
 QUERIES = 512
 MODEL = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
@@ -35,6 +36,8 @@ LOSSES = {
     "high": ("loss.precision=high", "loss.temperature=0.05"),
     "temperature": ("loss.learn_temperature=true", "loss.temperature=0.05"),
 }
+SOME = Retention(graphs=2000, products=EVERYTHING)
+CASES = [("default", NOTHING), ("default", ALL_GRAPHS), *((loss, SOME) for loss in LOSSES)]  # each costs seconds
 
 
 @contextmanager
@@ -75,8 +78,7 @@ def _between_the_passes(trainer: Trainer, batch: Batch, monkeypatch: pytest.Monk
         backward_through_encoder(trainer.encoder, batch, gradients, first)
 
 
-@pytest.mark.parametrize("retention", [NOTHING, Retention(graphs=2000, products=EVERYTHING), ALL_GRAPHS])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "retention"), CASES)
 def test_nothing_is_waited_for_between_the_passes(work: Work, loss: str, retention: Retention, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first chunk to the last backward pass, on batches from the run's own loader."""
     trainer = Trainer(work, work.configuration(QUERIES, *LOSSES[loss]), retention=retention)
@@ -107,20 +109,20 @@ def test_an_update_is_queued_before_it_is_asked_for(work: Work, monkeypatch: pyt
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("scale", [50.0, 100.0])
-def test_what_is_known_beforehand_changes_no_result(symmetric: bool, ignored: bool, scale: float) -> None:
+def test_what_is_known_beforehand_changes_no_result(symmetric: bool, ignored: bool, scale: float, device: str) -> None:
     """`ignored`, `largest` and pairs looked up on the host: errors against float64 stay those of the tier."""
-    B, N = 700, 1300
+    B, N, D = toy(device, 700, 1300, 256, most=90)
     generator = torch.Generator("cpu").manual_seed(1)
-    queries, passages = (normalize(torch.randn(n, 256, generator=generator), dim=1) for n in (B, N))
+    queries, passages = (normalize(torch.randn(n, D, generator=generator), dim=1) for n in (B, N))
     targets = torch.randint(-1 if ignored else 0, N, (B,), generator=generator)
     targets[::7] = -1 if ignored else 0
     known = torch.randint(0, N, (2 * B,), generator=generator)
     exclusions = Exclusions(torch.arange(N), torch.arange(0, 2 * B + 1, 2), known)
     tables = MaskTables.of(exclusions, targets, N)
-    tables = MaskTables(tables.rows.cuda(), tables.columns.cuda(), tables.targets.cuda(), None, N)
-    queries, passages, targets = queries.cuda().bfloat16(), passages.cuda().bfloat16(), targets.cuda()
-    weights = torch.rand(B, device="cuda") / B
-    excluded = excluded_matrix(queries, passages, Exclusions(*(x.cuda() for x in (torch.arange(N), exclusions.known_ptr, known))))
+    tables = MaskTables(tables.rows.to(device), tables.columns.to(device), tables.targets.to(device), None, N)
+    queries, passages, targets = queries.to(device).bfloat16(), passages.to(device).bfloat16(), targets.to(device)
+    weights = torch.rand(B, device=device) / B
+    excluded = excluded_matrix(queries, passages, Exclusions(*(x.to(device) for x in (torch.arange(N), exclusions.known_ptr, known))))
     want = dense_infonce(queries, passages, targets, scale, weights, excluded, symmetric)
     got = infonce(queries, passages, targets, scale, exclusions=tables, weights=weights, symmetric=symmetric, ignored=ignored, largest=1.0)
     assert want[1].norm() > 0 and relative_error(got.loss, want[0]) <= 4e-4

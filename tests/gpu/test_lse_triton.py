@@ -1,4 +1,4 @@
-"""The kernels on a GPU: against float64, against each other, and against themselves."""
+"""InfoNCE on large problems: against float64, against itself in parts, and again."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kernels.lse import Exclusions, infonce, negatives_gradient, negatives_lse
+from tests.gpu.devices import toy
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
-
-pytestmark = pytest.mark.gpu
 
 
 def problem(
-    B: int, N: int, D: int, dtype: torch.dtype = torch.bfloat16, cosine: float = 0.3, norm: float = 1.0
+    device: str, B: int, N: int, D: int, dtype: torch.dtype = torch.bfloat16, cosine: float = 0.3, norm: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(B + N + D)
-    queries = normalize(torch.randn(B, D, device="cuda", generator=generator), dim=1)
-    passages = normalize(torch.randn(N, D, device="cuda", generator=generator), dim=1)
-    targets = torch.randint(N, (B,), device="cuda", generator=generator)
+    generator = torch.Generator(device).manual_seed(B + N + D)
+    queries = normalize(torch.randn(B, D, device=device, generator=generator), dim=1)
+    passages = normalize(torch.randn(N, D, device=device, generator=generator), dim=1)
+    targets = torch.randint(N, (B,), device=device, generator=generator)
     passages[targets] = normalize(cosine * queries + (1 - cosine) * passages[targets], dim=1)
     return (norm * queries).to(dtype), (norm * passages).to(dtype), targets
 
 
-def exclusions_for(B: int, N: int, most: int) -> Exclusions:
+def exclusions_for(device: str, B: int, N: int, most: int) -> Exclusions:
     """Up to `most` known positives a row, ids that stand in two columns, and a threshold that drops a whole row."""
     generator = torch.Generator("cpu").manual_seed(B)
     counts = torch.randint(0, most + 1, (B,), generator=generator)
@@ -32,15 +31,16 @@ def exclusions_for(B: int, N: int, most: int) -> Exclusions:
     threshold = 0.15 + 0.1 * torch.randn(B, generator=generator)
     threshold[0] = -torch.inf
     ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Exclusions(torch.arange(N).cuda() // 2, ptr.cuda(), known.cuda(), threshold.cuda())
+    return Exclusions(*(x.to(device) for x in (torch.arange(N) // 2, ptr, known, threshold)))
 
 
+# Triton's own pass is compiled for every number of tiles up to that of the GPU's programs: few sizes, many of everything else.
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     ("B", "N", "D", "scale", "dtype", "precision", "bound"),
     [
         (1000, 3001, 768, 50.0, torch.bfloat16, "bf16", 4e-3),
-        (1000, 3001, 100, 100.0, torch.bfloat16, "bf16", 4e-3),
+        (300, 700, 100, 100.0, torch.bfloat16, "bf16", 4e-3),
         (300, 700, 33, 200.0, torch.bfloat16, "bf16", 4e-3),
         (300, 700, 256, 50.0, torch.float16, "bf16", 4e-3),
         (300, 700, 256, 100.0, torch.float16, "high", 1e-5),
@@ -48,14 +48,17 @@ def exclusions_for(B: int, N: int, most: int) -> Exclusions:
         (300, 700, 333, 50.0, torch.float32, "high", 1e-5),
         (300, 700, 333, 50.0, torch.float32, "fp32", 1e-5),
         (1, 1, 32, 20.0, torch.bfloat16, "bf16", 4e-3),
-        (130, 257, 4096, 50.0, torch.bfloat16, "bf16", 4e-3),
+        (300, 700, 4096, 50.0, torch.bfloat16, "bf16", 4e-3),
     ],
 )
-def test_matches_float64(B: int, N: int, D: int, scale: float, dtype: torch.dtype, precision: str, bound: float, symmetric: bool) -> None:
-    queries, passages, targets = problem(B, N, D, dtype)
+def test_matches_float64(
+    B: int, N: int, D: int, scale: float, dtype: torch.dtype, precision: str, bound: float, symmetric: bool, device: str
+) -> None:
+    B, N = toy(device, B, N, most=90)
+    queries, passages, targets = problem(device, B, N, D, dtype)
     targets[::7] = -1
-    weights = torch.rand(B, device="cuda") / B
-    exclusions = exclusions_for(B, N, most=12)
+    weights = torch.rand(B, device=device) / B
+    exclusions = exclusions_for(device, B, N, most=12)
     excluded = excluded_matrix(queries, passages, exclusions)
     got = infonce(queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric, precision=precision)  # type: ignore[arg-type]
     want = dense_infonce(queries, passages, targets, scale, weights, excluded, symmetric)
@@ -73,10 +76,11 @@ def test_matches_float64(B: int, N: int, D: int, scale: float, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("scale", "norm"), [(200.0, 1.0), (200.0, 3.0), (1.0, 15.0), (0.5, 40.0)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_low_temperatures_and_long_vectors_lose_no_row(scale: float, norm: float, symmetric: bool) -> None:
-    queries, passages, targets = problem(500, 1100, 64, norm=norm, cosine=0.05)
-    weights = torch.full((500,), 1 / 500, device="cuda")
-    nothing = torch.zeros(500, 1100, dtype=torch.bool, device="cuda")
+def test_low_temperatures_and_long_vectors_lose_no_row(scale: float, norm: float, symmetric: bool, device: str) -> None:
+    B, N = toy(device, 300, 700, most=90)
+    queries, passages, targets = problem(device, B, N, 64, norm=norm, cosine=0.05)
+    weights = torch.full((B,), 1 / B, device=device)
+    nothing = torch.zeros(B, N, dtype=torch.bool, device=device)
     got = infonce(queries, passages, targets, scale, weights=weights, symmetric=symmetric)
     want = dense_infonce(queries, passages, targets, scale, weights, nothing, symmetric)
     assert relative_error(got.loss, want[0]) <= 1e-3
@@ -86,18 +90,18 @@ def test_low_temperatures_and_long_vectors_lose_no_row(scale: float, norm: float
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "high"])
-def test_repeats_give_the_same_bits(symmetric: bool, precision: str) -> None:
-    queries, passages, targets = problem(3000, 5000, 256)
+def test_repeats_give_the_same_bits(symmetric: bool, precision: str, device: str) -> None:
+    queries, passages, targets = problem(device, *toy(device, 3000, 5000, 256, most=90))
     first, second = (
         infonce(queries, passages, targets, 50.0, symmetric=symmetric, precision=precision, workspace_mib=8)  # type: ignore[arg-type]
         for _ in range(2)
     )
     for name in ("loss", "dqueries", "dpassages", "dscale"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
+        assert getattr(first, name).any() and torch.equal(getattr(first, name), getattr(second, name)), name
 
 
-def test_a_smaller_workspace_changes_rounding_alone() -> None:
-    queries, passages, targets = problem(3000, 5000, 256)
+def test_a_smaller_workspace_changes_rounding_alone(device: str) -> None:
+    queries, passages, targets = problem(device, *toy(device, 3000, 5000, 256, most=90))
     whole = infonce(queries, passages, targets, 50.0)
     for mib in (1, 8, 24):
         part = infonce(queries, passages, targets, 50.0, workspace_mib=mib)
@@ -105,16 +109,17 @@ def test_a_smaller_workspace_changes_rounding_alone() -> None:
         assert relative_error(part.dpassages, whole.dpassages.double()) <= 5e-3  # type: ignore[union-attr]
 
 
-def test_row_strided_slices_are_read_in_place() -> None:
-    queries, passages, targets = problem(512, 1024, 256)
+def test_row_strided_slices_are_read_in_place(device: str) -> None:
+    queries, passages, targets = problem(device, *toy(device, 512, 1024, 256, most=90))
     sliced = infonce(queries[:, :64], passages[:, :64], targets, 50.0)
     copied = infonce(queries[:, :64].contiguous(), passages[:, :64].contiguous(), targets, 50.0)
     assert torch.equal(sliced.dqueries, copied.dqueries) and torch.equal(sliced.dpassages, copied.dpassages)  # type: ignore[arg-type]
 
 
-def test_the_parts_of_the_ring_match_float64() -> None:
-    queries, passages, _ = problem(700, 1300, 128)
-    exclusions = exclusions_for(700, 1300, most=3)
+def test_the_parts_of_the_ring_match_float64(device: str) -> None:
+    B, N, D = toy(device, 700, 1300, 128, most=90)
+    queries, passages, _ = problem(device, B, N, D)
+    exclusions = exclusions_for(device, B, N, most=3)
     excluded = excluded_matrix(queries, passages, exclusions)
     logits = (50.0 * queries.double() @ passages.double().T).masked_fill(excluded, -torch.inf)
     rows, columns = negatives_lse(queries, passages, 50.0, exclusions, columns=True, precision="bf16")
@@ -129,8 +134,8 @@ def test_the_parts_of_the_ring_match_float64() -> None:
     assert relative_error(dpassages, dlogits.T @ queries.double()) <= 4e-3
 
 
-def test_a_target_outside_the_passages_is_an_error() -> None:
-    queries, passages, targets = problem(64, 128, 64)
+def test_a_target_outside_the_passages_is_an_error(device: str) -> None:
+    queries, passages, targets = problem(device, 64, 128, 64)
     targets[3] = 128
     with pytest.raises(ValueError, match="targets between -1 and 127"):
         infonce(queries, passages, targets, 50.0)

@@ -1,4 +1,4 @@
-"""The post-norm layer on a GPU: against its definition, as exact as the library's layer under autocast, and repeatable."""
+"""The post-norm layer: against its definition, as exact as the library's layer under autocast, and repeatable."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from kernels.post_norm_layer import Parameters, Products
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
 from retriever.rng import RngState
+from tests.gpu.devices import toy
 from tests.kernels.attention_oracle import texts
 from tests.kernels.oracle import relative_error
 from tests.kernels.test_post_norm_layer import OFF, ON, by_definition, make_layer, make_parameters, make_stream, run
 
-pytestmark = pytest.mark.gpu
-
 LENGTHS = [4, 256, 17, 90, 33, 64, 5, 128, 201, 76]
+
+
+def lengths_on(device: str) -> list[int]:
+    return [*toy(device, *LENGTHS, most=20)]
 
 
 @pytest.fixture(autouse=True, params=[0, gelu_product.FUSED_FROM], ids=["GELU in the product", "GELU after it"])
@@ -31,15 +34,18 @@ def _gelu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gelu_product, "FUSED_FROM", request.param)
 
 
-@pytest.mark.parametrize(("computing", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
-@pytest.mark.parametrize("dropouts", [OFF, ON])
-def test_results_and_gradients(computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]) -> None:
-    layer, p = make_layer(dropouts, LENGTHS, device="cuda"), make_parameters(128, 512, torch.float32, scale=0.05, device="cuda")
-    stream = make_stream(sum(LENGTHS), 128, torch.float32, "cuda")
+@pytest.mark.parametrize(
+    ("computing", "bound", "dropouts"),
+    [(torch.float32, 1e-4, OFF), (torch.float32, 1e-4, ON), (torch.bfloat16, 4e-2, ON), (torch.float16, 5e-3, ON)],
+)
+def test_results_and_gradients(computing: torch.dtype, bound: float, dropouts: tuple[float, float, float], device: str) -> None:
+    lengths = lengths_on(device)
+    layer, p = make_layer(dropouts, lengths, device=device), make_parameters(128, 512, torch.float32, scale=0.05, device=device)
+    stream = make_stream(sum(lengths), 128, torch.float32, device)
     exact, exact_stream = Parameters(*(v.detach().double().requires_grad_() for v in p)), stream.detach().double().requires_grad_()
     out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
     assert relative_error(out.detach(), want.detach()) < bound
-    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).cuda()
+    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).to(device)
     got = torch.autograd.grad(out, (stream, *p), dout)
     expected = torch.autograd.grad(want, (exact_stream, *exact), dout.double())
     for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
@@ -47,9 +53,10 @@ def test_results_and_gradients(computing: torch.dtype, bound: float, dropouts: t
             assert b.norm() > 0 and relative_error(a, b) < bound, name
 
 
-def make_tower(dropout: float, device: str = "cuda", **sizes: int) -> Any:
-    """Two layers of BERT-base on packed texts, their weights as wide as trained ones."""
+def make_tower(device: str, dropout: float) -> Any:
+    """Two layers of BERT-base on packed texts, their weights as wide as trained ones; on the CPU narrower."""
     torch.manual_seed(0)
+    sizes = {} if device == "cuda" else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
     config = BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
     tower = BertModel(config, add_pooling_layer=False).to(device)
     with torch.no_grad():
@@ -62,7 +69,7 @@ def make_tower(dropout: float, device: str = "cuda", **sizes: int) -> Any:
 def encode(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None, **more: Any) -> Tensor:
     """What the layers make of hidden [T, D] under autocast to `dtype`."""
     encoder: Any = tower.encoder
-    starts, longest = texts(LENGTHS, hidden.device.type)
+    starts, longest = texts(lengths_on(hidden.device.type), hidden.device.type)
     with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype is not None):
         return encoder(hidden[None], packed_starts=starts, packed_longest=longest, **more).last_hidden_state[0]
 
@@ -77,10 +84,13 @@ def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_as_exact_as_the_library_s_layers(dtype: torch.dtype) -> None:
-    """Errors against float64, dropout off: at most 1.1 times those of transformers' layers under autocast, for each kind of parameter."""
-    hidden = make_stream(sum(LENGTHS), 768, torch.float32, "cuda")
-    library, fused = make_tower(0.0), make_tower(0.0)
+def test_as_exact_as_the_library_s_layers(dtype: torch.dtype, device: str) -> None:
+    """Errors against float64, dropout off: at most 1.1 times those of transformers' layers under autocast, for each kind of parameter.
+
+    At toy size chance is larger: a bias is two vectors of 96 numbers.
+    """
+    library, fused = make_tower(device, 0.0), make_tower(device, 0.0)
+    hidden = make_stream(sum(lengths_on(device)), library.config.hidden_size, torch.float32, device)
     fuse(fused)
     theirs, ours = gradients(library, hidden, dtype), gradients(fused, hidden, dtype)
     exact = gradients(library.double(), hidden.detach().double().requires_grad_(), None)
@@ -93,13 +103,14 @@ def test_as_exact_as_the_library_s_layers(dtype: torch.dtype) -> None:
         squares[kind] = squares.get(kind, 0) + errors
     ratios = {kind: (both[0] / both[1]).sqrt().item() for kind, both in squares.items()}
     print("error over the library's:", {kind: round(ratio, 2) for kind, ratio in ratios.items()})
-    assert max(ratios.values()) <= 1.1, ratios
+    assert max(ratios.values()) <= (1.1 if device == "cuda" else 1.3), ratios
 
 
-def test_repeats_and_passes_without_a_graph_give_the_same_bits() -> None:
-    tower, hidden = make_tower(0.1), make_stream(sum(LENGTHS), 768, torch.float32, "cuda")
+def test_repeats_and_passes_without_a_graph_give_the_same_bits(device: str) -> None:
+    tower = make_tower(device, 0.1)
+    hidden = make_stream(sum(lengths_on(device)), tower.config.hidden_size, torch.float32, device)
     fuse(tower)
-    state = RngState.capture(torch.device("cuda"))
+    state = RngState.capture(torch.device(device))
     products = deque[Products]()
     with torch.no_grad():
         without = encode(tower, hidden, torch.bfloat16, packed_products=products)
@@ -114,8 +125,8 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits() -> None:
     assert not torch.equal(encode(tower, hidden, torch.bfloat16), without)  # other masks
 
 
-def test_no_token_is_no_error() -> None:
-    layer, p = make_layer(ON, [0, 0], device="cuda")._replace(longest=1), make_parameters(128, 512, torch.float32, device="cuda")
-    stream = make_stream(0, 128, torch.float32, "cuda")
+def test_no_token_is_no_error(device: str) -> None:
+    layer, p = make_layer(ON, [0, 0], device=device)._replace(longest=1), make_parameters(128, 512, torch.float32, device=device)
+    stream = make_stream(0, 128, torch.float32, device)
     run(stream, layer, p, torch.bfloat16).sum().backward()
     assert all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))

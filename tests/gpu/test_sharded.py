@@ -1,4 +1,4 @@
-"""An encoder in shards over NCCL: it trains, saves and goes on as a whole one, in mixed precision too, and takes its share of memory."""
+"""An encoder in shards, over NCCL or gloo: it trains, saves and goes on as a whole one, in mixed precision too, in its share of memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,13 @@ from tests.distributed.test_sharded import compare
 from tests.problems import random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
-pytestmark = pytest.mark.multi_gpu
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+NARROW = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def test_shards_train_save_and_resume_over_nccl(tmp_path: Path) -> None:
-    """In float64, with torch's fused AdamW: what two ranks give that hold the encoder whole."""
-    save_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    for rank in run_on_ranks(compare, 2, tmp_path, cuda=True):
-        for run in rank.values():
-            assert run["sharded"] and run["smallest norm"] > 0.1
-            assert max(run["norms"], run["trained"], run["resumed apart"], run["resumed whole"]) < 1e-9, run
-            assert run["resumed from whole"] == 0 and run["copy is ordinary"] and run["copy"] < 1e-12, run
+def _allocated_mib(world: World) -> float:
+    return torch.cuda.memory_allocated(world.device) / 2**20 if world.device.type == "cuda" else 0.0
 
 
 def _gradients(world: World, folder: Path, dtype: torch.dtype | None, *, sharded: bool) -> tuple[dict[str, Tensor], float]:
@@ -43,11 +37,12 @@ def _gradients(world: World, folder: Path, dtype: torch.dtype | None, *, sharded
     config = ModelConfig(str(folder / "model"), query_max_tokens=32, passage_max_tokens=32)
     encoder = DualEncoder.from_pretrained(config, autocast_dtype=dtype)
     world = World(world.device, world.rank, world.size, sharded=sharded)
-    before = torch.cuda.memory_allocated(world.device)
+    before = _allocated_mib(world)
     PlacedEncoder(encoder, world)
-    taken = (torch.cuda.memory_allocated(world.device) - before) / 2**20
+    taken = _allocated_mib(world) - before
     encoder.pack()
-    cut = partial(rank_batch, random_batch(queries=200, passages=500, ranks=world.size), tokens_per_chunk=512, packed=True)
+    queries, passages = (200, 500) if world.device.type == "cuda" else (20, 50)
+    cut = partial(rank_batch, random_batch(queries=queries, passages=passages, ranks=world.size), tokens_per_chunk=512, packed=True)
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
     batch = replace(batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu")))
@@ -79,11 +74,43 @@ def _measure(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
-def test_mixed_precision_in_shards_is_that_of_whole_encoders(tmp_path: Path) -> None:
-    """bf16 errs no more against fp32 than without shards; fp32 differs by rounding; two ranks hold half each."""
-    save_tiny_model(tmp_path / "model", **WIDE, **STILL)
-    for found in run_on_ranks(_measure, 2, tmp_path, cuda=True):
+def _both(world: World, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return compare(world, folder / "tiny"), _measure(world, folder / "still")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.multi_gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(device: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What each of two ranks found, all in one set of processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    save_tiny_model(folder / "tiny" / "model", num_hidden_layers=1)
+    save_tiny_model(folder / "still" / "model", **(WIDE if device == "cuda" else NARROW), **STILL)
+    return run_on_ranks(_both, 2, folder, cuda=device == "cuda")
+
+
+def test_shards_train_save_and_resume(ranks: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """In float64, on GPUs with torch's fused AdamW: what two ranks give that hold the encoder whole."""
+    for runs, _ in ranks:
+        for run in runs.values():
+            assert run["sharded"] and run["smallest norm"] > 0.1
+            assert max(run["norms"], run["trained"], run["resumed apart"], run["resumed whole"]) < 1e-9, run
+            assert run["resumed from whole"] == 0 and run["copy is ordinary"] and run["copy"] < 1e-12, run
+
+
+def test_mixed_precision_in_shards_is_that_of_whole_encoders(ranks: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """bf16 errs no more against fp32 than without shards; fp32 differs by rounding."""
+    for _, found in ranks:
         print(found)
         assert found["norm"] > 1e-3 and found["fp32"] < 1e-4, found
         assert 0 < found["bf16"] <= 1.1 * found["bf16 whole"], found
-        assert found["mib"] < 0.6 * found["whole mib"], found
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_two_ranks_hold_half_each(ranks: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert 0 < found["mib"] < 0.6 * found["whole mib"], found

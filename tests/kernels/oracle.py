@@ -11,8 +11,9 @@ from kernels.lse import Exclusions
 def excluded_matrix(queries: Tensor, passages: Tensor, exclusions: Exclusions) -> Tensor:
     """[B, N] bool: the pairs that `exclusions` names, row by row."""
     excluded = torch.zeros(len(queries), len(passages), dtype=torch.bool, device=queries.device)
+    ptr = exclusions.known_ptr.tolist()  # at once: a GPU would be waited for twice a row
     for row in range(len(queries)):
-        known = exclusions.known_ids[exclusions.known_ptr[row] : exclusions.known_ptr[row + 1]]
+        known = exclusions.known_ids[ptr[row] : ptr[row + 1]]
         excluded[row] = torch.isin(exclusions.passage_ids, known)
     if exclusions.threshold is not None:
         excluded |= queries.double() @ passages.double().T > exclusions.threshold.double()[:, None]
