@@ -15,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from retriever.encode import encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, SlabEncoder, inference
+from scripts.bench.flash import provide
 from scripts.bench.passages import passage_lengths, random_passages, word_tokenizer
 from scripts.bench.tables import Table
 
@@ -90,7 +92,7 @@ def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def measured(table: Table, case: str, method: str, texts: int) -> Iterator[None]:
+def measured(table: Table, case: str, method: str, texts: int, note: str = "") -> Iterator[None]:
     """Adds rate and peak memory of what happens inside; it ends with its results on the host."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -98,7 +100,7 @@ def measured(table: Table, case: str, method: str, texts: int) -> Iterator[None]
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     yield
-    table.add(case, method, "passages_per_s", texts / (time.perf_counter() - started), "passages/s")
+    table.add(case, method, "passages_per_s", texts / (time.perf_counter() - started), "passages/s", note)
     if cuda:
         table.add(case, method, "peak_gib", torch.cuda.max_memory_allocated() / 2**30, "GiB")
 
@@ -127,30 +129,42 @@ def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: 
         )
 
 
-def sentence_transformers(table: Table, folder: Path, texts: list[str], reference: np.ndarray, args: argparse.Namespace) -> None:
-    """The peer: its own `encode`, which sorts all texts by length, on as many texts as take it a few seconds."""
-    case = f"texts={min(len(texts), args.peer_texts)},batch={args.peer_batch},text"
+def sentence_transformers(
+    table: Table, folder: Path, texts: list[str], reference: np.ndarray, args: argparse.Namespace, *, flash: bool
+) -> None:
+    """The peer: its own `encode`, which sorts all texts by length, on as many texts as take it a few seconds.
+
+    With `flash` as its documentation recommends: flash attention, nothing padded.
+    """
+    method = "sentence-transformers-flash" if flash else "sentence-transformers"
+    case = f"texts={min(len(texts), args.peer_texts)}"
     try:
         from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        table.add(case, "sentence-transformers", "passages_per_s", None, "passages/s", f"not installed: {error}")
+
+        note = provide() if flash else ""
+        kwargs: dict[str, Any] = {"dtype": torch.bfloat16, **({"attn_implementation": "flash_attention_2"} if flash else {})}
+        model = SentenceTransformer(str(folder), device=args.device, model_kwargs=kwargs)
+    except ImportError as error:  # of the package, or of CUDA, which flash attention needs
+        table.add(f"{case},text", method, "passages_per_s", None, "passages/s", f"does not run: {str(error)[:160]}")
         return
-    model = SentenceTransformer(str(folder), device=args.device, model_kwargs={"dtype": torch.bfloat16})
     model.max_seq_length = _MAX_TOKENS
 
-    def encode(some: list[str]) -> np.ndarray:
-        return model.encode(some, batch_size=args.peer_batch, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
+    def encode(some: list[str], size: int) -> np.ndarray:
+        return model.encode(some, batch_size=size, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
 
-    found = cosines(encode(texts[: len(reference)]), reference)
-    table.add(case, "sentence-transformers", "cosine_min", float(found.min()), "", f"to our padded fp32, {len(reference)} passages")
     some = texts[: args.peer_texts]
-    with measured(table, case, "sentence-transformers", len(some)):
-        encode(some)
+    for size in args.peer_batches:
+        found = cosines(encode(texts[: len(reference)], size), reference)
+        table.add(f"{case},batch={size}", method, "cosine_min", float(found.min()), "", f"to our padded fp32, {len(reference)} passages")
+        with measured(table, f"{case},batch={size},text", method, len(some), note):
+            encode(some, size)
 
 
 def markdown(table: Table) -> str:
     """The result as a page."""
-    peer = max((row.value or 0 for row in table.rows if row.method == "sentence-transformers" and row.unit == "passages/s"), default=0)
+    peer = max(
+        (row.value or 0 for row in table.rows if row.method.startswith("sentence-transformers") and row.unit == "passages/s"), default=0
+    )
     lines = [
         "# Encoding a corpus",
         "",
@@ -172,7 +186,7 @@ def markdown(table: Table) -> str:
             peak = table.get(row.case, row.method, "peak_gib")
             cells = [
                 row.method,
-                row.case,
+                row.case + (f", {row.note}" if row.note and row.value is not None else ""),
                 row.note if row.value is None else f"{row.value:,.0f}",
                 *([f"{row.value / peer:.1f}" if row.value else "—"] if peer else []),
                 "—" if peak is None else f"{peak:.1f}",
@@ -201,7 +215,7 @@ def main() -> None:
     parser.add_argument("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text")
     parser.add_argument("--tokens-per-chunk", type=int, default=131_072)
     parser.add_argument("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none")
-    parser.add_argument("--peer-batch", type=int, default=512)
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -224,7 +238,9 @@ def main() -> None:
         reference = exact.encode(texts[:_SAMPLE], "passage", tokens_per_chunk=min(args.tokens_per_chunk, 16_384))
         del exact
         if args.peer_texts:
-            attempt("sentence-transformers", lambda: sentence_transformers(table, folder, texts, reference, args))
+            for flash in (True, False):
+                peer = partial(sentence_transformers, table, folder, texts, reference, args, flash=flash)
+                attempt("sentence-transformers", peer)
         for mode in args.modes:
             attempt(f"texts={args.texts},{mode}", lambda mode=mode: measure(table, folder, mode, texts, reference, args))  # type: ignore[misc]
     print(markdown(table))

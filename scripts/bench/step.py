@@ -54,7 +54,7 @@ def run(bench: Bench, sizes: Sequence[int], peers_at: int, recomputing_at: int, 
 
 def _peers(bench: Bench, queries: int, methods: Sequence[str]) -> None:
     for name, make in PEERS.items():
-        for by_length, sizes in MINI_BATCHES.items():
+        for by_length, sizes in MINI_BATCHES[name].items():
             if name in methods:
                 bench.measure_peer(name, make, queries, sizes, by_length=by_length)
                 bench.save()

@@ -19,7 +19,7 @@ from retriever.plan.forecast import Forecast
 from retriever.retention import Retention
 from scripts.bench.loss import matmul_tflops
 from scripts.bench.step_methods import ALL_GRAPHS, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
-from scripts.bench.step_peers import MiniBatch, PairStep, best_sample
+from scripts.bench.step_peers import MiniBatch, Peer, best_sample, padded_attention
 from scripts.bench.tables import Table
 
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
@@ -119,17 +119,16 @@ class Bench:
             self._add(case, "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
             self._against_floor(case, queries)
 
-    def measure_peer(
-        self, name: str, make: Callable[[Work], PairStep], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool
-    ) -> None:
+    def measure_peer(self, name: str, make: Callable[[Work], Peer], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool) -> None:
         """A peer at its best mini-batch size."""
         case = _case(queries, "sorted" if by_length else "")
         with self._failures_named(case, name):
-            found, size = best_sample(self.work, make(self.work), queries, sizes, by_length=by_length, seconds=self._seconds)
+            peer = make(self.work)
+            found, size = best_sample(self.work, peer, queries, sizes, by_length=by_length, seconds=self._seconds)
             order = "sorted by length beforehand" if by_length else "in the data's order"
             tried = ", ".join(map(str, sizes))
             chosen = f"{size} at once" + (f", the best of {tried}" if len(sizes) > 1 else "")
-            self._add(case, name, queries, found, f"{order}; {chosen}; {_padded_attention()}")
+            self._add(case, name, queries, found, f"{order}; {chosen}; {peer.note}")
 
     def save(self) -> None:
         """Writes what there is, and frees the device's memory for the next method."""
@@ -213,8 +212,4 @@ def _modes(trainer: Trainer) -> str:
     model = trainer.config.model
     layers = "fused" if model.fused else "compiled" if model.compile else "library's"
     modes = f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
-    return modes if model.attention == "packed" else f"{modes}, {_padded_attention()}"
-
-
-def _padded_attention() -> str:
-    return "attention with cuDNN allowed" if torch.backends.cuda.cudnn_sdp_enabled() else "attention without cuDNN"
+    return modes if model.attention == "packed" else f"{modes}, {padded_attention()}"

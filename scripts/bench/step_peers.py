@@ -19,11 +19,13 @@ from transformers import BertModel
 from retriever.data.layout import pad_rows
 from retriever.data.planner import Planner
 from retriever.rng import RngState
+from scripts.bench.flash import provide
 from scripts.bench.passages import word_tokenizer
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 from scripts.bench.step_methods import Sample, Work, synchronize
 
-Features = dict[str, Tensor]  # input_ids and attention_mask [n, width]
+Texts = list[np.ndarray]  # token ids of each text, special tokens included
+Features = dict[str, Any]  # of n texts: input_ids and attention_mask [n, width], or what sentence-transformers' own collator gives
 
 
 class MiniBatch(NamedTuple):
@@ -38,17 +40,36 @@ class MiniBatch(NamedTuple):
 
 PairStep = Callable[[Features, Features, MiniBatch], object]  # queries, their passages
 
+
+class Peer(NamedTuple):
+    """Another implementation of the step, over random weights."""
+
+    step: PairStep
+    features: Callable[[Texts], Features]  # on the device
+    note: str
+
+    def pair(self, queries: Texts, passages: Texts) -> tuple[Features, Features]:
+        """Both sides' features."""
+        return self.features(queries), self.features(passages)
+
+
 _SCALE = 50.0  # temperature 0.02
-_TRIED = 1 / 16  # of the batch, on which mini-batch sizes are compared
+_TRIED = 1 / 4  # of the batch, on which mini-batch sizes are compared
 # What a peer may encode at once, in the data's order and sorted by length; what does not fit has lost.
-MINI_BATCHES = {
+_PADDED: dict[bool, tuple[MiniBatch, ...]] = {
     False: (MiniBatch(256), MiniBatch(512), MiniBatch(1024)),
     True: (MiniBatch(512), MiniBatch(1024), MiniBatch(512, tokens=65_536)),
 }
+_FLATTENED = (MiniBatch(1024), *(MiniBatch(512, tokens=n) for n in (32_768, 65_536, 131_072)))
+MINI_BATCHES: dict[str, dict[bool, tuple[MiniBatch, ...]]] = {
+    "sentence-transformers-flash": {False: _FLATTENED, True: _FLATTENED},
+    "sentence-transformers": _PADDED,
+    "gradcache": _PADDED,
+}
 
 
-def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Features, Features, int]:
-    """One global batch on the device, each side padded to its longest, row i of one being row i's of the other; and its real tokens.
+def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Texts, Texts]:
+    """One global batch, row i of one side being row i's of the other.
 
     In the data's order, or sorted by the passage's length, which keeps texts of like length together.
     """
@@ -62,46 +83,47 @@ def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Features, Fe
     if by_length:
         order = np.argsort([-len(text) for text in sides[1]], kind="stable")
         sides = [[texts[i] for i in order] for texts in sides]
-    queries_, passages = (_features(pad_rows(texts, TEMPLATE.pad_id).map(lambda t: t.to(work.device))) for texts in sides)
-    return queries_, passages, sum(len(text) for texts in sides for text in texts)
+    return sides[0], sides[1]
 
 
-def _features(padded) -> Features:  # type: ignore[no-untyped-def]
+def padded_features(work: Work, texts: Texts) -> Features:
+    """Texts padded to the longest."""
+    padded = pad_rows(texts, TEMPLATE.pad_id).map(lambda t: t.to(work.device))
     return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
 
 
 def best_sample(
-    work: Work, step: PairStep, queries: int, sizes: Sequence[MiniBatch], *, by_length: bool, seconds: float
+    work: Work, peer: Peer, queries: int, sizes: Sequence[MiniBatch], *, by_length: bool, seconds: float
 ) -> tuple[Sample, MiniBatch]:
     """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it, similarities in TF32.
 
-    A size that does not fit loses. Raises torch.cuda.OutOfMemoryError where none fits.
+    The whole is timed for `seconds`, at least twice where one step takes less; the fastest step counts. A size that does not fit loses.
+    Raises torch.cuda.OutOfMemoryError where none fits.
     """
-    a, b, _ = pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length)
-    whole_a, whole_b, tokens = pairs_of(work, queries, by_length=by_length)
+    part = peer.pair(*pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length))
+    texts = pairs_of(work, queries, by_length=by_length)
+    whole = peer.pair(*texts)
+    tokens = sum(len(text) for side in texts for text in side)
     with _tf32():
         times: dict[MiniBatch, float] = {}
         for size in sizes:
             # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
-            first = partial(step, _head(whole_a, size.texts), _head(whole_b, size.texts), size)
-            if _seconds(work, first) is not None and (seconds_ := _seconds(work, partial(step, a, b, size))) is not None:
+            first = peer.pair(texts[0][: size.texts], texts[1][: size.texts])
+            fits = _seconds(work, partial(peer.step, *first, size)) is not None
+            if fits and (seconds_ := _seconds(work, partial(peer.step, *part, size))) is not None:
                 times[size] = seconds_
         for best in sorted(times, key=lambda size: times[size]):
             if work.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(work.device)
             spent: list[float] = []
-            while not spent or sum(spent) + spent[-1] < seconds:
-                if (took := _seconds(work, partial(step, whole_a, whole_b, best))) is None:
+            while not spent or (len(spent) < 2 and spent[0] < seconds) or sum(spent) + spent[-1] < seconds:
+                if (took := _seconds(work, partial(peer.step, *whole, best))) is None:
                     break
                 spent.append(took)
             if spent:
                 peak = torch.cuda.max_memory_allocated(work.device) / 2**30 if work.device.type == "cuda" else None
-                return Sample(sum(spent) / len(spent), tokens, None, peak), best
+                return Sample(min(spent), tokens, None, peak), best
     raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
-
-
-def _head(features: Features, n: int) -> Features:
-    return {name: tensor[:n] for name, tensor in features.items()}
 
 
 def _seconds(work: Work, call: Callable[[], object]) -> float | None:
@@ -133,19 +155,25 @@ def _tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(usual)
 
 
-def sentence_transformers_step(work: Work) -> PairStep:
-    """CachedMultipleNegativesRankingLoss in bf16, and AdamW. Raises ImportError where the package is not installed."""
+def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
+    """CachedMultipleNegativesRankingLoss in bf16, and AdamW; with `flash` as its documentation recommends: flash attention, nothing padded.
+
+    Raises ImportError where the package, or (flash attention) CUDA, is missing.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling
 
+    note, kwargs = padded_attention(), dict[str, Any]()
+    if flash:
+        note, kwargs = f"flash attention, unpadded; {provide()}", {"attn_implementation": "flash_attention_2"}
     with tempfile.TemporaryDirectory() as folder:
         work.tower().save_pretrained(folder)
         word_tokenizer(PASSAGE_MAX_TOKENS, work.model.vocab_size).save_pretrained(folder)
-        transformer = Transformer(folder, max_seq_length=PASSAGE_MAX_TOKENS)
-        pooling = Pooling(work.model.hidden_size, "mean")
-        model = SentenceTransformer(modules=[transformer, pooling], device=str(work.device)).train()
+        transformer = Transformer(folder, max_seq_length=PASSAGE_MAX_TOKENS, model_kwargs=kwargs)
+    pooling = Pooling(work.model.hidden_size, "mean")
+    model = SentenceTransformer(modules=[transformer, pooling], device=str(work.device)).train()
     # As its trainer does it: bf16 inside the model, the similarities in fp32.
     model.forward = torch.autocast(work.device.type, dtype=torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=work.device.type == "cuda")
@@ -153,16 +181,21 @@ def sentence_transformers_step(work: Work) -> PairStep:
     def step(queries: Features, passages: Features, size: MiniBatch) -> None:
         budget: dict[str, Any] = {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}  # unknown to versions before 6.1
         loss = CachedMultipleNegativesRankingLoss(model, scale=_SCALE, mini_batch_size=size.texts, **budget)
-        labels = torch.arange(len(queries["input_ids"]), device=work.device)
-        loss([dict(queries), dict(passages)], labels).backward()
+        no_labels = torch.empty(0)  # a query's own passage is its positive
+        loss([dict(queries), dict(passages)], no_labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    def flattened(texts: Texts) -> Features:
+        features = transformer.data_collator([{"input_ids": text.tolist()} for text in texts])
+        del features["labels"]
+        return {name: x.to(work.device) if isinstance(x, Tensor) else x for name, x in features.items()}
+
+    return Peer(step, flattened if flash else partial(padded_features, work), note)
 
 
-def gradient_cache_step(work: Work) -> PairStep:
+def gradient_cache(work: Work) -> Peer:
     """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: chunks of so many texts in the batch's order, each padded to its
     longest, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and AdamW."""
     tower = work.tower()
@@ -193,7 +226,7 @@ def gradient_cache_step(work: Work) -> PairStep:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return Peer(step, partial(padded_features, work), padded_attention())
 
 
 def _chunks(side: Features, size: int) -> Iterator[Features]:
@@ -210,4 +243,13 @@ def _embed(tower: BertModel, chunk: Features) -> Tensor:
     return normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
 
-PEERS: dict[str, Callable[[Work], PairStep]] = {"sentence-transformers": sentence_transformers_step, "gradcache": gradient_cache_step}
+def padded_attention() -> str:
+    """Which kernels padded attention may take."""
+    return "attention with cuDNN allowed" if torch.backends.cuda.cudnn_sdp_enabled() else "attention without cuDNN"
+
+
+PEERS: dict[str, Callable[[Work], Peer]] = {
+    "sentence-transformers-flash": partial(sentence_transformers, flash=True),
+    "sentence-transformers": sentence_transformers,
+    "gradcache": gradient_cache,
+}

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.bench.step_peers import MINI_BATCHES, PEERS
+from scripts.bench.step_peers import PEERS
 from scripts.bench.tables import Row, Table
 
 _STAGES = ("first_pass", "loss", "second_pass", "update")
@@ -81,7 +81,7 @@ def _missing(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(case, method) of the peers that a run did not come to, at sizes at which it came to one."""
     there = {(row.case, row.method) for row in rows if row.metric == "pairs_per_s"}
     sizes = sorted({_queries(case) for case, method in there if method in PEERS})
-    expected = [(f"b={n}" + ",sorted" * by_length, method) for n in sizes for method in PEERS for by_length in MINI_BATCHES]
+    expected = [(f"b={n}" + ",sorted" * by_length, method) for n in sizes for method in PEERS for by_length in (False, True)]
     return [key for key in expected if key not in there]
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import BertConfig, modeling_flash_attention_utils
+from transformers.utils import import_utils
 
 from kernels.post_norm_layer import Products, without_graph
 from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
-from scripts.bench import step, step_bench, step_curves, step_report
+from scripts.bench import flash, step, step_bench, step_curves, step_report
 from scripts.bench.step_bench import PACKED_FUSED, PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
 from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
-from scripts.bench.step_peers import MiniBatch, PairStep, best_sample, gradient_cache_step, pairs_of, sentence_transformers_step
+from scripts.bench.step_peers import PEERS, MiniBatch, Peer, best_sample, padded_features, pairs_of
 from scripts.bench.tables import Table
 
 STAGES = ("first_pass_ms", "loss_ms", "second_pass_ms", "update_ms")
@@ -37,7 +42,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled layers are left out: compiling them takes longer than all the rest."""
-    monkeypatch.setattr(step, "MINI_BATCHES", {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))})
+    sizes = {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))}
+    monkeypatch.setattr(step, "MINI_BATCHES", dict.fromkeys(step.PEERS, sizes))
     output = tmp_path / "step.json"
     arguments = ["--tiny", "--sizes", "8", "16", "--peers-at", "16", "--recomputing-at", "8", "--seconds", "0.01"]
     arguments += ["--forms", "unretained", "packed", "padded"]
@@ -51,7 +57,9 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (table.get(case, "bigbatch", "overhead") or 0) > 0 and (table.get(case, "floor", "pairs_per_s") or 0) > 0
         assert all((table.get(case, "bigbatch", f"predicted_{name}") or 0) > 0 for name in ("pairs_per_s", *STAGES))
     for case, method in itertools.product(("b=16", "b=16,sorted"), step.PEERS):
-        assert (table.get(case, method, "pairs_per_s") or 0) > 0, [row for row in table.rows if row.method == method]
+        (row,) = (row for row in table.rows if (row.case, row.method, row.metric) == (case, method, "pairs_per_s"))
+        assert row.value is None if method == "sentence-transformers-flash" else (row.value or 0) > 0
+        assert row.value is not None or ("does not run" in row.note and "FlashAttention2 is not available on CPU" in row.note)
     timed = [(row.case, row.method) for row in table.rows if row.metric == "pairs_per_s"]
     assert timed.index(("b=16,sorted", "gradcache")) < timed.index(("b=8", "bigbatch")) < timed.index(("b=16,packed", "bigbatch"))
 
@@ -111,26 +119,68 @@ def test_the_floor_is_one_pass(work: Work, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [False] * len(batch.chunks) + [True] * len(batch.chunks)
 
 
-@pytest.mark.parametrize("peer", [gradient_cache_step, sentence_transformers_step])
-def test_peers_arrive_at_our_gradient(work: Work, peer: Callable[[Work], PairStep], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Flash attention on a CPU, a text at a time in place of the kernels. Gives the dropout rates of the calls."""
+    called: list[float] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *rest: Any, scale: float | None) -> tuple[Tensor]:
+        longest, longest_key, dropout, causal, _ = rest
+        assert starts.dtype == torch.int32 and starts[-1] == len(q) and longest == longest_key == starts.diff().max() and not causal
+        called.append(dropout)
+        texts = zip(*(x.bfloat16().transpose(0, 1).split(starts.diff().tolist(), dim=1) for x in (q, k, v)), strict=True)
+        return (torch.cat([scaled_dot_product_attention(*text, scale=scale) for text in texts], dim=1).transpose(0, 1),)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention)
+    monkeypatch.setattr(import_utils, "is_torch_cuda_available", lambda: True)
+    matrix = modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
+    monkeypatch.setitem(matrix, 2, {**matrix[2], "supported_devices": ((lambda: True, "cuda"),)})
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    flash.provide.cache_clear()
+    yield called
+    monkeypatch.undo()
+    flash.provide.cache_clear()
+    flash.forget_packages()
+    for name in ("flash_attn", "flash_attn.bert_padding"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_arrive_at_our_gradient(work: Work, name: str, monkeypatch: pytest.MonkeyPatch, dropout_on_a_cpu: list[float]) -> None:
     """Of the same pairs, in other chunks and another order, to what bf16 allows: nobody is timed on another problem."""
     undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
     batch = trainer.first_batch(8)
     expected = trainer.gradients(batch, NOTHING)
-    queries, passages, tokens = pairs_of(undropped, 8, by_length=True)
-    assert tokens == batch.tokens
-    lengths = passages["attention_mask"].sum(dim=1).tolist()
+    queries, passages = pairs_of(undropped, 8, by_length=True)
+    assert sum(map(len, [*queries, *passages])) == batch.tokens
+    lengths = list(map(len, passages))
     assert lengths == sorted(lengths, reverse=True)
-    found: list[Tensor] = []
+    found: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
     def take(parameters: Iterable[nn.Parameter], _: float) -> None:
-        found.extend(p.grad.flatten().clone() for p in parameters if p.grad is not None)
+        found[:] = [(p, p.detach().clone(), p.grad.flatten().clone()) for p in parameters if p.grad is not None]
 
+    peer = PEERS[name](undropped)
+    features = [peer.features(side) for side in (queries, passages)]
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", take)
-    peer(undropped)(queries, passages, MiniBatch(3))  # eight is no multiple of three
-    assert float(expected.norm()) > 0.1
-    assert float((torch.cat(found) - expected).norm() / expected.norm()) < 0.05
+    for tokens in (None, 300)[: 1 + name.startswith("sentence-transformers")]:
+        peer.step(features[0], features[1], MiniBatch(3, tokens))  # eight is no multiple of three
+        gradient = torch.cat([gradient for _, _, gradient in found])
+        assert float(expected.norm()) > 0.1
+        assert float((gradient - expected).norm() / expected.norm()) < 0.05
+        assert all(not torch.equal(p, before) for p, before, _ in found), "it trains"
+    if name == "sentence-transformers-flash":
+        assert features[1]["input_ids"].shape == (1, sum(lengths)), "nothing is padded"
+        assert "flash-attn is not installed" in peer.note and set(dropout_on_a_cpu) == {0.0}
+
+
+def test_flash_attention_drops_as_the_model_says(work: Work, dropout_on_a_cpu: list[float]) -> None:
+    peer = PEERS["sentence-transformers-flash"](work)
+    queries, passages = (peer.features(side) for side in pairs_of(work, 8, by_length=False))
+    peer.step(queries, passages, MiniBatch(8, tokens=400))
+    assert set(dropout_on_a_cpu) == {work.model.attention_probs_dropout_prob} == {0.1}
 
 
 def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
@@ -174,9 +224,10 @@ def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
         time.sleep(0.1 if size.texts == 8 else 0.02 * pairs / size.texts)
 
     sizes = [MiniBatch(n) for n in (4, 8, 16, 32)]
-    found, size = best_sample(work, step, 64, sizes, by_length=True, seconds=0.01)
+    peer = Peer(step, partial(padded_features, work), "")
+    found, size = best_sample(work, peer, 64, sizes, by_length=True, seconds=0.01)
     assert size == MiniBatch(4) and found.seconds == pytest.approx(0.32, rel=0.3)
     assert calls[-2:] == [(64, MiniBatch(16)), (64, MiniBatch(4))] and (32, MiniBatch(32)) in calls
     assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(torch.cuda.OutOfMemoryError, match="none of 32 texts at once"):
-        best_sample(work, step, 64, sizes[-1:], by_length=False, seconds=0.01)
+        best_sample(work, peer, 64, sizes[-1:], by_length=False, seconds=0.01)
