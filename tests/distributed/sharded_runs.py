@@ -1,4 +1,4 @@
-"""An encoder in shards trains as a whole one does, and goes on from where it was saved, whichever of the two goes on."""
+"""Runs of an encoder in shards and of a whole one, trained, saved and resumed by either: what `tests.gpu.test_sharded` judges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -24,9 +23,7 @@ from retriever.optim import Optimizer
 from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
 from retriever.step import train_step
-from tests.distributed.processes import run_on_ranks
 from tests.problems import random_batch, rank_batch
-from tests.tiny import save_tiny_model
 
 STEPS, BUDGET = 3, 30
 CPU = torch.device("cpu")
@@ -85,7 +82,7 @@ def _apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def compare(world: World, folder: Path) -> dict[str, Any]:
-    """What the tests below judge, of a run that trains all weights and of one with adapters."""
+    """What is judged, of a run that trains all weights and of one with adapters."""
     return {name: _compare_runs(world, folder, name == "lora") for name in ("all", "lora")}
 
 
@@ -127,29 +124,3 @@ def _compare_runs(world: World, folder: Path, lora: bool) -> dict[str, Any]:
         "copy": max(float((a - b).abs().max()) for a, b in zip(embeddings[::2], embeddings[1::2], strict=True)),
         "copy without weights": all(p.is_meta for p in sharded.placed.whole(CPU, keep=False).parameters()),
     }
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sharded")
-    save_tiny_model(folder / "model", num_hidden_layers=1)
-    return [run for rank in run_on_ranks(compare, 2, folder) for run in rank.values()]
-
-
-def test_training_in_shards_is_training(results: list[dict[str, Any]]) -> None:
-    """The same norms, weights and moments as two ranks that hold the encoder whole, at clipped steps."""
-    for run in results:
-        assert run["sharded"] and run["smallest norm"] > 0.1 and run["moved"] > 1e-3
-        assert max(run["norms"], run["trained"]) < 1e-9, run
-
-
-def test_a_checkpoint_goes_on_in_shards_and_whole(results: list[dict[str, Any]]) -> None:
-    """Bitwise in shards; to rounding where the other kind goes on; frozen weights are recognised."""
-    for run in results:
-        assert run["finished"] == [2, 2] and run["resumed"] == [] and run["resumed from whole"] == 0, run
-        assert run["resumed whole"] < 1e-9, run
-
-
-def test_the_whole_copy_is_the_encoder(results: list[dict[str, Any]]) -> None:
-    for run in results:
-        assert run["copy is ordinary"] and run["copy"] < 1e-12 and run["copy without weights"], run
