@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVarTuple
+
+Sizes = TypeVarTuple("Sizes")
+
 # Tests that only a GPU can run, and why. All others take the fixture `device` and run on the CPU too, at toy size, by the references.
 GPU_ONLY = {
     "test_attention.py::test_addresses_beyond_two_to_the_31": "memory: tensors of more than 2³¹ elements",
@@ -16,6 +20,6 @@ GPU_ONLY = {
 }
 
 
-def toy(device: str, *sizes: int, most: int = 48) -> tuple[int, ...]:
-    """`sizes` on a GPU; on the CPU each is at most `most`."""
-    return sizes if device == "cuda" else tuple(min(size, most) for size in sizes)
+def toy(device: str, *sizes: *Sizes, most: int = 48) -> tuple[*Sizes]:
+    """`sizes`, which are ints, on a GPU; on the CPU each is at most `most`."""
+    return sizes if device == "cuda" else tuple(min(size, most) for size in sizes)  # type: ignore[call-overload]

@@ -99,7 +99,8 @@ def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: st
 @pytest.mark.parametrize("device", ["cuda"])
 def test_memory_does_not_grow_with_the_batch(world: World, device: str) -> None:
     """131,072 pairs of 768 numbers: a fraction of what resident rows take, and no more than half as many pairs take."""
-    config, peaks = LossConfig(temperature=0.02, workspace_mib=128, learn_temperature=True), {}
+    config = LossConfig(temperature=0.02, workspace_mib=128, learn_temperature=True)
+    peaks: dict[int | str, float] = {}
     for pairs in (65_536, 131_072):
         q, p, targets = _vectors(device, pairs, pairs, 768)
         on_host = q.cpu(), p.cpu()
