@@ -30,24 +30,25 @@ CASES: list[tuple[list[int], int, int, int, dict[str, Any]]] = [
     ([40, 90, 20], 4, 1, 256, {"causal": True}),
 ]
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-6}
-# Each pair compiles kernels of its own; float16 takes bfloat16's code, so one case of every kind of tile will do.
-PAIRS = [(case, dtype) for case in range(len(CASES)) for dtype in BOUNDS if dtype != torch.float16 or case in (0, 4, 9)]
+SOME = (0, 3, 4, 9)  # texts in one tile of several, windowed, in the widest tile, in blocks
+# Each of these compiles kernels of its own. Without dropout and in float16 the code is much the same.
+VARIANTS = [(case, dtype, 0.1) for case in range(len(CASES)) for dtype in BOUNDS if dtype != torch.float16 or case in SOME]
+VARIANTS += [(case, torch.bfloat16, 0.0) for case in SOME]
 
 
 def seed(device: str) -> Tensor:
     return torch.tensor([-(2**40) - 7], device=device)
 
 
-@pytest.mark.parametrize(("case", "dtype"), PAIRS)
-def test_matches_float64(case: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("case", "dtype", "dropout"), VARIANTS)
+def test_matches_float64(case: int, dtype: torch.dtype, dropout: float, device: str) -> None:
     lengths, heads, groups, d, options = CASES[case]
     if device == "cpu":
         lengths, heads, groups, d = [-(-n // 8) for n in lengths], heads // groups, 1, d // 8
     starts, longest = texts(lengths, device)
-    for fused, dropout in ((True, 0.1), (False, 0.0)) if dtype == torch.bfloat16 else ((True, 0.1),):
-        inputs = heads_of(int(starts[-1]), heads, groups, d, dtype, device, fused=fused)
-        found = errors(inputs, starts, longest, scale=d**-0.5, dropout=dropout, seed=seed(device), **options)
-        assert max(found.values()) < BOUNDS[dtype], found
+    inputs = heads_of(int(starts[-1]), heads, groups, d, dtype, device, fused=dropout > 0)
+    found = errors(inputs, starts, longest, scale=d**-0.5, dropout=dropout, seed=seed(device), **options)
+    assert max(found.values()) < BOUNDS[dtype], found
 
 
 def run(inputs: list[Tensor], starts: Tensor, longest: int) -> list[Tensor]:

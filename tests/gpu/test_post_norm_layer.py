@@ -56,7 +56,9 @@ def test_results_and_gradients(computing: torch.dtype, bound: float, dropouts: t
 def make_tower(device: str, dropout: float) -> Any:
     """Two layers of BERT-base on packed texts, their weights as wide as trained ones; on the CPU narrower."""
     torch.manual_seed(0)
-    sizes = {} if device == "cuda" else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
+    sizes: dict[str, Any] = (
+        {} if device == "cuda" else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
+    )
     config = BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
     tower = BertModel(config, add_pooling_layer=False).to(device)
     with torch.no_grad():
