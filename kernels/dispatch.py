@@ -1,13 +1,15 @@
-"""Which tensors the Triton kernels compute, and how wide their rows may be."""
+"""Which tensors the Triton kernels compute, how wide their rows may be, and how many programs stay on a GPU."""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
 
 WIDEST_ROW = 4096  # numbers: a row is normalised in the registers of one program
+_INTERPRETED = 2  # processors that Triton's interpreter stands for
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -15,3 +17,17 @@ def on_kernels(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         return False
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def persistent_grid(x: Tensor, blocks: int, per_processor: float) -> int:
+    """How many programs share `blocks` blocks of rows of x: `per_processor` for each multiprocessor of its GPU, at least one.
+
+    Each stays on its multiprocessor and is there from the start.
+    """
+    processors = _processors(x.get_device()) if x.is_cuda else _INTERPRETED
+    return max(1, min(blocks, int(processors * per_processor)))
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

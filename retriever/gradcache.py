@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.post_norm_layer import Products
+from kernels.layers.post_norm import Products
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.exclusions import Pairs
+from kernels.infonce.exclusions import Pairs
 from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels.post_norm_layer import Products
+from kernels.layers.post_norm import Products
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks

@@ -20,12 +20,12 @@ from transformers import BertConfig, BertModel
 from triton.runtime.jit import JITFunction
 
 # Compiled, not interpreted, whatever is said to `on_kernels` below.
-import kernels.attention_long_backward
-import kernels.attention_triton
-import kernels.embed_norm_triton
-import kernels.fused_gelu_triton
-import kernels.fused_norm_triton
-import kernels.infonce_tiled  # noqa: F401
+import kernels.attention.long
+import kernels.attention.short
+import kernels.infonce.one_pass
+import kernels.layers.embeddings_triton
+import kernels.layers.gelu
+import kernels.layers.norm  # noqa: F401
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, BatchLoader
 from retriever.data.planner import Planner

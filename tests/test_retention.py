@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import post_norm_layer
-from kernels.attention import attention_forward
-from kernels.post_norm_layer import Products
+from kernels.attention.api import attention_forward
+from kernels.layers import post_norm as post_norm_layer
+from kernels.layers.post_norm import Products
 from retriever.config import BatchConfig, LossConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.post_norm_layer import Products, without_graph
+from kernels.layers.post_norm import Products, without_graph
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups

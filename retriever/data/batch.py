@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.exclusions import Exclusions, Pairs, further_pairs
+from kernels.infonce.exclusions import Exclusions, Pairs, further_pairs
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.chunk_builders import chunk_builders
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks

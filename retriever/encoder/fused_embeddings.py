@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.embeddings import Tables, embeddings
+from kernels.layers.embeddings import Tables, embeddings
 from retriever.encoder.packed_attention import draw_seeds
 
 _NAMES = {"word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"}

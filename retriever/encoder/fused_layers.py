@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.post_norm_layer import Factors, Layer, Parameters, Products, factors, post_norm_layer, without_graph
+from kernels.layers.post_norm import Factors, Layer, Parameters, Products, factors, post_norm_layer, without_graph
 from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted

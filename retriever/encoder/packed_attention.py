@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kernels.attention import packed_attention
+from kernels.attention.api import packed_attention
 from retriever.data.layout import Packed
 from retriever.encoder.architectures import first_position, is_decoder
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.lse import Exclusions
-from kernels.lse_reference import rounded
+from kernels.infonce.api import Exclusions
+from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import Groups, Targets
 from retriever.loss.distill import distill

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.lse import Exclusions, MaskTables
-from kernels.targets import pull_targets, target_similarities
+from kernels.infonce.api import Exclusions, MaskTables
+from kernels.infonce.targets import pull_targets, target_similarities
 from retriever.loss.problem import Problem
 from retriever.loss.ring import BlockMasks, gradient_of_sweep, lse_of_sweep
 from retriever.loss.terms import Terms

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.lse import Exclusions, Precision
+from kernels.infonce.api import Exclusions, Precision
 from retriever.data.batch import KnownPairs
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.exclusions import known_pairs
-from kernels.lse import Exclusions, MaskTables, negatives_gradient, negatives_lse
-from kernels.targets import pull_targets, target_similarities
+from kernels.infonce.api import Exclusions, MaskTables, negatives_gradient, negatives_lse
+from kernels.infonce.exclusions import known_pairs
+from kernels.infonce.targets import pull_targets, target_similarities
 from retriever.loss.problem import Problem
 from retriever.loss.terms import Terms
 from retriever.parallel.ring import Ring, TravellingSum

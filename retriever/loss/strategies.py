@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.lse import Exclusions
-from kernels.lse_reference import known_pairs
+from kernels.infonce.api import Exclusions
+from kernels.infonce.reference import known_pairs
 from retriever.loss.problem import Problem, nll
 from retriever.loss.tiled import tiled
 from retriever.parallel.world import World

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.targets import sum_by_target
+from kernels.infonce.targets import sum_by_target
 from retriever.loss.problem import Problem, nll
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.lse import MaskTables, infonce, negatives_gradient, negatives_lse
-from kernels.targets import pull_targets, target_similarities
+from kernels.infonce.api import MaskTables, infonce, negatives_gradient, negatives_lse
+from kernels.infonce.targets import pull_targets, target_similarities
 from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
@@ -17,7 +17,7 @@ from retriever.parallel.world import Gathered, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.lse`. (Cheng et al. 2024, arXiv:2410.17243)
+    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.infonce.api`. (Cheng et al. 2024, arXiv:2410.17243)
 
     `problem.exchange` says how ranks see each other's passages, `problem.block_rows` that rows are in host memory; the result is the same.
     """

@@ -29,7 +29,7 @@ Exchange = Literal["ring", "gather"]
 GATHER_SHARE = 0.25  # of the memory that is free before step 1: the encoder's activations need the rest
 _AUTO_WORKSPACE_MIB = 1024
 RING_OPERATIONS = 8  # for a number of a query and a passage: two sweeps
-_ONE_PASS_ROWS = 2048  # in a workspace that holds fewer, `kernels.infonce_tiled` takes two passes
+_ONE_PASS_ROWS = 2048  # in a workspace that holds fewer, `kernels.infonce.one_pass` takes two passes
 _BYTES = {"bf16": 2, "high": 4, "fp32": 4}
 _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix units
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.exclusions import Pairs
-from kernels.post_norm_layer import Products
+from kernels.infonce.exclusions import Pairs
+from kernels.layers.post_norm import Products
 from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.lse import Exclusions, infonce
+from kernels.infonce.api import Exclusions, infonce
 from scripts.bench.loss_methods import Method, Problem, methods
 from scripts.bench.tables import Table
 

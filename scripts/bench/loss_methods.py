@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from kernels.lse import Exclusions, infonce
+from kernels.infonce.api import Exclusions, infonce
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 

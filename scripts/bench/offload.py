@@ -21,8 +21,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kernels.exclusions import Pairs
-from kernels.lse_reference import rounded
+from kernels.infonce.exclusions import Pairs
+from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import KnownPairs, Targets
 from retriever.loss.contrastive import ContrastiveObjective

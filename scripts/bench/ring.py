@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from kernels.lse import infonce
+from kernels.infonce.api import infonce
 from retriever.parallel.cost import Machine, Workload, gather_cost, ring_cost
 from retriever.parallel.world import World
 from scripts.bench.loss import errors, peak_extra_mb, reference

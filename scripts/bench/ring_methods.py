@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kernels.exclusions import MaskTables, Pairs
-from kernels.lse import Exclusions, Precision
+from kernels.infonce.api import Exclusions, Precision
+from kernels.infonce.exclusions import MaskTables, Pairs
 from retriever.data.batch import KnownPairs
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring

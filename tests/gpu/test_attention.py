@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_triton
-from kernels.attention import packed_attention
+from kernels.attention import short
+from kernels.attention.api import packed_attention
 from tests.gpu.devices import toy
 from tests.kernels.attention_oracle import errors, heads_of, texts
 from tests.kernels.oracle import relative_error
@@ -86,8 +86,8 @@ def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
 
 def test_texts_of_every_length_fill_their_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (16, 32, 64, 128):
-        tile = attention_triton.Tile(block, 4, 4)
-        monkeypatch.setattr(attention_triton, "tile_for", lambda *_, tile=tile: tile)
+        tile = short.Tile(block, 4, 4)
+        monkeypatch.setattr(short, "tile_for", lambda *_, tile=tile: tile)
         for longest in (1, 11, block):
             starts, _ = texts([longest, max(longest - 1, 0), longest] * 11, device)
             inputs = [x.detach() for x in heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device)]

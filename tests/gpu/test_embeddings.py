@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.embeddings import embeddings
+from kernels.layers.embeddings import embeddings
 from tests.gpu.devices import toy
 from tests.kernels.test_embeddings import EPS, check, inputs
 

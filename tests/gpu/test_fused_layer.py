@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fused_layer import gelu_backward, gelu_forward, norm_backward, norm_forward
+from kernels.layers.api import gelu_backward, gelu_forward, norm_backward, norm_forward
 from tests.gpu.devices import toy
 from tests.kernels.test_fused_layer import EPS, check_gelu, check_halves, check_norm, norm_inputs
 

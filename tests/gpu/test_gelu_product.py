@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from kernels import gelu_product as module
-from kernels.gelu_product import gelu_product, gelu_product_backward
+from kernels.layers import gelu_product as module
+from kernels.layers.gelu_product import gelu_product, gelu_product_backward
 from tests.gpu.devices import toy
 from tests.kernels.oracle import relative_error
 from tests.kernels.test_gelu_product import check, draw

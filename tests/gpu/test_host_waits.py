@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import normalize
 from transformers import BertConfig
 
-from kernels.deferred import Deferred
-from kernels.exclusions import Exclusions, MaskTables
-from kernels.lse import infonce
+from kernels.infonce.api import infonce
+from kernels.infonce.deferred import Deferred
+from kernels.infonce.exclusions import Exclusions, MaskTables
 from retriever.data.batch import Batch
 from retriever.data.store import Store
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.lse import Exclusions, infonce, negatives_gradient, negatives_lse
+from kernels.infonce.api import Exclusions, infonce, negatives_gradient, negatives_lse
 from tests.gpu.devices import toy
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 

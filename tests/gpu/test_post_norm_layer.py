@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from kernels import gelu_product
-from kernels.post_norm_layer import Parameters, Products
+from kernels.layers import gelu_product
+from kernels.layers.post_norm import Parameters, Products
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
 from retriever.rng import RngState

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention import packed_attention
-from kernels.attention_reference import kept
+from kernels.attention.api import packed_attention
+from kernels.attention.reference import kept
 from tests.kernels.oracle import relative_error
 
 NAMES = ("output", "dquery", "dkey", "dvalue")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.lse import Exclusions
+from kernels.infonce.api import Exclusions
 
 
 def excluded_matrix(queries: Tensor, passages: Tensor, exclusions: Exclusions) -> Tensor:

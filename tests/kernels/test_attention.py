@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention, attention_reference
-from kernels.attention import packed_attention
-from kernels.attention_reference import kept
+from kernels.attention import api as attention
+from kernels.attention import reference
+from kernels.attention.api import packed_attention
+from kernels.attention.reference import kept
 from tests.kernels.attention_oracle import errors, heads_of, texts
 
 SEED = torch.tensor([-(2**40) - 7])
@@ -29,7 +30,7 @@ LENGTHS = [3, 0, 5, 7, 1, 9, 4, 0]
     ],
 )
 def test_matches_its_definition(groups: int, options: dict[str, Any], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_reference, "_SCORES", scores)
+    monkeypatch.setattr(reference, "_SCORES", scores)
     starts, longest = texts(LENGTHS)
     found = errors(heads_of(int(starts[-1]), 4, groups, 8, fused=True), starts, longest, scale=0.3, **options)
     assert max(found.values()) < 1e-14, found

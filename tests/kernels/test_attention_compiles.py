@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import attention_long, attention_long_backward, attention_triton
+from kernels.attention import long, short
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 
 POINTERS = {name: "*bf16" for name in ("query", "key", "value", "out", "dout", "dquery", "dkey", "dvalue")}
@@ -29,10 +29,10 @@ def compiled(kernel: Any, warps: int, stages: int, registers: int | None = None,
 
 @pytest.mark.parametrize(("width", "longest", "texts"), [(64, 9, 8), (64, 64, 1), (64, 96, 1), (64, 128, 1), (128, 32, 1), (128, 64, 1)])
 def test_texts_in_a_tile(width: int, longest: int, texts: int) -> None:
-    tile = attention_triton.tile_for(torch.empty(1, 12, width, dtype=torch.bfloat16), longest)
+    tile = short.tile_for(torch.empty(1, 12, width, dtype=torch.bfloat16), longest)
     for kernel, warps, registers in (
-        (attention_triton._forward_tiles, tile.forward_warps, None),
-        (attention_triton._backward_tiles, tile.backward_warps, tile.backward_registers),
+        (short._forward_tiles, tile.forward_warps, None),
+        (short._backward_tiles, tile.backward_warps, tile.backward_registers),
     ):
         shared, spilled, ptx = compiled(kernel, warps, 3, registers, TEXTS=texts, BLOCK=tile.block, D=width, BLOCK_D=width)
         assert shared <= SHARED_LIMIT[90] and spilled <= (MOST_SPILLED if registers else 0), (kernel, shared, spilled)
@@ -41,11 +41,11 @@ def test_texts_in_a_tile(width: int, longest: int, texts: int) -> None:
 
 
 def test_texts_in_blocks() -> None:
-    settings = attention_long.settings_for(torch.bfloat16, D)
+    settings = long.settings_for(torch.bfloat16, D)
     for kernel, use in (
-        (attention_long._forward_blocks, settings.forward),
-        (attention_long_backward._dquery_blocks, settings.dquery),
-        (attention_long_backward._dkey_blocks, settings.dkey),
+        (long._forward_blocks, settings.forward),
+        (long._dquery_blocks, settings.dquery),
+        (long._dkey_blocks, settings.dkey),
     ):
         shared, spilled, _ = compiled(kernel, use.warps, use.stages, BLOCK=use.kept, VISITED=use.visited)
         assert shared <= SHARED_LIMIT[90] and spilled == 0, (kernel, shared, spilled)

@@ -12,19 +12,19 @@ import triton
 
 PROGRAM = """
 import torch
-from kernels import attention_long, attention_long_backward, attention_triton
-from kernels.attention import packed_attention
+from kernels.attention import long, short
+from kernels.attention.api import packed_attention
 from tests.kernels.attention_oracle import errors, heads_of, texts
 
 launched = []
-for module, name in ((attention_triton, "_backward_tiles"), (attention_long_backward, "_dkey_blocks")):
+for module, name in ((short, "_backward_tiles"), (long, "_dkey_blocks")):
     kernel = getattr(module, name)
     kernel.run = lambda *a, name=name, run=kernel.run, **k: (launched.append(name), run(*a, **k))[1]
-attention_long._FLOAT[64] = attention_long.Settings(*[attention_long.Blocks(16, 32, 4, 1)] * 3)
+long._FLOAT[64] = long.Settings(*[long.Blocks(16, 32, 4, 1)] * 3)
 seed = torch.tensor([-(2**40) - 7])
 
 def matches(expected, lengths, groups, d=16, dropout=0.2, fused=False, block=32, **options):
-    attention_triton._FLOAT_TILE = attention_triton.Tile(block, 4, 4)
+    short._FLOAT_TILE = short.Tile(block, 4, 4)
     launched.clear()
     starts, longest = texts(lengths)
     inputs = heads_of(int(starts[-1]), 2, groups, d, torch.float32, fused=fused)

@@ -11,15 +11,15 @@ import pytest
 import torch
 import triton
 
-from kernels.exclusions import MaskTables
-from kernels.lse import negatives_gradient, negatives_lse
+from kernels.infonce.api import negatives_gradient, negatives_lse
+from kernels.infonce.exclusions import MaskTables
 
 PROGRAM = """
 import numpy, torch
-from kernels.exclusions import MaskTables, known_pairs
+from kernels.infonce.exclusions import MaskTables, known_pairs
 from kernels.dispatch import on_kernels
-from kernels.lse import Exclusions, negatives_gradient, negatives_lse
-from kernels.targets import pull_targets, target_similarities
+from kernels.infonce.api import Exclusions, negatives_gradient, negatives_lse
+from kernels.infonce.targets import pull_targets, target_similarities
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 numpy.seterr(over="ignore")

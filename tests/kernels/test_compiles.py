@@ -6,7 +6,8 @@ import pytest
 import torch
 from triton.experimental.gluon import language as gl
 
-from kernels import gelu_product_hopper, lse_hopper, lse_triton, rows_triton
+from kernels.infonce import rows, tiles, tiles_hopper
+from kernels.layers import gelu_hopper
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 
 ARCHITECTURES = sorted(SHARED_LIMIT)
@@ -29,7 +30,7 @@ TILE_VARIANTS = {
 @pytest.mark.parametrize("variant", TILE_VARIANTS)
 def test_tile_pass(variant: str, arch: int) -> None:
     dtype, arguments, written, constants = TILE_VARIANTS[variant]
-    tile = lse_triton.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
+    tile = tiles.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
     store_columns = tile.store_columns or tile.columns
     types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
     types |= {"queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>", "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>"}
@@ -38,7 +39,7 @@ def test_tile_pass(variant: str, arch: int) -> None:
     }
     fixed = {"FACTORED": False, "MAXIMUM": False, "CLAMP": False, "RAGGED_COLUMNS": False, "PRECISION": "ieee", "PROGRAMS": 132}
     fixed |= {"BLOCK_B": tile.rows, "BLOCK_N": tile.columns, "BLOCK_D": tile.inner, "STORE_COLUMNS": store_columns, "GROUP": 16}
-    shared, spilled, _ = compile_kernel(lse_triton._tile_pass, types, fixed | constants, arch, tile.warps, tile.stages)
+    shared, spilled, _ = compile_kernel(tiles._tile_pass, types, fixed | constants, arch, tile.warps, tile.stages)
     assert shared <= SHARED_LIMIT[arch]
     assert spilled == 0, f"{spilled} bytes"
 
@@ -61,7 +62,7 @@ def test_hopper_tile_pass(variant: str) -> None:
     if written:
         types["written"] = f"tensordesc<bf16[64, 128],{layout}>"
     fixed = {"FACTORED": False, "RAGGED_COLUMNS": False}
-    shared, spilled, ptx = compile_kernel(lse_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True)
+    shared, spilled, ptx = compile_kernel(tiles_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True)
     assert shared <= SHARED_LIMIT[90]
     assert spilled == 0, f"{spilled} bytes"
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
@@ -76,7 +77,7 @@ def test_gelu_product(variant: str, dtype: str) -> None:
     types |= {"u": square, "sums": "*fp32"} if variant == "backward" else {"bias": f"*{dtype}"}
     if variant == "forward, u kept":
         types["u_out"] = square
-    shared, spilled, ptx = compile_kernel(gelu_product_hopper._gelu_product, types, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
+    shared, spilled, ptx = compile_kernel(gelu_hopper._gelu_product, types, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
     assert shared <= SHARED_LIMIT[90]
     assert spilled == 0, f"{spilled} bytes"
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
@@ -89,7 +90,7 @@ def test_gelu_product_does_the_same_arithmetic_whether_u_is_kept_or_not() -> Non
     types = {"x": square, "weight": f"tensordesc<bf16[256, 64],{layout}>", "out": square, "T": "i32", "bias": "*bf16"}
     counts = []
     for more in ({}, {"u_out": square}):
-        *_, ptx = compile_kernel(gelu_product_hopper._gelu_product, types | more, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
+        *_, ptx = compile_kernel(gelu_hopper._gelu_product, types | more, {"F": 3072, "D": 768}, 90, 4, 3, gluon=True)
         counts.append([ptx.count(name) for name in ("fma.rn.f32", "mul.f32", "add.f32", "sub.f32", "ex2.approx")])
     assert counts[0] == counts[1] and counts[0][0] >= 256 * 7, counts
 
@@ -107,10 +108,10 @@ def test_passes_over_rows(arch: int) -> None:
     finish = {"dpassages": "*fp32", "queries": "*bf16", "by_target": "*i64", "first": "*i64", "target_weight": "*fp32"}
     outputs = dict.fromkeys(("dqueries", "coefficient", "target_weight", "along"), "*fp32")
     kernels = [
-        (rows_triton._target_similarities, vectors | strides | {"out": "*fp32"}, blocks, 4),
-        (rows_triton._weigh_rows, weigh, blocks | {"BLOCK_T": 64}, 4),
-        (rows_triton._finish_queries, vectors | strides | outputs, blocks | {"BLOCK_B": 4}, 4),
-        (rows_triton._finish_passages, finish | {"D": "i32", "query_stride": "i32"}, {"BLOCK_D": 256}, 1),
+        (rows._target_similarities, vectors | strides | {"out": "*fp32"}, blocks, 4),
+        (rows._weigh_rows, weigh, blocks | {"BLOCK_T": 64}, 4),
+        (rows._finish_queries, vectors | strides | outputs, blocks | {"BLOCK_B": 4}, 4),
+        (rows._finish_passages, finish | {"D": "i32", "query_stride": "i32"}, {"BLOCK_D": 256}, 1),
     ]
     for kernel, types, constants, warps in kernels:
         shared, spilled, _ = compile_kernel(kernel, types, constants, arch, warps, 3)

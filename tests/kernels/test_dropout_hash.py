@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.dropout_hash import keep_mask
+from kernels.dropout import keep_mask
 
 ROWS, COLUMNS = torch.arange(512), torch.arange(768)
 

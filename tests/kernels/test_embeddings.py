@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import embed_norm_triton, fused_norm_triton
-from kernels.dropout_hash import drop_below, keep_mask
-from kernels.embed_norm_triton import block
-from kernels.embeddings import Tables, embeddings
+from kernels.dropout import drop_below, keep_mask
+from kernels.layers import embeddings_triton, norm
+from kernels.layers.embeddings import Tables, embeddings
+from kernels.layers.embeddings_triton import block
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 from tests.kernels.oracle import relative_error
 
 EPS = 1e-5
 INTERPRETED = """
 import numpy, torch
-from kernels import embed_norm_triton
-from kernels.embeddings import embeddings
+from kernels.layers import embeddings_triton
+from kernels.layers.embeddings import embeddings
 from tests.kernels.test_embeddings import EPS, check, inputs
 
 numpy.seterr(over="ignore")
-launched, kernels = set(), (embed_norm_triton._embed_norm, embed_norm_triton._embed_norm_backward)
+launched, kernels = set(), (embeddings_triton._embed_norm, embeddings_triton._embed_norm_backward)
 for kernel in kernels:
     kernel.run = lambda *a, run=kernel.run, **k: (launched.add(run), run(*a, **k))[1]
 for T, D, dropout in ((37, 48, 0.3), (1, 100, 0.0), (5, 768, 0.1)):
@@ -97,15 +97,15 @@ def test_the_kernels_compile_without_spilling(arch: int, D: int) -> None:
     tables = dict.fromkeys(("words", "places", "segment", "weight", "statistics"), "*fp32")
     types = tables | dict.fromkeys(("ids", "positions", "seed"), "*i64") | dict.fromkeys(("T", "V", "P"), "i32") | {"inverse_keep": "fp32"}
     columns, warps = block(D)
-    constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": embed_norm_triton.ROWS, "BLOCK_D": columns}
+    constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": embeddings_triton.ROWS, "BLOCK_D": columns}
     forward = types | {"bias": "*fp32", "out": "*fp32", "eps": "fp32"}
     backward = types | dict.fromkeys(("dout", "dz_out", "partial"), "*fp32")
-    launch = fused_norm_triton.BACKWARD
-    rows, columns, backward_warps = fused_norm_triton.block(launch, D)
+    launch = norm.BACKWARD
+    rows, columns, backward_warps = norm.block(launch, D)
     staying = {"ROWS": rows, "BLOCK_D": columns, "STAGES": launch.stages}
     for kernel, signature, more, count in (
-        (embed_norm_triton._embed_norm, forward, {}, warps),
-        (embed_norm_triton._embed_norm_backward, backward, staying, backward_warps),
+        (embeddings_triton._embed_norm, forward, {}, warps),
+        (embeddings_triton._embed_norm_backward, backward, staying, backward_warps),
     ):
         shared, spilled, ptx = compile_kernel(kernel, signature, constants | more, arch, count, 3)
         assert shared <= SHARED_LIMIT[arch] and spilled == 0 and "ld.global.v4.b32" in ptx

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from kernels.dropout_hash import keep_mask
-from kernels.fused_layer import Halves, gelu_backward, gelu_forward, norm_backward, norm_forward, norm_halves
-from kernels.fused_layer_reference import joined
+from kernels.dropout import keep_mask
+from kernels.layers.api import Halves, gelu_backward, gelu_forward, norm_backward, norm_forward, norm_halves
+from kernels.layers.reference import joined
 
 EPS = 1e-5
 

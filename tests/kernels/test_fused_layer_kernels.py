@@ -10,20 +10,21 @@ import numpy
 import pytest
 import triton
 
-from kernels import fused_gelu_triton, fused_norm_triton
-from kernels.dropout_hash import drop_below
+from kernels.dropout import drop_below
+from kernels.layers import gelu, norm
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 
 # Chosen before Triton is imported, hence a process of its own. fp32 alone: the interpreter rounds no bfloat16.
 INTERPRETED = """
 import numpy, torch
-from kernels import fused_gelu_triton, fused_norm_triton
-from kernels.fused_layer import gelu_forward, norm_backward, norm_forward
+from kernels.layers import gelu
+from kernels.layers import norm
+from kernels.layers.api import gelu_forward, norm_backward, norm_forward
 from tests.kernels.test_fused_layer import EPS, check_gelu, check_norm, norm_inputs
 
 numpy.seterr(over="ignore")
 launched = []
-kernels = [getattr(module, name) for module in (fused_norm_triton, fused_gelu_triton) for name in dir(module) if name.endswith("ward")]
+kernels = [getattr(module, name) for module in (norm, gelu) for name in dir(module) if name.endswith("ward")]
 kernels = [kernel for kernel in kernels if hasattr(kernel, "run")]
 for kernel in kernels:
     run = kernel.run
@@ -31,7 +32,7 @@ for kernel in kernels:
 
 for T, D, bias, dropout in ((11, 48, True, 0.3), (5, 100, False, 0.3), (1, 33, True, 0.0)):
     check_norm(norm_inputs(T, D, torch.float32, bias), dropout, torch.tensor([2**40 + 5]), 2e-6, 2e-6)
-fused_norm_triton.FORWARD = fused_norm_triton.BACKWARD = fused_norm_triton.Launch(4, 64, warps_per_sm=3)  # several rows at a time
+norm.FORWARD = norm.BACKWARD = norm.Launch(4, 64, warps_per_sm=3)  # several rows at a time
 check_norm(norm_inputs(37, 48, torch.float32), 0.3, torch.tensor([5]), 2e-6, 2e-6)
 x, bias, residual, weight, norm_bias = norm_inputs(0, 32, torch.float32)
 y, low, statistics = norm_forward(x, bias, residual, weight, norm_bias, None, EPS, 0.0)
@@ -71,10 +72,10 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
     forward = types | {"norm_bias": "*fp32", "normed": "*fp32", "eps": "fp32"} | ({"low": x} if low else {})
     backward = types | dict.fromkeys(("d_normed", "dresidual", "partial"), "*fp32") | {"dx": x} | ({"d_low": x} if low else {})
     for kernel, signature, launch in (
-        (fused_norm_triton._norm_forward, forward, fused_norm_triton.FORWARD),
-        (fused_norm_triton._norm_backward, backward, fused_norm_triton.BACKWARD),
+        (norm._norm_forward, forward, norm.FORWARD),
+        (norm._norm_backward, backward, norm.BACKWARD),
     ):
-        rows, block_d, warps = fused_norm_triton.block(launch, D)
+        rows, block_d, warps = norm.block(launch, D)
         constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": rows, "BLOCK_D": block_d}
         if "STAGES" in kernel.arg_names:
             constants["STAGES"] = launch.stages
@@ -84,17 +85,17 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
 def test_norm_compiles_for_a_float16_stream() -> None:
     types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(("residual", "normed"), "*fp16")
     types |= dict.fromkeys(("x", "low"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
-    rows, block_d, warps = fused_norm_triton.block(fused_norm_triton.FORWARD, 768)
+    rows, block_d, warps = norm.block(norm.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d}
-    compiles(fused_norm_triton._norm_forward, types, constants, 90, warps)
+    compiles(norm._norm_forward, types, constants, 90, warps)
 
 
 def test_norm_compiles_in_halves() -> None:
     vectors = dict.fromkeys(("bias", "weight", "norm_bias"), "*fp32") | dict.fromkeys(("x", "residual", "low"), "*bf16")
     types = vectors | dict.fromkeys(("rest", "following"), "*i16") | {"seed": "*i64", "T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
-    rows, block_d, warps = fused_norm_triton.block(fused_norm_triton.FORWARD, 768)
+    rows, block_d, warps = norm.block(norm.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": drop_below(0.1), "ROWS": rows, "BLOCK_D": block_d}
-    compiles(fused_norm_triton._norm_forward, types, constants, 90, warps)
+    compiles(norm._norm_forward, types, constants, 90, warps)
 
 
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
@@ -102,8 +103,8 @@ def test_gelu_compiles(arch: int) -> None:
     forward = {"u": "*bf16", "out": "*bf16", "T": "i32"}
     backward = {"dout": "*bf16", "u": "*bf16", "partial": "*fp32", "T": "i32"}
     for kernel, types, launch in (
-        (fused_gelu_triton._gelu_forward, forward, fused_gelu_triton.FORWARD),
-        (fused_gelu_triton._gelu_backward, backward, fused_gelu_triton.BACKWARD),
+        (gelu._gelu_forward, forward, gelu.FORWARD),
+        (gelu._gelu_backward, backward, gelu.BACKWARD),
     ):
         compiles(kernel, types, {"F": 3072, "ROWS": launch.rows, "BLOCK_F": launch.columns}, arch, launch.warps)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from kernels.gelu_product import gelu_product, gelu_product_backward
+from kernels.layers.gelu_product import gelu_product, gelu_product_backward
 from tests.kernels.oracle import relative_error
 
 

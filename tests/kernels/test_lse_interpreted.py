@@ -11,8 +11,8 @@ import pytest
 import torch
 import triton
 
-from kernels.lse_tiled import Operands, estimate_shifts
-from kernels.lse_triton import LOG2E
+from kernels.infonce.tiles import LOG2E
+from kernels.infonce.two_pass import Operands, estimate_shifts
 
 CASES = [
     "matches(B=40, N=70, D=48, scale=50.0)",
@@ -31,13 +31,13 @@ CASES = [
 
 PROGRAM = """
 import numpy, torch
-from kernels import lse_triton
-from kernels.lse import Exclusions, infonce, negatives_gradient, negatives_lse
+from kernels.infonce import tiles
+from kernels.infonce.api import Exclusions, infonce, negatives_gradient, negatives_lse
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 launched = []
-launch = lse_triton._tile_pass.run
-lse_triton._tile_pass.run = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
+launch = tiles._tile_pass.run
+tiles._tile_pass.run = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
 numpy.seterr(over="ignore")
 torch.manual_seed(0)
 

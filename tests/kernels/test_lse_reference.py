@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.lse import Exclusions, infonce
+from kernels.infonce.api import Exclusions, infonce
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from kernels import post_norm_layer as module
-from kernels.dropout_hash import keep_mask
-from kernels.fused_layer import Halves
-from kernels.post_norm_layer import Layer, Parameters, Products, factors, post_norm_layer, without_graph
+from kernels.dropout import keep_mask
+from kernels.layers import post_norm as module
+from kernels.layers.api import Halves
+from kernels.layers.post_norm import Layer, Parameters, Products, factors, post_norm_layer, without_graph
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import relative_error
 

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, modeling_flash_attention_utils
 from transformers.utils import import_utils
 
-from kernels.post_norm_layer import Products, without_graph
+from kernels.layers.post_norm import Products, without_graph
 from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.resident import resident_programs
+from kernels.dispatch import persistent_grid
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def gelu_backward_(dout: Tensor, u: Tensor) -> Tensor:
     """Σ_rows du [F] float32; dout [T, F] becomes du. Each program sums its rows, then the sums are added in a fixed order: no atomics."""
     T, F = u.shape
     tiles = triton.cdiv(F, BACKWARD.columns)
-    programs = resident_programs(u, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
+    programs = persistent_grid(u, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
     partial = u.new_empty(programs, F, dtype=torch.float32)
     _gelu_backward[(programs, tiles)](dout, u, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps)
     return partial.sum(0)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The masks of `dropout_hash` for Triton kernels, bit by bit the same.
+"""The masks of `dropout` for Triton kernels, bit by bit the same.
 
 In a kernel: `row_key, column_key = mask_keys(seed, head)` once; `mask_words(row_key, rows)` and `mask_words(column_key, columns)` once a
-row and column; then `kept(row_words[:, None], column_words[None, :], THRESHOLD)` with THRESHOLD = `dropout_hash.drop_below(dropout)`.
+row and column; then `kept(row_words[:, None], column_words[None, :], THRESHOLD)` with THRESHOLD = `dropout.drop_below(dropout)`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels import dropout_hash
+from kernels import dropout
 
-_FIRST = tl.constexpr(dropout_hash.FIRST)
-_SECOND = tl.constexpr(dropout_hash.SECOND)
-_GOLDEN = tl.constexpr(dropout_hash.GOLDEN)
+_FIRST = tl.constexpr(dropout.FIRST)
+_SECOND = tl.constexpr(dropout.SECOND)
+_GOLDEN = tl.constexpr(dropout.GOLDEN)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What stands between a query and its own target, row by row: for losses whose negatives come block by block.
 
-`kernels.lse.infonce` does this itself; `negatives_lse` and `negatives_gradient` leave the targets to their caller.
+`kernels.infonce.api.infonce` does this itself; `negatives_lse` and `negatives_gradient` leave the targets to their caller.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import on_kernels
-from kernels.lse import Precision
-from kernels.lse_reference import rounded
+from kernels.infonce.reference import Precision, rounded
 
 __all__ = ["pull_targets", "sum_by_target", "target_similarities"]
 
@@ -24,9 +23,9 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, p
     """
     queries, passages = _values(queries, precision), _values(passages, precision)
     if on_kernels(queries) and len(queries):
-        from kernels import rows_triton
+        from kernels.infonce import rows
 
-        return rows_triton.target_similarities(queries, passages, targets)
+        return rows.target_similarities(queries, passages, targets)
     parts = torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE)
     return torch.cat([(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts])
 
@@ -46,10 +45,10 @@ def pull_targets(
     """
     queries, passages = _values(queries, precision), _values(passages, precision)
     if on_kernels(queries) and len(queries):
-        from kernels import rows_triton
+        from kernels.infonce import rows
 
-        rows_triton.finish_queries(dqueries, queries, passages, targets, None, pull)
-        rows_triton.finish_passages(dpassages, queries, targets, pull)
+        rows.finish_queries(dqueries, queries, passages, targets, None, pull)
+        rows.finish_passages(dpassages, queries, targets, pull)
         return
     for i in torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE):
         dqueries[i] -= pull[i, None] * rounded(passages[targets[i]], precision)

@@ -64,7 +64,7 @@ class _Texts:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
-    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.packed_attention` has them."""
+    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.api.packed_attention` has them."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     for texts in _groups(starts, longest, *query.shape[:2]):
         q, k, v = (_padded(x, texts, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]

@@ -1,4 +1,7 @@
-"""Log-sum-exp over rows and columns of the logits, from the sums of `tile_pass`: the choice of shifts.
+"""Log-sum-exp over rows and columns of the logits, then gradients from it: InfoNCE in two passes over the tiles, 8·B·N·D operations.
+
+The first pass sums rows and columns at once, the second writes the gradient at the logits, block by block in a bounded workspace, and
+matrix products go over it.
 
 A row's shift only has to bring its sum into the range of bf16, 2^±100 or so wide. Where the norms bound every logit to that range
 one constant does; else shifts are estimated from a sample of columns, and the rows whose sums fell outside of it are done again
@@ -7,16 +10,21 @@ with their true maxima.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.deferred import Deferred
-from kernels.exclusions import MaskTables
-from kernels.lse_triton import LOG2E, aligned, tile_pass
-from kernels.rows_triton import LARGEST_SUM, SMALLEST_SUM
+from kernels.infonce.deferred import Deferred
+from kernels.infonce.exclusions import MaskTables
+from kernels.infonce.reference import log_one_plus_exp
+from kernels.infonce.rows import LARGEST_SUM, SMALLEST_SUM, finish_passages, finish_queries, target_similarities
+from kernels.infonce.targets import sum_by_target
+from kernels.infonce.tile_pass import Pass, tile_pass
+from kernels.infonce.tiles import LOG2E, aligned
+from kernels.matmul import add_product, parts_of
 
 _ROUNDING = 1.01  # a product of two vectors, each rounded to bf16, is longer by less
 _SAFE_BOUND = 78.0  # |logit| in base 2 below which the constant shift loses nothing
@@ -24,6 +32,8 @@ _HEADROOM = 60.0  # how far a shift stays below the largest logit there may be
 _UNIT_SCALE = 105.0  # with unit vectors, the constant shift nearly always does up to here
 _SAMPLE = 256
 _SLAB_MULTIPLE = 256  # a multiple of every tile's rows and columns
+LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
+INNER = {"bf16": None, "high": 2048, "fp32": None}  # of a tier's sums over the batch, how much goes through the accumulator at a time
 _PARTIAL_ELEMENTS = 2**31  # logits of a pass whose partial sums are kept at a time
 
 
@@ -128,10 +138,11 @@ def reduce_tiles(
     row_result = x.queries.new_empty(B, dtype=torch.float32) if rows else None
     column_result = x.queries.new_full((N,), -torch.inf if maximum else 0.0, dtype=torch.float32) if columns else None
     for i in slabs(B, size):
-        row_partial, column_partial = tile_pass(
-            x.queries[i], x.passages, scale, masks, row_shift=None if row_shift is None else row_shift[i], column_shift=column_shift,
-            rows=rows, columns=columns, maximum=maximum, clamp=clamp, row_start=i.start, accurate=x.accurate,
+        asked = Pass(
+            row_shift=None if row_shift is None else row_shift[i], column_shift=column_shift, rows=rows, columns=columns, maximum=maximum,
+            clamp=clamp, accurate=x.accurate, row_start=i.start,
         )  # fmt: skip
+        row_partial, column_partial = tile_pass(x.queries[i], x.passages, scale, masks, asked)
         if row_result is not None and row_partial is not None:
             row_result[i] = row_partial.amax(dim=0) if maximum else row_partial.sum(dim=0)
         if column_result is not None and column_partial is not None:
@@ -155,7 +166,7 @@ def exact_row_shifts(x: Operands, scale: float, masks: MaskTables) -> Tensor:
 
 
 def negatives_lse(x: Operands, scale: float, masks: MaskTables, shifts: Shifts, columns: bool) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.lse.negatives_lse`; `shifts` from `estimate_shifts`."""
+    """See `kernels.infonce.api.negatives_lse`; `shifts` from `estimate_shifts`."""
     row_sum, column_sum = reduce_tiles(x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=shifts.estimated)
     assert row_sum is not None
     row_lse = log_of(row_sum, shifts.rows)
@@ -180,3 +191,108 @@ def negatives_lse(x: Operands, scale: float, masks: MaskTables, shifts: Shifts, 
         assert sums is not None
         column_lse[again] = log_of(sums, exact)
     return row_lse, column_lse
+
+
+class Workspace:
+    """Room for a slab of exponentials: a bf16 matrix, two of them (value and residual), or an fp32 one."""
+
+    def __init__(self, like: Tensor, precision: str, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        width = -(-columns // 64) * 64
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.parts = [like.new_empty(rows, width, dtype=dtype) for _ in range(2 if precision == "high" else 1)]
+
+    def views(self, rows: int, columns: int) -> list[Tensor]:
+        """Its upper left corner."""
+        return [part[:rows, :columns] for part in self.parts]
+
+
+def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: int) -> int:
+    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is room."""
+    rows = budget // ((2 if precision == "bf16" else 4) * -(-N // 64) * 64)
+    if rows >= B:
+        return B
+    wave = max(1, processors // -(-D // 256)) * 128
+    if rows >= wave:
+        return rows // wave * wave
+    return max(256, rows // 256 * 256)
+
+
+def negatives_gradient(
+    x: Operands,
+    scale: float,
+    masks: MaskTables,
+    row_log_weights: Tensor,
+    column_log_weights: Tensor | None,
+    constant: float | None,
+    budget: int,
+    dqueries: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.infonce.api.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two products use each."""
+    (B, D), N = x.queries.shape, len(x.passages)
+    fresh = dqueries is None
+    dqueries = x.queries.new_empty(B, D, dtype=torch.float32) if dqueries is None else dqueries
+    dpassages = x.passages.new_empty(N, D, dtype=torch.float32)
+    rows = slab_rows(B, N, D, x.precision, budget, processors(x.queries))
+    columns = N
+    if rows < min(B, 2 * LEAST_SLAB_ROWS):  # square blocks: the fewest reads and writes of the sums
+        rows = columns = max(256, int((budget // (2 if x.precision == "bf16" else 4)) ** 0.5) // 256 * 256)
+    workspace = Workspace(x.queries, x.precision, min(rows, B), min(columns, N))
+    queries, passages = parts_of(x.queries, x.precision), parts_of(x.passages, x.precision)
+    row_shift, column_shift, offset = _gradient_shifts(scale, row_log_weights, column_log_weights, constant)
+    for i in slabs(B, rows):
+        for j in slabs(N, columns):
+            e = workspace.views(i.stop - i.start, j.stop - j.start)
+            asked = Pass(
+                row_shift=row_shift[i], column_shift=None if column_shift is None else column_shift[j], offset=offset, written=e[0],
+                residual=e[1] if len(e) > 1 else None, accurate=x.accurate, row_start=i.start, column_start=j.start,
+            )  # fmt: skip
+            tile_pass(x.queries[i], x.passages[j], scale, masks, asked)
+            inner = INNER[x.precision]
+            add_product(dqueries[i], e, [p[j] for p in passages], fresh=fresh and j.start == 0, inner=inner)
+            add_product(dpassages[j], [part.T for part in e], [q[i] for q in queries], fresh=i.start == 0, inner=inner)
+    return dqueries, dpassages
+
+
+def _gradient_shifts(
+    scale: float, row_log_weights: Tensor, column_log_weights: Tensor | None, constant: float | None
+) -> tuple[Tensor, Tensor | None, float | None]:
+    """What `tile_pass` needs to write scale · 2^x · weight for rows and columns: factors and an offset where that is safe, else shifts."""
+    rows = row_log_weights.float() * LOG2E + math.log2(scale)
+    if column_log_weights is None:
+        return -rows, None, None
+    columns = column_log_weights.float() * LOG2E + math.log2(scale)
+    if constant is None:
+        return -rows, -columns, None
+    return (rows + constant).exp2(), (columns + constant).exp2(), constant
+
+
+def processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def infonce(
+    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int,
+    largest: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
+    shifts = estimate_shifts(x, scale, symmetric, largest)
+    row_lse, column_lse = negatives_lse(x, scale, masks, shifts, symmetric)
+    logit = scale * target_similarities(x.queries, x.passages, targets)
+    against_row = row_lse - logit
+    loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()
+    row_pull, column_log_weights = pull, None
+    if column_lse is not None:
+        against_column = column_lse[targets] - logit
+        loss = (loss + log_one_plus_exp(against_column)) / 2
+        row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
+        pull = row_pull + column_pull
+        passage_pull = sum_by_target(column_pull, targets, len(column_lse))  # a target of several queries has a term for each
+        column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
+    if not gradients:
+        return loss, None, None, None
+    row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
+    dqueries, dpassages = negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, shifts.constant, budget)
+    along = finish_queries(dqueries, x.queries, x.passages, targets, None, scale * pull)
+    finish_passages(dpassages, x.queries, targets, scale * pull)
+    return loss, dqueries, dpassages, along.sum() / scale

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from kernels.attention import attention_backward, attention_forward
-from kernels.attention_reference import Mask
-from kernels.fused_layer import Halves, norm_backward, norm_forward, norm_halves
-from kernels.gelu_product import gelu_product, gelu_product_backward, turned
+from kernels.attention.api import attention_backward, attention_forward
+from kernels.attention.reference import Mask
+from kernels.layers.api import Halves, norm_backward, norm_forward, norm_halves
+from kernels.layers.gelu_product import gelu_product, gelu_product_backward, turned
 
 
 class Parameters(NamedTuple):

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.exclusions import MaskTables
+from kernels.dispatch import persistent_grid
+from kernels.infonce.exclusions import MaskTables
 
 LOG2E = 1.4426950408889634
 
@@ -41,7 +42,7 @@ class Tile:
     store_columns: int | None = None  # written this many columns at a time, to leave shared memory to the loads; None: all
 
 
-# Sized to fit shared memory and registers. On Hopper `kernels.lse_hopper` does the work that counts.
+# Sized to fit shared memory and registers. On Hopper `kernels.infonce.tiles_hopper` does the work that counts.
 _HALF_TILES = {8: Tile(64, 64, 64, 8, 3), 9: Tile(128, 128, 64, 8, 3), 10: Tile(128, 128, 64, 8, 3)}
 _FLOAT_TILES = {8: Tile(64, 32, 32, 8, 2), 9: Tile(64, 64, 32, 8, 2), 10: Tile(64, 64, 32, 8, 2)}
 _CHUNK = 256
@@ -51,6 +52,29 @@ _GROUP = 16
 def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
     """The pinned tile for inputs of `dtype` on a GPU of this generation."""
     return (_FLOAT_TILES if dtype == torch.float32 else _HALF_TILES)[min(max(capability_major, 8), 10)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the tiles computes, and where its block of rows and columns stands in the masks.
+
+    With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential instead of two.
+    Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite where shifts are estimates.
+    `accurate` splits fp32 inputs into three tf32 products, and sums D in short pieces: the matrix unit's accumulator rounds towards zero.
+    """
+
+    row_shift: Tensor | None = None  # [B]
+    column_shift: Tensor | None = None  # [N]
+    offset: float | None = None
+    written: Tensor | None = None  # [B, N]: receives E
+    residual: Tensor | None = None  # [B, N]: receives what rounding left of E
+    rows: bool = False  # reduce them
+    columns: bool = False  # reduce them
+    maximum: bool = False  # by maxima instead of sums
+    clamp: bool = False
+    accurate: bool = False
+    row_start: int = 0
+    column_start: int = 0
 
 
 @triton.jit
@@ -196,66 +220,33 @@ def aligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
-def _programs(x: Tensor, tiles: int, per_sm: int) -> int:
-    if not x.is_cuda:
-        return min(tiles, 2)
-    return min(tiles, torch.cuda.get_device_properties(x.device).multi_processor_count * per_sm)
-
-
 def tile_pass(
-    queries: Tensor,
-    passages: Tensor,
-    scale: float,
-    masks: MaskTables,
-    *,
-    row_shift: Tensor | None = None,
-    column_shift: Tensor | None = None,
-    offset: float | None = None,
-    written: Tensor | None = None,
-    residual: Tensor | None = None,
-    rows: bool = False,
-    columns: bool = False,
-    maximum: bool = False,
-    clamp: bool = False,
-    row_start: int = 0,
-    column_start: int = 0,
-    accurate: bool = False,
-    tile: Tile | None = None,
+    queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass, tile: Tile | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The pass over all tiles that this file's head describes; returns the partial reductions.
 
-    queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. `written` and `residual` [B, N] receive E. Returns
-    ([column tiles, B] where `rows`, [row tiles, N] where `columns`), float32, in base-2 units of scale · similarity.
-    With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential instead of two.
-    Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite where shifts are estimates.
-    `accurate` splits fp32 inputs into three tf32 products, and sums D in short pieces: the matrix unit's accumulator rounds towards zero.
+    queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. Returns ([column tiles, B] where `rows`, [row tiles, N] where
+    `columns`), float32, in base-2 units of scale · similarity.
     """
     (B, D), N = queries.shape, len(passages)
-    if tile is None and row_shift is not None and residual is None and not (accurate or maximum or clamp):
-        from kernels import lse_hopper
-
-        if lse_hopper.fits(queries) and not (columns and column_shift is not None):
-            return lse_hopper.tile_pass(
-                queries, passages, scale * LOG2E, masks, row_shift=row_shift, column_shift=column_shift, offset=offset,
-                written=written, rows=rows, columns=columns, row_start=row_start, column_start=column_start,
-            )  # fmt: skip
     major = torch.cuda.get_device_capability(queries.device)[0] if queries.is_cuda else 9
     tile = tile or (tile_for(queries.dtype, major) if queries.is_cuda else Tile(32, 32, 32, 4, 1))
     row_tiles, column_tiles = triton.cdiv(B, tile.rows), triton.cdiv(N, tile.columns)
-    row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if rows else None
-    column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if columns else None
+    row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if asked.rows else None
+    column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if asked.columns else None
     block = [tile.rows, tile.store_columns or tile.columns]
-    programs = _programs(queries, row_tiles * column_tiles, tile.programs_per_sm)
+    programs = persistent_grid(queries, row_tiles * column_tiles, tile.programs_per_sm)
     pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns)
-    if pair_ptr is not None and (row_start % tile.rows or column_start % tile.columns):
-        raise ValueError(f"expected a block that starts on a tile of {tile.rows} × {tile.columns}, received {row_start}, {column_start}")
+    if pair_ptr is not None and (asked.row_start % tile.rows or asked.column_start % tile.columns):
+        start = f"{asked.row_start}, {asked.column_start}"
+        raise ValueError(f"expected a block that starts on a tile of {tile.rows} × {tile.columns}, received {start}")
     _tile_pass[(programs,)](
         TensorDescriptor.from_tensor(queries, [tile.rows, tile.inner]),
         TensorDescriptor.from_tensor(passages, [tile.columns, tile.inner]),
-        TensorDescriptor.from_tensor(written, block) if written is not None else None,
-        TensorDescriptor.from_tensor(residual, block) if residual is not None else None,
-        row_shift,
-        column_shift,
+        TensorDescriptor.from_tensor(asked.written, block) if asked.written is not None else None,
+        TensorDescriptor.from_tensor(asked.residual, block) if asked.residual is not None else None,
+        asked.row_shift,
+        asked.column_shift,
         masks.targets,
         masks.threshold,
         pair_ptr,
@@ -266,17 +257,17 @@ def tile_pass(
         B,
         N,
         D,
-        row_start,
-        column_start,
+        asked.row_start,
+        asked.column_start,
         triton.cdiv(masks.N, tile.columns),
         scale * LOG2E,
-        offset or 0.0,
-        FACTORED=offset is not None,
-        MAXIMUM=maximum,
-        CLAMP=clamp,
+        asked.offset or 0.0,
+        FACTORED=asked.offset is not None,
+        MAXIMUM=asked.maximum,
+        CLAMP=asked.clamp,
         RAGGED_COLUMNS=N % tile.columns != 0,
-        PRECISION="tf32x3" if accurate and queries.dtype == torch.float32 else "ieee",
-        CHUNK=_CHUNK if accurate else None,
+        PRECISION="tf32x3" if asked.accurate and queries.dtype == torch.float32 else "ieee",
+        CHUNK=_CHUNK if asked.accurate else None,
         BLOCK_B=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_D=tile.inner,

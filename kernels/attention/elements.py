@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import attention_reference
-from kernels.attention_reference import Mask, drop_below
+from kernels.attention import reference
+from kernels.attention.reference import Mask, drop_below
 
 LOG2E = 1.4426950408889634
-FIRST = tl.constexpr(attention_reference.FIRST)
-SECOND = tl.constexpr(attention_reference.SECOND)
-GOLDEN = tl.constexpr(attention_reference.GOLDEN)
+FIRST = tl.constexpr(reference.FIRST)
+SECOND = tl.constexpr(reference.SECOND)
+GOLDEN = tl.constexpr(reference.GOLDEN)
 
 
 @triton.jit
 def mix(x):
-    """`attention_reference.mix` on uint32."""
+    """`reference.mix` on uint32."""
     x = (x ^ (x >> 16)) * FIRST
     x = (x ^ (x >> 13)) * SECOND
     return x ^ (x >> 16)
@@ -36,7 +36,7 @@ def head_key(seed, head):
 
 @triton.jit
 def kept(key, rows, columns, DROP_BELOW: tl.constexpr):
-    """`attention_reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first token."""
+    """`reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first token."""
     word = (mix(rows.to(tl.uint32) ^ key) ^ (columns.to(tl.uint32) * GOLDEN + mix(key ^ GOLDEN))) * FIRST
     word = (word ^ (word >> 16)) * SECOND
     return word >= DROP_BELOW

@@ -1,13 +1,16 @@
-"""Torch reference of `kernels.lse`, tile by tile: what a CPU run uses and what the kernels are compared with."""
+"""Torch reference of `kernels.infonce.api`, tile by tile: what a CPU run uses and what the kernels are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.exclusions import Exclusions, MaskTables, known_pairs
+from kernels.infonce.exclusions import Exclusions, MaskTables, known_pairs
+
+Precision = Literal["bf16", "high", "fp32"]  # what similarities are computed from: see `kernels.infonce.api`
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
 
@@ -29,7 +32,7 @@ def negatives_lse(
     columns: bool = False,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.lse.negatives_lse`."""
+    """See `kernels.infonce.api.negatives_lse`."""
     queries, passages = rounded(queries, precision), rounded(passages, precision)
     row_lse = queries.new_full((len(queries),), -torch.inf)
     column_lse = queries.new_full((len(passages),), -torch.inf)
@@ -51,7 +54,7 @@ def negatives_gradient(
     dqueries: Tensor | None = None,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.lse.negatives_gradient`."""
+    """See `kernels.infonce.api.negatives_gradient`."""
     queries, passages = rounded(queries, precision), rounded(passages, precision)
     dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
     dpassages = torch.zeros_like(passages)
@@ -76,7 +79,7 @@ def infonce(
     precision: str = "fp32",
     gradients: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """See `kernels.lse.infonce`; every row has a target. Returns (loss, dqueries, dpassages, dscale)."""
+    """See `kernels.infonce.api.infonce`; every row has a target. Returns (loss, dqueries, dpassages, dscale)."""
     if not isinstance(exclusions, MaskTables):  # whose targets are among its pairs
         exclusions = with_targets(exclusions, targets, len(passages))
     row_lse, column_lse = negatives_lse(queries, passages, scale, exclusions, columns=symmetric, precision=precision)

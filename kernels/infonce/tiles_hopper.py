@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`_tile_pass` written for Hopper's warp groups (`kernels.hopper_tiles`): what Triton's own pipelining leaves idle while a tile is reduced.
+"""`_tile_pass` written for Hopper's warp groups (`kernels.hopper`): what Triton's own pipelining leaves idle while a tile is reduced.
 
 While one group exponentiates and sums its half of a tile, the other has the matrix units to itself. Legend and results are those of
-`kernels.lse_triton`.
+`kernels.infonce.tiles`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.exclusions import MaskTables
-from kernels.hopper_tiles import (
+from kernels.dispatch import persistent_grid
+from kernels.hopper import (
     COLUMNS,
     LAYOUT,
     ROWS,
@@ -33,9 +33,10 @@ from kernels.hopper_tiles import (
     store_column_sums,
     wait_for_upper,
 )
-from kernels.resident import resident_programs
+from kernels.infonce.exclusions import MaskTables
+from kernels.infonce.tiles import LOG2E, Pass
 
-__all__ = ["fits", "tile_pass"]
+__all__ = ["can_do", "fits", "tile_pass"]
 
 HALF = gl.constexpr(128)  # columns that are reduced at a time
 
@@ -173,33 +174,25 @@ def _tile_pass_hopper(
 # fmt: on
 
 
-def tile_pass(
-    queries: Tensor,
-    passages: Tensor,
-    scale_log2: float,
-    masks: MaskTables,
-    *,
-    row_shift: Tensor,
-    column_shift: Tensor | None,
-    offset: float | None,
-    written: Tensor | None,
-    rows: bool,
-    columns: bool,
-    row_start: int,
-    column_start: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`kernels.lse_triton.tile_pass` with row shifts that need no clamp; without residuals and maxima."""
+def can_do(asked: Pass) -> bool:
+    """Whether this kernel does what is asked: sums of bf16 under row shifts that need no clamp, columns by those shifts."""
+    plain = not (asked.accurate or asked.maximum or asked.clamp)
+    return plain and asked.row_shift is not None and asked.residual is None and not (asked.columns and asked.column_shift is not None)
+
+
+def tile_pass(queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass) -> tuple[Tensor | None, Tensor | None]:
+    """`kernels.infonce.tiles.tile_pass` of what this kernel `can_do`."""
     (B, D), N = queries.shape, len(passages)
     row_tiles, column_tiles = triton.cdiv(B, 128), triton.cdiv(N, 256)
-    row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if rows else None
-    column_out = queries.new_empty(2 * row_tiles, N, dtype=torch.float32) if columns else None
-    programs = resident_programs(queries, row_tiles * column_tiles, 1)
+    row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if asked.rows else None
+    column_out = queries.new_empty(2 * row_tiles, N, dtype=torch.float32) if asked.columns else None
+    programs = persistent_grid(queries, row_tiles * column_tiles, 1)
     _tile_pass_hopper[(programs,)](
         TensorDescriptor.from_tensor(queries, [64, 64], SWIZZLED),
         TensorDescriptor.from_tensor(passages, [256, 64], SWIZZLED),
-        TensorDescriptor.from_tensor(written, [64, 128], SWIZZLED) if written is not None else None,
-        row_shift,
-        column_shift,
+        TensorDescriptor.from_tensor(asked.written, [64, 128], SWIZZLED) if asked.written is not None else None,
+        asked.row_shift,
+        asked.column_shift,
         masks.targets,
         masks.threshold,
         *masks.pairs_by_tile(64, 256),
@@ -208,12 +201,12 @@ def tile_pass(
         B,
         N,
         D,
-        row_start,
-        column_start,
+        asked.row_start,
+        asked.column_start,
         triton.cdiv(masks.N, 256),
-        scale_log2,
-        offset or 0.0,
-        FACTORED=offset is not None,
+        scale * LOG2E,
+        asked.offset or 0.0,
+        FACTORED=asked.offset is not None,
         RAGGED_COLUMNS=N % 256 != 0,
         num_warps=4,
     )

@@ -2,8 +2,8 @@
 
 With P = softmax(scale · Q Kᵀ) over the tokens of a text, output = dropout(P) V. A chunk of texts lies one behind another in [T, H, d];
 `starts` says where. The dropout mask is a pure function of (seed, head, row, column): the backward pass and a second forward pass draw it
-again, and nothing of it is stored. Texts of up to 128 tokens are computed whole, several in one tile (`attention_triton`); longer ones
-block by block with an online softmax (`attention_long`; Dao 2023, arXiv:2307.08691).
+again, and nothing of it is stored. Texts of up to 128 tokens are computed whole, several in one tile (`short`); longer ones
+block by block with an online softmax (`long`; Dao 2023, arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import attention_reference
-from kernels.attention_reference import Mask
+from kernels.attention import reference
+from kernels.attention.reference import Mask
 from kernels.dispatch import on_kernels
 
 __all__ = ["packed_attention"]
@@ -65,14 +65,14 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor,
     Arguments as `packed_attention` has them, not checked here.
     """
     if not on_kernels(query):
-        return attention_reference.forward(query, key, value, starts, longest, mask), _row_statistics(query)
+        return reference.forward(query, key, value, starts, longest, mask), _row_statistics(query)
     if _in_blocks(query, key, longest):
-        from kernels import attention_long
+        from kernels.attention import long
 
-        return attention_long.forward(query, key, value, starts, longest, mask)
-    from kernels import attention_triton
+        return long.forward(query, key, value, starts, longest, mask)
+    from kernels.attention import short
 
-    return attention_triton.forward(query, key, value, starts, longest, mask)
+    return short.forward(query, key, value, starts, longest, mask)
 
 
 def attention_backward(
@@ -94,15 +94,15 @@ def attention_backward(
     into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     if not on_kernels(query):
-        attention_reference.backward(dout, query, key, value, into, starts, longest, mask)
+        reference.backward(dout, query, key, value, into, starts, longest, mask)
     elif _in_blocks(query, key, longest):
-        from kernels import attention_long_backward
+        from kernels.attention import long
 
-        attention_long_backward.backward(dout, query, key, value, out, lse, into, starts, longest, mask)
+        long.backward(dout, query, key, value, out, lse, into, starts, longest, mask)
     else:
-        from kernels import attention_triton
+        from kernels.attention import short
 
-        attention_triton.backward(dout, query, key, value, lse, into, starts, longest, mask)
+        short.backward(dout, query, key, value, lse, into, starts, longest, mask)
     return into
 
 
@@ -189,9 +189,9 @@ def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
     """Whether the Triton kernels go block by block, since the texts are too long to be computed whole."""
     if not on_kernels(query):
         return False
-    from kernels import attention_triton
+    from kernels.attention import short
 
-    return longest > attention_triton.most_tokens(query, key)
+    return longest > short.most_tokens(query, key)
 
 
 def _row_statistics(query: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper_tiles import (
+from kernels.dispatch import persistent_grid
+from kernels.hopper import (
     COLUMNS,
     ROWS,
     SWIZZLED,
@@ -33,7 +34,6 @@ from kernels.hopper_tiles import (
     store_column_sums,
     wait_for_upper,
 )
-from kernels.resident import resident_programs
 
 WIDTH = gl.constexpr(64)  # of a quarter
 
@@ -191,7 +191,7 @@ def _launch(
     (T, D), F = x.shape, len(weight)
     if T == 0:
         return
-    programs = resident_programs(x, triton.cdiv(T, 128) * triton.cdiv(F, 256), 1)
+    programs = persistent_grid(x, triton.cdiv(T, 128) * triton.cdiv(F, 256), 1)
     _gelu_product[(programs,)](
         TensorDescriptor.from_tensor(x, [64, 64], SWIZZLED),
         TensorDescriptor.from_tensor(weight, [256, 64], SWIZZLED),

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import fused_norm_triton
-from kernels.dropout_hash import drop_below
-from kernels.fused_norm_triton import keep_elements
-from kernels.resident import resident_programs
+from kernels.dispatch import persistent_grid
+from kernels.dropout import drop_below
+from kernels.layers import norm
+from kernels.layers.norm import keep_elements
 
 ROWS = 2  # a program's, forward
 _COLUMNS_PER_WARP = 256
@@ -176,11 +176,11 @@ def embed_norm_backward(
     """(dz [T, D], [3, D]: dweight, dbias, dsegment), float32. The sums are added in a fixed order, without atomics."""
     T, D = dout.shape
     dz = torch.empty_like(dout)
-    rows, block_d, warps = fused_norm_triton.block(fused_norm_triton.BACKWARD, D)
-    programs = resident_programs(dout, triton.cdiv(T, rows), fused_norm_triton.BACKWARD.warps_per_sm / warps)
+    rows, block_d, warps = norm.block(norm.BACKWARD, D)
+    programs = persistent_grid(dout, triton.cdiv(T, rows), norm.BACKWARD.warps_per_sm / warps)
     partial = dout.new_empty(programs, 3, D)
     _embed_norm_backward[(programs,)](
         dout, ids, positions, words, places, segment, weight, statistics, seed, dz, partial, T, len(words), len(places), 1 / (1 - dropout),
-        D=D, THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=fused_norm_triton.BACKWARD.stages, num_warps=warps,
+        D=D, THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=norm.BACKWARD.stages, num_warps=warps,
     )  # fmt: skip
     return dz, partial.sum(0)

@@ -12,19 +12,17 @@ row-wise product. Memory is O(B + N) beside inputs and outputs. (Cheng et al. 20
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels import lse_reference
-from kernels.deferred import Deferred
 from kernels.dispatch import on_kernels
-from kernels.exclusions import Exclusions, MaskTables
+from kernels.infonce import reference
+from kernels.infonce.deferred import Deferred
+from kernels.infonce.exclusions import Exclusions, MaskTables
+from kernels.infonce.reference import Precision
 
 __all__ = ["Exclusions", "InfoNCE", "MaskTables", "Precision", "infonce", "negatives_gradient", "negatives_lse"]
-
-Precision = Literal["bf16", "high", "fp32"]
 
 _AUTO_WORKSPACE = 2**30
 _SMALL_WORKSPACE = 2**26  # bytes that are used without asking what is free
@@ -103,7 +101,7 @@ def infonce(
             queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, largest
         )
         return InfoNCE(*results)
-    found = lse_reference.infonce(
+    found = reference.infonce(
         queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric,
         precision=precision, gradients=gradients,
     )  # fmt: skip
@@ -114,13 +112,16 @@ def _tiled_infonce(
     queries: Tensor, passages: Tensor, targets: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, weights: Tensor,
     symmetric: bool, precision: Precision, workspace_mib: int | None, gradients: bool, largest: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    from kernels import infonce_tiled
+    from kernels.infonce import one_pass, two_pass
 
     masks = exclusions if isinstance(exclusions, MaskTables) else MaskTables.of(exclusions, targets, len(passages))
-    return infonce_tiled.infonce(
-        queries, passages, targets, scale, masks, weights, symmetric=symmetric, precision=precision,
-        budget=_workspace_bytes(queries, passages, workspace_mib), gradients=gradients, largest=largest,
-    )  # fmt: skip
+    budget = _workspace_bytes(queries, passages, workspace_mib)
+    x = two_pass.Operands.of(queries, passages, precision)
+    (B, D), N = queries.shape, len(passages)
+    rows = two_pass.slab_rows(B, N, D, precision, budget, two_pass.processors(queries))
+    if symmetric or not gradients or rows < min(B, two_pass.LEAST_SLAB_ROWS):
+        return two_pass.infonce(x, targets, scale, masks, weights, symmetric, gradients, budget, largest)
+    return one_pass.infonce(x, targets, scale, masks, weights, two_pass.Workspace(x.queries, precision, rows, N), largest)
 
 
 def _without_ignored(
@@ -184,12 +185,12 @@ def negatives_lse(
     """
     _check(queries, passages, scale, exclusions, precision)
     if on_kernels(queries) and len(queries) and len(passages):
-        from kernels import lse_tiled
+        from kernels.infonce import two_pass
 
         masks = _tables(exclusions, queries, passages)
-        x = lse_tiled.Operands.of(queries, passages, precision)
-        return lse_tiled.negatives_lse(x, scale, masks, lse_tiled.estimate_shifts(x, scale, columns, largest), columns)
-    return lse_reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
+        x = two_pass.Operands.of(queries, passages, precision)
+        return two_pass.negatives_lse(x, scale, masks, two_pass.estimate_shifts(x, scale, columns, largest), columns)
+    return reference.negatives_lse(queries, passages, scale, exclusions, columns=columns, precision=precision)
 
 
 def negatives_gradient(
@@ -221,14 +222,14 @@ def negatives_gradient(
     if dqueries is not None and (dqueries.shape != queries.shape or dqueries.device != queries.device or not dqueries.is_contiguous()):
         raise ValueError(f"dqueries: expected a contiguous {list(queries.shape)} on {queries.device}, received {list(dqueries.shape)}")
     if on_kernels(queries) and len(queries) and len(passages):
-        from kernels import infonce_tiled, lse_tiled
+        from kernels.infonce import two_pass
 
         masks = _tables(exclusions, queries, passages)
-        x = lse_tiled.Operands.of(queries, passages, precision)
-        constant = None if column_log_weights is None else lse_tiled.estimate_shifts(x, scale, False, largest).constant
+        x = two_pass.Operands.of(queries, passages, precision)
+        constant = None if column_log_weights is None else two_pass.estimate_shifts(x, scale, False, largest).constant
         budget = _workspace_bytes(queries, passages, workspace_mib)
-        return infonce_tiled.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries)
-    return lse_reference.negatives_gradient(
+        return two_pass.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries)
+    return reference.negatives_gradient(
         queries, passages, scale, row_log_weights, column_log_weights, exclusions, dqueries=dqueries, precision=precision
     )
 

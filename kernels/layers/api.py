@@ -1,7 +1,7 @@
 """The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + LayerNorm, and GELU.
 
 Forward and backward as plain functions, without a graph: `post_norm_layer` calls them. On a GPU they are Triton kernels; a CPU and float64
-take `fused_layer_reference`. Arithmetic is in float32. Dropout masks are a hash of the seed (`dropout_hash`): the backward pass and a
+take `reference`. Arithmetic is in float32. Dropout masks are a hash of the seed (`dropout`): the backward pass and a
 second forward pass draw them again, and runs repeat bitwise.
 """
 
@@ -113,22 +113,22 @@ def gelu_backward(dout: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _norm_kernels(x: Tensor) -> ModuleType:
     if on_kernels(x):
-        from kernels import fused_norm_triton
+        from kernels.layers import norm
 
-        return fused_norm_triton
-    from kernels import fused_layer_reference
+        return norm
+    from kernels.layers import reference
 
-    return fused_layer_reference
+    return reference
 
 
 def _gelu_kernels(x: Tensor) -> ModuleType:
     if on_kernels(x):
-        from kernels import fused_gelu_triton
+        from kernels.layers import gelu
 
-        return fused_gelu_triton
-    from kernels import fused_layer_reference
+        return gelu
+    from kernels.layers import reference
 
-    return fused_layer_reference
+    return reference
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""A matrix product and the GELU after it, forward and backward; on Hopper one kernel each (`gelu_product_hopper`).
+"""A matrix product and the GELU after it, forward and backward; on Hopper one kernel each (`gelu_hopper`).
 
 Elsewhere, and where a kernel of its own is not worth its launch: the library's product, then one pass over memory.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kernels.fused_layer import gelu_backward, gelu_forward
+from kernels.layers.api import gelu_backward, gelu_forward
 
 # Numbers of a result from which on the kernel is taken: below, it spares the GPU less time than its launch takes from the host.
 FUSED_FROM = 2**25
@@ -23,9 +23,9 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     (Hendrycks and Gimpel 2016, arXiv:1606.08415)
     """
     if _is_fused(x, weight):
-        from kernels import gelu_product_hopper
+        from kernels.layers import gelu_hopper
 
-        return gelu_product_hopper.gelu_product(x, weight, bias, keep)
+        return gelu_hopper.gelu_product(x, weight, bias, keep)
     u = linear(x, weight, bias)
     return u if keep else None, gelu_forward(u)
 
@@ -37,9 +37,9 @@ def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor
     Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     """
     if _is_fused(dy, weight):
-        from kernels import gelu_product_hopper
+        from kernels.layers import gelu_hopper
 
-        return gelu_product_hopper.gelu_product_backward(dy, weight, u)
+        return gelu_hopper.gelu_product_backward(dy, weight, u)
     return gelu_backward(torch.mm(dy, weight.T), u)
 
 
@@ -55,6 +55,6 @@ def _is_fused(x: Tensor, weight: Tensor) -> bool:
 def _can_fuse(weight: Tensor) -> bool:
     if not weight.is_cuda or weight.shape[0] % 8 or weight.shape[1] % 8:  # the copy engine takes rows of whole 16 bytes
         return False
-    from kernels import hopper_tiles
+    from kernels import hopper
 
-    return hopper_tiles.fits(weight)
+    return hopper.fits(weight)

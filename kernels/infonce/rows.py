@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lse_triton import LOG2E
+from kernels.infonce.tiles import LOG2E
 
 # Sums of a row outside of these bounds may have lost terms to underflow or overflow: 2^-126 is the smallest bf16 and fp32.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-96, 2.0**84

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, layer_norm
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
-from kernels.fused_layer import check_dropout
-from kernels.fused_layer_reference import dropout_factor
+from kernels.layers.api import check_dropout
+from kernels.layers.reference import dropout_factor
 
 __all__ = ["Tables", "embeddings"]
 
@@ -83,7 +83,7 @@ class _Embeddings(torch.autograd.Function):
         padding_place: int | None,
         *tables: Tensor,
     ) -> Tensor:
-        from kernels.embed_norm_triton import embed_norm
+        from kernels.layers.embeddings_triton import embed_norm
 
         words, places, segment, weight, _ = tables
         out, statistics = embed_norm(ids, positions, *tables, eps=eps, seed=seed, dropout=dropout)
@@ -94,7 +94,7 @@ class _Embeddings(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels.embed_norm_triton import embed_norm_backward
+        from kernels.layers.embeddings_triton import embed_norm_backward
 
         ids, positions, words, places, segment, weight, statistics, seed = ctx.saved_tensors
         needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[7:]

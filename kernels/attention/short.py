@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_elements import LOG2E, constants, head_key, kept, load_rows, store_rows
-from kernels.attention_reference import Mask
+from kernels.attention.elements import LOG2E, constants, head_key, kept, load_rows, store_rows
+from kernels.attention.reference import Mask
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [T, H, d] in the inputs' dtype and lse [H, T] float32, in base 2.
 
-    Arguments as `kernels.attention.packed_attention` has them; texts of at most `most_tokens`.
+    Arguments as `kernels.attention.api.packed_attention` has them; texts of at most `most_tokens`.
     """
     out, lse = query.new_empty(query.shape), query.new_empty((query.shape[1], len(query)), dtype=torch.float32)
     tile, n = tile or tile_for(query, longest), len(starts) - 1

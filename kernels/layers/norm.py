@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout_hash import drop_below
-from kernels.dropout_hash_triton import kept, mask_keys, mask_words
-from kernels.resident import resident_programs
+from kernels.dispatch import persistent_grid
+from kernels.dropout import drop_below
+from kernels.dropout_triton import kept, mask_keys, mask_words
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def norm_backward(
     T, D = x.shape
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
     rows, block_d, warps = block(BACKWARD, D)
-    programs = resident_programs(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
+    programs = persistent_grid(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
     partial = residual.new_empty(programs, 2 if bias is None else 3, D)
     _norm_backward[(programs,)](
         d_normed, d_low, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T, 1 / (1 - dropout), D,

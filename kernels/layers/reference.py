@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.dropout_hash import keep_mask
+from kernels.dropout import keep_mask
 
 
 def norm_forward(

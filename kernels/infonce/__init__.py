@@ -1,0 +1,1 @@
+"""The contrastive loss over query–passage similarities, and its gradients, tile by tile."""
