@@ -80,7 +80,7 @@ def _report_one(given: argparse.Namespace, ranks: Ranks, device: Any) -> list[Ev
 def _report_many(given: argparse.Namespace, folders: Sequence[Path], ranks: Ranks, device: Any) -> None:
     from eval.report import format_table
     from retriever.data.collection import find_qrels
-    from retriever.data.text_table import write_json
+    from retriever.files import write_json
 
     for folder in folders:
         find_qrels(folder, given.split[0])  # a collection without judgments is told before the first one is encoded

@@ -1,4 +1,4 @@
-"""Training state on disk: written aside and renamed, so that a folder with a final name is whole; resumed exactly.
+"""Training state on disk, in folders that are whole when they have their names; resumed exactly.
 
 A step's random numbers come from (seed, step, rank) and its batch from (seed, step, store), so weights, optimizer state,
 the fp16 scaler's state and the step number are all there is to restore.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,13 +22,13 @@ from torch.distributed.tensor import DTensor
 
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
 from retriever.damage import EXPORT, FORMAT_VERSION, OPTIMIZER, STATE, WEIGHTS, DamageError, damage, read_state
+from retriever.files import remove, replace_folder
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 
 FOLDER, EXPORTED = "checkpoints", "export.json"  # inside a run's folder; which step's export it shows
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
 _NAME = re.compile(r"step-[0-9]{8,}")
-_WRITING, _REMOVING = ".writing-", ".removing-"
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
     *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s", "data.cache_dir"),
@@ -82,12 +81,6 @@ def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
 def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
     """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
     final = root / f"step-{step:08d}"
-    writing = root / f"{_WRITING}{final.name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    save_file(state.weights, writing / WEIGHTS)
-    save_file(state.optimizer, writing / OPTIMIZER)
-    export(writing / EXPORT)
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -97,10 +90,11 @@ def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerpri
         "torch": torch.__version__,
         "config": to_dict(config),
     }
-    (writing / STATE).write_text(json.dumps(manifest, indent=2))
-    if final.exists():
-        remove(final)
-    os.replace(writing, final)
+    with replace_folder(final) as writing:
+        save_file(state.weights, writing / WEIGHTS)
+        save_file(state.optimizer, writing / OPTIMIZER)
+        export(writing / EXPORT)
+        (writing / STATE).write_text(json.dumps(manifest, indent=2))
     return final
 
 
@@ -230,34 +224,16 @@ def finished_steps(folder: Path) -> int:
     return int(_manifest(folder)["step"])
 
 
-def clean(root: Path) -> None:
-    """Removes what a killed run left half-written or half-removed."""
-    for leftover in (*root.glob(f"{_WRITING}*"), *root.glob(f"{_REMOVING}*")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
 def keep_last(root: Path, count: int) -> None:
     """Removes all but the `count` latest checkpoints."""
     for old in steps(root)[:-count]:
         remove(old)
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder; its name is free at once, and a kill in the middle leaves nothing under it."""
-    doomed = folder.with_name(f"{_REMOVING}{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
 def publish(folder: Path, target: Path) -> None:
     """Makes `target` a copy of `folder`, replacing what stood there."""
-    writing = target.with_name(f"{_WRITING}{target.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.copytree(folder, writing)
-    if target.exists():
-        remove(target)
-    os.replace(writing, target)
+    with replace_folder(target) as writing:
+        shutil.copytree(folder, writing, dirs_exist_ok=True)
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:

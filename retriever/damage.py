@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are whole: a kill never leaves half of one, but a full disk, a lost power or a broken copy may."""
+"""Whether the files of a checkpoint are whole: kills and power cuts never leave half of one, but a broken disk or copy may."""
 
 from __future__ import annotations
 

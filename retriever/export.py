@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +26,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder, quiet_transformers
 from retriever.encoder.lora import merged_state
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
+from retriever.files import replace_folder
 from retriever.model_card import model_card
 from retriever.rng import RngState
 
@@ -52,21 +51,18 @@ def export(
         raise ValueError("export: probe_texts is empty; expected at least one text to compare the written model by")
     folder = Path(folder)
     settings = settings_of(config, encoder.pooling)
-    writing = folder.parent / f".writing-{folder.name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    if encoder.tied:
-        prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
-        max_tokens = max(settings.query_max_tokens, settings.passage_max_tokens)
-        _write_tower(writing, encoder.passage_tower, encoder.unused_weights["shared"], tokenizer, settings, prompts, max_tokens)
-    else:
-        _write_tower_of("query", writing, encoder, tokenizer, settings, config)
-        _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
-    _write_json(writing / SETTINGS_FILE, {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)})
-    (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
-    with RngState.capture(encoder.device).restored():
-        _check_parity(EncoderBundle(encoder, tokenizer, settings), writing, probe_texts)
-    _rename_into_place(writing, folder)
+    with replace_folder(folder) as writing:
+        if encoder.tied:
+            prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
+            max_tokens = max(settings.query_max_tokens, settings.passage_max_tokens)
+            _write_tower(writing, encoder.passage_tower, encoder.unused_weights["shared"], tokenizer, settings, prompts, max_tokens)
+        else:
+            _write_tower_of("query", writing, encoder, tokenizer, settings, config)
+            _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
+        _write_json(writing / SETTINGS_FILE, {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)})
+        (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
+        with RngState.capture(encoder.device).restored():
+            _check_parity(EncoderBundle(encoder, tokenizer, settings), writing, probe_texts)
     return folder
 
 
@@ -145,18 +141,9 @@ def _check_parity(live: EncoderBundle, written: Path, probe_texts: Sequence[str]
         difference = float(np.abs(found - expected[side]).max())
         if not difference <= allowed:  # NaN is no parity either
             raise ExportError(
-                f"{written}: reloaded, a {side} embedding differs from the live one by {difference:.2e}; expected at most {allowed:.2e}. "
-                "The folder is left under this name; the encoder is unchanged"
+                f"export: reloaded, a {side} embedding differs from the live one by {difference:.2e}; expected at most {allowed:.2e}. "
+                "No file was replaced; the encoder is unchanged"
             )
-
-
-def _rename_into_place(written: Path, folder: Path) -> None:
-    removing = folder.parent / f".removing-{folder.name}"
-    shutil.rmtree(removing, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, removing)
-    os.replace(written, folder)
-    shutil.rmtree(removing, ignore_errors=True)
 
 
 def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever import checkpoint
-from retriever.atomic import write_text
+from retriever import checkpoint, files
 from retriever.checkpoint import TrainingState
 from retriever.config import Config, to_yaml
 from retriever.data.store import Store
@@ -41,10 +40,10 @@ class Outputs:
         rows = range(min(_PROBES, len(store.passages)))
         self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row))) for row in rows]
         if world.is_first:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(self._checkpoints)
-            checkpoint.clean(self.folder)
-            write_text(self.folder / "config.yaml", to_yaml(config))
+            files.make_folder(self._checkpoints)
+            files.clean(self._checkpoints)
+            files.clean(self.folder)
+            files.write_text(self.folder / "config.yaml", to_yaml(config))
             self._publish(written=False)
 
     def holds(self, folder: Path) -> bool:
@@ -58,6 +57,8 @@ class Outputs:
         encoder = self._placed.whole(torch.device("cpu"), keep=first)
         if first:
             export = partial(self._export, encoder)
+            if self.metrics.exists():
+                files.sync(self.metrics)  # before the checkpoint that goes on behind their last line
             checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store_fingerprint, export)
             self._publish(written=True)
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
@@ -81,11 +82,11 @@ class Outputs:
         step = checkpoint.step_of(newest)
         if written or self._recorded("export") != step:
             checkpoint.publish(newest / "export", self.folder / "export")
-            write_text(self.folder / checkpoint.EXPORTED, json.dumps({"step": step}))
+            files.write_text(self.folder / checkpoint.EXPORTED, json.dumps({"step": step}))
         metric, values = self._evaluations()
         if values and max(values, key=lambda at: (values[at], at)) == step and (written or self._recorded("best") != step):
             checkpoint.publish(newest / "export", self.folder / "best")
-            write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
+            files.write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
 
     def _evaluations(self) -> tuple[str, dict[int, float]]:
         """The first evaluation metric's name and its value by step."""

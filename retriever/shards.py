@@ -7,7 +7,6 @@ then `job.json` says which embeddings the shards are of, so that interrupted wor
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from retriever.data.text_table import write_json
 from retriever.data.tokens import Side
+from retriever.files import clean, make_folder, replace_file, write_array, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
 _DTYPES = ("float32", "float16")
-_SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")
+_SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")  # .tmp: left by a killed writer of an earlier version
 _IDS = pa.schema([("id", pa.string())])
 _OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # what a job says, and a manifest of it, in every format so far
 
@@ -91,7 +90,8 @@ class ShardWriter:
 
     def prepare(self) -> None:
         """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        clean(self.folder)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         if _read_json(self.folder / _JOB) == asdict(self.job):
             return
@@ -124,12 +124,9 @@ class ShardWriter:
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
         file, ids_file = _embeddings_file(self.folder, shard), _ids_file(self.folder, shard)
-        with _beside(file).open("wb") as stream:
-            np.save(stream, stored, allow_pickle=False)
-        os.replace(_beside(file), file)
-        with pa.OSFile(str(_beside(ids_file)), "wb") as sink, pa.ipc.new_file(sink, _IDS) as writer:
+        write_array(file, stored)
+        with replace_file(ids_file) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _IDS) as writer:
             writer.write_batch(pa.record_batch([pa.array(ids, type=pa.string())], schema=_IDS))
-        os.replace(_beside(ids_file), ids_file)
 
     def finish(self, rows: int) -> None:
         """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to `rows`."""
@@ -207,10 +204,6 @@ def _embeddings_file(folder: Path, shard: int) -> Path:
 
 def _ids_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.ids.arrow"
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(f"{file.name}.tmp")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

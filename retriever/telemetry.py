@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from retriever.atomic import write_text
 from retriever.config import ConfigError
+from retriever.files import append_text, write_text
 from retriever.plan.forecast import Forecast
 from retriever.step import StepReport
 
@@ -102,8 +102,7 @@ class Telemetry:
         """Values of one step, to `metrics.jsonl` and the trackers."""
         if not self._first:
             return
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append_text(self._metrics, json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(values, step=step)
 
     @contextmanager

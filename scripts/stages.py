@@ -14,7 +14,7 @@ from typing import Any
 from eval.collections.collection import file_fingerprint, fingerprint
 from eval.evaluate import Ranks
 from retriever.config import ConfigError
-from retriever.data.text_table import write_json
+from retriever.files import make_folder, write_json
 
 MANIFEST, _JOB = "manifest.json", "job.json"
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
@@ -85,7 +85,7 @@ def _finished(folder: Path, job: Mapping[str, Any]) -> Outputs | None:
 
 def _prepare(folder: Path, job: Mapping[str, Any]) -> bool:
     """Makes the folder ready for the job; returns whether an interrupted work of the same job is there. What is of another job goes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     known = folder / _JOB
     same = known.exists() and json.loads(known.read_text(encoding="utf-8")) == job
     (folder / MANIFEST).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ PACKAGES = ("kernels", "retriever", "eval", "scripts")
 
 # Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
 FLOORS = (
-    ("rng", "config", "config_tree", "config_rules", "environment", "atomic", "wording"),
+    ("rng", "config", "config_tree", "config_rules", "environment", "files", "wording"),
     ("data", "encoder", "parallel"),
     ("loss",),
     ("gradcache", "representations", "retention", "optim"),

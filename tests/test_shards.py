@@ -138,7 +138,7 @@ def test_an_interrupted_shard_is_written_again(tmp_path: Path, part: str, monkey
         Path(str(source)).rename(target)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("retriever.shards.os.replace", killed)
+        patched.setattr("retriever.files.os.replace", killed)
         writer.write(0, np.zeros((2, 3)), ["a", "b"])
     assert not writer.has(0)
     writer.write(0, np.ones((2, 3)), ["a", "b"])

@@ -17,8 +17,8 @@ import bm25s
 import numpy as np
 from tqdm import tqdm
 
-from retriever.atomic import write_text
 from retriever.data.records import DataError
+from retriever.files import write_array, write_text
 
 FILES = ("rows.npy", "weights.npy", "starts.npy", "words.json")
 _BATCH_TEXTS = 512
@@ -58,7 +58,7 @@ def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: floa
     index.index(tokens, create_empty_token=False, show_progress=progress)
     spool.unlink()
     for name, found in (("rows", "indices"), ("weights", "data"), ("starts", "indptr")):
-        np.save(folder / f"{name}.npy", index.scores[found], allow_pickle=False)
+        write_array(folder / f"{name}.npy", index.scores[found])
     write_text(folder / "words.json", json.dumps({"passages": len(lengths), "words": list(words)}, ensure_ascii=True))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 
 from eval.engines.embeddings import Embeddings, blocks_of
 from retriever.config import ConfigError
-from retriever.data.text_table import write_json
+from retriever.files import remove, replace_file, write_json
 from retriever.shards import EmbeddingShards
 
 NAMES = ("flat", "ivf", "ivfpq", "hnsw")
@@ -102,11 +101,10 @@ def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Inde
     manifest = _manifest(manifest_file)
     if {key: manifest.get(key) for key in wanted} != wanted or not file.is_file():
         built = _build(passages, index, spec)
-        folder.mkdir(exist_ok=True)
-        manifest_file.unlink(missing_ok=True)
-        aside = file.with_name(f"{file.name}.tmp")
-        faiss.write_index(built, str(aside))
-        os.replace(aside, file)
+        if manifest_file.exists():
+            remove(manifest_file)  # before there is another index
+        with replace_file(file) as aside:
+            faiss.write_index(built, str(aside))
         write_json(manifest_file, wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size})
     by_lists = "IVF" in spec.factory  # inverted lists are mapped by one flag, vectors and graphs by the other
     return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))

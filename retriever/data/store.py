@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from retriever.data.formats import Source, open_source
 from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
+from retriever.files import clean, make_folder, remove, replace_folder
 
 __all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open", "store_fingerprint", "tokenizer_fingerprint"]
 
@@ -79,7 +79,7 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
     sources = [open_source(source) for source in config.data.train]
     fingerprint = store_fingerprint(config, tokenizer, sources)
     cache = Path(config.data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     folder = cache / f"store-{fingerprint}"
     if not _is_complete(folder):
         with _locked(folder):
@@ -125,19 +125,14 @@ def _build(
     """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
     if folder.exists():
         print(f"{folder} is damaged (a file is missing or of another size) and is built again", flush=True)
-        shutil.rmtree(folder)
+        remove(folder)
     _remove_abandoned(folder.parent)
-    building = folder.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
     if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
         print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
     described = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in config.data.train]
     manifest = _settings(config) | {"fingerprint": fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer), "train": described}
-    try:
+    with replace_folder(folder) as building:
         StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -163,10 +158,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _remove_abandoned(cache: Path) -> None:
     """Removes what killed builds of other stores left: folders under construction whose lock nobody holds."""
-    for building in cache.glob("store-*.building"):
-        with building.with_suffix(".lock").open("w") as lock:
+    for path in cache.glob("store-*.lock"):
+        with path.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            shutil.rmtree(building)
+            clean(cache, path.stem)
+            if (building := path.with_suffix(".building")).exists():  # as earlier versions called it
+                remove(building)

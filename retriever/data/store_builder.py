@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from retriever.config import Config
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
 from retriever.data.relations import PASSAGE_BITS, REFERENCE, Csr, PairBuffer, Pairs, csr_of_keys, join_pairs, without
-from retriever.data.text_table import TextTableWriter, write_json
+from retriever.data.text_table import TextTableWriter
+from retriever.files import write_json
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
@@ -51,7 +52,6 @@ class StoreBuilder:
 
     def build(self, sources: Sequence[Source], manifest: dict[str, Any]) -> None:
         """Writes the whole store, its manifest (`manifest` and what was found) last. Raises DataError."""
-        self._folder.mkdir(parents=True)
         with ExitStack() as stack:
             self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))

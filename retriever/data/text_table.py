@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -13,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from retriever.atomic import write_text
 from retriever.data.records import DataError
 from retriever.data.tokens import TokenTemplate, tokenize_flat
+from retriever.files import write_json
 
 _WORKERS = 2
 _BATCH_TEXTS = 4096
@@ -180,8 +179,3 @@ def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
 def load_array(path: Path) -> np.ndarray:
     """A memory-mapped npy array, as a plain ndarray (slices of np.memmap are ten times slower to make)."""
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes JSON beside `path` and renames it into place."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

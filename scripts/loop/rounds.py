@@ -15,7 +15,7 @@ from eval.report import format_table
 from retriever.config import Config, to_dict, to_yaml
 from retriever.data.collection import data_files
 from retriever.data.formats import open_source
-from retriever.data.text_table import write_json
+from retriever.files import write_json, write_text
 from scripts.loop.config import LoopConfig, flags, source_flags
 from scripts.mining.mine import DATA
 from scripts.stages import model_fingerprint, run_stage
@@ -116,7 +116,7 @@ class Loop:
 
         def work(folder: Path) -> list[str]:
             settings = folder / "train.yaml"
-            settings.write_text(to_yaml(config), encoding="utf-8")
+            write_text(settings, to_yaml(config))
             self._start("retriever.train", ["--config", str(settings)])
             export = folder / "run" / "export"
             return sorted(f.relative_to(folder).as_posix() for f in export.rglob("*") if f.is_file())

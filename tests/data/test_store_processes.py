@@ -73,17 +73,19 @@ def go(process: subprocess.Popen[str]) -> None:
 def test_a_build_killed_at_any_moment_leaves_nothing_that_is_taken_for_finished(tmp_path: Path) -> None:
     pairs, cache = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "cache"
     undisturbed = built(tmp_path / "undisturbed", SourceConfig(path=str(pairs)))
-    for moment in ("BATCH\n", "building/.writing-manifest.json\n", ".building\n"):  # tokenising, the manifest's rename, the store's rename
+    name = undisturbed.folder.name
+    (cache / f"{name}.building").mkdir(parents=True)  # as an earlier version left it
+    (cache / f"{name}.lock").touch()
+    for moment in ("BATCH\n", f".writing-{name}/.writing-manifest.json\n", f"/.writing-{name}\n"):  # tokenising, then the renames
         with start_build(pairs, cache) as process:
             go(process)
             assert process.stdout is not None
             assert any(line.endswith(moment) for line in process.stdout)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
-        left = {path.suffix for path in cache.iterdir()}
-        assert left == {".building", ".lock"}  # the folder under construction, but no store
+        assert {f".writing-{name}", f"{name}.lock"} == {path.name for path in cache.iterdir()} - {f"{name}.building"}
     built(cache, SourceConfig(path=str(pairs), limit=5))  # another store's build clears it away
-    assert not list(cache.glob("*.building"))
+    assert not [path for path in cache.iterdir() if path.suffix == ".building" or path.name.startswith(".")]
     store = built(cache, SourceConfig(path=str(pairs)))
     assert store.fingerprint == undisturbed.fingerprint
     files = [path.relative_to(store.folder) for path in store.folder.rglob("*.npy")]

@@ -1,0 +1,141 @@
+"""Every file and folder that others read gets its name here, and is whole whenever it has it: after a crash and after a power cut too.
+
+What is written goes under another name first (an aside), is synced to the disk and renamed; then the folder that holds it is synced.
+So nothing that is written or removed later reaches the disk before it. An aside that a crash left is replaced by the next writer of the
+same name; `clean` removes those of a folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_WRITING, _REMOVING = ".writing-", ".removing-"  # in front of the name of what is written, or no longer wanted
+
+
+def replace_file(path: Path) -> AbstractContextManager[Path]:
+    """Yields the path to write a file to, empty at first; at the end it becomes `path`. After an error `path` is as it was."""
+    return _replace(path, Path.touch)
+
+
+def replace_folder(path: Path) -> AbstractContextManager[Path]:
+    """Yields an empty folder to fill; at the end it becomes `path`, and what stood there is removed. After an error `path` is as it was.
+
+    A crash between the two renames leaves no `path`.
+    """
+    return _replace(path, Path.mkdir)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8."""
+    with replace_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON as a person reads it."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Writes an npy file."""
+    with replace_file(path) as aside, aside.open("wb") as stream:
+        np.save(stream, values, allow_pickle=False)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds `text` to the end of a file, which is not durable before `sync`: a power cut until then may leave zeros or a part of it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def sync(path: Path) -> None:
+    """Makes a file that was appended to durable under its name."""
+    _sync(path)
+    _sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder durable where there is none, and those above it."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder; its name is free at once, and a crash leaves no part of it there."""
+    doomed = path.with_name(f"{_REMOVING}{path.name}")
+    _discard(doomed)
+    _rename(path, doomed)
+    _sync(path.parent)
+    _discard(doomed)
+
+
+def clean(folder: Path, name: str = "*") -> None:
+    """Removes what killed writers of `name` (a pattern) left in `folder`; nobody may be writing it."""
+    for leftover in (*folder.glob(f"{_WRITING}{name}"), *folder.glob(f"{_REMOVING}{name}")):
+        _discard(leftover)
+
+
+def before(operation: str, path: Path) -> None:
+    """Called before every `sync`, `rename` and `discard` of a path; tests record there what a power cut would leave."""
+
+
+@contextmanager
+def _replace(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    make_folder(path.parent)
+    aside, doomed = path.with_name(f"{_WRITING}{path.name}"), path.with_name(f"{_REMOVING}{path.name}")
+    _discard(aside)
+    _discard(doomed)
+    create(aside)
+    mode = aside.stat().st_mode & 0o666  # a new file's, by the umask; safetensors makes files of 0600
+    try:
+        yield aside
+        for written in (*aside.rglob("*"), aside):
+            if written.is_file():
+                written.chmod(mode)
+            _sync(written)
+        if aside.is_dir() and path.is_dir():
+            _rename(path, doomed)
+        _rename(aside, path)
+        _sync(path.parent)
+    except BaseException:
+        _discard(aside)
+        if doomed.exists() and not path.exists():
+            _rename(doomed, path)
+        raise
+    _discard(doomed)
+
+
+def _rename(path: Path, target: Path) -> None:
+    before("rename", path)
+    os.replace(path, target)
+
+
+def _sync(path: Path) -> None:
+    before("sync", path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    before("discard", path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
