@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from eval.arguments import parsed
 from eval.commands import one_line_errors
+from retriever.files import write_text
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -182,10 +182,7 @@ def _write(given: argparse.Namespace, baseline: str, collection: Collection, fou
         "fingerprints": collection.fingerprints(),
         "comparisons": [asdict(c) | {"difference": c.difference} for c in found],
     }
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    aside = given.output.with_name(f"{given.output.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, given.output)
+    write_text(given.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

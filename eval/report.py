@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from eval.collections.collection import file_fingerprint
 from eval.evaluate import EvalResult
 from eval.trec import write_msmarco, write_trec
+from retriever.files import write_text
 
 _VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
 
@@ -55,9 +55,7 @@ def write_result(
         "per_query": {name: dict(zip(scores.query_ids, map(float, values), strict=True)) for name, values in scores.per_query.items()},
     }
     path = folder / f"{collection.split}.json"
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from retriever.data.files import read_lines
 from retriever.data.records import DataError
+from retriever.files import replace_file
 
 TREC_LINE = "query-id Q0 passage-id rank score tag"
 MSMARCO_LINE = "query-id<tab>passage-id<tab>rank"
@@ -167,17 +167,6 @@ def _require_words(words: Iterable[str], name: str) -> None:
 
 
 def _write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Writes beside `path`, then renames: a run file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(aside, "wt", encoding="utf-8") as file:
-                file.writelines(lines)
-        else:
-            with aside.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    opened = gzip.open if Path(path).suffix == ".gz" else open
+    with replace_file(Path(path)) as aside, opened(aside, "wt", encoding="utf-8") as file:
+        file.writelines(lines)

@@ -9,7 +9,6 @@ as they were.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
     from retriever.config import ConfigError
     from retriever.data.collection import data_files
     from retriever.data.formats import find_qrels, read_qrels
+    from retriever.files import replace_folder
     from scripts.code_pairs.split import drawn
 
     judgments = find_qrels(source, split)
@@ -57,22 +57,20 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
         raise ConfigError(f"--output {target}: exists already; expected a new folder")
     if not 0 < queries < len(qrels):
         raise ConfigError(f"--queries: expected from 1 to {len(qrels) - 1}, {split} having {len(qrels)}; received {queries}")
-    aside = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "qrels").mkdir(parents=True)
-    for entry in (*data_files(source), *(source / stem for stem in ("corpus", "queries"))):
-        if entry.is_dir():
-            shutil.copytree(entry, aside / entry.name)
-        elif entry.exists():
-            shutil.copyfile(entry, aside / entry.name)
-    for file in data_files(source / "qrels"):
-        if file != judgments:
-            shutil.copyfile(file, aside / "qrels" / file.name)
     dev = set(sorted(qrels, key=lambda query: drawn(seed, query))[:queries])
-    for name, chosen in (("dev", dev), ("fit", qrels.keys() - dev)):
-        rows = "".join(f"{q}\t{p}\t{grade}\n" for q, grades in qrels.items() if q in chosen for p, grade in grades.items())
-        (aside / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows, encoding="utf-8")
-    os.replace(aside, target)
+    with replace_folder(target) as aside:
+        (aside / "qrels").mkdir()
+        for entry in (*data_files(source), *(source / stem for stem in ("corpus", "queries"))):
+            if entry.is_dir():
+                shutil.copytree(entry, aside / entry.name)
+            elif entry.exists():
+                shutil.copyfile(entry, aside / entry.name)
+        for file in data_files(source / "qrels"):
+            if file != judgments:
+                shutil.copyfile(file, aside / "qrels" / file.name)
+        for name, chosen in (("dev", dev), ("fit", qrels.keys() - dev)):
+            rows = "".join(f"{q}\t{p}\t{grade}\n" for q, grades in qrels.items() if q in chosen for p, grade in grades.items())
+            (aside / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows, encoding="utf-8")
     return len(qrels) - len(dev), len(dev)
 
 

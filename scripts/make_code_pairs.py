@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import tokenize
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from retriever.files import write_json, write_text
 from scripts.code_pairs.functions import documented_functions, without_name
 from scripts.code_pairs.pairs import Collection, code_collection, details_collection
 from scripts.code_pairs.sources import STDLIB, WELL_KNOWN, installed, python_files, version
@@ -92,7 +92,7 @@ def build(output: Path, settings: Settings) -> dict[str, Any]:
     files = {**_texts(code), **{f"details/{name}": text for name, text in _texts(details).items()}}
     (output / "manifest.json").unlink(missing_ok=True)
     for name, text in files.items():
-        _write(output / name, text)
+        write_text(output / name, text)
     manifest = {
         "format": FORMAT,
         "settings": asdict(settings),
@@ -102,7 +102,7 @@ def build(output: Path, settings: Settings) -> dict[str, Any]:
         "unreadable_modules": unreadable,
         "content_sha256": hashlib.sha256("".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()).hexdigest(),
     }
-    _write(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_json(output / "manifest.json", manifest)
     return manifest
 
 
@@ -152,13 +152,6 @@ def _texts(collection: Collection) -> dict[str, str]:
     for split, pairs in collection.qrels.items():
         texts[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(f"{query}\t{passage}\t1\n" for query, passage in pairs)
     return texts
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

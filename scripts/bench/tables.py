@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retriever.files import write_text
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,11 +54,8 @@ class Table:
         return next((r.value for r in self.rows if (r.case, r.method, r.metric) == (case, method, metric)), None)
 
     def save(self, path: Path) -> None:
-        """Writes the JSON beside its place and renames it into it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
-        os.replace(beside, path)
+        """Writes the JSON."""
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
     @staticmethod
     def load(path: Path) -> Table:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from retriever.files import replace_folder
 from scripts.code_pairs.split import drawn
 
 
@@ -20,9 +21,9 @@ def write_bounded(source: Path, target: Path, split: str, passages: int, seed: i
         records = [(json.loads(line)["_id"], line) for line in corpus]
     others = sorted((passage_id for passage_id, _ in records if passage_id not in judged), key=lambda name: drawn(seed, name))
     kept = judged | set(others[: max(0, passages - len(judged))])
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "qrels").mkdir(parents=True)
-    (target / "corpus.jsonl").write_text("".join(line for passage_id, line in records if passage_id in kept), encoding="utf-8")
-    shutil.copyfile(source / "queries.jsonl", target / "queries.jsonl")
-    shutil.copyfile(qrels, target / "qrels" / qrels.name)
+    with replace_folder(target) as aside:
+        (aside / "qrels").mkdir()
+        (aside / "corpus.jsonl").write_text("".join(line for passage_id, line in records if passage_id in kept), encoding="utf-8")
+        shutil.copyfile(source / "queries.jsonl", aside / "queries.jsonl")
+        shutil.copyfile(qrels, aside / "qrels" / qrels.name)
     return len(kept)

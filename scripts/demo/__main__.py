@@ -10,8 +10,6 @@ Modules asked about are not trained on. The interval is a bootstrap over those m
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retriever.files import write_json
 from scripts.code_pairs.bounded import write_bounded
 from scripts.code_pairs.sources import installed
 from scripts.demo.model import StartingModelError, starting_model
@@ -136,9 +135,7 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
         "pairs": manifest,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    aside = output / "result.json.partial"
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, output / "result.json")
+    write_json(output / "result.json", record)
 
     _headline("Three of the queries, drawn at random", started)
     searcher = Searcher(after, output / "embeddings" / "after" / "passages", data / "corpus.jsonl")

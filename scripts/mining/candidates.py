@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from eval.evaluate import Ranks
 from eval.search import load_queries, search
 from eval.trec import Ranking
 from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.files import write_array
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
 from scripts.code_pairs.split import drawn
@@ -103,14 +103,6 @@ def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettin
             found.sort(key=lambda n, query_id=query.id: drawn(settings.seed, f"{query_id}\n{pool.text(n)}"))  # type: ignore[misc]
         chosen.append(found[: settings.candidates])
     return chosen
-
-
-def write_array(path: Path, values: np.ndarray) -> None:
-    """Writes an npy file beside `path` and renames it into place."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as stream:
-        np.save(stream, values, allow_pickle=False)
-    os.replace(aside, path)
 
 
 def _numbers(run: Mapping[str, Ranking], query_ids: Sequence[str], depth: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from tqdm import tqdm
 from retriever.config import ConfigError, OptimConfig, SourceConfig
 from retriever.data.formats import DataError, final_text, open_source
 from retriever.encoder.bundle import AUTOCAST_DTYPES
+from retriever.files import replace_folder
 from retriever.optim import Optimizer
 from retriever.rng import seed_step
 from scripts.mining.teacher import load_classifier
@@ -89,7 +88,9 @@ def train_cross_encoder(
         losses.mean().backward()
         optimizer.clip_and_step(step)
         seen.append(torch.stack([losses.detach(), first]))
-    _save(model, tokenizer, output)
+    with replace_folder(output) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     loss, right = torch.cat(seen[-max(1, len(seen) // 10) :], dim=1).mean(dim=1).tolist()
     return loss, right
 
@@ -119,12 +120,3 @@ def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple
         queries += [group.query] * sizes[-1]
         passages += [positive, *negatives]
     return dict(tokenizer(queries, passages, truncation=True, max_length=training.max_tokens, padding=True, return_tensors="pt")), sizes
-
-
-def _save(model: Any, tokenizer: Any, output: Path) -> None:
-    """Writes the folder beside its place and renames it into it."""
-    aside = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    os.replace(aside, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from eval.engines.bm25 import DESCRIPTION, Bm25
 from eval.engines.bm25_index import FILES
 from eval.evaluate import Ranks
 from retriever.data.formats import Passage
+from retriever.files import replace_file
 from retriever.shards import EmbeddingShards, open_shards
 from scripts.mining.candidates import encode, read_candidates, search_bm25, search_model, shortlist
 from scripts.mining.pool import Pool
@@ -150,11 +150,9 @@ class Mining:
     def _write(self, path: Path, shortlists: Sequence[Sequence[int]], scores: np.ndarray | None) -> None:
         self.counts = {"queries": len(self.pool.queries), "without a positive": self.pool.left_out, "passages": len(self.pool.passages)}
         self.counts |= {"negatives": 0, "dropped by score": 0, "queries without negatives": 0}
-        aside = path.with_name(f"{path.name}.tmp")
-        with aside.open("w", encoding="utf-8") as stream:
+        with replace_file(path) as aside, aside.open("w", encoding="utf-8") as stream:
             for record in self._records(shortlists, scores):
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(aside, path)
 
     def _records(self, shortlists: Sequence[Sequence[int]], scores: np.ndarray | None) -> Iterator[dict[str, Any]]:
         at = 0

@@ -6,7 +6,6 @@ What stays in memory of a passage is its digest and, of those of a corpus, their
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
+from retriever.files import replace_file, write_array
 from scripts.mining.passages import Passages, PassageWriter, digest, first_equal
 
 PASSAGES, ROWS, QUERIES = "passages.arrow", "rows.npy", "queries.jsonl"
@@ -38,7 +38,7 @@ class PoolReader:
 
     def write(self, folder: Path) -> list[str]:
         """Writes the pool's files and returns their names. Raises DataError where the source cannot be read or lacks a positive."""
-        with PassageWriter(folder / PASSAGES) as passages:
+        with replace_file(folder / PASSAGES) as aside, PassageWriter(aside) as passages:
             for passage in self._source.corpus():
                 self._add(passage, passages)
                 self._ids += digest(passage.id or "")
@@ -48,14 +48,13 @@ class PoolReader:
         first = first_equal(self._texts + b"".join(digest(query.text) for query in self._queries.values()))
         distinct = first[:rows] == np.arange(rows)
         numbers = (np.cumsum(distinct) - 1)[first[:rows]]  # of every row
-        np.save(folder / ROWS, np.flatnonzero(distinct), allow_pickle=False)
+        write_array(folder / ROWS, np.flatnonzero(distinct))
         found = self._look_up(numbers, corpus, Passages(folder / PASSAGES, np.arange(rows)))
         own = [int(numbers[at]) if at < rows else None for at in first[rows:]]
-        with (folder / f"{QUERIES}.tmp").open("w", encoding="utf-8") as stream:
+        with replace_file(folder / QUERIES) as aside, aside.open("w", encoding="utf-8") as stream:
             for (query_id, query), same in zip(self._queries.items(), own, strict=True):
                 positives = dict.fromkeys(int(numbers[at] if at >= 0 else found[-1 - at]) for at in query.positives)
                 stream.write(json.dumps([query_id, query.text, query.prompt, list(positives), same]) + "\n")
-        os.replace(folder / f"{QUERIES}.tmp", folder / QUERIES)
         return [PASSAGES, ROWS, QUERIES]
 
     def _add(self, passage: Passage, passages: PassageWriter) -> int:

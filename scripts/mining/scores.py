@@ -12,8 +12,8 @@ from eval.engines.bm25 import Bm25
 from eval.evaluate import Ranks
 from eval.search import load_queries
 from retriever.config import ConfigError
+from retriever.files import write_array
 from retriever.shards import EmbeddingShards
-from scripts.mining.candidates import write_array
 from scripts.mining.pool import Pool
 from scripts.mining.teacher import CrossEncoder
 
