@@ -26,6 +26,7 @@ FLOORS = (
     ("checkpoint", "damage", "telemetry", "verify", "shards", "export", "model_card", "outputs", "preflight", "launch", "report"),
     ("train", "encode"),
 )
+RENAMES = {"replace", "rename", "renames", "move"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -120,6 +121,29 @@ def _running_imports(path: Path) -> set[str]:
     tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     return {str(node.module) for node in found} | {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+
+
+def test_files_get_their_names_in_one_place() -> None:
+    """retriever/files.py renames, for it syncs before and after. (`replace` of one argument is Path's; of more, a string's.)"""
+    wrong, seen = [], 0
+    for package in PACKAGES:
+        for path in _sources(package):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _renames(node.func, len(node.args)):
+                    seen += 1
+                    if path != ROOT / "retriever" / "files.py":
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+                if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil") and {a.name for a in node.names} & RENAMES:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert seen, "the walk finds no call"
+    assert not wrong, "\n".join(wrong)
+
+
+def _renames(function: ast.Attribute, arguments: int) -> bool:
+    module = function.value.id if isinstance(function.value, ast.Name) else ""
+    if function.attr == "replace":
+        return module == "os" or (arguments == 1 and module != "dataclasses")
+    return function.attr in RENAMES
 
 
 def _requirements(name: str, seen: set[str]) -> set[str]:
