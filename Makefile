@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL_READY := $(VENV)/.model-ready
 
-.PHONY: setup demo test test-gpu lint types bench clean
+.PHONY: setup demo test test-gpu test-kernels lint types bench clean
 
 setup: $(READY)
 
@@ -30,6 +30,11 @@ test: $(MODEL_READY)
 
 test-gpu: $(MODEL_READY)
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" --durations 25
+
+# With Hugging Face's distribution of the name `kernels`, in a folder of its own.
+test-kernels: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/hugging-face kernels==0.17.2
+	BIGBATCH_KERNELS=build/hugging-face $(BIN)/python -m pytest tests/test_kernels_distribution.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

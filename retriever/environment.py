@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from retriever.config_tree import ConfigError
+from retriever.own_kernels import FOLDER
 
-_OURS = Path(__file__).resolve().parents[1] / "kernels"
 _ALL = "all"  # the trackers that are installed, whichever they are
 # What accelerate can log to, by the distributions of which one must be there.
 _TRACKERS = {
@@ -27,23 +26,22 @@ _TRACKERS = {
 
 
 def check_environment() -> None:
-    """Stops the command with one line where another `kernels` package is installed.
+    """Stops the command with one line where this project and Hugging Face's distribution `kernels` were installed into one folder.
 
-    Hugging Face publishes a distribution of that name. With its metadata present transformers imports `kernels` and expects that
-    one, while this project imports its own folder: whichever comes first on the path, one of the two fails.
+    The later of the two has replaced the `__init__.py` of the other. Ours does not know what theirs held, which transformers asks
+    for; with theirs both work. In folders of their own both work too: see `kernels/__init__.py`.
     Raises SystemExit with the line.
     """
     try:
-        version = importlib.metadata.version("kernels")
+        theirs = importlib.metadata.distribution("kernels")
     except importlib.metadata.PackageNotFoundError:
-        version = None
-    spec = importlib.util.find_spec("kernels")
-    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin is not None else None
-    if version is not None:
-        what = "hides bigbatch's own package" if found != _OURS else "is hidden from transformers by bigbatch's own package"
-        raise SystemExit(f"the distribution kernels {version} {what} kernels: run `pip uninstall kernels` in this environment")
-    if found != _OURS:
-        raise SystemExit(f"the package kernels is found at {found}, not at {_OURS}: rename or remove it, or install bigbatch again")
+        return
+    shared = Path(str(theirs.locate_file("kernels"))).resolve() == FOLDER
+    if shared and "_folder_of_theirs" in (FOLDER / "__init__.py").read_text(encoding="utf-8"):
+        raise SystemExit(
+            f"bigbatch was installed over the distribution kernels {theirs.version} in {FOLDER}: "
+            f"run `pip install --force-reinstall --no-deps kernels=={theirs.version}`, with which both work"
+        )
 
 
 def check_trackers(names: Sequence[str]) -> None:

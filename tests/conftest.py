@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 
+import retriever  # noqa: E402, F401 (its `kernels`, where another distribution's comes first on the path)
 from tests.determinism import make_strict  # noqa: E402
 
 make_strict()

@@ -1,7 +1,7 @@
-"""Short runs on a CPU whose weights and losses are recorded: `python -m tests.golden.make` writes recorded.safetensors anew.
+"""Short CPU runs whose weights and losses are recorded: `python -m tests.golden.make` writes recorded.safetensors anew.
 
-Record again only where a change of the numbers is intended, and say so in the commit. The runs start from the model and the data
-of tests/artefacts, so that they depend on no library's initialisation.
+Record again only where a change of the numbers is intended, and say so in the commit. The runs start from the model and the
+data of tests/artefacts, so that they depend on no library's initialisation.
 """
 
 from __future__ import annotations
