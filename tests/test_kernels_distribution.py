@@ -23,8 +23,8 @@ _STAND_IN = {
     "kernels-0.18.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n",
 }
 _OURS = f"""
-import kernels.dispatch, kernels.exclusions
-assert kernels.exclusions.__file__ == {str(ROOT / "kernels" / "exclusions.py")!r}
+import kernels.dispatch, kernels.infonce.exclusions
+assert kernels.infonce.exclusions.__file__ == {str(ROOT / "kernels" / "infonce" / "exclusions.py")!r}
 """
 _THEIRS = """
 import importlib.metadata
@@ -76,7 +76,7 @@ def test_both_are_found(theirs: Path, order: str, on_the_path: str) -> None:
 def test_no_module_has_the_name_of_one_of_theirs(theirs: Path) -> None:
     """Theirs would be hidden by ours, which come first on the package's path."""
     names = [{path.name.split(".")[0] for path in (folder / "kernels").iterdir()} for folder in (theirs, ROOT)]
-    assert {"layer", "load"} <= names[0] and "exclusions" in names[1]
+    assert {"layer", "load"} <= names[0] and "infonce" in names[1]
     assert (names[0] & names[1]) == {"__init__", "__pycache__"} & names[0] & names[1]
 
 
@@ -90,5 +90,5 @@ def test_of_two_in_one_folder_the_later_decides(theirs: Path, tmp_path: Path) ->
     assert refused.stderr.startswith("bigbatch was installed over the distribution kernels")
     assert "pip install --force-reinstall --no-deps kernels==" in refused.stderr
     shutil.copy(theirs / "kernels" / "__init__.py", tmp_path / "kernels" / "__init__.py")
-    both = _run("import retriever.environment as e; e.check_environment()\nimport kernels.exclusions" + _THEIRS, tmp_path)
+    both = _run("import retriever.environment as e; e.check_environment()\nimport kernels.infonce.exclusions" + _THEIRS, tmp_path)
     assert both.returncode == 0, both.stderr
