@@ -15,25 +15,21 @@ from tests.kernels.attention_oracle import errors, heads_of, texts
 from tests.kernels.oracle import relative_error
 
 SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
+# Every tile and setting once: each compiles kernels of its own, seconds a case, and other tests share those of the plain ones.
 CASES: list[tuple[list[int], int, int, int, dict[str, Any]]] = [
     (SHORT, 12, 12, 64, {}),
-    (SHORT, 6, 6, 32, {"causal": True}),
     ([30, 20, 31, 9, 32], 12, 12, 64, {"window": 3}),
     ([64, 40, 1, 50], 12, 12, 64, {"causal": True, "window": 5}),
     ([90, 70, 0, 96], 12, 12, 64, {}),
-    ([100, 65, 127, 128, 0, 90], 12, 12, 64, {"window": 40}),
-    ([60, 33, 64], 12, 4, 64, {}),
-    ([60, 33, 64], 8, 8, 96, {}),
-    ([100, 128, 80], 8, 2, 128, {"causal": True, "window": 30}),
+    ([100, 65, 127, 128, 0, 90], 12, 12, 64, {}),
+    ([30, 20, 0, 32], 12, 4, 96, {}),
     ([200, 130, 0, 257], 12, 12, 64, {}),
-    ([300, 130, 20], 8, 2, 80, {"causal": True, "window": 100}),
+    ([100, 128, 80], 8, 2, 128, {"causal": True, "window": 30}),
     ([40, 90, 20], 4, 1, 256, {"causal": True}),
 ]
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-6}
-SOME = (0, 3, 4, 9)  # texts in one tile of several, windowed, in the widest tile, in blocks
-# Each of these compiles kernels of its own. Without dropout and in float16 the code is much the same.
-VARIANTS = [(case, dtype, 0.1) for case in range(len(CASES)) for dtype in BOUNDS if dtype != torch.float16 or case in SOME]
-VARIANTS += [(case, torch.bfloat16, 0.0) for case in SOME]
+VARIANTS = [(case, torch.bfloat16, 0.1) for case in range(len(CASES))]
+VARIANTS += [(0, torch.float16, 0.1), (0, torch.float32, 0.1), (6, torch.float32, 0.1), (4, torch.bfloat16, 0.0), (6, torch.bfloat16, 0.0)]
 
 
 def seed(device: str) -> Tensor:
@@ -75,9 +71,9 @@ def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
     lengths = [9, 7, 12, 5]
     starts, longest = texts(lengths, device)
     inputs = [x.detach() for x in heads_of(433, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)]
-    options: dict[str, Any] = {"scale": 0.125, "dropout": 0.5, "seed": seed(device)}
+    options: dict[str, Any] = {"scale": 0.125, "dropout": 0.1, "seed": seed(device)}
     few = packed_attention(*[x[:33] for x in inputs], starts, longest, **options)
-    for extra in (30, 60, 90, 120, 400):
+    for extra in (90, 120, 400):
         more, longest = texts([*lengths, extra], device)
         T = 33 + extra
         got = packed_attention(*[x[:T] for x in inputs], more, longest, **options)
@@ -85,15 +81,14 @@ def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
 
 
 def test_texts_of_every_length_fill_their_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for block in (16, 32, 64, 128):
+    for block, longest in ((16, 11), (32, 1), (64, 64), (128, 11)):
         tile = short.Tile(block, 4, 4)
         monkeypatch.setattr(short, "tile_for", lambda *_, tile=tile: tile)
-        for longest in (1, 11, block):
-            starts, _ = texts([longest, max(longest - 1, 0), longest] * 11, device)
-            inputs = [x.detach() for x in heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device)]
-            got = packed_attention(*inputs, starts, longest, scale=0.2)
-            want = packed_attention(*[x.double() for x in inputs], starts, longest, scale=0.2)
-            assert relative_error(got, want) < 1e-3, (block, longest)
+        starts, _ = texts([longest, longest - 1, longest] * 11, device)
+        inputs = [x.detach() for x in heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device)]
+        got = packed_attention(*inputs, starts, longest, scale=0.2)
+        want = packed_attention(*[x.double() for x in inputs], starts, longest, scale=0.2)
+        assert relative_error(got, want) < 1e-3, (block, longest)
 
 
 @pytest.mark.parametrize("length", [100, 300])
@@ -118,7 +113,7 @@ def test_addresses_beyond_two_to_the_31(length: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_with_dropout_is_the_same_call(device: str) -> None:
-    starts, longest = texts([64, 40, 1, 50], device)
+    starts, longest = texts([84, 40, 1, 30], device)
     inputs = heads_of(155, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)
     word, backend = seed(device), "inductor" if device == "cuda" else "aot_eager"
 

@@ -18,11 +18,7 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
     [
         (1001, 768, torch.bfloat16, 0.1, True),
         (1001, 768, torch.bfloat16, 0.0, False),
-        (1001, 768, torch.float16, 0.7, True),
-        (1001, 768, torch.float32, 0.1, True),
         (1, 768, torch.bfloat16, 0.1, True),
-        (3000, 384, torch.bfloat16, 0.1, False),
-        (33, 1024, torch.bfloat16, 0.1, True),
         (257, 100, torch.float32, 0.1, False),
         (257, 100, torch.float16, 0.0, True),
         (129, 4096, torch.bfloat16, 0.1, True),
@@ -38,10 +34,8 @@ def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float
     ("T", "F", "dtype"),
     [
         (1001, 3072, torch.bfloat16),
-        (1001, 3072, torch.float16),
         (1001, 3072, torch.float32),
         (1, 3072, torch.bfloat16),
-        (3000, 1536, torch.bfloat16),
         (257, 100, torch.float16),
         (40, 1, torch.float32),
     ],
@@ -51,7 +45,7 @@ def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype, device: str) -
     check_gelu((3 * torch.randn(toy(device, T, F), device=device, generator=generator)).to(dtype), BOUNDS[dtype], 2e-6)
 
 
-@pytest.mark.parametrize(("T", "D"), [(1001, 768), (1, 384), (33, 1024), (257, 100)])
+@pytest.mark.parametrize(("T", "D"), [(1001, 768), (1, 768), (257, 100)])
 def test_halves_are_the_whole(T: int, D: int, device: str) -> None:
     check_halves(*toy(device, T, D), device)
 

@@ -34,10 +34,9 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("T", "D", "F", "dtype"),
     [
         (4097, 768, 3072, torch.bfloat16),
-        (4097, 768, 3072, torch.float16),
         (1, 768, 3072, torch.bfloat16),
-        (65, 40, 104, torch.bfloat16),
-        (70_000, 64, 320, torch.bfloat16),
+        (65, 40, 328, torch.bfloat16),
+        (70_000, 40, 328, torch.bfloat16),
     ],
 )
 def test_matches_float64(T: int, D: int, F: int, dtype: torch.dtype, device: str) -> None:
@@ -47,11 +46,11 @@ def test_matches_float64(T: int, D: int, F: int, dtype: torch.dtype, device: str
 def test_every_size_of_half_a_tile(device: str) -> None:
     for T in (0, 2, 63, 64, 66, 127, 128, 200):
         if T:
-            check(T, 64, 320, torch.bfloat16, *BOUNDS[device, torch.bfloat16], device)
+            check(T, 40, 328, torch.bfloat16, *BOUNDS[device, torch.bfloat16], device)
         else:
-            x, weight, bias, dy = draw(0, 64, 320, torch.bfloat16, device)
+            x, weight, bias, dy = draw(0, 40, 328, torch.bfloat16, device)
             u, out = gelu_product(x, weight, bias, keep=True)
-            assert u is not None and out.shape == (0, 320) and not gelu_product_backward(dy, weight, u)[1].any()
+            assert u is not None and out.shape == (0, 328) and not gelu_product_backward(dy, weight, u)[1].any()
 
 
 def test_tails(device: str) -> None:
@@ -82,9 +81,9 @@ def test_repeats_give_the_same_bits(device: str) -> None:
 
 def test_more_than_2_to_the_31_elements() -> None:
     T, last = 2**31 // 3072 + 100, slice(-50, None)
-    _, weight, bias, _ = draw(1, 64, 3072, torch.bfloat16, "cuda")
-    x = torch.zeros(T, 64, device="cuda", dtype=torch.bfloat16)
-    x[last] = torch.randn(50, 64, device="cuda")
+    _, weight, bias, _ = draw(1, 768, 3072, torch.bfloat16, "cuda")
+    x = torch.zeros(T, 768, device="cuda", dtype=torch.bfloat16)
+    x[last] = torch.randn(50, 768, device="cuda")
     u, out = gelu_product(x, weight, bias, keep=True)
     few, few_out = gelu_product(x[last].contiguous(), weight, bias, keep=True)
     assert u is not None and few is not None and torch.equal(u[last], few) and torch.equal(out[last], few_out) and few_out.any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,11 +53,11 @@ def _results(q: Tensor, p: Tensor, targets: Targets, world: World, config: LossC
     return [x.to(device) for x in (*found, objective.log_scale.grad)]
 
 
-@pytest.mark.parametrize(("precision", "symmetric"), [*itertools.product(("bf16", "high"), (False, True))])
+@pytest.mark.parametrize(("precision", "symmetric"), [("bf16", False), ("high", True)])
 def test_errors_are_those_of_resident_rows(world: World, device: str, precision: str, symmetric: bool) -> None:
     """Against float64 of unrounded values, each gradient's is at most 1.1 times that of the resident loss; blocks divide neither side."""
     # The last blocks have as many tiles as the others: Triton's pass is compiled for every number of them.
-    sizes, block_rows = ((2050, 2750), (700, 3000)) if device == "cuda" else ((90, 150), (32, 200))
+    sizes, block_rows = ((2050, 2750), 700) if device == "cuda" else ((90, 150), 32)
     q, p, targets = _vectors(device, *sizes, 128)
     config = LossConfig(precision=precision, symmetric=symmetric, temperature=0.02, learn_temperature=True)  # type: ignore[arg-type]
     nothing = torch.zeros(len(q), len(p), dtype=torch.bool, device=device)
@@ -66,12 +65,12 @@ def test_errors_are_those_of_resident_rows(world: World, device: str, precision:
     loss, dq, dp, dscale = dense_infonce(q.double(), p.double(), targets.positives.to(device), 50.0, weights, nothing, symmetric)
     truth = [loss.sum() / len(q), dq, dp, 50.0 * dscale]
     resident = _results(q, p, targets, world, config, None)
-    for rows in block_rows:
-        for number, (found, alone, expected) in enumerate(zip(_results(q, p, targets, world, config, rows), resident, truth, strict=True)):
-            assert expected.norm() > 1e-4
-            error, of_resident = ((x.double() - expected).norm() / expected.norm() for x in (found, alone))
-            floor = FLOOR[precision] * (10 if number in (0, 3) else 1)  # one number may be right by luck
-            assert error <= max(1.1 * of_resident, floor), f"{rows} rows, result {number}: {error:.2g}, resident {of_resident:.2g}"
+    offloaded = _results(q, p, targets, world, config, block_rows)
+    for number, (found, alone, expected) in enumerate(zip(offloaded, resident, truth, strict=True)):
+        assert expected.norm() > 1e-4
+        error, of_resident = ((x.double() - expected).norm() / expected.norm() for x in (found, alone))
+        floor = FLOOR[precision] * (10 if number in (0, 3) else 1)  # one number may be right by luck
+        assert error <= max(1.1 * of_resident, floor), f"result {number}: {error:.2g}, resident {of_resident:.2g}"
 
 
 def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: str, tmp_path: Path) -> None:
@@ -98,19 +97,20 @@ def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: st
 
 @pytest.mark.parametrize("device", ["cuda"])
 def test_memory_does_not_grow_with_the_batch(world: World, device: str) -> None:
-    """131,072 pairs of 768 numbers: a fraction of what resident rows take, and no more than half as many pairs take."""
-    config = LossConfig(temperature=0.02, workspace_mib=128, learn_temperature=True)
+    """65,536 pairs of 768 numbers: a fraction of what resident rows take, and no more than half as many pairs take."""
+    config = LossConfig(temperature=0.02, workspace_mib=64, learn_temperature=True)
     peaks: dict[int | str, float] = {}
-    for pairs in (65_536, 131_072):
+    for pairs in (32_768, 65_536):
         q, p, targets = _vectors(device, pairs, pairs, 768)
         on_host = q.cpu(), p.cpu()
         peaks["resident"], resident = _peak(q, p, targets, world, config, None)
         expected = [x.cpu() for x in resident]
         del q, p, resident
-        peaks[pairs], found = _peak(*on_host, targets, world, config, 16_384)
+        peaks[pairs], found = _peak(*on_host, targets, world, config, 8192)
         for f, e in zip(found, expected, strict=True):
-            assert (f.cpu() - e).norm() < 5e-3 * e.norm()
-    assert peaks[131_072] < 1.05 * peaks[65_536] and peaks[131_072] < 0.35 * peaks["resident"], peaks
+            f, e = f.to(device), e.to(device)
+            assert (f - e).norm() < 5e-3 * e.norm()
+    assert peaks[65_536] < 1.05 * peaks[32_768] and peaks[65_536] < 0.35 * peaks["resident"], peaks
 
 
 def _peak(

@@ -22,7 +22,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     return Work(model, store, World(torch.device("cuda")), ("run.preflight=only", "batch.tokens_per_chunk=32768"))
 
 
-@pytest.mark.parametrize(("graphs", "products"), [("0", "0"), ("100000", "0"), ("0", "200000"), ("auto", "auto")])
+@pytest.mark.parametrize(("graphs", "products"), [("100000", "0"), ("0", "200000"), ("auto", "auto")])
 def test_a_step_is_as_it_was_predicted(work: Work, graphs: str, products: str) -> None:
     trainer = Trainer(work, work.configuration(QUERIES, f"batch.retain={graphs}", f"batch.retain_products={products}"))
     forecast = trainer.forecast
