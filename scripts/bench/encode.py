@@ -4,18 +4,17 @@
 
 BERT-base of random weights, mean pooling, unit vectors, bf16; passages of MS MARCO's lengths (`passages`). `ids`: from token ids to
 embeddings in host memory. `text`: from text to shards on disk, tokenised here; sentence-transformers ends in host memory. A way whose
-embeddings are not those of the padded fp32 encoder is not timed. sentence-transformers comes first. The table goes beside the JSON.
+embeddings are not those of the padded fp32 encoder is not timed. sentence-transformers comes first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, SlabEncoder, inference
 from scripts.bench.flash import provide
-from scripts.bench.passages import passage_lengths, random_passages, word_tokenizer
+from scripts.bench.measure import now, peak_gib, reset_peak
+from scripts.bench.passages import random_passages, word_tokenizer
 from scripts.bench.tables import Table
 
 # What is done to a padded encoder; "fused" is what the command itself chooses for this model on a GPU.
@@ -92,17 +92,14 @@ def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def measured(table: Table, case: str, method: str, texts: int, note: str = "") -> Iterator[None]:
+def measured(table: Table, device: torch.device, case: str, method: str, texts: int, note: str = "") -> Iterator[None]:
     """Adds rate and peak memory of what happens inside; it ends with its results on the host."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    reset_peak(device)
+    started = now(device)
     yield
-    table.add(case, method, "passages_per_s", texts / (time.perf_counter() - started), "passages/s", note)
-    if cuda:
-        table.add(case, method, "peak_gib", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    table.add(case, method, "passages_per_s", texts / (now(device) - started), "passages/s", note)
+    if (peak := peak_gib(device)) is not None:
+        table.add(case, method, "peak_gib", peak, "GiB")
 
 
 def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: np.ndarray, args: argparse.Namespace) -> None:
@@ -118,12 +115,12 @@ def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: 
     slabs = _tokenized(tuple(texts)) * 4
     from_ids(bundle, slabs[:_WARM_UP_SLABS], args.tokens_per_chunk)  # kernels are compiled, memory is there
     count = sum(map(len, slabs))
-    with measured(table, f"texts={count},{mode},ids", "bigbatch", count):
+    with measured(table, device, f"texts={count},{mode},ids", "bigbatch", count):
         from_ids(bundle, slabs, args.tokens_per_chunk)
     if mode not in args.text_modes:
         return
     pairs = ((str(row), texts[row % len(texts)]) for row in range(args.texts))
-    with tempfile.TemporaryDirectory() as shards, measured(table, f"{case},text", "bigbatch", args.texts):
+    with tempfile.TemporaryDirectory() as shards, measured(table, device, f"{case},text", "bigbatch", args.texts):
         encode_to_shards(
             bundle, pairs, "passage", shards, texts_fingerprint="random", tokens_per_chunk=args.tokens_per_chunk, progress=False
         )
@@ -138,16 +135,14 @@ def sentence_transformers(
     """
     method = "sentence-transformers-flash" if flash else "sentence-transformers"
     case = f"texts={min(len(texts), args.peer_texts)}"
-    try:
-        from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer
 
-        note = provide() if flash else ""
-        kwargs: dict[str, Any] = {"dtype": torch.bfloat16, **({"attn_implementation": "flash_attention_2"} if flash else {})}
-        model = SentenceTransformer(str(folder), device=args.device, model_kwargs=kwargs)
-    except ImportError as error:  # of the package, or of CUDA, which flash attention needs
-        table.add(f"{case},text", method, "passages_per_s", None, "passages/s", f"does not run: {str(error)[:160]}")
-        return
+    note, kwargs = "", dict[str, Any](dtype=torch.bfloat16)
+    if flash:
+        note, kwargs = provide(), {**kwargs, "attn_implementation": "flash_attention_2"}
+    model = SentenceTransformer(str(folder), device=args.device, model_kwargs=kwargs)
     model.max_seq_length = _MAX_TOKENS
+    device = torch.device(args.device)
 
     def encode(some: list[str], size: int) -> np.ndarray:
         return model.encode(some, batch_size=size, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
@@ -156,57 +151,12 @@ def sentence_transformers(
     for size in args.peer_batches:
         found = cosines(encode(texts[: len(reference)], size), reference)
         table.add(f"{case},batch={size}", method, "cosine_min", float(found.min()), "", f"to our padded fp32, {len(reference)} passages")
-        with measured(table, f"{case},batch={size},text", method, len(some), note):
+        with measured(table, device, f"{case},batch={size},text", method, len(some), note):
             encode(some, size)
 
 
-def markdown(table: Table) -> str:
-    """The result as a page."""
-    peer = max(
-        (row.value or 0 for row in table.rows if row.method.startswith("sentence-transformers") and row.unit == "passages/s"), default=0
-    )
-    lines = [
-        "# Encoding a corpus",
-        "",
-        f"`{table.command}` at commit {table.commit[:12]}, {table.hardware}; "
-        + ", ".join(f"{name} {version}" for name, version in table.versions.items())
-        + ".",
-        "",
-        f"BERT-base, random weights, bf16; passages of {_lengths_in_words()}. From token ids to embeddings in host memory (ids), or from",
-        "text to shards on disk (text; sentence-transformers: to host memory). Cosine: the worst passage of a sample against the padded",
-        "fp32 encoder. Padded attention goes without cuDNN, which builds a plan for every new shape.",
-        "",
-        "| method | | passages/s | " + ("× sentence-transformers | " if peer else "") + "peak GiB | cosine |",
-        "|---" * (6 if peer else 5) + "|",
-    ]
-    cosine_of = {(_way(row.case), row.method): row.value for row in table.rows if row.metric == "cosine_min"}
-    for row in table.rows:
-        if row.metric == "passages_per_s":
-            cosine = cosine_of.get((_way(row.case), row.method))
-            peak = table.get(row.case, row.method, "peak_gib")
-            cells = [
-                row.method,
-                row.case + (f", {row.note}" if row.note and row.value is not None else ""),
-                row.note if row.value is None else f"{row.value:,.0f}",
-                *([f"{row.value / peer:.1f}" if row.value else "—"] if peer else []),
-                "—" if peak is None else f"{peak:.1f}",
-                "—" if cosine is None else f"{cosine:.6f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _way(case: str) -> str:
-    """The case without the number of texts and where they came from."""
-    return case.removesuffix(",ids").removesuffix(",text").partition(",")[2]
-
-
-def _lengths_in_words() -> str:
-    lengths = passage_lengths(100_000, np.random.default_rng(0))
-    return f"{lengths.mean():.0f} tokens on average (lognormal(ln 70, 0.42) clipped to 16 … 256)"
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `python -m scripts.bench.encode`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/bench/encode.json"))
     parser.add_argument("--texts", type=int, default=393_216, help="that are encoded from text (default: %(default)s)")
@@ -218,18 +168,10 @@ def main() -> None:
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it spends long on a plan for every new shape of padded texts, the peer's
     table = Table.begin(_PACKAGES)
     texts = random_passages(min(args.distinct, args.texts))[0]
-
-    def attempt(case: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # one way that does not run must not lose the figures of the others
-            table.add(case, "bigbatch", "passages_per_s", None, "passages/s", f"fails: {type(error).__name__}: {str(error)[:160]}")
-        table.save(args.output)  # a run that is cut short keeps what it has
-        args.output.with_suffix(".md").write_text(markdown(table))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -237,13 +179,15 @@ def main() -> None:
         exact = load(folder, "padded", "fp32", torch.device(args.device))
         reference = exact.encode(texts[:_SAMPLE], "passage", tokens_per_chunk=min(args.tokens_per_chunk, 16_384))
         del exact
-        if args.peer_texts:
-            for flash in (True, False):
-                peer = partial(sentence_transformers, table, folder, texts, reference, args, flash=flash)
-                attempt("sentence-transformers", peer)
+        for flash in (True, False) if args.peer_texts else ():
+            method = "sentence-transformers-flash" if flash else "sentence-transformers"
+            with table.attempt(f"texts={args.peer_texts},text", method, "passages_per_s", "passages/s"):
+                sentence_transformers(table, folder, texts, reference, args, flash=flash)
+            table.save(args.output)  # a run that is cut short keeps what it has
         for mode in args.modes:
-            attempt(f"texts={args.texts},{mode}", lambda mode=mode: measure(table, folder, mode, texts, reference, args))  # type: ignore[misc]
-    print(markdown(table))
+            with table.attempt(f"texts={args.texts},{mode}", "bigbatch", "passages_per_s", "passages/s"):
+                measure(table, folder, mode, texts, reference, args)
+            table.save(args.output)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,103 @@
-"""The losses that `scripts.bench.loss` compares, each as one function from a problem to (mean loss, dqueries, dpassages)."""
+"""The losses that `scripts.bench.loss` and `scripts.bench.ring` compare, from one rank's rows to (mean loss, dqueries, dpassages)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy, normalize
 
 from kernels.infonce.api import Exclusions, infonce
+from kernels.infonce.exclusions import Pairs
+from retriever.config import LossConfig
+from retriever.data.batch import KnownPairs, Targets
+from retriever.loss import problem as strategy
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.offload import BLOCK_ROWS
+from retriever.loss.strategies import STRATEGIES
+from retriever.loss.tiled import tiled
+from retriever.parallel.host import host_rows
+from retriever.parallel.world import World
+from scripts.bench.measure import Result, tf32_products
 
-Result = tuple[Tensor, Tensor | None, Tensor | None]
+Found = tuple[Tensor, Tensor | None, Tensor | None]
+_ROWS_DRAWN = 65_536
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Query i's positive is passage i; all other passages are its negatives."""
+    """One rank's rows: query i's positive is passage i, every other passage of any rank is its negative. All ranks have equally many."""
 
-    queries: Tensor  # [b, d] bf16
-    passages: Tensor  # [b, d] bf16
+    queries: Tensor  # [B, D] bf16 unit vectors
+    passages: Tensor  # [B, D]
     temperature: float
-    exclusions: Exclusions  # every query's own passage and one more
+    world: World
 
     @property
-    def targets(self) -> Tensor:
+    def at(self) -> Tensor:
+        """Rows [B] on this rank."""
         return torch.arange(len(self.queries), device=self.queries.device)
+
+    @property
+    def ids(self) -> Tensor:
+        """The passages' ids [B], which no two ranks share."""
+        return self.at + self.world.rank * len(self.queries)
+
+    @cached_property
+    def known(self) -> Tensor:
+        """A second positive [B] of each query: a row of this rank."""
+        generator = torch.Generator(self.queries.device).manual_seed(0)
+        return torch.randint(len(self.queries), self.at.shape, device=self.queries.device, generator=generator)
+
+    @cached_property
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """Queries and passages in float32 in page-locked host memory."""
+        sides = (self.queries, self.passages)
+        copies = [host_rows(side.shape, torch.float32, self.world.device).copy_(side) for side in sides]
+        return copies[0], copies[1]
+
+    def for_strategy(self, *, dtype: torch.dtype = torch.bfloat16, symmetric: bool = False, **more: Any) -> strategy.Problem:
+        """What the project's strategies are given in training: the loader has looked up that no pair but the targets is known."""
+        B, none = len(self.queries), self.at.new_empty(0)
+        exclusions = Exclusions(self.ids, torch.arange(B + 1, device=self.queries.device), self.ids)
+        known = KnownPairs(Pairs(none, none), (B,) * self.world.size)
+        more |= {"known_pairs": known, "ignores": False, "largest": 1.0}  # of unit vectors
+        queries, passages, weight = self.queries.to(dtype), self.passages.to(dtype), 1 / (B * self.world.size)
+        return strategy.Problem(queries, passages, self.at, exclusions, 1 / self.temperature, weight, symmetric, "bf16", **more)
+
+
+def random_problem(world: World, b: int, dim: int, *, cosine: float = 0.3, temperature: float = 0.02, seed: int = 0) -> Problem:
+    """This rank's rows of a batch of `b`: random unit queries, passages with a cosine of `cosine` to theirs."""
+    generator = torch.Generator(world.device).manual_seed(seed + world.rank)
+    sides = [torch.empty(b // world.size, dim, dtype=torch.bfloat16, device=world.device) for _ in range(2)]
+    for queries, passages in zip(*(side.split(_ROWS_DRAWN) for side in sides), strict=True):
+        q, noise = (normalize(torch.randn(queries.shape, device=world.device, generator=generator), dim=1) for _ in range(2))
+        queries.copy_(q)
+        passages.copy_(normalize(cosine * q + math.sqrt(1 - cosine**2) * noise, dim=1))
+    return Problem(sides[0], sides[1], temperature, world)
+
+
+def reference(problem: Problem, *, symmetric: bool = False, masked: bool = False) -> Result:
+    """What this rank should have, in float64 by autograd, from the definition over all ranks' rows."""
+    gathered = [problem.world.gather_rows(side) for side in (problem.queries, problem.passages)]
+    q, p = (side.rows.double().requires_grad_() for side in gathered)
+    logits = q @ p.T / problem.temperature
+    targets = torch.arange(len(q), device=q.device)
+    if masked:
+        excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.known[:, None], True)
+        logits = logits.masked_fill(excluded.fill_diagonal_(False), -torch.inf)
+    loss = cross_entropy(logits, targets)
+    if symmetric:
+        loss = (loss + cross_entropy(logits.T, targets)) / 2
+    loss.backward()
+    assert q.grad is not None and p.grad is not None
+    return loss.detach(), q.grad[gathered[0].own], p.grad[gathered[1].own]
 
 
 @dataclass(frozen=True)
@@ -37,126 +105,153 @@ class Method:
     """A loss under the name it has in the table, and what it was asked to do."""
 
     name: str
-    condition: str  # what follows the batch size in the case, "" for the plain one
-    run: Callable[[Problem, bool], Result]  # (problem, with gradients)
-    largest: int = 131_072
+    condition: str  # what follows the batch in the case, "" for the plain one
+    run: Callable[[Problem, bool], Found]  # (problem, with gradients)
+    largest: int = 131_072  # global batch
     note: str = ""
     symmetric: bool = False
     masked: bool = False
 
 
 def methods() -> list[Method]:
-    """Every method of the table; a peer is imported when it first runs."""
+    """The losses of one GPU; a peer is imported when it first runs."""
+    note = "fp32 gradients"
     return [
-        Method("bigbatch", "", _bigbatch, note="fp32 gradients"),
-        Method("bigbatch", "workspace=256", lambda p, g: _bigbatch(p, g, workspace_mib=256), note="fp32 gradients"),
-        Method("bigbatch", "symmetric", lambda p, g: _bigbatch(p, g, symmetric=True), note="fp32 gradients", symmetric=True),
-        Method("bigbatch", "known=1", lambda p, g: _bigbatch(p, g, exclusions=p.exclusions), note="fp32 gradients", masked=True),
-        Method("bigbatch", "high", lambda p, g: _bigbatch(p, g, precision="high"), 65_536, "fp32 gradients"),
+        Method("bigbatch", "", _infonce, 2**20, note),
+        Method("bigbatch", "workspace=256", partial(_infonce, workspace_mib=256), note=note),
+        Method("bigbatch", "symmetric", partial(_infonce, symmetric=True), note=note, symmetric=True),
+        Method("bigbatch", "known=1", partial(_infonce, masked=True), note=note, masked=True),
+        Method("bigbatch", "high", partial(_infonce, precision="high"), 65_536, note),
         Method("dense", "", _dense, 65_536, "fp32 logits of tf32 products, fp32 gradients"),
         Method("dense", "bf16 logits", _dense_bf16, 65_536, "autocast, bf16 gradients"),
-        Method("dense", "checkpointed", _checkpointed, note="1,024 rows of fp32 logits of tf32 products at a time, fp32 gradients"),
         Method("inf-cl", "", _inf_cl, note="fp32 inputs, tf32 products, fp32 gradients"),
         Method("memeff", "", _memeff, note="one direction (its Qwen3 loss without mask), bf16 gradients"),
         Method("cce", "", _cce, note="exact (no filter), bf16 gradients; scale folded into the bf16 queries"),
-        Method("liger", "", lambda p, g: _liger(p, g, 1), note="bf16 gradients; scale folded into the bf16 queries"),
-        Method("liger", "8x chunks", lambda p, g: _liger(p, g, 8), note="chunk_mem_const=8, as above"),
+        Method("liger", "", partial(_liger, chunks=1), note="bf16 gradients; scale folded into the bf16 queries"),
+        Method("liger", "8x chunks", partial(_liger, chunks=8), note="chunk_mem_const=8, as above"),
     ]
 
 
-def _bigbatch(problem: Problem, gradients: bool, **options: Any) -> Result:
-    b = len(problem.queries)
-    weights = torch.full((b,), 1 / b, device=problem.queries.device)
-    out = infonce(
-        problem.queries, problem.passages, problem.targets, 1 / problem.temperature, weights=weights, gradients=gradients, **options
-    )  # fmt: skip
+def ring_methods() -> list[Method]:
+    """The losses over several ranks."""
+    ring: dict[str, Any] = {"exchange": "ring", "workspace_mib": 256}
+    note, ring_note = "fp32 gradients", "256 MiB workspace, fp32 gradients"
+    logits = "fp32 logits of tf32 products"
+    return [
+        Method("bigbatch", "gather", _tiled, 2**20, note),
+        Method("bigbatch", "ring", partial(_tiled, **ring), 2**22, ring_note),
+        Method("bigbatch", "gather,symmetric", partial(_tiled, symmetric=True), note=note, symmetric=True),
+        Method("bigbatch", "ring,symmetric", partial(_tiled, symmetric=True, **ring), note=ring_note, symmetric=True),
+        Method("bigbatch", "offload", _offloaded, 2**20, "rows and gradients in host memory, whose part is in the time"),
+        Method("dense", "", partial(_strategy, name="dense"), 32_768, f"b × b {logits} on every rank"),
+        Method("local", "", partial(_strategy, name="local"), 65_536, f"B × b {logits}"),
+        Method("disco", "", partial(_strategy, name="disco"), 65_536, f"B × b {logits}"),
+        Method("dense", "bf16 logits", _dense_bf16, note="passages gathered, autocast, bf16 gradients"),
+        Method("inf-cl", "ring", _inf_cl_ring, note="its ring, fp32 inputs, tf32 products"),
+        Method("memeff", "ring", partial(_memeff, loss="DistributedMemoryEfficientQwen3Loss"), note="its ring, bf16 gradients"),
+    ]
+
+
+def _infonce(problem: Problem, gradients: bool, *, masked: bool = False, **options: Any) -> Found:
+    b, device = len(problem.queries), problem.queries.device
+    if masked:
+        known = torch.stack([problem.at, problem.known], dim=1).flatten()
+        options["exclusions"] = Exclusions(problem.at, torch.arange(0, 2 * b + 1, 2, device=device), known)
+    weights = torch.full((b,), 1 / b, device=device)
+    sides = (problem.queries, problem.passages)
+    out = infonce(*sides, problem.at, 1 / problem.temperature, weights=weights, gradients=gradients, **options)
     return out.loss.mean(), out.dqueries, out.dpassages
+
+
+def _tiled(problem: Problem, gradients: bool, **options: Any) -> Found:
+    return _mean(problem, tiled(problem.for_strategy(**options), problem.world))
+
+
+def _strategy(problem: Problem, gradients: bool, *, name: str) -> Found:
+    with tf32_products():
+        return _mean(problem, STRATEGIES[name](problem.for_strategy(dtype=torch.float32), problem.world))
+
+
+def _mean(problem: Problem, result: Result) -> Found:
+    losses, dqueries, dpassages = result
+    return problem.world.sum(losses.sum()) / (len(losses) * problem.world.size), dqueries, dpassages
+
+
+def _offloaded(problem: Problem, gradients: bool) -> Found:
+    """The objective as training calls it over rows in host memory: blocks of training's size, several of them in a small batch."""
+    B = len(problem.queries)
+    config = LossConfig(temperature=problem.temperature, precision="bf16", workspace_mib=1024)
+    block_rows = BLOCK_ROWS if B > BLOCK_ROWS else max(1, 3 * B // 10)
+    objective = ContrastiveObjective(config, unit=True, block_rows=block_rows).to(problem.world.device)
+    at, ids = problem.at.cpu(), problem.ids.cpu()
+    loss, dqueries, dpassages = objective(
+        *problem.on_host, Targets(at, ids, torch.arange(B + 1), ids, B * problem.world.size), problem.world
+    )
+    return problem.world.sum(loss), dqueries, dpassages
 
 
 def _with_autograd(
     problem: Problem, gradients: bool, loss_of: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.bfloat16
-) -> Result:
+) -> Found:
+    """`loss_of` (queries, passages) is this rank's part of the loss."""
     queries, passages = (x.to(dtype).detach().requires_grad_(gradients) for x in (problem.queries, problem.passages))
     with torch.set_grad_enabled(gradients):
         loss = loss_of(queries, passages)
-    if not gradients:
-        return loss, None, None
-    loss.backward()
-    return loss.detach(), queries.grad, passages.grad
+    if gradients:
+        loss.backward()
+    return problem.world.sum(loss.detach()), queries.grad, passages.grad
 
 
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+def _dense(problem: Problem, gradients: bool) -> Found:
+    with tf32_products():
+        return _with_autograd(problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.at), torch.float32)
 
 
-def _dense(problem: Problem, gradients: bool) -> Result:
-    with _tf32():
-        return _with_autograd(
-            problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.targets), torch.float32
-        )  # fmt: skip
+def _dense_bf16(problem: Problem, gradients: bool) -> Found:
+    """All passages beside one another, cross-entropy over bf16 logits by autograd, gradients home by a reduce-scatter."""
+    world = problem.world
+    gathered = world.gather_rows(problem.passages)
+    every = gathered.rows.detach().requires_grad_(gradients)
+    targets = problem.at + gathered.own.start
+    loss, dqueries, _ = _with_autograd(
+        problem, gradients, lambda q, _: cross_entropy(q @ every.T / problem.temperature, targets) / world.size
+    )
+    return loss, dqueries, world.reduce_rows(every.grad, gathered.counts) if every.grad is not None else None
 
 
-def _dense_bf16(problem: Problem, gradients: bool) -> Result:
-    return _with_autograd(problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.targets))
-
-
-def _checkpointed(problem: Problem, gradients: bool) -> Result:
-    targets, b = problem.targets, len(problem.queries)
-
-    def chunk(q: Tensor, p: Tensor, t: Tensor) -> Tensor:
-        return cross_entropy(q @ p.T / problem.temperature, t, reduction="sum")
-
-    def loss_of(q: Tensor, p: Tensor) -> Tensor:
-        total = q.new_zeros(())
-        for rows, t in zip(q.split(1024), targets.split(1024), strict=True):
-            total = total + checkpoint(chunk, rows, p, t, use_reentrant=False)
-        return total / b
-
-    with _tf32():
-        return _with_autograd(problem, gradients, loss_of, torch.float32)
-
-
-def _inf_cl(problem: Problem, gradients: bool) -> Result:
+def _inf_cl(problem: Problem, gradients: bool) -> Found:
     cal_flash_loss = import_module("inf_cl").cal_flash_loss
-
-    return _with_autograd(
-        problem, gradients, lambda q, p: cal_flash_loss(q, p, problem.targets, scale=1 / problem.temperature).mean(), torch.float32
-    )  # fmt: skip
+    scale = 1 / problem.temperature
+    return _with_autograd(problem, gradients, lambda q, p: cal_flash_loss(q, p, problem.at, scale=scale).mean(), torch.float32)
 
 
-def _memeff(problem: Problem, gradients: bool) -> Result:
-    loss = import_module("memeff").MemoryEfficientQwen3Loss(
-        temperature=problem.temperature, margin=2.0, use_qq_negatives=False, use_dd_negatives=False, normalized_inputs=True, stable=False
-    )
-    return _with_autograd(problem, gradients, lambda q, p: loss(q, p))
+def _inf_cl_ring(problem: Problem, gradients: bool) -> Found:
+    cal_inf_loss = import_module("inf_cl").cal_inf_loss
+    size = problem.world.size
+    return _with_autograd(problem, gradients, lambda q, p: cal_inf_loss(q / problem.temperature, p) / size, torch.float32)
 
 
-def _cce(problem: Problem, gradients: bool) -> Result:
+def _memeff(problem: Problem, gradients: bool, *, loss: str = "MemoryEfficientQwen3Loss") -> Found:
+    settings = {"margin": 2.0, "use_qq_negatives": False, "use_dd_negatives": False, "normalized_inputs": True, "stable": False}
+    return _with_autograd(problem, gradients, getattr(import_module("memeff"), loss)(temperature=problem.temperature, **settings))
+
+
+def _cce(problem: Problem, gradients: bool) -> Found:
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
-
-    return _with_autograd(
-        problem, gradients, lambda q, p: linear_cross_entropy(q / problem.temperature, p, problem.targets, filter_eps=None)
-    )
+    return _with_autograd(problem, gradients, lambda q, p: linear_cross_entropy(q / problem.temperature, p, problem.at, filter_eps=None))
 
 
-def _liger(problem: Problem, gradients: bool, chunks: int) -> Result:
+def _liger(problem: Problem, gradients: bool, *, chunks: int) -> Found:
     ops = import_module("liger_kernel.ops.fused_linear_cross_entropy")
-
     if not gradients:  # its autograd function computes gradients in the forward; this is the loss alone
         scaled = problem.queries / problem.temperature
-        return ops.fused_linear_cross_entropy_forward(scaled, problem.passages, problem.targets, chunk_mem_const=chunks)[0], None, None
+        return ops.fused_linear_cross_entropy_forward(scaled, problem.passages, problem.at, chunk_mem_const=chunks)[0], None, None
 
     def loss_of(q: Tensor, p: Tensor) -> Tensor:
         scaled = q / problem.temperature
         if chunks == 1:
-            return ops.LigerFusedLinearCrossEntropyFunction.apply(scaled, p, problem.targets)[0]
-        return _LigerChunks.apply(scaled, p, problem.targets, chunks)
+            return ops.LigerFusedLinearCrossEntropyFunction.apply(scaled, p, problem.at)[0]
+        return _LigerChunks.apply(scaled, p, problem.at, chunks)
 
     return _with_autograd(problem, gradients, loss_of)
 

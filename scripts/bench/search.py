@@ -19,18 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.engines.embeddings import passage_ids
-from eval.engines.faiss_index import index_spec
-from eval.engines.topk import PassageOrder
+from eval.engines.faiss_index import index_spec, open_index
 from eval.search import search
 from eval.trec import Ranking
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
+from scripts.bench.measure import peak_gib, reset_peak
 from scripts.bench.tables import Table
 
 _SHARD_ROWS = 65_536
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "pyarrow")
-_ADDED_AT_ONCE = 20_000
 _WRITERS = 8  # threads
 _IN_MEMORY = Path("/dev/shm")  # files there are page cache and nothing else
 
@@ -84,23 +82,14 @@ def measure_exact(table: Table, given: argparse.Namespace, device: torch.device)
         started = time.perf_counter()
         passages = write_shards(Path(folder), given.passages, given.dimension, given.dtype, device)
         table.add(case, "shards", "written", time.perf_counter() - started, "s")
-        with ThreadPoolExecutor(_WRITERS) as pool:  # into the page cache, where they are not there yet
-            sum(pool.map(_read, sorted(passages.folder.glob("*.npy"))))
         queries = unit_vectors(given.queries, given.dimension, 0, device).cpu().numpy()
         query_ids = [str(i) for i in range(given.queries)]
-        started = time.perf_counter()
-        PassageOrder(passage_ids(passages))
-        table.add(case, "ids", "read and ordered", time.perf_counter() - started, "s", "part of every search")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(device)
         for repeat in range(given.repeats):
             started = time.perf_counter()
             run = search(queries, query_ids, passages, given.k, world=World(device), engine="torch", memory_gib=given.memory_gib)
             table.add(case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings")
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            table.add(case, "exact, torch", "device memory", peak, "GiB", f"--memory-gib {given.memory_gib:g}")
+        table.add(case, "exact, torch", "device memory", peak_gib(device), "GiB", f"--memory-gib {given.memory_gib:g}")
         table.add(case, "exact, torch", "host memory, peak", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
         table.add(case, "exact, torch", "host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards")
         sample = np.linspace(0, given.queries - 1, min(given.sample, given.queries)).astype(int)
@@ -115,13 +104,6 @@ def _roomy(given: argparse.Namespace) -> Path | None:
     """The memory's file system where the shards fit into half of what is free there; None: the system's temporary folder."""
     needed = given.passages * given.dimension * np.dtype(given.dtype).itemsize
     return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * needed else None
-
-
-def _read(file: Path) -> int:
-    """Reads a file from end to end, a piece at a time; returns its bytes."""
-    with file.open("rb", buffering=0) as stream:
-        piece = bytearray(1 << 24)
-        return sum(iter(lambda: stream.readinto(piece), 0))
 
 
 class Clustered:
@@ -146,16 +128,14 @@ def measure_indexes(table: Table, given: argparse.Namespace, device: torch.devic
     case = f"{data.rows:,} × {data.dimension} clustered, {len(data.queries):,} queries"
     run = search(data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch")
     exact = np.array([[int(i) for i in ranking.passage_ids] for ranking in run.values()])  # [Q, 100]
-    plan = [("flat", [""]), ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]), ("ivfpq", [f"nprobe={n}" for n in (64, 256)])]
+    plan = [("Flat", [""]), ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]), ("ivfpq", [f"nprobe={n}" for n in (64, 256)])]
     plan.append((f"hnsw efConstruction={given.ef_construction}", [f"efSearch={n}" for n in (128, 256, 512)]))
     for name, depths in plan:
-        factory = "Flat" if name == "flat" else index_spec(name, data.rows, data.dimension, 100).factory
-        index, seconds = _built(name, factory, data, given.build_seconds)
-        method = f"{name} ({factory})"
-        enough = index.ntotal == data.rows
-        note = f"{faiss.omp_get_max_threads()} threads" if enough else f"stopped after {index.ntotal:,} passages"
-        table.add(case, method, "built", seconds if enough else None, "s", note)
-        for depth in depths if enough else []:
+        started = time.perf_counter()
+        index = open_index(data, name, 100)
+        method = f"{name} ({index_spec(name, data.rows, data.dimension, 100).factory})"
+        table.add(case, method, "built", time.perf_counter() - started, "s", f"{faiss.omp_get_max_threads()} threads")
+        for depth in depths:
             if depth:
                 faiss.ParameterSpace().set_index_parameters(index, depth)  # type: ignore[arg-type]
             index.search(data.queries[:16], 100)  # threads started
@@ -167,40 +147,11 @@ def measure_indexes(table: Table, given: argparse.Namespace, device: torch.devic
             table.add(case, f"{method} {depth}".strip(), "queries/s", rate, "1/s")
 
 
-def _built(name: str, factory: str, data: Clustered, seconds: float) -> tuple[faiss.Index, float]:
-    """The index and how long it took; adding stops after `seconds`."""
-    started = time.perf_counter()
-    index = faiss.index_factory(data.dimension, factory, faiss.METRIC_INNER_PRODUCT)
-    for parameter in name.split()[1:]:
-        faiss.ParameterSpace().set_index_parameters(index, parameter)  # type: ignore[arg-type]
-    lists = faiss.try_extract_index_ivf(index)
-    if lists is not None:
-        drawn = np.random.default_rng(0).permutation(data.rows)[: max(16_384, 64 * lists.nlist)]
-        index.train(data.passages[drawn])
-    for first in range(0, data.rows, _ADDED_AT_ONCE):
-        if time.perf_counter() - started > seconds:
-            break
-        index.add(data.passages[first : first + _ADDED_AT_ONCE])
-    return index, time.perf_counter() - started
-
-
 def _status_gib(field: str) -> float | None:
     """A field of /proc/self/status in GiB, None where the system has none."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def format_markdown(table: Table) -> str:
-    """The table for `docs/bench`: a section a case."""
-    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
-    lines = ["# Search", "", f"`{table.command}` at {table.commit[:10]}; {table.hardware}; {versions}."]
-    for case in dict.fromkeys(row.case for row in table.rows):
-        lines += ["", f"## {case}", "", "| method | figure | value | |", "|---|---|---|---|"]
-        for row in (row for row in table.rows if row.case == case):
-            value = "not measured" if row.value is None else f"{row.value:.4g} {row.unit}".strip()
-            lines.append(f"| {row.method} | {row.metric} | {value} | {row.note} |")
-    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -219,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ann-queries", type=int, default=1_000)
     parser.add_argument("--ann-dimension", type=int, default=128)
     parser.add_argument("--ef-construction", type=int, default=64, help="of HNSW (default: %(default)s)")
-    parser.add_argument("--build-seconds", type=float, default=60, help="adding to an index stops then (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/bench/search.json"), help="and .md beside it (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/bench/search.json"))
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table.begin(_PACKAGES)
@@ -231,7 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measure(table, given, device)
         finally:  # what was measured is kept, whatever happens after it
             table.save(given.output)
-            given.output.with_suffix(".md").write_text(format_markdown(table), encoding="utf-8")
 
 
 if __name__ == "__main__":

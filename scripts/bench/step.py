@@ -7,7 +7,7 @@
 
 BertConfig's defaults with random weights, pairs of MS MARCO's lengths from a token store, bf16 autocast, dropout 0.1, AdamW. A form whose
 gradient is wrong, or whose replayed chunks differ from kept ones, is not timed. What is measured is saved as it comes, our default form,
-the floor and the peers first. `scripts.bench.step_report` makes the table and the plot.
+the floor and the peers first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", choices=_METHODS, default=list(_METHODS))
     parser.add_argument("--seconds", type=float, default=4.0, help="of each timing (default: %(default)s)")
     parser.add_argument("--settings", nargs="*", default=[], metavar="key=value", help="of every run of ours")
-    parser.add_argument("--cudnn-attention", action="store_true", help="leave torch its choice of cuDNN for padded attention")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, dimension 32")
     args = parser.parse_args(arguments)
-    settle_torch(cudnn_attention=args.cudnn_attention)
+    settle_torch()
     world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model = BertConfig(**_TINY) if args.tiny else BertConfig()
     table = Table.begin(_PACKAGES)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import gc
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from transformers import BertModel
 
-from retriever.data.batch import Batch
-from retriever.plan.forecast import Forecast
 from retriever.retention import Retention
-from scripts.bench.loss import matmul_tflops
-from scripts.bench.step_methods import ALL_GRAPHS, Sample, Stages, Trainer, Work, gradient_error, replays_bitwise, sample
-from scripts.bench.step_peers import MiniBatch, Peer, best_sample, padded_attention
+from scripts.bench.measure import add_matmul_rate
+from scripts.bench.step_methods import ALL_GRAPHS, Sample, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_peers import MiniBatch, Peer, best_sample
 from scripts.bench.tables import Table
 
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
@@ -27,7 +23,6 @@ _ROUNDING = 1e-4  # an error that fp32 may have
 _CHECKED_PAIRS = 128
 _REFERENCE_SIZE = 4096  # tokens of a chunk
 _SMALL = 4096  # pairs
-_STAGED_STEPS = 3
 _TWO_STEPS = 32_768  # pairs: a larger batch is trained on once
 
 
@@ -66,9 +61,7 @@ class Bench:
 
     def __init__(self, work: Work, table: Table, output: Path, seconds: float) -> None:
         self.work, self.table, self._output, self._seconds = work, table, output, seconds
-        self.tflops = matmul_tflops() if work.device.type == "cuda" else None
-        if self.tflops is not None:
-            table.add("8192x8192x8192", "floor", "matmul_tflops", self.tflops, "TFLOP/s", "best of five medians, bf16")
+        self.tflops = add_matmul_rate(table, work.device)
         self._sizes: dict[int, int] = {}  # tokens of a chunk that were measured to be best, by pairs in the batch
         self._checked: dict[tuple[str, ...], bool] = {}
         with torch.device("meta"):
@@ -78,51 +71,37 @@ class Bench:
     def measure_form(self, queries: int, form: Form) -> None:
         """Our step in one form, checked first."""
         case = _case(queries, form.condition)
-        with self._failures_named(case, "bigbatch"):
+        with self.table.attempt(case, "bigbatch", "pairs_per_s", "pairs/s"):
             trainer = self._trainer(queries, form)
             if not self._right(trainer, form, case):
                 return
             self._warm(trainer, queries)
             with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-                found, stages = self._timed(trainer, batches, apart=form is AUTO and queries <= _TWO_STEPS)
+                large = queries > _TWO_STEPS
+                found = sample(trainer.step, batches, self.work.device, self._seconds / (1 + large), warm=not large)
             self._add(case, "bigbatch", queries, found, _modes(trainer))
-            for name, value in stages._asdict().items():
-                self.table.add(case, "bigbatch", name, value, "ms")
-            if self.tflops is not None:
-                bound = 6 * queries**2 * self.work.model.hidden_size / self.tflops / 1e9
-                self.table.add(case, "bigbatch", "loss_bound_ms", bound, "ms", "6·b²·d over the matmul rate")
             graphs = min(1.0, trainer.retention.graphs / found.tokens)
             self.table.add(case, "bigbatch", "retained", graphs, "of tokens")
             self.table.add(case, "bigbatch", "products", min(1.0 - graphs, trainer.retention.products / found.tokens), "of tokens")
-            if trainer.forecast is not None:
-                self._add_forecast(case, trainer.forecast)
-            self._against_floor(case, queries)
-
-    def _timed(self, trainer: Trainer, batches: Iterator[Batch], *, apart: bool) -> tuple[Sample, Stages]:
-        """Whole steps after an unmeasured one, and the middle of the stages of others; or, not `apart`, steps that are both."""
-        stages: list[Stages] = []
-        if apart:
-            found = sample(trainer.step, batches, self.work.device, self._seconds)
-            stages = [trainer.staged_step(next(batches)) for _ in range(_STAGED_STEPS)]
-            return found, Stages(*map(median, zip(*stages, strict=True)))
-        found = sample(lambda batch: stages.append(trainer.staged_step(batch)), batches, self.work.device, self._seconds / 2, 0)
-        return found, stages[-1]
+            if (forecast := trainer.forecast) is not None:
+                self.table.add(case, "bigbatch", "predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
+                if forecast.working_bytes:
+                    self.table.add(case, "bigbatch", "predicted_peak_gib", forecast.peak_bytes / 2**30, "GiB")
 
     def measure_floor(self, queries: int) -> None:
-        """One pass of our own encoder in its default form; rows measured before of this size are held against it."""
+        """One pass of our own encoder in its default form."""
         case = _case(queries)
-        with self._failures_named(case, "floor"):
+        with self.table.attempt(case, "floor", "pairs_per_s", "pairs/s"):
             trainer = self._trainer(queries, Form(""))
             self._warm(trainer, queries)
             with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
                 found = sample(trainer.single_pass, batches, self.work.device, self._seconds)
             self._add(case, "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
-            self._against_floor(case, queries)
 
     def measure_peer(self, name: str, make: Callable[[Work], Peer], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool) -> None:
         """A peer at its best mini-batch size."""
         case = _case(queries, "sorted" if by_length else "")
-        with self._failures_named(case, name):
+        with self.table.attempt(case, name, "pairs_per_s", "pairs/s"):
             peer = make(self.work)
             found, size = best_sample(self.work, peer, queries, sizes, by_length=by_length, seconds=self._seconds)
             order = "sorted by length beforehand" if by_length else "in the data's order"
@@ -136,16 +115,6 @@ class Bench:
         gc.collect()
         if self.work.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    @contextmanager
-    def _failures_named(self, case: str, method: str) -> Iterator[None]:
-        """A method may fail in any way: the table says how, and the next one has its turn."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            reason = f"does not run: {type(error).__name__}: {str(error)[:160]}"
-            self.table.add(case, method, "pairs_per_s", None, "pairs/s", reason)
 
     def _trainer(self, queries: int, form: Form) -> Trainer:
         size = self._sizes.get(queries, max(self._sizes.values(), default=None))
@@ -188,20 +157,6 @@ class Bench:
         if found.waited is not None:
             add("waited", found.waited, "of the step")
 
-    def _add_forecast(self, case: str, forecast: Forecast) -> None:
-        """What was predicted before the first step."""
-        add = partial(self.table.add, case, "bigbatch")
-        add("predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
-        for name in Stages._fields:
-            add(f"predicted_{name}", 1e3 * getattr(forecast, name.removesuffix("_ms") + "_s"), "ms")
-        if forecast.working_bytes:
-            add("predicted_peak_gib", forecast.peak_bytes / 2**30, "GiB")
-
-    def _against_floor(self, case: str, queries: int) -> None:
-        floor, own = (self.table.get(c, m, "pairs_per_s") for c, m in ((_case(queries), "floor"), (case, "bigbatch")))
-        if floor is not None and own is not None:
-            self.table.add(case, "bigbatch", "overhead", floor / own, "× the floor's time")
-
 
 def _case(queries: int, condition: str = "") -> str:
     return f"b={queries}" + (f",{condition}" if condition else "")
@@ -211,5 +166,4 @@ def _modes(trainer: Trainer) -> str:
     """How the towers computed."""
     model = trainer.config.model
     layers = "fused" if model.fused else "compiled" if model.compile else "library's"
-    modes = f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"
-    return modes if model.attention == "packed" else f"{modes}, {padded_attention()}"
+    return f"{model.attention}, {layers} layers, chunks of {trainer.config.batch.tokens_per_chunk} tokens"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,21 +28,22 @@ from retriever.plan.step_plan import StepPlanner
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
+from scripts.bench.measure import now, peak_gib, reset_peak
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
 
 
-def settle_torch(*, cudnn_attention: bool) -> None:
+def settle_torch() -> None:
     """What holds for all methods of a process; to be called before anything is on the device.
 
-    Segments of memory grow, as in `retriever/train.py`. Padded attention goes without cuDNN unless it is asked for: on Hopper torch prefers
+    Segments of memory grow, as in `retriever/train.py`. Padded attention goes without cuDNN: on Hopper torch prefers
     cuDNN wherever a mask is given, and that spends up to a second on a plan for each new number and length of texts, which is most of the
     time of a short run whose chunks all have another shape.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,6 @@ class Work:
 
 
 ALL_GRAPHS = Retention(graphs=EVERYTHING)
-
-
-class Stages(NamedTuple):
-    """Milliseconds of the four stages of one step."""
-
-    first_pass_ms: float
-    loss_ms: float
-    second_pass_ms: float
-    update_ms: float
 
 
 class Trainer:
@@ -123,21 +114,6 @@ class Trainer:
         """One step of training."""
         return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retention)
 
-    def staged_step(self, batch: Batch) -> Stages:
-        """One step with its stages timed; the same calls as `train_step` makes."""
-        clock = _Clock(self.world.device)
-        seed_step(_SEED, batch.step, 0)
-        clock.mark()
-        representations, passes = encode_without_graph(self.encoder, batch, self.retention)
-        clock.mark()
-        _, gradients = representation_gradients(self.objective, representations, batch, self.world)
-        clock.mark()
-        backward_through_encoder(self.encoder, batch, gradients, passes)
-        clock.mark()
-        self.optimizer.clip_and_step(batch.step)
-        clock.mark()
-        return Stages(*clock.milliseconds())
-
     def single_pass(self, batch: Batch) -> None:
         """What a cache adds to: every chunk encoded once, with its graph, given gradients pulled back through it, and the update."""
         generator = torch.Generator(self.world.device).manual_seed(_SEED)
@@ -159,29 +135,6 @@ class Trainer:
         return found
 
 
-class _Clock:
-    """Moments on the device's own time line where it has one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[torch.cuda.Event | float] = []
-
-    def mark(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def milliseconds(self) -> list[float]:
-        """Between each mark and the next."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [a.elapsed_time(b) if isinstance(a, torch.cuda.Event) else 1e3 * (b - a) for a, b in pairs]  # type: ignore[arg-type,operator]
-
-
 class Sample(NamedTuple):
     """A method's steps, measured."""
 
@@ -191,28 +144,19 @@ class Sample(NamedTuple):
     peak_gib: float | None
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def sample(step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1) -> Sample:
     """The mean of steps that together take about `seconds`, at least two of them (one where one takes longer), after `warm` unmeasured."""
     for _ in range(warm):
         step(next(batches))
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    done, tokens, waited, elapsed, started = 0, 0, 0.0, 0.0, time.perf_counter()
+    started = now(device)
+    reset_peak(device)
+    done, tokens, waited, elapsed = 0, 0, 0.0, 0.0
     while done == 0 or (done < 2 and elapsed < seconds) or elapsed + elapsed / done < seconds:
         batch = next(batches)
         step(batch)
-        synchronize(device)
+        elapsed = now(device) - started
         done, tokens, waited = done + 1, tokens + batch.tokens, waited + batch.chunks.waited_s
-        elapsed = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return Sample(elapsed / done, tokens / done, waited / elapsed, peak)
+    return Sample(elapsed / done, tokens / done, waited / elapsed, peak_gib(device))
 
 
 def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:

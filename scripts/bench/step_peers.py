@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +18,10 @@ from retriever.data.layout import pad_rows
 from retriever.data.planner import Planner
 from retriever.rng import RngState
 from scripts.bench.flash import provide
+from scripts.bench.measure import now, peak_gib, reset_peak, tf32_products
 from scripts.bench.passages import word_tokenizer
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
-from scripts.bench.step_methods import Sample, Work, synchronize
+from scripts.bench.step_methods import Sample, Work
 
 Texts = list[np.ndarray]  # token ids of each text, special tokens included
 Features = dict[str, Any]  # of n texts: input_ids and attention_mask [n, width], or what sentence-transformers' own collator gives
@@ -104,7 +103,7 @@ def best_sample(
     texts = pairs_of(work, queries, by_length=by_length)
     whole = peer.pair(*texts)
     tokens = sum(len(text) for side in texts for text in side)
-    with _tf32():
+    with tf32_products():
         times: dict[MiniBatch, float] = {}
         for size in sizes:
             # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
@@ -113,46 +112,29 @@ def best_sample(
             if fits and (seconds_ := _seconds(work, partial(peer.step, *part, size))) is not None:
                 times[size] = seconds_
         for best in sorted(times, key=lambda size: times[size]):
-            if work.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(work.device)
+            reset_peak(work.device)
             spent: list[float] = []
             while not spent or (len(spent) < 2 and spent[0] < seconds) or sum(spent) + spent[-1] < seconds:
                 if (took := _seconds(work, partial(peer.step, *whole, best))) is None:
                     break
                 spent.append(took)
             if spent:
-                peak = torch.cuda.max_memory_allocated(work.device) / 2**30 if work.device.type == "cuda" else None
-                return Sample(min(spent), tokens, None, peak), best
+                return Sample(min(spent), tokens, None, peak_gib(work.device)), best
     raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
 
 
 def _seconds(work: Work, call: Callable[[], object]) -> float | None:
     """What a call takes; None where memory does not suffice."""
-    synchronize(work.device)
-    started = time.perf_counter()
+    started, fits = now(work.device), True
     try:
         call()
     except torch.cuda.OutOfMemoryError:
         fits = False
-    else:
-        fits = True
-    synchronize(work.device)
-    taken = time.perf_counter() - started
+    taken = now(work.device) - started
     if not fits:  # here and not above: the error holds on to what its call had allocated
         gc.collect()
         torch.cuda.empty_cache()
     return taken if fits else None
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Products of fp32 matrices in TF32 meanwhile."""
-    usual = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(usual)
 
 
 def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
@@ -165,7 +147,7 @@ def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    note, kwargs = padded_attention(), dict[str, Any]()
+    note, kwargs = "padded", dict[str, Any]()
     if flash:
         note, kwargs = f"flash attention, unpadded; {provide()}", {"attn_implementation": "flash_attention_2"}
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +208,7 @@ def gradient_cache(work: Work) -> Peer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Peer(step, partial(padded_features, work), padded_attention())
+    return Peer(step, partial(padded_features, work), "padded")
 
 
 def _chunks(side: Features, size: int) -> Iterator[Features]:
@@ -241,11 +223,6 @@ def _embed(tower: BertModel, chunk: Features) -> Tensor:
         hidden = tower(**chunk).last_hidden_state.float()  # [n, width, D]
     mask = chunk["attention_mask"][..., None]
     return normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
-
-
-def padded_attention() -> str:
-    """Which kernels padded attention may take."""
-    return "attention with cuDNN allowed" if torch.backends.cuda.cudnn_sdp_enabled() else "attention without cuDNN"
 
 
 PEERS: dict[str, Callable[[Work], Peer]] = {

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Table:
     hardware: str
     versions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
+    note: str = ""  # what a reader of the page should know besides
 
     @staticmethod
     def begin(packages: Sequence[str]) -> Table:
@@ -53,6 +55,14 @@ class Table:
         """The value of a row, None where there is none."""
         return next((r.value for r in self.rows if (r.case, r.method, r.metric) == (case, method, metric)), None)
 
+    @contextmanager
+    def attempt(self, case: str, method: str, metric: str, unit: str) -> Iterator[None]:
+        """What fails inside becomes a row with the reason: one method that does not run must not lose the figures of the others."""
+        try:
+            yield
+        except Exception as error:
+            self.add(case, method, metric, None, unit, f"does not run: {type(error).__name__}: {str(error)[:160]}")
+
     def save(self, path: Path) -> None:
         """Writes the JSON."""
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
@@ -63,6 +73,11 @@ class Table:
         content: dict[str, Any] = json.loads(path.read_text())
         rows = [Row(**row) for row in content.pop("rows")]
         return Table(**content, rows=rows)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _module() -> str:

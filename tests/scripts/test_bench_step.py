@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,14 +24,12 @@ from kernels.layers.post_norm import Products, without_graph
 from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
-from scripts.bench import flash, step, step_bench, step_curves, step_report
+from scripts.bench import flash, step
 from scripts.bench.step_bench import PACKED_FUSED, PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
-from scripts.bench.step_methods import ALL_GRAPHS, Trainer, Work
+from scripts.bench.step_methods import Trainer, Work
 from scripts.bench.step_peers import PEERS, MiniBatch, Peer, best_sample, padded_features, pairs_of
 from scripts.bench.tables import Table
-
-STAGES = ("first_pass_ms", "loss_ms", "second_pass_ms", "update_ms")
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +50,17 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     table = Table.load(output)
     ours = ["b=8", "b=16", "b=16,nothing kept", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
     for case in ours:
-        assert all((table.get(case, "bigbatch", name) or 0) > 0 for name in ("pairs_per_s", "tokens_per_s", *STAGES)), case
+        assert all((table.get(case, "bigbatch", name) or 0) > 0 for name in ("pairs_per_s", "tokens_per_s")), case
         assert 0 <= (table.get(case, "bigbatch", "waited") or 0) < 1
     for case in ("b=8", "b=16"):
-        assert (table.get(case, "bigbatch", "overhead") or 0) > 0 and (table.get(case, "floor", "pairs_per_s") or 0) > 0
-        assert all((table.get(case, "bigbatch", f"predicted_{name}") or 0) > 0 for name in ("pairs_per_s", *STAGES))
+        assert (table.get(case, "floor", "pairs_per_s") or 0) > 0
+        assert (table.get(case, "bigbatch", "predicted_pairs_per_s") or 0) > 0
     for case, method in itertools.product(("b=16", "b=16,sorted"), step.PEERS):
         (row,) = (row for row in table.rows if (row.case, row.method, row.metric) == (case, method, "pairs_per_s"))
         assert row.value is None if method == "sentence-transformers-flash" else (row.value or 0) > 0
         assert row.value is not None or ("does not run" in row.note and "FlashAttention2 is not available on CPU" in row.note)
     timed = [(row.case, row.method) for row in table.rows if row.metric == "pairs_per_s"]
     assert timed.index(("b=16,sorted", "gradcache")) < timed.index(("b=8", "bigbatch")) < timed.index(("b=16,packed", "bigbatch"))
-
-    step_report.main([str(output)])
-    page = output.with_suffix(".md").read_text()
-    assert "| b=16,sorted | sentence-transformers |" in page and "| b=8,cache | bigbatch |" in page
-    assert output.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_the_page_says_what_a_run_did_not_come_to() -> None:
-    table = Table("python -m scripts.bench.step", "0" * 40, "a machine", {})
-    for case, method, rate in (("b=16", "bigbatch", 300.0), ("b=16", "sentence-transformers", 120.0), ("b=16,sorted", "gradcache", None)):
-        table.add(case, method, "pairs_per_s", rate, "pairs/s", "as it was")
-    page = step_report.markdown([table], note="Stopped after a minute.").splitlines()
-    assert "Stopped after a minute." in page
-    assert "| b=16 | sentence-transformers | 120 | 2.50× |" + " — |" * 7 + " as it was |" in page
-    assert "| b=16,sorted | gradcache | — |  |" + " — |" * 7 + " as it was |" in page
-    for row in ("| b=16 | gradcache |", "| b=16,sorted | sentence-transformers |"):
-        assert row + " — |  |" + " — |" * 7 + " not measured |" in page
 
 
 def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +118,7 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     matrix = modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
     monkeypatch.setitem(matrix, 2, {**matrix[2], "supported_devices": ((lambda: True, "cuda"),)})
     monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.startswith(tempfile.gettempdir())])
     flash.provide.cache_clear()
     yield called
     monkeypatch.undo()
@@ -191,24 +173,6 @@ def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
     own = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i)).mean() for i in range(500)])
     other = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i + 1)).mean() for i in range(500)])
     assert own == pytest.approx(0.8, abs=0.05) and other < 0.05
-
-
-def test_curves_of_all_forms_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = [form for form in step_curves.forms(512) if "compiled" not in form.condition]
-    monkeypatch.setattr(step_curves, "forms", lambda tokens_per_chunk: compared)
-    output = tmp_path / "curves.json"
-    step_curves.main(["--tiny", "--queries", "16", "--steps", "4", "--lr", "2e-3", "--output", str(output)])
-    table = Table.load(output)
-    gaps = {form.condition: table.get("b=16,steps=4", form.condition, "largest_gap") for form in compared}
-    assert gaps["padded"] == 0.0
-    assert gaps["packed, fused"] == gaps["packed, fused, products kept"] == gaps["packed, fused, graphs kept"]
-    assert all(gap is not None and gap < 0.05 for gap in gaps.values()) and gaps["padded, fp32"] != 0
-    assert table.get("b=16,steps=4", "packed", "last_loss") < table.get("step=0", "packed", "loss")  # type: ignore[operator]
-    step_report.plot_curves(table, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    page = step_report.markdown([], [table, table])
-    assert page.count(f"| {table.hardware} | packed, fused, graphs kept |") == 2
-    assert step_bench.RECOMPUTING[0].retention == ALL_GRAPHS
 
 
 def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
