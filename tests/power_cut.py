@@ -35,7 +35,7 @@ class PowerCuts:
         self._synced = dict(self._contents)
 
     def __enter__(self) -> PowerCuts:
-        self._before, files.before = files.before, self._observe  # type: ignore[assignment]
+        self._before, files.before = files.before, self._observe
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -77,7 +77,7 @@ def rank_batch(
             chunk = Chunk(side, torch.from_numpy(part), pack_rows(own) if packed else pad_rows(own, 0))  # type: ignore[arg-type]
             chunks.append(lambda chunk=chunk: chunk)
         missing = chunks_a_side - sum(chunk().side == side for chunk in chunks)
-        chunks += [lambda side=side: filler(side, packed=packed)] * missing  # type: ignore[misc]
+        chunks += [lambda side=side: filler(side, packed=packed)] * missing
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
 

@@ -44,7 +44,7 @@ class Recording(nn.Module):
         self.with_graph: list[bool] = []
 
     def forward(self, side: str, tokens: Padded | Packed, products: deque[Products] | None = None) -> Tensor:
-        output = self.encoder(side, tokens, products)  # type: ignore[arg-type]
+        output = self.encoder(side, tokens, products)
         self.outputs.append(output.detach().clone())
         self.with_graph.append(output.requires_grad)
         return output

@@ -77,7 +77,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
 
     with PowerCuts(disk) as cuts:
         run = _outputs(config(disk), monkeypatch)
-        telemetry = Telemetry(Accelerator(), run.metrics, finished=0, total=3, log_every=1)  # type: ignore[arg-type]
+        telemetry = Telemetry(Accelerator(), run.metrics, finished=0, total=3, log_every=1)
         for step, value in _EVALUATED.items():
             telemetry.log(step, {"train/loss": 1.0})
             telemetry.log(step, {"eval/x": value})

@@ -37,7 +37,7 @@ def _fused(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
 
 
 def test_settings_stand_for_tokens() -> None:
-    assert [given_tokens(setting) for setting in ("auto", True, False, 1, 700)] == [None, EVERYTHING, 0, 1, 700]  # type: ignore[arg-type]
+    assert [given_tokens(setting) for setting in ("auto", True, False, 1, 700)] == [None, EVERYTHING, 0, 1, 700]
     assert Retention.from_config(BatchConfig(retain=5, retain_products=True)) == (5, EVERYTHING)
     assert Retention.from_config(BatchConfig()) == (0, 0)
 

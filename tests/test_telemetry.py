@@ -51,7 +51,7 @@ def _report(step: int, waited_s: float = 0.0) -> StepReport:
 
 
 def _telemetry(folder: Path, forecast: Any = None, log_every: int = 2) -> Telemetry:
-    return Telemetry(Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast)  # type: ignore[arg-type]
+    return Telemetry(Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast)
 
 
 def _lines(folder: Path) -> list[dict[str, float]]:
@@ -119,5 +119,5 @@ def test_a_forecast_that_is_off_is_said_once(
 
 def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: Clock) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 6, "tra')
-    Telemetry(Accelerator(), tmp_path / "metrics.jsonl", finished=3, total=40, log_every=2)  # type: ignore[arg-type]
+    Telemetry(Accelerator(), tmp_path / "metrics.jsonl", finished=3, total=40, log_every=2)
     assert _lines(tmp_path) == [{"step": 2, "a": 1}]

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ INDEX, K = "IVF2,Flat nprobe=2", 5
 TEXTS = ("river storm", "the price of money", "a ship on the ocean, in winter")
 EMBEDDINGS, BM25 = "loop/work/mined/embeddings", "loop/work/mined/bm25"
 EXPORTS = ("run/export", "run/best", "adapted/export")
-_TINY = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16, "max_position_embeddings": 32}
+_TINY: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16, "max_position_embeddings": 32}
 _SHARED = {
     "model": {"name_or_path": "model", "query_max_tokens": 12, "passage_max_tokens": 24, "query_prompt": "query: "},
     "loss": {"temperature": 0.1, "precision": "fp32", "learn_temperature": True},

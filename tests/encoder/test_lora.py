@@ -126,7 +126,7 @@ def test_an_export_is_an_ordinary_model_of_merged_weights(tied: bool, tmp_path: 
     exported = export(encoder, load_tokenizer(folder), config, tmp_path / "export", probe_texts=TEXTS)
     for side in ("query", "passage"):
         live, start = _embed(encoder, folder, side), _embed(_encoder(folder, None), folder, side)
-        assert np.abs(load_encoder(exported).encode(TEXTS, side) - live).max() < 1e-5 < 1e-2 < np.abs(live - start).max()  # type: ignore[arg-type]
+        assert np.abs(load_encoder(exported).encode(TEXTS, side) - live).max() < 1e-5 < 1e-2 < np.abs(live - start).max()
         written = exported if tied else exported / side
         assert load_file(written / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
         assert type(AutoModel.from_pretrained(written).encoder.layer[0].output.dense) is nn.Linear

@@ -170,7 +170,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
 
     def gradients(products: Products | None) -> list[Tensor]:
         results = post_norm_layer(*given, products)
-        return [*results, *torch.autograd.grad(sum(x.double().square().sum() for x in results), (stream, *p))]  # type: ignore[union-attr]
+        return [*results, *torch.autograd.grad(sum(x.double().square().sum() for x in results), (stream, *p))]
 
     expected = gradients(None)
     assert all(torch.equal(a, b) for a, b in zip(expected[:2], without, strict=True))

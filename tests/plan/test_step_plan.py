@@ -208,7 +208,7 @@ def test_a_larger_loss_may_take_two_passes(
 def test_more_than_the_host_holds_is_refused(store: Store, encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all ranks of this machine together."""
     there = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * QUERIES * 32 * 14}
-    monkeypatch.setattr(step_plan.os, "sysconf", there.get)  # type: ignore[attr-defined]
+    monkeypatch.setattr(step_plan.os, "sysconf", there.get)
     _decide(store, encoder, _config(offload=True))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="batch.offload: .*lower batch.queries"):

@@ -122,7 +122,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def _small_search(world: World | None) -> dict:
-    streaming.sizes = lambda *_: Sizes(300, 9, 100)  # type: ignore[assignment]
+    streaming.sizes = lambda *_: Sizes(300, 9, 100)
     passages = unit_vectors(2_000, 12, 6)
     passages[500:1_500] = passages[0]
     parts = Parts(passages, [f"p{i}" for i in np.random.default_rng(7).permutation(2_000)], [700])
