@@ -27,9 +27,9 @@ def keep_mask(seed: Tensor, rows: Tensor, columns: Tensor, dropout: float, heads
     """
     head = torch.zeros(1, dtype=torch.int64, device=seed.device) if heads is None else heads
     low, high = seed & WORD, (seed >> 32) & WORD
-    key = _mix(_mix(_mix(high ^ GOLDEN) ^ low) ^ head)  # [H]
-    row_words = _mix(rows[..., None, :] ^ key[:, None])  # [..., H, R]
-    column_words = _mix(columns[..., None, :] ^ _mix(key ^ GOLDEN)[:, None])  # [..., H, C]
+    key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ head)  # [H]
+    row_words = mix(rows[..., None, :] ^ key[:, None])  # [..., H, R]
+    column_words = mix(columns[..., None, :] ^ mix(key ^ GOLDEN)[:, None])  # [..., H, C]
     word = (row_words[..., :, None] ^ column_words[..., None, :]) * FIRST & WORD  # [..., H, R, C]
     word = (word ^ (word >> 16)) * SECOND & WORD
     kept = word >= drop_below(dropout)
@@ -41,7 +41,7 @@ def drop_below(dropout: float) -> int:
     return round(dropout * 2**32)
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit words in which every bit of the result depends on every bit of `x`."""
     x = (x ^ (x >> 16)) * FIRST & WORD
     x = (x ^ (x >> 13)) * SECOND & WORD

@@ -12,15 +12,16 @@ import triton.language as tl
 
 from kernels import dropout
 
-_FIRST = tl.constexpr(dropout.FIRST)
-_SECOND = tl.constexpr(dropout.SECOND)
-_GOLDEN = tl.constexpr(dropout.GOLDEN)
+FIRST = tl.constexpr(dropout.FIRST)
+SECOND = tl.constexpr(dropout.SECOND)
+GOLDEN = tl.constexpr(dropout.GOLDEN)
 
 
 @triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * _FIRST
-    x = (x ^ (x >> 13)) * _SECOND
+def mix(x):
+    """A bijection of uint32 in which every bit of the result depends on every bit of `x`."""
+    x = (x ^ (x >> 16)) * FIRST
+    x = (x ^ (x >> 13)) * SECOND
     return x ^ (x >> 16)
 
 
@@ -29,18 +30,18 @@ def mask_keys(seed, head):
     """The (row key, column key) of a head, uint32; `seed` points at one int64, head is a number ≥ 0."""
     word = tl.load(seed)
     high, low = (word >> 32).to(tl.uint32), word.to(tl.uint32)
-    key = _mix(_mix(_mix(high ^ _GOLDEN) ^ low) ^ tl.cast(head, tl.uint32))
-    return key, _mix(key ^ _GOLDEN)
+    key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ tl.cast(head, tl.uint32))
+    return key, mix(key ^ GOLDEN)
 
 
 @triton.jit
 def mask_words(key, numbers):
     """The words of rows or columns with these numbers, under the key for rows or columns."""
-    return _mix(numbers.to(tl.uint32) ^ key)
+    return mix(numbers.to(tl.uint32) ^ key)
 
 
 @triton.jit
 def kept(row_words, column_words, THRESHOLD: tl.constexpr):
     """Whether dropout keeps the elements at these rows and columns (shapes broadcast)."""
-    word = (row_words ^ column_words) * _FIRST
-    return (word ^ (word >> 16)) * _SECOND >= THRESHOLD
+    word = (row_words ^ column_words) * FIRST
+    return (word ^ (word >> 16)) * SECOND >= THRESHOLD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,15 +40,15 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     if a.dtype == torch.bfloat16 and a.is_cuda:
         torch.addmm(out, a, b, torch.float32, beta=beta, out=out)
     else:
-        with _ieee_float32():
+        with float32_products("ieee"):
             torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
 
 
 @contextmanager
-def _ieee_float32() -> Iterator[None]:
-    """fp32 products in fp32, whatever the program allows elsewhere."""
+def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """A GPU's fp32 products in fp32 ("ieee") or on TF32 matrix units, whatever the program allows elsewhere."""
     before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
     try:
         yield
     finally:

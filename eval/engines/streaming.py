@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, not_finite
 from eval.engines.topk import PassageOrder, TopK
+from kernels.matmul import float32_products
 from retriever.config import ConfigError
 from retriever.parallel.world import World
 
@@ -67,7 +67,7 @@ def search_streaming(
     size = sizes(len(queries), passages.rows, passages.dimension, k, memory_gib)
     search = _Search(torch.from_numpy(queries).to(world.device), k, size)
     precedence = torch.from_numpy(order.precedence.astype(np.int64))  # [N]
-    with _tf32(), torch.no_grad():
+    with float32_products("tf32"), torch.no_grad():
         for start, stored in _stream(passages, size.block_rows, world):
             block = stored.to(world.device).float()  # [n, D]; returns once the copy is done
             search.add(block, precedence[start : start + len(block)].to(world.device), start)
@@ -211,14 +211,3 @@ def _scores(keys: Tensor) -> Tensor:
 def _to_topk(keys: Tensor) -> np.ndarray:
     """The same places in the keys of `eval.engines.topk`, which ascend and are unsigned."""
     return ~(keys.cpu().numpy().view(np.uint64) ^ np.uint64(2**63))
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """fp32 products on TF32 matrix units, where there are any."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before

@@ -108,36 +108,17 @@ def attention_backward(
 
 @torch.library.custom_op("bigbatch::packed_attention", mutates_args=())
 def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int,
+    scale: float, dropout: float, seed: Tensor | None, causal: bool, window: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return attention_forward(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
 
 
 @torch.library.custom_op("bigbatch::packed_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor, starts: Tensor, longest: int,
+    scale: float, dropout: float, seed: Tensor | None, causal: bool, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = dout if out is None else out  # short texts do not need it
     return attention_backward(dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window))
 

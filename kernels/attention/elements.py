@@ -10,21 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import reference
-from kernels.attention.reference import Mask, drop_below
+from kernels.attention.reference import Mask
+from kernels.dropout import drop_below
+from kernels.dropout_triton import FIRST, GOLDEN, SECOND, mix
 
 LOG2E = 1.4426950408889634
-FIRST = tl.constexpr(reference.FIRST)
-SECOND = tl.constexpr(reference.SECOND)
-GOLDEN = tl.constexpr(reference.GOLDEN)
-
-
-@triton.jit
-def mix(x):
-    """`reference.mix` on uint32."""
-    x = (x ^ (x >> 16)) * FIRST
-    x = (x ^ (x >> 13)) * SECOND
-    return x ^ (x >> 16)
 
 
 @triton.jit

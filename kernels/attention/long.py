@@ -94,9 +94,7 @@ def keys_seen(first, count, window, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, V
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "window"])
 def _forward_blocks(
-    query,
-    key,
-    value,
+    query, key, value,
     out,  # [T, H, d], contiguous
     lse,  # [H, T]
     starts,
@@ -104,24 +102,12 @@ def _forward_blocks(
     blocks,  # of the longest text
     tokens,  # T
     heads,
-    query_stride,
-    query_head,
-    key_stride,
-    key_head,
-    value_stride,
-    value_head,
+    query_stride, query_head, key_stride, key_head, value_stride, value_head,
     scale_log2,
     window,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROP_BELOW: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VISITED: tl.constexpr,
-):
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
+):  # fmt: skip
     head, start, count, first = place(starts, blocks, heads, BLOCK)
     if first >= count:
         return
@@ -161,10 +147,7 @@ def _forward_blocks(
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "window"])
 def _dquery_blocks(
-    dout,
-    query,
-    key,
-    value,
+    dout, query, key, value,
     out,  # [T, H, d], contiguous
     lse,  # [H, T]
     delta,  # [H, T], written here for the other kernel
@@ -174,28 +157,12 @@ def _dquery_blocks(
     blocks,
     tokens,
     heads,
-    dout_stride,
-    dout_head,
-    query_stride,
-    query_head,
-    key_stride,
-    key_head,
-    value_stride,
-    value_head,
+    dout_stride, dout_head, query_stride, query_head, key_stride, key_head, value_stride, value_head,
     dquery_stride,
-    scale,
-    scale_log2,
-    window,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROP_BELOW: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VISITED: tl.constexpr,
-):
+    scale, scale_log2, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
+):  # fmt: skip
     head, start, count, first = place(starts, blocks, heads, BLOCK)
     if first >= count:
         return
@@ -234,10 +201,7 @@ def _dquery_blocks(
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "window"])
 def _dkey_blocks(
-    dout,
-    query,
-    key,
-    value,
+    dout, query, key, value,
     lse,
     delta,
     dkey,  # [T, G, d], each token's heads contiguous
@@ -247,28 +211,12 @@ def _dkey_blocks(
     blocks,
     tokens,
     key_heads,
-    dout_stride,
-    dout_head,
-    query_stride,
-    query_head,
-    key_stride,
-    key_head,
-    value_stride,
-    value_head,
+    dout_stride, dout_head, query_stride, query_head, key_stride, key_head, value_stride, value_head,
     dkey_stride,
-    scale,
-    scale_log2,
-    window,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROP_BELOW: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VISITED: tl.constexpr,
-):
+    scale, scale_log2, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
+):  # fmt: skip
     group, start, count, first = place(starts, blocks, key_heads, BLOCK)
     if first >= count:
         return
@@ -332,18 +280,9 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    into: tuple[Tensor, Tensor, Tensor],
-    starts: Tensor,
-    longest: int,
-    mask: Mask,
-    settings: Settings | None = None,
-) -> None:
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    into: tuple[Tensor, Tensor, Tensor], starts: Tensor, longest: int, mask: Mask, settings: Settings | None = None,
+) -> None:  # fmt: skip
     """As `short.backward`; `out` and `lse` as forward gave them."""
     T, heads, width = query.shape
     delta = torch.empty_like(lse)

@@ -11,22 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORD = 0xFFFFFFFF
-FIRST, SECOND, GOLDEN = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9
+from kernels.dropout import FIRST, GOLDEN, SECOND, WORD, drop_below, mix
 
 _SCORES = 2**22  # most elements of one padded matrix of scores
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words in which every bit of the result depends on every bit of `x` (MurmurHash3's finaliser, A. Appleby)."""
-    x = (x ^ (x >> 16)) * FIRST & WORD
-    x = (x ^ (x >> 13)) * SECOND & WORD
-    return x ^ (x >> 16)
-
-
-def drop_below(dropout: float) -> int:
-    """The 32-bit word below which an element's hash drops it."""
-    return round(dropout * 2**32)
 
 
 def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: float) -> Tensor:

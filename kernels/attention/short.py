@@ -63,11 +63,21 @@ def tile_for(query: Tensor, longest: int) -> Tile:
 
 
 @triton.jit
+def _extent(starts, first, per, n):
+    """(the first token of the tile's texts, their number of tokens)."""
+    start = tl.load(starts + first)
+    return start, tl.load(starts + min(first + per, n)) - start
+
+
+@triton.jit
 def _segments(starts, first, per, n, start, rows, TEXTS: tl.constexpr):
-    """Which of the tile's texts each row belongs to; rows behind the last text form one of their own."""
-    texts = tl.arange(0, TEXTS)
-    ends = tl.load(starts + first + 1 + texts, (texts < per) & (first + texts < n), other=2147483647) - start
-    return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+    """Which of the tile's texts each row belongs to, where there are several; rows behind the last text form one of their own."""
+    if TEXTS == 1:
+        return rows
+    else:
+        texts = tl.arange(0, TEXTS)
+        ends = tl.load(starts + first + 1 + texts, (texts < per) & (first + texts < n), other=2147483647) - start
+        return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
 
 
 @triton.jit
@@ -87,9 +97,7 @@ def _scores(q, k, segments, rows, inside, window, CAUSAL: tl.constexpr, TEXTS: t
 
 @triton.jit(do_not_specialize=["n", "per", "tokens", "window"])
 def _forward_tiles(
-    query,
-    key,
-    value,
+    query, key, value,
     out,  # [T, H, d], contiguous
     lse,  # [H, T]
     starts,  # [n + 1] int32
@@ -98,35 +106,21 @@ def _forward_tiles(
     per,  # texts of a tile
     tokens,  # T
     heads,
-    query_stride,  # from token to token
-    query_head,  # from head to head
-    key_stride,
-    key_head,
-    value_stride,
-    value_head,
+    query_stride, query_head, key_stride, key_head, value_stride, value_head,  # from token to token, from head to head
     scale_log2,
     window,  # int or None
-    GROUP: tl.constexpr,  # query heads of a key head
-    CAUSAL: tl.constexpr,
-    DROP_BELOW: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     TEXTS: tl.constexpr,  # power of two, at least `per`
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0) % heads  # heads of a token are neighbours in memory
     first = tl.program_id(0) // heads * per
-    start = tl.load(starts + first)
-    count = tl.load(starts + min(first + per, n)) - start
+    start, count = _extent(starts, first, per, n)
     if count == 0:
         return
     rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = rows
-    if TEXTS > 1:
-        segments = _segments(starts, first, per, n, start, rows, TEXTS)
+    segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
     k = load_rows(key + token * key_stride + head // GROUP * key_head, key_stride, rows, inside, D, BLOCK_D)
@@ -145,10 +139,7 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=["n", "per", "tokens", "window"])
 def _backward_tiles(
-    dout,
-    query,
-    key,
-    value,
+    dout, query, key, value,
     lse,  # [H, T]
     dquery,  # [T, H, d], each token's heads contiguous
     dkey,  # [T, G, d], each token's heads contiguous
@@ -159,40 +150,22 @@ def _backward_tiles(
     per,
     tokens,
     key_heads,
-    dout_stride,
-    dout_head,
-    query_stride,
-    query_head,
-    key_stride,
-    key_head,
-    value_stride,
-    value_head,
+    dout_stride, dout_head, query_stride, query_head, key_stride, key_head, value_stride, value_head,
     dquery_stride,
     dkey_stride,
-    scale,
-    scale_log2,
-    window,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROP_BELOW: tl.constexpr,
-    KEEP_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    scale, scale_log2, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     TEXTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0) % key_heads
     first = tl.program_id(0) // key_heads * per
-    start = tl.load(starts + first)
-    count = tl.load(starts + min(first + per, n)) - start
+    start, count = _extent(starts, first, per, n)
     if count == 0:
         return
     rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = rows
-    if TEXTS > 1:
-        segments = _segments(starts, first, per, n, start, rows, TEXTS)
+    segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     k = load_rows(key + token * key_stride + group * key_head, key_stride, rows, inside, D, BLOCK_D)
     v = load_rows(value + token * value_stride + group * value_head, value_stride, rows, inside, D, BLOCK_D)

@@ -21,6 +21,12 @@ from kernels.infonce.tiles import LOG2E
 SMALLEST_SUM, LARGEST_SUM = 2.0**-96, 2.0**84
 
 
+@triton.jit
+def _target_rows(passages, targets, rows, inside, stride):
+    """Pointers [rows, 1] to the targets' vectors."""
+    return passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * stride
+
+
 @triton.jit(do_not_specialize=["B"])
 def _target_similarities(
     queries,
@@ -37,7 +43,7 @@ def _target_similarities(
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = rows < B
     query_rows = queries + rows.to(tl.int64)[:, None] * query_stride
-    target_rows = passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * passage_stride
+    target_rows = _target_rows(passages, targets, rows, inside, passage_stride)
     similarity = tl.zeros((BLOCK_B,), tl.float32)
     for d in range(0, D, BLOCK_D):
         at = d + tl.arange(0, BLOCK_D)
@@ -116,7 +122,7 @@ def _finish_queries(
 ):
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = rows < B
-    target_rows = passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * passage_stride
+    target_rows = _target_rows(passages, targets, rows, inside, passage_stride)
     pull = tl.load(target_weight + rows, inside, other=0.0)
     dot = tl.zeros((BLOCK_B,), tl.float32)
     for d in range(0, D, BLOCK_D):

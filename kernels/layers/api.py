@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
+from kernels.layers.reference import Norm
 
 __all__ = ["Halves", "check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward", "norm_halves"]
 
@@ -45,7 +46,7 @@ def norm_forward(
     Raises ValueError where shapes, dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
     residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
-    return _norm_kernels(x).norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout, False)
+    return _norm_kernels(x).norm_forward(Norm(x, bias, residual, weight, seed, dropout), rest, norm_bias, eps, False)
 
 
 def norm_halves(
@@ -62,7 +63,7 @@ def norm_halves(
     residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
     if x.dtype != torch.bfloat16 or (rest is None and residual.dtype != torch.float32):
         raise ValueError(f"expected x bfloat16 and residual float32 or its halves, received {x.dtype} and {residual.dtype}")
-    return Halves(*_norm_kernels(x).norm_forward(x, bias, residual, rest, weight, norm_bias, seed, eps, dropout, True)[1:])
+    return Halves(*_norm_kernels(x).norm_forward(Norm(x, bias, residual, weight, seed, dropout), rest, norm_bias, eps, True)[1:])
 
 
 def norm_backward(
@@ -88,7 +89,7 @@ def norm_backward(
     if statistics.shape != (2, len(x)) or not statistics.is_contiguous():
         raise ValueError(f"expected statistics [2, {len(x)}], contiguous, received {list(statistics.shape)}")
     seed = check_dropout(dropout, seed)
-    return _norm_kernels(x).norm_backward(d_normed, d_low, x, bias, residual, weight, statistics, seed, dropout)
+    return _norm_kernels(x).norm_backward(d_normed, d_low, Norm(x, bias, residual, weight, seed, dropout), statistics)
 
 
 def gelu_forward(u: Tensor) -> Tensor:

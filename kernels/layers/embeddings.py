@@ -85,8 +85,8 @@ class _Embeddings(torch.autograd.Function):
     ) -> Tensor:
         from kernels.layers.embeddings_triton import embed_norm
 
-        words, places, segment, weight, _ = tables
-        out, statistics = embed_norm(ids, positions, *tables, eps=eps, seed=seed, dropout=dropout)
+        words, places, segment, weight, bias = tables
+        out, statistics = embed_norm(ids, positions, (words, places, segment, weight, bias), eps=eps, seed=seed, dropout=dropout)
         ctx.dropout, ctx.paddings = dropout, (padding_word, padding_place)
         ctx.save_for_backward(ids, positions, words, places, segment, weight, statistics, seed)
         return out
@@ -98,7 +98,7 @@ class _Embeddings(torch.autograd.Function):
 
         ids, positions, words, places, segment, weight, statistics, seed = ctx.saved_tensors
         needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[7:]
-        dz, sums = embed_norm_backward(dout.contiguous(), ids, positions, words, places, segment, weight, statistics, seed, ctx.dropout)
+        dz, sums = embed_norm_backward(dout.contiguous(), ids, positions, (words, places, segment, weight), statistics, seed, ctx.dropout)
         dweight, dbias, dsegment = sums
         padding_word, padding_place = ctx.paddings
         dwords = _table_gradient(dz, ids, words, padding_word) if needs_words else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.dispatch import persistent_grid
 from kernels.dropout import drop_below
 from kernels.layers import norm
-from kernels.layers.norm import keep_elements
+from kernels.layers.norm import keep_elements, standardize
 
 ROWS = 2  # a program's, forward
 _COLUMNS_PER_WARP = 256
@@ -63,9 +63,7 @@ def _embed_norm(
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     in_rows, in_columns = rows < T - first, columns < D
     z = _gather(ids, positions, words, places, segment, first, rows, columns, T, V, P, D)
-    level = tl.sum(z, 1) / D
-    centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
-    spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    level, spread, centred = standardize(z, in_columns, eps, D)
     scale, base = tl.load(weight + columns, in_columns, other=0.0), tl.load(bias + columns, in_columns, other=0.0)
     y = centred * spread[:, None] * scale[None, :] + base[None, :]
     if THRESHOLD > 0:
@@ -140,17 +138,14 @@ def block(D: int) -> tuple[int, int]:
 def embed_norm(
     ids: Tensor,
     positions: Tensor,
-    words: Tensor,
-    places: Tensor,
-    segment: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     *,
     eps: float,
     seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, D], statistics [2, T] for the backward pass), float32."""
+    """(y [T, D], statistics [2, T] for the backward pass), float32; tables: words, places, segment, weight and bias."""
+    words, places, segment, weight, bias = tables
     T, D = len(ids), words.shape[1]
     out, statistics = words.new_empty(T, D), words.new_empty(2, T)
     block_d, warps = block(D)
@@ -165,15 +160,16 @@ def embed_norm_backward(
     dout: Tensor,
     ids: Tensor,
     positions: Tensor,
-    words: Tensor,
-    places: Tensor,
-    segment: Tensor,
-    weight: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
     statistics: Tensor,
     seed: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """(dz [T, D], [3, D]: dweight, dbias, dsegment), float32. The sums are added in a fixed order, without atomics."""
+    """(dz [T, D], [3, D]: dweight, dbias, dsegment), float32; tables: words, places, segment and weight.
+
+    The sums are added in a fixed order, without atomics.
+    """
+    words, places, segment, weight = tables
     T, D = dout.shape
     dz = torch.empty_like(dout)
     rows, block_d, warps = norm.block(norm.BACKWARD, D)

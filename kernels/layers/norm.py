@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.dispatch import persistent_grid
 from kernels.dropout import drop_below
 from kernels.dropout_triton import kept, mask_keys, mask_words
+from kernels.layers.reference import Norm
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def keep_elements(seed, rows, columns, THRESHOLD: tl.constexpr):
         return True
 
 
+@triton.jit
+def standardize(z, in_columns, eps, D: tl.constexpr):
+    """(mean, reciprocal standard deviation, z less its mean) of the rows of z, which are 0 beyond D."""
+    level = tl.sum(z, 1) / D
+    centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
+    return level, tl.rsqrt(tl.sum(centred * centred, 1) / D + eps), centred
+
+
 @triton.jit(do_not_specialize=["T"])
 def _norm_forward(
     x,  # [T, D]
@@ -100,9 +109,7 @@ def _norm_forward(
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
     keep = keep_elements(seed, first + rows, columns, THRESHOLD)
     z = _dropped_sum(x, residual, rest, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
-    level = tl.sum(z, 1) / D
-    centred = tl.where(in_columns[None, :], z - level[:, None], 0.0)
-    spread = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    level, spread, centred = standardize(z, in_columns, eps, D)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
     if x.dtype.element_ty == tl.bfloat16:
         # Off the ties: two halves of 16 bits would not say on which side of `low` the number was.
@@ -182,21 +189,13 @@ def _norm_backward(
 
 
 def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    rest: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-    halves: bool,
+    norm: Norm, rest: Tensor | None, norm_bias: Tensor, eps: float, halves: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`.
 
     With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
     """
+    x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
     normed = None if halves else torch.empty_like(residual, dtype=None if rest is None else torch.float32)
     low = None if normed is not None and x.dtype == normed.dtype else torch.empty_like(x)
@@ -213,18 +212,9 @@ def norm_forward(
     return normed, low, last
 
 
-def norm_backward(
-    d_normed: Tensor | None,
-    d_low: Tensor | None,
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a bias, dbias)."""
+    x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
     rows, block_d, warps = block(BACKWARD, D)

@@ -6,6 +6,7 @@ Arithmetic is in float32, in float64 for float64 inputs.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,22 +14,25 @@ from torch import Tensor
 from kernels.dropout import keep_mask
 
 
+class Norm(NamedTuple):
+    """What a norm reads, forward and backward, as `kernels.layers.api.norm_forward` has it."""
+
+    x: Tensor  # [T, D]
+    bias: Tensor | None  # [D]
+    residual: Tensor  # [T, D]
+    weight: Tensor  # [D]
+    seed: Tensor | None  # [1] int64 where dropout is on
+    dropout: float
+
+
 def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    rest: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-    halves: bool,
+    norm: Norm, rest: Tensor | None, norm_bias: Tensor, eps: float, halves: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`.
 
     With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
     """
+    x, bias, residual, weight, seed, dropout = norm
     stream = residual if rest is None else joined(residual, rest)
     z = _dropped_sum(x, bias, stream, seed, dropout)  # [T, D]
     mean = z.mean(1)
@@ -54,18 +58,9 @@ def _off_ties(x: Tensor) -> Tensor:
     return (bits + ((bits & 0xFFFF) == 0x8000).int()).view(torch.float32)
 
 
-def norm_backward(
-    d_normed: Tensor | None,
-    d_low: Tensor | None,
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
+    x, bias, residual, weight, seed, dropout = norm
     mean, rstd = statistics
     normalised = (_dropped_sum(x, bias, residual, seed, dropout) - mean[:, None]) * rstd[:, None]  # [T, D]
     dy = torch.zeros_like(normalised)

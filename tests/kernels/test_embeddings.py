@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +11,7 @@ from kernels.layers import embeddings_triton, norm
 from kernels.layers.embeddings import Tables, embeddings
 from kernels.layers.embeddings_triton import block
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
+from tests.kernels.interpreting import interpret
 from tests.kernels.oracle import relative_error
 
 EPS = 1e-5
@@ -87,9 +84,7 @@ def test_the_definition_and_its_gradients(dtype: torch.dtype, bound: float, drop
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)
 
 
 @pytest.mark.parametrize(("arch", "D"), [(90, 768), (80, 1024), (100, 384)])

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy
 import pytest
 import triton
@@ -13,6 +9,7 @@ import triton
 from kernels.dropout import drop_below
 from kernels.layers import gelu, norm
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
+from tests.kernels.interpreting import interpret
 
 # Chosen before Triton is imported, hence a process of its own. fp32 alone: the interpreter rounds no bfloat16.
 INTERPRETED = """
@@ -56,10 +53,7 @@ assert len(kernels) == len(set(launched)) == 4, "the kernels did not run"
     reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
 )
 def test_interpreted() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)
 
 
 @pytest.mark.parametrize(
