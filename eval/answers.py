@@ -9,22 +9,25 @@ stand in its text (not its title) in a row, capitals aside. (Karpukhin et al. 20
 
 from __future__ import annotations
 
+import argparse
 import ast
 import csv
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from eval.arguments import command_parser, parsed
-from eval.collections.collection import Collection
-from eval.commands import launched_ranks, one_line_errors, report_all
-
-if TYPE_CHECKING:
-    from eval.measures import Scores
-    from eval.trec import Run
+from eval.arguments import evaluation_parser, launched_search
+from eval.collections.collection import Collection, fingerprint
+from eval.measures import Scores, measure_run
+from eval.trec import Run
+from retriever.command import option, run
+from retriever.data.collection import corpus_tables, passages_of
+from retriever.data.files import FileTable, kind_of, read_lines
+from retriever.data.records import DataError
+from retriever.errors import RefusedError
 
 METRICS = ("Success@1", "Success@5", "Success@20", "Success@100")
 _ASCII_WORD = re.compile(r"[a-z0-9]+|[!-/:-@\[-`{-~]")
@@ -39,21 +42,14 @@ class AnsweredQuestions(Collection):
 
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
         """As `Collection.measure`; the texts of the passages that the run names are read once more. Raises DataError for a missing one."""
-        from eval.measures import measure_run
-
         return measure_run(self._judged(run), run, metrics)
 
     def fingerprints(self) -> dict[str, str]:
         """As `Collection.fingerprints`, with the answers."""
-        from eval.collections.collection import fingerprint
-
         return super().fingerprints() | {"answers": fingerprint({name: list(found) for name, found in self.answers.items()})}
 
     def _judged(self, run: Run) -> dict[str, dict[str, int]]:
         """Question id -> passage id -> 1 for the passages of the run that hold an answer."""
-        from retriever.data.collection import passages_of
-        from retriever.data.records import DataError
-
         wanted: dict[str, list[str]] = {}  # passage id -> questions
         for question in self.answers.keys() & run.keys():
             for passage_id in run[question].passage_ids:
@@ -84,9 +80,6 @@ def read_answered(folder: Path, questions: Path) -> AnsweredQuestions:
     Questions: DPR's csv (question, tab, a Python list of answers), or JSON and JSON lines with `question` and `answers` or `answer`.
     Raises DataError where a file is missing or malformed.
     """
-    from retriever.data.collection import corpus_tables
-    from retriever.data.records import DataError
-
     present = [path for name in _CORPORA for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not present:
         raise DataError(f"no passages: expected {' or '.join(_CORPORA)} (or .gz)", folder)
@@ -98,9 +91,6 @@ def read_answered(folder: Path, questions: Path) -> AnsweredQuestions:
 
 
 def _questions(path: Path) -> Iterator[tuple[str, list[str]]]:
-    from retriever.data.files import FileTable, kind_of, read_lines
-    from retriever.data.records import DataError
-
     if not path.is_file():
         raise DataError("no such file; expected questions with answers (--questions)", path)
     if kind_of(path) in (".csv", ".tsv"):
@@ -143,17 +133,25 @@ def _stands_in(answer: Sequence[str], words: Sequence[str]) -> bool:
     return n > 0 and any(words[i : i + 1] == first and words[i : i + n] == answer for i in range(len(words) - n + 1))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m eval.answers`."""
-    parser = command_parser("python -m eval.answers", "how often the passages found for a question hold an answer to it")
-    parser.add_argument("--questions", required=True, type=Path, help="questions with answers: DPR's csv, JSON or JSON lines")
-    given = parsed(parser, arguments)
-    odd = [name for name in given.metrics or () if not name.lower().startswith(("success@", "mrr"))]
-    if odd:
-        parser.error(f"--metrics {' '.join(odd)}: passages that were not found are not judged; expected Success@k or MRR")
-    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
-        report_all(given, [(read_answered(given.data, given.questions), given.metrics or METRICS)], ranks, device)
+    parser = evaluation_parser(
+        "python -m eval.answers",
+        "how often the passages found for a question hold an answer to it",
+        "folder of the passages",
+        option("--questions", required=True, type=Path, help="questions with answers: DPR's csv, JSON or JSON lines"),
+    )
+    return run(parser, arguments, _evaluate, lower="--batch")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if odd := [name for name in args.metrics or () if not name.lower().startswith(("success@", "mrr"))]:
+        raise RefusedError(f"--metrics {' '.join(odd)}: passages that were not found are not judged; expected Success@k or MRR")
+    with launched_search(args) as world:
+        from eval.commands import report_all
+
+        report_all(args, [(read_answered(args.data, args.questions), args.metrics or METRICS)], world)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

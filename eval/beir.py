@@ -10,41 +10,56 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from eval.arguments import command_parser, output_folder, parsed
-from eval.commands import launched_ranks, one_line_errors, report_all
+from eval.arguments import evaluation_parser, launched_search
+from eval.collections.collection import read_beir
+from retriever.command import option, run
+from retriever.data.collection import find_qrels
+from retriever.errors import RefusedError
 
 if TYPE_CHECKING:
-    from eval.evaluate import EvalResult, Ranks
+    from eval.evaluate import EvalResult
+    from retriever.parallel.world import World
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m eval.beir`."""
-    what = "evaluate on a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv) or on a folder of many"
-    parser = command_parser("python -m eval.beir", what, hub=True)
-    parser.add_argument("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)")
-    parser.add_argument("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv")
-    parser.add_argument("--relevance", type=int, default=1, help="lowest grade that is relevant for binary measures (default: 1)")
-    exclude = "drop a passage whose id is the query's, as BEIR does for every collection (default: do)"
-    parser.add_argument("--exclude-self", action=argparse.BooleanOptionalAction, default=True, help=exclude)
-    given = parsed(parser, arguments)
-    if given.qrels is not None and len(given.split) > 1:
-        parser.error(f"--qrels is one judgments file, for one --split; received {' '.join(given.split)}")
+    parser = evaluation_parser(
+        "python -m eval.beir",
+        "evaluate on a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv) or on a folder of many",
+        "folder of the collection, or hf:<name> of a Hugging Face data set of BEIR's form",
+        option("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)"),
+        option("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv"),
+        option("--relevance", type=int, default=1, help="lowest grade that is relevant for binary measures"),
+        option(
+            "--exclude-self",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="drop a passage whose id is the query's, as BEIR does for every collection (default: do)",
+        ),
+    )
+    return run(parser, arguments, _evaluate, lower="--batch")
 
-    folders = collection_folders(given.data)
-    if folders and (given.run is not None or given.qrels is not None or len(given.split) > 1):
-        parser.error(f"{given.data} holds {len(folders)} collections; expected --model or --bm25, one --split and no --qrels for them")
-    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.qrels is not None and len(args.split) > 1:
+        raise RefusedError(f"--qrels is one judgments file, for one --split; received {' '.join(args.split)}")
+    folders = collection_folders(args.data)
+    if folders and (args.run is not None or args.qrels is not None or len(args.split) > 1):
+        expected = "--model or --bm25, one --split and no --qrels for them"
+        raise RefusedError(f"{args.data} holds {len(folders)} collections; expected {expected}")
+    with launched_search(args) as world:
         if folders:
-            _report_many(given, folders, ranks, device)
+            _report_many(args, folders, world)
         else:
-            _report_one(given, ranks, device)
+            _report_one(args, world)
 
 
 def collection_folders(folder: Path) -> list[Path]:
@@ -69,33 +84,33 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def _report_one(given: argparse.Namespace, ranks: Ranks, device: Any) -> list[EvalResult]:
-    from eval.collections.collection import read_beir
+def _report_one(args: argparse.Namespace, world: World) -> list[EvalResult]:
+    from eval.commands import report_all
 
-    read = (read_beir(given.data, split, given.qrels, texts=given.run is None) for split in given.split)
-    collections = [replace(collection, relevance=given.relevance, exclude_self=given.exclude_self) for collection in read]
-    return report_all(given, [(collection, given.metrics or METRICS) for collection in collections], ranks, device)
+    read = (read_beir(args.data, split, args.qrels, texts=args.run is None) for split in args.split)
+    collections = [replace(collection, relevance=args.relevance, exclude_self=args.exclude_self) for collection in read]
+    return report_all(args, [(collection, args.metrics or METRICS) for collection in collections], world)
 
 
-def _report_many(given: argparse.Namespace, folders: Sequence[Path], ranks: Ranks, device: Any) -> None:
+def _report_many(args: argparse.Namespace, folders: Sequence[Path], world: World) -> None:
+    from eval.commands import output_folder
     from eval.report import format_table
-    from retriever.data.collection import find_qrels
     from retriever.files import write_json
 
     for folder in folders:
-        find_qrels(folder, given.split[0])  # a collection without judgments is told before the first one is encoded
-    root = output_folder(given)
+        find_qrels(folder, args.split[0])  # a collection without judgments is told before the first one is encoded
+    root = output_folder(args)
     rows: dict[str, Mapping[str, float]] = {}
     for folder in folders:
-        name = folder.relative_to(given.data).as_posix()
-        one = argparse.Namespace(**vars(given) | {"data": folder, "output_dir": root / name})
-        for result in _report_one(one, ranks, device):  # one, or on other ranks none
+        name = folder.relative_to(args.data).as_posix()
+        one = argparse.Namespace(**vars(args) | {"data": folder, "output_dir": root / name})
+        for result in _report_one(one, world):  # one, or on other ranks none
             rows[name] = result.means
     if rows:  # on the first rank
         table = summary(rows)
-        write_json(root / "summary.json", {"command": given.command, "split": given.split[0], "metrics": table})
-        print(f"\n{given.data} {given.split[0]}: {len(folders)} folders; {root / 'summary.json'}\n{format_table(table)}", flush=True)
+        write_json(root / "summary.json", {"command": args.command, "split": args.split[0], "metrics": table})
+        print(f"\n{args.data} {args.split[0]}: {len(folders)} folders; {root / 'summary.json'}\n{format_table(table)}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,67 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from eval.arguments import label, load_bundle, output_folder
+import torch
+
+from eval.collections.collection import Collection
+from eval.engines.bm25 import DESCRIPTION, bm25_run
+from eval.engines.nearest import check_k
+from eval.evaluate import EvalResult, SearchOptions, check_measures, evaluate_collection
+from eval.measures import check_relevance
+from eval.report import format_table, write_result
+from eval.trec import read_run
+from retriever.data.records import DataError
+from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.parallel.world import World
 from retriever.wording import counted
-
-if TYPE_CHECKING:
-    from eval.collections.collection import Collection
-    from eval.engines.faiss_build import GpuUse
-    from eval.evaluate import EvalResult, Ranks
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the command with the message alone where settings, data or shards cannot be used, or it is interrupted."""
-    from retriever.config import ConfigError
-    from retriever.data.records import DataError
-    from retriever.shards import ShardError
-
-    try:
-        yield
-    except (ConfigError, DataError, ShardError) as error:
-        raise SystemExit(str(error)) from error
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-@contextmanager
-def launched_ranks(threads: int | None, faiss_gpu: GpuUse = "off") -> Iterator[tuple[Ranks, Any]]:
-    """(ranks, device) of this process; outside `accelerate launch`, one rank. Leaves the process group at the end.
-
-    Raises ConfigError where the FAISS that is installed cannot do what `faiss_gpu` asks.
-    """
-    from eval.engines.faiss_build import check_faiss_build
-    from retriever.environment import check_environment
-
-    check_environment()
-    check_faiss_build(faiss_gpu)
-    import faiss
-    import torch
-    from accelerate import PartialState
-
-    from eval.evaluate import Ranks
-
-    if threads:
-        faiss.omp_set_num_threads(threads)
-    state = PartialState(cpu=not torch.cuda.is_available())  # else accelerate leaves processes on CPUs each on its own
-    try:
-        yield Ranks(state.process_index, state.num_processes, state.wait_for_everyone), state.device
-    finally:
-        state.destroy_process_group()
 
 
 def report_all(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     work: Sequence[tuple[Collection, Sequence[str]]],
-    ranks: Ranks,
-    device: Any,
+    world: World,
     *,
     msmarco: bool = False,
     check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
@@ -74,70 +35,54 @@ def report_all(
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
-    Raises ConfigError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
+    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
     """
-    from eval.evaluate import check_measures
-    from eval.measures import check_relevance
-    from eval.search import check_k
-    from retriever.config import ConfigError
-
-    try:
-        check_k(given.k)
-        for collection, metrics in work:
-            check_relevance(collection.relevance)
-            check_measures(metrics, given.k if not given.run else sys.maxsize)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    folder = output_folder(given)
-    bundle = load_bundle(given, device) if given.model is not None else None
-    if given.run is not None:
-        work = _in_run(given.run, work) if ranks.rank == 0 else []
+    check_k(args.k)
+    for collection, metrics in work:
+        check_relevance(collection.relevance)
+        check_measures(metrics, args.k if not args.run else sys.maxsize)
+    folder = output_folder(args)
+    bundle = load_bundle(args, world.device) if args.model is not None else None
+    if args.run is not None:
+        work = _in_run(args.run, work) if world.is_first else []
     results = []
     for collection, metrics in work:
         if bundle is not None:
-            result = _of_model(given, bundle, collection, metrics, folder, ranks)
-        elif ranks.rank == 0:
-            result = _of_bm25(given, collection, metrics) if given.bm25 else _of_run(given, collection, metrics)
+            result = _of_model(args, bundle, collection, metrics, folder, world)
+        elif world.is_first:
+            result = _of_bm25(args, collection, metrics) if args.bm25 else _of_run(args, collection, metrics)
         else:
             result = None
         if result is not None:
             results.append(replace(result, notes=(*result.notes, *check(result))))
-            _report(given, results[-1], folder, msmarco)
+            _report(args, results[-1], folder, msmarco)
     return results
 
 
 def _of_model(
-    given: argparse.Namespace, bundle: Any, collection: Collection, metrics: Sequence[str], folder: Path, ranks: Ranks
+    args: argparse.Namespace, bundle: EncoderBundle, collection: Collection, metrics: Sequence[str], folder: Path, world: World
 ) -> EvalResult | None:
-    from eval.evaluate import SearchOptions, evaluate_collection
-
-    search = SearchOptions(given.index, given.engine, given.memory_gib, given.faiss_gpu)
+    search = SearchOptions(args.index, args.engine, args.memory_gib, args.faiss_gpu)
     return evaluate_collection(
-        bundle, collection, metrics, given.k, folder, search=search, ranks=ranks, tokens_per_chunk=given.batch, progress=True
+        bundle, collection, metrics, args.k, folder, search=search, world=world, tokens_per_chunk=args.batch, progress=True
     )
 
 
-def _of_bm25(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
-    from eval.engines.bm25 import bm25_run
-    from eval.evaluate import EvalResult
-
+def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
     ids: list[str] = []
 
     def passages() -> Iterator[tuple[str, str]]:
-        for passage_id, text in collection.passages(given.title or "join", " "):
+        for passage_id, text in collection.passages(args.title or "join", " "):
             ids.append(passage_id)
             yield passage_id, text
 
-    excluding, threads = collection.exclude_self, given.threads
-    run = bm25_run(passages(), collection.queries, given.k, exclude_self=excluding, progress=True, threads=threads)
+    excluding, threads = collection.exclude_self, args.threads
+    run = bm25_run(passages(), collection.queries, args.k, exclude_self=excluding, progress=True, threads=threads)
     return EvalResult(collection, collection.measure(run, metrics), run, len(ids), notes=collection.notes(ids))
 
 
 def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:
     """The part of the work that the run is about: zeros for the queries of another split would say nothing about it."""
-    from eval.trec import read_run
-    from retriever.data.records import DataError
-
     query_ids = read_run(path).keys()
     found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels or collection.queries)]
     if not found:
@@ -146,11 +91,8 @@ def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> lis
     return found
 
 
-def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
-    from eval.evaluate import EvalResult
-    from eval.trec import read_run
-
-    run = read_run(given.run)
+def _of_run(args: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
+    run = read_run(args.run)
     asked = collection.qrels or collection.queries
     without = sum(query_id not in run for query_id in asked)
     notes = [f"{without:,} of {counted(len(asked), 'judged query')} not in the run, which count 0"] if without else []
@@ -160,15 +102,44 @@ def _of_run(given: argparse.Namespace, collection: Collection, metrics: Sequence
     return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 
 
-def _report(given: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:
-    from eval.engines.bm25 import DESCRIPTION
-    from eval.report import format_table, write_result
-
-    source = {"model": given.model} if given.model else {"bm25": DESCRIPTION} if given.bm25 else {"run": str(given.run)}
-    search = {"exclude_self": result.collection.exclude_self} | ({} if given.run else {"k": given.k, **result.index})
-    path = write_result(result, folder, command=given.command, source=source, search=search, msmarco=msmarco)
+def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco: bool) -> None:
+    source = {"model": args.model} if args.model else {"bm25": DESCRIPTION} if args.bm25 else {"run": str(args.run)}
+    search = {"exclude_self": result.collection.exclude_self} | ({} if args.run else {"k": args.k, **result.index})
+    path = write_result(result, folder, command=args.command, source=source, search=search, msmarco=msmarco)
     passages = f", {counted(result.n_passages, 'passage')}" if result.n_passages is not None else ""
     print(f"\n{result.collection.name} {result.collection.split}: {counted(result.n_queries, 'query')}{passages}; {path}")
     for note in result.notes:
         print(f"note: {note}")
-    print(format_table({label(given): result.means}), flush=True)
+    print(format_table({label(args): result.means}), flush=True)
+
+
+def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:
+    """The encoder of `--model`, what is args on the command line going before what the model folder says. Raises ConfigError."""
+    bundle = load_encoder(
+        args.model,
+        pooling=args.pooling,
+        normalize=args.normalize,
+        query_prompt=args.query_prompt,
+        passage_prompt=args.passage_prompt,
+        query_max_tokens=args.query_max_tokens or args.max_tokens,
+        passage_max_tokens=args.passage_max_tokens or args.max_tokens,
+        precision=args.precision,
+        attention=args.attention,
+        device=device,
+    )
+    if args.title is not None:
+        bundle.settings = replace(bundle.settings, title=args.title)
+    return bundle
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """`--output-dir`, else evaluations/<what is evaluated>/<data folder>."""
+    return args.output_dir or Path("evaluations") / label(args).replace("/", "-") / args.data.resolve().name
+
+
+def label(args: argparse.Namespace) -> str:
+    """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's path."""
+    if args.bm25:
+        return "BM25"
+    path = Path(args.run or args.model)
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else str(path)

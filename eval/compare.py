@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from eval.arguments import parsed
-from eval.commands import one_line_errors
+from eval.collections.collection import Collection, read_beir
+from eval.collections.msmarco import SPLITS, read_msmarco
+from eval.measures import Scores, measure_run
+from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
+from eval.trec import read_run
+from retriever.command import command_parser, one_of, option, run
+from retriever.data.formats import read_qrels
+from retriever.data.records import DataError
+from retriever.errors import RefusedError
 from retriever.files import write_text
 from retriever.wording import counted
-
-if TYPE_CHECKING:
-    from eval.collections.collection import Collection
-    from eval.measures import Scores
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
@@ -51,13 +54,13 @@ class Comparison:
 def compare(runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int = 0, n_moved: int = 10) -> list[Comparison]:
     """Every run but the first against the first, by every measure; all scored on the same queries by the same measures.
 
-    Raises ValueError for fewer than two runs, fewer than two queries, or runs scored on different queries.
+    Raises RefusedError for fewer than two runs, fewer than two queries, or runs scored on different queries.
     """
     if len(runs) < 2:
-        raise ValueError(f"{len(runs)} run: expected at least two, the baseline first")
+        raise RefusedError(f"{len(runs)} run: expected at least two, the baseline first")
     base, *others = runs.values()
     if any(other.query_ids != base.query_ids or other.per_query.keys() != base.per_query.keys() for other in others):
-        raise ValueError("the runs are scored on different queries or measures: expected the same for all")
+        raise RefusedError("the runs are scored on different queries or measures: expected the same for all")
     found = []
     for measure in base.per_query:
         found += _by_measure(runs, measure, permutations, seed, n_moved)
@@ -65,8 +68,6 @@ def compare(runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int
 
 
 def _by_measure(runs: Mapping[str, Scores], measure: str, permutations: int, seed: int, n_moved: int) -> list[Comparison]:
-    from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
-
     base, *others = (scores.per_query[measure] for scores in runs.values())  # each [Q]
     query_ids = next(iter(runs.values())).query_ids
     chances = [randomisation_test(values - base, permutations, seed) for values in others]
@@ -99,66 +100,56 @@ def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: 
     return "\n".join(lines[1:])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m eval.compare`."""
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description="compare runs query by query, the first being the baseline")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts")
-    source.add_argument("--qrels", type=Path, help="judgments file alone")
-    parser.add_argument("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}")
-    parser.add_argument("--relevance", type=int, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)")
-    parser.add_argument("--permutations", type=int, default=10_000, help="of the randomisation test (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the randomisation test and the bootstrap (default: %(default)s)")
-    parser.add_argument("--moved", type=int, default=10, help="queries to show (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the comparison as JSON")
-    given = parsed(parser, arguments)
-    if len(given.runs) < 2 or len(set(given.runs)) != len(given.runs):
-        parser.error(f"expected at least two different runs, the baseline first; received {' '.join(map(str, given.runs))}")
-    if given.permutations < 1 or given.moved < 0:
-        parser.error(f"expected --permutations of at least 1 and --moved of at least 0; received {given.permutations}, {given.moved}")
-    with one_line_errors():
-        _compare_files(given)
+    parser = command_parser(
+        "python -m eval.compare",
+        "compare runs query by query, the first being the baseline",
+        option("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first"),
+        one_of(
+            option("--data", type=Path, help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts"),
+            option("--qrels", type=Path, help="judgments file alone"),
+        ),
+        option("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20"),
+        option("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}"),
+        option("--relevance", type=int, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)"),
+        option("--permutations", type=int, default=10_000, help="of the randomisation test"),
+        option("--seed", type=int, default=0, help="of the randomisation test and the bootstrap"),
+        option("--moved", type=int, default=10, help="queries to show"),
+        option("--output", type=Path, help="write the comparison as JSON"),
+    )
+    return run(parser, arguments, _compare_files)
 
 
-def _compare_files(given: argparse.Namespace) -> None:
-    from eval.measures import measure_run
-    from eval.trec import read_run
-    from retriever.config import ConfigError
-
-    collection = _collection(given)
-    names = _names(given.runs)
-    relevance = collection.relevance if given.relevance is None else given.relevance
+def _compare_files(args: argparse.Namespace) -> None:
+    if len(args.runs) < 2 or len(set(args.runs)) != len(args.runs):
+        raise RefusedError(f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}")
+    if args.permutations < 1 or args.moved < 0:
+        raise RefusedError(f"expected --permutations of at least 1 and --moved of at least 0; received {args.permutations}, {args.moved}")
+    collection = _collection(args)
+    names = _names(args.runs)
+    relevance = collection.relevance if args.relevance is None else args.relevance
     runs, notes = {}, []
-    try:
-        for name, path in zip(names, given.runs, strict=True):
-            run = read_run(path)
-            runs[name] = measure_run(collection.qrels, run, given.metrics, relevance)
-            if without := len(collection.qrels.keys() - run.keys()):
-                notes.append(f"{name}: {without:,} of {counted(len(collection.qrels), 'judged query')} not in the run, which count 0")
-        comparisons = compare(runs, permutations=given.permutations, seed=given.seed, n_moved=given.moved)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    for name, path in zip(names, args.runs, strict=True):
+        rankings = read_run(path)
+        runs[name] = measure_run(collection.qrels, rankings, args.metrics, relevance)
+        if without := len(collection.qrels.keys() - rankings.keys()):
+            notes.append(f"{name}: {without:,} of {counted(len(collection.qrels), 'judged query')} not in the run, which count 0")
+    comparisons = compare(runs, permutations=args.permutations, seed=args.seed, n_moved=args.moved)
     print(f"{collection.name} {collection.split}: {counted(len(collection.qrels), 'judged query')}; baseline {names[0]}")
     print("".join(f"note: {note}\n" for note in notes) + format_comparisons(names[0], comparisons, collection.queries), flush=True)
-    if given.output is not None:
-        _write(given, names[0], collection, comparisons, notes)
+    if args.output is not None:
+        _write(args, names[0], collection, comparisons, notes)
 
 
-def _collection(given: argparse.Namespace) -> Collection:
-    from eval.collections.collection import Collection, read_beir
-    from eval.msmarco import SPLITS, read_msmarco
-    from retriever.data.formats import read_qrels
-    from retriever.data.records import DataError
-
-    if given.qrels is not None:
-        return Collection(given.qrels.name, given.split or "", {}, read_qrels(given.qrels), ())
-    if (given.data / "qrels").is_dir() or not given.data.is_dir():
-        return read_beir(given.data, given.split or "test")
-    if given.split not in SPLITS:
-        raise DataError(f"--split {given.split}: expected one of {', '.join(SPLITS)} for a folder without qrels/", given.data)
-    return read_msmarco(given.data, given.split)
+def _collection(args: argparse.Namespace) -> Collection:
+    if args.qrels is not None:
+        return Collection(args.qrels.name, args.split or "", {}, read_qrels(args.qrels), ())
+    if (args.data / "qrels").is_dir() or not args.data.is_dir():
+        return read_beir(args.data, args.split or "test")
+    if args.split not in SPLITS:
+        raise DataError(f"--split {args.split}: expected one of {', '.join(SPLITS)} for a folder without qrels/", args.data)
+    return read_msmarco(args.data, args.split)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -171,19 +162,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _write(given: argparse.Namespace, baseline: str, collection: Collection, found: Sequence[Comparison], notes: Sequence[str]) -> None:
+def _write(args: argparse.Namespace, baseline: str, collection: Collection, found: Sequence[Comparison], notes: Sequence[str]) -> None:
     content = {
-        "command": given.command,
+        "command": args.command,
         "baseline": baseline,
         "queries": len(collection.qrels),
-        "permutations": given.permutations,
-        "seed": given.seed,
+        "permutations": args.permutations,
+        "seed": args.seed,
         "notes": list(notes),
         "fingerprints": collection.fingerprints(),
         "comparisons": [asdict(c) | {"difference": c.difference} for c in found],
     }
-    write_text(given.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(args.output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -13,12 +13,12 @@ from eval.collections.collection import Collection, fingerprint, read_beir
 from eval.engines.embeddings import load_queries
 from eval.engines.faiss_build import GpuUse
 from eval.engines.faiss_index import check_index, describe
+from eval.engines.nearest import Engine
+from eval.engines.nearest import search as search_passages
 from eval.measures import Scores, parse_measure
-from eval.search import Engine
-from eval.search import search as search_passages
 from eval.trec import Run
 from retriever.config import ConfigError
-from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.encode_shards import SHARD_ROWS, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import open_shards
 
@@ -30,17 +30,8 @@ _ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual n
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The processes that encode and search together; rank 0 measures."""
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], None] | None = None  # returns once every rank has called it
-
-
-@dataclass(frozen=True)
 class SearchOptions:
-    """How passages are searched, in the words of `eval.search.search`."""
+    """How passages are searched, in the words of `eval.engines.nearest.search`."""
 
     index: str = "flat"
     engine: Engine = "auto"
@@ -74,7 +65,7 @@ class EvalResult:
 def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
     """Finds out now, not after hours of training, whether `evaluate` could run.
 
-    Raises ConfigError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
+    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
     """
     check_measures(metrics, k)
     if index != "flat":
@@ -83,12 +74,9 @@ def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], 
 
 
 def check_measures(metrics: Sequence[str], k: int) -> None:
-    """Raises ConfigError for an unknown measure, or one that looks deeper than the `k` passages a query that are kept."""
+    """Raises RefusedError for an unknown measure, or one that looks deeper than the `k` passages a query that are kept."""
     for name in metrics:
-        try:
-            measure = parse_measure(name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        measure = parse_measure(name)
         if measure.cutoff is not None and measure.cutoff > k:
             raise ConfigError(f"{measure} looks at {measure.cutoff} passages a query, of which k={k} are kept; raise k")
 
@@ -102,21 +90,21 @@ def evaluate(
     *,
     index: str = "flat",
     shards_dir: str | Path | None = None,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     progress: bool = False,
 ) -> EvalResult | None:
     """Measures an encoder, in memory or loaded, on one split of a BEIR folder; None on ranks other than the first.
 
     Every rank calls it. `shards_dir` keeps the embeddings for the next call, which reuses those that still fit; without it (one
-    rank only) they go to a temporary folder. Raises ValueError for an unknown measure, ConfigError for an unknown index, DataError.
+    rank only) they go to a temporary folder. Raises RefusedError for an unknown measure, ConfigError for an unknown index, DataError.
     """
     for name in metrics:
         parse_measure(name)
     collection, options = read_beir(data_path, split), SearchOptions(index)
     if shards_dir is not None:
-        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), search=options, ranks=ranks, progress=progress)
-    if ranks is not None and ranks.size > 1:
-        raise ValueError(f"{ranks.size} ranks without shards_dir; expected a folder that all of them share")
+        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), search=options, world=world, progress=progress)
+    if world is not None and world.size > 1:
+        raise ValueError(f"{world.size} ranks without shards_dir; expected a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
         return evaluate_collection(bundle, collection, metrics, k, Path(folder), search=options, progress=progress)
 
@@ -129,12 +117,12 @@ def evaluate_collection(
     shards_dir: Path,
     *,
     search: SearchOptions | None = None,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     tokens_per_chunk: int | None = None,
     progress: bool = False,
 ) -> EvalResult | None:
     """As `evaluate`, for any collection: shards go to `shards_dir`/passages and `shards_dir`/queries-<split>."""
-    ranks, settings, options = ranks or Ranks(), bundle.settings, search or SearchOptions()
+    world, settings, options = world or World(bundle.encoder.device), bundle.settings, search or SearchOptions()
     check_index(options.index, bundle.dimension)  # an index that FAISS cannot build is refused before the encoding
     prints = collection.fingerprints()
     texts = {
@@ -151,9 +139,7 @@ def evaluate_collection(
             side,
             shards_dir / texts[side][1],
             texts_fingerprint=fingerprint([side, *identity[side]]),
-            rank=ranks.rank,
-            world_size=ranks.size,
-            barrier=ranks.barrier,
+            world=world,
             shard_rows=shard_rows,
             tokens_per_chunk=tokens_per_chunk,
             overwrite=True,  # a cache
@@ -162,10 +148,9 @@ def evaluate_collection(
     passages = open_shards(folders["passage"])
     queries, query_ids = load_queries(open_shards(folders["query"]))
     run = search_passages(
-        queries, query_ids, passages, k, exclude_self=collection.exclude_self, progress=progress,
-        world=World(bundle.encoder.device, ranks.rank, ranks.size), **asdict(options),
+        queries, query_ids, passages, k, exclude_self=collection.exclude_self, progress=progress, world=world, **asdict(options)
     )  # fmt: skip
-    if ranks.rank != 0:
+    if not world.is_first:
         return None
     scores = collection.measure(run, metrics)
     encoding = {"query": _of_interest(open_shards(folders["query"]).manifest), "passage": _of_interest(passages.manifest)}

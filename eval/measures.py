@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.trec import Run
+from retriever.errors import RefusedError
 
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> passage id -> grade
 
@@ -54,18 +55,18 @@ class _Judged:
 def parse_measure(name: str) -> Measure:
     """`nDCG@10`, `MRR@10`, `Recall@100`, `MAP`, `P@5`, `Success@5`, `Rprec` -> Measure; capitals do not matter.
 
-    Raises ValueError where the measure is unknown, or has no cutoff and needs one.
+    Raises RefusedError where the measure is unknown, or has no cutoff and needs one.
     """
     match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9][0-9]*))?", name.strip())
     families = {family.lower(): family for family in _FAMILIES}
     family = families.get(match[1].lower()) if match else None
     if match is None or family is None:
-        raise ValueError(f"measure {name!r}: expected one of {', '.join(_FAMILIES)}, most with a cutoff, as in nDCG@10")
+        raise RefusedError(f"measure {name!r}: expected one of {', '.join(_FAMILIES)}, most with a cutoff, as in nDCG@10")
     cutoff = int(match[2]) if match[2] else None
     if cutoff is None and family in ("P", "Success"):
-        raise ValueError(f"measure {name!r}: needs a cutoff, as in {family}@10")
+        raise RefusedError(f"measure {name!r}: needs a cutoff, as in {family}@10")
     if cutoff is not None and family == "Rprec":
-        raise ValueError(f"measure {name!r}: Rprec has no cutoff, a query's number of relevant passages is its cutoff")
+        raise RefusedError(f"measure {name!r}: Rprec has no cutoff, a query's number of relevant passages is its cutoff")
     return Measure(family, cutoff)
 
 
@@ -74,11 +75,11 @@ def measure_run(qrels: Qrels, run: Run, measures: Sequence[str], relevance: int 
 
     `relevance` is the lowest grade that counts as relevant for the binary measures (MRR, MAP, Recall, P, Success, Rprec; 2 for
     TREC DL passages); nDCG uses the grades themselves. Queries of the run without judgments are ignored.
-    Raises ValueError for an unknown measure, a relevance below 1, or qrels without queries.
+    Raises RefusedError for an unknown measure, a relevance below 1, or qrels without queries.
     """
     check_relevance(relevance)
     if not qrels:
-        raise ValueError("the qrels hold no queries: there is nothing to average over")
+        raise RefusedError("the qrels hold no queries: there is nothing to average over")
     parsed = [parse_measure(name) for name in measures]
     query_ids = tuple(qrels)
     judged = _judge(qrels, run, relevance)
@@ -87,9 +88,9 @@ def measure_run(qrels: Qrels, run: Run, measures: Sequence[str], relevance: int 
 
 
 def check_relevance(relevance: int) -> None:
-    """Raises ValueError where `relevance` is below 1."""
+    """Raises RefusedError where `relevance` is below 1."""
     if relevance < 1:
-        raise ValueError(f"relevance {relevance}: expected a grade of at least 1, since grade 0 means not relevant")
+        raise RefusedError(f"relevance {relevance}: expected a grade of at least 1, since grade 0 means not relevant")
 
 
 def _judge(qrels: Qrels, run: Run, relevance: int) -> _Judged:

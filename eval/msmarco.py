@@ -8,150 +8,68 @@ accelerate launch -m eval.msmarco --model runs/marco/export --data datasets/msma
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from eval.arguments import command_parser, parsed
-from eval.commands import launched_ranks, one_line_errors, report_all
+from eval.arguments import evaluation_parser, launched_search
+from eval.collections.collection import Collection
+from eval.collections.msmarco import SPLITS, available_splits, count_notes, read_msmarco
+from eval.collections.msmarco_sources import hub_splits, read_hub, read_ir_datasets
+from retriever.command import option, run
+from retriever.errors import RefusedError
 
-if TYPE_CHECKING:
-    import argparse
-
-    from eval.collections.collection import Collection
-    from eval.evaluate import EvalResult
-
-N_PASSAGES = 8_841_823
-DOWNLOADS = "https://microsoft.github.io/msmarco/Datasets"
-
-
-@dataclass(frozen=True)
-class Split:
-    """One set of MS MARCO queries: the names its files go by (`.gz` may follow), its counts and its measures."""
-
-    queries: tuple[str, ...]
-    qrels: tuple[str, ...]
-    n_queries: int  # judged
-    n_judgments: int
-    metrics: tuple[str, ...]
-    relevance: int  # lowest grade that is relevant for binary measures
-    qrels_from: str
-    ir_datasets: str  # behind msmarco-passage/
-    hub: tuple[str, ...]  # splits of the judgments in data sets of BEIR's form
-
-
-SPLITS = {
-    "dev": Split(
-        ("queries.dev.small.tsv", "topics.msmarco-passage.dev-subset.txt", "topics.msmarco-passage.dev-subset.tsv"),
-        ("qrels.dev.small.tsv", "qrels.msmarco-passage.dev-subset.txt"),
-        6_980, 7_437, ("MRR@10", "Recall@50", "Recall@1000", "nDCG@10"), 1, DOWNLOADS,
-        "dev/small", ("dev", "validation"),
-    ),
-    "dl19": Split(
-        ("msmarco-test2019-queries.tsv", "topics.dl19-passage.txt", "topics.dl19-passage.tsv"),
-        ("2019qrels-pass.txt", "qrels.dl19-passage.txt"),
-        43, 9_260, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2019qrels-pass.txt",
-        "trec-dl-2019/judged", ("dl19", "test"),
-    ),
-    "dl20": Split(
-        ("msmarco-test2020-queries.tsv", "topics.dl20.txt", "topics.dl20-passage.txt", "topics.dl20.tsv"),
-        ("2020qrels-pass.txt", "qrels.dl20-passage.txt"),
-        54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2020qrels-pass.txt",
-        "trec-dl-2020/judged", ("dl20",),
-    ),
-}  # fmt: skip
 DEFAULT_DATA = {"ir_datasets": "msmarco-passage", "huggingface": "mteb/msmarco"}
 
 
-def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collection:
-    """The collection `name` (dev, dl19, dl20) of a folder with MS MARCO's files; without `texts`, its judgments only.
-
-    Raises DataError where a file is missing (the message says where to get it) or malformed.
-    """
-    from eval.collections.collection import Collection, judged_queries
-    from retriever.data.collection import corpus_tables, query_tables
-    from retriever.data.formats import read_qrels
-
-    folder, split = Path(folder), SPLITS[name]
-    qrels = read_qrels(_find(folder, split.qrels, f"judgments of {name}", split.qrels_from))
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = judged_queries(query_tables(_find(folder, split.queries, f"queries of {name}", DOWNLOADS)), qrels)
-    corpus = corpus_tables(_find(folder, ("collection.tsv", "corpus.jsonl", "corpus.tsv"), "passages", DOWNLOADS))
-    return Collection("msmarco", name, queries, qrels, corpus, split.relevance)
-
-
-def available_splits(folder: Path) -> list[str]:
-    """The splits whose judgments are in the folder. Raises DataError where there are none."""
-    from retriever.data.records import DataError
-
-    found = [name for name, split in SPLITS.items() if any(_present(folder, file) for file in split.qrels)]
-    if not found:
-        expected = "; ".join(f"{name}: {' or '.join(split.qrels)}, from {split.qrels_from}" for name, split in SPLITS.items())
-        raise DataError(f"no judgments of MS MARCO; expected one of these (--data): {expected}", folder)
-    return found
-
-
-def count_notes(result: EvalResult) -> list[str]:
-    """What differs from the official counts: figures of a sample are not MS MARCO's."""
-    name, split = result.collection.split, SPLITS[result.collection.split]
-    judgments = sum(map(len, result.collection.qrels.values()))
-    counts = [("passages", result.n_passages, N_PASSAGES), ("judged queries", result.n_queries, split.n_queries)]
-    counts.append(("judgments", judgments, split.n_judgments))
-    other = [f"{found:,} {what}, not {official:,}" for what, found, official in counts if found is not None and found != official]
-    if not other:
-        return []
-    return [f"a sample, not MS MARCO's {name}: {'; '.join(other)}; its figures compare with no published ones (all files: {DOWNLOADS})"]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m eval.msmarco`."""
-    data = "folder with MS MARCO's files; of huggingface the name of a data set of BEIR's form (default: mteb/msmarco)"
-    parser = command_parser("python -m eval.msmarco", "evaluate on MS MARCO's passages: dev small, TREC DL 2019 and 2020", data=data)
-    sources = "where passages, queries and judgments are: a folder, ir_datasets' cache, Hugging Face (default: %(default)s)"
-    parser.add_argument("--source", choices=("folder", *DEFAULT_DATA), default="folder", help=sources)
-    corpus = "passages from another Hugging Face data set, as one with titles; its figures compare with those of that corpus alone"
-    parser.add_argument("--corpus", metavar="NAME", help=corpus)
-    parser.add_argument("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there")
-    given = parsed(parser, arguments)
-    if given.data is None and given.source == "folder":
-        parser.error("--data: expected a folder with MS MARCO's files, or --source ir_datasets or huggingface")
-    if given.corpus is not None and given.source != "huggingface":
-        parser.error(f"--corpus {given.corpus}: expected --source huggingface; received --source {given.source}")
-    given.data = given.data or Path(DEFAULT_DATA[given.source])
-    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
-        collections = _collections(given)
-        work = [(collection, given.metrics or SPLITS[collection.split].metrics) for collection in collections]
-        report_all(given, work, ranks, device, msmarco=True, check=count_notes)
+    parser = evaluation_parser(
+        "python -m eval.msmarco",
+        "evaluate on MS MARCO's passages: dev small, TREC DL 2019 and 2020",
+        "folder with MS MARCO's files; of huggingface the name of a data set of BEIR's form (default: mteb/msmarco)",
+        option(
+            "--source",
+            choices=("folder", *DEFAULT_DATA),
+            default="folder",
+            help="where passages, queries and judgments are: a folder, ir_datasets' cache, Hugging Face",
+        ),
+        option(
+            "--corpus",
+            metavar="NAME",
+            help="passages from another Hugging Face data set, as one with titles; its figures compare with those of that corpus alone",
+        ),
+        option("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there"),
+        data_required=False,
+    )
+    return run(parser, arguments, _evaluate, lower="--batch")
 
 
-def _collections(given: argparse.Namespace) -> list[Collection]:
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.data is None and args.source == "folder":
+        raise RefusedError("--data: expected a folder with MS MARCO's files, or --source ir_datasets or huggingface")
+    if args.corpus is not None and args.source != "huggingface":
+        raise RefusedError(f"--corpus {args.corpus}: expected --source huggingface; received --source {args.source}")
+    args.data = args.data or Path(DEFAULT_DATA[args.source])
+    with launched_search(args) as world:
+        from eval.commands import report_all
+
+        work = [(collection, args.metrics or SPLITS[collection.split].metrics) for collection in _collections(args)]
+        report_all(args, work, world, msmarco=True, check=count_notes)
+
+
+def _collections(args: argparse.Namespace) -> list[Collection]:
     """What the command evaluates. Raises ConfigError, DataError."""
-    texts = given.run is None
-    if given.source == "folder":
-        return [read_msmarco(given.data, name, texts=texts) for name in given.split or available_splits(given.data)]
+    texts = args.run is None
+    if args.source == "folder":
+        return [read_msmarco(args.data, name, texts=texts) for name in args.split or available_splits(args.data)]
 
-    from eval.collections.msmarco_sources import hub_splits, read_hub, read_ir_datasets
-
-    data = str(given.data)
-    if given.source == "ir_datasets":
-        return [read_ir_datasets(data, name, SPLITS[name], texts=texts) for name in given.split or SPLITS]
-    return [read_hub(data, name, SPLITS[name], given.corpus, texts=texts) for name in given.split or hub_splits(data, SPLITS)]
-
-
-def _present(folder: Path, file: str) -> Path | None:
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
-
-
-def _find(folder: Path, names: Sequence[str], what: str, source: str) -> Path:
-    from retriever.data.records import DataError
-
-    for name in names:
-        if path := _present(folder, name):
-            return path
-    raise DataError(f"no {what}: expected {' or '.join(names)} (or .gz); to be had from {source}", folder)
+    data = str(args.data)
+    if args.source == "ir_datasets":
+        return [read_ir_datasets(data, name, SPLITS[name], texts=texts) for name in args.split or SPLITS]
+    return [read_hub(data, name, SPLITS[name], args.corpus, texts=texts) for name in args.split or hub_splits(data, SPLITS)]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

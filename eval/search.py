@@ -1,4 +1,4 @@
-"""Nearest passages by inner product: embedding shards -> a run. Exact, or through a FAISS index (`eval.engines.faiss_index`).
+"""The command that searches: embedding shards -> a run file. Exact, or through a FAISS index (`eval.engines.faiss_index`).
 
 python -m eval.search --queries shards/queries --passages shards/passages --k 1000 --output run.trec
 accelerate launch -m eval.search --queries shards/queries --passages shards/passages --output run.trec
@@ -7,162 +7,66 @@ accelerate launch -m eval.search --queries shards/queries --passages shards/pass
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import faiss
-import numpy as np
-from tqdm import tqdm
-
-from eval.arguments import add_search_arguments
-from eval.engines.embeddings import Embeddings, load_queries, passage_ids
-from eval.engines.faiss_build import GpuUse, to_gpus
-from eval.engines.faiss_index import open_index
-from eval.engines.flat import search_flat
-from eval.engines.topk import PassageOrder, TopK
-from eval.trec import Ranking, write_msmarco, write_trec
+from eval.arguments import SEARCH, launched_search
+from retriever.command import at_least_one, command_parser, option, run
 from retriever.wording import counted
 
 if TYPE_CHECKING:
+    from eval.trec import Ranking
     from retriever.parallel.world import World
 
-Engine = Literal["auto", "faiss", "torch"]
-_QUERIES_AT_ONCE = 8192  # bounds what an index returns at once: 12 bytes x k a query
 
-
-def search(
-    queries: np.ndarray,
-    query_ids: Sequence[str],
-    passages: Embeddings,
-    k: int,
-    *,
-    index: str = "flat",
-    exclude_self: bool = False,
-    block_mib: int = 256,
-    progress: bool = False,
-    world: World | None = None,
-    engine: Engine = "auto",
-    memory_gib: float = 8.0,
-    faiss_gpu: GpuUse = "off",
-) -> dict[str, Ranking]:
-    """The k passages of largest inner product for each query, ties by passage id descending, as trec_eval orders them.
-
-    queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and rounded to
-    float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks. `engine` says what
-    searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it; `auto` is
-    torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
-    Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
-    `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
-    Raises ValueError where dimensions differ, a value is not finite, or an id is repeated (a passage's: DataError); ConfigError for an
-    unknown index.
-    """
-    _check_queries(queries, query_ids, passages.dimension, k)
-    is_first = world is None or world.is_first
-    on_gpu = world is not None and world.device.type == "cuda"
-    on_torch = index == "flat" and (engine == "torch" or (engine == "auto" and on_gpu))
-    if not on_torch and not is_first:
-        return {}
-    queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
-    order = PassageOrder(passage_ids(passages))
-    wanted = k + exclude_self
-    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)) as bar:
-        if on_torch:
-            from eval.engines.streaming import search_streaming
-
-            best = search_streaming(queries, passages, order, wanted, world=world, memory_gib=memory_gib, bar=bar)
-        elif index == "flat":
-            best = search_flat(queries, passages, order, wanted, block_mib, bar)
-        else:
-            best = _search_index(to_gpus(open_index(passages, index, wanted), faiss_gpu, wanted), queries, order, wanted)
-    if not is_first:
-        return {}
-    return dict(zip(query_ids, _rankings(best, order, query_ids if exclude_self else [None] * len(query_ids), k), strict=True))
-
-
-def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
-    best = TopK(len(queries), k)
-    for first in range(0, len(queries), _QUERIES_AT_ONCE):
-        part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-        scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # [q, k], -1 where it found fewer
-        rows, columns = np.nonzero(positions >= 0)
-        best.merge(part, rows, scores[rows, columns], order.precedence[positions[rows, columns]])
-    return best
-
-
-def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k: int) -> Iterator[Ranking]:
-    rows = [best.row(row) for row in range(len(excluded))]
-    ids = order.ids(np.concatenate([precedence for precedence, _ in rows]))  # one string object a passage, shared by the rankings
-    first = 0
-    for (precedence, scores), dropped in zip(rows, excluded, strict=True):
-        row_ids = ids[first : first + len(precedence)]
-        keep = np.flatnonzero(row_ids != dropped)[:k]
-        first += len(precedence)
-        yield Ranking(row_ids[keep].tolist(), scores[keep])
-
-
-def check_k(k: int) -> None:
-    """Raises ValueError where `k` is below 1."""
-    if k < 1:
-        raise ValueError(f"k {k}: expected at least 1 passage a query")
-
-
-def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
-    check_k(k)
-    if len(query_ids) == 0:
-        raise ValueError("no queries: expected at least one")
-    if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise ValueError(f"queries of shape {list(queries.shape)}: expected [Q, {dimension}], the passages' dimension")
-    if len(queries) != len(query_ids) or len(set(query_ids)) != len(query_ids):
-        raise ValueError(f"{len(queries)} queries and {len(set(query_ids))} distinct ids: expected one id a query, each once")
-    if not np.isfinite(queries).all():
-        raise ValueError("a query embedding has a value that is not finite: encode the queries again")
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m eval.search`."""
-    parser = argparse.ArgumentParser(prog="python -m eval.search", description="embedding shards -> a run file")
-    parser.add_argument("--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them")
-    parser.add_argument("--passages", required=True, type=Path, help="folder of passage shards")
-    parser.add_argument("--output", required=True, type=Path, help="the run file; .gz compresses it")
-    parser.add_argument("--k", type=int, default=1000, help="passages a query (default %(default)s)")
-    add_search_arguments(parser)
-    parser.add_argument("--format", choices=("trec", "msmarco"), default="trec", help="of the run file (default %(default)s)")
-    parser.add_argument("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)")
-    parser.add_argument("--block-mib", type=int, default=256, help="passages FAISS holds at once (default %(default)s MiB)")
-    given = parser.parse_args(list(arguments) if arguments is not None else None)
-
-    from eval.commands import launched_ranks, one_line_errors
-    from retriever.config import ConfigError
-    from retriever.parallel.world import World
-
-    with one_line_errors(), launched_ranks(given.threads, given.faiss_gpu) as (ranks, device):
-        try:
-            run = _search_folders(given, World(device, ranks.rank, ranks.size))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if ranks.rank == 0:
-            write = write_trec if given.format == "trec" else write_msmarco
-            write(given.output, run)
-            print(f"{given.output}: {counted(len(run), 'query')}, {counted(sum(len(r.passage_ids) for r in run.values()), 'line')}")
+    parser = command_parser(
+        "python -m eval.search",
+        "embedding shards -> a run file",
+        option("--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"),
+        option("--passages", required=True, type=Path, help="folder of passage shards"),
+        option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
+        option("--k", type=int, default=1000, help="passages a query"),
+        *SEARCH,
+        option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
+        option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
+        option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
+    )
+    return run(parser, arguments, _search, lower="--memory-gib or --block-mib")
 
 
-def _search_folders(given: argparse.Namespace, world: World) -> dict[str, Ranking]:
+def _search(args: argparse.Namespace) -> None:
+    from eval.trec import write_msmarco, write_trec
+
+    with launched_search(args) as world:
+        found = _search_folders(args, world)
+        if world.is_first:
+            write = write_trec if args.format == "trec" else write_msmarco
+            write(args.output, found)
+            print(f"{args.output}: {counted(len(found), 'query')}, {counted(sum(len(r.passage_ids) for r in found.values()), 'line')}")
+
+
+def _search_folders(args: argparse.Namespace, world: World) -> dict[str, Ranking]:
+    from eval.engines.embeddings import load_queries
+    from eval.engines.nearest import search
     from retriever.shards import ShardError, open_shards
 
-    query_shards, passage_shards = open_shards(given.queries), open_shards(given.passages)
+    query_shards, passage_shards = open_shards(args.queries), open_shards(args.passages)
     models = query_shards.manifest["model"], passage_shards.manifest["model"]
     if models[0] != models[1]:
-        raise ShardError(f"{given.queries} and {given.passages} hold embeddings of different models: {models[0]}, {models[1]}")
-    for folder, shards, side in ((given.queries, query_shards, "query"), (given.passages, passage_shards, "passage")):
+        raise ShardError(f"{args.queries} and {args.passages} hold embeddings of different models: {models[0]}, {models[1]}")
+    for folder, shards, side in ((args.queries, query_shards, "query"), (args.passages, passage_shards, "passage")):
         if shards.manifest["side"] != side:
             raise ShardError(f"{folder} holds embeddings of the {shards.manifest['side']} side; expected the {side} side")
     queries, query_ids = load_queries(query_shards)
     return search(
-        queries, query_ids, passage_shards, given.k, index=given.index, exclude_self=given.exclude_self, block_mib=given.block_mib,
-        progress=True, world=world, engine=given.engine, memory_gib=given.memory_gib, faiss_gpu=given.faiss_gpu,
+        queries, query_ids, passage_shards, args.k, index=args.index, exclude_self=args.exclude_self, block_mib=args.block_mib,
+        progress=True, world=world, engine=args.engine, memory_gib=args.memory_gib, faiss_gpu=args.faiss_gpu,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

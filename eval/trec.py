@@ -17,6 +17,7 @@ import numpy as np
 
 from retriever.data.files import read_lines
 from retriever.data.records import DataError
+from retriever.errors import RefusedError
 from retriever.files import replace_file
 
 TREC_LINE = "query-id Q0 passage-id rank score tag"
@@ -50,7 +51,7 @@ def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) ->
         twice = Counter(passage_ids).most_common(1)[0][0]
         raise DataError(f"passage {twice!r} stands twice in one ranking: expected each passage once")
     if np.isnan(rounded).any():
-        raise ValueError(f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number")
+        raise RefusedError(f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number")
     # Python compares strings by code point, which is the byte order of UTF-8 that trec_eval's strcmp sees.
     by_id = sorted(range(len(passage_ids)), key=lambda i: passage_ids[i], reverse=True)
     order = np.array(by_id, dtype=np.int64)[np.argsort(-rounded[by_id], kind="stable")]  # [n]

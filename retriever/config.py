@@ -1,23 +1,19 @@
-"""The run's configuration: nested frozen dataclasses, filled from one YAML file and `key.sub=value` overrides.
+"""The run's configuration: nested frozen dataclasses with every setting.
 
-OmegaConf reads and merges; `config_tree` checks types, `config_rules` what can be run together. Every error names its key.
+`config_file.load` fills them from a YAML file and overrides; `config_tree` checks types, `config_rules` what can be run together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
-from retriever.config_rules import validate
 from retriever.config_tree import ConfigError, build, flatten, plain
 
-__all__ = ["Config", "ConfigError", "load", "validate"]
+__all__ = ["Config", "ConfigError"]
 
 Auto = Literal["auto"]
 
@@ -172,7 +168,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. `load` reads it, `to_yaml` writes it."""
+    """Everything a run depends on. `config_file.load` reads it, `to_yaml` writes it."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -182,49 +178,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig | None = None
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of one run: the YAML at `path`, then `key.sub=value` overrides, then `validate`.
-
-    A list entry is addressed by its number: `data.train.0.limit=100`.
-    Raises ConfigError naming the key that is unknown, of a wrong type, impossible or not available.
-    """
-    try:
-        merged = OmegaConf.load(path) if path is not None else OmegaConf.create({})
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or 'expected a mapping of sections'}") from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
-    for override in overrides:
-        apply_override(merged, override)
-    given = {override.partition("=")[0] for override in overrides}
-    for named, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # one on the command line replaces the file's other
-        if f"train.{named}" in given and f"train.{other}" not in given and OmegaConf.select(merged, f"train.{named}") is not None:
-            OmegaConf.update(merged, f"train.{other}", None, force_add=True)
-    config = from_dict(OmegaConf.to_container(merged, resolve=False))  # type: ignore[arg-type]
-    validate(config)
-    return config
-
-
-def apply_override(merged: DictConfig, override: str) -> None:
-    """Sets one `key.sub=value`; the value is read as YAML, but unquoted text is taken as it stands: `model.query_prompt=query: `.
-
-    Raises ConfigError naming the override.
-    """
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key.sub=value")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-        first = value.lstrip()[:1]
-        if isinstance(parsed, str) and first not in ("'", '"') or isinstance(parsed, Mapping) and first != "{":
-            parsed = value
-        OmegaConf.update(merged, key, parsed, force_add=True)
-    except (OmegaConfBaseException, YAMLError, TypeError, IndexError) as error:
-        raise ConfigError(f"override {override!r}: {error}") from error
 
 
 def from_dict(tree: Mapping[Any, Any]) -> Config:
@@ -238,7 +191,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal Config."""
+    """The resolved configuration as YAML that `config_file.load` reads back to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 

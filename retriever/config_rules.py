@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from retriever.config import Config
 from retriever.config_tree import ConfigError, flatten
-
-if TYPE_CHECKING:
-    from retriever.config import Config
 
 
 def validate(config: Config) -> None:

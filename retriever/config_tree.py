@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
+from retriever.errors import RefusedError
 
-class ConfigError(ValueError):
+
+class ConfigError(RefusedError):
     """A configuration that cannot be run; the message names the key."""
 
 

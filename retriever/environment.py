@@ -26,11 +26,11 @@ _TRACKERS = {
 
 
 def check_environment() -> None:
-    """Stops the command with one line where this project and Hugging Face's distribution `kernels` were installed into one folder.
+    """Refuses to go on where this project and Hugging Face's distribution `kernels` were installed into one folder.
 
     The later of the two has replaced the `__init__.py` of the other. Ours does not know what theirs held, which transformers asks
     for; with theirs both work. In folders of their own both work too: see `kernels/__init__.py`.
-    Raises SystemExit with the line.
+    Raises ConfigError.
     """
     try:
         theirs = importlib.metadata.distribution("kernels")
@@ -38,7 +38,7 @@ def check_environment() -> None:
         return
     shared = Path(str(theirs.locate_file("kernels"))).resolve() == FOLDER
     if shared and "_folder_of_theirs" in (FOLDER / "__init__.py").read_text(encoding="utf-8"):
-        raise SystemExit(
+        raise ConfigError(
             f"bigbatch was installed over the distribution kernels {theirs.version} in {FOLDER}: "
             f"run `pip install --force-reinstall --no-deps kernels=={theirs.version}`, with which both work"
         )

@@ -26,6 +26,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder, quiet_transformers
 from retriever.encoder.lora import merged_state
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
+from retriever.errors import RefusedError
 from retriever.files import replace_folder
 from retriever.model_card import model_card
 from retriever.rng import RngState
@@ -35,7 +36,7 @@ _POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_to
 _UNUSED_FLAGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 
 
-class ExportError(RuntimeError):
+class ExportError(RefusedError):
     """A written model that does not give the embeddings of the live one."""
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from retriever.data.tokens import Side
+from retriever.errors import RefusedError
 from retriever.files import clean, make_folder, replace_file, write_array, write_json
 
 FORMAT_VERSION = 2
@@ -27,7 +28,7 @@ _IDS = pa.schema([("id", pa.string())])
 _OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # what a job says, and a manifest of it, in every format so far
 
 
-class ShardError(ValueError):
+class ShardError(RefusedError):
     """A folder of shards that cannot be read or continued; the message names the file."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever.config import Config, ConfigError, EvalConfig, differences, load
-from retriever.environment import check_environment, check_trackers
+from retriever.command import command_parser, option, run
+from retriever.config import Config, EvalConfig, differences
+from retriever.config_file import load
+from retriever.environment import check_trackers
+from retriever.errors import RESUMES
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -27,44 +31,23 @@ if TYPE_CHECKING:
     from retriever.parallel.world import World
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 finished, 2 a configuration or data error (said in one line), 3 another rank was lost, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="retriever/train.py", description=__doc__)
-    parser.add_argument("--config", help="a YAML file; configs/ has examples")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    options = parser.parse_args(arguments)
-    check_environment()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # what all ranks say is said once a node
-    try:
-        config = load(options.config, options.overrides)
-        check_trackers(config.run.trackers)
-    except ConfigError as error:
-        return _refused(error, first)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `accelerate launch retriever/train.py`."""
+    parser = command_parser(
+        "retriever/train.py",
+        __doc__,
+        option("--config", help="a YAML file; configs/ has examples"),
+        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
+    )
+    return run(parser, arguments, _train_as_told, resumes=RESUMES, lower="batch.tokens_per_chunk, batch.retain or batch.retain_products")
+
+
+def _train_as_told(args: argparse.Namespace) -> None:
+    config = load(args.config, args.overrides)
+    check_trackers(config.run.trackers)
     # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from retriever.data.records import DataError
-    from retriever.export import ExportError
-    from retriever.parallel.watch import INTERRUPTION, RankError
-
-    try:
-        train(config)
-    except (ConfigError, DataError, ExportError, FloatingPointError) as error:
-        return _refused(error, first)
-    except RankError as error:
-        if error.speaks:
-            print(f"\n{error}", file=sys.stderr, flush=True)  # behind the progress bar
-        os._exit(error.verdict.status)  # an ordinary end would wait for the rank that is no more
-    except KeyboardInterrupt:
-        if first:
-            print(f"\n{INTERRUPTION}", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _refused(error: Exception, first: bool) -> int:
-    if first:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+    train(config)
 
 
 def train(config: Config) -> None:
@@ -181,9 +164,8 @@ def _train(
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:
     """Measures of the present weights, encoded by all ranks; empty on ranks other than the first."""
-    from eval.evaluate import Ranks, evaluate
+    from eval.evaluate import evaluate
 
-    ranks = Ranks(world.rank, world.size, world.barrier)
     result = evaluate(
         bundle,
         config.path,
@@ -192,7 +174,7 @@ def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: 
         config.k,
         index=config.index,
         shards_dir=outputs.embeddings,
-        ranks=ranks,
+        world=world,
         progress=world.is_first,
     )
     return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}

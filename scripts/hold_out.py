@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from retriever.command import command_parser, option, run
 from retriever.wording import counted
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m scripts.hold_out`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.hold_out", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_parser(
+        "python -m scripts.hold_out",
+        __doc__,
+        option("--data", required=True, type=Path, help="a BEIR folder"),
+        option("--output", required=True, type=Path, help="a new folder"),
+        option("--split", default="train", help="that is divided"),
+        option("--queries", type=int, default=160, help="that become dev"),
+        option("--seed", type=int, default=0, help="default: %(default)s"),
     )
-    parser.add_argument("--data", required=True, type=Path, help="a BEIR folder")
-    parser.add_argument("--output", required=True, type=Path, help="a new folder")
-    parser.add_argument("--split", default="train", help="that is divided (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=160, help="that become dev (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    given = parser.parse_args(arguments)
+    return run(parser, arguments, _hold_out)
 
-    from eval.commands import one_line_errors
 
-    with one_line_errors():
-        fit, dev = hold_out(given.data, given.output, given.split, given.queries, given.seed)
-    print(f"{given.output}: {counted(fit, 'query')} to train on (fit), {dev:,} to choose by (dev)")
+def _hold_out(args: argparse.Namespace) -> None:
+    fit, dev = hold_out(args.data, args.output, args.split, args.queries, args.seed)
+    print(f"{args.output}: {counted(fit, 'query')} to train on (fit), {dev:,} to choose by (dev)")
 
 
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
@@ -75,4 +77,4 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

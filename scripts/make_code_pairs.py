@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import tokenize
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
+from retriever.command import command_parser, option, run
+from retriever.errors import RefusedError
 from retriever.files import write_json, write_text
 from scripts.code_pairs.functions import documented_functions, without_name
 from scripts.code_pairs.pairs import Collection, code_collection, details_collection
@@ -46,39 +49,42 @@ class Settings:
     max_held_out_module: int = 60
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m scripts.make_code_pairs`."""
     default = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder to write")
-    add(
-        "--packages",
-        nargs="+",
-        default=[STDLIB],
-        metavar="NAME",
-        help=f"import names; {STDLIB} is the standard library, auto it and the well-known packages found (default {STDLIB})",
+    parser = command_parser(
+        "python -m scripts.make_code_pairs",
+        __doc__,
+        option("--output", type=Path, required=True, help="folder to write"),
+        option(
+            "--packages",
+            nargs="+",
+            default=[STDLIB],
+            metavar="NAME",
+            help=f"import names; {STDLIB} is the standard library, auto it and the well-known packages found (default {STDLIB})",
+        ),
+        option("--seed", type=int, default=default.seed, help="draws the modules held out"),
+        option("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source"),
+        option("--test-queries", type=int, default=default.test_queries, help="hold out modules for about so many"),
+        option("--dev-queries", type=int, default=default.dev_queries, help="likewise"),
+        option("--max-test-per-module", type=int, default=default.max_test_per_module, help="functions"),
+        option(
+            "--max-held-out-module", type=int, default=default.max_held_out_module, help="larger ones train (default %(default)s functions)"
+        ),
     )
-    add("--seed", type=int, default=default.seed, help="draws the modules held out")
-    add("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source (default %(default)s)")
-    add("--test-queries", type=int, default=default.test_queries, help="hold out modules for about so many (default %(default)s)")
-    add("--dev-queries", type=int, default=default.dev_queries, help="likewise (default %(default)s)")
-    add("--max-test-per-module", type=int, default=default.max_test_per_module, help="functions (default %(default)s)")
-    add("--max-held-out-module", type=int, default=default.max_held_out_module, help="larger ones train (default %(default)s functions)")
-    options = vars(parser.parse_args(arguments))
-    output, names = options.pop("output"), options.pop("packages")
-    packages = installed(WELL_KNOWN) if names == ["auto"] else names
-    try:
-        manifest = build(output, Settings(packages=tuple(packages), **options))
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"{output}: {summary(manifest)}")
+    return run(parser, arguments, _build)
+
+
+def _build(args: argparse.Namespace) -> None:
+    packages = installed(WELL_KNOWN) if args.packages == ["auto"] else args.packages
+    settings = Settings(packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]})
+    print(f"{args.output}: {summary(build(args.output, settings))}")
 
 
 def build(output: Path, settings: Settings) -> dict[str, Any]:
     """Reads the sources, writes both folders (the manifest last) and returns the manifest.
 
-    Raises ValueError for a package that isn't installed, and where no query could be held out.
+    Raises RefusedError for a package that isn't installed, and where no query could be held out.
     """
     members, unreadable = read_members(settings)
     split = split_by_family(
@@ -88,7 +94,9 @@ def build(output: Path, settings: Settings) -> dict[str, Any]:
     details = details_collection(split)
     for name, pairs in code.qrels.items():
         if not pairs:
-            raise ValueError(f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages")
+            raise RefusedError(
+                f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages"
+            )
     files = {**_texts(code), **{f"details/{name}": text for name, text in _texts(details).items()}}
     (output / "manifest.json").unlink(missing_ok=True)
     for name, text in files.items():
@@ -155,4 +163,4 @@ def _texts(collection: Collection) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

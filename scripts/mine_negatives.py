@@ -11,25 +11,30 @@ scores. The same command after an interruption goes on where it stopped and ends
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from eval.arguments import at_least_one
+from eval.arguments import THREADS, launched_search
+from retriever.command import BATCH, ENCODER, TITLE, at_least_one, command_parser, group, one_of, option, run
 from retriever.wording import counted
 
+if TYPE_CHECKING:
+    from retriever.parallel.world import World
 
-def main(arguments: Sequence[str] | None = None) -> None:
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m scripts.mine_negatives`."""
-    given = _parser().parse_args(arguments)
-
-    from eval.commands import launched_ranks, one_line_errors
-
-    with one_line_errors(), launched_ranks(given.threads) as (ranks, device):
-        mine(given, ranks, device)
+    return run(_parser(), arguments, _mine, resumes="the same command goes on where it stopped", lower="--batch or --teacher-batch")
 
 
-def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
+def _mine(args: argparse.Namespace) -> None:
+    with launched_search(args) as world:
+        mine(args, world)
+
+
+def mine(args: argparse.Namespace, world: World) -> None:
     """Mines what the arguments ask for, on every rank. Raises ConfigError, DataError."""
     from retriever.config import ConfigError, SourceConfig
     from retriever.data.formats import open_source
@@ -39,29 +44,29 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
     from scripts.mining.settings import MiningSettings
     from scripts.mining.teacher import CrossEncoder
 
-    first, last = given.ranks
+    first, last = args.ranks
     settings = MiningSettings(
-        tuple(given.retrievers), first, last, given.negatives, given.pick, given.margin, given.percentage, given.judged, given.seed
+        tuple(args.retrievers), first, last, args.negatives, args.pick, args.margin, args.percentage, args.judged, args.seed
     )
-    names = list(dict.fromkeys(given.teacher or []))
+    names = list(dict.fromkeys(args.teacher or []))
     asks_model = "model" in (*settings.retrievers, *names) or (settings.filters and not names)
-    if asks_model and given.model is None:
+    if asks_model and args.model is None:
         raise ConfigError("--model: expected a model, which --retrievers model, --teacher model and filters without a teacher ask for")
-    path, columns = given.data, tuple(given.columns) if given.columns else None
+    path, columns = args.data, tuple(args.columns) if args.columns else None
     source = open_source(
-        SourceConfig(path, given.name, given.revision, given.format, given.split, columns, given.corpus, given.queries, limit=given.limit)
+        SourceConfig(path, args.name, args.revision, args.format, args.split, columns, args.corpus, args.queries, limit=args.limit)
     )
-    output = Path(given.output_dir)
-    work = given.work_dir or output.with_name(f"{output.name}.work")
-    pool = Pool(source, given.title, given.title_separator, work / "pool", ranks)
+    output = Path(args.output_dir)
+    work = args.work_dir or output.with_name(f"{output.name}.work")
+    pool = Pool(source, args.title, args.title_separator, work / "pool", world)
     own = sum(query.prompt is not None for query in pool.queries)
-    if own and ranks.rank == 0:
+    if own and world.is_first:
         print(f"note: {counted(own, 'query')} with a prompt that the search leaves out")
-    bundle = load_encoder(given.model, precision=given.precision, attention=given.attention, device=device) if asks_model else None
+    bundle = load_encoder(args.model, precision=args.precision, attention=args.attention, device=world.device) if asks_model else None
     teachers = [
         name
         if name in ("bm25", "model")
-        else CrossEncoder.load(name, max_tokens=given.teacher_max_tokens, precision=given.precision, device=device)
+        else CrossEncoder.load(name, max_tokens=args.teacher_max_tokens, precision=args.precision, device=world.device)
         for name in names
     ]
     mining = Mining(
@@ -69,68 +74,67 @@ def mine(given: argparse.Namespace, ranks: Any, device: Any) -> None:
         settings,
         output,
         work,
+        world,
         bundle,
         tuple(teachers),
-        index=given.index,
-        tokens_per_batch=given.teacher_batch,
-        tokens_per_chunk=given.batch,
-        threads=given.threads,
-        ranks=ranks,
+        index=args.index,
+        tokens_per_batch=args.teacher_batch,
+        tokens_per_chunk=args.batch,
+        threads=args.threads,
     )
     mining.run()
-    if ranks.rank == 0 and mining.counts:
+    if world.is_first and mining.counts:
         print(f"{output}: " + ", ".join(f"{what} {count:,}" for what, count in mining.counts.items()), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.mine_negatives", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    source = parser.add_argument_group("training source, as an entry of data.train")
-    which = source.add_mutually_exclusive_group(required=True)
-    which.add_argument("--data", help="a file or folder of any format that training reads")
-    which.add_argument("--name", help="a Hugging Face dataset")
-    for option in ("revision", "corpus", "queries"):
-        source.add_argument(f"--{option}", help=f"data.train.<n>.{option}")
     formats = ("auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns")
-    source.add_argument("--format", default="auto", choices=formats, help="default: %(default)s")
-    source.add_argument("--split", default="train", help="default: %(default)s")
-    source.add_argument("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file")
-    source.add_argument("--limit", type=int, help="of queries that are read, the first ones")
-    source.add_argument("--title", choices=("join", "drop"), default="join", help="as data.title (default: %(default)s)")
-    source.add_argument("--title-separator", default=" ", help="as data.title_separator (default: one space)")
-
-    search = parser.add_argument_group("candidates")
-    search.add_argument("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model")
-    search.add_argument("--model", help="the present model: folder or Hugging Face name")
-    search.add_argument("--ranks", nargs=2, type=int, default=(10, 100), metavar=("FIRST", "LAST"), help="of the search (default: 10 100)")
-    search.add_argument("--negatives", type=int, default=8, help="a query, at most (default: %(default)s)")
-    search.add_argument("--pick", choices=("random", "top"), default="random", help="inside the ranks (default: %(default)s)")
-    search.add_argument("--seed", type=int, default=0, help="of --pick random (default: %(default)s)")
-    search.add_argument("--index", default="flat", help="of the model's search (default: %(default)s)")
-
-    judge = parser.add_argument_group("scores", "by the teachers; without one, filters use the model's own similarities")
-    teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
-    judge.add_argument("--teacher", nargs="+", metavar="NAME", help=teachers)
-    judge.add_argument("--teacher-max-tokens", type=int, default=512, help="of a pair (default: %(default)s)")
-    judge.add_argument(
-        "--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once (default: %(default)s)"
+    source = (
+        one_of(
+            option("--data", help="a file or folder of any format that training reads"),
+            option("--name", help="a Hugging Face dataset"),
+        ),
+        *(option(f"--{name}", help=f"data.train.<n>.{name}") for name in ("revision", "corpus", "queries")),
+        option("--format", default="auto", choices=formats, help="default: %(default)s"),
+        option("--split", default="train", help="default: %(default)s"),
+        option("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file"),
+        option("--limit", type=int, help="of queries that are read, the first ones"),
+        *TITLE,
     )
-    judge.add_argument("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)")
-    judge.add_argument("--margin", type=float, help="drop what scores above the lowest positive's score less this")
-    judge.add_argument("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95")
-
-    parser.add_argument("--output-dir", required=True, type=Path, help="a new folder for the training data")
+    candidates = (
+        option("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model"),
+        option("--model", help="the present model: folder or Hugging Face name"),
+        option("--ranks", nargs=2, type=int, default=(10, 100), metavar=("FIRST", "LAST"), help="of the search (default: 10 100)"),
+        option("--negatives", type=int, default=8, help="a query, at most"),
+        option("--pick", choices=("random", "top"), default="random", help="inside the ranks"),
+        option("--seed", type=int, default=0, help="of --pick random"),
+        option("--index", default="flat", help="of the model's search"),
+    )
+    teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
+    scores = (
+        option("--teacher", nargs="+", metavar="NAME", help=teachers),
+        option("--teacher-max-tokens", type=int, default=512, help="of a pair"),
+        option("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once"),
+        option("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)"),
+        option("--margin", type=float, help="drop what scores above the lowest positive's score less this"),
+        option("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95"),
+    )
     kept = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
-    parser.add_argument("--work-dir", type=Path, help=kept)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of both models (default: %(default)s)")
-    packed = "of the encoder: packed computes nothing for padding; auto: on a GPU, where the architecture can (default: %(default)s)"
-    parser.add_argument("--attention", choices=("auto", "packed", "padded"), default="auto", help=packed)
-    parser.add_argument("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
-    threads = "of a process, for FAISS (default: OMP_NUM_THREADS, else all cores) and BM25 (default: all cores)"
-    parser.add_argument("--threads", type=at_least_one, help=threads)
+    parser = command_parser(
+        "python -m scripts.mine_negatives",
+        __doc__,
+        group("training source, as an entry of data.train", *source),
+        group("candidates", *candidates),
+        group("scores", *scores, about="by the teachers; without one, filters use the model's own similarities"),
+        option("--output-dir", required=True, type=Path, help="a new folder for the training data"),
+        option("--work-dir", type=Path, help=kept),
+        *ENCODER,
+        BATCH,
+        THREADS,
+    )
+    parser.set_defaults(faiss_gpu="off")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

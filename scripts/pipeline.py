@@ -10,40 +10,28 @@ it stopped, and after a change does again what the change reaches; it says which
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 
+from retriever.command import command_parser, option, run
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a stage failed, 2 a configuration or data error (said in one line), 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """The command `python -m scripts.pipeline`; where a stage fails, its exit status is the command's."""
+    parser = command_parser(
+        "python -m scripts.pipeline",
+        __doc__,
+        option("config", help="a YAML file; configs/loop_*.yaml are examples"),
+        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
     )
-    parser.add_argument("config", help="a YAML file; configs/loop_*.yaml are examples")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
-    given = parser.parse_args(arguments)
+    return run(parser, arguments, _run_loop, resumes="the same command goes on where it stopped")
 
-    from retriever.environment import check_environment
 
-    check_environment()
-    from retriever.config import ConfigError
-    from retriever.data.records import DataError
+def _run_loop(args: argparse.Namespace) -> None:
     from scripts.loop.config import load_loop
     from scripts.loop.rounds import Loop
 
-    try:
-        Loop(load_loop(given.config, given.overrides)).run()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(map(str, error.cmd[:6]))} … ended with status {error.returncode}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    Loop(load_loop(args.config, args.overrides)).run()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: t
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from eval.arguments import at_least_one
+from retriever.command import above_zero, at_least_one, command_parser, option, run
 from retriever.parallel.cost import GATHER_SHARE, Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
 
 _GIB = 2**30
@@ -106,46 +106,33 @@ def _seconds(s: float) -> str:
     return f"{s:.{1 if s < 100 else 0}f} s" if s < 1000 else f"{s / 60:,.0f} min"
 
 
-def _above_zero(text: str) -> float:
-    """A number for argparse that something can be divided by."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0; received {text!r}")
-    return number
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table of docs/cluster.md, or one for another machine."""
     defaults, bert = Machine(), Model(pairs_per_s=6_800)
-    parser = argparse.ArgumentParser(prog="python -m scripts.plan_cluster", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument(
-        "--batches", type=at_least_one, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch"
+    parser = command_parser(
+        "python -m scripts.plan_cluster",
+        (__doc__ or "").partition(":")[0],
+        option("--batches", type=at_least_one, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch"),
+        option("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024]),
+        option("--pairs-per-s", type=above_zero, default=bert.pairs_per_s, help="of the encoder on one GPU"),
+        option("--parameters", type=above_zero, default=bert.parameters, help="default: %(default).4g, BERT-base"),
+        option("--dim", type=at_least_one, default=bert.dim, help="of an embedding and of the hidden layers"),
+        option("--layers", type=at_least_one, default=bert.layers, help="default: %(default)s"),
+        option("--tokens-per-chunk", type=at_least_one, default=bert.tokens_per_chunk, help="default: %(default)s"),
+        option("--memory-gib", type=above_zero, default=75.0, help="of a GPU, that a run may use"),
+        option("--gpus-per-node", type=at_least_one, default=defaults.ranks_per_node, help="default: %(default)s"),
+        option("--tflops", type=above_zero, default=defaults.tflops, help="of the loss's products"),
+        option("--inside-gb-s", type=above_zero, default=defaults.inside_gb_s, help="GPU to GPU in a node"),
+        option("--between-gb-s", type=above_zero, default=defaults.between_gb_s, help="a GPU's network card"),
     )
-    parser.add_argument("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024])
-    parser.add_argument(
-        "--pairs-per-s", type=_above_zero, default=bert.pairs_per_s, help="of the encoder on one GPU (default: %(default)s)"
-    )
-    parser.add_argument("--parameters", type=_above_zero, default=bert.parameters, help="default: %(default).4g, BERT-base")
-    parser.add_argument(
-        "--dim", type=at_least_one, default=bert.dim, help="of an embedding and of the hidden layers (default: %(default)s)"
-    )
-    parser.add_argument("--layers", type=at_least_one, default=bert.layers, help="default: %(default)s")
-    parser.add_argument("--tokens-per-chunk", type=at_least_one, default=bert.tokens_per_chunk, help="default: %(default)s")
-    parser.add_argument("--memory-gib", type=_above_zero, default=75.0, help="of a GPU, that a run may use (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=at_least_one, default=defaults.ranks_per_node, help="default: %(default)s")
-    parser.add_argument("--tflops", type=_above_zero, default=defaults.tflops, help="of the loss's products (default: %(default)s)")
-    parser.add_argument("--inside-gb-s", type=_above_zero, default=defaults.inside_gb_s, help="GPU to GPU in a node (default: %(default)s)")
-    parser.add_argument(
-        "--between-gb-s", type=_above_zero, default=defaults.between_gb_s, help="a GPU's network card (default: %(default)s)"
-    )
-    given = parser.parse_args(arguments)
-    model = Model(given.pairs_per_s, given.parameters, given.dim, given.layers, given.tokens_per_chunk)
-    machine = Machine(given.gpus_per_node, given.tflops, given.inside_gb_s, given.between_gb_s)
-    print("\n".join(table(given.batches, given.gpus, model, machine, given.memory_gib)))
+    return run(parser, arguments, _print_table)
+
+
+def _print_table(args: argparse.Namespace) -> None:
+    model = Model(args.pairs_per_s, args.parameters, args.dim, args.layers, args.tokens_per_chunk)
+    machine = Machine(args.gpus_per_node, args.tflops, args.inside_gb_s, args.between_gb_s)
+    print("\n".join(table(args.batches, args.gpus, model, machine, args.memory_gib)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

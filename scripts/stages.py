@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval.collections.collection import file_fingerprint, fingerprint
-from eval.evaluate import Ranks
 from retriever.config import ConfigError
 from retriever.files import make_folder, write_json
+from retriever.parallel.world import World
 
 MANIFEST, _JOB = "manifest.json", "job.json"
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
@@ -28,7 +30,7 @@ def run_stage(
     inputs: Mapping[str, Any],
     work: Callable[[Path], Sequence[str]],
     *,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Outputs:
     """The outputs of a stage, which is worked on only where `folder` does not hold them for these `inputs` yet.
@@ -37,27 +39,26 @@ def run_stage(
     holds what an interrupted work of the same inputs left. `inputs` are plain values; `facts` go into the manifest beside them.
     Raises ConfigError where `folder` holds files that no stage wrote.
     """
-    ranks = ranks or Ranks()
-    wait = ranks.barrier or (lambda: None)
+    world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))
     found = _finished(folder, job)
-    wait()  # no rank may change the folder before every rank has looked at it
+    world.barrier()  # no rank may change the folder before every rank has looked at it
     if found is not None:
-        if ranks.rank == 0:
+        if world.is_first:
             print(f"{name}: reused ({folder})", flush=True)
         return found
-    if ranks.rank == 0:
+    if world.is_first:
         started = _prepare(folder, job)
         print(f"{name}: {'goes on' if started else 'starts'} ({folder})", flush=True)
-    wait()
+    world.barrier()
     files = work(folder)
-    wait()
-    if ranks.rank == 0:
+    world.barrier()
+    if world.is_first:
         outputs = {file: file_fingerprint(folder / file) for file in files}
         sizes = {file: (folder / file).stat().st_size for file in files}
         said = dict(facts()) if facts is not None else {}
         write_json(folder / MANIFEST, {"stage": name, "inputs": job, **said, "outputs": outputs, "bytes": sizes})
-    wait()
+    world.barrier()
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
 
 

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from eval.engines.bm25 import Bm25
 from eval.engines.embeddings import load_queries
-from eval.search import search
-from retriever.config import SourceConfig, load
+from eval.engines.nearest import search
+from retriever.config import SourceConfig
+from retriever.config_file import load
 from retriever.data.formats import open_source
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder, load_tokenizer

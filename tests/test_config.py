@@ -19,11 +19,11 @@ from retriever.config import (
     adopt_auto,
     differences,
     from_dict,
-    load,
     to_dict,
     to_yaml,
-    validate,
 )
+from retriever.config_file import load
+from retriever.config_rules import validate
 
 MINIMAL = """
 model: {name_or_path: some/model}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever.config import load
+from retriever.config_file import load
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 TRAININGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("loop_"))

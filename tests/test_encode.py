@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retriever import encode as encode_module
-from retriever.encode import encode_to_shards, main
+from retriever import encode_shards as encode_module
+from retriever.encode import main
+from retriever.encode_shards import encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.slabs import inference, mode_of
 from retriever.shards import ShardError, ShardWriter, open_shards
+from tests.commands import RankAlone, assert_refused
 from tests.tiny import random_texts, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +86,7 @@ def test_shards_hold_the_embeddings_in_the_order_of_the_texts(bundle: EncoderBun
 def test_a_shard_may_be_encoded_in_several_slabs(bundle: EncoderBundle, tmp_path: Path, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row comes back to its own place, and no shard is written before its last slab."""
     whole, ids = _read(_encode(bundle, tmp_path / "whole"))
-    monkeypatch.setattr("retriever.encoder.slabs.SLAB_TEXTS", slab)
+    monkeypatch.setattr(encode_module, "SLAB_TEXTS", slab)
     counting = _counting(bundle)
     embeddings, found = _read(_encode(counting, tmp_path / "slabs"))
     assert found == ids and counting.slabs == sum(-(-rows // slab) for rows in (5, 5, 5, 5, 3))
@@ -110,16 +112,14 @@ def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBu
         def barrier() -> None:
             if rank == 0 and next(waits) == 2:  # rank 0 has encoded its shards; now the others do, and come to their own end
                 for other in (1, 2):
-                    _encode(ranks[other], folder, rank=other, world_size=3, barrier=lambda: None)
+                    _encode(ranks[other], folder, world=RankAlone(other, 3))
 
-        _encode(ranks[0], folder, rank=0, world_size=3, barrier=barrier)
+        _encode(ranks[0], folder, world=RankAlone(0, 3, barrier))
 
     run_from(0)
     assert [rank.texts for rank in ranks] == [10, 8, 5]
     for file in sorted(alone.iterdir()):
         assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
-    with pytest.raises(ValueError, match="world_size is 3 without a barrier"):
-        _encode(bundle, folder, world_size=3)
 
 
 def test_no_rank_changes_the_folder_before_every_rank_has_looked(
@@ -145,10 +145,10 @@ def test_no_rank_changes_the_folder_before_every_rank_has_looked(
         events.append((rank, "wait"))
         if rank == 0 and events.count((0, "wait")) == 3:  # the other rank's turn
             now[0] = 1
-            _encode(bundle, tmp_path, shard_rows=10, rank=1, world_size=2, barrier=lambda: wait(1))
+            _encode(bundle, tmp_path, shard_rows=10, world=RankAlone(1, 2, lambda: wait(1)))
             now[0] = 0
 
-    _encode(bundle, tmp_path, shard_rows=10, rank=0, world_size=2, barrier=lambda: wait(0))
+    _encode(bundle, tmp_path, shard_rows=10, world=RankAlone(0, 2, lambda: wait(0)))
     orders = [[name for r, name in events if r == rank] for rank in (0, 1)]
     looked = ["finished", "check", "wait"]
     assert orders[0] == [*looked, "prepare", "wait", "write", "write", "wait", "finish", "wait"]
@@ -248,9 +248,8 @@ def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Pat
     arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p")]
     main(arguments)
     main(arguments)
-    with pytest.raises(SystemExit, match=r"texts: .* there, .* asked for.*--overwrite") as stopped:
-        main([*arguments, "--title", "drop"])
-    assert "\n" not in str(stopped.value) and _read(tmp_path / "p")[1][-1] == "p22"
+    assert_refused(main, [*arguments, "--title", "drop"], r"texts: .* there, .* asked for.*--overwrite")
+    assert _read(tmp_path / "p")[1][-1] == "p22"
     arguments.append("--overwrite")
     main([*arguments, "--title", "drop"])
     (beir / "corpus.jsonl").write_text((beir / "corpus.jsonl").read_text().replace("p22", "p99"))
@@ -277,9 +276,9 @@ def test_the_command_packs_and_compiles_when_told_to(
 @pytest.mark.parametrize("missing", ["model", "input"])
 def test_the_command_says_in_one_line_what_is_missing(model: Path, beir: Path, tmp_path: Path, missing: str) -> None:
     places = {"model": str(model), "input": str(beir)} | {missing: str(tmp_path / "nowhere")}
-    with pytest.raises(SystemExit, match="nowhere") as stopped:
-        main(["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")])
-    assert "\n" not in str(stopped.value)
+    assert_refused(
+        main, ["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")], "nowhere"
+    )
 
 
 def test_two_processes_run_the_command_as_a_script(model: Path, beir: Path, tmp_path: Path) -> None:
@@ -302,6 +301,5 @@ def test_an_input_without_a_text_is_refused(model: Path, tmp_path: Path, side: s
     texts.write_text(json.dumps({"_id": "1", "text": "a river"}) + "\n", encoding="utf-8")
     main([*arguments, str(tmp_path / "out")])
     texts.write_text("", encoding="utf-8")
-    with pytest.raises(SystemExit, match=rf"{name}: no {side} in it"):
-        main([*arguments, str(tmp_path / "out")])
+    assert_refused(main, [*arguments, str(tmp_path / "out")], rf"{name}: no {side} in it")
     assert _read(tmp_path / "out")[1] == ["1"]

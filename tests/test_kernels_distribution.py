@@ -59,6 +59,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_A_COMMAND = "import sys; from retriever import command as c; sys.exit(c.run(c.command_parser('any', None), [], print))"
+
+
 def _run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-P", "-c", code]
@@ -85,9 +88,9 @@ def test_of_two_in_one_folder_the_later_decides(theirs: Path, tmp_path: Path) ->
     shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
     for package in ("retriever", "kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    refused = _run(_CODE["a command"], tmp_path)
-    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith("bigbatch was installed over the distribution kernels")
+    refused = _run(_A_COMMAND, tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("error: bigbatch was installed over the distribution kernels")
     assert "pip install --force-reinstall --no-deps kernels==" in refused.stderr
     shutil.copy(theirs / "kernels" / "__init__.py", tmp_path / "kernels" / "__init__.py")
     both = _run("import retriever.environment as e; e.check_environment()\nimport kernels.infonce.exclusions" + _THEIRS, tmp_path)

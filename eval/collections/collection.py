@@ -40,7 +40,7 @@ class Collection:
                 yield str(passage.id), final_text(passage, title, separator)
 
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
-        """The measures of a run over this collection, for each judged query. Raises ValueError for an unknown measure."""
+        """The measures of a run over this collection, for each judged query. Raises RefusedError for an unknown measure."""
         return measure_run(self.qrels, run, metrics, self.relevance)
 
     def notes(self, passage_ids: Iterable[str]) -> tuple[str, ...]:

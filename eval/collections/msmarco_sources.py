@@ -6,17 +6,15 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.collections.collection import Collection, judged_queries
+from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
 from retriever.data.files import Table
 from retriever.data.hub_tables import named_table
 from retriever.data.records import DataError, Record
-
-if TYPE_CHECKING:
-    from eval.msmarco import Split
 
 
 class PairTable:

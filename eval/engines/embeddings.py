@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from retriever.errors import RefusedError
+
 
 class Embeddings(Protocol):
     """A collection of embeddings in parts; it can be iterated more than once."""
@@ -30,9 +32,9 @@ def blocks_of(passages: Embeddings, block_rows: int) -> Iterator[tuple[int, np.n
             start += len(block)
 
 
-def not_finite(position: int) -> ValueError:
+def not_finite(position: int) -> RefusedError:
     """The error for a passage, given by its position in the collection, whose embedding cannot be searched."""
-    return ValueError(f"passage embedding {position} has a value that is not finite: encode the collection again")
+    return RefusedError(f"passage embedding {position} has a value that is not finite: encode the collection again")
 
 
 def passage_ids(passages: Embeddings) -> pa.LargeStringArray:

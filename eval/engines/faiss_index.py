@@ -2,7 +2,7 @@
 
 | name | FAISS factory string for N passages of dimension D | at search |
 |---|---|---|
-| `flat` | no index: exact search, see `eval.search` | |
+| `flat` | no index: exact search, see `eval.engines.nearest` | |
 | `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe = nlist/64, 16 to nlist |
 | `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each): 96 bytes a passage for D = 768 | the same |
 | `hnsw` | `HNSW32,Flat`, efConstruction 200 | efSearch = 256, or k if that is more |

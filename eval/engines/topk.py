@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retriever.data.records import DataError
+from retriever.errors import RefusedError
 
 _EMPTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # sorts behind every passage
 _LOW = np.uint64(0xFFFF_FFFF)
@@ -23,9 +24,9 @@ class PassageOrder:
     """All passages' precedence in a tie: position in the collection -> precedence, 0 for the greatest id (UTF-8 byte order)."""
 
     def __init__(self, passage_ids: pa.LargeStringArray) -> None:
-        """`passage_ids`: [N] in the collection's order. Raises DataError for a repeated id, ValueError where N >= 2^32 - 1."""
+        """`passage_ids`: [N] in the collection's order. Raises DataError for a repeated id, RefusedError where N >= 2^32 - 1."""
         if len(passage_ids) >= 2**32 - 1:
-            raise ValueError(f"{len(passage_ids)} passages: expected fewer than 2^32 - 1 in one search")
+            raise RefusedError(f"{len(passage_ids)} passages: expected fewer than 2^32 - 1 in one search")
         order = pc.array_sort_indices(passage_ids, order="descending")  # [N]
         self._ids = passage_ids.take(order)  # [N], greatest id first
         if len(self._ids) > 1 and (same := pc.equal(self._ids[1:], self._ids[:-1])).true_count:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retriever.errors import RefusedError
+
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # scores are kept as float32
 
 
@@ -36,7 +38,7 @@ class Example:
     prompt: str | None = None
 
 
-class DataError(ValueError):
+class DataError(RefusedError):
     """Data that cannot be read as asked. The message begins with the file and the line (or row), where known."""
 
     def __init__(self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line") -> None:

@@ -15,37 +15,16 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
+from retriever.errors import INTERRUPTED, LOST, RankError, Verdict
 from retriever.parallel.world import World
 
-LOST, INTERRUPTED = 3, 130  # exit statuses
-INTERRUPTION = "interrupted: the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
 _VERDICT = "verdict"
 _SLOWEST_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the run ends: what rank `rank` did, as rank `by` found it, and every rank's exit status."""
-
-    rank: int
-    by: int
-    what: str
-    status: int = LOST
-
-
-class RankError(RuntimeError):
-    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
-
-    def __init__(self, verdict: Verdict, rank: int) -> None:
-        interrupted = verdict.status == INTERRUPTED
-        super().__init__(INTERRUPTION if interrupted else f"error: {verdict.what}. The same command goes on from the last checkpoint")
-        self.verdict = verdict
-        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (not interrupted and rank in (verdict.by, verdict.rank))
 
 
 class Watch:
@@ -171,7 +150,7 @@ class Watch:
             return
         error = RankError(verdict, self._rank)
         if error.speaks:
-            print(f"\n{error}", file=sys.stderr)
+            print(f"\nerror: {error}", file=sys.stderr)
         if verdict.status == LOST and verdict.rank == self._rank:
             frame = sys._current_frames()[threading.main_thread().ident or 0]
             print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(frame))}", file=sys.stderr)

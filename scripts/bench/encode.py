@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel
 
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import TokenTemplate, tokenize_flat
-from retriever.encode import encode_to_shards
+from retriever.encode_shards import encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, SlabEncoder, inference

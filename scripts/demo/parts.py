@@ -17,7 +17,7 @@ from eval.collections.collection import Collection
 from eval.engines.bm25 import bm25_run
 from eval.evaluate import evaluate_collection
 from eval.measures import Scores, measure_run
-from retriever.config import Config, load
+from retriever.config import Config
 from retriever.data.store import build_or_open
 from retriever.data.tokens import TokenTemplate
 from retriever.encoder.bundle import EncoderBundle, load_encoder
@@ -27,11 +27,6 @@ from retriever.verify import GradientCheck
 METRICS = ("nDCG@10", "MRR@10", "Recall@100")
 _DEPTH = 100  # passages a query, the deepest of METRICS
 _CPU_TOKENS_PER_CHUNK = 1024  # what stays in the caches: 66 passages a second and core, against 49 in chunks of 8,192
-
-
-def run_config(path: Path, overrides: Sequence[str]) -> Config:
-    """The training run's configuration, as the training command will read it. Raises ConfigError."""
-    return load(path, overrides)
 
 
 def bm25_scores(test: Collection) -> Scores:

@@ -32,7 +32,7 @@ class Searcher:
 
     def __call__(self, query: str, k: int = 3) -> Ranking:
         """The k best passages for a query."""
-        from eval.search import search
+        from eval.engines.nearest import search
 
         return search(self._bundle.encode([query], "query"), [query], self._shards, k)[query]
 

@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from retriever.config import Config, SourceConfig, apply_override, from_dict, validate
+from retriever.config import Config, SourceConfig, from_dict
+from retriever.config_file import apply_override
+from retriever.config_rules import validate
 from retriever.config_tree import ConfigError, build
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from json import loads
@@ -144,19 +145,13 @@ class Loop:
     def _start(self, module: str, arguments: Sequence[str], *, alone: bool = False) -> None:
         """Runs one command to its end, `alone` in this process whatever the others are launched with.
 
-        Raises what the command raises, CalledProcessError where it was launched, SystemExit.
+        Raises SystemExit with the status of a command that failed and has said why, CalledProcessError where it was launched.
         """
         if self._config.launch and not alone:
             subprocess.run([*self._config.launch, "-m", module, *arguments], check=True)
             return
-        try:
-            status = importlib.import_module(module).main(list(arguments))
-        except SystemExit as ended:
-            status = ended.code
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            raise SystemExit(status)
+        if status := importlib.import_module(module).main(list(arguments)):
+            sys.exit(status)
 
 
 def _rows(name: str, splits: Splits) -> Table:

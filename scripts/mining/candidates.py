@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.engines.bm25 import Bm25, cores, in_threads
-from eval.evaluate import Ranks
-from eval.search import load_queries, search
+from eval.engines.embeddings import load_queries
+from eval.engines.nearest import search
 from eval.trec import Ranking
-from retriever.encode import SHARD_ROWS, encode_to_shards
+from retriever.encode_shards import SHARD_ROWS, encode_to_shards
 from retriever.files import write_array
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
@@ -22,8 +22,6 @@ from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from retriever.encoder.bundle import EncoderBundle
 
 NONE = -1  # fills a row of candidates whose search found fewer
@@ -31,7 +29,7 @@ _QUERIES_AT_ONCE = 65_536  # searched together by the model and written as one f
 _BM25_QUERIES = 4_096
 
 
-def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens_per_chunk: int | None) -> None:
+def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens_per_chunk: int | None) -> None:
     """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there already are kept."""
     texts = {"query": (pool.numbered_queries(), len(pool.queries)), "passage": (pool.numbered_texts(), len(pool.passages))}
     for side in ("query", "passage"):
@@ -42,18 +40,14 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, ranks: Ranks, tokens
             side,
             folder / side,
             texts_fingerprint=f"{side} of pool {pool.fingerprint}",
-            rank=ranks.rank,
-            world_size=ranks.size,
-            barrier=ranks.barrier,
+            world=world,
             shard_rows=min(SHARD_ROWS, max(256, -(-count // 16))),
             tokens_per_chunk=tokens_per_chunk,
             overwrite=True,  # run_stage knows whose folder it is, but not in which mode an interrupted encoding began
         )
 
 
-def search_model(
-    queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, ranks: Ranks, device: torch.device
-) -> list[str]:
+def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, world: World) -> list[str]:
     """Writes the numbers of the `depth` passages nearest to each query, a part of the queries a file; rank r writes parts r, r + size, …
 
     Parts that are in `folder` already are kept. Returns the names of all.
@@ -61,19 +55,19 @@ def search_model(
     embeddings, ids = load_queries(queries)
     files = [f"{part:05d}.npy" for part in range(-(-len(ids) // _QUERIES_AT_ONCE))]
     for number, file in enumerate(files):
-        if number % ranks.size == ranks.rank and not (folder / file).exists():
+        if number % world.size == world.rank and not (folder / file).exists():
             part = slice(number * _QUERIES_AT_ONCE, (number + 1) * _QUERIES_AT_ONCE)
-            run = search(embeddings[part], ids[part], passages, depth, index=index, world=World(device))  # this rank alone
+            run = search(embeddings[part], ids[part], passages, depth, index=index, world=World(world.device))  # this rank alone
             write_array(folder / file, _numbers(run, ids[part], depth))
     return files
 
 
-def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, ranks: Ranks, threads: int | None = None) -> list[str]:
+def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, world: World, threads: int | None = None) -> list[str]:
     """As `search_model`, by BM25, each query in one of `threads`; the ranks divide the cores of their machine among them by default."""
     files = [f"{part:05d}.npy" for part in range(-(-len(pool.queries) // _BM25_QUERIES))]
-    mine = [part for part in range(len(files)) if part % ranks.size == ranks.rank]
-    threads = threads or max(1, cores() // ranks.size)
-    for part in tqdm(mine, desc="search by bm25", unit=" parts", disable=ranks.rank != 0):
+    mine = [part for part in range(len(files)) if part % world.size == world.rank]
+    threads = threads or max(1, cores() // world.size)
+    for part in tqdm(mine, desc="search by bm25", unit=" parts", disable=not world.is_first):
         if not (folder / files[part]).exists():
             texts = [query.text for query in pool.queries[part * _BM25_QUERIES : (part + 1) * _BM25_QUERIES]]
             found = in_threads(lambda text: _row(index.rank(text, depth, str), depth), texts, threads)

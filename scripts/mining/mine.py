@@ -13,9 +13,9 @@ import numpy as np
 from eval.collections.collection import fingerprint
 from eval.engines.bm25 import DESCRIPTION, Bm25
 from eval.engines.bm25_index import FILES
-from eval.evaluate import Ranks
 from retriever.data.formats import Passage
 from retriever.files import replace_file
+from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, open_shards
 from scripts.mining.candidates import encode, read_candidates, search_bm25, search_model, shortlist
 from scripts.mining.pool import Pool
@@ -40,19 +40,19 @@ class Mining:
     settings: MiningSettings
     output: Path
     work: Path
+    world: World
     bundle: EncoderBundle | None = None
     teachers: tuple[CrossEncoder | Retriever, ...] = ()  # several: their standardised scores' mean
     index: str = "flat"
     tokens_per_batch: int = 8_192  # of a cross-encoder
     tokens_per_chunk: int | None = None  # of the encoder
     threads: int | None = None  # of BM25's search; None: all cores, divided among the ranks
-    ranks: Ranks = field(default_factory=Ranks)
     progress: bool = True
     counts: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> Outputs:
         """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and manifest.json."""
-        return run_stage("mine", self.output, self._inputs(), self._mine, ranks=self.ranks, facts=lambda: {"counts": self.counts})
+        return run_stage("mine", self.output, self._inputs(), self._mine, world=self.world, facts=lambda: {"counts": self.counts})
 
     def _inputs(self) -> dict[str, Any]:
         return {
@@ -88,47 +88,47 @@ class Mining:
         scores = None
         if self.teachers or self.settings.filters:
             scores = self._score(shortlists, shards, [outputs for _, outputs in searched])
-        if self.ranks.rank == 0:
+        if self.world.is_first:
             self._write(folder / DATA, shortlists, scores)
         return [DATA]
 
     def _encode(self, bundle: EncoderBundle) -> Shards:
         def work(folder: Path) -> list[str]:
-            encode(self.pool, bundle, folder, self.ranks, self.tokens_per_chunk)
+            encode(self.pool, bundle, folder, self.world, self.tokens_per_chunk)
             return [f"{side}/manifest.json" for side in ("query", "passage")]
 
         folder = self.work / "embeddings"
         model = {key: value for key, value in self._retriever("model").items() if key != "index"}
-        run_stage("encode", folder, {"data": self.pool.fingerprint, "model": model}, work, ranks=self.ranks)
+        run_stage("encode", folder, {"data": self.pool.fingerprint, "model": model}, work, world=self.world)
         return open_shards(folder / "query"), open_shards(folder / "passage")
 
     def _bm25(self) -> Bm25:
         def work(folder: Path) -> list[str]:
-            if self.ranks.rank == 0:
+            if self.world.is_first:
                 Bm25.build(self.pool.texts(), folder, progress=self.progress)
             return list(FILES)
 
         folder = self.work / "bm25"
-        run_stage("index for bm25", folder, {"data": self.pool.fingerprint, "bm25": DESCRIPTION}, work, ranks=self.ranks)
+        run_stage("index for bm25", folder, {"data": self.pool.fingerprint, "bm25": DESCRIPTION}, work, world=self.world)
         return Bm25(folder)
 
     def _search(self, name: Retriever, shards: Shards | None) -> tuple[np.ndarray, Outputs]:
         def work(folder: Path) -> list[str]:
             if name == "bm25":
-                return search_bm25(self.pool, self._bm25(), self.settings.last_rank, folder, self.ranks, self.threads)
-            assert shards is not None and self.bundle is not None
+                return search_bm25(self.pool, self._bm25(), self.settings.last_rank, folder, self.world, self.threads)
+            assert shards is not None
             queries, passages = shards
-            return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.ranks, self.bundle.encoder.device)
+            return search_model(queries, passages, self.settings.last_rank, self.index, folder, self.world)
 
         inputs = {"data": self.pool.fingerprint, "retriever": self._retriever(name), "depth": self.settings.last_rank}
         folder = self.work / f"search-{name}"
-        outputs = run_stage(f"search by {name}", folder, inputs, work, ranks=self.ranks)
+        outputs = run_stage(f"search by {name}", folder, inputs, work, world=self.world)
         return read_candidates(folder, list(outputs)), outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], shards: Shards | None, searched: Sequence[Outputs]) -> np.ndarray:
         def work(folder: Path) -> list[str]:
             judge = fused_judge([self._judge(teacher, shards) for teacher in self.teachers or ("model",)])
-            return write_scores(self.pool, shortlists, judge, folder, self.ranks, self.progress)
+            return write_scores(self.pool, shortlists, judge, folder, self.world, self.progress)
 
         inputs = {
             "data": self.pool.fingerprint,
@@ -137,7 +137,7 @@ class Mining:
             "judge": self._judge_inputs(),
         }
         folder = self.work / "scores"
-        return read_scores(folder, list(run_stage("score", folder, inputs, work, ranks=self.ranks)))
+        return read_scores(folder, list(run_stage("score", folder, inputs, work, world=self.world)))
 
     def _judge(self, teacher: CrossEncoder | Retriever, shards: Shards | None) -> Judge:
         if teacher == "bm25":

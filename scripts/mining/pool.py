@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from eval.collections.collection import fingerprint
-from eval.evaluate import Ranks
 from retriever.data.formats import DataError, Source, final_text
+from retriever.parallel.world import World
 from scripts.mining.passages import Passages
 from scripts.mining.pool_reader import PASSAGES, QUERIES, ROWS, PoolReader
 from scripts.stages import run_stage
@@ -35,19 +36,19 @@ class Pool:
     Passages stay in a file of `folder`, numbered as the source gives them, its corpus first. The queries are held in memory.
     """
 
-    def __init__(self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, ranks: Ranks | None = None) -> None:
+    def __init__(self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, world: World | None = None) -> None:
         """Reads the corpus of the source, if it has one, then its examples, whose own passages join the pool; rank 0 does, once.
 
         Raises DataError where the source cannot be read, names a passage that its corpus lacks, or has no query with a positive.
         """
-        ranks = ranks or Ranks()
+        world = world or World(torch.device("cpu"))
         self._title, self._separator = title, separator
         self.fingerprint = fingerprint([source.fingerprint(), title, separator])
 
         def read(folder: Path) -> list[str]:
-            return PoolReader(source, title, separator).write(folder) if ranks.rank == 0 else []
+            return PoolReader(source, title, separator).write(folder) if world.is_first else []
 
-        run_stage("read", folder, {"data": self.fingerprint}, read, ranks=ranks)
+        run_stage("read", folder, {"data": self.fingerprint}, read, world=world)
         self.passages = Passages(folder / PASSAGES, np.load(folder / ROWS, mmap_mode="r", allow_pickle=False))
         with (folder / QUERIES).open(encoding="utf-8") as stream:
             queries = [MinedQuery(*json.loads(line)) for line in stream]

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.engines.bm25 import Bm25
-from eval.evaluate import Ranks
-from eval.search import load_queries
+from eval.engines.embeddings import load_queries
 from retriever.config import ConfigError
 from retriever.files import write_array
+from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
 from scripts.mining.pool import Pool
 from scripts.mining.teacher import CrossEncoder
@@ -68,15 +68,15 @@ def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.divide(centred, deviations, out=np.zeros_like(centred), where=deviations > 0)
 
 
-def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, ranks: Ranks, progress: bool) -> list[str]:
+def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World, progress: bool) -> list[str]:
     """Scores each query's positives, then its shortlist, a part of the queries a file; rank r writes parts r, r + size, …
 
     Files that are in `folder` already are kept. Returns the names of all. Raises ConfigError where a score is not finite.
     """
     starts = range(0, len(pool.queries), _QUERIES_A_PART)
     files = [f"{part:05d}.npy" for part in range(len(starts))]
-    mine = [part for part in range(len(starts)) if part % ranks.size == ranks.rank]
-    for part in tqdm(mine, desc="score", unit=" parts", disable=not progress or ranks.rank != 0):
+    mine = [part for part in range(len(starts)) if part % world.size == world.rank]
+    for part in tqdm(mine, desc="score", unit=" parts", disable=not progress or not world.is_first):
         if (folder / files[part]).exists():
             continue
         here = range(starts[part], min(starts[part] + _QUERIES_A_PART, len(pool.queries)))

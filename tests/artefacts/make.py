@@ -22,7 +22,7 @@ import numpy as np
 
 from eval.engines.bm25 import Bm25
 from eval.engines.embeddings import load_queries
-from eval.search import search
+from eval.engines.nearest import search
 from retriever.encoder.bundle import load_encoder
 from retriever.shards import open_shards
 from retriever.train import main as train

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from retriever.parallel.watch import LOST, RankError, Verdict, Watch, watched
+from retriever.errors import LOST, RankError, Verdict
+from retriever.parallel.watch import Watch, watched
 from retriever.parallel.world import World
 
 RANKS, TIMEOUT_S = 3, 12.0
@@ -63,7 +64,7 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
                     CASES[case][0](rank)
                 assert world.sum(torch.ones(1)) == RANKS
     except RankError as error:
-        print(error, file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(error.verdict.status)
     except KeyboardInterrupt:
         os._exit(130)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from eval.answers import _words, holds_answer, main, read_answered
 from retriever.data.records import DataError
+from tests.commands import assert_refused
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,5 @@ def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str])
         read_answered(folder, folder / "none.csv")
     (folder / "other.trec").write_text("0 Q0 99 1 1.0 t\n")
     arguments = ["--data", str(folder), "--questions", str(folder / "test.jsonl")]
-    with pytest.raises(SystemExit, match="1 passages of the run are not in the corpus, first '99'"):
-        main([*arguments, "--run", str(folder / "other.trec")])
-    with pytest.raises(SystemExit):
-        main([*arguments, "--bm25", "--metrics", "Recall@20"])
-    assert "expected Success@k or MRR" in capsys.readouterr().err
+    assert_refused(main, [*arguments, "--run", str(folder / "other.trec")], "1 passages of the run are not in the corpus, first '99'")
+    assert_refused(main, [*arguments, "--bm25", "--metrics", "Recall@20"], "expected Success@k or MRR")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval import beir
-from eval.commands import one_line_errors
+from tests.commands import assert_refused
 from tests.eval.texts import Texts, help_texts, write_beir
 from tests.tiny import save_tiny_model
 
@@ -56,26 +56,17 @@ def test_ids_that_no_run_can_hold_are_told_in_one_line(texts: Texts, tmp_path: P
     with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     model = save_tiny_model(tmp_path / "model")
-    with pytest.raises(SystemExit, match=message):
-        beir.main(["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")])
+    assert_refused(beir.main, ["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")], message)
 
 
 def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_path: Path) -> None:
     data = write_beir(tmp_path / "wordless", texts)
     (data / "corpus.jsonl").write_text('{"_id": "p", "text": "!"}\n', encoding="utf-8")
-    with pytest.raises(SystemExit, match="1 passages without a single word"):
-        beir.main(["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")])
+    assert_refused(beir.main, ["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")], "1 passages without a single word")
 
 
 @pytest.mark.parametrize("option", ["--threads", "--batch"])
-def test_a_number_below_one_is_refused(option: str, capsys: Any) -> None:
+def test_a_number_below_one_is_refused(option: str) -> None:
     for number in ("-1", "0", "two"):
-        with pytest.raises(SystemExit):
-            beir.main(["--bm25", "--data", "nowhere", option, number])
-        assert f"argument {option}: expected a whole number of at least 1; received '{number}'" in capsys.readouterr().err
-
-
-def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+        expected = f"argument {option}: expected a whole number of at least 1; received '{number}'"
+        assert_refused(beir.main, ["--bm25", "--data", "nowhere", option, number], expected)

@@ -16,9 +16,10 @@ import pytrec_eval
 
 from eval import beir, msmarco
 from eval.collections.collection import read_beir
-from eval.evaluate import Ranks, evaluate
+from eval.evaluate import evaluate
 from eval.trec import read_run, read_trec
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from tests.commands import RankAlone, assert_refused
 from tests.eval.texts import Texts, help_texts, write_beir, write_msmarco
 from tests.tiny import save_tiny_model
 
@@ -154,14 +155,17 @@ def test_msmarco_files_give_the_official_measures(folders: tuple[Path, Path, Pat
 
 
 def test_msmarco_says_what_is_missing_and_where_it_is(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no judgments of MS MARCO; expected one of these.*qrels.dev.small.tsv.*microsoft"):
-        msmarco.main(["--bm25", "--data", str(tmp_path)])
+    assert_refused(
+        msmarco.main, ["--bm25", "--data", str(tmp_path)], "no judgments of MS MARCO; expected one of these.*qrels.dev.small.tsv.*microsoft"
+    )
     data = write_msmarco(tmp_path / "marco", texts)
     (data / "collection.tsv").unlink()
-    with pytest.raises(SystemExit, match=r"no passages: expected collection.tsv or .* \(or .gz\); to be had from https://microsoft"):
-        msmarco.main(["--bm25", "--data", str(data), "--split", "dev"])
-    with pytest.raises(SystemExit, match="no judgments of dl20: .*nist.gov"):
-        msmarco.main(["--bm25", "--data", str(data), "--split", "dl20"])
+    assert_refused(
+        msmarco.main,
+        ["--bm25", "--data", str(data), "--split", "dev"],
+        r"no passages: expected collection.tsv or .* \(or .gz\); to be had from https://microsoft",
+    )
+    assert_refused(msmarco.main, ["--bm25", "--data", str(data), "--split", "dl20"], "no judgments of dl20: .*nist.gov")
 
 
 def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path]
     assert result.means == result_of(tmp_path, "test")["metrics"]
     assert result.n_queries == len(result.scores.per_query["nDCG@10"]) == len(result.collection.qrels)
     with pytest.raises(ValueError, match="2 ranks without shards_dir"):
-        evaluate(bundle, data, "test", ["nDCG@10"], ranks=Ranks(0, 2, lambda: None))
+        evaluate(bundle, data, "test", ["nDCG@10"], world=RankAlone(0, 2))
 
 
 def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
@@ -185,8 +189,11 @@ def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, 
     assert result_of(tmp_path / "out", "dev")["metrics"]["MRR@10"] == pytest.approx(0.5 / len(texts.queries))
     assert not (tmp_path / "out" / "dl19.json").exists()
     assert f"{len(texts.queries) - 1} of {len(texts.queries)} judged queries not in the run, which count 0" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"none of its queries \(1\) is judged in dl19"):
-        msmarco.main(["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--split", "dl19"])
+    assert_refused(
+        msmarco.main,
+        ["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--split", "dl19"],
+        r"none of its queries \(1\) is judged in dl19",
+    )
 
 
 @pytest.mark.parametrize("source", ["model", "bm25"])
@@ -217,8 +224,7 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
     ]
     with (data / "qrels" / "test.tsv").open("a") as file:
         file.write("nobody\tx\t1\n")
-    with pytest.raises(SystemExit, match="1 of .* judged queries without a text, first 'nobody'"):
-        beir.main(["--bm25", "--data", str(data)])
+    assert_refused(beir.main, ["--bm25", "--data", str(data)], "1 of .* judged queries without a text, first 'nobody'")
 
 
 @pytest.mark.parametrize(
@@ -236,14 +242,12 @@ def test_what_cannot_be_evaluated_stops_before_the_encoding(
     folders: tuple[Path, Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     model, data, _ = folders
-    with pytest.raises(SystemExit, match=message):
-        beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments])
+    assert_refused(beir.main, ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments], message)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"none\.trec: no such file"):
-        beir.main(["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])])
+    assert_refused(beir.main, ["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])], r"none\.trec: no such file")
 
 
 def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +263,7 @@ def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(texts: Texts, t
     folder, hub = result_of(tmp_path / "folder", "test"), result_of(tmp_path / "hub", "test")
     assert hub["metrics"] == folder["metrics"] and hub["data"] == folder["data"]
     assert all(hub["fingerprints"][key] == folder["fingerprints"][key] for key in ("run", "queries", "qrels"))
-    with pytest.raises(SystemExit, match="Hugging Face data set .*dev"):
-        beir.main(["--bm25", "--data", f"hf:{data}", "--split", "dev"])
+    assert_refused(beir.main, ["--bm25", "--data", f"hf:{data}", "--split", "dev"], "Hugging Face data set .*dev")
 
 
 def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any) -> None:
@@ -280,13 +283,12 @@ def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any
     assert f"mean of 2 collections   {table['mean of 2 collections']['nDCG@10']:.4f}" in capsys.readouterr().out
 
 
-def test_a_folder_of_many_is_refused_what_is_about_one(texts: Texts, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_of_many_is_refused_what_is_about_one(texts: Texts, tmp_path: Path) -> None:
     write_beir(tmp_path / "many" / "single", texts)
     write_beir(tmp_path / "many" / "other", texts)
-    with pytest.raises(SystemExit):
-        beir.main(["--run", "run.trec", "--data", str(tmp_path / "many")])
-    assert "holds 2 collections; expected --model or --bm25" in capsys.readouterr().err
+    assert_refused(beir.main, ["--run", "run.trec", "--data", str(tmp_path / "many")], "holds 2 collections; expected --model or --bm25")
     (tmp_path / "many" / "other" / "qrels" / "test.tsv").unlink()
-    with pytest.raises(SystemExit, match="expected one file qrels/test.tsv"):
-        beir.main(["--bm25", "--data", str(tmp_path / "many"), "--output-dir", str(tmp_path / "out")])
+    assert_refused(
+        beir.main, ["--bm25", "--data", str(tmp_path / "many"), "--output-dir", str(tmp_path / "out")], "expected one file qrels/test.tsv"
+    )
     assert not (tmp_path / "out").exists()

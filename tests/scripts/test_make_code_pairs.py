@@ -15,6 +15,7 @@ from scripts.code_pairs.functions import documented_functions, without_name
 from scripts.code_pairs.sources import STDLIB, python_files
 from scripts.code_pairs.split import Member, split_by_family
 from scripts.make_code_pairs import Settings, build, main
+from tests.commands import assert_refused
 
 SOURCE = '''
 import typing
@@ -220,7 +221,6 @@ def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
     assert not any(file.module.startswith((f"{STDLIB}.test", f"{STDLIB}.ensurepip")) for file in python_files(STDLIB))
 
 
-def test_an_unknown_package_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--output", str(tmp_path), "--packages", "no_such_package"])
-    assert "--packages no_such_package: no module of this name is installed" in capsys.readouterr().err
+def test_an_unknown_package_is_named(tmp_path: Path) -> None:
+    arguments = ["--output", str(tmp_path), "--packages", "no_such_package"]
+    assert_refused(main, arguments, "--packages no_such_package: no module of this name is installed")

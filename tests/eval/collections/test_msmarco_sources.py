@@ -13,9 +13,10 @@ import datasets
 import pytest
 
 from eval import msmarco
+from eval.collections.msmarco import SPLITS
 from eval.collections.msmarco_sources import PairTable, read_hub, read_ir_datasets
-from eval.msmarco import SPLITS
 from retriever.data.records import DataError
+from tests.commands import assert_refused
 from tests.eval.texts import Texts, help_texts, write_msmarco
 
 
@@ -112,13 +113,19 @@ def test_a_run_is_measured_without_reading_passages(fake_ir_datasets: dict[str, 
 
 
 def test_what_ir_datasets_lacks_is_said_in_one_line(fake_ir_datasets: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"msmarco-passage/trec-dl-2020/judged': ConnectionError: no route to trec.nist.gov$"):
-        msmarco.main(["--bm25", "--source", "ir_datasets"])
+    assert_refused(
+        msmarco.main,
+        ["--bm25", "--source", "ir_datasets"],
+        r"msmarco-passage/trec-dl-2020/judged': ConnectionError: no route to trec.nist.gov$",
+    )
     with pytest.raises(DataError, match="ir_datasets 'other/dev/small': KeyError"):
         read_ir_datasets("other", "dev", SPLITS["dev"])
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
-    with pytest.raises(SystemExit, match="expected the package ir_datasets, which is not installed .pip install ir_datasets"):
-        msmarco.main(["--bm25", "--source", "ir_datasets", "--split", "dev"])
+    assert_refused(
+        msmarco.main,
+        ["--bm25", "--source", "ir_datasets", "--split", "dev"],
+        "expected the package ir_datasets, which is not installed .pip install ir_datasets",
+    )
 
 
 def test_a_digest_is_of_ids_and_texts() -> None:
@@ -166,8 +173,11 @@ def test_hugging_face_gives_the_figures_of_the_files(
         msmarco.main(["--bm25", "--source", "huggingface", "--data", str(data), "--output-dir", str(out)])
         _same(_results(out, "dev", "dl19"), folder_results)
         assert not (out / "dl20.json").exists()
-    with pytest.raises(SystemExit, match="expected a split dl20 for dl20, found dev, test"):
-        msmarco.main(["--bm25", "--source", "huggingface", "--data", str(inside), "--split", "dl20"])
+    assert_refused(
+        msmarco.main,
+        ["--bm25", "--source", "huggingface", "--data", str(inside), "--split", "dl20"],
+        "expected a split dl20 for dl20, found dev, test",
+    )
 
 
 def test_passages_may_come_from_another_data_set(parts: dict[str, list[dict[str, Any]]], texts: Texts, tmp_path: Path) -> None:
@@ -186,10 +196,14 @@ def test_passages_may_come_from_another_data_set(parts: dict[str, list[dict[str,
 
 def test_a_data_set_without_judgments_is_refused(parts: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     data = _hub_folder(tmp_path / "data", {("corpus", "corpus"): parts["corpus"], ("default", "train"): parts["dev"]})
-    with pytest.raises(SystemExit, match="expected one of the splits dev: dev or validation; dl19: .*; found train"):
-        msmarco.main(["--bm25", "--source", "huggingface", "--data", str(data)])
-    with pytest.raises(SystemExit, match="Hugging Face data set .*/nowhere"):
-        msmarco.main(["--bm25", "--source", "huggingface", "--data", str(tmp_path / "nowhere")])
+    assert_refused(
+        msmarco.main,
+        ["--bm25", "--source", "huggingface", "--data", str(data)],
+        "expected one of the splits dev: dev or validation; dl19: .*; found train",
+    )
+    assert_refused(
+        msmarco.main, ["--bm25", "--source", "huggingface", "--data", str(tmp_path / "nowhere")], "Hugging Face data set .*/nowhere"
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +214,5 @@ def test_a_data_set_without_judgments_is_refused(parts: dict[str, list[dict[str,
         (["--source", "elsewhere"], "invalid choice: 'elsewhere'"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        msmarco.main(["--bm25", *arguments])
-    assert message in capsys.readouterr().err
+def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str) -> None:
+    assert_refused(msmarco.main, ["--bm25", *arguments], message)

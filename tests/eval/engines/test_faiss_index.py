@@ -14,7 +14,7 @@ import pytest
 from eval.engines import faiss_index as index_module
 from eval.engines.faiss_build import check_faiss_build
 from eval.engines.faiss_index import check_index, describe, index_spec, open_index
-from eval.search import search
+from eval.engines.nearest import search
 from retriever.config import ConfigError
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
 

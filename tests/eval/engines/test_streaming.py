@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.engines import streaming
+from eval.engines.nearest import Engine, search
 from eval.engines.streaming import Sizes, sizes
-from eval.search import Engine, search
 from retriever.config import ConfigError
 from retriever.parallel.world import World
 from tests.eval.test_search import Parts, brute_force, same_rankings
@@ -145,7 +145,11 @@ def test_what_searches(device: str, engine: Engine, index: str, by: str, monkeyp
     def stop(name: str, *_: object, **__: object) -> None:
         raise InterruptedError(name)
 
-    for place, name in (("eval.engines.streaming", "search_streaming"), ("eval.search", "search_flat"), ("eval.search", "open_index")):
+    for place, name in (
+        ("eval.engines.streaming", "search_streaming"),
+        ("eval.engines.nearest", "search_flat"),
+        ("eval.engines.nearest", "open_index"),
+    ):
         monkeypatch.setattr(f"{place}.{name}", partial(stop, name))
     parts = Parts(unit_vectors(9, 4, 0), list("abcdefghi"), [])
     with pytest.raises(InterruptedError, match=by):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from retriever.encode import encode_to_shards
+from retriever.encode_shards import encode_to_shards
 from retriever.shards import open_shards
-from tests.scripts.mining.workplace import make_workplace, mined
+from scripts.mine_negatives import main
+from tests.commands import assert_refused
+from tests.scripts.mining.workplace import make_workplace, mined, words
 
 
 def test_an_encoding_goes_on_in_another_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,9 +23,9 @@ def test_an_encoding_goes_on_in_another_mode(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return encode_to_shards(bundle, texts, side, *given, **named)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
+    with monkeypatch.context() as patched:
         patched.setattr("scripts.mining.candidates.encode_to_shards", stopped)
-        mined(workplace, "mined", "--attention", "padded")
+        assert_refused(main, words(workplace, "mined", "--attention", "padded"), "interrupted", 130)
     embeddings = workplace.folder / "mined.work" / "embeddings"
     assert open_shards(embeddings / "query").manifest["mode"] == "padded"
     records = mined(workplace, "mined", "--attention", "packed")

@@ -13,6 +13,7 @@ import torch
 from scripts.mining.cross_encoder import Group, Training, _pairs, _steps, first_among, read_groups
 from scripts.mining.teacher import CrossEncoder
 from scripts.train_cross_encoder import main
+from tests.commands import assert_refused
 from tests.tiny import random_texts, save_tiny_model, tiny_tokenizer
 
 
@@ -98,12 +99,10 @@ def test_it_learns_to_prefer_positives(folder: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder: Path, more: tuple[str, ...], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        main(_arguments(folder, "wrong", *more))
+    assert_refused(main, _arguments(folder, "wrong", *more), message)
 
 
 def test_data_without_negatives_teach_nothing(folder: Path, tmp_path: Path) -> None:
     record = {"query_id": "q", "query": "a", "positive_passages": [{"docid": "p", "title": "", "text": "b"}], "negative_passages": []}
     (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(SystemExit, match="no query has both a positive and a negative"):
-        main(_arguments(folder, "none", "--data", str(tmp_path / "train.jsonl")))
+    assert_refused(main, _arguments(folder, "none", "--data", str(tmp_path / "train.jsonl")), "no query has both a positive and a negative")

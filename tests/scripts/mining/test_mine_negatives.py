@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from eval.engines.bm25 import bm25_run
-from eval.evaluate import Ranks
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
@@ -23,8 +22,9 @@ from scripts.mining import candidates as candidates_module
 from scripts.mining import scores as scores_module
 from scripts.mining.settings import MiningSettings
 from scripts.mining.teacher import CrossEncoder
+from tests.commands import assert_refused
 from tests.distributed.processes import run_on_ranks
-from tests.scripts.mining.workplace import QUERIES, Workplace, make_workplace, mined, read
+from tests.scripts.mining.workplace import QUERIES, Workplace, make_workplace, mined, read, words
 from tests.tiny import tiny_tokenizer
 
 
@@ -179,14 +179,13 @@ def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, mo
 
     monkeypatch.setattr(CrossEncoder, "score", counting)
     for place in ("search", "in_threads"):
-        with monkeypatch.context() as broken, pytest.raises(SystemExit, match="130"):
+        with monkeypatch.context() as broken:
             broken.setattr(f"scripts.mining.candidates.{place}", interrupted)
-            mined(workplace, "stopped", *arguments)
-    with pytest.raises(SystemExit, match="130"):  # in the third part of the scores
-        mined(workplace, "stopped", *arguments)
-    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="130"):
+            assert_refused(main, words(workplace, "stopped", *arguments), "interrupted: the same command goes on", 130)
+    assert_refused(main, words(workplace, "stopped", *arguments), "interrupted", 130)  # in the third part of the scores
+    with monkeypatch.context() as broken:
         broken.setattr("scripts.mining.mine._described", interrupted)  # while the data are written
-        mined(workplace, "stopped", *arguments)
+        assert_refused(main, words(workplace, "stopped", *arguments), "interrupted", 130)
     assert len(scored) - 1 == -(-QUERIES // 7), "a part was scored twice, or not at all"
     mined(workplace, "stopped", *arguments)
     found, expected = (workplace.folder / name / "train.jsonl" for name in ("stopped", "whole"))
@@ -230,10 +229,10 @@ def _mine_on_rank(world: World, folder: Path) -> None:
     """As the command does under a launcher, in small parts, so that each rank has some of each kind of work."""
     scores_module._QUERIES_A_PART = candidates_module._QUERIES_AT_ONCE = candidates_module._BM25_QUERIES = 7
     arguments = ["--data", str(folder / "data"), "--model", str(folder / "model"), "--teacher", str(folder / "teacher")]
-    given = _parser().parse_args(
+    args = _parser().parse_args(
         [*arguments, "--teacher-max-tokens", "64", "--ranks", "1", "30", "--output-dir", str(folder / "ranks"), *_BOTH]
     )
-    mine(given, Ranks(world.rank, world.size, world.barrier), world.device)
+    mine(args, world)
 
 
 def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
@@ -254,15 +253,14 @@ def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
 def test_a_score_that_is_no_number_is_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """An overflow would drop every candidate of its query in silence."""
     monkeypatch.setattr(CrossEncoder, "score", lambda self, queries, *_: np.full(len(queries), np.nan, dtype=np.float32))
-    with pytest.raises(SystemExit, match="the score of query 'q0' with passage 'p0' is not finite"):
-        mined(workplace, "nan", "--teacher", str(workplace.folder / "teacher"))
+    arguments = words(workplace, "nan", "--teacher", str(workplace.folder / "teacher"))
+    assert_refused(main, arguments, "the score of query 'q0' with passage 'p0' is not finite")
 
 
 def test_filters_need_scores(workplace: Workplace) -> None:
     """BM25's candidates have no score to be filtered by: a model or a teacher is asked for."""
-    folder = str(workplace.folder / "none")
-    with pytest.raises(SystemExit, match="--model: expected a model"):
-        main(["--data", str(workplace.data), "--retrievers", "bm25", "--margin", "0.1", "--output-dir", folder])
+    arguments = ["--data", str(workplace.data), "--retrievers", "bm25", "--margin", "0.1", "--output-dir", str(workplace.folder / "none")]
+    assert_refused(main, arguments, "--model: expected a model")
 
 
 @pytest.mark.parametrize(
@@ -277,13 +275,11 @@ def test_filters_need_scores(workplace: Workplace) -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        mined(workplace, "wrong", *arguments)
+    assert_refused(main, words(workplace, "wrong", *arguments), message)
 
 
 def test_a_folder_with_other_files_is_left_alone(workplace: Workplace) -> None:
-    with pytest.raises(SystemExit, match="not of a stage"):
-        mined(workplace, "data")
+    assert_refused(main, words(workplace, "data"), "not of a stage")
     assert (workplace.data / "corpus.jsonl").exists()
 
 

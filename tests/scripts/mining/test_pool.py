@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from eval.evaluate import Ranks
 from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Passage, open_source
 from scripts.mine_negatives import main
 from scripts.mining import passages as passages_module
 from scripts.mining.passages import Passages, PassageWriter, first_equal
 from scripts.mining.pool import Pool
+from tests.commands import RankAlone
 from tests.tiny import random_texts
 
 
@@ -106,7 +106,7 @@ def test_other_ranks_read_what_the_first_wrote(tmp_path: Path, monkeypatch: pyte
     first = _pool(folder, tmp_path / "pool")
     monkeypatch.setattr("scripts.mining.pool.PoolReader", None)
     source = open_source(SourceConfig(path=str(folder)))
-    second = Pool(source, "join", " ", tmp_path / "pool", Ranks(1, 2, lambda: None))
+    second = Pool(source, "join", " ", tmp_path / "pool", RankAlone(1, 2))
     assert second.queries == first.queries and list(second.passages) == list(first.passages)
 
 

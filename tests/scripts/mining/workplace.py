@@ -67,10 +67,14 @@ def save_tiny_teacher(folder: Path, labels: int = 1) -> Path:
 
 def mined(workplace: Workplace, output: str, *arguments: str) -> list[dict[str, Any]]:
     """The records that the command writes into `output`, with the tiny model."""
-    folder = workplace.folder / output
-    base = ["--data", str(workplace.data), "--output-dir", str(folder), "--model", str(workplace.folder / "model")]
-    main([*base, "--ranks", "1", "30", "--negatives", "5", "--teacher-max-tokens", "64", *arguments])
-    return read(folder)
+    assert main(words(workplace, output, *arguments)) == 0
+    return read(workplace.folder / output)
+
+
+def words(workplace: Workplace, output: str, *arguments: str) -> list[str]:
+    """The arguments of the command that `mined` calls."""
+    base = ["--data", str(workplace.data), "--output-dir", str(workplace.folder / output), "--model", str(workplace.folder / "model")]
+    return [*base, "--ranks", "1", "30", "--negatives", "5", "--teacher-max-tokens", "64", *arguments]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

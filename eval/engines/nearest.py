@@ -1,0 +1,111 @@
+"""Nearest passages by inner product, exactly or through a FAISS index (`eval.engines.faiss_index`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import faiss
+import numpy as np
+from tqdm import tqdm
+
+from eval.engines.embeddings import Embeddings, passage_ids
+from eval.engines.faiss_build import GpuUse, to_gpus
+from eval.engines.faiss_index import open_index
+from eval.engines.flat import search_flat
+from eval.engines.topk import PassageOrder, TopK
+from eval.trec import Ranking
+from retriever.errors import RefusedError
+
+if TYPE_CHECKING:
+    from retriever.parallel.world import World
+
+Engine = Literal["auto", "faiss", "torch"]
+_QUERIES_AT_ONCE = 8192  # bounds what an index returns at once: 12 bytes x k a query
+
+
+def search(
+    queries: np.ndarray,
+    query_ids: Sequence[str],
+    passages: Embeddings,
+    k: int,
+    *,
+    index: str = "flat",
+    exclude_self: bool = False,
+    block_mib: int = 256,
+    progress: bool = False,
+    world: World | None = None,
+    engine: Engine = "auto",
+    memory_gib: float = 8.0,
+    faiss_gpu: GpuUse = "off",
+) -> dict[str, Ranking]:
+    """The k passages of largest inner product for each query, ties by passage id descending, as trec_eval orders them.
+
+    queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and rounded to
+    float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks. `engine` says what
+    searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it; `auto` is
+    torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
+    Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
+    `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
+    Raises RefusedError where dimensions differ, a value is not finite, an id is repeated or the index is unknown.
+    """
+    _check_queries(queries, query_ids, passages.dimension, k)
+    is_first = world is None or world.is_first
+    on_gpu = world is not None and world.device.type == "cuda"
+    on_torch = index == "flat" and (engine == "torch" or (engine == "auto" and on_gpu))
+    if not on_torch and not is_first:
+        return {}
+    queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
+    order = PassageOrder(passage_ids(passages))
+    wanted = k + exclude_self
+    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)) as bar:
+        if on_torch:
+            from eval.engines.streaming import search_streaming
+
+            best = search_streaming(queries, passages, order, wanted, world=world, memory_gib=memory_gib, bar=bar)
+        elif index == "flat":
+            best = search_flat(queries, passages, order, wanted, block_mib, bar)
+        else:
+            best = _search_index(to_gpus(open_index(passages, index, wanted), faiss_gpu, wanted), queries, order, wanted)
+    if not is_first:
+        return {}
+    return dict(zip(query_ids, _rankings(best, order, query_ids if exclude_self else [None] * len(query_ids), k), strict=True))
+
+
+def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
+    best = TopK(len(queries), k)
+    for first in range(0, len(queries), _QUERIES_AT_ONCE):
+        part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
+        scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # [q, k], -1 where it found fewer
+        rows, columns = np.nonzero(positions >= 0)
+        best.merge(part, rows, scores[rows, columns], order.precedence[positions[rows, columns]])
+    return best
+
+
+def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k: int) -> Iterator[Ranking]:
+    rows = [best.row(row) for row in range(len(excluded))]
+    ids = order.ids(np.concatenate([precedence for precedence, _ in rows]))  # one string object a passage, shared by the rankings
+    first = 0
+    for (precedence, scores), dropped in zip(rows, excluded, strict=True):
+        row_ids = ids[first : first + len(precedence)]
+        keep = np.flatnonzero(row_ids != dropped)[:k]
+        first += len(precedence)
+        yield Ranking(row_ids[keep].tolist(), scores[keep])
+
+
+def check_k(k: int) -> None:
+    """Raises RefusedError where `k` is below 1."""
+    if k < 1:
+        raise RefusedError(f"k {k}: expected at least 1 passage a query")
+
+
+def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
+    check_k(k)
+    if len(query_ids) == 0:
+        raise RefusedError("no queries: expected at least one")
+    if queries.ndim != 2 or queries.shape[1] != dimension:
+        raise RefusedError(f"queries of shape {list(queries.shape)}: expected [Q, {dimension}], the passages' dimension")
+    if len(queries) != len(query_ids) or len(set(query_ids)) != len(query_ids):
+        raise RefusedError(f"{len(queries)} queries and {len(set(query_ids))} distinct ids: expected one id a query, each once")
+    if not np.isfinite(queries).all():
+        raise RefusedError("a query embedding has a value that is not finite: encode the queries again")

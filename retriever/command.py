@@ -1,0 +1,230 @@
+"""What every command shares: its parser, errors in one line, the exit status, and the ranks that it was launched on.
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        parser = command_parser("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR folder"))
+        return run(parser, arguments, _hold_out)  # _hold_out(args)
+
+    if __name__ == "__main__":
+        sys.exit(main())
+
+Exit status: 0 finished; 2 refused (arguments, configuration, data, files, memory, a loss that is not finite); 3 another rank was lost;
+130 interrupted; 143 terminated. A subprocess that failed hands its own status on. Every other error is a bug and keeps its traceback.
+This module imports neither torch nor anything else that takes long: what is wrong is told before they are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from retriever.environment import check_environment
+from retriever.errors import INTERRUPTED, REFUSED, TERMINATED, RankError, RefusedError
+
+if TYPE_CHECKING:
+    from retriever.parallel.world import World
+
+
+Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser, or to a group of one
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """One argument, in the words of `add_argument`. Its default is added to its help, unless that speaks of one."""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def group(title: str, *options: Option, about: str | None = None) -> Option:
+    """Options under a title of their own in the help."""
+    return lambda parser: _add(parser.add_argument_group(title, about), options)
+
+
+def one_of(*options: Option, required: bool = True) -> Option:
+    """Options of which one may be given, or must."""
+    return lambda parser: _add(parser.add_mutually_exclusive_group(required=required), options)
+
+
+def _add(parser: argparse._ActionsContainer, options: Iterable[Option]) -> None:
+    for add in options:
+        add(parser)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        silent = type(action.default) not in (int, float, str) or action.default == argparse.SUPPRESS or "default" in told
+        return told if silent else f"{told} (default: %(default)s)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RefusedError(f"{message} (see {self.prog} --help)")
+
+
+class _Terminated(BaseException):
+    """The process received SIGTERM."""
+
+
+def command_parser(prog: str, description: str | None, *options: Option) -> argparse.ArgumentParser:
+    """The parser of a command that is started as `prog`; `run` parses with it."""
+    parser = _Parser(prog=prog, description=description, formatter_class=_Help)
+    _add(parser, (*options, option("--debug", action="store_true", help="print the traceback of an error too")))
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; received {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0; received {text!r}")
+    return number
+
+
+BATCH = option("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
+TITLE = (
+    option("--title", choices=("join", "drop"), default="join", help="as data.title"),
+    option("--title-separator", default=" ", help="as data.title_separator (default: one space)"),
+)
+ENCODER = (
+    option("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the encoder"),
+    option(
+        "--attention",
+        choices=("auto", "packed", "padded"),
+        default="auto",
+        help="packed computes nothing for padding; auto: on a GPU, where the architecture can",
+    ),
+)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    body: Callable[[argparse.Namespace], None],
+    *,
+    resumes: str = "",
+    lower: str = "the sizes that it was given",
+) -> int:
+    """Calls `body` with the parsed arguments (default: the process's own) and returns the exit status; tells an error in one line.
+
+    `args.command` is the command as it was typed. `resumes` says how an interrupted
+    command goes on, `lower` what to lower where memory runs out. After a lost rank the process ends here.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _terminable():
+            args = parser.parse_args(words)
+            args.command = f"{parser.prog} {shlex.join(words)}"
+            check_environment()
+            body(args)
+    except SystemExit as ended:  # --help, or a command that this one ran: it has said why
+        if not isinstance(ended.code, int):
+            raise
+        return ended.code
+    except BaseException as error:
+        status, message = _told(error, resumes, lower)
+        if not status:
+            raise
+        if "--debug" in words:
+            traceback.print_exception(error)
+        if _speaks(error):
+            tell(message)
+        if isinstance(error, RankError):
+            os._exit(status)  # an ordinary end would wait for the rank that is no more
+        return status
+    return 0
+
+
+def tell(message: str) -> None:
+    """Prints `error: message` to stderr, on a line of its own below the progress bars, which are closed."""
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def launched() -> Iterator[World]:
+    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the end."""
+    import torch
+    from accelerate import PartialState
+
+    from retriever.parallel.world import World
+
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # every rank needs the whole model; transformers would leave weights out
+    state = PartialState(cpu=not torch.cuda.is_available())  # not told so, accelerate runs processes on CPUs as strangers to each other
+    try:
+        yield World(state.device, state.process_index, state.num_processes)
+    finally:
+        state.destroy_process_group()
+
+
+def _told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:
+    """(exit status, message); status 0 where the error is a bug."""
+    after = f": {resumes}" if resumes else ""
+    match error:
+        case RankError():
+            return error.verdict.status, str(error)
+        case KeyboardInterrupt():
+            return INTERRUPTED, f"interrupted{after}"
+        case _Terminated():
+            return TERMINATED, f"terminated{after}"
+        case subprocess.CalledProcessError(cmd=command, returncode=status):
+            return status if status > 0 else 128 - status, f"{shlex.join(map(str, command[:6]))} … ended with status {status}"
+        case OSError(filename=str(name), strerror=str(reason)):
+            return REFUSED, f"{name}: {reason}"
+    if _out_of_memory(error):
+        return REFUSED, f"out of memory: lower {lower} ({'. '.join(str(error).split('. ')[:2]) or 'no size given'})"
+    return REFUSED if isinstance(error, (RefusedError, FloatingPointError, OSError)) else 0, str(error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)))
+
+
+def _speaks(error: BaseException) -> bool:
+    """What all ranks meet is told once a node; a file or memory that fails one of them, by that one."""
+    if isinstance(error, RankError):
+        return error.speaks
+    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError) or _out_of_memory(error)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, files closed and temporary folders removed.
+
+    Not on one rank of several: it may wait in a collective, where Python handles no signal, and should end at once.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if not alone:
+        yield
+        return
+    owner = os.getpid()
+
+    def terminate(*_: object) -> None:
+        if os.getpid() != owner:  # a forked worker, which its parent ends
+            os._exit(TERMINATED)
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

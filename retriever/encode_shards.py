@@ -1,0 +1,133 @@
+"""Texts -> embedding shards, read, encoded and written at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from retriever.data.tokens import Side
+from retriever.encoder.bundle import EncoderBundle
+from retriever.encoder.slabs import SLAB_TEXTS, Arriving, mode_of
+from retriever.parallel.world import World
+from retriever.shards import ShardJob, ShardWriter
+
+SHARD_ROWS = 65_536
+_WRITES_BEHIND = 2  # shards that wait to be written, at most
+
+
+def encode_to_shards(
+    bundle: EncoderBundle,
+    texts: Iterable[tuple[str, str]],
+    side: Side,
+    folder: str | Path,
+    *,
+    texts_fingerprint: str,
+    world: World | None = None,
+    shard_rows: int = SHARD_ROWS,
+    dtype: Literal["float32", "float16"] = "float32",
+    tokens_per_chunk: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
+
+    Every rank of `world` calls it with the same texts in the same order; rank r encodes shards r, r + world.size, … and rank 0 writes
+    the manifest when all are done.
+    Shards of the same job (model, prompt, length, precision, mode, `texts_fingerprint`, …) that are already there are kept, whatever
+    the number of ranks that wrote them; where all are, nothing is encoded. Those of another job are replaced with `overwrite`,
+    else refused: a ShardError names what differs. Texts are sorted by length within a shard, a slab of it at a time. While one
+    slab is encoded, threads read and tokenise the next and write the shards before.
+    """
+    world = world or World(bundle.encoder.device)
+    job = ShardJob(
+        side=side,
+        model=bundle.model_hash(),
+        prompt=bundle.settings.prompt(side),
+        max_tokens=bundle.settings.max_tokens(side),
+        pooling=bundle.encoder.pooling,
+        normalize=bundle.encoder.normalize,
+        precision=bundle.precision,
+        mode=mode_of(bundle.encoder),
+        dimension=bundle.dimension,
+        dtype=dtype,
+        texts=texts_fingerprint,
+        shard_rows=shard_rows,
+    )
+    writer = ShardWriter(folder, job)
+    finished = writer.finished()
+    if not finished and not overwrite:
+        writer.check()
+    world.barrier()  # no rank may change the folder before every rank has looked at it
+    if finished:
+        return writer.folder
+    if world.is_first:
+        writer.prepare()
+    world.barrier()
+    reading = _Reading(texts, shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard))
+    with tqdm(unit=" texts", desc=f"encode {side}", disable=not (progress and world.is_first)) as bar:
+        encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
+        with closing(encoded):
+            _write(writer, encoded)
+    world.barrier()
+    if world.is_first:
+        writer.finish(reading.rows)
+    world.barrier()
+    return writer.folder
+
+
+def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> None:
+    """Writes shard after shard in a thread, as their embeddings arrive, while the next are encoded."""
+
+    def write(part: _Part, embeddings: Sequence[Arriving]) -> None:
+        writer.write(part.shard, np.concatenate([slab.wait() for slab in embeddings]), part.ids)
+
+    behind: deque[Future[None]] = deque()
+    slabs: list[Arriving] = []  # of the present shard
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
+        for part, embeddings in encoded:
+            slabs.append(embeddings)
+            if not part.last:
+                continue
+            behind.append(thread.submit(write, part, slabs))
+            slabs = []
+            if len(behind) > _WRITES_BEHIND:
+                behind.popleft().result()
+        for written in behind:
+            written.result()
+
+
+class _Part(NamedTuple):
+    """Which texts a slab holds."""
+
+    shard: int
+    ids: tuple[str, ...]  # of the whole shard
+    last: bool  # of the shard's slabs
+
+
+class _Reading:
+    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says in slabs, counting all rows."""
+
+    def __init__(self, texts: Iterable[tuple[str, str]], shard_rows: int, wanted: Callable[[int], bool]) -> None:
+        self._texts, self._shard_rows, self._wanted = iter(texts), shard_rows, wanted
+        self.rows = 0  # read so far
+
+    def slabs(self) -> Iterator[tuple[_Part, tuple[str, ...]]]:
+        """The texts of each wanted shard."""
+        for shard in count():
+            pairs = list(islice(self._texts, self._shard_rows))
+            self.rows += len(pairs)
+            if not pairs:
+                return
+            if self._wanted(shard):
+                ids, contents = zip(*pairs, strict=True)
+                for start in range(0, len(contents), SLAB_TEXTS):
+                    stop = start + SLAB_TEXTS
+                    yield _Part(shard, ids, stop >= len(contents)), contents[start:stop]

@@ -1,0 +1,33 @@
+"""The errors that a command tells in one line, and the exit status that each ends it with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+RESUMES = "the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
+REFUSED, LOST, INTERRUPTED, TERMINATED = 2, 3, 130, 143  # exit statuses
+
+
+class RefusedError(ValueError):
+    """Settings, data or files that cannot be used. The message names what was received, what is expected and where to change it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends: what rank `rank` did, as rank `by` found it, and every rank's exit status."""
+
+    rank: int
+    by: int
+    what: str
+    status: int = LOST
+
+
+class RankError(RuntimeError):
+    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
+
+    def __init__(self, verdict: Verdict, rank: int) -> None:
+        interrupted = verdict.status == INTERRUPTED
+        super().__init__(f"interrupted: {RESUMES}" if interrupted else f"{verdict.what}. The same command goes on from the last checkpoint")
+        self.verdict = verdict
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (not interrupted and rank in (verdict.by, verdict.rank))
