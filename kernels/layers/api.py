@@ -8,7 +8,6 @@ second forward pass draw them again, and runs repeat bitwise.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +15,13 @@ from torch import Tensor
 from kernels.dispatch import WIDEST_ROW, on_kernels
 from kernels.layers.reference import Norm
 
-__all__ = ["Halves", "check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward", "norm_halves"]
-
-
-class Halves(NamedTuple):
-    """A float32 tensor, none of whose numbers lies halfway between two of bfloat16, in as many bits: what matrix products read is in it."""
-
-    high: Tensor  # [T, D] bfloat16: the numbers rounded
-    rest: Tensor  # [T, D] int16: what their bits are above those of `high`, or below
+__all__ = ["check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
 
 
 def norm_forward(
     x: Tensor,
     bias: Tensor | None,
-    residual: Tensor | Halves,
+    residual: Tensor,
     weight: Tensor,
     norm_bias: Tensor,
     seed: Tensor | None,
@@ -42,28 +34,12 @@ def norm_forward(
     device, all contiguous. Returns y [T, D] in the residual's dtype, the same rounded to x's (None where that is y's own), and [2, T]
     float32 (float64 of float64): the mean and the reciprocal standard deviation of each row of z.
     `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout > 0), their row and their column:
-    two uses need two seeds. Where x is bfloat16, a y halfway between two bfloat16 numbers is moved by its last bit (see `Halves`).
+    two uses need two seeds.
     Raises ValueError where shapes, dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
-    residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
-    return _norm_kernels(x).norm_forward(Norm(x, bias, residual, weight, seed, dropout), rest, norm_bias, eps, False)
-
-
-def norm_halves(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | Halves,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> Halves:
-    """The y of `norm_forward`, bit by bit, for bfloat16 x and a float32 residual: less goes through memory, and nothing is kept."""
-    residual, rest, seed = _check_norm(x, bias, residual, weight, norm_bias, seed, dropout)
-    if x.dtype != torch.bfloat16 or (rest is None and residual.dtype != torch.float32):
-        raise ValueError(f"expected x bfloat16 and residual float32 or its halves, received {x.dtype} and {residual.dtype}")
-    return Halves(*_norm_kernels(x).norm_forward(Norm(x, bias, residual, weight, seed, dropout), rest, norm_bias, eps, True)[1:])
+    _check_rows(x, {"residual": residual}, None)
+    _check_vectors(x, bias=bias, weight=weight, norm_bias=norm_bias)
+    return _norm_kernels(x).norm_forward(Norm(x, bias, residual, weight, check_dropout(dropout, seed), dropout), norm_bias, eps)
 
 
 def norm_backward(
@@ -134,24 +110,6 @@ def _gelu_kernels(x: Tensor) -> ModuleType:
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_norm(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | Halves,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(residual or its high half, its rest, the seed where dropout is on)."""
-    high, rest = residual if isinstance(residual, Halves) else (residual, None)
-    _check_rows(x, {"residual": high}, None)
-    if rest is not None and (rest.shape, rest.dtype, high.dtype) != (x.shape, torch.int16, torch.bfloat16):
-        raise ValueError(f"expected halves bfloat16 and int16 {list(x.shape)}, received {_described(high)} and {_described(rest)}")
-    _check_vectors(x, bias=bias, weight=weight, norm_bias=norm_bias)
-    return high, rest, check_dropout(dropout, seed)
 
 
 def _check_rows(

@@ -43,16 +43,11 @@ _MOST_ELEMENTS = 4096  # of a block of rows
 
 
 @triton.jit
-def _dropped_sum(x, residual, rest, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
+def _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
     z = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
     if THRESHOLD > 0:
         z = tl.where(keep, z * inverse_keep, 0.0)
-    added = tl.load(residual + at, inside, other=0.0)
-    if rest is None:
-        return z + added.to(tl.float32)
-    else:
-        bits = (added.to(tl.int16, bitcast=True).to(tl.int32) << 16) + tl.load(rest + at, inside, other=0).to(tl.int32)
-        return z + bits.to(tl.float32, bitcast=True)
+    return z + tl.load(residual + at, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -86,14 +81,12 @@ def _norm_forward(
     x,  # [T, D]
     bias,  # [D] or None
     residual,  # [T, D]
-    rest,  # [T, D] int16, whose high half `residual` then is, or None
     weight,  # [D]
     norm_bias,  # [D]
     seed,  # [1] int64 or None
-    normed,  # out [T, D] in residual's dtype; or None: in halves
+    normed,  # out [T, D] in residual's dtype
     low,  # out [T, D] in x's dtype, or None
-    following,  # out [T, D] int16: what of the float32 number is not in `low`; or None
-    statistics,  # out [2, T]: mean, rstd; or None
+    statistics,  # out [2, T]: mean, rstd
     T,
     eps,
     inverse_keep,
@@ -108,24 +101,14 @@ def _norm_forward(
     inside = in_rows[:, None] & in_columns[None, :]
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
     keep = keep_elements(seed, first + rows, columns, THRESHOLD)
-    z = _dropped_sum(x, residual, rest, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
+    z = _dropped_sum(x, residual, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
     level, spread, centred = standardize(z, in_columns, eps, D)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
-    if x.dtype.element_ty == tl.bfloat16:
-        # Off the ties: two halves of 16 bits would not say on which side of `low` the number was.
-        bits = y.to(tl.int32, bitcast=True)
-        y = (bits + ((bits & 0xFFFF) == 0x8000).to(tl.int32)).to(tl.float32, bitcast=True)
-    if normed is not None:
-        tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
+    tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
     if low is not None:
-        rounded = y.to(low.dtype.element_ty)
-        tl.store(low + at, rounded, inside)
-        if following is not None:
-            high = rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16
-            tl.store(following + at, (y.to(tl.int32, bitcast=True) - high).to(tl.int16), inside)
-    if statistics is not None:
-        tl.store(statistics + first + rows, level, in_rows)
-        tl.store(statistics + T + first + rows, spread, in_rows)
+        tl.store(low + at, y.to(low.dtype.element_ty), inside)
+    tl.store(statistics + first + rows, level, in_rows)
+    tl.store(statistics + T + first + rows, spread, in_rows)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -161,7 +144,7 @@ def _norm_backward(
         inside = in_rows[:, None] & in_columns[None, :]
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
         keep = keep_elements(seed, first + rows, columns, THRESHOLD)
-        z = _dropped_sum(x, residual, None, shift, at, inside, keep, inverse_keep, THRESHOLD)
+        z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         g = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -188,28 +171,19 @@ def _norm_backward(
         tl.store(sums + 2 * D, dbias, in_columns)
 
 
-def norm_forward(
-    norm: Norm, rest: Tensor | None, norm_bias: Tensor, eps: float, halves: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`.
-
-    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
-    """
+def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`."""
     x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
-    normed = None if halves else torch.empty_like(residual, dtype=None if rest is None else torch.float32)
-    low = None if normed is not None and x.dtype == normed.dtype else torch.empty_like(x)
-    following = torch.empty_like(x, dtype=torch.int16) if halves else None
-    statistics = None if halves else residual.new_empty((2, T), dtype=torch.float32)
+    normed = torch.empty_like(residual)
+    low = None if x.dtype == normed.dtype else torch.empty_like(x)
+    statistics = residual.new_empty((2, T), dtype=torch.float32)
     rows, block_d, warps = block(FORWARD, D)
-    # Fused or not is the assembler's choice, and depends on what else a number is used for: whole and in halves, y must have the same bits.
     _norm_forward[(triton.cdiv(T, rows),)](
-        x, bias, residual, rest, weight, norm_bias, seed, normed, low, following, statistics, T, eps, 1 / (1 - dropout), D,
-        THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps, enable_fp_fusion=False,
+        x, bias, residual, weight, norm_bias, seed, normed, low, statistics, T, eps, 1 / (1 - dropout), D,
+        THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
-    last = following if statistics is None else statistics
-    assert last is not None
-    return normed, low, last
+    return normed, low, statistics
 
 
 def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from kernels.attention.api import attention_backward, attention_forward
 from kernels.attention.reference import Mask
-from kernels.layers.api import Halves, norm_backward, norm_forward, norm_halves
+from kernels.layers.api import norm_backward, norm_forward
 from kernels.layers.gelu_product import gelu_product, gelu_product_backward, turned
 
 
@@ -107,15 +107,12 @@ def post_norm_layer(
 
 
 @torch.no_grad()
-def without_graph(
-    stream: Tensor | Halves, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, *, halves: bool = False
-) -> tuple[Tensor | Halves, Tensor, Products]:
+def without_graph(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor, Products]:
     """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most work.
 
-    Next to nothing is written that only a backward pass would read. Rounded to bfloat16, the stream may come in halves, and leaves so with
-    `halves`.
+    Next to nothing is written that only a backward pass would read.
     """
-    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False, halves=halves)
+    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
     low: Any = passed.out if passed.out_low is None else passed.out_low
     return passed.out, low, Products(passed.context, passed.lse, passed.narrow)
 
@@ -127,29 +124,21 @@ class _Passed(NamedTuple):
     context: Tensor  # [T, heads, d]
     lse: Tensor
     added: Tensor  # [T, D], before its bias
-    middle: Tensor | Halves  # [T, D]: the stream between the two parts
+    middle: Tensor  # [T, D]: the stream between the two parts
     middle_low: Tensor | None  # the same rounded
-    statistics1: Tensor | None  # [2, T]; for the backward pass alone
+    statistics1: Tensor  # [2, T]
     wide: Tensor | None  # [T, F]; for the backward pass alone
     activated: Tensor  # [T, F]
     narrow: Tensor  # [T, D], before its bias
-    out: Tensor | Halves  # [T, D]
+    out: Tensor  # [T, D]
     out_low: Tensor | None
-    statistics2: Tensor | None  # [2, T]; for the backward pass alone
+    statistics2: Tensor  # [2, T]
 
 
 def _forward(
-    stream: Tensor | Halves,
-    low: Tensor | None,
-    layer: Layer,
-    read: Factors,
-    p: Parameters,
-    known: Products | None,
-    *,
-    keep: bool,
-    halves: bool = False,
+    stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None, *, keep: bool
 ) -> _Passed:
-    """`keep` what a backward pass reads; or not: then the stream, in bfloat16, goes in halves, out of the layer too with `halves`."""
+    """`keep`: with the result of the first product of the widened part, which a backward pass reads."""
     x: Any = stream if low is None else low
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
@@ -161,27 +150,16 @@ def _forward(
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.narrow.shape)}")
         context, lse = known.context, known.lse
     added = linear(context.view(T, D), read.attended)
-    in_halves = not keep and low is not None and low.dtype == torch.bfloat16
-    middle, middle_low, statistics1 = _norm(
-        in_halves,
+    middle, middle_low, statistics1 = norm_forward(
         added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],
     )  # fmt: skip
     y: Any = middle if middle_low is None else middle_low
     wide, activated = gelu_product(y, read.widened, read.widened_bias, keep)
     narrow = linear(activated, read.narrowed) if known is None else known.narrow
-    out, out_low, statistics2 = _norm(
-        in_halves and halves,
+    out, out_low, statistics2 = norm_forward(
         narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
     )  # fmt: skip
     return _Passed(qkv, context, lse, added, middle, middle_low, statistics1, wide, activated, narrow, out, out_low, statistics2)
-
-
-def _norm(in_halves: bool, *given: Any) -> tuple[Tensor | Halves, Tensor | None, Tensor | None]:
-    """(normed, the same rounded, statistics for a backward pass), or what of it there is in halves."""
-    if in_halves:
-        split = norm_halves(*given)
-        return split, split.high, None
-    return norm_forward(*given)
 
 
 class _PostNormLayer(torch.autograd.Function):

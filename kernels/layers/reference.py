@@ -25,37 +25,15 @@ class Norm(NamedTuple):
     dropout: float
 
 
-def norm_forward(
-    norm: Norm, rest: Tensor | None, norm_bias: Tensor, eps: float, halves: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`.
-
-    With a `rest`, residual is the high half of a float32 tensor, and so normed is float32. With `halves` (None, high bfloat16, rest int16).
-    """
+def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`."""
     x, bias, residual, weight, seed, dropout = norm
-    stream = residual if rest is None else joined(residual, rest)
-    z = _dropped_sum(x, bias, stream, seed, dropout)  # [T, D]
+    z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
     mean = z.mean(1)
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
-    if x.dtype == torch.bfloat16:
-        normed = _off_ties(normed.float())
-    if halves:
-        high = normed.to(torch.bfloat16)
-        return None, high, (normed.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16)
-    low = None if x.dtype == stream.dtype else normed.to(x.dtype)
-    return normed.to(stream.dtype), low, torch.stack([mean, rstd])
-
-
-def joined(high: Tensor, rest: Tensor) -> Tensor:
-    """The float32 numbers whose halves are high (bfloat16) and rest (int16)."""
-    return ((high.view(torch.int16).int() << 16) + rest).view(torch.float32)
-
-
-def _off_ties(x: Tensor) -> Tensor:
-    """x float32 with its last bit changed where it lies halfway between two bfloat16 numbers: those would not say on which side."""
-    bits = x.contiguous().view(torch.int32)
-    return (bits + ((bits & 0xFFFF) == 0x8000).int()).view(torch.float32)
+    low = None if x.dtype == residual.dtype else normed.to(x.dtype)
+    return normed.to(residual.dtype), low, torch.stack([mean, rstd])
 
 
 def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:

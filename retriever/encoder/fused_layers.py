@@ -106,7 +106,7 @@ class FusedLayers(nn.Module):
                 if torch.is_grad_enabled():
                     stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
                 else:
-                    stream, rounded, products = without_graph(*given, halves=i < len(self._places) - 1)
+                    stream, rounded, products = without_graph(*given)
                     if packed_products is not None:
                         packed_products.append(products)
                     del products  # their memory is the next layer's

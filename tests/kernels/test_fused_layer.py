@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from kernels.dropout import keep_mask
-from kernels.layers.api import Halves, gelu_backward, gelu_forward, norm_backward, norm_forward, norm_halves
-from kernels.layers.reference import joined
+from kernels.layers.api import gelu_backward, gelu_forward, norm_backward, norm_forward
 
 EPS = 1e-5
 
@@ -99,33 +98,6 @@ def test_a_half_precision_stream_is_computed_in_float32() -> None:
     assert low is not None and want_low is not None and torch.equal(low, want_low)
 
 
-def check_halves(T: int, D: int, device: str = "cpu") -> None:
-    """Halves are the whole numbers, bit by bit, and are read as those; a row of numbers halfway between two of bfloat16 among them."""
-    x, bias, residual, weight, norm_bias = norm_inputs(T, D, torch.bfloat16, device=device)
-    ties = torch.arange(D, device=device).add(0x3F80).bitwise_left_shift(16).add(0x8000).int().view(torch.float32)
-    weight, norm_bias = torch.zeros_like(weight), ties  # y is then the tie itself, in every row
-    seed = torch.tensor([3], device=device)
-    for given in ((weight, norm_bias), norm_inputs(T, D, torch.bfloat16, device=device)[3:]):
-        whole, low, _ = norm_forward(x, bias, residual, *given, seed, EPS, 0.1)
-        halves = norm_halves(x, bias, residual, *given, seed, EPS, 0.1)
-        assert low is not None and torch.equal(halves.high, low) and torch.equal(low, whole.to(torch.bfloat16))
-        assert torch.equal(joined(*halves), whole) and not (whole.view(torch.int32) & 0xFFFF == 0x8000).any()
-        again, again_low, statistics = norm_forward(x, bias, halves, *given, seed, EPS, 0.1)
-        want, want_low, want_statistics = norm_forward(x, bias, whole, *given, seed, EPS, 0.1)
-        assert again.dtype == torch.float32 and again_low is not None and want_low is not None
-        assert torch.equal(again, want) and torch.equal(again_low, want_low) and torch.equal(statistics, want_statistics)
-        assert all(torch.equal(a, b) for a, b in zip(norm_halves(x, bias, halves, *given, seed, EPS, 0.1), halves_of(want), strict=True))
-
-
-def halves_of(whole: Tensor) -> Halves:
-    high = whole.to(torch.bfloat16)
-    return Halves(high, (whole.view(torch.int32) - (high.view(torch.int16).int() << 16)).to(torch.int16))
-
-
-def test_halves_are_the_whole() -> None:
-    check_halves(41, 24)
-
-
 @pytest.mark.parametrize("T", [0, 1])
 def test_no_row_and_one_row(T: int) -> None:
     inputs, seed = norm_inputs(T, 8, torch.bfloat16), torch.tensor([1])
@@ -171,11 +143,6 @@ def test_gradients_that_do_not_fit_are_errors() -> None:
         norm_backward(torch.ones(()).expand(3, 8), None, *rest)
     with pytest.raises(ValueError, match=r"d_low torch.bfloat16 \[3, 8\]"):
         norm_backward(None, y, *rest)
-    halves = norm_halves(x, bias, residual, weight, norm_bias, None, EPS, 0.0)
-    with pytest.raises(ValueError, match=r"halves bfloat16 and int16 \[3, 8\], received .*torch.int32"):
-        norm_halves(x, bias, halves._replace(rest=halves.rest.int()), weight, norm_bias, None, EPS, 0.0)
-    with pytest.raises(ValueError, match="x bfloat16 and residual float32 or its halves, received torch.float16"):
-        norm_halves(x.half(), bias, residual, weight, norm_bias, None, EPS, 0.0)
     with pytest.raises(ValueError, match=r"statistics \[2, 3\]"):
         norm_backward(y, None, *rest[:4], statistics[0], None, 0.0)
     with pytest.raises(ValueError, match=r"dout torch.bfloat16 \[3, 8\]"):

@@ -84,14 +84,6 @@ def test_norm_compiles_for_a_float16_stream() -> None:
     compiles(norm._norm_forward, types, constants, 90, warps)
 
 
-def test_norm_compiles_in_halves() -> None:
-    vectors = dict.fromkeys(("bias", "weight", "norm_bias"), "*fp32") | dict.fromkeys(("x", "residual", "low"), "*bf16")
-    types = vectors | dict.fromkeys(("rest", "following"), "*i16") | {"seed": "*i64", "T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
-    rows, block_d, warps = norm.block(norm.FORWARD, 768)
-    constants = {"D": 768, "THRESHOLD": drop_below(0.1), "ROWS": rows, "BLOCK_D": block_d}
-    compiles(norm._norm_forward, types, constants, 90, warps)
-
-
 @pytest.mark.parametrize("arch", sorted(SHARED_LIMIT))
 def test_gelu_compiles(arch: int) -> None:
     forward = {"u": "*bf16", "out": "*bf16", "T": "i32"}

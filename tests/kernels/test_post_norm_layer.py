@@ -9,7 +9,6 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from kernels.dropout import keep_mask
 from kernels.layers import post_norm as module
-from kernels.layers.api import Halves
 from kernels.layers.post_norm import Layer, Parameters, Products, factors, post_norm_layer, without_graph
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import relative_error
@@ -148,15 +147,15 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
 
 
 @pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_stream_in_halves_has_the_bits_of_a_whole_one(computing: torch.dtype) -> None:
-    """Through three layers, of which the last gives it back whole; halves are for bfloat16 only."""
+def test_a_pass_without_a_graph_has_the_bits_of_one_with_it(computing: torch.dtype) -> None:
+    """Through three layers, in the stream and in what matrix products read of it."""
     layer, p, stream = make_layer(ON), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32).detach()
-    read, whole, split = factors(p, computing), [stream, stream.to(computing)], [stream, stream.to(computing)]
-    for i in range(3):
-        whole = list(post_norm_layer(*whole, layer, read, p))
-        *split, _ = without_graph(*split, layer, read, p, halves=i < 2)
-        assert isinstance(split[0], Halves) == (i < 2 and computing == torch.bfloat16) and torch.equal(split[1], whole[1])
-    assert torch.equal(split[0], whole[0]) and split[0].dtype == torch.float32
+    read, kept, without = factors(p, computing), [stream, stream.to(computing)], [stream, stream.to(computing)]
+    for _ in range(3):
+        kept = list(post_norm_layer(*kept, layer, read, p))
+        *without, _ = without_graph(*without, layer, read, p)
+        assert torch.equal(without[0], kept[0]) and torch.equal(without[1], kept[1])
+    assert without[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "computing"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
