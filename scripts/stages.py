@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from eval.collections.collection import file_fingerprint, fingerprint
 from retriever.config import ConfigError
-from retriever.files import make_folder, write_json
+from retriever.files import make_folder, write_array, write_json
 from retriever.parallel.world import World
 
 MANIFEST, _JOB = "manifest.json", "job.json"
@@ -60,6 +62,24 @@ def run_stage(
         write_json(folder / MANIFEST, {"stage": name, "inputs": job, **said, "outputs": outputs, "bytes": sizes})
     world.barrier()
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
+
+
+def write_parts(folder: Path, rows: int, rows_a_part: int, compute: Callable[[slice], np.ndarray], world: World, bar: str) -> list[str]:
+    """Writes what `compute` gives for the rows of each part to a file that is kept if there already; returns the names of all files.
+
+    Rank r computes parts r, r + size, …
+    """
+    files = [f"{part:05d}.npy" for part in range(-(-rows // rows_a_part))]
+    mine = range(world.rank, len(files), world.size)
+    for part in tqdm(mine, desc=bar, unit=" parts", disable=not world.is_first):
+        if not (folder / files[part]).exists():
+            write_array(folder / files[part], compute(slice(part * rows_a_part, (part + 1) * rows_a_part)))
+    return files
+
+
+def read_parts(folder: Path, files: Iterable[str]) -> np.ndarray:
+    """The rows of all parts, in order."""
+    return np.concatenate([np.load(folder / file, allow_pickle=False) for file in sorted(files)])
 
 
 def model_fingerprint(name_or_path: str | Path) -> str:

@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from retriever.data.formats import Passage
+from retriever.files import replace_file
 
 _BATCH_ROWS = 512
 _SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 
-class PassageWriter:
-    """Appends passages to an Arrow file; what it holds does not grow with the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
-        self._arrow = pa.ipc.new_file(self._sink, _SCHEMA)
-        self._batch: list[Passage] = []
-        self.count = 0
-
-    def __enter__(self) -> PassageWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
-        self._arrow.close()
-        self._sink.close()
-
-    def add(self, passage: Passage) -> int:
-        """Writes a passage whose text is known; returns its row."""
-        self._batch.append(passage)
-        self.count += 1
-        if len(self._batch) == _BATCH_ROWS:
-            self._flush()
-        return self.count - 1
-
-    def _flush(self) -> None:
-        columns = [[p.id for p in self._batch], [p.title for p in self._batch], [p.text for p in self._batch]]
-        arrays = [pa.array(values, pa.string()) for values in columns]
-        self._arrow.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-        self._batch = []
+def write_passages(path: Path, passages: Iterable[Passage]) -> None:
+    """Writes passages whose texts are known to an Arrow file; the memory that it takes does not grow with their number."""
+    rows = ({"id": passage.id, "title": passage.title, "text": passage.text} for passage in passages)
+    with replace_file(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as arrow:
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            arrow.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
 
 
 class Passages:
@@ -74,13 +51,7 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def first_equal(digests: bytes | bytearray) -> np.ndarray:
-    """For each of n digests, laid end to end, the place of the first that equals it: [n] int64."""
-    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)  # [n, 2]
-    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal ones stay in their order
-    ordered = halves[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[new][np.cumsum(new) - 1]
-    return first
+def numbered(digests: bytes | bytearray) -> np.ndarray:
+    """A number for each of n digests, laid end to end: [n]. Equal ones have the same; they count from 0 in the order they first occur."""
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests) // 16, [None, pa.py_buffer(digests)])
+    return column.dictionary_encode().indices.to_numpy()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from eval.collections.collection import fingerprint
 from retriever.data.formats import DataError, Source, final_text
@@ -36,17 +36,16 @@ class Pool:
     Passages stay in a file of `folder`, numbered as the source gives them, its corpus first. The queries are held in memory.
     """
 
-    def __init__(self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, world: World | None = None) -> None:
+    def __init__(self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, world: World) -> None:
         """Reads the corpus of the source, if it has one, then its examples, whose own passages join the pool; rank 0 does, once.
 
         Raises DataError where the source cannot be read, names a passage that its corpus lacks, or has no query with a positive.
         """
-        world = world or World(torch.device("cpu"))
-        self._title, self._separator = title, separator
+        self._final_text = partial(final_text, title=title, separator=separator)
         self.fingerprint = fingerprint([source.fingerprint(), title, separator])
 
         def read(folder: Path) -> list[str]:
-            return PoolReader(source, title, separator).write(folder) if world.is_first else []
+            return PoolReader(source, self._final_text).write(folder) if world.is_first else []
 
         run_stage("read", folder, {"data": self.fingerprint}, read, world=world)
         self.passages = Passages(folder / PASSAGES, np.load(folder / ROWS, mmap_mode="r", allow_pickle=False))
@@ -59,16 +58,8 @@ class Pool:
 
     def text(self, number: int) -> str:
         """The final text of a passage."""
-        return final_text(self.passages[number], self._title, self._separator)
+        return self._final_text(self.passages[number])
 
     def texts(self) -> Iterator[str]:
         """The final text of every passage."""
-        return (final_text(passage, self._title, self._separator) for passage in self.passages)
-
-    def numbered_texts(self) -> Iterator[tuple[str, str]]:
-        """(number, final text) of every passage, the numbers as ids."""
-        return ((str(number), text) for number, text in enumerate(self.texts()))
-
-    def numbered_queries(self) -> Iterator[tuple[str, str]]:
-        """(row, text) of every query, the rows as ids."""
-        return ((str(row), query.text) for row, query in enumerate(self.queries))
+        return map(self._final_text, self.passages)

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from eval.engines.bm25 import Bm25
 from eval.engines.embeddings import load_queries
 from retriever.config import ConfigError
-from retriever.files import write_array
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
 from scripts.mining.pool import Pool
 from scripts.mining.teacher import CrossEncoder
+from scripts.stages import write_parts
 
 _QUERIES_A_PART = 512
 
@@ -68,31 +67,20 @@ def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.divide(centred, deviations, out=np.zeros_like(centred), where=deviations > 0)
 
 
-def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World, progress: bool) -> list[str]:
-    """Scores each query's positives, then its shortlist, a part of the queries a file; rank r writes parts r, r + size, …
+def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World) -> list[str]:
+    """Scores each query's positives, then its shortlist, in parts as `write_parts` does. Raises ConfigError where a score is not finite."""
 
-    Files that are in `folder` already are kept. Returns the names of all. Raises ConfigError where a score is not finite.
-    """
-    starts = range(0, len(pool.queries), _QUERIES_A_PART)
-    files = [f"{part:05d}.npy" for part in range(len(starts))]
-    mine = [part for part in range(len(starts)) if part % world.size == world.rank]
-    for part in tqdm(mine, desc="score", unit=" parts", disable=not progress or not world.is_first):
-        if (folder / files[part]).exists():
-            continue
-        here = range(starts[part], min(starts[part] + _QUERIES_A_PART, len(pool.queries)))
+    def score(part: slice) -> np.ndarray:
+        here = range(len(pool.queries))[part]
         pairs = [(row, number) for row in here for number in (*pool.queries[row].positives, *shortlists[row])]
         rows, numbers = np.array(pairs, dtype=np.int64).T
         scores = judge(rows, numbers)
-        if not np.isfinite(scores).all():
-            row, number = rows[~np.isfinite(scores)][0], numbers[~np.isfinite(scores)][0]
+        if len(lost := np.flatnonzero(~np.isfinite(scores))):
+            query, passage = pool.queries[rows[lost[0]]], pool.passages[numbers[lost[0]]]
             raise ConfigError(
-                f"--precision: the score of query {pool.queries[row].id!r} with passage {pool.passages[number].id!r} is not finite; "
+                f"--precision: the score of query {query.id!r} with passage {passage.id!r} is not finite; "
                 "expected a number: fp32 or bf16 reaches further than fp16"
             )
-        write_array(folder / files[part], scores)
-    return files
+        return scores
 
-
-def read_scores(folder: Path, files: Sequence[str]) -> np.ndarray:
-    """All scores [pairs] float32, in the order they were written in."""
-    return np.concatenate([np.load(folder / file, allow_pickle=False) for file in sorted(files)])
+    return write_parts(folder, len(pool.queries), _QUERIES_A_PART, score, world, "score")

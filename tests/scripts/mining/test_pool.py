@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Passage, open_source
+from retriever.parallel.world import World
 from scripts.mine_negatives import main
 from scripts.mining import passages as passages_module
-from scripts.mining.passages import Passages, PassageWriter, first_equal
+from scripts.mining.passages import Passages, numbered, write_passages
 from scripts.mining.pool import Pool
 from tests.commands import RankAlone
 from tests.tiny import random_texts
@@ -32,25 +34,24 @@ def _write(folder: Path, corpus: list[dict[str, str]], queries: dict[str, str], 
 
 
 def _pool(folder: Path, work: Path, **options: Any) -> Pool:
-    return Pool(open_source(SourceConfig(path=str(folder), **options)), "join", " ", work)
+    return Pool(open_source(SourceConfig(path=str(folder), **options)), "join", " ", work, World(torch.device("cpu")))
 
 
 def test_passages_are_read_back_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages_module, "_BATCH_ROWS", 7)
     written = [Passage(f"p{i}" if i % 3 else None, f"text {i} – {'é' * i}", "title" if i % 2 else "") for i in range(30)]
-    with PassageWriter(tmp_path / "passages.arrow") as writer:
-        assert [writer.add(passage) for passage in written] == list(range(30))
+    write_passages(tmp_path / "passages.arrow", written)
     rows = np.array([29, 0, 6, 7, 13, 14])
     assert list(Passages(tmp_path / "passages.arrow", rows)) == [written[row] for row in rows]
 
 
-def test_first_equal_is_what_a_dictionary_finds() -> None:
+def test_numbers_are_what_a_dictionary_counts() -> None:
     draw = random.Random(3)
     digests = [bytes([draw.randrange(3)]) + bytes(14) + bytes([draw.randrange(3)]) for _ in range(200)]  # halves that differ alone
-    first: dict[bytes, int] = {}
-    expected = [first.setdefault(value, place) for place, value in enumerate(digests)]
-    assert first_equal(b"".join(digests)).tolist() == expected and len(first) == 9
-    assert len(first_equal(b"")) == 0
+    known: dict[bytes, int] = {}
+    expected = [known.setdefault(value, len(known)) for value in digests]
+    assert numbered(b"".join(digests)).tolist() == expected and len(known) == 9
+    assert len(numbered(b"")) == 0
 
 
 def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
