@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +113,6 @@ def flags(options: Mapping[str, Any]) -> list[str]:
         words.append(f"--{name.replace('_', '-')}")
         words += [] if value is True else [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     return words
-
-
-def source_flags(source: SourceConfig) -> list[str]:
-    """The options of scripts.mine_negatives that name a training source."""
-    given = {key: value for key, value in asdict(source).items() if key not in ("path", "weight")}
-    return flags({"data": source.path} | given)
 
 
 def _check(config: LoopConfig) -> None:

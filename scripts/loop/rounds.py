@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from retriever.config import Config, to_dict, to_yaml
 from retriever.data.collection import data_files
 from retriever.data.formats import open_source
 from retriever.files import write_json, write_text
-from scripts.loop.config import LoopConfig, flags, source_flags
+from scripts.loop.config import LoopConfig, flags
 from scripts.mining.mine import DATA
-from scripts.stages import model_fingerprint, run_stage
+from scripts.stages import Outputs, model_fingerprint, run_stage
 
 RESULT = "result.json"
+_TRAIN_TEACHER = "scripts.train_cross_encoder"  # runs alone in this process, whatever the others are launched with
 Splits = dict[str, dict[str, float]]  # split -> measure -> value
 Table = dict[str, dict[str, float]]  # model, and split where there are several -> measure -> value
 
@@ -60,10 +62,11 @@ class Loop:
         described, evaluate = self._config.rounds[number], self._config.evaluate
         found = []
         for variant in range(max(1, len(described.variants))):
-            label = f"{described.name} {variant + 1}" if described.variants else described.name
-            place = Path(described.name, f"variant-{variant + 1}") if described.variants else Path(described.name)
-            export = self._train(number, variant, label, place, model, data)
-            found.append((export, self._evaluate(label, place, export), place / "evaluate"))
+            label, folder = described.name, Path(described.name)
+            if described.variants:
+                label, folder = f"{label} {variant + 1}", folder / f"variant-{variant + 1}"
+            export = self._train(number, variant, label, folder, model, data)
+            found.append((export, self._evaluate(label, folder, export), folder / "evaluate"))
         if len(found) == 1:
             return found[0]
         measure = evaluate.options["metrics"][0]
@@ -74,92 +77,83 @@ class Loop:
 
     def _teach(self, number: int, data: Path) -> Path:
         """The cross-encoder trained on mined `data`, from the first model."""
-        described = self._config.rounds[number]
-        folder = self._root / described.name / "teacher"
-
-        def work(folder: Path) -> list[str]:
-            places = {"data": data, "model": self._config.first_model, "output_dir": folder / "model"}
-            self._start("scripts.train_cross_encoder", [*flags(places), *flags(described.teacher or {})], alone=True)
-            return sorted(f.relative_to(folder).as_posix() for f in (folder / "model").rglob("*") if f.is_file())
-
-        inputs = {"model": model_fingerprint(self._config.first_model), "data": file_fingerprint(data / DATA), "options": described.teacher}
-        run_stage(f"{described.name}: teacher", folder, inputs, work)
-        return folder / "model"
+        described, model = self._config.rounds[number], self._config.first_model
+        folder = Path(described.name, "teacher")
+        inputs = {"model": model_fingerprint(model), "data": file_fingerprint(data / DATA), "options": described.teacher}
+        options = {"data": data, "model": model, "output_dir": self._root / folder / "model", **(described.teacher or {})}
+        self._stage(f"{described.name}: teacher", folder, inputs, _TRAIN_TEACHER, options, "model/**/*")
+        return self._root / folder / "model"
 
     def _mine(self, number: int, model: str, teacher: Path | None) -> Path:
         """The folder of training data whose negatives `model` found in the source; `teacher` scores beside the teachers of the options."""
-        described = self._config.rounds[number]
+        described, source = self._config.rounds[number], self._config.source
         options = dict(described.mine or {})
-        teachers = _listed(options.pop("teacher", None)) + ([] if teacher is None else [str(teacher)])
+        named = options.pop("teacher", None) or []
+        teachers = [*([named] if isinstance(named, str) else named), *([] if teacher is None else [str(teacher)])]
         policy = self._config.training(number, model, None, self._root).data
-
-        def work(folder: Path) -> list[str]:
-            arguments = [*source_flags(self._config.source), *flags({"title": policy.title, "title_separator": policy.title_separator})]
-            places = {"model": model, "output_dir": folder / "data", "work_dir": self._root / "work" / described.name}
-            self._start("scripts.mine_negatives", [*arguments, *flags(options), *flags({"teacher": teachers or None}), *flags(places)])
-            return [f"data/{DATA}"]
-
         inputs = {
-            "source": open_source(self._config.source).fingerprint(),
+            "source": open_source(source).fingerprint(),
             "title": [policy.title, policy.title_separator],
             "model": model_fingerprint(model),
             "teachers": [model_fingerprint(name) for name in teachers],
             "options": options,
         }
-        folder = self._root / described.name / "mine"
-        run_stage(f"{described.name}: mine", folder, inputs, work)
-        return folder / "data"
+        folder = Path(described.name, "mine")
+        read = {"data": source.path, **{key: value for key, value in asdict(source).items() if key not in ("path", "weight")}}
+        asked = {"title": policy.title, "title_separator": policy.title_separator, **options, "teacher": teachers or None}
+        places = {"model": model, "output_dir": self._root / folder / "data", "work_dir": self._root / "work" / described.name}
+        self._stage(f"{described.name}: mine", folder, inputs, "scripts.mine_negatives", {**read, **asked, **places}, f"data/{DATA}")
+        return self._root / folder / "data"
 
-    def _train(self, number: int, variant: int, label: str, place: Path, model: str, data: Path | None) -> str:
+    def _train(self, number: int, variant: int, label: str, folder: Path, model: str, data: Path | None) -> str:
         """The export of a training from `model` on `data`, or on the source."""
-        folder = self._root / place / "train"
-        config = self._config.training(number, model, data, folder / "run", variant)
-
-        def work(folder: Path) -> list[str]:
-            settings = folder / "train.yaml"
-            write_text(settings, to_yaml(config))
-            self._start("retriever.train", ["--config", str(settings)])
-            export = folder / "run" / "export"
-            return sorted(f.relative_to(folder).as_posix() for f in export.rglob("*") if f.is_file())
-
+        folder = folder / "train"
+        run, settings = self._root / folder / "run", self._root / folder / "train.yaml"
+        config = self._config.training(number, model, data, run, variant)
         trained_on = open_source(config.data.train[0]).fingerprint()
         inputs = {"model": model_fingerprint(model), "data": trained_on, "config": _without_places(config)}
-        run_stage(f"{label}: train", folder, inputs, work)
-        return str(folder / "run" / "export")
+        begin = partial(write_text, settings, to_yaml(config))
+        self._stage(f"{label}: train", folder, inputs, "retriever.train", {"config": settings}, "run/export/**/*", begin)
+        return str(run / "export")
 
-    def _evaluate(self, label: str, place: Path, model: str) -> Splits:
+    def _evaluate(self, label: str, folder: Path, model: str) -> Splits:
         """The measures of `model` on every split that the evaluation names."""
-        evaluate = self._config.evaluate
-        folder = self._root / place / "evaluate"
-
-        def work(folder: Path) -> list[str]:
-            places = {"model": model, "data": evaluate.data, "output_dir": folder / "results"}
-            self._start(evaluate.command, [*flags(places), *flags(evaluate.options)])
-            return sorted(f.relative_to(folder).as_posix() for f in (folder / "results").glob("*.json"))
-
+        evaluate, folder = self._config.evaluate, folder / "evaluate"
         asked = {key: value for key, value in asdict(evaluate).items() if key != "choose"}
         inputs = {"model": model_fingerprint(model), "data": _collection_fingerprint(Path(evaluate.data)), "evaluate": asked}
-        outputs = run_stage(f"{label}: evaluate", folder, inputs, work)
-        return {Path(file).stem: loads((folder / file).read_text(encoding="utf-8"))["metrics"] for file in outputs}
+        options = {"model": model, "data": evaluate.data, "output_dir": self._root / folder / "results", **evaluate.options}
+        outputs = self._stage(f"{label}: evaluate", folder, inputs, evaluate.command, options, "results/*.json")
+        read = {Path(file).stem: (self._root / folder / file).read_text(encoding="utf-8") for file in outputs}
+        return {split: loads(text)["metrics"] for split, text in read.items()}
 
-    def _start(self, module: str, arguments: Sequence[str], *, alone: bool = False) -> None:
-        """Runs one command to its end, `alone` in this process whatever the others are launched with.
+    def _stage(
+        self,
+        name: str,
+        folder: Path,
+        inputs: Mapping[str, Any],
+        module: str,
+        options: Mapping[str, Any],
+        outputs: str,
+        begin: Callable[[], None] = lambda: None,
+    ) -> Outputs:
+        """A stage that is a command: `begin`, then `module` with `options` to its end; `outputs` is the pattern of its output files.
 
         Raises SystemExit with the status of a command that failed and has said why, CalledProcessError where it was launched.
         """
-        if self._config.launch and not alone:
-            subprocess.run([*self._config.launch, "-m", module, *arguments], check=True)
-            return
-        if status := importlib.import_module(module).main(list(arguments)):
-            sys.exit(status)
+
+        def work(folder: Path) -> list[str]:
+            begin()
+            if self._config.launch and module != _TRAIN_TEACHER:
+                subprocess.run([*self._config.launch, "-m", module, *flags(options)], check=True)
+            elif status := importlib.import_module(module).main(flags(options)):
+                sys.exit(status)
+            return sorted(f.relative_to(folder).as_posix() for f in folder.glob(outputs) if f.is_file())
+
+        return run_stage(name, self._root / folder, inputs, work)
 
 
 def _rows(name: str, splits: Splits) -> Table:
     return {name if len(splits) == 1 else f"{name} {split}": metrics for split, metrics in splits.items()}
-
-
-def _listed(value: str | Sequence[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
 def _without_places(config: Config) -> dict[str, Any]:
