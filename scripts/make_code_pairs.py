@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import tokenize
 from collections import Counter
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from retriever.command import command_parser, option, run
 from retriever.errors import RefusedError
-from retriever.files import write_json, write_text
+from retriever.files import write_json
 from scripts.code_pairs.functions import documented_functions, without_name
 from scripts.code_pairs.pairs import Collection, code_collection, details_collection
 from scripts.code_pairs.sources import STDLIB, WELL_KNOWN, installed, python_files, version
@@ -78,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build(args: argparse.Namespace) -> None:
     packages = installed(WELL_KNOWN) if args.packages == ["auto"] else args.packages
     settings = Settings(packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]})
-    print(f"{args.output}: {summary(build(args.output, settings))}")
+    print(f"{args.output}: {summary(build(args.output, settings)[1])}")
 
 
-def build(output: Path, settings: Settings) -> dict[str, Any]:
-    """Reads the sources, writes both folders (the manifest last) and returns the manifest.
+def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]:
+    """Reads the sources, writes both folders (the manifest last) and returns the pairs on code with the manifest.
 
     Raises RefusedError for a package that isn't installed, and where no query could be held out.
     """
@@ -97,10 +96,10 @@ def build(output: Path, settings: Settings) -> dict[str, Any]:
             raise RefusedError(
                 f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages"
             )
-    files = {**_texts(code), **{f"details/{name}": text for name, text in _texts(details).items()}}
+    files = {**code.files(), **{f"details/{name}": text for name, text in details.files().items()}}
     (output / "manifest.json").unlink(missing_ok=True)
-    for name, text in files.items():
-        write_text(output / name, text)
+    code.write(output)
+    details.write(output / "details")
     manifest = {
         "format": FORMAT,
         "settings": asdict(settings),
@@ -111,7 +110,7 @@ def build(output: Path, settings: Settings) -> dict[str, Any]:
         "content_sha256": hashlib.sha256("".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()).hexdigest(),
     }
     write_json(output / "manifest.json", manifest)
-    return manifest
+    return code, manifest
 
 
 def read_members(settings: Settings) -> tuple[list[Member], list[str]]:
@@ -142,24 +141,10 @@ def summary(manifest: dict[str, Any]) -> str:
 def _counts(code: Collection, details: Collection) -> dict[str, int]:
     counts = {"passages": len(code.corpus)}
     for name, pairs in code.qrels.items():
-        counts[f"{name}_queries"] = len({query for query, _ in pairs})
-        counts[f"{name}_pairs"] = len(pairs)
-        counts[f"{name}_modules"] = len({code.queries[query][1] for query, _ in pairs})
-    counts["details_queries"], counts["details_pairs"] = len(details.queries), len(details.qrels["train"])
-    return counts
-
-
-def _texts(collection: Collection) -> dict[str, str]:
-    """File name -> content, in BEIR's formats; a query's module goes into its metadata."""
-    corpus: list[dict[str, Any]] = [{"_id": passage_id, "title": "", "text": text} for passage_id, text in collection.corpus.values()]
-    queries: list[dict[str, Any]] = [
-        {"_id": query_id, "text": text, "metadata": {"module": module}} for query_id, (text, module) in collection.queries.items()
-    ]
-    files = {"corpus.jsonl": corpus, "queries.jsonl": queries}
-    texts = {name: "".join(json.dumps(record) + "\n" for record in records) for name, records in files.items()}
-    for split, pairs in collection.qrels.items():
-        texts[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(f"{query}\t{passage}\t1\n" for query, passage in pairs)
-    return texts
+        queries = {query for query, _ in pairs}
+        modules = {code.queries[query][1] for query in queries}
+        counts |= {f"{name}_queries": len(queries), f"{name}_pairs": len(pairs), f"{name}_modules": len(modules)}
+    return counts | {"details_queries": len(details.queries), "details_pairs": len(details.qrels["train"])}
 
 
 if __name__ == "__main__":

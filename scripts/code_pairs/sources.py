@@ -49,9 +49,8 @@ def version(package: str) -> str:
     """The installed version, by import name; `unknown` for a package without metadata."""
     if package == STDLIB:
         return platform.python_version()
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
-        return importlib.metadata.version(distribution)
-    return "unknown"
+    distributions = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(distributions[0]) if distributions else "unknown"
 
 
 def python_files(package: str) -> Iterator[SourceFile]:

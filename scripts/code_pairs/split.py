@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from scipy.cluster.hierarchy import DisjointSet
 
 from scripts.code_pairs.functions import Function
 
@@ -81,43 +83,26 @@ def normal(text: str) -> str:
 
 def _families(members: Sequence[Member]) -> dict[str, str]:
     """unit -> the first unit, by name, of those tied to it by twin names, by a copied function or by a copied docstring."""
-    parent: dict[str, str] = {}
-
-    def root(unit: str) -> str:
-        while parent.setdefault(unit, unit) != unit:
-            parent[unit] = parent[parent[unit]]
-            unit = parent[unit]
-        return unit
-
-    for key in (_twin_key, _summary_key, _code_key):
-        for tied in _units_by(key, members):
-            first, *others = sorted(tied)
-            for other in others:
-                a, b = sorted((root(first), root(other)))
-                parent[b] = a
-    return {member.unit: root(member.unit) for member in members}
-
-
-def _units_by(key: Callable[[Member], str | None], members: Iterable[Member]) -> Iterable[set[str]]:
-    units: dict[str, set[str]] = defaultdict(set)
+    tied = DisjointSet()
     for member in members:
-        value = key(member)
-        if value is not None:
-            units[value].add(member.unit)
-    return units.values()
+        for tie in _ties(member):
+            tied.add(tie)
+            tied.merge(("unit", member.unit), tie)
+    family: dict[str, str] = {}
+    for subset in tied.subsets():
+        units = sorted(name for kind, name in subset if kind == "unit")
+        family |= dict.fromkeys(units, units[0])
+    return family
 
 
-def _twin_key(member: Member) -> str:
-    """`decimal` for `_pydecimal` and `decimal`, `collections` for `_collections_abc`."""
+def _ties(member: Member) -> Iterator[tuple[str, str]]:
+    """(kind, key): members that have one in common stay together."""
+    yield "unit", member.unit
     *package, name = member.unit.split(".")
-    return ".".join([*package, _TWIN_SUFFIX.sub("", _TWIN_PREFIX.sub("", name))])
-
-
-def _summary_key(member: Member) -> str | None:
-    summary = normal(member.function.summary)
-    return summary if len(summary.split()) >= TIE_SUMMARY_WORDS else None
-
-
-def _code_key(member: Member) -> str | None:
-    code = member.function.code
-    return normal(code) if len(code.splitlines()) >= TIE_CODE_LINES else None
+    # `decimal` for `_pydecimal` and `decimal`, `collections` for `_collections_abc`
+    yield "twin", ".".join([*package, _TWIN_SUFFIX.sub("", _TWIN_PREFIX.sub("", name))])
+    summary, code = normal(member.function.summary), member.function.code
+    if len(summary.split()) >= TIE_SUMMARY_WORDS:
+        yield "summary", summary
+    if len(code.splitlines()) >= TIE_CODE_LINES:
+        yield "code", normal(code)

@@ -19,7 +19,6 @@ from pathlib import Path
 from retriever.command import command_parser, one_of, option, run
 from retriever.config_file import load
 from retriever.files import write_json
-from scripts.code_pairs.bounded import write_bounded
 from scripts.code_pairs.sources import installed
 from scripts.demo.model import starting_model
 from scripts.make_code_pairs import Settings, build, summary
@@ -68,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    demo(args.form or _fitting_form(), args.config, args.output_dir, args.overrides)
+    if args.form is None:
+        import torch
+
+        args.form = "large" if torch.cuda.is_available() else "small"
+    demo(args.form, args.config, args.output_dir, args.overrides)
 
 
 def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -> None:
@@ -79,20 +82,23 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
     config = load(config_file, settings)
 
     _headline("Docstring-to-code pairs", started)
-    manifest = build(output / "data", form.pairs)
+    code, manifest = build(output / "data", form.pairs)
     print(summary(manifest))
-    data = output / "data"
+    searched, data = code, output / "data"
     if form.searched is not None:
-        data = output / "search"
-        searched = write_bounded(output / "data", data, "test", form.searched, form.pairs.seed)
-        print(f"searched: {searched:,} of the functions, the {manifest['counts']['test_queries']:,} queries' own among them")
+        searched, data = code.bounded("test", form.searched, form.pairs.seed), output / "search"
+        searched.write(data)
+        count = f"{len(searched.corpus):,} of the functions, the {manifest['counts']['test_queries']:,} queries' own among them"
+        print(f"searched: {count}")
 
     # Imported here: torch takes seconds, and what can be wrong above is told without waiting for it.
+    from eval.collections.collection import read_beir
+    from retriever.shards import open_shards
     from scripts.demo.parts import bm25_scores, evaluate_encoder, exactness, load_bundle, train
     from scripts.demo.report import outcome, table
-    from scripts.demo.search import Searcher, answer_own_queries, read_test, sample_queries
+    from scripts.demo.search import Searcher, answer_own_queries, sample_queries
 
-    test, modules = read_test(data)
+    test = read_beir(data)
 
     _headline("BM25", started)
     scores = {"BM25": bm25_scores(test)}
@@ -111,36 +117,24 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
     scores["after training"] = evaluate_encoder(after, test, output / "embeddings" / "after")
 
     _headline("Held-out search", started)
-    result = outcome(scores, modules)
+    result = outcome(scores, {query_id: module for query_id, (_, module) in code.queries.items()})
     print(table(result, config, speed, check))
-    record = {
-        "form": name,
-        **result,
-        **speed,
-        "exactness": str(check),
-        "pairs": manifest,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    seconds = round(time.perf_counter() - started, 1)
+    record = {"form": name, **result, **speed, "exactness": str(check), "pairs": manifest, "seconds": seconds}
     write_json(output / "result.json", record)
 
     _headline("Three of the queries, drawn at random", started)
-    searcher = Searcher(after, output / "embeddings" / "after" / "passages", data / "corpus.jsonl")
+    passages = open_shards(output / "embeddings" / "after" / "passages")
+    searcher = Searcher(after, passages, dict(searched.corpus.values()))
     for query_id in sample_queries(test.queries, 3, form.pairs.seed):
         print(searcher.answer(test.queries[query_id], test.qrels[query_id]), end="\n\n")
     answer_own_queries(searcher.answer)
 
 
-def _fitting_form() -> str:
-    import torch
-
-    return "large" if torch.cuda.is_available() else "small"
-
-
 def _places(weights: Path, output: Path) -> list[str]:
     """The settings that say where things lie."""
-    near = (
-        weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
-    )  # short, and the same wherever the project lies
+    # Relative where it can be: short, and the same wherever the project lies.
+    near = weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
     return [
         f"model.name_or_path={near}",
         f"run.output_dir={output / 'run'}",

@@ -126,7 +126,7 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, dict], dict[str, list
 
 
 def test_the_folder_is_complete_and_whole_modules_are_held_out(furniture: Path) -> None:
-    manifest = build(furniture / "out", _small())
+    _, manifest = build(furniture / "out", _small())
     corpus, queries, qrels = _read(furniture / "out")
     assert manifest["unreadable_modules"] == ["furniture.template"]
     assert len(corpus) == 60 and len(queries) == 60  # every function is a passage; vendored and test files are none
@@ -146,7 +146,7 @@ def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> No
         path = os.pathsep.join([str(furniture / "site"), str(Path(__file__).parents[2])])
         subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
         assert all((furniture / hash_seed / file).read_bytes() == (furniture / "out" / file).read_bytes() for file in files)
-    other = build(furniture / "other", _small(seed=1))
+    _, other = build(furniture / "other", _small(seed=1))
     assert other["content_sha256"] != json.loads((furniture / "out" / "manifest.json").read_text())["content_sha256"]
 
 
@@ -206,7 +206,7 @@ def test_a_shared_docstring_is_one_query_and_identical_code_one_passage(furnitur
 
 
 def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
-    manifest = build(tmp_path, Settings())
+    _, manifest = build(tmp_path, Settings())
     corpus, queries, qrels = _read(tmp_path)
     counts = manifest["counts"]
     assert counts["test_queries"] >= 500 and counts["train_queries"] >= 3000 and counts["test_modules"] >= 40
