@@ -110,7 +110,7 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
         torch.manual_seed(7)
         with torch.no_grad():
             for p in encoder.query_tower.parameters():
-                p += 0.02 * torch.randn_like(p)
+                p.add_(0.02 * torch.randn_like(p))
     if case.layers != "padded":
         encoder.pack()
     if case.layers == "fused":

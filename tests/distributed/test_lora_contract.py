@@ -31,7 +31,7 @@ def _encoder(folder: Path, tied: bool) -> DualEncoder:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in encoder.parameters():  # B not zero, and towers that differ
-            p += 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return encoder.eval()
 
 

@@ -98,12 +98,12 @@ def _vectors(whole: WholeBatch, case: Case) -> tuple[Tensor, Tensor]:
 def _oracle(case: Case) -> tuple[Tensor, ...]:
     """Loss, dqueries, dpassages and the gradient of log scale of the whole batch, in float64 by autograd."""
     whole = _whole(case, 1)
-    q, p = _vectors(whole, case)
-    leaves = [x.double().clone().requires_grad_() for x in (q, p, torch.tensor(-math.log(case.temperature), dtype=torch.float64))]
-    cuts = [[normalize(x[:, :d]) for x in leaves[:2]] for d in case.dims] or [leaves[:2]]
-    losses = [oracle_loss(*cut, whole, leaves[2], symmetric=case.symmetric, margin=case.margin) for cut in cuts]
+    log_scale = torch.tensor(-math.log(case.temperature), dtype=torch.float64, requires_grad=True)
+    q, p = (x.double().clone().requires_grad_() for x in _vectors(whole, case))
+    cuts = [(normalize(q[:, :d]), normalize(p[:, :d])) for d in case.dims] or [(q, p)]
+    losses = [oracle_loss(*cut, whole, log_scale, symmetric=case.symmetric, margin=case.margin) for cut in cuts]
     loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
+    return loss.detach(), *torch.autograd.grad(loss, (q, p, log_scale))
 
 
 def _compute(world: World, folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
 from tests.problems import random_batch, rank_batch
 
+COUNTS: dict[int, list[tuple[int, ...]]]
 COUNTS = {2: [(3, 1), (0, 4), (2, 0), (0, 0), (2, 2)], 3: [(3, 1, 2), (0, 5, 0), (0, 0, 0), (1, 0, 4)]}
 SHAPES: dict[torch.dtype, tuple[int, ...]]
 SHAPES = {torch.float32: (4,), torch.float64: (2, 3), torch.bfloat16: (4,), torch.int64: (), torch.bool: ()}
@@ -51,7 +52,7 @@ def _reduce_rows(world: World) -> list[str]:
         terms = [torch.randn(sum(counts), 3, generator=draw, dtype=torch.float64) for draw in draws]
         mine = terms[world.rank].clone()
         found = world.reduce_rows(mine, counts)
-        expected = sum(terms).split(counts)[world.rank]
+        expected = torch.stack(terms).sum(0).split(counts)[world.rank]
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-14) or not torch.equal(mine, terms[world.rank]):
             wrong.append(str(counts))
     return wrong

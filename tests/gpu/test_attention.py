@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention import short
 from kernels.attention.api import packed_attention
 from tests.gpu.devices import toy
-from tests.kernels.attention_oracle import errors, heads_of, texts
+from tests.kernels.attention_oracle import Heads, each, errors, heads_of, texts
 from tests.kernels.oracle import relative_error
 
 SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
@@ -47,7 +47,7 @@ def test_matches_float64(case: int, dtype: torch.dtype, dropout: float, device: 
     assert max(found.values()) < BOUNDS[dtype], found
 
 
-def run(inputs: list[Tensor], starts: Tensor, longest: int) -> list[Tensor]:
+def run(inputs: Heads, starts: Tensor, longest: int) -> list[Tensor]:
     out = packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(inputs[0].device.type))
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out) * out.detach())]
 
@@ -70,13 +70,13 @@ def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
     """A text longer than the others changes tiles or goes by blocks; what the others get changes by rounding alone."""
     lengths = [9, 7, 12, 5]
     starts, longest = texts(lengths, device)
-    inputs = [x.detach() for x in heads_of(433, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)]
+    query, key, value = each(heads_of(433, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device), Tensor.detach)
     options: dict[str, Any] = {"scale": 0.125, "dropout": 0.1, "seed": seed(device)}
-    few = packed_attention(*[x[:33] for x in inputs], starts, longest, **options)
+    few = packed_attention(query[:33], key[:33], value[:33], starts, longest, **options)
     for extra in (90, 120, 400):
         more, longest = texts([*lengths, extra], device)
         T = 33 + extra
-        got = packed_attention(*[x[:T] for x in inputs], more, longest, **options)
+        got = packed_attention(query[:T], key[:T], value[:T], more, longest, **options)
         assert relative_error(got[:33], few.double()) < 4e-3
 
 
@@ -85,9 +85,9 @@ def test_texts_of_every_length_fill_their_tiles(device: str, monkeypatch: pytest
         tile = short.Tile(block, 4, 4)
         monkeypatch.setattr(short, "tile_for", lambda *_, tile=tile: tile)
         starts, _ = texts([longest, longest - 1, longest] * 11, device)
-        inputs = [x.detach() for x in heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device)]
+        inputs = each(heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device), Tensor.detach)
         got = packed_attention(*inputs, starts, longest, scale=0.2)
-        want = packed_attention(*[x.double() for x in inputs], starts, longest, scale=0.2)
+        want = packed_attention(*each(inputs, Tensor.double), starts, longest, scale=0.2)
         assert relative_error(got, want) < 1e-3, (block, longest)
 
 
@@ -98,12 +98,12 @@ def test_addresses_beyond_two_to_the_31(length: int) -> None:
     T = n * length
     assert T * 12 * 64 > 2**31
     buffer = torch.randn(T, 12, 64, device="cuda", dtype=torch.bfloat16)
-    inputs = [buffer.clone().requires_grad_() for _ in range(3)]
+    inputs = each((buffer, buffer, buffer), lambda x: x.clone().requires_grad_())
     whole = run(inputs, starts, length)
     # The last text alone has other token indices, and so another mask: compare without dropout.
     out = packed_attention(*inputs, starts, length, scale=0.125)
     gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    last = [x.detach()[-length:].clone().requires_grad_() for x in inputs]
+    last = each(inputs, lambda x: x.detach()[-length:].clone().requires_grad_())
     alone = packed_attention(*last, starts[:2], length, scale=0.125)
     assert torch.equal(out[-length:], alone)
     for x, y in zip(gradients, torch.autograd.grad(alone, last, torch.ones_like(alone)), strict=True):

@@ -57,7 +57,8 @@ def make_tower(device: str, dropout: float) -> Any:
         {} if device == "cuda" else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
     )
     config = BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
-    tower = BertModel(config, add_pooling_layer=False).to(device)
+    tower: Any = BertModel(config, add_pooling_layer=False)
+    tower.to(device)
     with torch.no_grad():
         for name, p in tower.named_parameters():
             p.normal_(1.0, 0.1) if name.endswith("LayerNorm.weight") else p.normal_(0.0, 0.04)

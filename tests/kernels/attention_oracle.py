@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from kernels.attention.reference import kept
 from tests.kernels.oracle import relative_error
 
 NAMES = ("output", "dquery", "dkey", "dvalue")
+Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]  # query [T, H, d], key and value [T, G, d]
 
 
 def texts(lengths: list[int], device: str = "cpu") -> tuple[Tensor, int]:
@@ -19,12 +21,18 @@ def texts(lengths: list[int], device: str = "cpu") -> tuple[Tensor, int]:
     return torch.tensor([0, *lengths], device=device).cumsum(0).int(), max(lengths)
 
 
-def heads_of(T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64, device: str = "cpu", fused: bool = False) -> list[Tensor]:
-    """Query [T, H, d], key and value [T, G, d], leaves that want gradients; `fused`: cut from one buffer."""
+def each(heads: Heads, change: Callable[[Tensor], Tensor]) -> Heads:
+    """`change` of query, of key and of value."""
+    query, key, value = heads
+    return change(query), change(key), change(value)
+
+
+def heads_of(T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64, device: str = "cpu", fused: bool = False) -> Heads:
+    """Leaves that want gradients; `fused`: cut from one buffer."""
     generator = torch.Generator(device).manual_seed(T + H + d)
     buffer = torch.randn(T, H + 2 * G, d, generator=generator, device=device).to(dtype)
-    parts = [buffer[:, :H], buffer[:, H : H + G], buffer[:, H + G :]]
-    return [(part if fused else part.contiguous()).detach().requires_grad_() for part in parts]
+    parts = buffer[:, :H], buffer[:, H : H + G], buffer[:, H + G :]
+    return each(parts, lambda part: (part if fused else part.contiguous()).detach().requires_grad_())
 
 
 def dense_attention(
@@ -56,9 +64,9 @@ def dense_attention(
     return torch.einsum("hij,jhd->ihd", probabilities, value.repeat_interleave(share, dim=1))
 
 
-def errors(inputs: list[Tensor], starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
+def errors(inputs: Heads, starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
     """Relative errors of `packed_attention` and its gradients against the definition in float64."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact = each(inputs, lambda x: x.detach().double().requires_grad_())
     output, want = packed_attention(*inputs, starts, longest, **options), dense_attention(*exact, starts, **options)
     weights = torch.randn(output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device).to(output.dtype)
     got = [output.detach(), *torch.autograd.grad(output, inputs, weights)]

@@ -43,6 +43,12 @@ def dense_infonce(
     return loss.detach(), q.grad, p.grad, s.grad
 
 
+def gradient(leaf: Tensor) -> Tensor:
+    """The gradient that `leaf` has got."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def relative_error(got: Tensor | None, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖; NaN where `got` has one."""
     assert got is not None

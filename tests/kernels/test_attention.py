@@ -12,7 +12,7 @@ from kernels.attention import api as attention
 from kernels.attention import reference
 from kernels.attention.api import packed_attention
 from kernels.attention.reference import kept
-from tests.kernels.attention_oracle import errors, heads_of, texts
+from tests.kernels.attention_oracle import each, errors, heads_of, texts
 
 SEED = torch.tensor([-(2**40) - 7])
 LENGTHS = [3, 0, 5, 7, 1, 9, 4, 0]
@@ -48,8 +48,8 @@ def test_texts_do_not_see_one_another() -> None:
     query, key, value = heads_of(15, 2, 2, 8)
     packed = packed_attention(query, key, value, starts, longest, scale=0.3)
     for start, stop in zip(starts, starts[1:], strict=False):
-        alone = [x[start:stop].unsqueeze(0).transpose(1, 2) for x in (query, key, value)]  # [1, H, L, d]
-        want = torch.nn.functional.scaled_dot_product_attention(*alone, scale=0.3)
+        q, k, v = (x[start:stop].unsqueeze(0).transpose(1, 2) for x in (query, key, value))  # [1, H, L, d]
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
         torch.testing.assert_close(packed[start:stop], want[0].transpose(0, 1))
 
 
@@ -109,7 +109,7 @@ def test_the_mask_is_as_good_as_random(dropout: float) -> None:
 
 def test_dropout_keeps_the_expected_output() -> None:
     starts, longest = texts([12, 9])
-    inputs = [x.detach() for x in heads_of(21, 2, 2, 8)]
+    inputs = each(heads_of(21, 2, 2, 8), Tensor.detach)
     plain = packed_attention(*inputs, starts, longest, scale=0.3)
     drawn = [packed_attention(*inputs, starts, longest, scale=0.3, dropout=0.3, seed=torch.tensor([i])) for i in range(600)]
     assert not torch.equal(drawn[0], drawn[1])
@@ -122,7 +122,7 @@ def test_the_operator_keeps_the_rules_of_operators() -> None:
     inputs = heads_of(int(starts[-1]), 4, 2, 8, torch.float32)
     torch.library.opcheck(attention._forward, (*inputs, starts, longest, 0.3, 0.1, SEED, False, 3))
     weights = torch.randn(inputs[0].shape)
-    plain = [x.detach() for x in inputs]
+    plain = each(inputs, Tensor.detach)
     torch.library.opcheck(attention._backward, (weights, *plain, None, torch.empty(0, 0), starts, longest, 0.3, 0.1, SEED, True, None))
 
 
@@ -166,10 +166,10 @@ def test_autocast_computes_in_its_dtype() -> None:
     inputs = heads_of(int(starts[-1]), 4, 4, 8, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = packed_attention(*inputs, starts, longest, scale=0.3)
-    halves = [x.detach().bfloat16() for x in inputs]
+    halves = each(inputs, lambda x: x.detach().bfloat16())
     assert got.dtype == torch.bfloat16 and torch.equal(got, packed_attention(*halves, starts, longest, scale=0.3))
     assert all(g.dtype == torch.float32 and g.norm() > 0 for g in torch.autograd.grad(got.float().sin().sum(), inputs))
-    doubles = [x.detach().double() for x in inputs]
+    doubles = each(inputs, lambda x: x.detach().double())
     with torch.autocast("cpu", torch.bfloat16):
         under = packed_attention(*doubles, starts, longest, scale=0.3)
     assert torch.equal(under, packed_attention(*doubles, starts, longest, scale=0.3))
@@ -181,7 +181,7 @@ def test_no_text_at_all() -> None:
 
 
 def _good() -> dict[str, Any]:
-    query, key, value = (x.detach() for x in heads_of(6, 4, 2, 8))
+    query, key, value = each(heads_of(6, 4, 2, 8), Tensor.detach)
     starts, longest = texts([2, 4])
     return {"query": query, "key": key, "value": value, "starts": starts, "longest": longest, "scale": 1.0}
 

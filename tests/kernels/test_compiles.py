@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from triton.experimental.gluon import language as gl
@@ -15,7 +17,7 @@ INTEGERS = ("B", "N", "D", "row_start", "column_start", "pair_stride")
 PAIRS = {"pair_ptr": "*i32", "pair_rows": "*i32", "pair_columns": "*i32"}
 ROWS, COLUMNS = {"row_shift": "*fp32", "row_out": "*fp32"}, {"column_out": "*fp32"}
 
-TILE_VARIANTS = {
+TILE_VARIANTS: dict[str, tuple[str, dict[str, str], list[str], dict[str, Any]]] = {
     "row sums, written": ("bf16", ROWS, ["bf16"], {}),
     "row and column sums": ("fp16", ROWS | COLUMNS | {"threshold": "*fp32"} | PAIRS, [], {"CLAMP": True}),
     "gradient of both": ("bf16", {"row_shift": "*fp32", "column_shift": "*fp32"}, ["bf16"], {"FACTORED": True}),

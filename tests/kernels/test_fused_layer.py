@@ -52,10 +52,11 @@ def check_norm(inputs: NormInputs, dropout: float, seed: Tensor | None, bound: f
     assert low is None if x.dtype == y.dtype else low is not None and torch.equal(low, y.to(x.dtype))
     d_normed, d_low = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1)).to(residual).unbind()
     d_low = d_low.to(x.dtype)
-    for given in ((d_normed, d_low), (d_normed, None), (None, d_low)):
-        dout = sum(g.double() for g in given if g is not None)
-        expected = torch.autograd.grad(want, leaves, dout, retain_graph=True)  # type: ignore[arg-type]
-        dx, dresidual, sums = norm_backward(*given, x, inputs[1], residual, inputs[3], statistics, seed, dropout)
+    given: list[tuple[Tensor | None, Tensor | None]] = [(d_normed, d_low), (d_normed, None), (None, d_low)]
+    for pair in given:
+        dout = torch.stack([d.double() for d in pair if d is not None]).sum(0)
+        expected = torch.autograd.grad(want, leaves, dout, retain_graph=True)
+        dx, dresidual, sums = norm_backward(*pair, x, inputs[1], residual, inputs[3], statistics, seed, dropout)
         assert dx.dtype == x.dtype and dresidual.dtype == residual.dtype and sums.shape == (len(leaves) - 2, x.shape[1])
         for got, target in zip((dx, dresidual, *sums), expected, strict=True):
             if x.shape[1] == 1:  # a row of one element is its own mean: little depends on it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from kernels.dropout import keep_mask
 from kernels.layers import post_norm as module
 from kernels.layers.post_norm import Layer, Parameters, Products, factors, post_norm_layer, without_graph
 from tests.kernels.attention_oracle import dense_attention, texts
-from tests.kernels.oracle import relative_error
+from tests.kernels.oracle import gradient, relative_error
 
 HEADS, D, F = 2, 8, 12
 LENGTHS = [7, 1, 12, 0, 3]
@@ -43,13 +45,17 @@ def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
 
     def dropped(x: Tensor, place: int) -> Tensor:
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
-        return x * keep_mask(layer.seeds[place], rows, columns, layer.dropouts[place]) / (1 - layer.dropouts[place])
+        seed = layer.seeds[place]
+        assert seed is not None
+        return x * keep_mask(seed, rows, columns, layer.dropouts[place]) / (1 - layer.dropouts[place])
 
     T, D = stream.shape
-    pairs = ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
-    heads = [linear(stream, *pair).view(T, layer.heads, -1) for pair in pairs]
+    query, key, value = (
+        linear(stream, weight, bias).view(T, layer.heads, -1)
+        for weight, bias in ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
+    )
     scale = (D // layer.heads) ** -0.5
-    context = dense_attention(*heads, layer.starts, scale=scale, dropout=layer.dropouts[0], seed=layer.seeds[0])
+    context = dense_attention(query, key, value, layer.starts, scale=scale, dropout=layer.dropouts[0], seed=layer.seeds[0])
     added = dropped(linear(context.flatten(1), p.attended_weight, p.attended_bias), 1)
     middle = layer_norm(stream + added, (D,), p.attended_norm_weight, p.attended_norm_bias, layer.eps)
     added = dropped(linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2)
@@ -115,14 +121,14 @@ def test_frozen_parameters_cost_nothing(trained: set[str], products: int, from_s
     weights = torch.randn(stream.shape, dtype=torch.float64)
     (run(stream, layer, p, torch.float64) * weights).sum().backward()
     some = Parameters(*(v.detach().requires_grad_(name in trained) for name, v in zip(Parameters._fields, p, strict=True)))
-    calls, gradient = [], module._weight_gradient
-    monkeypatch.setattr(module, "_weight_gradient", lambda *a: (calls.append(1), gradient(*a))[1])
+    weight_gradient = Mock(wraps=module._weight_gradient)
+    monkeypatch.setattr(module, "_weight_gradient", weight_gradient)
     beside = stream.detach().requires_grad_(from_stream)
     (run(beside, layer, some, torch.float64) * weights).sum().backward()
-    assert len(calls) == products
-    assert torch.equal(beside.grad, stream.grad) if from_stream else beside.grad is None
+    assert weight_gradient.call_count == products
+    assert torch.equal(gradient(beside), gradient(stream)) if from_stream else beside.grad is None
     for name, got, whole in zip(Parameters._fields, some, p, strict=True):
-        assert torch.equal(got.grad, whole.grad) if name in trained else got.grad is None
+        assert torch.equal(gradient(got), gradient(whole)) if name in trained else got.grad is None
 
 
 def test_layers_may_share_their_parameters() -> None:
@@ -150,12 +156,14 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
 def test_a_pass_without_a_graph_has_the_bits_of_one_with_it(computing: torch.dtype) -> None:
     """Through three layers, in the stream and in what matrix products read of it."""
     layer, p, stream = make_layer(ON), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32).detach()
-    read, kept, without = factors(p, computing), [stream, stream.to(computing)], [stream, stream.to(computing)]
+    read, rounded = factors(p, computing), stream.to(computing)
+    kept: tuple[Tensor, Tensor] = stream, rounded
+    out = stream
     for _ in range(3):
-        kept = list(post_norm_layer(*kept, layer, read, p))
-        *without, _ = without_graph(*without, layer, read, p)
-        assert torch.equal(without[0], kept[0]) and torch.equal(without[1], kept[1])
-    assert without[0].dtype == torch.float32
+        kept = post_norm_layer(*kept, layer, read, p)
+        out, rounded, _ = without_graph(out, rounded, layer, read, p)
+        assert torch.equal(out, kept[0]) and torch.equal(rounded, kept[1])
+    assert out.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "computing"), [(torch.float64, torch.float64), (torch.float32, torch.bfloat16)])
@@ -164,21 +172,21 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
 ) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
     given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
-    *without, products = without_graph(*given)
-    assert not any(x.requires_grad for x in (*without, *products)) and products.narrow.dtype == computing
+    out, rounded, products = without_graph(*given)
+    assert not any(x.requires_grad for x in (out, rounded, *products)) and products.narrow.dtype == computing
 
     def gradients(products: Products | None) -> list[Tensor]:
         results = post_norm_layer(*given, products)
-        return [*results, *torch.autograd.grad(sum(x.double().square().sum() for x in results), (stream, *p))]
+        squares = torch.stack([x.double().square().sum() for x in results])
+        return [*results, *torch.autograd.grad(squares.sum(), (stream, *p))]
 
     expected = gradients(None)
-    assert all(torch.equal(a, b) for a, b in zip(expected[:2], without, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected[:2], (out, rounded), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(expected, gradients(products), strict=True))
-    used: list[Tensor] = []
-    backward = module.attention_backward
-    monkeypatch.setattr(module, "attention_backward", lambda *a: (used.append(a[5]), backward(*a))[1])
+    backward = Mock(wraps=module.attention_backward)
+    monkeypatch.setattr(module, "attention_backward", backward)
     gradients(products)
-    assert used[0].data_ptr() == products.lse.data_ptr()  # the kernels of a GPU go on with it
+    assert backward.call_args.args[5].data_ptr() == products.lse.data_ptr()  # the kernels of a GPU go on with it
     for name in ("context", "narrow"):  # they are what the layer goes on with
         others = gradients(products._replace(**{name: getattr(products, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from retriever.data.batch import Targets
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
 from retriever.parallel.world import World
+from tests.kernels.oracle import gradient
 from tests.problems import WholeBatch, oracle_loss, random_batch, rank_batch
 
 CPU = World(torch.device("cpu"))
@@ -28,8 +30,9 @@ def _problem(seed: int = 0, dtype: torch.dtype = torch.float64, dimension: int =
     return whole, q, p, rank_batch(whole, 0, 10**6)[0].targets
 
 
-def _objective(**settings: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings)), unit=True)
+def _objective(block_rows: int | None = None, **settings: Any) -> ContrastiveObjective:
+    config = replace(LossConfig(precision="fp32", temperature=0.1), **settings)
+    return ContrastiveObjective(config, unit=True, block_rows=block_rows)
 
 
 def _one_query(similarities: list[float]) -> tuple[Tensor, Tensor, Targets]:
@@ -71,9 +74,7 @@ def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(strategy: str, dt
     expected = torch.logaddexp(own[:, 0] / 0.1, (negatives / 0.1).logsumexp(dim=1)) - own[:, 0] / 0.1
     for rows in (None, 5):
         if rows is None or strategy == "tiled":
-            objective = ContrastiveObjective(
-                LossConfig(precision="fp32", temperature=0.1, strategy=strategy, false_negative_margin=0.0), unit=True, block_rows=rows
-            )
+            objective = _objective(rows, strategy=strategy, false_negative_margin=0.0)
             assert objective(q, p, targets, CPU)[0].item() == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
@@ -112,7 +113,7 @@ def test_the_gradient_scale_multiplies_gradients_and_not_the_loss(strategy: str)
     loss, dq, dp = plain(q, p, targets, CPU)
     scaled_loss, scaled_dq, scaled_dp = scaled(q, p, targets, CPU, 2.0**16)
     assert torch.equal(scaled_loss, loss) and dq.norm() > 1e-3
-    for found, expected in ((scaled_dq, dq), (scaled_dp, dp), (scaled.log_scale.grad, plain.log_scale.grad)):
+    for found, expected in ((scaled_dq, dq), (scaled_dp, dp), (gradient(scaled.log_scale), gradient(plain.log_scale))):
         torch.testing.assert_close(found, expected * 2.0**16, rtol=1e-5, atol=1e-3)
 
 
@@ -121,7 +122,7 @@ def test_the_gradient_scale_multiplies_gradients_and_not_the_loss(strategy: str)
 def test_the_bf16_tier_is_the_loss_of_the_rounded_vectors(strategy: str, symmetric: bool) -> None:
     """Loss and gradients are those of bf16-rounded vectors, positives included, and so stay close to full precision's."""
     _, q, p, targets = _problem(3, torch.float32, dimension=64)
-    settings = {"strategy": strategy, "symmetric": symmetric, "temperature": 0.05}
+    settings: dict[str, Any] = {"strategy": strategy, "symmetric": symmetric, "temperature": 0.05}
     found = _objective(precision="bf16", **settings)(q, p, targets, CPU)
     of_rounded = _objective(**settings)(*(x.bfloat16().float() for x in (q, p)), targets, CPU)
     full = _objective(**settings)(q, p, targets, CPU)

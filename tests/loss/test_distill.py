@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def _loss(scores: list[float] | None, **settings: Any) -> tuple[float, Tensor, T
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     groups = None if scores is None else Groups(torch.tensor([0, len(scores)]), torch.arange(5, 5 + len(scores)), torch.tensor(scores))
     targets = Targets(torch.tensor([0]), torch.arange(5, 8), torch.tensor([0, 1]), torch.tensor([5]), 1, groups)
-    config = LossConfig(**({"precision": "fp32", "temperature": 1.0, "contrastive_weight": 0.0} | settings))
+    config = replace(LossConfig(precision="fp32", temperature=1.0, contrastive_weight=0.0), **settings)
     loss, dq, dp = ContrastiveObjective(config, unit=True)(q, p, targets, CPU)
     return loss.item(), dq, dp
 

@@ -26,14 +26,17 @@ strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 
 
 def _objective(**settings: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings)), unit=True).double()
+    return ContrastiveObjective(replace(LossConfig(precision="fp32", temperature=0.1), **settings), unit=True).double()
 
 
 def _vectors(whole: WholeBatch, seed: int, *, unit: bool = True, length: float = 1.0) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    counts = len(whole.positives), len(whole.passage_ids)
-    vectors = [torch.randn(n, D, generator=draw, dtype=torch.float64) for n in counts]
-    return tuple(length * (torch.nn.functional.normalize(v, dim=1) if unit else v) for v in vectors)  # type: ignore[return-value]
+
+    def drawn(n: int) -> Tensor:
+        vectors = torch.randn(n, D, generator=draw, dtype=torch.float64)
+        return length * (torch.nn.functional.normalize(vectors, dim=1) if unit else vectors)
+
+    return drawn(len(whole.positives)), drawn(len(whole.passage_ids))
 
 
 def _targets(whole: WholeBatch) -> Targets:
@@ -43,7 +46,8 @@ def _targets(whole: WholeBatch) -> Targets:
 def _oracle(q: Tensor, p: Tensor, whole: WholeBatch, temperature: float = 0.1, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, p = q.double().clone().requires_grad_(), p.double().clone().requires_grad_()
     loss = oracle_loss(q, p, whole, torch.tensor(-math.log(temperature), dtype=torch.float64), **settings)
-    return (loss.detach(), *torch.autograd.grad(loss, (q, p)))
+    dq, dp = torch.autograd.grad(loss, (q, p))
+    return loss.detach(), dq, dp
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -53,7 +57,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _compare(names: Iterable[str], whole: WholeBatch, q: Tensor, p: Tensor, bound: float, **settings: Any) -> None:
-    config = LossConfig(**({"precision": "fp32", "temperature": 0.1} | settings))
+    config = replace(LossConfig(precision="fp32", temperature=0.1), **settings)
     expected = _oracle(q, p, whole, config.temperature, symmetric=config.symmetric, margin=config.false_negative_margin)
     for name in names:
         found = ContrastiveObjective(replace(config, strategy=name), unit=True)(q, p, _targets(whole), CPU)  # type: ignore[arg-type]
@@ -201,8 +205,8 @@ def test_gradients_are_those_of_the_loss_by_finite_differences(strategy: str, sy
     """gradcheck in float64: no formula at all on the other side."""
     whole = random_batch(queries=4, passages=6, ignored=1, seed=9)
     q, p = (x.requires_grad_() for x in _vectors(whole, 9, unit=False))
-    objective = _objective(strategy=strategy, symmetric=symmetric, temperature=0.5)
-    assert torch.autograd.gradcheck(_AsFunction.apply, (q, p, objective, _targets(whole)))
+    objective, targets = _objective(strategy=strategy, symmetric=symmetric, temperature=0.5), _targets(whole)
+    assert torch.autograd.gradcheck(lambda q, p: _AsFunction.apply(q, p, objective, targets), (q, p))
 
 
 def test_known_pairs_of_other_ranks_are_refused() -> None:
