@@ -10,6 +10,7 @@ embeddings are not those of the padded fp32 encoder is not timed. sentence-trans
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
+from retriever.command import command_parser, option, run
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encode_shards import encode_to_shards
@@ -155,24 +157,10 @@ def sentence_transformers(
             encode(some, size)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `python -m scripts.bench.encode`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs/bench/encode.json"))
-    parser.add_argument("--texts", type=int, default=393_216, help="that are encoded from text (default: %(default)s)")
-    parser.add_argument("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts")
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=["packed,fused", "padded"])
-    parser.add_argument("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text")
-    parser.add_argument("--tokens-per-chunk", type=int, default=131_072)
-    parser.add_argument("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none")
-    parser.add_argument("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(arguments)
+def _encode(args: argparse.Namespace) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it spends long on a plan for every new shape of padded texts, the peer's
-    table = Table.begin(_PACKAGES)
+    table = Table.begin(args.command, _PACKAGES)
     texts = random_passages(min(args.distinct, args.texts))[0]
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder, args.layers)
@@ -190,5 +178,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.save(args.output)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m scripts.bench.encode`."""
+    parser = command_parser(
+        "python -m scripts.bench.encode",
+        __doc__,
+        option("--output", type=Path, default=Path("docs/bench/encode.json")),
+        option("--texts", type=int, default=393_216, help="that are encoded from text"),
+        option("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts"),
+        option("--modes", nargs="*", choices=MODES, default=["packed,fused", "padded"]),
+        option("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text"),
+        option("--tokens-per-chunk", type=int, default=131_072),
+        option("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none"),
+        option("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once"),
+        option("--layers", type=int, default=12),
+        option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return run(parser, arguments, _encode)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from kernels.infonce.api import Exclusions, infonce
 from kernels.infonce.exclusions import Pairs
+from kernels.matmul import float32_products
 from retriever.config import LossConfig
 from retriever.data.batch import KnownPairs, Targets
 from retriever.loss import problem as strategy
@@ -24,7 +25,7 @@ from retriever.loss.strategies import STRATEGIES
 from retriever.loss.tiled import tiled
 from retriever.parallel.host import host_rows
 from retriever.parallel.world import World
-from scripts.bench.measure import Result, tf32_products
+from scripts.bench.measure import Result
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 _ROWS_DRAWN = 65_536
@@ -168,7 +169,7 @@ def _tiled(problem: Problem, gradients: bool, **options: Any) -> Found:
 
 
 def _strategy(problem: Problem, gradients: bool, *, name: str) -> Found:
-    with tf32_products():
+    with float32_products("tf32"):
         return _mean(problem, STRATEGIES[name](problem.for_strategy(dtype=torch.float32), problem.world))
 
 
@@ -203,7 +204,7 @@ def _with_autograd(
 
 
 def _dense(problem: Problem, gradients: bool) -> Found:
-    with tf32_products():
+    with float32_products("tf32"):
         return _with_autograd(problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.at), torch.float32)
 
 

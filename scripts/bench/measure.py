@@ -1,21 +1,16 @@
-"""What several benchmarks measure with: times, memory, rates, errors, ranks, and ranks that hear nothing of one another."""
+"""What several benchmarks measure with: times, memory, rates, errors, and ranks that hear nothing of one another."""
 
 from __future__ import annotations
 
-import atexit
+import gc
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
 from retriever.parallel.world import Transfer, World
@@ -39,34 +34,29 @@ def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, mo
     each = float(world.max(torch.tensor(now(world.device) - started, device=world.device)))  # as many calls on every rank
     if each > seconds:
         return 1e3 * each
-    moments = Moments(world.device)
+    moments = [_moment(world.device)]
     for _ in range(max(2, min(most, int(seconds / each)))):
         call()
-        moments.mark()
-    return statistics.median(moments.milliseconds())
+        moments.append(_moment(world.device))
+    now(world.device)
+    pairs = zip(moments, moments[1:], strict=False)
+    return statistics.median(a.elapsed_time(b) if world.device.type == "cuda" else 1e3 * (b - a) for a, b in pairs)
 
 
-class Moments:
-    """Moments on the device's own time line where it has one; the first is where it is made."""
+def _moment(device: torch.device) -> Any:
+    """When everything is done that was queued before: an event on the device's own time line, or seconds of the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-        self.mark()
 
-    def mark(self) -> None:
-        """Another one: when everything is done that was queued before."""
-        if self._device.type != "cuda":
-            self._marks.append(time.perf_counter())
-            return
-        self._marks.append(torch.cuda.Event(enable_timing=True))
-        self._marks[-1].record()
-
-    def milliseconds(self) -> list[float]:
-        """Between each and the next."""
-        now(self._device)
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [a.elapsed_time(b) if self._device.type == "cuda" else 1e3 * (b - a) for a, b in pairs]
+def free_memory(device: torch.device) -> None:
+    """Hands memory that nothing refers to any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -108,28 +98,6 @@ def errors(result: tuple[Tensor, Tensor | None, Tensor | None], truth: Result) -
     loss = float((found[0] - truth[0]).abs() / truth[0])
     both = [float((got - want).norm() / want.norm()) for got, want in zip(found[1:], truth[1:], strict=True)]
     return loss, max(both) if all(math.isfinite(e) for e in both) else math.nan
-
-
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """Products of fp32 matrices in TF32 meanwhile, on a GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def joined(module: str, ranks: int, arguments: Sequence[str]) -> World | None:
-    """This rank among those that torchrun or accelerate started. Where there are none, starts `module` on `ranks` processes: None."""
-    if "RANK" not in os.environ and ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        subprocess.run([*launcher, "-m", module, *arguments], check=True)
-        return None
-    state = PartialState(cpu=not torch.cuda.is_available())
-    atexit.register(state.destroy_process_group)
-    return World(state.device, state.process_index, state.num_processes)
 
 
 class Silent(World):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from retriever.command import command_parser, option, run
 from retriever.files import write_text
 from scripts.bench.tables import Row, Table, markdown_table
 
@@ -217,11 +219,7 @@ def plot(table: Table, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `python -m scripts.bench.report`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", type=Path, nargs="+", help="JSON files of the benchmarks")
-    args = parser.parse_args(arguments)
+def _report(args: argparse.Namespace) -> None:
     for path in args.tables:
         table = Table.load(path)
         write_text(path.with_suffix(".md"), markdown(table))
@@ -229,5 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plot(table, path.with_suffix(".png"))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m scripts.bench.report`."""
+    tables = option("tables", type=Path, nargs="+", help="JSON files of the benchmarks")
+    return run(command_parser("python -m scripts.bench.report", __doc__, tables), arguments, _report)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from eval.engines.faiss_index import index_spec, open_index
 from eval.engines.nearest import search
 from eval.trec import Ranking
+from retriever.command import command_parser, option, run
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
 from scripts.bench.measure import peak_gib, reset_peak
@@ -75,24 +77,24 @@ def disagreement(queries: np.ndarray, found: list[Ranking], passages: EmbeddingS
     return float(right), float((stated - of_found).abs().max())
 
 
-def measure_exact(table: Table, given: argparse.Namespace, device: torch.device) -> None:
-    """Time, memory and exactness of the search at the size that `given` asks for. Raises ArithmeticError where it is not exact."""
-    case = f"{given.passages:,} × {given.dimension} {given.dtype}, {given.queries:,} queries, k {given.k:,}"
-    with tempfile.TemporaryDirectory(prefix="search-", dir=given.folder or _roomy(given)) as folder:
+def measure_exact(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    """Time, memory and exactness of the search at the size that `args` asks for. Raises ArithmeticError where it is not exact."""
+    case = f"{args.passages:,} × {args.dimension} {args.dtype}, {args.queries:,} queries, k {args.k:,}"
+    with tempfile.TemporaryDirectory(prefix="search-", dir=args.folder or _roomy(args)) as folder:
         started = time.perf_counter()
-        passages = write_shards(Path(folder), given.passages, given.dimension, given.dtype, device)
+        passages = write_shards(Path(folder), args.passages, args.dimension, args.dtype, device)
         table.add(case, "shards", "written", time.perf_counter() - started, "s")
-        queries = unit_vectors(given.queries, given.dimension, 0, device).cpu().numpy()
-        query_ids = [str(i) for i in range(given.queries)]
+        queries = unit_vectors(args.queries, args.dimension, 0, device).cpu().numpy()
+        query_ids = [str(i) for i in range(args.queries)]
         reset_peak(device)
-        for repeat in range(given.repeats):
+        for repeat in range(args.repeats):
             started = time.perf_counter()
-            run = search(queries, query_ids, passages, given.k, world=World(device), engine="torch", memory_gib=given.memory_gib)
+            run = search(queries, query_ids, passages, args.k, world=World(device), engine="torch", memory_gib=args.memory_gib)
             table.add(case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings")
-        table.add(case, "exact, torch", "device memory", peak_gib(device), "GiB", f"--memory-gib {given.memory_gib:g}")
+        table.add(case, "exact, torch", "device memory", peak_gib(device), "GiB", f"--memory-gib {args.memory_gib:g}")
         table.add(case, "exact, torch", "host memory, peak", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
         table.add(case, "exact, torch", "host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards")
-        sample = np.linspace(0, given.queries - 1, min(given.sample, given.queries)).astype(int)
+        sample = np.linspace(0, args.queries - 1, min(args.sample, args.queries)).astype(int)
         right, error = disagreement(queries[sample], [run[str(i)] for i in sample], passages, device)
     table.add(case, "exact, torch", "agreement with fp64", 100 * right, "%", f"{len(sample)} queries, up to ties")
     table.add(case, "exact, torch", "largest score error", error, "")
@@ -100,9 +102,9 @@ def measure_exact(table: Table, given: argparse.Namespace, device: torch.device)
         raise ArithmeticError(f"the search is not exact: {100 * right}% of the float64 result, scores off by up to {error}")
 
 
-def _roomy(given: argparse.Namespace) -> Path | None:
+def _roomy(args: argparse.Namespace) -> Path | None:
     """The memory's file system where the shards fit into half of what is free there; None: the system's temporary folder."""
-    needed = given.passages * given.dimension * np.dtype(given.dtype).itemsize
+    needed = args.passages * args.dimension * np.dtype(args.dtype).itemsize
     return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * needed else None
 
 
@@ -122,14 +124,14 @@ class Clustered:
         yield self.passages, [str(i) for i in range(self.rows)]
 
 
-def measure_indexes(table: Table, given: argparse.Namespace, device: torch.device) -> None:
+def measure_indexes(table: Table, args: argparse.Namespace, device: torch.device) -> None:
     """Recall@100 against exact search and queries/s of FAISS's indexes on the CPU, each at several depths of search."""
-    data = Clustered(given.ann_passages, given.ann_queries, given.ann_dimension, device)
+    data = Clustered(args.ann_passages, args.ann_queries, args.ann_dimension, device)
     case = f"{data.rows:,} × {data.dimension} clustered, {len(data.queries):,} queries"
     run = search(data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch")
     exact = np.array([[int(i) for i in ranking.passage_ids] for ranking in run.values()])  # [Q, 100]
     plan = [("Flat", [""]), ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]), ("ivfpq", [f"nprobe={n}" for n in (64, 256)])]
-    plan.append((f"hnsw efConstruction={given.ef_construction}", [f"efSearch={n}" for n in (128, 256, 512)]))
+    plan.append((f"hnsw efConstruction={args.ef_construction}", [f"efSearch={n}" for n in (128, 256, 512)]))
     for name, depths in plan:
         started = time.perf_counter()
         index = open_index(data, name, 100)
@@ -154,34 +156,41 @@ def _status_gib(field: str) -> float | None:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{field}:")), None)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `python -m scripts.bench.search`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passages", type=int, default=8_841_823, help="0: leave exact search out (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=6_980)
-    parser.add_argument("--dimension", type=int, default=768)
-    parser.add_argument("--k", type=int, default=1000)
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the shards (default: %(default)s)")
-    parser.add_argument("--memory-gib", type=float, default=16.0, help="of the device (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--sample", type=int, default=20, help="queries checked in float64 (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)")
-    parser.add_argument("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out (default: %(default)s)")
-    parser.add_argument("--ann-queries", type=int, default=1_000)
-    parser.add_argument("--ann-dimension", type=int, default=128)
-    parser.add_argument("--ef-construction", type=int, default=64, help="of HNSW (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("docs/bench/search.json"))
-    given = parser.parse_args(arguments)
+def _search(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    table = Table.begin(_PACKAGES)
+    table = Table.begin(args.command, _PACKAGES)
     table.hardware += f", {faiss.omp_get_max_threads()} threads"
-    for wanted, measure in ((given.passages, measure_exact), (given.ann_passages, measure_indexes)):
-        try:
-            if wanted:
-                measure(table, given, device)
-        finally:  # what was measured is kept, whatever happens after it
-            table.save(given.output)
+    try:
+        if args.passages:
+            measure_exact(table, args, device)
+        if args.ann_passages:
+            measure_indexes(table, args, device)
+    finally:  # what was measured is kept, whatever happens after it
+        table.save(args.output)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m scripts.bench.search`."""
+    parser = command_parser(
+        "python -m scripts.bench.search",
+        __doc__,
+        option("--passages", type=int, default=8_841_823, help="0: leave exact search out"),
+        option("--queries", type=int, default=6_980),
+        option("--dimension", type=int, default=768),
+        option("--k", type=int, default=1000),
+        option("--dtype", choices=("float16", "float32"), default="float16", help="of the shards"),
+        option("--memory-gib", type=float, default=16.0, help="of the device"),
+        option("--repeats", type=int, default=2),
+        option("--sample", type=int, default=20, help="queries checked in float64"),
+        option("--folder", type=Path, help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)"),
+        option("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out"),
+        option("--ann-queries", type=int, default=1_000),
+        option("--ann-dimension", type=int, default=128),
+        option("--ef-construction", type=int, default=64, help="of HNSW"),
+        option("--output", type=Path, default=Path("docs/bench/search.json")),
+    )
+    return run(parser, arguments, _search)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

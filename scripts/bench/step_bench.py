@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import BertModel
 
+from retriever.data.batch import Batch
 from retriever.retention import Retention
 from scripts.bench.measure import add_matmul_rate
 from scripts.bench.step_methods import ALL_GRAPHS, Sample, Trainer, Work, gradient_error, replays_bitwise, sample
-from scripts.bench.step_peers import MiniBatch, Peer, best_sample
+from scripts.bench.step_peers import MINI_BATCHES, PEERS, best_sample
 from scripts.bench.tables import Table
 
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
@@ -59,8 +58,8 @@ RECOMPUTING = (
 class Bench:
     """The table being filled, and what every row of it is measured with."""
 
-    def __init__(self, work: Work, table: Table, output: Path, seconds: float) -> None:
-        self.work, self.table, self._output, self._seconds = work, table, output, seconds
+    def __init__(self, work: Work, table: Table, seconds: float) -> None:
+        self.work, self.table, self._seconds = work, table, seconds
         self.tflops = add_matmul_rate(table, work.device)
         self._sizes: dict[int, int] = {}  # tokens of a chunk that were measured to be best, by pairs in the batch
         self._checked: dict[tuple[str, ...], bool] = {}
@@ -75,10 +74,7 @@ class Bench:
             trainer = self._trainer(queries, form)
             if not self._right(trainer, form, case):
                 return
-            self._warm(trainer, queries)
-            with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-                large = queries > _TWO_STEPS
-                found = sample(trainer.step, batches, self.work.device, self._seconds / (1 + large), warm=not large)
+            found = self._sample(trainer, trainer.step, queries)
             self._add(case, "bigbatch", queries, found, _modes(trainer))
             graphs = min(1.0, trainer.retention.graphs / found.tokens)
             self.table.add(case, "bigbatch", "retained", graphs, "of tokens")
@@ -93,28 +89,18 @@ class Bench:
         case = _case(queries)
         with self.table.attempt(case, "floor", "pairs_per_s", "pairs/s"):
             trainer = self._trainer(queries, Form(""))
-            self._warm(trainer, queries)
-            with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
-                found = sample(trainer.single_pass, batches, self.work.device, self._seconds)
+            found = self._sample(trainer, trainer.single_pass, queries)
             self._add(case, "floor", queries, found, "one encoding with its graph, given gradients, update; no loss")
 
-    def measure_peer(self, name: str, make: Callable[[Work], Peer], queries: int, sizes: Sequence[MiniBatch], *, by_length: bool) -> None:
+    def measure_peer(self, name: str, queries: int, *, by_length: bool) -> None:
         """A peer at its best mini-batch size."""
-        case = _case(queries, "sorted" if by_length else "")
+        case, sizes = _case(queries, "sorted" if by_length else ""), MINI_BATCHES[name][by_length]
         with self.table.attempt(case, name, "pairs_per_s", "pairs/s"):
-            peer = make(self.work)
+            peer = PEERS[name](self.work)
             found, size = best_sample(self.work, peer, queries, sizes, by_length=by_length, seconds=self._seconds)
             order = "sorted by length beforehand" if by_length else "in the data's order"
-            tried = ", ".join(map(str, sizes))
-            chosen = f"{size} at once" + (f", the best of {tried}" if len(sizes) > 1 else "")
+            chosen = f"{size} at once" + (f", the best of {', '.join(map(str, sizes))}" if len(sizes) > 1 else "")
             self._add(case, name, queries, found, f"{order}; {chosen}; {peer.note}")
-
-    def save(self) -> None:
-        """Writes what there is, and frees the device's memory for the next method."""
-        self.table.save(self._output)
-        gc.collect()
-        if self.work.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _trainer(self, queries: int, form: Form) -> Trainer:
         size = self._sizes.get(queries, max(self._sizes.values(), default=None))
@@ -142,9 +128,11 @@ class Bench:
         size = f"batch.tokens_per_chunk={_REFERENCE_SIZE}"
         return Trainer(self.work, self.work.configuration(queries, *PADDED, size, *settings), retention=ALL_GRAPHS)
 
-    def _warm(self, trainer: Trainer, queries: int) -> None:
-        """Compiles and tunes on a small batch."""
-        trainer.step(trainer.first_batch(min(queries, _SMALL)))
+    def _sample(self, trainer: Trainer, step: Callable[[Batch], object], queries: int) -> Sample:
+        trainer.step(trainer.first_batch(min(queries, _SMALL)))  # compiles and tunes
+        large = queries > _TWO_STEPS
+        with closing(trainer.batches(queries)) as batches:  # type: ignore[type-var]
+            return sample(step, batches, self.work.device, self._seconds / (1 + large), warm=not large)
 
     def _add(self, case: str, method: str, queries: int, found: Sample, note: str = "") -> None:
         add = partial(self.table.add, case, method)

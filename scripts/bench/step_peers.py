@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import BertModel
 
+from kernels.matmul import float32_products
 from retriever.data.layout import pad_rows
 from retriever.data.planner import Planner
 from retriever.rng import RngState
 from scripts.bench.flash import provide
-from scripts.bench.measure import now, peak_gib, reset_peak, tf32_products
+from scripts.bench.measure import free_memory, now, peak_gib, reset_peak
 from scripts.bench.passages import word_tokenizer
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 from scripts.bench.step_methods import Sample, Work
@@ -103,7 +103,7 @@ def best_sample(
     texts = pairs_of(work, queries, by_length=by_length)
     whole = peer.pair(*texts)
     tokens = sum(len(text) for side in texts for text in side)
-    with tf32_products():
+    with float32_products("tf32"):
         times: dict[MiniBatch, float] = {}
         for size in sizes:
             # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
@@ -132,8 +132,7 @@ def _seconds(work: Work, call: Callable[[], object]) -> float | None:
         fits = False
     taken = now(work.device) - started
     if not fits:  # here and not above: the error holds on to what its call had allocated
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory(work.device)
     return taken if fits else None
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -41,9 +40,8 @@ class Table:
     note: str = ""  # what a reader of the page should know besides
 
     @staticmethod
-    def begin(packages: Sequence[str]) -> Table:
-        """An empty table of this process."""
-        command = " ".join(["python", "-m", _module(), *sys.argv[1:]])
+    def begin(command: str, packages: Sequence[str]) -> Table:
+        """An empty table that `command` will fill in this process."""
         return Table(command, _commit(), _hardware(), {"python": platform.python_version(), **_versions(packages)})
 
     def add(self, case: str, method: str, metric: str, value: float | None, unit: str, note: str = "") -> None:
@@ -78,11 +76,6 @@ class Table:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else sys.argv[0]
 
 
 def _commit() -> str:

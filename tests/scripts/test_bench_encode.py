@@ -29,7 +29,7 @@ def test_ways_to_encode_and_peers_have_their_rows(tmp_path: Path) -> None:
     """On a CPU flash attention is named with the reason why it does not run."""
     output = tmp_path / "encode.json"
     sizes = ["--layers", "1", "--texts", "30", "--distinct", "20", "--peer-texts", "10", "--peer-batches", "4"]
-    main([*sizes, "--modes", "packed,fused", "--text-modes", "packed,fused", "--device", "cpu", "--output", str(output)])
+    assert main([*sizes, "--modes", "packed,fused", "--text-modes", "packed,fused", "--device", "cpu", "--output", str(output)]) == 0
     table = Table.load(output)
     for case in ("texts=80,packed,fused,ids", "texts=30,packed,fused,text"):
         assert (table.get(case, "bigbatch", "passages_per_s") or 0) > 0

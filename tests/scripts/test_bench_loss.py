@@ -29,7 +29,7 @@ def _right(table: Table, case: str, method: str) -> bool:
 
 def test_every_loss_of_one_device(tmp_path: Path) -> None:
     output = tmp_path / "loss.json"
-    loss.main(["--sizes", "70", "130", "--accuracy-sizes", "33", "--check", "66", "--dim", "16", "--output", str(output)])
+    assert loss.main(["--sizes", "70", "130", "--accuracy-sizes", "33", "--check", "66", "--dim", "16", "--output", str(output)]) == 0
     table = Table.load(output)
     for method in methods():
         conditions = f",{method.condition}" if method.condition else ""
@@ -73,7 +73,7 @@ def test_wrong_gradients_are_not_timed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tiled, "offloaded", offloaded)
     output = tmp_path / "ring.json"
     chosen = ["--methods", "bigbatch gather", "bigbatch offload", "--parts", "methods", "--ranks", "1"]
-    ring.main([*chosen, "--sizes", "100", "--check", "64", "--dim", "16", "--output", str(output)])
+    assert ring.main([*chosen, "--sizes", "100", "--check", "64", "--dim", "16", "--output", str(output)]) == 0
     timed = [(row.case, row.note) for row in Table.load(output).rows if row.metric == "forward_backward_ms"]
     assert timed == [("b=100,W=1,gather", ""), ("b=64,W=1,offload", "not timed: wrong")]
 

@@ -32,7 +32,7 @@ def test_a_page_has_leads_and_what_does_not_run(tmp_path: Path) -> None:
     table.add("b=16", "bigbatch", "predicted_peak_gib", 3.0, "GiB")
     table.add("b=16", "third", "pairs_per_s", None, "pairs/s", "does not run: no CUDA")
     table.save(tmp_path / "step.json")
-    main([str(tmp_path / "step.json")])
+    assert main([str(tmp_path / "step.json")]) == 0
     lines = (tmp_path / "step.md").read_text().splitlines()
     assert "`python -m scripts.bench.step --tiny` at commit 000000000000, a machine; torch 2." in lines and "Stopped early." in lines
     rows = [line for line in lines if line.startswith("| b=")]
@@ -52,7 +52,7 @@ def test_losses_have_their_share_of_the_matmul_rate_and_a_plot(tmp_path: Path) -
         table.add("b=1000000", method, "forward_backward_ms", ms * 1000, "ms")
         table.add("b=1000000", method, "peak_extra_mb", 10, "MiB")
     table.save(tmp_path / "loss.json")
-    main([str(tmp_path / "loss.json")])
+    assert main([str(tmp_path / "loss.json")]) == 0
     page = (tmp_path / "loss.md").read_text()
     assert "| b=1000000 | bigbatch | 2,000.00 | — | 50% | 10 |  |" in page  # 8 · 10¹² · 100 operations in 2 s
     assert "| b=1000000 | liger | 5,000.00 | 2.50× | 20% | 10 |  |" in page and "800 TFLOP/s" in page

@@ -42,11 +42,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled layers are left out: compiling them takes longer than all the rest."""
     sizes = {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))}
-    monkeypatch.setattr(step, "MINI_BATCHES", dict.fromkeys(step.PEERS, sizes))
+    for name in step.PEERS:
+        monkeypatch.setitem(step.MINI_BATCHES, name, sizes)
     output = tmp_path / "step.json"
     arguments = ["--tiny", "--sizes", "8", "16", "--peers-at", "16", "--recomputing-at", "8", "--seconds", "0.01"]
     arguments += ["--forms", "unretained", "packed", "padded"]
-    step.main([*arguments, "--settings", "batch.tokens_per_chunk=400", "optim.precision=fp32", "--output", str(output)])
+    settings = ["--settings", "batch.tokens_per_chunk=400", "optim.precision=fp32"]
+    assert step.main([*arguments, *settings, "--output", str(output)]) == 0
     table = Table.load(output)
     ours = ["b=8", "b=16", "b=16,nothing kept", "b=16,packed", "b=16,padded", "b=8,checkpointing", "b=8,cache"]
     for case in ours:
@@ -63,9 +65,9 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert timed.index(("b=16,sorted", "gradcache")) < timed.index(("b=8", "bigbatch")) < timed.index(("b=16,packed", "bigbatch"))
 
 
-def test_a_wrong_gradient_is_not_timed(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a form whose replayed chunks draw other dropout masks than the first time, or go on from other products."""
-    bench = Bench(work, Table.begin(()), tmp_path / "table.json", seconds=0.01)
+    bench = Bench(work, Table.begin("", ()), seconds=0.01)
     bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05")))
     bench.measure_form(8, Form("right", PLAIN))
     monkeypatch.setattr("retriever.rng.RngState._set", lambda state: None)
@@ -182,7 +184,7 @@ def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
     def step(queries: dict[str, Tensor], passages: dict[str, Tensor], size: MiniBatch) -> None:
         pairs = len(queries["input_ids"])
         calls.append((pairs, size))
-        assert passages["input_ids"].shape[0] == pairs and torch.get_float32_matmul_precision() == "high"
+        assert passages["input_ids"].shape[0] == pairs and torch.backends.cuda.matmul.fp32_precision == "tf32"
         if size.texts == 32 or (size.texts == 16 and pairs == 64):
             raise torch.cuda.OutOfMemoryError
         time.sleep(0.1 if size.texts == 8 else 0.02 * pairs / size.texts)
@@ -192,6 +194,6 @@ def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
     found, size = best_sample(work, peer, 64, sizes, by_length=True, seconds=0.01)
     assert size == MiniBatch(4) and found.seconds == pytest.approx(0.32, rel=0.3)
     assert calls[-2:] == [(64, MiniBatch(16)), (64, MiniBatch(4))] and (32, MiniBatch(32)) in calls
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     with pytest.raises(torch.cuda.OutOfMemoryError, match="none of 32 texts at once"):
         best_sample(work, peer, 64, sizes[-1:], by_length=False, seconds=0.01)
