@@ -59,6 +59,16 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def timed(device: torch.device, call: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each of the calls that together take about `seconds`: at least two, or one where one takes longer."""
+    taken: list[float] = []
+    while not taken or (len(taken) < 2 and taken[0] < seconds) or sum(taken) + taken[-1] < seconds:
+        started = now(device)
+        call()
+        taken.append(now(device) - started)
+    return taken
+
+
 def peak_gib(device: torch.device) -> float | None:
     """Device memory at its peak since `reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

@@ -42,21 +42,20 @@ def unit_vectors(n: int, dimension: int, seed: int, device: torch.device) -> Ten
 
 
 def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: torch.device) -> EmbeddingShards:
-    """Random unit vectors as a finished folder of shards, made on `device`; what is there already stays."""
+    """Random unit vectors as a finished folder of shards, made on `device`."""
     made = f"random {rows}"
     job = ShardJob("passage", "random", "", 1, "mean", True, "fp32", "padded", dimension, dtype, made, _SHARD_ROWS)  # type: ignore[arg-type]
     writer = ShardWriter(folder, job)
-    if not writer.finished():
-        writer.prepare()
+    writer.prepare()
 
-        def write(shard: int) -> None:
-            first, last = shard * _SHARD_ROWS, min(rows, (shard + 1) * _SHARD_ROWS)
-            vectors = unit_vectors(last - first, dimension, shard + 1, device).to(getattr(torch, dtype))
-            writer.write(shard, vectors.cpu().numpy(), [str(i) for i in range(first, last)])
+    def write(shard: int) -> None:
+        first, last = shard * _SHARD_ROWS, min(rows, (shard + 1) * _SHARD_ROWS)
+        vectors = unit_vectors(last - first, dimension, shard + 1, device).to(getattr(torch, dtype))
+        writer.write(shard, vectors.cpu().numpy(), [str(i) for i in range(first, last)])
 
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            list(pool.map(write, range(-(-rows // _SHARD_ROWS))))  # list: raises what a thread raised
-        writer.finish(rows)
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        list(pool.map(write, range(-(-rows // _SHARD_ROWS))))  # list: raises what a thread raised
+    writer.finish(rows)
     return open_shards(folder)
 
 

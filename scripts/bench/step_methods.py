@@ -29,7 +29,7 @@ from retriever.plan.step_plan import StepPlanner
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
-from scripts.bench.measure import now, peak_gib, reset_peak
+from scripts.bench.measure import peak_gib, reset_peak, timed
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
@@ -60,11 +60,11 @@ class Work:
     def device(self) -> torch.device:
         return self.world.device
 
-    def tower(self, **changes: float) -> BertModel:
+    def tower(self) -> BertModel:
         """A model of the same random weights each time."""
         torch.manual_seed(_SEED)
         with self.device:
-            return BertModel(BertConfig(**{**self.model.to_diff_dict(), **changes}), add_pooling_layer=False).train()
+            return BertModel(BertConfig(**self.model.to_diff_dict()), add_pooling_layer=False).train()
 
     def configuration(self, queries: int, *overrides: str) -> Config:
         """The configuration of a run of ours over batches of `queries` pairs."""
@@ -83,9 +83,9 @@ ALL_GRAPHS = Retention(graphs=EVERYTHING)
 class Trainer:
     """A run of ours, as `retriever/train.py` wires it, over random weights."""
 
-    def __init__(self, work: Work, config: Config, *, retention: Retention | None = None, **changes: float) -> None:
-        """`retention`: as preflight decides where none is given; `changes` go to the model's config."""
-        tower = work.tower(**changes)
+    def __init__(self, work: Work, config: Config, *, retention: Retention | None = None) -> None:
+        """`retention`: as preflight decides where none is given."""
+        tower = work.tower()
         self.work, self.world = work, work.world
         self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
         resolved = preflight.resolve(config, self.encoder, self.world)
@@ -146,18 +146,20 @@ class Sample(NamedTuple):
 
 
 def sample(step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1) -> Sample:
-    """The mean of steps that together take about `seconds`, at least two of them (one where one takes longer), after `warm` unmeasured."""
+    """The mean of the steps that `timed` makes in about `seconds`, after `warm` unmeasured."""
     for _ in range(warm):
         step(next(batches))
-    started = now(device)
     reset_peak(device)
-    done, tokens, waited, elapsed = 0, 0, 0.0, 0.0
-    while done == 0 or (done < 2 and elapsed < seconds) or elapsed + elapsed / done < seconds:
+    done: list[tuple[int, float]] = []  # (tokens, seconds waited) of each step
+
+    def one() -> None:
         batch = next(batches)
         step(batch)
-        elapsed = now(device) - started
-        done, tokens, waited = done + 1, tokens + batch.tokens, waited + batch.chunks.waited_s
-    return Sample(elapsed / done, tokens / done, waited / elapsed, peak_gib(device))
+        done.append((batch.tokens, batch.chunks.waited_s))
+
+    elapsed = sum(timed(device, one, seconds))
+    tokens, waited = (sum(column) for column in zip(*done, strict=True))
+    return Sample(elapsed / len(done), tokens / len(done), waited / elapsed, peak_gib(device))
 
 
 def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:

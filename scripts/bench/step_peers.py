@@ -18,7 +18,7 @@ from retriever.data.layout import pad_rows
 from retriever.data.planner import Planner
 from retriever.rng import RngState
 from scripts.bench.flash import provide
-from scripts.bench.measure import free_memory, now, peak_gib, reset_peak
+from scripts.bench.measure import free_memory, peak_gib, reset_peak, timed
 from scripts.bench.passages import word_tokenizer
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 from scripts.bench.step_methods import Sample, Work
@@ -102,38 +102,28 @@ def best_sample(
     part = peer.pair(*pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length))
     texts = pairs_of(work, queries, by_length=by_length)
     whole = peer.pair(*texts)
-    tokens = sum(len(text) for side in texts for text in side)
+    times: dict[MiniBatch, float] = {}
     with float32_products("tf32"):
-        times: dict[MiniBatch, float] = {}
         for size in sizes:
             # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
             first = peer.pair(texts[0][: size.texts], texts[1][: size.texts])
-            fits = _seconds(work, partial(peer.step, *first, size)) is not None
-            if fits and (seconds_ := _seconds(work, partial(peer.step, *part, size))) is not None:
-                times[size] = seconds_
+            if _seconds(work, partial(peer.step, *first, size)) and (taken := _seconds(work, partial(peer.step, *part, size))):
+                times[size] = taken[0]
         for best in sorted(times, key=lambda size: times[size]):
             reset_peak(work.device)
-            spent: list[float] = []
-            while not spent or (len(spent) < 2 and spent[0] < seconds) or sum(spent) + spent[-1] < seconds:
-                if (took := _seconds(work, partial(peer.step, *whole, best))) is None:
-                    break
-                spent.append(took)
-            if spent:
-                return Sample(min(spent), tokens, None, peak_gib(work.device)), best
+            if taken := _seconds(work, partial(peer.step, *whole, best), seconds):
+                return Sample(min(taken), sum(len(text) for side in texts for text in side), None, peak_gib(work.device)), best
     raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
 
 
-def _seconds(work: Work, call: Callable[[], object]) -> float | None:
-    """What a call takes; None where memory does not suffice."""
-    started, fits = now(work.device), True
+def _seconds(work: Work, call: Callable[[], object], seconds: float = 0.0) -> list[float]:
+    """What calls take (`timed`); nothing where memory does not suffice."""
     try:
-        call()
+        return timed(work.device, call, seconds)
     except torch.cuda.OutOfMemoryError:
-        fits = False
-    taken = now(work.device) - started
-    if not fits:  # here and not above: the error holds on to what its call had allocated
-        free_memory(work.device)
-    return taken if fits else None
+        pass
+    free_memory(work.device)  # here and not above: the error holds on to what its call had allocated
+    return []
 
 
 def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
