@@ -8,20 +8,15 @@ import pytest
 
 from retriever.data.formats import read_corpus, read_qrels
 from scripts.hold_out import main
+from tests.beir import write_beir
 from tests.commands import assert_refused
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A BEIR folder of 20 training queries, two judgments each."""
-    folder = tmp_path / "source"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text('{"_id": "p", "text": "x"}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "x"}\n')
-    rows = "".join(f"q{i}\tp{i}\t2\nq{i}\tp{i + 1}\t1\n" for i in range(20))
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nt\tp\t1\n")
-    return folder
+    judged = {f"q{i}": {f"p{i}": 2, f"p{i + 1}": 1} for i in range(20)}
+    return write_beir(tmp_path / "source", [{"_id": "p", "text": "x"}], {"q": "x"}, train=judged, test={"t": {"p": 1}})
 
 
 def test_fit_and_dev_are_the_split_divided(source: Path, tmp_path: Path) -> None:

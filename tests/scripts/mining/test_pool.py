@@ -18,19 +18,11 @@ from retriever.data.formats import DataError, Passage, open_source
 from retriever.parallel.world import World
 from scripts.mine_negatives import main
 from scripts.mining import passages as passages_module
-from scripts.mining.passages import Passages, numbered, write_passages
+from scripts.mining.passages import Passages, write_passages
 from scripts.mining.pool import Pool
+from tests.beir import write_beir
 from tests.commands import RankAlone
 from tests.tiny import random_texts
-
-
-def _write(folder: Path, corpus: list[dict[str, str]], queries: dict[str, str], qrels: list[tuple[str, str]]) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(record) + "\n" for record in corpus))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": text}) + "\n" for i, text in queries.items()))
-    rows = "".join(f"{query}\t{passage}\t1\n" for query, passage in qrels)
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
-    return folder
 
 
 def _pool(folder: Path, work: Path, **options: Any) -> Pool:
@@ -45,15 +37,6 @@ def test_passages_are_read_back_across_batches(tmp_path: Path, monkeypatch: pyte
     assert list(Passages(tmp_path / "passages.arrow", rows)) == [written[row] for row in rows]
 
 
-def test_numbers_are_what_a_dictionary_counts() -> None:
-    draw = random.Random(3)
-    digests = [bytes([draw.randrange(3)]) + bytes(14) + bytes([draw.randrange(3)]) for _ in range(200)]  # halves that differ alone
-    known: dict[bytes, int] = {}
-    expected = [known.setdefault(value, len(known)) for value in digests]
-    assert numbered(b"".join(digests)).tolist() == expected and len(known) == 9
-    assert len(numbered(b"")) == 0
-
-
 def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
     """Numbers follow the corpus, a title and a text joined are compared; a query knows its own text even where it is no positive."""
     corpus = [
@@ -64,7 +47,7 @@ def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
         {"_id": "e", "title": "", "text": "grey goose"},
     ]
     queries = {"x": "which fox", "y": "blue whale", "z": "unjudged", "w": "which fox"}
-    folder = _write(tmp_path / "data", corpus, queries, [("x", "c"), ("x", "a"), ("y", "e"), ("w", "d")])
+    folder = write_beir(tmp_path / "data", corpus, queries, train={"x": {"c": 1, "a": 1}, "y": {"e": 1}, "w": {"d": 1}})
     pool = _pool(folder, tmp_path / "pool")
     assert list(pool.texts()) == ["red fox", "grey goose", "blue whale"] == [pool.text(number) for number in range(3)]
     assert [passage.id for passage in pool.passages] == ["a", "b", "d"]
@@ -86,24 +69,23 @@ def test_passages_of_examples_come_behind_the_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("corpus", "qrels", "message"),
+    ("corpus", "positives", "message"),
     [
-        ([("a", "one"), ("b", "two"), ("a", "three")], [("q", "b")], "passage id 'a' stands for two texts in the corpus"),
-        ([("a", "one"), ("b", "two"), ("a", "one")], [("q", "b"), ("q", "nowhere")], "passage 'nowhere', a positive of query 'q', is not"),
-        ([("a", "one")], [("q", "a"), ("q", "b"), ("q", "c")], "passage 'b', a positive of query 'q', is not in its corpus"),
+        ([("a", "one"), ("b", "two"), ("a", "three")], ["b"], "passage id 'a' stands for two texts in the corpus"),
+        ([("a", "one"), ("b", "two"), ("a", "one")], ["b", "nowhere"], "passage 'nowhere', a positive of query 'q', is not"),
+        ([("a", "one")], ["a", "b", "c"], "passage 'b', a positive of query 'q', is not in its corpus"),
     ],
 )
-def test_a_corpus_that_does_not_fit_is_refused(
-    tmp_path: Path, corpus: list[tuple[str, str]], qrels: list[tuple[str, str]], message: str
-) -> None:
-    records = [{"_id": i, "title": "", "text": text} for i, text in corpus]
-    folder = _write(tmp_path / "data", records, {"q": "query"}, qrels)
+def test_a_corpus_that_does_not_fit_is_refused(tmp_path: Path, corpus: list[tuple[str, str]], positives: list[str], message: str) -> None:
+    folder = write_beir(
+        tmp_path / "data", [{"_id": i, "text": text} for i, text in corpus], {"q": "query"}, train={"q": dict.fromkeys(positives, 1)}
+    )
     with pytest.raises(DataError, match=message):
         _pool(folder, tmp_path / "pool")
 
 
 def test_other_ranks_read_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _write(tmp_path / "data", [{"_id": "a", "title": "", "text": "one"}], {"q": "query"}, [("q", "a")])
+    folder = write_beir(tmp_path / "data", [{"_id": "a", "text": "one"}], {"q": "query"}, train={"q": {"a": 1}})
     first = _pool(folder, tmp_path / "pool")
     monkeypatch.setattr("scripts.mining.pool.PoolReader", None)
     source = open_source(SourceConfig(path=str(folder)))
@@ -115,16 +97,10 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     """28 MiB of text are read, indexed, searched, scored by BM25 and written as negatives within half of that."""
     draw = random.Random(1)
     words = [f"{word}{'x' * 600}{i}" for i, word in enumerate(random_texts(300, shortest=1, longest=1, seed=5))]
-    folder, total = tmp_path / "data", 0
-    (folder / "qrels").mkdir(parents=True)
-    with (folder / "corpus.jsonl").open("w") as stream:
-        for i in range(6_000):
-            text = " ".join(draw.choices(words, k=8))
-            total += len(text)
-            stream.write(json.dumps({"_id": f"p{i}", "text": text}) + "\n")
-    queries = "".join(json.dumps({"_id": f"q{i}", "text": " ".join(draw.choices(words, k=3))}) + "\n" for i in range(64))
-    (folder / "queries.jsonl").write_text(queries)
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\tp{i}\t1\n" for i in range(64)))
+    corpus = ({"_id": f"p{i}", "text": " ".join(draw.choices(words, k=8))} for i in range(6_000))
+    queries = {f"q{i}": " ".join(draw.choices(words, k=3)) for i in range(64)}
+    folder = write_beir(tmp_path / "data", corpus, queries, train={f"q{i}": {f"p{i}": 1} for i in range(64)})
+    total = (folder / "corpus.jsonl").stat().st_size
     arguments = ["--data", str(folder), "--retrievers", "bm25", "--teacher", "bm25", "--threads", "1"]
     main([*arguments, "--limit", "2", "--output-dir", str(tmp_path / "imports")])  # code that is loaded now is not counted
     tracemalloc.start()

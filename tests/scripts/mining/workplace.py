@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from scripts.mine_negatives import main
+from tests.beir import write_beir
 from tests.tiny import ARCHITECTURES, random_texts, save_tiny_model, tiny_tokenizer
 
 QUERIES, PASSAGES = 40, 90
@@ -38,12 +39,8 @@ def make_workplace(folder: Path) -> Workplace:
     texts = {f"p{i}": text for i, text in enumerate([*lines, *lines[:10]])}
     queries = {f"q{i}": " ".join(draw.sample(lines[i].split(), 4)) for i in range(QUERIES)} | {"q5": lines[40]}
     positives = {f"q{i}": [f"p{i}", *([f"p{i + 30}"] if i % 4 == 0 else [])] for i in range(QUERIES)}
-    data = folder / "data"
-    (data / "qrels").mkdir(parents=True)
-    _write(data / "corpus.jsonl", [{"_id": i, "title": "", "text": text} for i, text in texts.items()])
-    _write(data / "queries.jsonl", [{"_id": i, "text": text} for i, text in queries.items()])
-    rows = "".join(f"{query}\t{passage}\t1\n" for query, found in positives.items() for passage in found)
-    (data / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    corpus = ({"_id": i, "title": "", "text": text} for i, text in texts.items())
+    write_beir(folder / "data", corpus, queries, train={query: dict.fromkeys(found, 1) for query, found in positives.items()})
     save_tiny_model(folder / "model")
     save_tiny_teacher(folder / "teacher")
     return Workplace(folder, texts, queries, positives)
@@ -80,7 +77,3 @@ def words(workplace: Workplace, output: str, *arguments: str) -> list[str]:
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records of a mined folder."""
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-
-
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
