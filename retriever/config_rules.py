@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 from retriever.config import Config
-from retriever.config_tree import ConfigError, flatten
+from retriever.config_tree import flatten
+from retriever.config_tree import require as _require
 
 
 def validate(config: Config) -> None:
@@ -129,8 +129,3 @@ def _check_offload(config: Config) -> None:
     for name in ("kl_weight", "margin_mse_weight"):
         weight = getattr(loss, name)
         _require(weight == 0, f"loss.{name}", "0 with batch.offload=true: a teacher's terms gather all passages on the device", weight)
-
-
-def _require(holds: bool, key: str, expected: str, received: Any) -> None:
-    if not holds:
-        raise ConfigError(f"{key}: expected {expected}; received {received!r}")

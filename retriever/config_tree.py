@@ -16,6 +16,12 @@ class ConfigError(RefusedError):
     """A configuration that cannot be run; the message names the key."""
 
 
+def require(holds: bool, key: str, expected: str, received: object) -> None:
+    """Raises ConfigError, which names the key and both values, where `holds` is false."""
+    if not holds:
+        raise ConfigError(f"{key}: expected {expected}; received {received!r}")
+
+
 def build(kind: type, tree: Any, prefix: str = "") -> Any:
     """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for unknown keys and wrong types."""
     if not isinstance(tree, Mapping):

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from retriever.config import Config, SourceConfig, from_dict
 from retriever.config_file import apply_override
 from retriever.config_rules import validate
-from retriever.config_tree import ConfigError, build
+from retriever.config_tree import ConfigError, build, require
 
 
 @dataclass(frozen=True)
@@ -108,43 +108,29 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     """Options as a command line: {first_rank: 3} -> --first-rank 3; a list gives several words, true the flag alone, null nothing."""
     words = []
     for name, value in options.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        words += [] if value is True else [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
 
 
 def _check(config: LoopConfig) -> None:
-    names = [stage.name for stage in config.rounds]
+    names, evaluate = [described.name for described in config.rounds], config.evaluate
+    require(len(set(names)) == len(names) > 0, "rounds", "at least one, each with its own name", names)
     for name in names:
-        if not name or name == "start" or not name.replace("-", "").replace("_", "").isalnum():
-            raise ConfigError(f"rounds: expected names of letters, digits, - and _, and none called start; received {name!r}")
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"rounds: expected at least one, each with its own name; received {names}")
-    if not config.evaluate.data:
-        raise ConfigError("evaluate.data: expected the folder of a collection; received ''")
-    for section, keys in (("data", ("train", "cache_dir")), ("run", ("output_dir",))):
-        for key in keys:
-            if key in config.train.get(section, {}):
-                raise ConfigError(f"train.{section}.{key}: the loop sets it; expected it in source and output_dir")
-    mined = False
+        plain = name.replace("-", "").replace("_", "").isalnum() and name != "start"
+        require(plain, "rounds", "names of letters, digits, - and _, and none called start", name)
+    require(evaluate.data != "", "evaluate.data", "the folder of a collection", "")
+    for section, key in (("data", "train"), ("data", "cache_dir"), ("run", "output_dir")):
+        given = config.train.get(section, {}).get(key)
+        require(given is None, f"train.{section}.{key}", "nothing: the loop sets it, by source and output_dir", given)
     for number, described in enumerate(config.rounds):
         for variant in range(max(1, len(described.variants))):
             config.training(number, config.first_model, None, Path(config.output_dir), variant)
-        if described.variants:
-            _check_choice(config.evaluate, number)
-        if described.teacher is not None and (described.mine is None or not mined):
-            raise ConfigError(
-                f"rounds.{number}.teacher: expected a round that mines, after one that does; it learns from that one's negatives"
-            )
-        mined = mined or described.mine is not None
-
-
-def _check_choice(evaluate: EvaluateConfig, number: int) -> None:
-    splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
-    if evaluate.choose not in splits or not metrics:
-        raise ConfigError(
-            f"rounds.{number}.variants: expected evaluate.choose to be one of evaluate.options.split and evaluate.options.metrics to name "
-            f"the measure to choose by; received {evaluate.choose!r}, {splits} and {metrics}"
-        )
+        splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
+        choice = "evaluate.choose to be one of evaluate.options.split, and evaluate.options.metrics to name the measure to choose by"
+        chosen = not described.variants or (evaluate.choose in splits and len(metrics) > 0)
+        require(chosen, f"rounds.{number}.variants", choice, (evaluate.choose, splits, metrics))
+        taught = "a round that mines, after one that does; it learns from that one's negatives"
+        mined = described.mine is not None and any(earlier.mine is not None for earlier in config.rounds[:number])
+        require(described.teacher is None or mined, f"rounds.{number}.teacher", taught, described.teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retriever.config import ConfigError
+from retriever.config_tree import require
 
 Retriever = Literal["bm25", "model"]
 
@@ -29,11 +29,11 @@ class MiningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(1 <= self.first_rank <= self.last_rank, "--ranks", "FIRST LAST with 1 <= FIRST <= LAST", (self.first_rank, self.last_rank))
-        _require(self.negatives >= 1, "--negatives", "at least 1", self.negatives)
-        _require(self.percentage is None or 0 < self.percentage <= 1, "--percentage", "above 0 and at most 1", self.percentage)
-        _require(self.margin is None or self.margin >= 0, "--margin", "0 or more", self.margin)
-        _require(self.judged is None or self.judged >= self.negatives, "--judged", f"at least --negatives, {self.negatives}", self.judged)
+        require(1 <= self.first_rank <= self.last_rank, "--ranks", "FIRST LAST with 1 <= FIRST <= LAST", (self.first_rank, self.last_rank))
+        require(self.negatives >= 1, "--negatives", "at least 1", self.negatives)
+        require(self.percentage is None or 0 < self.percentage <= 1, "--percentage", "above 0 and at most 1", self.percentage)
+        require(self.margin is None or self.margin >= 0, "--margin", "0 or more", self.margin)
+        require(self.judged is None or self.judged >= self.negatives, "--judged", f"at least --negatives, {self.negatives}", self.judged)
 
     @property
     def filters(self) -> bool:
@@ -53,8 +53,3 @@ class MiningSettings:
         if self.percentage is not None:
             line = min(line, positive * self.percentage if positive > 0 else positive / self.percentage)
         return line
-
-
-def _require(holds: bool, option: str, expected: str, received: object) -> None:
-    if not holds:
-        raise ConfigError(f"{option}: expected {expected}; received {received!r}")

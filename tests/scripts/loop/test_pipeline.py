@@ -157,7 +157,7 @@ def test_killed_at_any_moment_it_ends_the_same(workplace: Workplace, undisturbed
         ("evaluate.data=''", "evaluate.data"),
         ("train.loss.temprature=1", "loss.temprature: unknown key"),
         ("rounds.2.train.data.negatives=0", "data.negatives"),
-        ("train.run.output_dir=x", "train.run.output_dir: the loop sets it"),
+        ("train.run.output_dir=x", "train.run.output_dir: expected nothing: the loop sets it"),
         ("rounds.0.mien=1", "rounds.0.mien: unknown key"),
         ("source.path=/nowhere", "/nowhere"),
         ("rounds.x.name=other", "override 'rounds.x.name=other'"),
