@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from retriever.command import above_zero, at_least_one, command_parser, option, run
-from retriever.parallel.cost import GATHER_SHARE, Estimate, Exchange, Machine, Workload, choose, gather_cost, ring_cost
+from retriever.parallel.cost import GATHER_SHARE, Exchange, Machine, Workload, choose, gather_cost, ring_cost
 
 _GIB = 2**30
 _STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and AdamW's two moments
@@ -55,30 +55,25 @@ def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib
     """A step over `queries` pairs (one passage each), on `ranks` GPUs of `memory_gib` each."""
     state_gib = (_STATE_BYTES * model.parameters + _BUCKET_MIB * 2**20) / _GIB
     activations_gib = _ACTIVATION_BYTES * model.layers * model.dim * model.tokens_per_chunk / _GIB
-    rows_gib = 2 * queries / ranks * model.dim * _EMBEDDING_BYTES / _GIB
+    numbers = 2 * queries / ranks * model.dim  # of the rank's embeddings
+    rows_gib = _EMBEDDING_BYTES * numbers / _GIB
     work = Workload(queries, queries, model.dim, ranks)
     free_gib = memory_gib - 4 * model.parameters / _GIB  # before step 1
     exchange = choose(work, machine, GATHER_SHARE * 1024 * free_gib) if ranks > 1 else "gather"
     loss = (ring_cost if exchange == "ring" else gather_cost)(work, machine)
+    loss_gib = loss.mib / 1024 - 4 * numbers / _GIB  # less the rank's own gradients, which `Estimate.mib` and `_EMBEDDING_BYTES` both count
     return Step(
         exchange,
         encoder_s=queries / ranks / model.pairs_per_s,
         loss_s=loss.total_ms / 1e3,
         gradients_s=_gradient_sum_s(model.parameters, ranks, machine),
         # Activations are gone while the loss is computed: the two share their place.
-        gib=state_gib + rows_gib + max(activations_gib, _beside_rows_gib(loss, queries / ranks, model)),
+        gib=state_gib + rows_gib + max(activations_gib, loss_gib),
     )
-
-
-def _beside_rows_gib(loss: Estimate, rows: float, model: Model) -> float:
-    """What the loss holds beside the rank's own gradients, which `Estimate.mib` counts and `_EMBEDDING_BYTES` too."""
-    return loss.mib / 1024 - 2 * rows * model.dim * 4 / _GIB
 
 
 def _gradient_sum_s(parameters: float, ranks: int, machine: Machine) -> float:
     """An all-reduce in float32: 2·(W − 1)/W of its bytes pass through every GPU, and between nodes through all their network cards."""
-    if ranks == 1:
-        return 0.0
     share = 2 * (ranks - 1) / ranks * parameters * 4
     between = share / machine.ranks_per_node / machine.between_gb_s if ranks > machine.ranks_per_node else 0.0
     return max(share / machine.inside_gb_s, between) / 1e9

@@ -70,15 +70,14 @@ def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, _Definition]
 
 def _does_something(node: _Definition) -> bool:
     """Not an overload, and more than `...`, `pass`, `raise NotImplementedError` or `return NotImplemented`."""
-    if any("overload" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return False
-    for statement in node.body[1:]:
-        if isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
-            continue
-        if isinstance(statement, ast.Raise | ast.Return) and "NotImplemented" in ast.unparse(statement):
-            continue
-        return True
-    return False
+    overloaded = any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return not overloaded and not all(map(_does_nothing, node.body[1:]))
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise | ast.Return):
+        return "NotImplemented" in ast.unparse(statement)
+    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
 
 
 def _paragraphs(docstring: str) -> tuple[str, str]:
