@@ -17,7 +17,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
-from retriever.plan.forecast import SIDES, Forecast
+from retriever.plan.report import layers_of
 from retriever.verify import GradientCheck, gradient_error
 from retriever.wording import counted
 
@@ -26,7 +26,6 @@ _VERIFY_QUERIES = 32
 _VERIFY_BLOCK_ROWS = 12  # several blocks, the last one shorter
 _VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
-_SIDE_NAMES: dict[Side, str] = {"query": "queries", "passage": "passages"}
 
 
 def check_paths(config: Config) -> None:
@@ -49,7 +48,7 @@ def check_paths(config: Config) -> None:
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
     """The configuration with the `auto`s that need no measuring replaced by what this run uses, the same on every rank.
 
-    Those of `batch` are left to `step_plan`, which measures the encoder as this configuration runs it.
+    Those of `batch` are left to `plan.sizes`, which measures the encoder as this configuration runs it.
     """
     if max(config.loss.dims, default=0) > encoder.dimension:
         raise ConfigError(
@@ -110,12 +109,11 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
     towers = "tied" if encoder.tied else "untied"
-    layers = "fused" if config.model.fused is True else "compiled" if config.model.compile is True else "the library's"
     return "\n".join(
         (
             f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling"
             + (f", in shards on {world.size} ranks" if world.sharded else "")
-            + f"; {config.model.attention} texts, {layers} layers",
+            + f"; {config.model.attention} texts, {layers_of(config.model)}",
             f"data    queries of {sources}; {len(store.passages):,} passages",
             f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
@@ -123,81 +121,6 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             f"output in {config.run.output_dir}",
         )
     )
-
-
-def plan_lines(forecast: Forecast, total: int) -> str:
-    """What a step is expected to take, in two lines; of a run on one rank's figures."""
-    stages = f"{forecast.first_pass_s:.3g} + {forecast.loss_s:.2g} + {forecast.second_pass_s:.3g} + {forecast.update_s:.2g} s"
-    peak = f"; at most {_size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
-    return "\n".join(
-        (
-            f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "
-            f"{forecast.share('graph'):.0%} encoded once, {forecast.share('products'):.0%} again in part{peak}",
-            f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
-            f"{_duration(total * forecast.step_s)} for {counted(total, 'step')}",
-        )
-    )
-
-
-def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: float | None) -> str:
-    """The whole plan: sizes, seconds by stage, bytes by part."""
-    workload, memory, model = forecast.workload, forecast.memory, config.model
-    layers = "fused layers" if model.fused else "compiled layers" if model.compile else "the library's layers"
-    rows: list[tuple[str, str, str]] = []
-    for side in SIDES:
-        texts, chunks = workload.lengths[side], len(workload.chunks[side])
-        rows.append((_SIDE_NAMES[side], f"{len(texts):,}", f"{int(texts.sum()):,} tokens in {counted(chunks, 'chunk')}"))
-    padding = forecast.computed - workload.tokens
-    once, partly = forecast.share("graph"), forecast.share("products")
-    rows += [
-        ("tokens in a chunk", f"{workload.tokens_per_chunk:,}", f"at most; {model.attention}, {layers}"),
-        ("padding", f"{padding:,}", f"{padding / forecast.computed:.0%} of what is computed"),
-        ("encoded once", f"{once:.0%}", f"of the tokens: graphs of {counted(forecast.count('graph'), 'chunk')} are kept"),
-        (
-            "again in part",
-            f"{partly:.0%}",
-            f"of the tokens: products of the layers are kept of {counted(forecast.count('products'), 'chunk')}",
-        ),
-        ("", "", ""),
-        ("first pass", f"{forecast.first_pass_s:.3f} s", ""),
-        ("loss", f"{forecast.loss_s:.3f} s", ""),
-        ("second pass", f"{forecast.second_pass_s:.3f} s", ""),
-        ("update", f"{forecast.update_s:.3f} s", ""),
-        ("a step", f"{forecast.step_s:.3f} s", f"{forecast.pairs_per_s:,.0f} pairs/s"),
-        ("the run", _duration(total * forecast.step_s), f"{counted(total, 'step')}; evaluations and checkpoints not counted"),
-        ("", "", ""),
-        ("weights", _size(memory.weights), "and what else is there before step 1"),
-        ("gradients", _size(memory.gradients), ""),
-        ("optimizer", _size(memory.optimizer), ""),
-        ("representations", _size(memory.representations), "and as much for their gradients")
-        if not memory.host
-        else ("host memory", _size(memory.host), "representations, their gradients, and copies of them"),
-    ]
-    if usable_bytes is None:
-        return _columns([*rows, ("activations", "unknown", "measured on a GPU only")])
-    rows += [
-        ("loss at its peak", _size(memory.loss), ""),
-        ("kept between passes", _size(sum(forecast.retained_bytes)), ""),
-        ("a chunk at work", _size(forecast.working_bytes), ""),
-        ("peak", _size(forecast.peak_bytes), f"of {_size(usable_bytes)} that can be used; not all parts at once"),
-    ]
-    return _columns(rows)
-
-
-def _columns(rows: list[tuple[str, str, str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"{name:{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows)
-
-
-def _size(count: float) -> str:
-    """Bytes as GiB, or MiB where that is less than one."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
-    hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
@@ -223,4 +146,4 @@ def _workspace_mib(config: Config, world: World) -> int:
     if config.loss.workspace_mib != "auto":
         return config.loss.workspace_mib
     free_mib = torch.cuda.mem_get_info(world.device)[0] // 2**21 if world.device.type == "cuda" else _WORKSPACE_MIB
-    return max(1, -int(world.max(torch.tensor(-min(_WORKSPACE_MIB, free_mib), device=world.device))))
+    return max(1, int(world.least(min(_WORKSPACE_MIB, free_mib))))

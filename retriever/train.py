@@ -93,7 +93,8 @@ def _train(
     from retriever.outputs import Outputs
     from retriever.parallel.sharded import PlacedEncoder
     from retriever.plan.measure import usable_bytes
-    from retriever.plan.step_plan import StepPlanner
+    from retriever.plan.report import plan_lines, plan_table
+    from retriever.plan.sizes import StepPlanner
     from retriever.retention import Retention
     from retriever.step import train_step
     from retriever.telemetry import Telemetry
@@ -117,7 +118,7 @@ def _train(
     loader = BatchLoader.from_config(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
     if config.run.preflight == "only" and forecast is not None:
-        accelerator.print(preflight.plan_table(forecast, config, total, usable_bytes(world.device)))
+        accelerator.print(plan_table(forecast, config, total, usable_bytes(world.device)))
         return
     optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
 
@@ -127,7 +128,7 @@ def _train(
     if config.run.preflight != "off":
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
-            accelerator.print(preflight.plan_lines(forecast, total))
+            accelerator.print(plan_lines(forecast, total))
         for warning in preflight.warnings(config, tokenizer, total):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:

@@ -17,7 +17,8 @@ from retriever.config import BatchConfig, Config, ConfigError, LossConfig, Model
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast, Memory, Workload
-from retriever.plan.measure import ChunkCost
+from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
+from retriever.plan.report import plan_lines, plan_table
 from retriever.retention import Retention
 from retriever.train import main
 from tests.tiny import random_texts, save_tiny_model
@@ -29,22 +30,23 @@ CONFIG = Config(model=ModelConfig("m", attention="packed", fused=True, compile=F
 
 def _forecast(activations: float = 2.0 * GIB) -> Forecast:
     workload = Workload(16, {"query": np.full(16, 4), "passage": np.full(16, 8)}, 64, packed=True)
-    costs = [ChunkCost(64, 1.0, 1.5, 1.25, 3.0, activations / 8, *[activations] * 4) for _ in range(3)]
-    memory = Memory(weights=GIB / 2, gradients=GIB, optimizer=2 * GIB, representations=GIB / 4, loss=GIB / 8)
-    return Forecast(workload, costs, 0.25, 0.75, memory, Retention(100, 64))
+    cost = ChunkCost(64, 1.0, 1.5, 1.25, 3.0, activations / 8, *[activations] * 4)
+    costs = np.rec.fromrecords([cost] * 3, dtype=COST_FIELDS)
+    memory = Memory(weights=GIB / 2, gradients=GIB, optimizer=2 * GIB, representations=GIB / 4)
+    return Forecast(workload, costs, Cost(0.25, GIB / 8), 0.75, memory, Retention(100, 64))
 
 
 def test_the_plan_in_two_lines() -> None:
-    lines = preflight.plan_lines(_forecast(), 1000).splitlines()
+    lines = plan_lines(_forecast(), 1000).splitlines()
     assert lines == [
         "plan    a step of 192 tokens a rank in 3 chunks, 33% encoded once, 33% again in part; at most 7.00 GiB a GPU",
         "        first pass, loss, second pass, update 3.5 + 0.25 + 11.8 + 0.75 s: 1 pairs/s, 4 h 30 min for 1,000 steps",
     ]
-    assert "GiB" not in preflight.plan_lines(_forecast(0.0), 1000)
+    assert "GiB" not in plan_lines(_forecast(0.0), 1000)
 
 
 def test_the_plan_as_a_table() -> None:
-    table = preflight.plan_table(_forecast(), CONFIG, 10, 20.0 * GIB)
+    table = plan_table(_forecast(), CONFIG, 10, 20.0 * GIB)
     rows = {line.split("  ")[0]: line.split() for line in table.splitlines() if line}
     assert rows["queries"][1:4] == ["16", "64", "tokens"] and rows["passages"][1:4] == ["16", "128", "tokens"]
     assert rows["first pass"][2] == "3.500" and rows["second pass"][2] == "11.750" and rows["a step"][2] == "16.250"
@@ -53,8 +55,8 @@ def test_the_plan_as_a_table() -> None:
     assert "packed, fused layers" in table and "of 20.00 GiB that can be used" in table
     assert rows["representations"][1:3] == ["256.0", "MiB"] and "host memory" not in table
     offloaded = replace(_forecast(), memory=replace(_forecast().memory, representations=0.0, host=3.0 * GIB))
-    assert re.search(r"^host memory +3.00 GiB  representations", preflight.plan_table(offloaded, CONFIG, 10, 20.0 * GIB), re.MULTILINE)
-    on_cpu = preflight.plan_table(_forecast(0.0), CONFIG, 10, None)
+    assert re.search(r"^host memory +3.00 GiB  representations", plan_table(offloaded, CONFIG, 10, 20.0 * GIB), re.MULTILINE)
+    on_cpu = plan_table(_forecast(0.0), CONFIG, 10, None)
     assert "measured on a GPU only" in on_cpu and "peak" not in on_cpu
 
 

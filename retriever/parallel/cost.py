@@ -147,12 +147,12 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
         return "gather"
     free = float("inf")
     if world.device.type == "cuda":
-        free = -float(world.max(torch.tensor(-float(torch.cuda.mem_get_info(world.device)[0]), device=world.device))) / 2**20
+        free = world.least(torch.cuda.mem_get_info(world.device)[0]) / 2**20
     workspace = _AUTO_WORKSPACE_MIB if loss.workspace_mib == "auto" else loss.workspace_mib
     passages = config.batch.queries * (1 + config.data.negatives)
     work = Workload(config.batch.queries, passages, dim, world.size, loss.symmetric, loss.precision, workspace)
     machine = Machine.here()
-    fewest = -int(world.max(torch.tensor(-machine.ranks_per_node, device=world.device)))  # nodes may be of unequal size
+    fewest = int(world.least(machine.ranks_per_node))  # nodes may be of unequal size
     return choose(work, replace(machine, ranks_per_node=fewest), GATHER_SHARE * free)
 
 

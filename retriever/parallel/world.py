@@ -103,6 +103,10 @@ class World:
         """Element-wise maximum over ranks."""
         return self._all_reduce(x, dist.ReduceOp.MAX)
 
+    def least(self, value: float) -> float:
+        """The smallest of all ranks' values; the host waits for it."""
+        return -float(self.max(torch.tensor(-value, dtype=torch.float64, device=self.device)))
+
     def logsumexp(self, x: Tensor) -> Tensor:
         """log Σ over ranks of exp(x), element-wise; −inf where every rank has −inf."""
         if self.size == 1:

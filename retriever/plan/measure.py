@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,18 +28,15 @@ from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.rng import RngState
 
-Result = TypeVar("Result")
-
 _REPEATS = 3
 _MARGIN = 0.06  # of a GPU's memory: fragments, the libraries' own workspaces, batches that are larger than the first
 _SCRATCH_PARAMETERS = 2**26
 
 
-@dataclass(frozen=True)
-class ChunkCost:
+class ChunkCost(NamedTuple):
     """One chunk: seconds of each way through it, bytes it adds to what was allocated before (0 on a CPU)."""
 
-    tokens: int  # computed ones: padding counts
+    tokens: float  # computed ones: padding counts
     first_s: float  # encoding without a graph
     forward_s: float  # encoding with one
     again_s: float  # the same where the products of the layers were kept; as long where they cannot be
@@ -51,8 +48,10 @@ class ChunkCost:
     backward_bytes: float  # at the peak of the backward pass, the graph included
 
 
-@dataclass(frozen=True)
-class Cost:
+COST_FIELDS = [(name, float) for name in ChunkCost._fields]  # of an array of them
+
+
+class Cost(NamedTuple):
     """Seconds, and bytes at the peak above what was allocated before (0 on a CPU)."""
 
     seconds: float
@@ -74,10 +73,9 @@ def allocated_bytes(device: torch.device) -> float:
 
 @contextmanager
 def undisturbed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Inside, random numbers may be drawn and gradients of `modules` (which have none) be made; outside, nothing shows of it."""
-    state = RngState.capture(device)
+    """Restores the generators on exit, clears the gradients of `modules`, and frees cached memory."""
     try:
-        with state.restored():
+        with RngState.capture(device).restored():
             yield
     finally:
         for module in modules:
@@ -88,49 +86,40 @@ def undisturbed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def random_chunk(lengths: np.ndarray, vocabulary: int, *, packed: bool) -> Padded | Packed:
-    """Texts of the given lengths [n], of random tokens."""
-    tokens = np.random.default_rng(0).integers(vocabulary, size=int(lengths.sum()))
-    rows = np.split(tokens, np.cumsum(lengths)[:-1])
-    return pack_rows(rows) if packed else pad_rows(rows, 0)
-
-
-def measure_chunk(encoder: DualEncoder, side: Side, tokens: Padded | Packed) -> ChunkCost:
-    """The cost of a chunk on the encoder's device, each time the median of a few; call it `undisturbed`.
+def measure_chunk(encoder: DualEncoder, side: Side, lengths: np.ndarray) -> ChunkCost:
+    """The cost of a chunk of random texts of `lengths` [n], each time the median of a few; call it `undisturbed`.
 
     Raises torch.cuda.OutOfMemoryError where it does not fit.
     """
     device = encoder.device
-    tokens = tokens.map(lambda t: t.to(device))
-    direction = torch.full((len(tokens), encoder.dimension), 1e-3, device=device)
+    vocabulary = getattr(encoder, f"{side}_tower").config.vocab_size
+    texts = np.split(np.random.default_rng(0).integers(vocabulary, size=lengths.sum()), lengths.cumsum()[:-1])
+    layout: Padded | Packed = pack_rows(texts) if encoder.packed else pad_rows(texts, 0)
+    tokens = layout.map(lambda t: t.to(device))
 
-    def encode(products: deque[Products] | None = None) -> Tensor:
-        return encoder(side, tokens, products)
-
-    def encode_alone(products: deque[Products] | None = None) -> Tensor:
-        with torch.no_grad():
+    def encode(graph: bool, products: deque[Products] | None = None) -> Tensor:
+        with torch.set_grad_enabled(graph):
             return encoder(side, tokens, products)
 
-    encode_alone()
-    encode().backward(direction.to(next(encoder.parameters()).dtype))  # compiles, tunes, and makes the parameters' gradients
+    direction = torch.full_like(encode(False), 1e-3)
+    encode(True).backward(direction)  # compiles, tunes, and makes the parameters' gradients
     rounds = []
     for _ in range(_REPEATS):
         before = allocated_bytes(device)
-        first = _measured(device, encode_alone)[0]
-        forward, output = _measured(device, encode)
+        first = _measured(device, encode, False)[0]
+        forward, output = _measured(device, encode, True)
         kept = allocated_bytes(device) - before
-        given = direction.to(output.dtype)
-        backward, _ = _measured(device, lambda output=output, given=given: output.backward(given))  # type: ignore[misc]
+        backward = _measured(device, output.backward, direction)[0]
         del output
-        again, of_products = forward, 0.0
+        again, products_bytes = forward, 0.0
         if encoder.keeps_products:
             before, products = allocated_bytes(device), deque[Products]()
-            encode_alone(products)
-            of_products = allocated_bytes(device) - before
-            again = _measured(device, lambda products=products: encode(products))[0]  # type: ignore[misc]
+            encode(False, products)
+            products_bytes = allocated_bytes(device) - before
+            again = _measured(device, encode, True, products)[0]
         seconds = first.seconds, forward.seconds, again.seconds, backward.seconds
-        rounds.append((*seconds, of_products, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
-    return ChunkCost(tokens.input_ids.numel(), *(float(x) for x in np.median(rounds, axis=0)))
+        rounds.append((*seconds, products_bytes, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
+    return ChunkCost(tokens.input_ids.numel(), *np.median(rounds, axis=0).tolist())
 
 
 def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, dimension: int, device: torch.device) -> Cost:
@@ -149,40 +138,33 @@ def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, d
     targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups, known_pairs=known, ignores=False)
     targets = targets.pinned() if device.type == "cuda" else targets
     alone = World(device)
-    objective(*sides, targets, alone)
-    rounds = [_measured(device, lambda: objective(*sides, targets, alone))[0] for _ in range(_REPEATS)]
-    return Cost(float(np.median([cost.seconds for cost in rounds])), max(cost.peak_bytes for cost in rounds))
+    costs = [_measured(device, objective, *sides, targets, alone)[0] for _ in range(1 + _REPEATS)][1:]  # the first tunes
+    return Cost(float(np.median([cost.seconds for cost in costs])), max(cost.peak_bytes for cost in costs))
 
 
 def measure_update(config: OptimConfig, parameters: Sequence[nn.Parameter], device: torch.device) -> float:
     """Seconds of clipping and updating parameters of these shapes, on stand-ins of at most a few hundred MiB in proportion."""
-    scratch, taken = nn.ParameterList(), 0
-    for parameter in parameters:
-        if taken and taken + parameter.numel() > _SCRATCH_PARAMETERS:
-            break
-        scratch.append(torch.zeros_like(parameter))
-        taken += parameter.numel()
+    sizes = np.cumsum([p.numel() for p in parameters])
+    count = max(1, int(np.searchsorted(sizes, _SCRATCH_PARAMETERS, side="right")))
+    scratch = nn.ParameterList(torch.zeros_like(p) for p in parameters[:count])
     optimizer = Optimizer(replace(config, weight_decay=0.0), [scratch], 1, device)
-
     rounds = []
     for _ in range(1 + _REPEATS):  # the first makes the optimizer's state
         for parameter in scratch:
             parameter.grad = torch.zeros_like(parameter)
-        rounds.append(_measured(device, lambda: optimizer.clip_and_step(0))[0].seconds)
-    seconds = float(np.median(rounds[1:]))
-    return seconds * sum(p.numel() for p in parameters) / taken
+        rounds.append(_measured(device, optimizer.clip_and_step, 0)[0].seconds)
+    return float(np.median(rounds[1:]) * sizes[-1] / sizes[count - 1])
 
 
-def _measured(device: torch.device, call: Callable[[], Result]) -> tuple[Cost, Result]:
-    """What `call` takes, and what it returns."""
+def _measured(device: torch.device, call: Callable[..., Any], *given: Any) -> tuple[Cost, Any]:
+    """What `call(*given)` takes, and what it returns."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     before, started = allocated_bytes(device), time.perf_counter()
-    result = call()
+    result = call(*given)
     if cuda:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated(device) - before if cuda else 0
-    return Cost(seconds, peak), result
+    return Cost(seconds, torch.cuda.max_memory_allocated(device) - before if cuda else 0), result

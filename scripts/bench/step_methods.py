@@ -25,7 +25,7 @@ from retriever.gradcache import backward_through_encoder, encode_without_graph, 
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
-from retriever.plan.step_plan import StepPlanner
+from retriever.plan.sizes import StepPlanner
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step

@@ -15,8 +15,8 @@ GPU_ONLY = {
     "test_host_waits.py::test_an_update_is_queued_before_it_is_asked_for": "stream: torch watches for synchronization on a GPU alone",
     "test_offload.py::test_memory_does_not_grow_with_the_batch": "memory: the allocator's peak on a GPU",
     "test_sharded.py::test_two_ranks_hold_half_each": "memory: what the allocator holds on a GPU",
-    "test_step_plan.py::test_a_step_is_as_it_was_predicted": "timing and memory: a step on a GPU against its forecast",
-    "test_step_plan.py::test_measuring_leaves_no_memory_and_no_trace": "memory: what the allocator holds on a GPU",
+    "test_plan.py::test_a_step_is_as_it_was_predicted": "timing and memory: a step on a GPU against its forecast",
+    "test_plan.py::test_measuring_leaves_no_memory_and_no_trace": "memory: what the allocator holds on a GPU",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from retriever.config import LossConfig, ModelConfig, OptimConfig
 from retriever.data.layout import Packed, Padded
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
-from retriever.plan.measure import measure_chunk, measure_loss, measure_update, random_chunk, undisturbed, usable_bytes
+from retriever.plan.measure import measure_chunk, measure_loss, measure_update, undisturbed, usable_bytes
 from tests.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -33,17 +34,20 @@ class _Slow(torch.autograd.Function):
 
 
 class SlowEncoder(nn.Module):
-    """Takes a known time for each way through it."""
+    """Takes a known time for each way through it, and texts of 7, 7 and 2 tokens out of 50."""
 
     dimension, device = 4, CPU
+    passage_tower = SimpleNamespace(config=SimpleNamespace(vocab_size=50))
 
-    def __init__(self, keeps_products: bool) -> None:
+    def __init__(self, keeps_products: bool, packed: bool) -> None:
         super().__init__()
-        self.keeps_products = keeps_products
+        self.keeps_products, self.packed = keeps_products, packed
         self.weight = nn.Parameter(torch.ones(4))
 
     def forward(self, side: str, tokens: Padded | Packed, products: deque[str] | None = None) -> Tensor:
         assert products is None or self.keeps_products
+        lengths = tokens.starts.diff() if isinstance(tokens, Packed) else tokens.attention_mask.sum(dim=1)
+        assert isinstance(tokens, Packed) == self.packed and lengths.tolist() == [7, 7, 2] and 25 < int(tokens.input_ids.max()) < 50
         if not torch.is_grad_enabled():
             time.sleep(FIRST_S)
             if products is not None:
@@ -58,23 +62,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
     return DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path_factory.mktemp("model"))), passage_max_tokens=64))
 
 
-@pytest.mark.parametrize("keeps_products", [False, True])
-def test_a_chunks_times_are_told_apart(keeps_products: bool) -> None:
-    cost = measure_chunk(SlowEncoder(keeps_products), "passage", random_chunk(np.array([5, 3]), 50, packed=True))  # type: ignore[arg-type]
-    assert cost.tokens == 8
+@pytest.mark.parametrize(("keeps_products", "packed"), [(False, False), (True, True)])
+def test_a_chunks_times_are_told_apart(keeps_products: bool, packed: bool) -> None:
+    cost = measure_chunk(SlowEncoder(keeps_products, packed), "passage", np.array([7, 7, 2]))  # type: ignore[arg-type]
+    assert cost.tokens == (16 if packed else 21)
     assert FIRST_S <= cost.first_s < AGAIN_S < FORWARD_S <= cost.forward_s < BACKWARD_S <= cost.backward_s
     assert AGAIN_S <= cost.again_s < FORWARD_S if keeps_products else cost.again_s == cost.forward_s
-    assert cost.kept_bytes == cost.first_bytes == cost.forward_bytes == cost.backward_bytes == 0  # not known on a CPU
-    assert cost.products_bytes == 0
-    assert usable_bytes(CPU) is None
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_random_chunk_has_the_lengths_asked_for(packed: bool) -> None:
-    lengths = np.array([7, 7, 2])
-    chunk = random_chunk(lengths, 50, packed=packed)
-    found = chunk.starts.diff() if isinstance(chunk, Packed) else chunk.attention_mask.sum(dim=1)
-    assert isinstance(chunk, Packed) == packed and found.tolist() == lengths.tolist() and int(chunk.input_ids.max()) < 50
+    assert not any(cost[5:]) and usable_bytes(CPU) is None  # bytes are not known on a CPU
 
 
 def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
@@ -85,7 +79,7 @@ def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
     expected = torch.rand(4)
     torch.manual_seed(5)
     with undisturbed(CPU, encoder, objective):
-        measure_chunk(encoder, "query", random_chunk(np.array([9, 4]), 100, packed=False))
+        measure_chunk(encoder, "query", np.array([9, 4]))
         measure_loss(objective, 6, 8, 32, CPU)
         measure_update(OptimConfig(), list(encoder.parameters()), CPU)
         inside = torch.rand(4)

@@ -1,0 +1,196 @@
+"""The sizes that `auto` asks for in `batch`, decided by measuring this rank's device, and the step they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod, sqrt
+
+import numpy as np
+import torch
+from torch import nn
+
+from retriever.config import Config, ConfigError, OptimConfig
+from retriever.data.planner import GlobalBatch, Planner, RankSlice, slice_for_rank
+from retriever.data.store import Store
+from retriever.data.tokens import Side, TokenTemplate
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.offload import host_bytes
+from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
+from retriever.parallel.world import World
+from retriever.plan.forecast import SIDES, Forecast, Memory, Workload, most_retained
+from retriever.plan.measure import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, undisturbed, usable_bytes
+from retriever.retention import Retention, given_tokens
+
+_LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving
+_LEAST_SIZE = 1024  # tried where none of those fits
+_UNMEASURED_SIZE = {"cuda": 16_384, "cpu": 8_192}
+_TOLERANCE = 0.04  # a chunk is no larger than it must be for its tokens to take this share more than the least
+_GIB = 2**30
+# Query-passage pairs over which the loss is measured, tiled or not; a larger one follows from it.
+_MEASURED_PAIRS = {("cuda", True): 2**32, ("cuda", False): 2**28, ("cpu", True): 2**22, ("cpu", False): 2**22}
+
+
+class StepPlanner:
+    """Measures parts of a step on this rank's device, and decides what the configuration leaves to be measured."""
+
+    def __init__(
+        self,
+        config: Config,
+        encoder: DualEncoder,
+        objective: ContrastiveObjective,
+        store: Store,
+        planner: Planner,
+        template: TokenTemplate,
+        world: World,
+    ) -> None:
+        """`config` as `preflight.resolve` left it; `encoder` computing as it says, without gradients."""
+        self._config, self._encoder, self._objective, self._world = config, encoder, objective, world
+        self._longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)  # tokens of a text
+        self._usable = None if world.sharded else usable_bytes(world.device)  # None: memory is not measured
+        self._queries, self._lengths = _step_lengths(config, store, planner, template, world)
+        self._parameters = [p for module in (encoder, objective) for p in module.parameters() if p.requires_grad]
+        own = sum(t.nbytes for module in (encoder, objective) for t in [*module.parameters(), *module.buffers()])
+        numbers = sum(len(lengths) for lengths in self._lengths.values()) * encoder.dimension
+        offload = config.batch.offload
+        self._memory = Memory(
+            weights=max(allocated_bytes(world.device), own),
+            gradients=sum(p.nbytes for p in self._parameters),
+            optimizer=_state_bytes(config.optim, self._parameters),
+            representations=0.0 if offload else numbers * next(encoder.parameters()).itemsize,
+            host=numbers * host_bytes(config.loss.precision, dims=bool(config.loss.dims)) if offload else 0.0,
+        )
+
+    def decide(self) -> tuple[Config, Forecast | None]:
+        """The configuration without `auto` in `batch`, the same on every rank, and the step it makes where that was measured.
+
+        A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing is measured of
+        an encoder in shards, of which no rank can work alone.
+        Raises ConfigError where no chunk fits, where all graphs or products are to be kept and do not fit or the layers keep none, or
+        where representations are more than the host holds.
+        """
+        self._check()
+        batch, preflight, usable = self._config.batch, self._config.run.preflight, self._usable
+        if batch.retain_products == "auto" and not self._encoder.keeps_products:
+            batch = replace(batch, retain_products=0)
+        given = given_tokens(batch.retain), given_tokens(batch.retain_products)
+        open_ends = any(x is True or x == "auto" for x in (batch.tokens_per_chunk, batch.retain, batch.retain_products))
+        forecast, retention = None, Retention.from_config(batch)
+        with undisturbed(self._world.device, self._encoder, self._objective):
+            if batch.tokens_per_chunk == "auto":
+                batch = replace(batch, tokens_per_chunk=int(self._world.least(self._chunk_size(given))))
+            if batch.tokens_per_chunk == 0:
+                least = max(_LEAST_SIZE, self._longest)
+                raise ConfigError(f"batch.tokens_per_chunk: not even chunks of {least:,} tokens fit beside the model on a GPU")
+            if preflight == "only" or (usable is not None and (open_ends or preflight == "auto")):
+                forecast = self._forecast(int(batch.tokens_per_chunk))
+        if forecast is not None:
+            retention = most_retained(forecast, usable or 0.0, given, self._world)
+            forecast = replace(forecast, retention=retention)
+        if forecast is not None and usable is not None:
+            room = self._world.least(usable - forecast.peak_bytes)
+            for key, what in (("retain", "graphs"), ("retain_products", "products")):
+                if getattr(batch, key) is True and room < 0:
+                    more = f"{-room / _GIB:.1f} GiB more than a GPU has for it"
+                    raise ConfigError(f"batch.{key}: true, but keeping all {what} takes {more}; set it to auto")
+        kept = (tokens if x == "auto" else x for x, tokens in zip((batch.retain, batch.retain_products), retention, strict=True))
+        graphs, products = kept
+        return replace(self._config, batch=replace(batch, retain=graphs, retain_products=products)), forecast
+
+    def _check(self) -> None:
+        """Raises ConfigError for what needs no measuring to be refused."""
+        products = self._config.batch.retain_products
+        if products not in ("auto", 0) and not self._encoder.keeps_products:
+            raise ConfigError(
+                f"batch.retain_products: {str(products).lower()}, but only fused layers (model.fused=true) keep products; set it to auto"
+            )
+        ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if (taken := ranks * self._memory.host) > there:
+            raise ConfigError(
+                f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} GiB of host memory, "
+                f"and this machine has {there / _GIB:,.1f} GiB; lower batch.queries"
+            )
+
+    def _chunk_size(self, given: tuple[int | None, int | None]) -> int:
+        """The smallest size in tokens beyond which a token takes no less time, of those that fit; 0 where none does."""
+        if self._usable is None:
+            return max(_UNMEASURED_SIZE[self._world.device.type], self._longest)
+        longer: Side = max(SIDES, key=lambda side: int(self._lengths[side].sum()))
+        seconds: dict[int, float] = {}  # of a token, by size, where all chunks are like the middle one and what fits is kept
+        size = max(_LARGEST_SIZE, self._longest)
+        while size >= max(_LEAST_SIZE, self._longest) and (size >= _SMALLEST_USUAL or not seconds):
+            workload = self._workload(size)
+            try:
+                cost = measure_chunk(self._encoder, longer, workload.chunks[longer][workload.measured_places(longer)[1]])
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+            else:
+                costs = workload.costs({side: dict.fromkeys(workload.measured_places(side), cost) for side in SIDES})
+                forecast = Forecast(workload, costs, Cost(0.0, 0.0), 0.0, self._memory)
+                if forecast.peak_bytes <= self._usable:
+                    kept = most_retained(forecast, self._usable, given, World(self._world.device))
+                    seconds[size] = replace(forecast, retention=kept).step_s / forecast.computed
+            size //= 2
+        return min((size for size, s in seconds.items() if s <= (1 + _TOLERANCE) * min(seconds.values())), default=0)
+
+    def _workload(self, size: int) -> Workload:
+        return Workload(self._queries, self._lengths, size, self._encoder.packed)
+
+    def _forecast(self, size: int) -> Forecast:
+        """The step in chunks of `size` tokens, nothing kept. Raises ConfigError where it does not fit."""
+        workload, device = self._workload(size), self._world.device
+        try:
+            measured = {
+                side: {place: measure_chunk(self._encoder, side, workload.chunks[side][place]) for place in dict.fromkeys(places)}
+                for side, places in ((side, workload.measured_places(side)) for side in SIDES)
+            }
+            loss, update_s = self._loss(), measure_update(self._config.optim, self._parameters, device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ConfigError(f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto") from error
+        # What the encoder made for itself at its first chunk (rounded weights, workspaces) stays for the whole run.
+        made = allocated_bytes(device) - sum(p.grad.nbytes for p in self._parameters if p.grad is not None)
+        memory = replace(self._memory, weights=max(self._memory.weights, made))
+        return Forecast(workload, workload.costs(measured), loss, update_s, memory)
+
+    def _loss(self) -> Cost:
+        """The loss over this rank's queries and the passages they see: time by pairs and operations, memory by rows where tiled."""
+        config, ranks = self._config.loss, self._world.size
+        tiled, device = config.strategy == "tiled", self._world.device
+        whole = len(self._lengths["query"]), len(self._lengths["passage"]) * (1 if config.strategy == "local" else ranks)
+        share = min(1.0, sqrt(_MEASURED_PAIRS[device.type, tiled] / prod(whole)))
+        part = max(1, int(share * whole[0])), max(1, int(share * whole[1]))
+        seconds, peak_bytes = measure_loss(self._objective, *part, self._encoder.dimension, device)
+        pairs = prod(whole) / prod(part)
+        if self._config.batch.offload:  # blocks do not grow with the batch
+            return Cost(seconds * pairs, peak_bytes)
+        if not tiled:
+            return Cost(seconds * pairs, peak_bytes * pairs)
+        workspace_mib = float(config.workspace_mib)
+        measured, operations = (gathered_operations(*n, config.symmetric, config.precision, workspace_mib) for n in (part, whole))
+        if config.exchange == "ring" and ranks > 1:
+            operations = RING_OPERATIONS
+        fixed = min(workspace_mib * 2**20, peak_bytes)
+        return Cost(seconds * pairs * operations / measured, fixed + (peak_bytes - fixed) * sum(whole) / sum(part))
+
+
+def _step_lengths(
+    config: Config, store: Store, planner: Planner, template: TokenTemplate, world: World
+) -> tuple[int, dict[Side, np.ndarray]]:
+    """Queries of the first step over all ranks, and the lengths of the texts that this rank encodes in it."""
+
+    def lengths(batch: GlobalBatch | RankSlice) -> dict[Side, np.ndarray]:
+        query = template.lengths(store.queries.lengths_of(batch.queries), config.model.query_max_tokens)
+        return {"query": query, "passage": template.lengths(store.passages.lengths_of(batch.passages), config.model.passage_max_tokens)}
+
+    whole = planner.plan(0)
+    every = lengths(whole)
+    return len(whole.queries), lengths(slice_for_rank(whole, every["query"], every["passage"], world.rank, world.size))
+
+
+def _state_bytes(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> float:
+    """Of AdamW's two moments, or Adafactor's rows and columns."""
+    if config.name == "adamw":
+        return 2 * sum(p.nbytes for p in parameters)
+    return sum(p.nbytes / p.shape[-1] + p.nbytes / p.shape[-2] if p.ndim >= 2 else p.nbytes for p in parameters)
