@@ -105,6 +105,7 @@ def test_a_finished_loop_is_reused_and_a_change_reaches_what_follows(
     said = capsys.readouterr().out
     assert "mined: train: reused" in said and "taught: mine: starts" in said
     assert "search by model: reused" in said and "score: starts" in said
+    assert "encode: " not in said, "neither the search that is reused nor a cross-encoder's scores read embeddings"
     assert "taught: train: starts" in said and "taught: evaluate: starts" in said
     assert main([str(workplace.folder / "loop.yaml")]) == 0
     assert _manifests(undisturbed) == before
