@@ -250,9 +250,9 @@ def test_adopt_auto_replaces_auto_and_nothing_else() -> None:
 def test_every_section_is_frozen_and_documented() -> None:
     """A configuration cannot change during a run, and every section says what it is for."""
     for field in fields(Config):
-        kind = EvalConfig if field.name == "eval" else type(getattr(Config(), field.name))
-        assert is_dataclass(kind) and kind.__dataclass_params__.frozen, field.name
-        assert not kind.__doc__.startswith(f"{kind.__name__}("), field.name  # dataclass makes one up where there is none
+        kind: type = EvalConfig if field.name == "eval" else type(getattr(Config(), field.name))
+        assert is_dataclass(kind) and vars(kind)["__dataclass_params__"].frozen, field.name
+        assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("), field.name  # dataclass makes one up where there is none
 
 
 def test_a_teacher_without_negatives_is_refused(minimal: Path) -> None:

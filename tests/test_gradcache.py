@@ -88,7 +88,7 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
     sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
     for chunk in batch.chunks:
         sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.tokens))
-    detached = Representations(*(x.detach() for x in sides.values()))
+    detached = Representations(sides["query"].detach(), sides["passage"].detach())
     _, gradients = representation_gradients(OBJECTIVE, detached, batch, CPU)
     torch.autograd.backward(list(sides.values()), list(gradients[:2]))
     return _gradients(encoder)
@@ -210,9 +210,9 @@ def without_dropout(folder: Path) -> Iterator[tuple[DualEncoder, list[Tensor]]]:
     """An encoder, and its gradient of the whole batch by autograd through the representations' gradients."""
     encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 10**6)
-    sides = [encode_whole(encoder, WHOLE.query_tokens, "query"), encode_whole(encoder, WHOLE.passage_tokens, "passage")]
-    _, gradients = representation_gradients(OBJECTIVE, Representations(*(x.detach() for x in sides)), batch, CPU)
-    torch.autograd.backward(sides, list(gradients[:2]))
+    queries, passages = encode_whole(encoder, WHOLE.query_tokens, "query"), encode_whole(encoder, WHOLE.passage_tokens, "passage")
+    _, gradients = representation_gradients(OBJECTIVE, Representations(queries.detach(), passages.detach()), batch, CPU)
+    torch.autograd.backward([queries, passages], list(gradients[:2]))
     yield encoder, _gradients(encoder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def _fill(folder: Path, job: ShardJob = JOB, rows: int = 10) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
+def test_what_is_written_is_read(tmp_path: Path, dtype: Literal["float32", "float16"]) -> None:
     embeddings = _fill(tmp_path, replace(JOB, dtype=dtype))
     shards = open_shards(tmp_path)
     for _ in range(2):  # any number of times
@@ -101,6 +102,7 @@ def test_a_folder_of_another_job_is_refused_in_one_line(tmp_path: Path) -> None:
     refused("has 00000.ids.arrow and no job.json", "--output", "--overwrite")
 
 
+_FOREIGN: tuple[dict[str, object], ...]
 _FOREIGN = ({"format_version": 4, "rows": 7}, {"stage": "encode", "model": {"model": "hash"}, "dtype": "float32"}, {})
 
 
@@ -211,5 +213,6 @@ def test_embeddings_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
         writer.write(0, np.zeros((2, 4)), ["a", "b"])
     with pytest.raises(ShardError, match="the embedding of 'b' is not finite in float16"):
         writer.write(0, np.array([[0, 0, 0], [1e6, 0, 0]]), ["a", "b"])
+    unknown: Any = "int8"
     with pytest.raises(ShardError, match="'int8'; expected one of float32, float16"):
-        replace(JOB, dtype="int8")
+        replace(JOB, dtype=unknown)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workplace: Path,
             log.open("wb") as output,
             subprocess.Popen(training_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output) as process,
         ):
-            _wait_for(lambda step=step: _reached(run, step), process, log)
+            _wait_for(partial(_reached, run, step), process, log)
             time.sleep(draw.random() * 0.1 if step is not None else 0)
             os.kill(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, f"kill {number} came after the end"

@@ -13,6 +13,7 @@ import torch
 
 from retriever.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, SourceConfig
 from retriever.data.batch import Batch, BatchLoader, Targets
+from retriever.data.layout import Padded
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
 from retriever.data.tokens import TokenTemplate
@@ -61,10 +62,11 @@ def _loader(
 
 def _rows(batch: Batch, side: str) -> list[list[int]]:
     """Token ids of every row of one side, in the batch's order, without padding."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for chunk in batch.chunks:
         assert chunk.tokens.input_ids.numel() <= BUDGET
         if chunk.side == side:
+            assert isinstance(chunk.tokens, Padded)
             for row, ids, mask in zip(chunk.rows.tolist(), chunk.tokens.input_ids, chunk.tokens.attention_mask, strict=True):
                 assert row not in found
                 found[row] = ids[mask.bool()].tolist()
@@ -88,7 +90,7 @@ def test_chunks_hold_what_the_tokenizer_gives_at_inference(store: Store) -> None
     for step in range(planner.steps_per_epoch):
         batch, plan = _loader(store).load(step), planner.plan(step)
         for (side, (table, limit)), rows in zip(sides.items(), (plan.queries, plan.passages), strict=True):
-            texts = [tokenizer.decode(table.tokens(row)) for row in rows]
+            texts = tokenizer.batch_decode([table.tokens(row).tolist() for row in rows])
             assert texts[0].startswith(f"{side} :")
             expected = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
             assert _rows(batch, side) == expected
@@ -220,7 +222,12 @@ def test_batches_prepared_ahead_are_those_loaded_one_by_one(store: Store) -> Non
 def test_waiting_for_a_plan_counts_as_waiting(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = _loader(store)
     load = loader.load
-    monkeypatch.setattr(loader, "load", lambda step: (time.sleep(0.2), load(step))[1])
+
+    def slow(step: int) -> Batch:
+        time.sleep(0.2)
+        return load(step)
+
+    monkeypatch.setattr(loader, "load", slow)
     assert min([batch.chunks.waited_s for batch in loader.batches(0, 2)]) > 0.1
 
 

@@ -152,6 +152,7 @@ def test_judgments_to_evaluate_on_are_not_trained_on(tmp_path: Path, name: str) 
 
 def test_msmarco_folder_unites_judgments_hard_negatives_and_id_triples_but_not_text_triples(tmp_path: Path) -> None:
     msmarco(tmp_path)
+    mined: list[dict[str, Any]]
     mined = [{"qid": 1, "pos": [10], "neg": {"bm25": [12, 11], "ance": [11]}}, {"qid": "2", "pos": [], "neg": ["10"]}]
     hard = write(tmp_path / "msmarco-hard-negatives.jsonl.gz", lines(*mined))
     triples = write(tmp_path / "qidpidtriples.train.full.2.tsv.gz", "2\t12\t10\n2 12 11\n")

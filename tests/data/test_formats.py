@@ -121,7 +121,7 @@ def test_dpr_list_cut_off_is_an_error_and_not_a_shorter_list(tmp_path: Path) -> 
 
 
 def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
-    records = [
+    records: list[dict[str, Any]] = [
         {"query": "q one", "pos": ["p1", "p2"], "neg": ["n1"], "pos_scores": [0.9, 1], "neg_scores": [0.25], "prompt": "find: "},
         {"query": "q two", "pos": ["p1"], "neg": []},
     ]

@@ -36,7 +36,7 @@ def repository(name: str, *subsets: tuple[str, str, list[dict[str, Any]]]) -> st
     """A folder laid out as a data set repository, with (subset, split, records) each in a Parquet file."""
     folder = Path(name)
     folder.mkdir()
-    configs = {}
+    configs: dict[str, list[str]] = {}
     for subset, split, records in subsets:
         datasets.Dataset.from_list(records).to_parquet(folder / f"{subset}-{split}.parquet")
         configs.setdefault(subset, []).append(f"  - split: {split}\n    path: {subset}-{split}.parquet\n")

@@ -140,7 +140,7 @@ def test_queries_merge_by_id_within_a_source_and_never_by_text(tmp_path: Path, c
 
 
 def test_a_passage_that_is_the_querys_own_text_is_known_and_no_negative(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"anchor": "a river", "positive": "ocean", "negative": ["a river", "storm"]},
         {"anchor": "storm", "positive": "a city", "negative": "ocean"},
     ]
@@ -152,7 +152,7 @@ def test_a_passage_that_is_the_querys_own_text_is_known_and_no_negative(tmp_path
 
 
 def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"query": "who", "pos": ["storm", "city"], "neg": ["ocean", "city", "river"], "pos_scores": [3, 2], "neg_scores": [1, 9, 0.5]},
         {"query": "who", "pos": ["city"], "neg": ["ocean"], "prompt": "search "},
     ]
@@ -163,6 +163,7 @@ def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> 
         (store.negatives, store.negative_scores, {"ocean": 1, "river": 0.5}),
     )
     for relation, scores, wanted in expected:
+        assert scores is not None
         found = dict(zip(texts_of(store.passages, relation.row(0)), scores[: relation.ptr[1]].tolist(), strict=True))
         assert found == {token_ids(f"text: {text}"): score for text, score in wanted.items()}
         assert np.isnan(scores[relation.ptr[1] :]).all() and len(scores) == relation.ptr[2]

@@ -142,6 +142,7 @@ def test_data_without_scores_are_refused(built: tuple[Store, Records, Path], tmp
     bare = [{key: value for key, value in record.items() if not key.endswith("scores")} for record in records.values()]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bare))
     store = build_or_open(_config(tmp_path), tiny_tokenizer(), progress=False)
-    for loss in ({"kl_weight": 1.0}, {"teacher_margin": 0.1}):
+    losses: list[dict[str, Any]] = [{"kl_weight": 1.0}, {"teacher_margin": 0.1}]
+    for loss in losses:
         with pytest.raises(ConfigError, match="need a teacher's scores"):
             _loader(store, tmp_path, **loss)

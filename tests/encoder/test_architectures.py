@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Padded, pack_rows, pad_rows
 from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, check_modules, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.pooling import PoolingMode
 from retriever.rng import RngState
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
@@ -41,7 +43,7 @@ def _padded(encoder: DualEncoder, rows: list[Tensor]) -> Padded:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_padding_changes_no_embedding(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
+def test_padding_changes_no_embedding(encoder: DualEncoder, rows: list[Tensor], pooling: PoolingMode) -> None:
     alone_encoder = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling=pooling).double().eval()
     with torch.no_grad():
         together = alone_encoder("passage", _padded(encoder, rows))
@@ -62,7 +64,7 @@ def test_every_parameter_receives_a_gradient(encoder: DualEncoder, rows: list[Te
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, rows: list[Tensor], pooling: str) -> None:
+def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, rows: list[Tensor], pooling: PoolingMode) -> None:
     """Embeddings and gradients of every parameter, in float64 (decoders' norms compute in float32): no text sees its neighbours."""
     tolerance = 1e-6 if encoder.passage_tower.config.model_type in DECODERS else 1e-11
     padded = DualEncoder(*[copy.deepcopy(encoder.passage_tower).double().eval()] * 2, pooling=pooling).eval()
@@ -78,7 +80,7 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, r
     for embeddings in (expected, found):
         (embeddings * direction).sum().backward()
     for (name, p), (_, q) in zip(packed.named_parameters(), padded.named_parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=100 * tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(p.grad, q.grad, rtol=100 * tolerance, atol=tolerance, msg=f"{name}: {{}}".format)
 
 
 def test_a_text_may_spell_out_the_padding_token(encoder: DualEncoder) -> None:
@@ -159,7 +161,7 @@ def test_gradient_checkpointing_changes_no_gradient(encoder: DualEncoder, rows: 
 
 @contextmanager
 def _gradient_checkpointing(encoder: DualEncoder, enabled: bool) -> Iterator[None]:
-    layers = [module for module in encoder.modules() if hasattr(module, "gradient_checkpointing")]
+    layers: list[Any] = [module for module in encoder.modules() if hasattr(module, "gradient_checkpointing")]
     if enabled and encoder.passage_tower.config.model_type in WITHOUT_CHECKPOINTING:
         with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing: true, but \w+ does not support it"):
             encoder.enable_gradient_checkpointing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from retriever.config import ConfigError, ModelConfig
+from retriever.data.tokens import Side
 from retriever.encoder import bundle as bundle_module
 from retriever.encoder import slabs
 from retriever.encoder.bundle import EncoderBundle, load_encoder
@@ -39,14 +41,16 @@ def _one_by_one(folder: Path, texts: list[str], prompt: str, max_tokens: int) ->
 @pytest.mark.parametrize("tokens_per_chunk", [1, 33, 100_000])
 def test_embeddings_equal_transformers_one_by_one(folder: Path, bundle: EncoderBundle, tokens_per_chunk: int) -> None:
     texts = ["", *random_texts(40, longest=30), "the brain"]
-    for side, prompt, max_tokens in (("query", "find: ", 12), ("passage", "", 20)):
+    sides: list[tuple[Side, str, int]] = [("query", "find: ", 12), ("passage", "", 20)]
+    for side, prompt, max_tokens in sides:
         found = bundle.encode(texts, side, tokens_per_chunk=tokens_per_chunk)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, _one_by_one(folder, texts, prompt, max_tokens), rtol=0, atol=1e-6)
 
 
 def test_texts_beyond_one_slab_keep_their_order(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, seen = random_texts(25), []
+    texts = random_texts(25)
+    seen: list[int] = []
     whole = bundle.encode(texts, "passage")
     monkeypatch.setattr(bundle_module, "SLAB_TEXTS", 10)
     monkeypatch.setattr(slabs, "_TEXTS_AT_ONCE", 4)
@@ -68,7 +72,7 @@ def test_a_text_without_tokens_gets_the_zero_vector(tmp_path: Path) -> None:
 
 def test_a_live_encoder_is_evaluated_without_dropout_and_goes_on_training(folder: Path, bundle: EncoderBundle) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder)))
-    encoder.query_tower.embeddings.eval()  # a module that its owner froze
+    encoder.query_tower.get_submodule("embeddings").eval()  # a module that its owner froze
     modes = [module.training for module in encoder.modules()]
     assert any(modes)
     state = torch.get_rng_state()
@@ -91,7 +95,7 @@ def test_the_hash_follows_what_makes_the_embeddings(folder: Path, tmp_path: Path
     assert first.model_hash() != before
     again = load_encoder(folder)
     with torch.no_grad():
-        again.encoder.query_tower.embeddings.word_embeddings.weight[7, 3] += 1e-6
+        again.encoder.query_tower.get_parameter("embeddings.word_embeddings.weight")[7, 3] += 1e-6
     assert again.model_hash() != before
 
 
@@ -100,8 +104,9 @@ def test_what_is_given_replaces_what_the_folder_says(folder: Path) -> None:
     assert (given.settings.pooling, given.settings.normalize, given.settings.passage_prompt) == ("last", False, "p: ")
     assert (given.settings.passage_max_tokens, given.precision, given.encoder.pooling) == (9, "bf16", "last")
     assert not given.encoder.training
+    unknown: Any = "int8"
     with pytest.raises(ConfigError, match="precision is 'int8'; expected one of fp32, bf16, fp16"):
-        load_encoder(folder, precision="int8")
+        load_encoder(folder, precision=unknown)
     with pytest.raises(ConfigError, match=r"model\.query_max_tokens: 999 tokens.*at most 256"):
         load_encoder(folder, query_max_tokens=999)
     for none_left in (2, 0, -1):

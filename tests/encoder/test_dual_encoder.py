@@ -67,7 +67,8 @@ def test_autocast_computes_in_half_precision_over_fp32_weights(bert: Path, batch
     exact = DualEncoder.from_pretrained(ModelConfig(str(bert))).eval()
     halved = DualEncoder.from_pretrained(ModelConfig(str(bert)), autocast_dtype=dtype).eval()
     seen: list[torch.dtype] = []
-    halved.query_tower.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    dense = halved.query_tower.get_submodule("encoder.layer.0.intermediate.dense")
+    dense.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     embeddings = halved("query", batch)
     embeddings[:, 0].sum().backward()
     assert seen == [dtype]

@@ -27,7 +27,7 @@ def _batch(left: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("mode", MODES)
 def test_pooling_sees_the_real_tokens_only(mode: str, left: bool) -> None:
     hidden, mask, rows = _batch(left)
-    expected = torch.stack([{"cls": row[0], "last": row[-1], "mean": sum(row) / len(row)}[mode] for row in rows])
+    expected = torch.stack([{"cls": row[0], "last": row[-1], "mean": row.sum(0) / len(row)}[mode] for row in rows])
     torch.testing.assert_close(pool(hidden, mask, mode), expected, rtol=0, atol=1e-12)
 
 

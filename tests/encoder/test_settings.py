@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from retriever.config import Config, ConfigError, DataConfig, ModelConfig
 from retriever.encoder import settings as module
+from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_settings, settings_of, tower_folder
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
@@ -51,7 +52,7 @@ def test_a_plain_folder_gets_the_defaults_of_its_architecture(folder: Path, tmp_
         ({"pooling_mode": "lasttoken", "include_prompt": True}, "last"),
     ],
 )
-def test_sentence_transformers_files_are_read(folder: Path, pooling: dict[str, Any], expected: str) -> None:
+def test_sentence_transformers_files_are_read(folder: Path, pooling: dict[str, Any], expected: PoolingMode) -> None:
     described = {"prompts": {"query": "query: ", "passage": "find: ", "document": ""}}
     _sentence_transformers(folder, "Transformer", "Pooling", "Normalize", pooling=pooling, described=described)
     assert read_settings(folder) == EncoderSettings(expected, True, "query: ", "find: ", 60, 60)

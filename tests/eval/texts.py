@@ -19,7 +19,9 @@ class Texts:
 
 def help_texts(n_topics: int = 24) -> Texts:
     """`n_topics` queries over the paragraphs of their topics and of as many others."""
-    passages, queries, qrels = {}, {}, {}
+    passages: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
     for number, topic in enumerate(sorted(topics)[: 2 * n_topics]):
         paragraphs = [" ".join(part.split()) for part in topics[topic].split("\n\n") if len(part.split()) > 8][:6]
         ids = [f"{number}{place}" for place in range(len(paragraphs))]

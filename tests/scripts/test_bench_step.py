@@ -112,8 +112,10 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         longest, longest_key, dropout, causal, _ = rest
         assert starts.dtype == torch.int32 and starts[-1] == len(q) and longest == longest_key == starts.diff().max() and not causal
         called.append(dropout)
-        texts = zip(*(x.bfloat16().transpose(0, 1).split(starts.diff().tolist(), dim=1) for x in (q, k, v)), strict=True)
-        return (torch.cat([scaled_dot_product_attention(*text, scale=scale) for text in texts], dim=1).transpose(0, 1),)
+        queries, keys, values = (x.bfloat16().transpose(0, 1).split(starts.diff().tolist(), dim=1) for x in (q, k, v))
+        texts = zip(queries, keys, values, strict=True)
+        out = [scaled_dot_product_attention(query, key, value, scale=scale) for query, key, value in texts]
+        return (torch.cat(out, dim=1).transpose(0, 1),)
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attention)
     monkeypatch.setattr(import_utils, "is_torch_cuda_available", lambda: True)

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -102,12 +101,11 @@ def test_sample_queries_are_wordy_and_do_not_depend_on_order() -> None:
 class _Canned(Searcher):
     """A searcher that knows its answer."""
 
-    texts: ClassVar = {
-        "stdlib.shelf:Shelf.load": "def _(path):\n\n    with open(path) as file:\n        return file\n    # never",
-        "furniture.a:b": "x = " + "1" * 200,
-    }
-
-    def __init__(self) -> None: ...
+    def __init__(self) -> None:
+        self.texts = {
+            "stdlib.shelf:Shelf.load": "def _(path):\n\n    with open(path) as file:\n        return file\n    # never",
+            "furniture.a:b": "x = " + "1" * 200,
+        }
 
     def __call__(self, query: str, k: int = 3) -> Ranking:
         return Ranking(list(self.texts), np.array([0.71234, 0.5], dtype=np.float32))

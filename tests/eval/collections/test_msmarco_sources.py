@@ -151,7 +151,7 @@ def _hub_folder(folder: Path, parts: dict[tuple[str, str], list[dict[str, Any]]]
 def parts(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]:
     """The rows of a data set of BEIR's form."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "corpus": [{"_id": i, "title": "", "text": text} for i, text in texts.passages.items()],
         "queries": [{"_id": i, "text": text} for i, text in [*texts.queries.items(), ("7", "an unjudged query")]],
     }

@@ -96,7 +96,7 @@ def test_an_index_from_a_stream_scores_as_bm25s_itself(collection: tuple[list[st
         expected = whole.get_scores(words) if words else np.zeros(len(passages), dtype=np.float32)
         assert index.scores(query).tobytes() == expected.tobytes()
         assert index.scores_of(query, rows).tobytes() == expected[rows].tobytes()
-        hits += np.count_nonzero(expected)
+        hits += int(np.count_nonzero(expected))
     assert hits > 10_000
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from eval.engines import faiss_index as index_module
+from eval.engines.embeddings import Embeddings
 from eval.engines.faiss_build import check_faiss_build
-from eval.engines.faiss_index import check_index, describe, index_spec, open_index
+from eval.engines.faiss_index import IndexSpec, check_index, describe, index_spec, open_index
 from eval.engines.nearest import search
 from retriever.config import ConfigError
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
@@ -65,7 +66,12 @@ def test_a_saved_index_is_used_again_until_embeddings_or_settings_change(
 ) -> None:
     built: list[str] = []
     build = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda passages, index, spec: built.append(spec.factory) or build(passages, index, spec))
+
+    def recorded(passages: Embeddings, index: str, spec: IndexSpec) -> faiss.Index:
+        built.append(spec.factory)
+        return build(passages, index, spec)
+
+    monkeypatch.setattr(index_module, "_build", recorded)
     shards = shards_of(tmp_path, vectors)
     assert open_index(shards, "ivf").ntotal == N
     open_index(shards, "ivf nprobe=3")  # a setting of the search

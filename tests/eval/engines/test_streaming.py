@@ -47,7 +47,7 @@ def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObje
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_equals_the_search_in_faiss_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
     """Thousands of equal passages near the k-th place included; equal scores to the bit, and the same from every blocking."""
-    passages = unit_vectors(12_000, 25, 0).astype(dtype)
+    passages: np.ndarray = unit_vectors(12_000, 25, 0).astype(dtype)
     rng = np.random.default_rng(1)
     for twin in range(3):
         passages[rng.choice(12_000, 300, replace=False)] = passages[twin]

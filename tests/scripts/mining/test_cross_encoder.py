@@ -62,7 +62,7 @@ def test_a_step_reads_a_positive_first_and_then_as_many_negatives_as_there_are()
     tokenizer = tiny_tokenizer()
     inputs, sizes = _pairs(groups, Training(negatives=3, max_tokens=40), tokenizer)
     assert sizes == [4, 2] and len(inputs["input_ids"]) == 6
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in inputs["input_ids"]]
+    texts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
     assert texts[0] == tokenizer.decode(tokenizer(f"{lines[0]} {lines[1]}")["input_ids"], skip_special_tokens=True)
     assert len(set(texts[1:4])) == 3 and all(text.startswith(texts[0].split()[0]) for text in texts[1:4])
 

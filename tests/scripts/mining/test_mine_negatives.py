@@ -75,7 +75,7 @@ def test_the_window_of_ranks_is_the_searchs(workplace: Workplace, similarities: 
     """`top` takes ranks FIRST to LAST of the similarities over distinct texts, without the known."""
     for record, row in zip(mined(workplace, "top", "--pick", "top", "--ranks", "4", "12"), similarities, strict=True):
         best = {text: score for text, score in zip(workplace.texts.values(), row, strict=True)}
-        ranked = sorted(best, key=lambda text, best=best: -best[text])[3:12]
+        ranked = sorted(best, key=best.__getitem__, reverse=True)[3:12]
         known = {workplace.texts[p] for p in workplace.positives[record["query_id"]]} | {record["query"]}
         assert _negatives(record) == [text for text in ranked if text not in known][:5]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from scripts.mine_negatives import main
 from tests.beir import write_beir
@@ -51,7 +51,8 @@ def save_tiny_teacher(folder: Path, labels: int = 1) -> Path:
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        config = BertConfig(**ARCHITECTURES["bert"], vocab_size=len(tokenizer), num_labels=labels, pad_token_id=tokenizer.pad_token_id)
+        tokens: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = AutoConfig.for_model("bert", **ARCHITECTURES["bert"], **tokens, num_labels=labels)
         model = AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():
             for p in model.parameters():
