@@ -12,11 +12,12 @@ from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store
-from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
+from retriever.data.tokens import TokenTemplate, tokenize_batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
+from retriever.plan.forecast import SIDES
 from retriever.plan.report import layers_of
 from retriever.verify import GradientCheck, gradient_error
 from retriever.wording import counted
@@ -80,27 +81,31 @@ def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfi
 
 def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> list[str]:
     """What is allowed and probably not meant in a run of `total` steps. Nothing is changed silently."""
-    found = []
-    if config.optim.warmup >= total:
-        found.append(
-            f"optim.warmup={config.optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never arrives at optim.lr"
-        )
-    if config.batch.queries >= 8192 and config.optim.lr < 1e-4:
-        found.append(f"optim.lr={config.optim.lr:g} is small for batch.queries={config.batch.queries}: 1e-4 and more is usual at this size")
-    if not config.model.normalize and config.loss.temperature < 0.1:
-        found.append(f"model.normalize=false with loss.temperature={config.loss.temperature:g}: logits may be very large")
-    if config.eval is not None and config.eval.split.startswith("test"):
-        found.append(f"eval.split={config.eval.split}: best/ is chosen on a test split, so its score there is no fair estimate any more")
-    model = config.model
-    sides: list[tuple[Side, str, int]] = [
-        ("query", model.query_prompt, model.query_max_tokens),
-        ("passage", model.passage_prompt, model.passage_max_tokens),
+    optim, batch, model, loss = config.optim, config.batch, config.model, config.loss
+    split = config.eval.split if config.eval is not None else ""
+    possible = [
+        (
+            optim.warmup >= total,
+            f"optim.warmup={optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never arrives at optim.lr",
+        ),
+        (
+            batch.queries >= 8192 and optim.lr < 1e-4,
+            f"optim.lr={optim.lr:g} is small for batch.queries={batch.queries}: 1e-4 and more is usual at this size",
+        ),
+        (
+            not model.normalize and loss.temperature < 0.1,
+            f"model.normalize=false with loss.temperature={loss.temperature:g}: logits may be very large",
+        ),
+        (
+            split.startswith("test"),
+            f"eval.split={split}: best/ is chosen on a test split, so its score there is no fair estimate any more",
+        ),
     ]
-    for side, prompt, limit in sides:
-        length = len(tokenize_batch(tokenizer, [prompt])[0])
-        if 2 * length > limit:
-            found.append(f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short")
-    return found
+    for side in SIDES:
+        length, limit = len(tokenize_batch(tokenizer, [getattr(model, f"{side}_prompt")])[0]), getattr(model, f"{side}_max_tokens")
+        text = f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short"
+        possible.append((2 * length > limit, text))
+    return [text for holds, text in possible if holds]
 
 
 def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner, total: int, world: World) -> str:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from retriever import preflight
-from retriever.config import BatchConfig, Config, ConfigError, LossConfig, ModelConfig
+from retriever.config import BatchConfig, Config, ConfigError, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from retriever.encoder.bundle import load_tokenizer
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast, Memory, Workload
@@ -95,6 +96,20 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
     assert isinstance(config.loss.workspace_mib, int)
     with pytest.raises(ConfigError, match="loss.dims: 64 is more than the 32 dimensions"):
         preflight.resolve(replace(CONFIG, loss=LossConfig(dims=(64,))), encoder, World(torch.device("cpu")))
+
+
+def test_what_is_probably_not_meant_is_said(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder / "model"))
+    assert preflight.warnings(Config(), tokenizer, 1000) == []
+    odd = Config(
+        model=ModelConfig("m", normalize=False, query_prompt="a b c d e", query_max_tokens=8),
+        batch=BatchConfig(9000),
+        optim=OptimConfig(warmup=20),
+        eval=EvalConfig("x", split="test"),
+    )
+    found = preflight.warnings(odd, tokenizer, 20)
+    starts = ["optim.warmup=20", "optim.lr=2e-05", "model.normalize=false", "eval.split=test", "model.query_prompt takes 5 of the 8"]
+    assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
 
 
 def test_only_prints_the_plan_and_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -131,13 +131,20 @@ def test_a_batch_that_is_much_larger_keeps_no_more_than_fits(seed: int) -> None:
         assert all(replace(forecast, retention=retention).peak_bytes <= usable for forecast in larger), retention
 
 
-def test_half_the_room_that_is_left_is_for_larger_batches() -> None:
+def test_what_is_given_stays_and_half_the_room_is_for_larger_batches() -> None:
+    """Of the kind that is not given as many chunks as fit, and half of the tokens that there is room for besides."""
     nothing = _forecast()
-    two = _keeping(nothing, 2)
-    for kept, given, own in ((two, (None, 0), "kept_bytes"), (_keeping(nothing, 0, 2), (0, None), "products_bytes")):
-        dearest = (nothing.costs[own] / nothing.costs.tokens).max()
-        found = most_retained(nothing, kept.peak_bytes + 2 * dearest, given, ALONE)
-        assert sum(found) == sum(kept.retention) + 1 and found[given.index(0)] == 0
+    one = _keeping(nothing, 1).retention.graphs
+    cases = [
+        ((2, 0), (None, 0), "kept_bytes"),
+        ((0, 2), (0, None), "products_bytes"),
+        ((1, 2), (one, None), "products_bytes"),
+    ]
+    for chunks, given, own in cases:
+        kept, dearest = _keeping(nothing, *chunks), (nothing.costs[own] / nothing.costs.tokens).max()
+        expected = [tokens + (fixed is None) for tokens, fixed in zip(kept.retention, given, strict=True)]
+        assert list(most_retained(nothing, kept.peak_bytes + 3 * dearest, given, ALONE)) == expected
+    assert most_retained(nothing, 1e9, (0, 0), ALONE) == NOTHING
     assert most_retained(nothing, 1e9, (None, None), ALONE) == (sum(nothing.costs.tokens) + WORKLOAD.tokens_per_chunk, 0)
 
 
@@ -149,16 +156,6 @@ def test_products_that_spare_no_time_are_not_kept() -> None:
     assert most_retained(nothing, roomy, (None, None), ALONE).products > 0
     found = most_retained(useless, roomy, (None, None), ALONE)
     assert found == most_retained(useless, roomy, (None, 0), ALONE) and found.graphs > 0
-
-
-def test_what_is_given_stays_and_the_other_kind_takes_the_room() -> None:
-    nothing = _forecast()
-    roomy, one = _keeping(nothing, 3), _keeping(nothing, 1).retention.graphs
-    assert most_retained(nothing, roomy.peak_bytes, (0, 0), ALONE) == NOTHING
-    assert most_retained(nothing, roomy.peak_bytes, (None, 0), ALONE).graphs >= roomy.retention.graphs
-    found = most_retained(nothing, roomy.peak_bytes, (one, None), ALONE)
-    assert found.graphs == one and replace(nothing, retention=found).count("products") > 2
-    assert most_retained(nothing, 1e9, (one, None), ALONE).products >= nothing.costs.tokens.sum() - one
 
 
 @pytest.mark.parametrize("packed", [False, True])
