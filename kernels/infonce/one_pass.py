@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.exclusions import MaskTables
-from kernels.infonce.reference import log_one_plus_exp
 from kernels.infonce.rows import finish_passages, finish_queries, target_similarities, weigh_rows
+from kernels.infonce.terms import log_one_plus_exp
 from kernels.infonce.tile_pass import Pass, tile_pass
 from kernels.infonce.tiles import aligned
 from kernels.infonce.two_pass import INNER, Operands, Shifts, Workspace, estimate_shifts, exact_row_shifts, log_of, outside, slabs

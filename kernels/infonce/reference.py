@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.exclusions import Exclusions, MaskTables, known_pairs
+from kernels.infonce.terms import Terms
 
 Precision = Literal["bf16", "high", "fp32"]  # what similarities are computed from: see `kernels.infonce.api`
 
@@ -85,30 +86,16 @@ def infonce(
     row_lse, column_lse = negatives_lse(queries, passages, scale, exclusions, columns=symmetric, precision=precision)
     q, p = rounded(queries, precision), rounded(passages, precision)
     logit = scale * (q * p[targets]).sum(dim=1)  # [B]
-    against_row = row_lse - logit
-    loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()  # pull: −dL/dlogit of the target
-    row_pull, column_log_weights = pull, None
-    if column_lse is not None:
-        against_column = column_lse[targets] - logit
-        loss = (loss + log_one_plus_exp(against_column)) / 2
-        row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
-        pull = row_pull + column_pull
-        passage_pull = torch.zeros_like(column_lse).index_add(0, targets, column_pull)
-        column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
+    terms = Terms.of(row_lse, column_lse, logit, targets, weights)
     if not gradients:
-        return loss, None, None, None
-    row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
+        return terms.loss, None, None, None
     dqueries, dpassages = negatives_gradient(
-        queries, passages, scale, row_log_weights, column_log_weights, exclusions, precision=precision
-    )  # fmt: skip
-    dqueries -= scale * pull[:, None] * p[targets]
-    dpassages.index_add_(0, targets, -scale * pull[:, None] * q)
-    return loss, dqueries, dpassages, (q * dqueries).sum() / scale
-
-
-def log_one_plus_exp(x: Tensor) -> Tensor:
-    """log(1 + eˣ) in full precision for any x, −inf included."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+        queries, passages, scale, terms.row_log_weights, terms.column_log_weights, exclusions, precision=precision
+    )
+    at_targets = scale * terms.target_gradient[:, None]
+    dqueries -= at_targets * p[targets]
+    dpassages.index_add_(0, targets, -at_targets * q)
+    return terms.loss, dqueries, dpassages, (q * dqueries).sum() / scale
 
 
 def with_targets(exclusions: Exclusions | None, targets: Tensor, N: int) -> Exclusions:

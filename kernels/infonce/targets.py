@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.dispatch import on_kernels
 from kernels.infonce.reference import Precision, rounded
 
-__all__ = ["pull_targets", "sum_by_target", "target_similarities"]
+__all__ = ["pull_targets", "target_similarities"]
 
 _ROWS_AT_ONCE = 65_536  # of a target's embeddings held beside their queries'
 
@@ -28,12 +28,6 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, p
         return rows.target_similarities(queries, passages, targets)
     parts = torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE)
     return torch.cat([(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts])
-
-
-def sum_by_target(values: Tensor, targets: Tensor, N: int) -> Tensor:
-    """Σ_{i : targets_i = j} values_i for each of N passages j, in a fixed order: [N] of the dtype of values [B]; targets [B] in 0..N−1."""
-    # As index_put_, which sorts before it adds, but without the question whether targets are in range: the host would wait for the answer.
-    return torch._index_put_impl_(values.new_zeros(N), (targets,), values, accumulate=True, unsafe=True)
 
 
 def pull_targets(

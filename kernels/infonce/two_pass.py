@@ -19,9 +19,8 @@ from torch import Tensor
 
 from kernels.infonce.deferred import Deferred
 from kernels.infonce.exclusions import MaskTables
-from kernels.infonce.reference import log_one_plus_exp
 from kernels.infonce.rows import LARGEST_SUM, SMALLEST_SUM, finish_passages, finish_queries, target_similarities
-from kernels.infonce.targets import sum_by_target
+from kernels.infonce.terms import Terms
 from kernels.infonce.tile_pass import Pass, tile_pass
 from kernels.infonce.tiles import LOG2E, aligned
 from kernels.matmul import add_product, parts_of
@@ -279,20 +278,11 @@ def infonce(
     shifts = estimate_shifts(x, scale, symmetric, largest)
     row_lse, column_lse = negatives_lse(x, scale, masks, shifts, symmetric)
     logit = scale * target_similarities(x.queries, x.passages, targets)
-    against_row = row_lse - logit
-    loss, pull = log_one_plus_exp(against_row), weights * against_row.sigmoid()
-    row_pull, column_log_weights = pull, None
-    if column_lse is not None:
-        against_column = column_lse[targets] - logit
-        loss = (loss + log_one_plus_exp(against_column)) / 2
-        row_pull, column_pull = pull / 2, weights * against_column.sigmoid() / 2
-        pull = row_pull + column_pull
-        passage_pull = sum_by_target(column_pull, targets, len(column_lse))  # a target of several queries has a term for each
-        column_log_weights = torch.where(passage_pull > 0, passage_pull.log() - column_lse, -torch.inf)
+    terms = Terms.of(row_lse, column_lse, logit, targets, weights)
     if not gradients:
-        return loss, None, None, None
-    row_log_weights = torch.where(row_pull > 0, row_pull.log() - row_lse, -torch.inf)
-    dqueries, dpassages = negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, shifts.constant, budget)
-    along = finish_queries(dqueries, x.queries, x.passages, targets, None, scale * pull)
-    finish_passages(dpassages, x.queries, targets, scale * pull)
-    return loss, dqueries, dpassages, along.sum() / scale
+        return terms.loss, None, None, None
+    dqueries, dpassages = negatives_gradient(x, scale, masks, terms.row_log_weights, terms.column_log_weights, shifts.constant, budget)
+    at_targets = scale * terms.target_gradient
+    along = finish_queries(dqueries, x.queries, x.passages, targets, None, at_targets)
+    finish_passages(dpassages, x.queries, targets, at_targets)
+    return terms.loss, dqueries, dpassages, along.sum() / scale

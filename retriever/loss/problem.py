@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions, Precision
@@ -45,8 +44,3 @@ class Problem:
     def positive_logits(self) -> Tensor:
         """scale · s_it [B] for each row's positive t."""
         return self.scale * (self.queries * self.passages[self.columns]).sum(dim=1)
-
-
-def nll(negatives_lse: Tensor, positive_logits: Tensor) -> Tensor:
-    """log(exp(s) + exp(lse)) − s, without cancellation where the positive dominates; 0 where lse is −inf."""
-    return torch.logaddexp(negatives_lse - positive_logits, torch.zeros_like(positive_logits))

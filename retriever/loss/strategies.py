@@ -22,7 +22,8 @@ from torch import Tensor
 
 from kernels.infonce.api import Exclusions
 from kernels.infonce.reference import known_pairs
-from retriever.loss.problem import Problem, nll
+from kernels.infonce.terms import log_one_plus_exp
+from retriever.loss.problem import Problem
 from retriever.loss.tiled import tiled
 from retriever.parallel.world import World
 
@@ -38,9 +39,9 @@ def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         whole = replace(problem, queries=q, passages=p, positives=positives, exclusions=exclusions)
         logits = _masked_logits(q, p, exclusions, problem.scale)
         positive = whole.positive_logits()
-        losses = nll(logits.logsumexp(dim=1), positive)
+        losses = log_one_plus_exp(logits.logsumexp(dim=1) - positive)
         if problem.symmetric:
-            losses = 0.5 * (losses + nll(logits.logsumexp(dim=0)[whole.columns], positive))
+            losses = 0.5 * (losses + log_one_plus_exp(logits.logsumexp(dim=0)[whole.columns] - positive))
         losses = losses.where(whole.active, 0.0)
         dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
     return losses.detach()[queries.own], dqueries[queries.own], dpassages[passages.own]
@@ -84,11 +85,11 @@ def _rows_against_all(problem: Problem, world: World, q: Tensor, p: Tensor, ever
     every_id = world.gather_rows(problem.exclusions.passage_ids).rows
     rows = _masked_logits(q, every_p, replace(problem.exclusions, passage_ids=every_id), problem.scale)  # [B, n]
     positive = replace(problem, queries=q, passages=p).positive_logits()
-    losses = nll(rows.logsumexp(dim=1), positive)
+    losses = log_one_plus_exp(rows.logsumexp(dim=1) - positive)
     if every_q is not None:
         exclusions = _exclusions_of_all_rows(problem, world, problem.exclusions.passage_ids)
         columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
-        losses = 0.5 * (losses + nll(columns.logsumexp(dim=0)[problem.columns], positive))
+        losses = 0.5 * (losses + log_one_plus_exp(columns.logsumexp(dim=0)[problem.columns] - positive))
     return losses.where(problem.active, 0.0)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.infonce.targets import sum_by_target
-from retriever.loss.problem import Problem, nll
+from kernels.infonce.terms import log_one_plus_exp, sum_by_target
+from retriever.loss.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Terms:
         """
         active, columns = problem.active, problem.columns
         weight = problem.weight if column_lse is None else problem.weight / 2
-        losses, share = nll(row_lse, positive), torch.sigmoid(row_lse - positive)
+        losses, share = log_one_plus_exp(row_lse - positive), torch.sigmoid(row_lse - positive)
         row_log_weights = (math.log(weight) - torch.logaddexp(positive, row_lse)).where(active, -torch.inf)
         column_log_weights = None
         if column_lse is not None:
             of_targets = column_lse[columns]  # [B]
-            losses = (losses + nll(of_targets, positive)) / 2
+            losses = (losses + log_one_plus_exp(of_targets - positive)) / 2
             column_share = torch.sigmoid(of_targets - positive)
             share = share + column_share
             # A passage that several queries have as target has a term for each.
