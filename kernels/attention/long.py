@@ -70,6 +70,21 @@ def place(starts, blocks, heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def block_rows(start, first, count, BLOCK: tl.constexpr):
+    """(0..BLOCK − 1, the block's rows in the text, which exist, the text's first token, the block's first token)."""
+    local = tl.arange(0, BLOCK)
+    token = start.to(tl.int64)
+    return local, first + local, first + local < count, token, token + first
+
+
+@triton.jit
+def load_visited(left, right, left_stride, right_stride, rows, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same rows of two tensors, counted from the text's first token; zeros behind its end."""
+    at, inside = rows.to(tl.int64), rows < count
+    return load_rows(left, left_stride, at, inside, D, BLOCK_D), load_rows(right, right_stride, at, inside, D, BLOCK_D)
+
+
+@triton.jit
 def allowed_pairs(query_rows, key_rows, count, window, CAUSAL: tl.constexpr):
     """Whether a query looks at a key, both counted from the text's first token."""
     allowed = key_rows < count
@@ -111,11 +126,8 @@ def _forward_blocks(
     head, start, count, first = place(starts, blocks, heads, BLOCK)
     if first >= count:
         return
-    rows = first + tl.arange(0, BLOCK)
-    inside = rows < count
-    token = start.to(tl.int64)
-    at = (token + first).to(tl.int64)
-    q = load_rows(query + at * query_stride + head * query_head, query_stride, tl.arange(0, BLOCK), inside, D, BLOCK_D)
+    local, rows, inside, token, at = block_rows(start, first, count, BLOCK)
+    q = load_rows(query + at * query_stride + head * query_head, query_stride, local, inside, D, BLOCK_D)
     key += token * key_stride + head // GROUP * key_head
     value += token * value_stride + head // GROUP * value_head
     if DROP_BELOW > 0:
@@ -126,8 +138,7 @@ def _forward_blocks(
     low, high = keys_seen(first, count, window, CAUSAL, BLOCK, VISITED)
     for begin in range(low, high, VISITED):
         columns = begin + tl.arange(0, VISITED)
-        k = load_rows(key, key_stride, columns.to(tl.int64), columns < count, D, BLOCK_D)
-        v = load_rows(value, value_stride, columns.to(tl.int64), columns < count, D, BLOCK_D)
+        k, v = load_visited(key, value, key_stride, value_stride, columns, count, D, BLOCK_D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         x = tl.where(allowed_pairs(rows[:, None], columns[None, :], count, window, CAUSAL), x, -float("inf"))
         higher = tl.maximum(top, tl.max(x, 1))
@@ -141,7 +152,7 @@ def _forward_blocks(
         top = higher
     total = tl.where(inside, total, 1.0)
     o = o * (KEEP_SCALE / total)[:, None]
-    store_rows(out + (at * heads + head) * D, heads * D, tl.arange(0, BLOCK), inside, o, D, BLOCK_D)
+    store_rows(out + (at * heads + head) * D, heads * D, local, inside, o, D, BLOCK_D)
     tl.store(lse + head.to(tl.int64) * tokens + start + rows, top + tl.log2(total), inside)
 
 
@@ -166,11 +177,7 @@ def _dquery_blocks(
     head, start, count, first = place(starts, blocks, heads, BLOCK)
     if first >= count:
         return
-    local = tl.arange(0, BLOCK)
-    rows = first + local
-    inside = rows < count
-    token = start.to(tl.int64)
-    at = token + first
+    local, rows, inside, token, at = block_rows(start, first, count, BLOCK)
     q = load_rows(query + at * query_stride + head * query_head, query_stride, local, inside, D, BLOCK_D)
     do = load_rows(dout + at * dout_stride + head * dout_head, dout_stride, local, inside, D, BLOCK_D)
     o = load_rows(out + (at * heads + head) * D, heads * D, local, inside, D, BLOCK_D)
@@ -186,8 +193,7 @@ def _dquery_blocks(
     low, high = keys_seen(first, count, window, CAUSAL, BLOCK, VISITED)
     for begin in range(low, high, VISITED):
         columns = begin + tl.arange(0, VISITED)
-        k = load_rows(key, key_stride, columns.to(tl.int64), columns < count, D, BLOCK_D)
-        v = load_rows(value, value_stride, columns.to(tl.int64), columns < count, D, BLOCK_D)
+        k, v = load_visited(key, value, key_stride, value_stride, columns, count, D, BLOCK_D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(x * scale_log2 - row_lse[:, None])
         p = tl.where(allowed_pairs(rows[:, None], columns[None, :], count, window, CAUSAL), p, 0.0)
@@ -220,11 +226,7 @@ def _dkey_blocks(
     group, start, count, first = place(starts, blocks, key_heads, BLOCK)
     if first >= count:
         return
-    local = tl.arange(0, BLOCK)
-    columns = first + local
-    inside = columns < count
-    token = start.to(tl.int64)
-    at = token + first
+    local, columns, inside, token, at = block_rows(start, first, count, BLOCK)
     k = load_rows(key + at * key_stride + group * key_head, key_stride, local, inside, D, BLOCK_D)
     v = load_rows(value + at * value_stride + group * value_head, value_stride, local, inside, D, BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
@@ -244,8 +246,7 @@ def _dkey_blocks(
             word = head_key(seed, head)
         for begin in range(low, high, VISITED):
             rows = begin + tl.arange(0, VISITED)
-            q = load_rows(head_query, query_stride, rows.to(tl.int64), rows < count, D, BLOCK_D)
-            do = load_rows(head_dout, dout_stride, rows.to(tl.int64), rows < count, D, BLOCK_D)
+            q, do = load_visited(head_query, head_dout, query_stride, dout_stride, rows, count, D, BLOCK_D)
             row_lse = tl.load(lse + statistics + rows, rows < count, other=float("inf"))
             row_delta = tl.load(delta + statistics + rows, rows < count, other=0.0)
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [keys, queries]

@@ -63,21 +63,20 @@ def tile_for(query: Tensor, longest: int) -> Tile:
 
 
 @triton.jit
-def _extent(starts, first, per, n):
-    """(the first token of the tile's texts, their number of tokens)."""
+def _tile_of_program(starts, per, n, heads, TEXTS: tl.constexpr, BLOCK: tl.constexpr):
+    """(head, the tile's first token, its number of tokens, its rows, which of the tile's texts each belongs to).
+
+    Heads of a token are neighbours in memory. Rows behind the last text form a text of their own; where a tile has one text, all are alone.
+    """
+    first = tl.program_id(0) // heads * per
     start = tl.load(starts + first)
-    return start, tl.load(starts + min(first + per, n)) - start
-
-
-@triton.jit
-def _segments(starts, first, per, n, start, rows, TEXTS: tl.constexpr):
-    """Which of the tile's texts each row belongs to, where there are several; rows behind the last text form one of their own."""
-    if TEXTS == 1:
-        return rows
-    else:
+    rows = tl.arange(0, BLOCK)
+    segments = rows
+    if TEXTS > 1:
         texts = tl.arange(0, TEXTS)
         ends = tl.load(starts + first + 1 + texts, (texts < per) & (first + texts < n), other=2147483647) - start
-        return tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+        segments = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+    return tl.program_id(0) % heads, start, tl.load(starts + min(first + per, n)) - start, rows, segments
 
 
 @triton.jit
@@ -113,14 +112,10 @@ def _forward_tiles(
     TEXTS: tl.constexpr,  # power of two, at least `per`
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads  # heads of a token are neighbours in memory
-    first = tl.program_id(0) // heads * per
-    start, count = _extent(starts, first, per, n)
+    head, start, count, rows, segments = _tile_of_program(starts, per, n, heads, TEXTS, BLOCK)
     if count == 0:
         return
-    rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
     k = load_rows(key + token * key_stride + head // GROUP * key_head, key_stride, rows, inside, D, BLOCK_D)
@@ -158,14 +153,10 @@ def _backward_tiles(
     TEXTS: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0) % key_heads
-    first = tl.program_id(0) // key_heads * per
-    start, count = _extent(starts, first, per, n)
+    group, start, count, rows, segments = _tile_of_program(starts, per, n, key_heads, TEXTS, BLOCK)
     if count == 0:
         return
-    rows = tl.arange(0, BLOCK)
     inside = rows < count
-    segments = _segments(starts, first, per, n, start, rows, TEXTS)
     token = start.to(tl.int64)
     k = load_rows(key + token * key_stride + group * key_head, key_stride, rows, inside, D, BLOCK_D)
     v = load_rows(value + token * value_stride + group * value_head, value_stride, rows, inside, D, BLOCK_D)

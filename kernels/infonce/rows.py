@@ -22,9 +22,11 @@ SMALLEST_SUM, LARGEST_SUM = 2.0**-96, 2.0**84
 
 
 @triton.jit
-def _target_rows(passages, targets, rows, inside, stride):
-    """Pointers [rows, 1] to the targets' vectors."""
-    return passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * stride
+def _target_rows(passages, targets, B, stride, BLOCK_B: tl.constexpr):
+    """(a program's rows, which exist, pointers [rows, 1] to their targets' vectors)."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = rows < B
+    return rows, inside, passages + tl.load(targets + rows, inside, other=0).to(tl.int64)[:, None] * stride
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -40,10 +42,8 @@ def _target_similarities(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = rows < B
+    rows, inside, target_rows = _target_rows(passages, targets, B, passage_stride, BLOCK_B)
     query_rows = queries + rows.to(tl.int64)[:, None] * query_stride
-    target_rows = _target_rows(passages, targets, rows, inside, passage_stride)
     similarity = tl.zeros((BLOCK_B,), tl.float32)
     for d in range(0, D, BLOCK_D):
         at = d + tl.arange(0, BLOCK_D)
@@ -120,9 +120,7 @@ def _finish_queries(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    inside = rows < B
-    target_rows = _target_rows(passages, targets, rows, inside, passage_stride)
+    rows, inside, target_rows = _target_rows(passages, targets, B, passage_stride, BLOCK_B)
     pull = tl.load(target_weight + rows, inside, other=0.0)
     dot = tl.zeros((BLOCK_B,), tl.float32)
     for d in range(0, D, BLOCK_D):

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.dispatch import persistent_grid
 from kernels.dropout import drop_below
 from kernels.layers import norm
-from kernels.layers.norm import keep_elements, standardize
+from kernels.layers.norm import keep_elements, standardize, standardize_gradient
 
 ROWS = 2  # a program's, forward
 _COLUMNS_PER_WARP = 256
@@ -115,10 +115,7 @@ def _embed_norm_backward(
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         normalised = tl.where(inside, normalised, 0.0)
-        weighted = g * scale[None, :]
-        level = tl.sum(weighted, 1) / D
-        along = tl.sum(weighted * normalised, 1) / D
-        dz = tl.where(inside, spread * (weighted - level[:, None] - normalised * along[:, None]), 0.0)
+        dz = tl.where(inside, standardize_gradient(g, normalised, scale, spread, D), 0.0)
         tl.store(dz_out + at, dz, inside)
         dweight += tl.sum(g * normalised, 0)
         dbias += tl.sum(g, 0)

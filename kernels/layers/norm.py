@@ -76,6 +76,15 @@ def standardize(z, in_columns, eps, D: tl.constexpr):
     return level, tl.rsqrt(tl.sum(centred * centred, 1) / D + eps), centred
 
 
+@triton.jit
+def standardize_gradient(g, normalised, weight, spread, D: tl.constexpr):
+    """The gradient at z, with g the gradient at weight · normalised [rows, columns]; spread [rows, 1], g is 0 beyond D."""
+    weighted = g * weight[None, :]
+    level = tl.sum(weighted, 1) / D
+    along = tl.sum(weighted * normalised, 1) / D
+    return spread * (weighted - level[:, None] - normalised * along[:, None])
+
+
 @triton.jit(do_not_specialize=["T"])
 def _norm_forward(
     x,  # [T, D]
@@ -152,10 +161,7 @@ def _norm_backward(
             g += tl.load(d_normed + at, inside, other=0.0)
         if d_low is not None:
             g += tl.load(d_low + at, inside, other=0.0).to(tl.float32)
-        weighted = g * w[None, :]
-        level = tl.sum(weighted, 1) / D
-        along = tl.sum(weighted * normalised, 1) / D
-        dz = spread * (weighted - level[:, None] - normalised * along[:, None])
+        dz = standardize_gradient(g, normalised, w, spread, D)
         tl.store(dresidual + at, dz, inside)
         if THRESHOLD > 0:
             dz = tl.where(keep, dz * inverse_keep, 0.0)
