@@ -36,10 +36,10 @@ class Mask:
     """What a token may look at in its own text, and the dropout of the probabilities."""
 
     scale: float
-    dropout: float
-    seed: Tensor | None  # int64 [1]
-    causal: bool
-    window: int | None
+    dropout: float = 0.0
+    seed: Tensor | None = None  # int64 [1]
+    causal: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Layer(NamedTuple):
     def mask(self, width: int) -> Mask:
         """Of attention between heads of `width` dimensions."""
         dropout, seed = self.dropouts[0], self.seeds[0]
-        return Mask(width**-0.5, dropout, seed if dropout > 0 else None, False, None)
+        return Mask(width**-0.5, dropout, seed if dropout > 0 else None)
 
 
 class Products(NamedTuple):

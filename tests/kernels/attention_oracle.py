@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.api import packed_attention
-from kernels.attention.reference import kept
+from kernels.attention.reference import Mask, kept
 from tests.kernels.oracle import relative_error
 
 NAMES = ("output", "dquery", "dkey", "dvalue")
@@ -35,39 +35,29 @@ def heads_of(T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64,
     return each(parts, lambda part: (part if fused else part.contiguous()).detach().requires_grad_())
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    *,
-    scale: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, mask: Mask) -> Tensor:
     """softmax(scale · Q Kᵀ + mask) V with everything as a matrix, [T, H, d]."""
     T, H, _ = query.shape
     token = torch.arange(T, device=query.device)
     text = torch.searchsorted(starts.long(), token, right=True)
     allowed = text[:, None] == text[None, :]
-    if causal:
+    if mask.causal:
         allowed = allowed & (token[:, None] >= token[None, :])
-    if window is not None:
-        allowed = allowed & ((token[:, None] - token[None, :]).abs() <= window)
+    if mask.window is not None:
+        allowed = allowed & ((token[:, None] - token[None, :]).abs() <= mask.window)
     share = H // key.shape[1]
-    scores = scale * torch.einsum("ihd,jhd->hij", query, key.repeat_interleave(share, dim=1))
+    scores = mask.scale * torch.einsum("ihd,jhd->hij", query, key.repeat_interleave(share, dim=1))
     probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    if seed is not None and dropout > 0:
-        probabilities = probabilities * kept(seed, torch.arange(H, device=query.device), token, token, dropout) / (1 - dropout)
+    if mask.seed is not None and mask.dropout > 0:
+        survivors = kept(mask.seed, torch.arange(H, device=query.device), token, token, mask.dropout)
+        probabilities = probabilities * survivors / (1 - mask.dropout)
     return torch.einsum("hij,jhd->ihd", probabilities, value.repeat_interleave(share, dim=1))
 
 
 def errors(inputs: Heads, starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
     """Relative errors of `packed_attention` and its gradients against the definition in float64."""
     exact = each(inputs, lambda x: x.detach().double().requires_grad_())
-    output, want = packed_attention(*inputs, starts, longest, **options), dense_attention(*exact, starts, **options)
+    output, want = packed_attention(*inputs, starts, longest, **options), dense_attention(*exact, starts, Mask(**options))
     weights = torch.randn(output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device).to(output.dtype)
     got = [output.detach(), *torch.autograd.grad(output, inputs, weights)]
     wanted = [want.detach(), *torch.autograd.grad(want, exact, weights.double())]

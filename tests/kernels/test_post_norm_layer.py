@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
+from kernels.attention.reference import Mask
 from kernels.dropout import keep_mask
 from kernels.layers import post_norm as module
 from kernels.layers.post_norm import Layer, Parameters, Products, factors, post_norm_layer, without_graph
@@ -54,8 +55,7 @@ def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
         linear(stream, weight, bias).view(T, layer.heads, -1)
         for weight, bias in ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
     )
-    scale = (D // layer.heads) ** -0.5
-    context = dense_attention(query, key, value, layer.starts, scale=scale, dropout=layer.dropouts[0], seed=layer.seeds[0])
+    context = dense_attention(query, key, value, layer.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0]))
     added = dropped(linear(context.flatten(1), p.attended_weight, p.attended_bias), 1)
     middle = layer_norm(stream + added, (D,), p.attended_norm_weight, p.attended_norm_bias, layer.eps)
     added = dropped(linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2)
