@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.layers.post_norm import Products
+from kernels.layers.post_norm import SavedActivations
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
@@ -31,7 +31,7 @@ class Begun(NamedTuple):
 
     chunk: Chunk
     state: RngState
-    products: deque[Products]  # of each layer; the second pass takes them out
+    saved: deque[SavedActivations]  # of each layer; the second pass takes them out
 
 
 class FirstPass(NamedTuple):
@@ -55,15 +55,15 @@ def encode_without_graph(
     first, budget = FirstPass([], [], [], []), Budget(retention)
     for chunk in batch.chunks:
         keeps = budget.take(chunk.tokens.input_ids.numel())
-        products = deque[Products]() if keeps == "products" else None
+        saved = deque[SavedActivations]() if keeps == "products" else None
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(keeps == "graph"):
-            embeddings = _encode(encoder, chunk, products)  # [n, D]
+            embeddings = _encode(encoder, chunk, saved)  # [n, D]
         first.places.append(room.put(chunk, embeddings.detach()))
         if keeps == "graph":
             first.kept.append(embeddings)
-        elif products is not None:
-            first.begun.append(Begun(chunk, state, products))
+        elif saved is not None:
+            first.begun.append(Begun(chunk, state, saved))
         else:
             first.states.append(state)
     return room.finished(), first
@@ -96,9 +96,9 @@ def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Repr
 def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterator[Tensor]:
     """Every chunk's embeddings [n, D], with a graph."""
     yield from first.kept
-    for chunk, state, products in first.begun:
+    for chunk, state, saved in first.begun:
         with state.restored():
-            embeddings = _encode(encoder, chunk, products)
+            embeddings = _encode(encoder, chunk, saved)
         yield embeddings
     for chunk, state in zip(batch.chunks.starting_at(len(first.kept) + len(first.begun)), first.states, strict=True):
         with state.restored():
@@ -106,6 +106,6 @@ def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterat
         yield embeddings
 
 
-def _encode(encoder: DualEncoder, chunk: Chunk, products: deque[Products] | None = None) -> Tensor:
+def _encode(encoder: DualEncoder, chunk: Chunk, saved: deque[SavedActivations] | None = None) -> Tensor:
     """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
-    return encoder(chunk.side, chunk.tokens, products)[: len(chunk.rows)]
+    return encoder(chunk.side, chunk.tokens, saved)[: len(chunk.rows)]

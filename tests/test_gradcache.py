@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels.layers.post_norm import Products
+from kernels.layers.post_norm import SavedActivations
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks
@@ -43,8 +43,8 @@ class Recording(nn.Module):
         self.outputs: list[Tensor] = []
         self.with_graph: list[bool] = []
 
-    def forward(self, side: str, tokens: Padded | Packed, products: deque[Products] | None = None) -> Tensor:
-        output = self.encoder(side, tokens, products)
+    def forward(self, side: str, tokens: Padded | Packed, saved: deque[SavedActivations] | None = None) -> Tensor:
+        output = self.encoder(side, tokens, saved)
         self.outputs.append(output.detach().clone())
         self.with_graph.append(output.requires_grad)
         return output

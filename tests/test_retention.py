@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention.api import attention_forward
 from kernels.layers import post_norm as post_norm_layer
-from kernels.layers.post_norm import Products
+from kernels.layers.post_norm import SavedActivations
 from retriever.config import BatchConfig, LossConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -83,9 +83,9 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
     encoder = _fused(folder, dropout=True)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
-    assert [len(begun.products) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
+    assert [len(begun.saved) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    narrow = [weakref.ref(products.narrow) for begun in first.begun for products in begun.products]
+    narrow = [weakref.ref(saved.narrow) for begun in first.begun for saved in begun.saved]
     alive: list[int] = []
     backward = torch.Tensor.backward
 
@@ -95,14 +95,14 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     backward_through_encoder(encoder, batch, gradients, first)
-    assert not any(begun.products for begun in first.begun)
+    assert not any(begun.saved for begun in first.begun)
     assert alive == list(range(len(narrow)))[::-1]
 
 
 def test_products_of_other_calls_are_refused(folder: Path) -> None:
     encoder = _fused(folder, dropout=False)
     first, *_, last = (chunk.tokens for chunk in rank_batch(WHOLE, 0, 40, packed=True)[0].chunks)
-    products = deque[Products]()
+    products = deque[SavedActivations]()
     with pytest.raises(ValueError, match="expected the products of 1 layer, received those of 0"):
         encoder("query", first, products)
     with torch.no_grad():

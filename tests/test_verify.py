@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.layers.post_norm import Products, without_graph
+from kernels.layers.post_norm import SavedActivations, without_graph
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
@@ -126,7 +126,7 @@ def test_a_replay_that_is_wrong_on_one_side_is_found(encoder: DualEncoder, side:
     assert gradient_error(encoder, LossConfig(temperature=0.07), batch).gradient_error > BROKEN
 
 
-def _swapped(*given: Any, **form: Any) -> tuple[Any, Tensor, Products]:
+def _swapped(*given: Any, **form: Any) -> tuple[Any, Tensor, SavedActivations]:
     stream, rounded, products = without_graph(*given, **form)
     return stream, rounded, products._replace(narrow=products.narrow.roll(1, 0))
 

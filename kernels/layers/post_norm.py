@@ -73,7 +73,7 @@ class Layer(NamedTuple):
         return Mask(width**-0.5, dropout, seed if dropout > 0 else None)
 
 
-class Products(NamedTuple):
+class SavedActivations(NamedTuple):
     """What of a layer takes longest to compute for the memory it takes: in half precision 4 bytes of a number of the stream, and lse."""
 
     context: Tensor  # [T, heads, d]: what attention makes of the values
@@ -91,7 +91,7 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
 
 
 def post_norm_layer(
-    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, products: Products | None = None
+    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, saved: SavedActivations | None = None
 ) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and the same rounded.
 
@@ -99,22 +99,24 @@ def post_norm_layer(
     nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
     without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
     pass did, and raises where a parameter that it reads again (attended_bias, narrowed_bias, the norms' weights) was changed in between.
-    `products` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps its bits.
+    `saved` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps its bits.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, products, *parameters)
+    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, saved, *parameters)
     return stream, stream if low is None else low
 
 
 @torch.no_grad()
-def without_graph(stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters) -> tuple[Tensor, Tensor, Products]:
+def without_graph(
+    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters
+) -> tuple[Tensor, Tensor, SavedActivations]:
     """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most work.
 
     Next to nothing is written that only a backward pass would read.
     """
     passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
     low: Any = passed.out if passed.out_low is None else passed.out_low
-    return passed.out, low, Products(passed.context, passed.lse, passed.narrow)
+    return passed.out, low, SavedActivations(passed.context, passed.lse, passed.narrow)
 
 
 class _Passed(NamedTuple):
@@ -136,7 +138,7 @@ class _Passed(NamedTuple):
 
 
 def _forward(
-    stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: Products | None, *, keep: bool
+    stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: SavedActivations | None, *, keep: bool
 ) -> _Passed:
     """`keep`: with the result of the first product of the widened part, which a backward pass reads."""
     x: Any = stream if low is None else low
@@ -167,10 +169,10 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, products: Products | None, *tensors: Tensor
+        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, saved: SavedActivations | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a: Any = _forward(stream, low, layer, read, p, products, keep=True)
+        a: Any = _forward(stream, low, layer, read, p, saved, keep=True)
         x, y = (stream, a.middle) if low is None else (low, a.middle_low)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
         ctx.set_materialize_grads(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kernels.layers.post_norm import Products
+from kernels.layers.post_norm import SavedActivations
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
@@ -93,23 +93,23 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, side: Side, tokens: Padded | Packed, products: deque[Products] | None = None) -> Tensor:
+    def forward(self, side: Side, tokens: Padded | Packed, saved: deque[SavedActivations] | None = None) -> Tensor:
         """Embeddings [n, D] float32 (float64 after `.double()`) of n texts of one side, each of at least one token.
 
         After `pack` the texts come `Packed`, before it `Padded`. Where the encoder `keeps_products`, a call without a graph puts those of
-        each layer into `products`, and a later call for the same texts with a graph takes them out of it instead of computing them.
-        Raises ValueError for the other layout, a chunk without a token, or `products` of layers that keep none.
+        each layer into `saved`, and a later call for the same texts with a graph takes them out of it instead of computing them.
+        Raises ValueError for the other layout, a chunk without a token, or `saved` of layers that keep none.
         """
         if tokens.input_ids.numel() == 0:
             raise ValueError(f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text")
         if isinstance(tokens, Packed) != self.packed:
             raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}")
-        if products is not None and not self.keeps_products:
+        if saved is not None and not self.keeps_products:
             raise ValueError("products of layers are kept by fused layers only; call fuse_layers first")
         tower = self.query_tower if side == "query" else self.passage_tower
         with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if isinstance(tokens, Packed):
-                kept = {} if products is None else {"packed_products": products}
+                kept = {} if saved is None else {"packed_products": saved}
                 hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, D]
                 embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, D]
             else:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.layers.post_norm import Factors, Layer, Parameters, Products, factors, post_norm_layer, without_graph
+from kernels.layers.post_norm import Factors, Layer, Parameters, SavedActivations, factors, post_norm_layer, without_graph
 from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
@@ -81,7 +81,7 @@ class FusedLayers(nn.Module):
         *,
         packed_starts: Tensor,
         packed_longest: int,
-        packed_products: deque[Products] | None = None,
+        packed_products: deque[SavedActivations] | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
@@ -106,10 +106,10 @@ class FusedLayers(nn.Module):
                 if torch.is_grad_enabled():
                     stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
                 else:
-                    stream, rounded, products = without_graph(*given)
+                    stream, rounded, saved = without_graph(*given)
                     if packed_products is not None:
-                        packed_products.append(products)
-                    del products  # their memory is the next layer's
+                        packed_products.append(saved)
+                    del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
     def _dropouts(self, place: _Place) -> tuple[float, float, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.infonce.exclusions import Pairs
-from kernels.layers.post_norm import Products
+from kernels.layers.post_norm import SavedActivations
 from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
@@ -97,9 +97,9 @@ def measure_chunk(encoder: DualEncoder, side: Side, lengths: np.ndarray) -> Chun
     layout: Padded | Packed = pack_rows(texts) if encoder.packed else pad_rows(texts, 0)
     tokens = layout.map(lambda t: t.to(device))
 
-    def encode(graph: bool, products: deque[Products] | None = None) -> Tensor:
+    def encode(graph: bool, saved: deque[SavedActivations] | None = None) -> Tensor:
         with torch.set_grad_enabled(graph):
-            return encoder(side, tokens, products)
+            return encoder(side, tokens, saved)
 
     direction = torch.full_like(encode(False), 1e-3)
     encode(True).backward(direction)  # compiles, tunes, and makes the parameters' gradients
@@ -113,10 +113,10 @@ def measure_chunk(encoder: DualEncoder, side: Side, lengths: np.ndarray) -> Chun
         del output
         again, products_bytes = forward, 0.0
         if encoder.keeps_products:
-            before, products = allocated_bytes(device), deque[Products]()
-            encode(False, products)
+            before, saved = allocated_bytes(device), deque[SavedActivations]()
+            encode(False, saved)
             products_bytes = allocated_bytes(device) - before
-            again = _measured(device, encode, True, products)[0]
+            again = _measured(device, encode, True, saved)[0]
         seconds = first.seconds, forward.seconds, again.seconds, backward.seconds
         rounds.append((*seconds, products_bytes, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
     return ChunkCost(tokens.input_ids.numel(), *np.median(rounds, axis=0).tolist())

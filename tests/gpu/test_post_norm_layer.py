@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from kernels.layers import gelu_product
-from kernels.layers.post_norm import Parameters, Products
+from kernels.layers.post_norm import Parameters, SavedActivations
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
 from retriever.rng import RngState
@@ -113,7 +113,7 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits(device: str) -> N
     hidden = make_stream(sum(lengths_on(device)), tower.config.hidden_size, torch.float32, device)
     fuse(tower)
     state = RngState.capture(torch.device(device))
-    products = deque[Products]()
+    products = deque[SavedActivations]()
     with torch.no_grad():
         without = encode(tower, hidden, torch.bfloat16, packed_products=products)
     assert len(products) == 2

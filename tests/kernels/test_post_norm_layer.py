@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, layer_norm, linear
 from kernels.attention.reference import Mask
 from kernels.dropout import keep_mask
 from kernels.layers import post_norm as module
-from kernels.layers.post_norm import Layer, Parameters, Products, factors, post_norm_layer, without_graph
+from kernels.layers.post_norm import Layer, Parameters, SavedActivations, factors, post_norm_layer, without_graph
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import gradient, relative_error
 
@@ -172,23 +172,23 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
 ) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
     given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
-    out, rounded, products = without_graph(*given)
-    assert not any(x.requires_grad for x in (out, rounded, *products)) and products.narrow.dtype == computing
+    out, rounded, saved = without_graph(*given)
+    assert not any(x.requires_grad for x in (out, rounded, *saved)) and saved.narrow.dtype == computing
 
-    def gradients(products: Products | None) -> list[Tensor]:
-        results = post_norm_layer(*given, products)
+    def gradients(saved: SavedActivations | None) -> list[Tensor]:
+        results = post_norm_layer(*given, saved)
         squares = torch.stack([x.double().square().sum() for x in results])
         return [*results, *torch.autograd.grad(squares.sum(), (stream, *p))]
 
     expected = gradients(None)
     assert all(torch.equal(a, b) for a, b in zip(expected[:2], (out, rounded), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(products), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, gradients(saved), strict=True))
     backward = Mock(wraps=module.attention_backward)
     monkeypatch.setattr(module, "attention_backward", backward)
-    gradients(products)
-    assert backward.call_args.args[5].data_ptr() == products.lse.data_ptr()  # the kernels of a GPU go on with it
+    gradients(saved)
+    assert backward.call_args.args[5].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
     for name in ("context", "narrow"):  # they are what the layer goes on with
-        others = gradients(products._replace(**{name: getattr(products, name) + 1}))
+        others = gradients(saved._replace(**{name: getattr(saved, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, modeling_flash_attention_utils
 from transformers.utils import import_utils
 
-from kernels.layers.post_norm import Products, without_graph
+from kernels.layers.post_norm import SavedActivations, without_graph
 from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
@@ -85,7 +85,7 @@ def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPat
     assert "the replay differs" in errors["b=8,forgetful"].note and "bitwise" in errors["b=8,right"].note
 
 
-def _other(products: Products) -> Products:
+def _other(products: SavedActivations) -> SavedActivations:
     return products._replace(narrow=products.narrow * 1.01)
 
 
