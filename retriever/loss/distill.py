@@ -27,8 +27,7 @@ def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) 
     The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse; 0 where the row is ignored or its group has no negative.
     Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
     """
-    travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype  # in which their values are exact
-    passages = world.gather_rows(problem.passages.to(travelling))  # [n, D]
+    passages = world.gather_rows(problem.passages.to(problem.wire_dtype))  # [n, D]
     columns = _columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
     sizes = groups.ptr.diff()
     rows = torch.repeat_interleave(torch.arange(len(sizes), device=columns.device), sizes)  # [G]

@@ -39,8 +39,8 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """
     here, cut = _without_rows(problem, world.device), _Cut.of(problem, world)
     tables, copies = _Tables.of(here, cut, world), CopyStream(world.device)
-    queries = HostRows(_travelling(problem.queries, problem, world), cut.size, cut.query_blocks, copies)
-    passages = HostRows(_travelling(problem.passages, problem, world), cut.size, len(cut.counts), copies)
+    queries = HostRows(_host_copy(problem.queries, problem, world), cut.size, cut.query_blocks, copies)
+    passages = HostRows(_host_copy(problem.passages, problem, world), cut.size, len(cut.counts), copies)
     terms = _first_sweep(here, world, cut, tables, queries, passages)
     _second_sweep(here, world, cut, tables, queries, passages, terms)
     copies.finish()
@@ -164,7 +164,6 @@ def _without_rows(problem: Problem, device: torch.device) -> Problem:
     return replace(problem, queries=nothing, passages=nothing, positives=problem.positives.to(device), exclusions=exclusions)
 
 
-def _travelling(rows: Tensor, problem: Problem, world: World) -> Tensor:
-    """Rows as they are copied, in the loss's precision and in page-locked memory."""
-    dtype = torch.bfloat16 if problem.precision == "bf16" else rows.dtype
-    return host_rows(rows.shape, dtype, world.device).copy_(rows)
+def _host_copy(rows: Tensor, problem: Problem, world: World) -> Tensor:
+    """`rows` in `wire_dtype` and in page-locked memory."""
+    return host_rows(rows.shape, problem.wire_dtype, world.device).copy_(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions, Precision
@@ -40,6 +41,11 @@ class Problem:
     def columns(self) -> Tensor:
         """Column [B] of each row's positive; column 0 stands in where the row is ignored."""
         return self.positives.clamp(min=0)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """The dtype in which representations go to other ranks and to host memory: their values are exact in it."""
+        return torch.bfloat16 if self.precision == "bf16" else self.passages.dtype
 
     def positive_logits(self) -> Tensor:
         """scale · s_it [B] for each row's positive t."""

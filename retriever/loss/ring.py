@@ -35,8 +35,7 @@ def ring(
     A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks. `lse` and `gradient`
     work on one block; others than the tiled ones serve comparisons. (Cheng et al. 2024, arXiv:2410.17243)
     """
-    travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
-    queries, passages = problem.queries.to(travelling), problem.passages.to(travelling)
+    queries, passages = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
     targets, precision = problem.columns, problem.precision
     counts = world.counts(len(passages))
     # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.

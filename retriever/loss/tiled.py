@@ -31,8 +31,7 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
     Where the batch comes without its known pairs, passages are on their way while those are looked up.
     """
-    travelling = torch.bfloat16 if problem.precision == "bf16" else problem.passages.dtype
-    queries, own = problem.queries.to(travelling), problem.passages.to(travelling)
+    queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
     counts, known = _counts(problem, world), problem.known_pairs
     start = sum(counts[: world.rank])
     ids = world.begin_gather(problem.exclusions.passage_ids, counts) if known is None else None  # few bytes, and needed first
