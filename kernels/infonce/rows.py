@@ -121,7 +121,7 @@ def _finish_queries(
     BLOCK_D: tl.constexpr,
 ):
     rows, inside, target_rows = _target_rows(passages, targets, B, passage_stride, BLOCK_B)
-    pull = tl.load(target_weight + rows, inside, other=0.0)
+    of_target = tl.load(target_weight + rows, inside, other=0.0)
     dot = tl.zeros((BLOCK_B,), tl.float32)
     for d in range(0, D, BLOCK_D):
         at = d + tl.arange(0, BLOCK_D)
@@ -131,7 +131,7 @@ def _finish_queries(
         if coefficient is not None:
             factor = tl.load(coefficient + rows, inside, other=0.0)[:, None]
             dq = tl.where(factor == 0.0, 0.0, dq * factor)  # a row that overflowed has a factor of zero: 0 · inf is NaN
-        dq -= pull[:, None] * tl.load(target_rows + at[None, :], mask, other=0.0).to(tl.float32)
+        dq -= of_target[:, None] * tl.load(target_rows + at[None, :], mask, other=0.0).to(tl.float32)
         tl.store(dqueries + offset, dq, mask)
         q = tl.load(queries + rows.to(tl.int64)[:, None] * query_stride + at[None, :], mask, other=0.0)
         dot += tl.sum(q.to(tl.float32) * dq, 1)

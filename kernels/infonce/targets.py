@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.dispatch import on_kernels
 from kernels.infonce.reference import Precision, rounded
 
-__all__ = ["pull_targets", "target_similarities"]
+__all__ = ["add_target_gradient", "target_similarities"]
 
 _ROWS_AT_ONCE = 65_536  # of a target's embeddings held beside their queries'
 
@@ -30,24 +30,32 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, p
     return torch.cat([(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts])
 
 
-def pull_targets(
-    dqueries: Tensor, dpassages: Tensor, queries: Tensor, passages: Tensor, targets: Tensor, pull: Tensor, *, precision: Precision = "fp32"
+def add_target_gradient(
+    dqueries: Tensor,
+    dpassages: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor,
+    target_gradient: Tensor,
+    *,
+    precision: Precision = "fp32",
 ) -> None:
-    """dq_i −= pull_i · p_t and dp_t −= pull_i · q_i for every query i and its target t, in place, in the order of i.
+    """dq_i −= target_gradient_i · p_t and dp_t −= target_gradient_i · q_i for every query i and its target t, in place, in the order of i.
 
-    dqueries [B, D] and dpassages [N, D]: float32 (float64 for float64 inputs), contiguous; pull [B] likewise, 0 for an ignored row.
+    dqueries [B, D] and dpassages [N, D]: float32 (float64 for float64 inputs), contiguous; target_gradient [B] likewise, 0 for an
+    ignored row.
     """
     queries, passages = _values(queries, precision), _values(passages, precision)
     if on_kernels(queries) and len(queries):
         from kernels.infonce import rows
 
-        rows.finish_queries(dqueries, queries, passages, targets, None, pull)
-        rows.finish_passages(dpassages, queries, targets, pull)
+        rows.finish_queries(dqueries, queries, passages, targets, None, target_gradient)
+        rows.finish_passages(dpassages, queries, targets, target_gradient)
         return
     for i in torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE):
-        dqueries[i] -= pull[i, None] * rounded(passages[targets[i]], precision)
+        dqueries[i] -= target_gradient[i, None] * rounded(passages[targets[i]], precision)
         # index_put_ sorts before it adds, so that shared targets sum in the same order every time; index_add_ does not.
-        dpassages.index_put_((targets[i],), -pull[i, None] * rounded(queries[i], precision), accumulate=True)
+        dpassages.index_put_((targets[i],), -target_gradient[i, None] * rounded(queries[i], precision), accumulate=True)
 
 
 def _values(x: Tensor, precision: Precision) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions, MaskTables
-from kernels.infonce.targets import pull_targets, target_similarities
+from kernels.infonce.targets import add_target_gradient, target_similarities
 from retriever.loss.problem import Problem
 from retriever.loss.ring import BlockMasks, gradient_of_sweep, lse_of_sweep
 from retriever.loss.terms import Terms
@@ -78,7 +78,7 @@ def _second_sweep(problem: Problem, world: World, cut: _Cut, tables: _Tables, qu
             )  # fmt: skip
             at, targets = tables.targets_in(a, k)
             dq_at = dq[at]
-            pull_targets(dq_at, term, q[at], p, targets, terms.pull[i][at], precision=problem.precision)
+            add_target_gradient(dq_at, term, q[at], p, targets, terms.target_gradient[i][at], precision=problem.precision)
             dq[at] = dq_at
             dp += term
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.infonce.api import Exclusions, MaskTables, negatives_gradient, negatives_lse
 from kernels.infonce.exclusions import known_pairs
-from kernels.infonce.targets import pull_targets, target_similarities
+from kernels.infonce.targets import add_target_gradient, target_similarities
 from retriever.loss.problem import Problem
 from retriever.loss.terms import Terms
 from retriever.parallel.ring import Ring, TravellingSum
@@ -49,7 +49,7 @@ def ring(
     dqueries, dpassages = gradient_of_sweep(
         problem, world, counts, queries, blocks.back(), terms.row_log_weights, terms.column_log_weights, masks.of_block, gradient=gradient
     )
-    pull_targets(dqueries, dpassages, queries, passages, targets, terms.pull, precision=precision)
+    add_target_gradient(dqueries, dpassages, queries, passages, targets, terms.target_gradient, precision=precision)
     return terms.losses, dqueries, dpassages
 
 

@@ -19,7 +19,7 @@ class Terms:
     losses: Tensor  # [B], 0 for an ignored row
     row_log_weights: Tensor  # [B]: log of what exp(scale · s_ij) is multiplied with in row i's part of the gradient at the logits
     column_log_weights: Tensor | None  # [N]: likewise for the columns of own passages, where symmetric
-    pull: Tensor  # [B]: −scale · the gradient at the target's logit
+    target_gradient: Tensor  # [B]: −scale · the gradient at the target's logit
 
     @staticmethod
     def of(problem: Problem, positive: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Terms:
@@ -41,5 +41,5 @@ class Terms:
             # A passage that several queries have as target has a term for each.
             pulled = sum_by_target((weight * column_share).where(active, 0.0), columns, len(column_lse))
             column_log_weights = torch.where(pulled > 0, pulled.log() - column_lse, -torch.inf)
-        pull = (problem.scale * weight * share).where(active, 0.0)
-        return Terms(losses.where(active, 0.0), row_log_weights, column_log_weights, pull)
+        target_gradient = (problem.scale * weight * share).where(active, 0.0)
+        return Terms(losses.where(active, 0.0), row_log_weights, column_log_weights, target_gradient)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.api import MaskTables, infonce, negatives_gradient, negatives_lse
-from kernels.infonce.targets import pull_targets, target_similarities
+from kernels.infonce.targets import add_target_gradient, target_similarities
 from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
@@ -98,5 +98,5 @@ def _symmetric_over_ranks(
         largest=problem.largest,
     )
     dpassages = world.reduce_rows(dpassages, passages.counts)
-    pull_targets(dqueries, dpassages, queries, own, problem.columns, terms.pull, precision=problem.precision)
+    add_target_gradient(dqueries, dpassages, queries, own, problem.columns, terms.target_gradient, precision=problem.precision)
     return terms.losses, dqueries, dpassages

@@ -19,7 +19,7 @@ import numpy, torch
 from kernels.infonce.exclusions import MaskTables, known_pairs
 from kernels.dispatch import on_kernels
 from kernels.infonce.api import Exclusions, negatives_gradient, negatives_lse
-from kernels.infonce.targets import pull_targets, target_similarities
+from kernels.infonce.targets import add_target_gradient, target_similarities
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 numpy.seterr(over="ignore")
@@ -52,7 +52,7 @@ for block, masks in blocks:
     dq, dp = negatives_gradient(q, block, scale, log_weights, None, masks, dqueries=dq)
     assert before is None or dq is before, "blocks add up in place"
     parts.append(dp)
-pull_targets(dq, parts[0], q, blocks[0][0], targets, scale * weights * torch.sigmoid(lse - z))
+add_target_gradient(dq, parts[0], q, blocks[0][0], targets, scale * weights * torch.sigmoid(lse - z))
 got = torch.logaddexp(lse - z, torch.zeros_like(z)), dq, torch.cat(parts)
 for x, y in zip(got, want):
     assert y.norm() > 1e-3 and relative_error(x, y) < {bound}, relative_error(x, y)
