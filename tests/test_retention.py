@@ -85,7 +85,7 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
     assert [len(begun.saved) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    narrow = [weakref.ref(saved.narrow) for begun in first.begun for saved in begun.saved]
+    narrow = [weakref.ref(saved.ffn_out) for begun in first.begun for saved in begun.saved]
     alive: list[int] = []
     backward = torch.Tensor.backward
 

@@ -128,7 +128,7 @@ def test_a_replay_that_is_wrong_on_one_side_is_found(encoder: DualEncoder, side:
 
 def _swapped(*given: Any, **form: Any) -> tuple[Any, Tensor, SavedActivations]:
     stream, rounded, products = without_graph(*given, **form)
-    return stream, rounded, products._replace(narrow=products.narrow.roll(1, 0))
+    return stream, rounded, products._replace(ffn_out=products.ffn_out.roll(1, 0))
 
 
 def test_a_teachers_terms_are_checked_too(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:

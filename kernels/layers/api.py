@@ -44,7 +44,7 @@ def norm_forward(
 
 def norm_backward(
     d_normed: Tensor | None,
-    d_low: Tensor | None,
+    d_rounded: Tensor | None,
     x: Tensor,
     bias: Tensor | None,
     residual: Tensor,
@@ -55,17 +55,17 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dresidual, sums) from the gradients at both results of `norm_forward`, whose other arguments are as they were.
 
-    residual and d_normed [T, D] float32 (float64 where x is), d_low [T, D] in x's dtype; either gradient may be None, which is zero;
+    residual and d_normed [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be None, which is zero;
     `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype, dresidual [T, D] in the residual's, and [3, D] of that dtype:
     dweight, dnorm_bias and dbias ([2, D] without a bias). Raises ValueError as `norm_forward` does.
     """
     _check_rows(x, {"residual": residual, "d_normed": d_normed}, _wide_dtype(x))
-    _check_rows(x, {"d_low": d_low}, x.dtype)
+    _check_rows(x, {"d_rounded": d_rounded}, x.dtype)
     _check_vectors(x, bias=bias, weight=weight)
     if statistics.shape != (2, len(x)) or not statistics.is_contiguous():
         raise ValueError(f"expected statistics [2, {len(x)}], contiguous, received {list(statistics.shape)}")
     seed = check_dropout(dropout, seed)
-    return _norm_kernels(x).norm_backward(d_normed, d_low, Norm(x, bias, residual, weight, seed, dropout), statistics)
+    return _norm_kernels(x).norm_backward(d_normed, d_rounded, Norm(x, bias, residual, weight, seed, dropout), statistics)
 
 
 def gelu_forward(u: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
 def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(du, Σ_rows du) with du = (dy Wᵀ) gelu′(u): the gradient at u, and that of its bias.
 
-    u [T, F] as `gelu_product` gave it; dy [T, D], like u, the gradient at gelu(u) W; weight W [F, D], like u, as `turned` gives it.
+    u [T, F] as `gelu_product` gave it; dy [T, D], like u, the gradient at gelu(u) W; weight W [F, D], like u, as `transposed` gives it.
     Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     """
     if _is_fused(dy, weight):
@@ -43,7 +43,7 @@ def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor
     return gelu_backward(torch.mm(dy, weight.T), u)
 
 
-def turned(weight: Tensor) -> Tensor:
+def transposed(weight: Tensor) -> Tensor:
     """weight [D, F] transposed as `gelu_product_backward` reads it: in memory too where one kernel may do its work."""
     return weight.T.contiguous() if _can_fuse(weight) else weight.T
 

@@ -94,7 +94,7 @@ def _norm_forward(
     norm_bias,  # [D]
     seed,  # [1] int64 or None
     normed,  # out [T, D] in residual's dtype
-    low,  # out [T, D] in x's dtype, or None
+    rounded,  # out [T, D] in x's dtype, or None
     statistics,  # out [2, T]: mean, rstd
     T,
     eps,
@@ -114,8 +114,8 @@ def _norm_forward(
     level, spread, centred = standardize(z, in_columns, eps, D)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
     tl.store(normed + at, y.to(normed.dtype.element_ty), inside)
-    if low is not None:
-        tl.store(low + at, y.to(low.dtype.element_ty), inside)
+    if rounded is not None:
+        tl.store(rounded + at, y.to(rounded.dtype.element_ty), inside)
     tl.store(statistics + first + rows, level, in_rows)
     tl.store(statistics + T + first + rows, spread, in_rows)
 
@@ -123,7 +123,7 @@ def _norm_forward(
 @triton.jit(do_not_specialize=["T"])
 def _norm_backward(
     d_normed,  # [T, D] float32 or None
-    d_low,  # [T, D] in x's dtype or None
+    d_rounded,  # [T, D] in x's dtype or None
     x,
     bias,
     residual,
@@ -159,8 +159,8 @@ def _norm_backward(
         g = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if d_normed is not None:
             g += tl.load(d_normed + at, inside, other=0.0)
-        if d_low is not None:
-            g += tl.load(d_low + at, inside, other=0.0).to(tl.float32)
+        if d_rounded is not None:
+            g += tl.load(d_rounded + at, inside, other=0.0).to(tl.float32)
         dz = standardize_gradient(g, normalised, w, spread, D)
         tl.store(dresidual + at, dz, inside)
         if THRESHOLD > 0:
@@ -178,21 +178,21 @@ def _norm_backward(
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T] float32); `low` is None where that is the dtype of `normed`."""
+    """(normed [T, D] like residual, rounded [T, D] like x or None where the dtypes are one, statistics [2, T] float32)."""
     x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
     normed = torch.empty_like(residual)
-    low = None if x.dtype == normed.dtype else torch.empty_like(x)
+    rounded = None if x.dtype == normed.dtype else torch.empty_like(x)
     statistics = residual.new_empty((2, T), dtype=torch.float32)
     rows, block_d, warps = block(FORWARD, D)
     _norm_forward[(triton.cdiv(T, rows),)](
-        x, bias, residual, weight, norm_bias, seed, normed, low, statistics, T, eps, 1 / (1 - dropout), D,
+        x, bias, residual, weight, norm_bias, seed, normed, rounded, statistics, T, eps, 1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
-    return normed, low, statistics
+    return normed, rounded, statistics
 
 
-def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a bias, dbias)."""
     x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
@@ -201,7 +201,7 @@ def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, sta
     programs = persistent_grid(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
     partial = residual.new_empty(programs, 2 if bias is None else 3, D)
     _norm_backward[(programs,)](
-        d_normed, d_low, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T, 1 / (1 - dropout), D,
+        d_normed, d_rounded, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T, 1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=BACKWARD.stages, num_warps=warps,
     )  # fmt: skip
     return dx, dresidual, partial.sum(0)

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from kernels.attention.api import attention_backward, attention_forward
 from kernels.attention.reference import Mask
 from kernels.layers.api import norm_backward, norm_forward
-from kernels.layers.gelu_product import gelu_product, gelu_product_backward, turned
+from kernels.layers.gelu_product import gelu_product, gelu_product_backward, transposed
 
 
 class Parameters(NamedTuple):
@@ -54,7 +54,7 @@ class Factors(NamedTuple):
     widened: Tensor  # [F, D]
     widened_bias: Tensor  # [F]
     narrowed: Tensor  # [D, F]
-    narrowed_turned: Tensor  # [F, D], as `gelu_product_backward` reads it
+    narrowed_transposed: Tensor  # [F, D], as `gelu_product_backward` reads it
 
 
 class Layer(NamedTuple):
@@ -78,7 +78,7 @@ class SavedActivations(NamedTuple):
 
     context: Tensor  # [T, heads, d]: what attention makes of the values
     lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
-    narrow: Tensor  # [T, D]: of the second product of the widened part, before its bias
+    ffn_out: Tensor  # [T, D]: of the second product of the widened part, before its bias
 
 
 def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
@@ -87,7 +87,7 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
     attended, widened, narrowed = (weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight))
-    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, turned(narrowed))
+    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, transposed(narrowed))
 
 
 def post_norm_layer(
@@ -102,8 +102,8 @@ def post_norm_layer(
     `saved` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps its bits.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    stream, low = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, saved, *parameters)
-    return stream, stream if low is None else low
+    stream, rounded = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, saved, *parameters)
+    return stream, stream if rounded is None else rounded
 
 
 @torch.no_grad()
@@ -115,8 +115,11 @@ def without_graph(
     Next to nothing is written that only a backward pass would read.
     """
     passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
-    low: Any = passed.out if passed.out_low is None else passed.out_low
-    return passed.out, low, SavedActivations(passed.context, passed.lse, passed.narrow)
+    return (
+        passed.out,
+        passed.out if passed.out_rounded is None else passed.out_rounded,
+        SavedActivations(passed.context, passed.lse, passed.ffn_out),
+    )
 
 
 class _Passed(NamedTuple):
@@ -125,43 +128,45 @@ class _Passed(NamedTuple):
     qkv: Tensor  # [T, 3, heads, d]
     context: Tensor  # [T, heads, d]
     lse: Tensor
-    added: Tensor  # [T, D], before its bias
+    attention_out: Tensor  # [T, D], before its bias
     middle: Tensor  # [T, D]: the stream between the two parts
-    middle_low: Tensor | None  # the same rounded
+    middle_rounded: Tensor | None  # the same rounded
     statistics1: Tensor  # [2, T]
-    wide: Tensor | None  # [T, F]; for the backward pass alone
+    ffn_in: Tensor | None  # [T, F]; for the backward pass alone
     activated: Tensor  # [T, F]
-    narrow: Tensor  # [T, D], before its bias
+    ffn_out: Tensor  # [T, D], before its bias
     out: Tensor  # [T, D]
-    out_low: Tensor | None
+    out_rounded: Tensor | None
     statistics2: Tensor  # [2, T]
 
 
 def _forward(
-    stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: SavedActivations | None, *, keep: bool
+    stream: Tensor, rounded: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: SavedActivations | None, *, keep: bool
 ) -> _Passed:
     """`keep`: with the result of the first product of the widened part, which a backward pass reads."""
-    x: Any = stream if low is None else low
+    x: Any = stream if rounded is None else rounded
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
     if known is None:
         query, key, value = qkv.unbind(1)
         context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
     else:
-        if known.narrow.shape != x.shape:
-            raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.narrow.shape)}")
+        if known.ffn_out.shape != x.shape:
+            raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.ffn_out.shape)}")
         context, lse = known.context, known.lse
-    added = linear(context.view(T, D), read.attended)
-    middle, middle_low, statistics1 = norm_forward(
-        added, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],
+    attention_out = linear(context.view(T, D), read.attended)
+    middle, middle_rounded, statistics1 = norm_forward(
+        attention_out, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],
     )  # fmt: skip
-    y: Any = middle if middle_low is None else middle_low
-    wide, activated = gelu_product(y, read.widened, read.widened_bias, keep)
-    narrow = linear(activated, read.narrowed) if known is None else known.narrow
-    out, out_low, statistics2 = norm_forward(
-        narrow, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
+    y: Any = middle if middle_rounded is None else middle_rounded
+    ffn_in, activated = gelu_product(y, read.widened, read.widened_bias, keep)
+    ffn_out = linear(activated, read.narrowed) if known is None else known.ffn_out
+    out, out_rounded, statistics2 = norm_forward(
+        ffn_out, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
     )  # fmt: skip
-    return _Passed(qkv, context, lse, added, middle, middle_low, statistics1, wide, activated, narrow, out, out_low, statistics2)
+    return _Passed(
+        qkv, context, lse, attention_out, middle, middle_rounded, statistics1, ffn_in, activated, ffn_out, out, out_rounded, statistics2
+    )
 
 
 class _PostNormLayer(torch.autograd.Function):
@@ -169,48 +174,57 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, low: Tensor | None, layer: Layer, read: Factors, saved: SavedActivations | None, *tensors: Tensor
+        ctx: Any, stream: Tensor, rounded: Tensor | None, layer: Layer, read: Factors, saved: SavedActivations | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a: Any = _forward(stream, low, layer, read, p, saved, keep=True)
-        x, y = (stream, a.middle) if low is None else (low, a.middle_low)
-        ctx.layer, ctx.read, ctx.is_rounded = layer, read, low is not None
+        a: Any = _forward(stream, rounded, layer, read, p, saved, keep=True)
+        x, y = (stream, a.middle) if rounded is None else (rounded, a.middle_rounded)
+        ctx.layer, ctx.read, ctx.is_rounded = layer, read, rounded is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            stream, x, a.qkv, a.context, a.lse, a.added, a.statistics1, a.middle, y, a.wide, a.activated, a.narrow, a.statistics2,
+            stream, x, a.qkv, a.context, a.lse, a.attention_out, a.statistics1, a.middle, y, a.ffn_in, a.activated, a.ffn_out,
+            a.statistics2,
             p.attended_bias, p.attended_norm_weight, p.narrowed_bias, p.narrowed_norm_weight,
         )  # fmt: skip
-        return a.out, a.out_low
+        return a.out, a.out_rounded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dout_low: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dout_rounded: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read = ctx.layer, ctx.read
-        needs_stream, needs_low, _, _, _, *needs_parameters = ctx.needs_input_grad
+        needs_stream, needs_rounded, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
-            stream, x, qkv, context, lse, added, statistics1, middle, y, wide, activated, narrow, statistics2,
+            stream, x, qkv, context, lse, attention_out, statistics1, middle, y, ffn_in, activated, ffn_out, statistics2,
             attended_bias, attended_norm_weight, narrowed_bias, narrowed_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
-        dout, dout_low = (None if g is None else g.contiguous() for g in (dout, dout_low))
-        dnarrow, dmiddle, of_norm2 = norm_backward(
-            dout, dout_low, narrow, narrowed_bias, middle, narrowed_norm_weight, statistics2, layer.seeds[2], layer.dropouts[2]
+        dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))
+        dffn_out, dmiddle, of_norm2 = norm_backward(
+            dout, dout_rounded, ffn_out, narrowed_bias, middle, narrowed_norm_weight, statistics2, layer.seeds[2], layer.dropouts[2]
         )
-        del narrow, middle
-        dnarrowed = _weight_gradient(dnarrow, activated) if needs.narrowed_weight else None
+        del ffn_out, middle
+        dnarrowed = _weight_gradient(dffn_out, activated) if needs.narrowed_weight else None
         del activated
-        dwide, dwidened_bias = gelu_product_backward(dnarrow, read.narrowed_turned, wide)
-        del dnarrow, wide
-        dwidened = _weight_gradient(dwide, y) if needs.widened_weight else None
-        dmiddle, dmiddle_low = _to_both(dmiddle, dwide @ read.widened, ctx.is_rounded)
-        del dwide, y
-        dadded, dstream, of_norm1 = norm_backward(
-            dmiddle, dmiddle_low, added, attended_bias, stream, attended_norm_weight, statistics1, layer.seeds[1], layer.dropouts[1]
+        dffn_in, dwidened_bias = gelu_product_backward(dffn_out, read.narrowed_transposed, ffn_in)
+        del dffn_out, ffn_in
+        dwidened = _weight_gradient(dffn_in, y) if needs.widened_weight else None
+        dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.widened, ctx.is_rounded)
+        del dffn_in, y
+        dattention_out, dstream, of_norm1 = norm_backward(
+            dmiddle,
+            dmiddle_rounded,
+            attention_out,
+            attended_bias,
+            stream,
+            attended_norm_weight,
+            statistics1,
+            layer.seeds[1],
+            layer.dropouts[1],
         )
-        del dmiddle, dmiddle_low, added, stream
-        dattended = _weight_gradient(dadded, context.view(dadded.shape)) if needs.attended_weight else None
-        dcontext = (dadded @ read.attended).view(context.shape)
-        del dadded
+        del dmiddle, dmiddle_rounded, attention_out, stream
+        dattended = _weight_gradient(dattention_out, context.view(dattention_out.shape)) if needs.attended_weight else None
+        dcontext = (dattention_out @ read.attended).view(context.shape)
+        del dattention_out
         dqkv = torch.empty_like(qkv)
         (query, key, value), (dquery, dkey, dvalue), mask = qkv.unbind(1), dqkv.unbind(1), layer.mask(qkv.shape[3])
         attention_backward(dcontext, query, key, value, context, lse, layer.starts, layer.longest, mask, (dquery, dkey, dvalue))
@@ -218,11 +232,11 @@ class _PostNormLayer(torch.autograd.Function):
         dqkv = dqkv.flatten(1)  # [T, 3 D]
         weights = _weight_gradient(dqkv, x).chunk(3) if needs.query_weight or needs.key_weight or needs.value_weight else (None,) * 3
         biases = dqkv.sum(0, dtype=of_norm1.dtype).chunk(3) if needs.query_bias or needs.key_bias or needs.value_bias else (None,) * 3
-        dlow = None
-        if needs_stream or needs_low:
-            dstream, dlow = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
+        drounded = None
+        if needs_stream or needs_rounded:
+            dstream, drounded = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         return (
-            dstream, dlow, None, None, None,
+            dstream, drounded, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattended, of_norm1[2], of_norm1[0], of_norm1[1],
             dwidened, dwidened_bias,

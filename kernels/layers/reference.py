@@ -26,23 +26,23 @@ class Norm(NamedTuple):
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, low [T, D] like x, statistics [2, T]); `low` is None where that is the dtype of `normed`."""
+    """(normed [T, D] like residual, rounded [T, D] like x or None where the dtypes are one, statistics [2, T])."""
     x, bias, residual, weight, seed, dropout = norm
     z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
     mean = z.mean(1)
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight + norm_bias
-    low = None if x.dtype == residual.dtype else normed.to(x.dtype)
-    return normed.to(residual.dtype), low, torch.stack([mean, rstd])
+    rounded = None if x.dtype == residual.dtype else normed.to(x.dtype)
+    return normed.to(residual.dtype), rounded, torch.stack([mean, rstd])
 
 
-def norm_backward(d_normed: Tensor | None, d_low: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
     x, bias, residual, weight, seed, dropout = norm
     mean, rstd = statistics
     normalised = (_dropped_sum(x, bias, residual, seed, dropout) - mean[:, None]) * rstd[:, None]  # [T, D]
     dy = torch.zeros_like(normalised)
-    for gradient in (d_normed, d_low):
+    for gradient in (d_normed, d_rounded):
         if gradient is not None:
             dy = dy + gradient
     weighted = dy * weight

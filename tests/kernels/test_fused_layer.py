@@ -50,9 +50,9 @@ def check_norm(inputs: NormInputs, dropout: float, seed: Tensor | None, bound: f
     want, leaves = norm_by_definition(inputs, dropout, seed)
     assert y.dtype == residual.dtype and relative_error(y, want) < sums_bound
     assert low is None if x.dtype == y.dtype else low is not None and torch.equal(low, y.to(x.dtype))
-    d_normed, d_low = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1)).to(residual).unbind()
-    d_low = d_low.to(x.dtype)
-    given: list[tuple[Tensor | None, Tensor | None]] = [(d_normed, d_low), (d_normed, None), (None, d_low)]
+    d_normed, d_rounded = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1)).to(residual).unbind()
+    d_rounded = d_rounded.to(x.dtype)
+    given: list[tuple[Tensor | None, Tensor | None]] = [(d_normed, d_rounded), (d_normed, None), (None, d_rounded)]
     for pair in given:
         dout = torch.stack([d.double() for d in pair if d is not None]).sum(0)
         expected = torch.autograd.grad(want, leaves, dout, retain_graph=True)
@@ -142,7 +142,7 @@ def test_gradients_that_do_not_fit_are_errors() -> None:
         ValueError, match=r"d_normed torch.float32 \[3, 8\], contiguous, received torch.float32 \[3, 8\] with strides \[0, 0\]"
     ):
         norm_backward(torch.ones(()).expand(3, 8), None, *rest)
-    with pytest.raises(ValueError, match=r"d_low torch.bfloat16 \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"d_rounded torch.bfloat16 \[3, 8\]"):
         norm_backward(None, y, *rest)
     with pytest.raises(ValueError, match=r"statistics \[2, 3\]"):
         norm_backward(y, None, *rest[:4], statistics[0], None, 0.0)

@@ -57,14 +57,14 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "D", "low"), [(90, 768, "bf16"), (90, 4096, "bf16"), (90, 1024, None), (80, 768, "fp16"), (100, 384, "bf16")]
+    ("arch", "D", "rounded"), [(90, 768, "bf16"), (90, 4096, "bf16"), (90, 1024, None), (80, 768, "fp16"), (100, 384, "bf16")]
 )
-def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
-    x = f"*{low or 'fp32'}"
+def test_norm_compiles(arch: int, D: int, rounded: str | None) -> None:
+    x = f"*{rounded or 'fp32'}"
     types = dict.fromkeys(("bias", "residual", "weight", "statistics"), "*fp32") | {"x": x, "seed": "*i64"}
     types |= {"T": "i32", "inverse_keep": "fp32"}
-    forward = types | {"norm_bias": "*fp32", "normed": "*fp32", "eps": "fp32"} | ({"low": x} if low else {})
-    backward = types | dict.fromkeys(("d_normed", "dresidual", "partial"), "*fp32") | {"dx": x} | ({"d_low": x} if low else {})
+    forward = types | {"norm_bias": "*fp32", "normed": "*fp32", "eps": "fp32"} | ({"rounded": x} if rounded else {})
+    backward = types | dict.fromkeys(("d_normed", "dresidual", "partial"), "*fp32") | {"dx": x} | ({"d_rounded": x} if rounded else {})
     for kernel, signature, launch in (
         (norm._norm_forward, forward, norm.FORWARD),
         (norm._norm_backward, backward, norm.BACKWARD),
@@ -78,7 +78,7 @@ def test_norm_compiles(arch: int, D: int, low: str | None) -> None:
 
 def test_norm_compiles_for_a_float16_stream() -> None:
     types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(("residual", "normed"), "*fp16")
-    types |= dict.fromkeys(("x", "low"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
+    types |= dict.fromkeys(("x", "rounded"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
     rows, block_d, warps = norm.block(norm.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d}
     compiles(norm._norm_forward, types, constants, 90, warps)

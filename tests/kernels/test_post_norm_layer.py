@@ -173,7 +173,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
     given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
     out, rounded, saved = without_graph(*given)
-    assert not any(x.requires_grad for x in (out, rounded, *saved)) and saved.narrow.dtype == computing
+    assert not any(x.requires_grad for x in (out, rounded, *saved)) and saved.ffn_out.dtype == computing
 
     def gradients(saved: SavedActivations | None) -> list[Tensor]:
         results = post_norm_layer(*given, saved)
@@ -187,7 +187,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     monkeypatch.setattr(module, "attention_backward", backward)
     gradients(saved)
     assert backward.call_args.args[5].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
-    for name in ("context", "narrow"):  # they are what the layer goes on with
+    for name in ("context", "ffn_out"):  # they are what the layer goes on with
         others = gradients(saved._replace(**{name: getattr(saved, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
 

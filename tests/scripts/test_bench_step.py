@@ -86,7 +86,7 @@ def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPat
 
 
 def _other(products: SavedActivations) -> SavedActivations:
-    return products._replace(narrow=products.narrow * 1.01)
+    return products._replace(ffn_out=products.ffn_out * 1.01)
 
 
 def test_the_floor_is_one_pass(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
