@@ -34,7 +34,7 @@ def fits(x: Tensor) -> bool:
 
 # fmt: off
 @gluon.jit
-def place(tile, row_tiles, column_tiles):
+def tile_coords(tile, row_tiles, column_tiles):
     """(row tile, column tile) of a program's tile."""
     tiles_per_group = GROUP * column_tiles
     group_start = tile // tiles_per_group * GROUP
@@ -67,7 +67,7 @@ def copy_tiles(left, right, left_stages, right_stages, ready, free, M, N, K):
     column_tiles = gl.cdiv(N, COLUMNS)
     step = 0
     for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row_tile, column_tile = place(tile, row_tiles, column_tiles)
+        row_tile, column_tile = tile_coords(tile, row_tiles, column_tiles)
         for k in range(0, K, INNER):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)

@@ -61,7 +61,7 @@ def settings_for(dtype: torch.dtype, width: int) -> Settings:
 
 
 @triton.jit
-def place(starts, blocks, heads, BLOCK: tl.constexpr):
+def block_of_program(starts, blocks, heads, BLOCK: tl.constexpr):
     """(head, the text's first token, its number of tokens, where this program's block begins in it)."""
     head = tl.program_id(0) % heads
     block = tl.program_id(0) // heads
@@ -123,7 +123,7 @@ def _forward_blocks(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
-    head, start, count, first = place(starts, blocks, heads, BLOCK)
+    head, start, count, first = block_of_program(starts, blocks, heads, BLOCK)
     if first >= count:
         return
     local, rows, inside, token, at = block_rows(start, first, count, BLOCK)
@@ -174,7 +174,7 @@ def _dquery_blocks(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
-    head, start, count, first = place(starts, blocks, heads, BLOCK)
+    head, start, count, first = block_of_program(starts, blocks, heads, BLOCK)
     if first >= count:
         return
     local, rows, inside, token, at = block_rows(start, first, count, BLOCK)
@@ -223,7 +223,7 @@ def _dkey_blocks(
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
-    group, start, count, first = place(starts, blocks, key_heads, BLOCK)
+    group, start, count, first = block_of_program(starts, blocks, key_heads, BLOCK)
     if first >= count:
         return
     local, columns, inside, token, at = block_rows(start, first, count, BLOCK)

@@ -80,11 +80,11 @@ def backward(
         dprobabilities = _matmul(do, v.mT) * factor
         delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
         dscores = mask.scale * probabilities * (dprobabilities - delta)
-        places = texts.tokens[texts.real]
-        dquery[places] = _matmul(dscores, k).transpose(1, 2)[texts.real].to(dquery.dtype)
+        positions = texts.tokens[texts.real]
+        dquery[positions] = _matmul(dscores, k).transpose(1, 2)[texts.real].to(dquery.dtype)
         for out, padded in ((dkey, _matmul(dscores.mT, q)), (dvalue, _matmul((probabilities * factor).mT, do))):
             by_group = padded.unflatten(1, (groups, heads // groups)).sum(2)  # [m, G, L, d]
-            out[places] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
+            out[positions] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
 
 
 def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_Texts]:

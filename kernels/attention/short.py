@@ -63,7 +63,7 @@ def tile_for(query: Tensor, longest: int) -> Tile:
 
 
 @triton.jit
-def _tile_of_program(starts, per, n, heads, TEXTS: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of_program(starts, per, n, heads, TEXTS: tl.constexpr, BLOCK: tl.constexpr):
     """(head, the tile's first token, its number of tokens, its rows, which of the tile's texts each belongs to).
 
     Heads of a token are neighbours in memory. Rows behind the last text form a text of their own; where a tile has one text, all are alone.
@@ -112,7 +112,7 @@ def _forward_tiles(
     TEXTS: tl.constexpr,  # power of two, at least `per`
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, start, count, rows, segments = _tile_of_program(starts, per, n, heads, TEXTS, BLOCK)
+    head, start, count, rows, segments = tile_of_program(starts, per, n, heads, TEXTS, BLOCK)
     if count == 0:
         return
     inside = rows < count
@@ -126,8 +126,8 @@ def _forward_tiles(
     total = tl.sum(e, 1)
     tl.store(lse + head.to(tl.int64) * tokens + start + rows, top + tl.log2(total), inside)
     if DROP_BELOW > 0:
-        places = start + rows
-        e = tl.where(kept(head_key(seed, head), places[:, None], places[None, :], DROP_BELOW), e, 0.0)
+        positions = start + rows
+        e = tl.where(kept(head_key(seed, head), positions[:, None], positions[None, :], DROP_BELOW), e, 0.0)
     o = tl.dot(e.to(v.dtype), v, input_precision=PRECISION) * (KEEP_SCALE / total)[:, None]
     store_rows(out + (token * heads + head) * D, heads * D, rows, inside, o, D, BLOCK_D)
 
@@ -153,7 +153,7 @@ def _backward_tiles(
     TEXTS: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    group, start, count, rows, segments = _tile_of_program(starts, per, n, key_heads, TEXTS, BLOCK)
+    group, start, count, rows, segments = tile_of_program(starts, per, n, key_heads, TEXTS, BLOCK)
     if count == 0:
         return
     inside = rows < count
@@ -170,8 +170,8 @@ def _backward_tiles(
         x = _scores(q, k, segments, rows, inside, window, CAUSAL, TEXTS, PRECISION)
         p = tl.exp2(x * scale_log2 - row_lse[:, None])
         if DROP_BELOW > 0:  # the sign remembers what was dropped: a mask beside it would cost registers
-            places = start + rows
-            p = tl.where(kept(head_key(seed, head), places[:, None], places[None, :], DROP_BELOW), p, -p)
+            positions = start + rows
+            p = tl.where(kept(head_key(seed, head), positions[:, None], positions[None, :], DROP_BELOW), p, -p)
         dv = tl.dot(tl.trans(tl.maximum(p, 0.0).to(do.dtype)), do, dv, input_precision=PRECISION)
         if member == GROUP - 1:  # written before dP needs the registers
             store_rows(dvalue + token * dkey_stride + group * D, dkey_stride, rows, inside, dv * KEEP_SCALE, D, BLOCK_D)

@@ -27,10 +27,10 @@ from kernels.hopper import (
     fits,
     halves,
     multiply_tile,
-    place,
     rounded_to,
     send,
     store_column_sums,
+    tile_coords,
     wait_for_upper,
 )
 from kernels.infonce.exclusions import MaskTables
@@ -84,7 +84,7 @@ def _reduce(
     step = 0
     wait_for_upper(begun, LOWER)
     for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row_tile, column_tile = place(tile, row_tiles, column_tiles)
+        row_tile, column_tile = tile_coords(tile, row_tiles, column_tiles)
         x = gl.zeros([ROWS, COLUMNS], gl.float32, TILE)
         x, step = multiply_tile(x, q_stages, p_stages, ready, free, begun, step, D, LOWER)
 

@@ -28,10 +28,10 @@ from kernels.hopper import (
     copy_tiles,
     halves,
     multiply_tile,
-    place,
     rounded_to,
     send,
     store_column_sums,
+    tile_coords,
     wait_for_upper,
 )
 
@@ -106,7 +106,7 @@ def _finish(
     step = 0
     wait_for_upper(begun, LOWER)
     for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row_tile, column_tile = place(tile, row_tiles, column_tiles)
+        row_tile, column_tile = tile_coords(tile, row_tiles, column_tiles)
         row, column = (2 * row_tile + LOWER) * ROWS, column_tile * COLUMNS
         x = gl.zeros([ROWS, COLUMNS], gl.float32, TILE)
         if u is None:

@@ -44,7 +44,7 @@ def fuse(tower: PreTrainedModel) -> None:
         tower.embeddings = FusedEmbeddings(tower.embeddings)  # type: ignore[arg-type]
 
 
-class _Place(NamedTuple):
+class _LayerSpec(NamedTuple):
     """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than a product."""
 
     holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
@@ -72,7 +72,7 @@ class FusedLayers(nn.Module):
     def __init__(self, layer: nn.ModuleList) -> None:
         super().__init__()
         self.layer = layer
-        self._places = [_Place(_holders(module), _dropouts(module), *_shape(module)) for module in layer]
+        self._specs = [_LayerSpec(_holders(module), _dropouts(module), *_shape(module)) for module in layer]
         self._rounded: dict[int, _Rounded] = {}
 
     def forward(
@@ -88,20 +88,20 @@ class FusedLayers(nn.Module):
 
         Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
         """
-        if packed_products is not None and len(packed_products) != (expected := len(self._places) * torch.is_grad_enabled()):
+        if packed_products is not None and len(packed_products) != (expected := len(self._specs) * torch.is_grad_enabled()):
             raise ValueError(f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
-        dropouts = [self._dropouts(place) for place in self._places]
+        dropouts = [self._dropouts(spec) for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
         if any(map(any, dropouts)):
             seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
-            for i, place in enumerate(self._places):
-                layer = Layer(place.heads, place.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
-                parameters = _read_parameters(place.holders)
+            for i, spec in enumerate(self._specs):
+                layer = Layer(spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
+                parameters = _read_parameters(spec.holders)
                 given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():
                     stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
@@ -112,8 +112,8 @@ class FusedLayers(nn.Module):
                     del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
-    def _dropouts(self, place: _Place) -> tuple[float, float, float]:
-        attention, attended, narrowed = (dropout.p if dropout.training else 0.0 for dropout in place.dropouts)
+    def _dropouts(self, spec: _LayerSpec) -> tuple[float, float, float]:
+        attention, attended, narrowed = (dropout.p if dropout.training else 0.0 for dropout in spec.dropouts)
         return attention, attended, narrowed
 
     def _factors(self, i: int, parameters: Parameters, dtype: torch.dtype) -> Factors:
