@@ -43,12 +43,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder. Lengths are in tokens, prompt and special tokens included; `pooling: auto` is the model folder's own."""
+    """The encoder. Lengths are in tokens, prompt and special tokens included; `auto` of pooling and truncate_dim: as the folder says."""
 
     name_or_path: str = ""
     tied: bool = True
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
     normalize: bool = True
+    truncate_dim: int | Auto | None = "auto"  # leading dimensions that are kept, before normalisation; null: all
+    # The end-of-text token behind every text, in training and in the exported tokenizer. auto: as the tokenizer does, and where the last
+    # token of a plain language model is pooled, appended (as Qwen3-Embedding's own tokenizer does); an embedding model's is left alone.
+    append_eos: bool | Auto = "auto"
     query_prompt: str = ""
     passage_prompt: str = ""
     query_max_tokens: int = 32

@@ -24,6 +24,8 @@ def validate(config: Config) -> None:
     _require(uncompiled, "model.compile", "false or auto with model.gradient_checkpointing=true", True)
     unfused = not (model.fused is True and model.gradient_checkpointing)
     _require(unfused, "model.fused", "false or auto with model.gradient_checkpointing=true", True)
+    cut = model.truncate_dim
+    _require(cut in ("auto", None) or (isinstance(cut, int) and cut >= 1), "model.truncate_dim", "auto, null or at least 1", cut)
     _check_lora(config)
     _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
     _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retriever.config import Config, to_dict
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle, load_encoder
-from retriever.encoder.dual_encoder import DualEncoder, quiet_transformers
+from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import merged_state
+from retriever.encoder.pretrained import quiet_transformers
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
 from retriever.errors import RefusedError
 from retriever.files import replace_folder
@@ -51,7 +52,7 @@ def export(
     if not probe_texts:
         raise ValueError("export: probe_texts is empty; expected at least one text to compare the written model by")
     folder = Path(folder)
-    settings = settings_of(config, encoder.pooling)
+    settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
     with replace_folder(folder) as writing:
         if encoder.tied:
             prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}

@@ -57,7 +57,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
         )
     return replace(
         config,
-        model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling),
+        model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling, truncate_dim=encoder.truncate_dim),
         loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
     )
 
@@ -99,6 +99,11 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> 
         (
             split.startswith("test"),
             f"eval.split={split}: best/ is chosen on a test split, so its score there is no fair estimate any more",
+        ),
+        (
+            model.pooling == "last" and not TokenTemplate.from_tokenizer(tokenizer).suffix,
+            "model.pooling=last, but the tokenizer appends nothing to a text, so its last word is what is pooled; "
+            "model.append_eos=true appends the end-of-text token",
         ),
     ]
     for side in SIDES:

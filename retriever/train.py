@@ -54,7 +54,7 @@ def train(config: Config) -> None:
     """One training run, from its configuration to its last export."""
     from retriever import checkpoint, launch, preflight
     from retriever.data.store import build_or_open
-    from retriever.encoder.bundle import load_tokenizer
+    from retriever.encoder.tokenizer import ends_texts, training_tokenizer
     from retriever.parallel.watch import watched
 
     last = checkpoint.find(config.run)
@@ -63,7 +63,8 @@ def train(config: Config) -> None:
 
     preflight.check_paths(config)
     # Texts are tokenised before the ranks meet: however long it takes, no collective waits for it.
-    tokenizer = load_tokenizer(config.model.name_or_path)
+    tokenizer = training_tokenizer(config.model)
+    config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
     store = build_or_open(config, tokenizer)
     if config.run.preflight == "only":  # leaves nothing behind
         config = replace(config, run=replace(config.run, trackers=()))
@@ -139,7 +140,7 @@ def _train(
     if last is not None and finished == total and not outputs.holds(last):
         outputs.save(total)  # another run's end: this run's folder gets it too
 
-    settings = settings_of(config, encoder.pooling)
+    settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
     with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
         for batch in batches:

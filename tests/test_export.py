@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from retriever.config import Config, DataConfig, ModelConfig, to_dict
-from retriever.encoder.bundle import EncoderBundle, load_encoder, load_tokenizer
+from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import settings_of
+from retriever.encoder.tokenizer import load_tokenizer
 from retriever.export import ExportError, export
 from tests.tiny import random_texts, save_tiny_model
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
@@ -22,8 +22,9 @@ from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.modes import use
 from retriever.encoder.pooling import PoolingMode
-from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings, tower_folder
+from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
+from retriever.encoder.tokenizer import check_prompt, load_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +106,9 @@ class EncoderBundle:
         for tower in (self.encoder.query_tower, self.encoder.passage_tower):
             digest.update(_canonical(tower.config.to_diff_dict(), leave_out=("transformers_version", "_name_or_path", "dtype")))
         digest.update(_tokenizer_bytes(self.tokenizer))
-        digest.update(_canonical({"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}))
+        pooled = {"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}
+        cut = {} if self.encoder.truncate_dim is None else {"truncate_dim": self.encoder.truncate_dim}
+        digest.update(_canonical(pooled | cut))
         return digest.hexdigest()
 
 
@@ -143,6 +146,9 @@ def load_encoder(
     }
     settings = replace(read_settings(name), **{key: value for key, value in given.items() if value is not None})
     check_lengths(read_model_config(name), settings.query_max_tokens, settings.passage_max_tokens)
+    tokenizer = load_tokenizer(name)
+    check_prompt(tokenizer, "query", settings.query_prompt, settings.query_max_tokens)
+    check_prompt(tokenizer, "passage", settings.passage_prompt, settings.passage_max_tokens)
     passage_tower = load_tower(name, "passage")
     query_tower = passage_tower if settings.tied else load_tower(name, "query")
     encoder = DualEncoder(
@@ -150,13 +156,14 @@ def load_encoder(
         passage_tower,
         pooling=settings.pooling,
         normalize=settings.normalize,
+        truncate_dim=settings.truncate_dim,
         autocast_dtype=AUTOCAST_DTYPES[precision],
     )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device)
     _make_fast(encoder, attention, compiled)
-    return EncoderBundle(encoder.eval(), load_tokenizer(name), settings)
+    return EncoderBundle(encoder.eval(), tokenizer, settings)
 
 
 def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padded"], compiled: bool) -> None:
@@ -165,20 +172,6 @@ def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padde
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
     fused = packed and gpu and encoder.can_fuse
     use(encoder, ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused))
-
-
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hugging Face name; both towers of a folder share one. Raises ConfigError."""
-    name = str(name_or_path)
-    folder = tower_folder(name, "passage")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name_or_path: {name} has no tokenizer that can be loaded: {error}") from error
-    # Without any tokenizer file transformers makes up an empty tokenizer of the architecture's class.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f"model.name_or_path: {name} has no tokenizer that knows a word; expected its tokenizer files beside the weights")
-    return tokenizer
 
 
 def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from kernels.layers.post_norm import SavedActivations
 from retriever.config import ConfigError, ModelConfig
@@ -21,6 +18,7 @@ from retriever.encoder.architectures import PACKED, check_lengths, check_modules
 from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
+from retriever.encoder.pretrained import load_model
 from retriever.encoder.settings import read_model_config, read_settings, tower_folder
 
 
@@ -38,6 +36,7 @@ class DualEncoder(nn.Module):
         *,
         pooling: PoolingMode,
         normalize: bool = True,
+        truncate_dim: int | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -46,6 +45,7 @@ class DualEncoder(nn.Module):
         self.towers = nn.ModuleDict(towers)
         self.pooling = pooling
         self.normalize = normalize
+        self.truncate_dim = truncate_dim  # how many leading dimensions are kept, before normalisation; None: all
         self.autocast_dtype = autocast_dtype
         self.packed = False
         # Heads that no embedding depends on, by side: kept out of training, put back into exports.
@@ -53,7 +53,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
-        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `pooling: auto` is resolved.
+        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `auto` of pooling and truncate_dim is what the folder says.
 
         A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from the same weights.
         Raises ConfigError where the model cannot be trained exactly, or has fewer positions than `config` asks for.
@@ -61,12 +61,15 @@ class DualEncoder(nn.Module):
         name = config.name_or_path
         model_config = read_model_config(name)
         check_lengths(model_config, config.query_max_tokens, config.passage_max_tokens)
-        pooling = read_settings(name).pooling if config.pooling == "auto" else config.pooling
+        said = read_settings(name)
+        pooling = said.pooling if config.pooling == "auto" else config.pooling
+        truncate_dim = said.truncate_dim if config.truncate_dim == "auto" else config.truncate_dim
         if config.tied and tower_folder(name, "query") != tower_folder(name, "passage"):
             raise ConfigError(f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder")
         passage_tower = load_tower(name, "passage")
         query_tower = passage_tower if config.tied else load_tower(name, "query")
-        encoder = cls(query_tower, passage_tower, pooling=pooling, normalize=config.normalize, autocast_dtype=autocast_dtype)
+        modes: dict[str, Any] = {"pooling": pooling, "normalize": config.normalize, "truncate_dim": truncate_dim}
+        encoder = cls(query_tower, passage_tower, **modes, autocast_dtype=autocast_dtype)
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()
         return encoder
@@ -87,7 +90,8 @@ class DualEncoder(nn.Module):
     @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
-        return int(self.passage_tower.config.hidden_size)
+        whole = int(self.passage_tower.config.hidden_size)
+        return whole if self.truncate_dim is None else min(whole, self.truncate_dim)
 
     @property
     def device(self) -> torch.device:
@@ -110,11 +114,12 @@ class DualEncoder(nn.Module):
         with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             if isinstance(tokens, Packed):
                 kept = {} if saved is None else {"packed_products": saved}
-                hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, D]
-                embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, D]
+                hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, H]
+                embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, H]
             else:
-                hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, D]
-                embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, D]
+                hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, H]
+                embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
+        embeddings = embeddings[:, : self.truncate_dim]  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
 
     @property
@@ -189,25 +194,16 @@ def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     """One side's transformer in fp32, in train mode.
 
-    Raises ConfigError where there are no safetensors weights, one that embeddings depend on is missing, or a module couples a
-    batch's rows.
+    Raises ConfigError where its weights cannot be read, one that embeddings depend on is missing, or a module couples a batch's rows.
     """
     name = str(name_or_path)
-    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    try:
-        with quiet_transformers():
-            model, report = AutoModel.from_pretrained(name, subfolder=tower_folder(name, side), **settings)
-    except OSError as error:
-        raise ConfigError(
-            f"model.name_or_path: {name} has no safetensors weights that can be loaded (pickled ones are not read): {error}"
-        ) from error
-    missing = sorted(str(key) for key in report["missing_keys"])
+    model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
         raise ConfigError(f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     check_modules(model, name)
-    return model.train()
+    return cast(PreTrainedModel, model.train())
 
 
 def _detach_pooler(tower: Any) -> dict[str, Tensor]:
@@ -218,17 +214,3 @@ def _detach_pooler(tower: Any) -> dict[str, Tensor]:
     weights = {f"pooler.{key}": value.detach().clone() for key, value in pooler.state_dict().items()}
     tower.pooler = None
     return weights
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' bars and its report of unused and missing weights, which `load_tower` judges itself."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.files import replace_folder
 from retriever.optim import Optimizer
 from retriever.rng import seed_step
-from scripts.mining.teacher import load_classifier
+from scripts.mining.teacher import check_pair_length, load_classifier
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def train_cross_encoder(
         raise ConfigError(f"--output-dir {output}: exists already; expected a new folder")
     torch.manual_seed(training.seed)  # the head's first values
     model, tokenizer = load_classifier(name_or_path, "--model", new_head=True, num_labels=1)
+    check_pair_length("--max-tokens", training.max_tokens, model, tokenizer)
     steps = list(_steps(len(groups), training))
     optimizer = Optimizer(optim, [model.to(device).train()], len(steps), device)
     autocast = AUTOCAST_DTYPES[optim.precision]

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError
 from retriever.data.chunks import plan_chunks
 from retriever.data.layout import pad_rows
+from retriever.encoder.architectures import longest_input
 from retriever.encoder.bundle import AUTOCAST_DTYPES, Precision
-from retriever.encoder.dual_encoder import quiet_transformers
+from retriever.encoder.model_files import one_line
+from retriever.encoder.pretrained import load_model
+from retriever.encoder.tokenizer import pretrained_tokenizer
 from scripts.stages import model_fingerprint
 
 
@@ -41,10 +44,7 @@ class CrossEncoder:
         model, tokenizer = load_classifier(name, "--teacher")
         if model.config.num_labels not in (1, 2):
             raise ConfigError(f"--teacher {name}: expected 1 or 2 labels, found {model.config.num_labels}")
-        if max_tokens > tokenizer.model_max_length:
-            raise ConfigError(
-                f"--teacher-max-tokens: expected at most {tokenizer.model_max_length}, the model's length; received {max_tokens}"
-            )
+        check_pair_length("--teacher-max-tokens", max_tokens, model, tokenizer)
         return cls(model, tokenizer, max_tokens, precision, device, model_fingerprint(name))
 
     @torch.no_grad()
@@ -74,25 +74,27 @@ def load_classifier(name: str, option: str, *, new_head: bool = False, **config:
     """A sequence classifier in fp32 with its tokenizer, from safetensors alone; `config` overrides entries of its configuration.
 
     With `new_head` the head and the pooler may be missing and are drawn from torch's generator. Raises ConfigError, which names
-    `option`, where there is no such model or tokenizer, or any other weight is missing or of another shape.
+    `option` or the file, where there is no such model or tokenizer, or any other weight is missing or of another shape.
     """
-    settings = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    settings["ignore_mismatched_sizes"] = True  # they are refused below, by name
-    try:
-        with quiet_transformers():
-            model, report = AutoModelForSequenceClassification.from_pretrained(name, **settings, **config)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        wanted = "an encoder" if new_head else "a sequence classification model"
-        raise ConfigError(
-            f"{option} {name}: expected {wanted} in safetensors (pickled ones are not read), with its tokenizer: {error}"
-        ) from error
-    if report["mismatched_keys"]:
-        key, found, fitting = min(report["mismatched_keys"])
-        raise ConfigError(f"{option} {name}: {key} has shape {list(found)}; expected {list(fitting)}")
-    missing, body = set(report["missing_keys"]), f"{model.base_model_prefix}."
+    with one_line(f"{option} {name}: expected {'an encoder' if new_head else 'a sequence classification model'}"):
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False, **config)
+    tokenizer = pretrained_tokenizer(settings, name)
+    model, missing = load_model(AutoModelForSequenceClassification, settings, name, "")
+    body = f"{model.base_model_prefix}."
     drawn = {key for key in missing if new_head and (not key.startswith(body) or key.startswith(f"{body}pooler."))}
-    if lacking := sorted(missing - drawn):
+    if lacking := sorted({*missing} - drawn):
         expected = "all but those of the head and the pooler" if new_head else "all, those of a trained head too"
         raise ConfigError(f"{option} {name}: lacks {len(lacking)} weights, {lacking[0]} first; expected {expected}")
+    if model.config.pad_token_id is None and tokenizer.pad_token_id is None:
+        raise ConfigError(f"{option} {name}: expected a padding token; set pad_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is not None:  # a decoder's head is read where the model's own begins
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def check_pair_length(option: str, max_tokens: int, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError, which names `option`, where a pair may be longer than the model's positions or its tokenizer's length."""
+    positions = longest_input(model.config) or tokenizer.model_max_length
+    longest = min(positions, tokenizer.model_max_length)  # a huge number where the tokenizer names none
+    if max_tokens > longest:
+        raise ConfigError(f"{option}: expected at most {longest}, the model's length; received {max_tokens}")

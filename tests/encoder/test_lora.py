@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from retriever.config import Config, ConfigError, LoraConfig, ModelConfig
-from retriever.encoder.bundle import EncoderBundle, load_encoder, load_tokenizer
+from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import LoraLinear, adapt, merged_state
 from retriever.encoder.settings import settings_of
+from retriever.encoder.tokenizer import load_tokenizer
 from retriever.export import export
 from tests.tiny import random_texts, save_tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from retriever.config import Config, ConfigError, DataConfig, ModelConfig
-from retriever.encoder import settings as module
+from retriever.encoder import model_files as module
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_settings, settings_of, tower_folder
 from tests.tiny import MAX_POSITIONS, save_tiny_model
@@ -53,27 +53,52 @@ def test_a_plain_folder_gets_the_defaults_of_its_architecture(folder: Path, tmp_
     ],
 )
 def test_sentence_transformers_files_are_read(folder: Path, pooling: dict[str, Any], expected: PoolingMode) -> None:
-    described = {"prompts": {"query": "query: ", "passage": "find: ", "document": ""}}
+    described = {"prompts": {"query": "query: ", "passage": "find: "}, "similarity_fn_name": None}
     _sentence_transformers(folder, "Transformer", "Pooling", "Normalize", pooling=pooling, described=described)
     assert read_settings(folder) == EncoderSettings(expected, True, "query: ", "find: ", 60, 60)
 
 
-def test_vectors_are_normalised_where_a_module_or_cosine_similarity_says_so(folder: Path) -> None:
+def test_scores_are_cosines_where_a_module_says_so_or_nothing_says_otherwise(folder: Path) -> None:
     mean = {"pooling_mode_mean_tokens": True}
-    for described, expected in (({}, False), ({"similarity_fn_name": "dot"}, False), ({"similarity_fn_name": "cosine"}, True)):
+    for described, expected in (({}, True), ({"similarity_fn_name": "dot"}, False), ({"similarity_fn_name": "cosine"}, True)):
         _sentence_transformers(folder, "Transformer", "Pooling", pooling=mean, described=described)
         assert read_settings(folder).normalize is expected
+    (folder / "config_sentence_transformers.json").unlink()
+    assert read_settings(folder).normalize
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({"query": "q: ", "document": "", "passage": "passage: "}, ("q: ", "")),  # no prompt is what it says
+        ({"query": "q: ", "document": "d: ", "passage": "passage: "}, ("q: ", "d: ")),
+        ({"query": None, "document": None, "passage": "passage: "}, ("", "passage: ")),
+        ({"corpus": "c: ", "s2p_query": 7}, ("", "c: ")),  # prompts of other names are no side's
+    ],
+)
+def test_prompts_are_those_of_the_first_name_that_is_there(folder: Path, prompts: dict[str, Any], expected: tuple[str, str]) -> None:
+    _sentence_transformers(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"}, described={"prompts": prompts})
+    settings = read_settings(folder)
+    assert (settings.query_prompt, settings.passage_prompt) == expected
+
+
+def test_each_side_has_the_length_that_the_folder_gives_it(folder: Path) -> None:
+    _sentence_transformers(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"})
+    _write(folder / "sentence_bert_config.json", {"query_length": 20, "document_length": 9999})
+    settings = read_settings(folder)
+    assert (settings.query_max_tokens, settings.passage_max_tokens) == (20, MAX_POSITIONS)
 
 
 @pytest.mark.parametrize(
     ("kinds", "pooling", "message"),
     [
-        (("Transformer", "Pooling", "Dense"), {"pooling_mode_mean_tokens": True}, r"module 'sentence_transformers\.models\.Dense'"),
-        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, r"model\.pooling: .*pools by \['pooling_mode_max_tokens'\]"),
-        (("Transformer", "Pooling"), {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "pools by .*cls.*mean"),
-        (("Transformer", "Pooling"), {"pooling_mode": "weightedmean"}, "pools by weightedmean"),
+        (("Transformer", "Pooling", "Dense"), {"pooling_mode": "mean"}, r"modules\.json: expected .*; received .*Dense"),
+        (("Transformer", "Normalize", "Pooling"), {"pooling_mode": "mean"}, r"modules\.json: expected the modules Transformer, Pooling"),
+        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, r"1_Pooling/config\.json: .*received pooling_mode_max_tokens"),
+        (("Transformer", "Pooling"), {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "received .*cls.*mean"),
+        (("Transformer", "Pooling"), {"pooling_mode": "weightedmean"}, "expected one of cls, mean, lasttoken; received weightedmean"),
         (("Transformer", "Pooling"), {"pooling_mode": "mean", "include_prompt": False}, "include_prompt: false"),
-        (("Transformer",), {}, "has no Pooling module"),
+        (("Transformer",), {}, "expected the modules Transformer, Pooling"),
     ],
 )
 def test_what_is_not_computed_is_refused(folder: Path, kinds: tuple[str, ...], pooling: dict[str, Any], message: str) -> None:
@@ -86,12 +111,13 @@ def test_the_transformer_may_lie_in_a_sub_folder(tmp_path: Path) -> None:
     folder = tmp_path / "old"
     save_tiny_model(folder / "0_Transformer")
     _write(
-        folder / "modules.json", [{"path": p, "type": f"m.{k}"} for p, k in (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"))]
+        folder / "modules.json",
+        [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"))],
     )
     _write(folder / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
     _write(folder / "0_Transformer" / "sentence_bert_config.json", {"max_seq_length": 40})
     assert tower_folder(folder, "query") == tower_folder(folder, "passage") == "0_Transformer"
-    assert read_settings(folder) == EncoderSettings("cls", False, "", "", 40, 40)
+    assert read_settings(folder) == EncoderSettings("cls", True, "", "", 40, 40)
 
 
 def test_our_own_file_decides_over_all_others(folder: Path) -> None:
