@@ -18,6 +18,7 @@ from retriever.encoder.architectures import check_architecture, is_decoder, long
 from retriever.encoder.model_files import check_number, fields_of, one_line, read_fields, read_json
 from retriever.encoder.peer_files import described_settings, read_modules, tokenizer_limit
 from retriever.encoder.pooling import PoolingMode
+from retriever.encoder.pretrained import quiet_transformers
 
 SETTINGS_FILE = "bigbatch.json"
 SETTINGS_VERSION = 1
@@ -111,7 +112,7 @@ def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
     if read_json(name, file) is None:
         hint = f"; did you mean {name}/export?" if (Path(name) / "export").is_dir() else f": it has no {file}"
         raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model{hint}")
-    with one_line(f"{name}/{file}: no configuration of a model that transformers knows"):
+    with one_line(f"{name}/{file}: no configuration of a model that transformers knows"), quiet_transformers():
         config = AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False)
     check_architecture(config, name)
     return config

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
 from retriever.config import ConfigError, ModelConfig
@@ -118,3 +120,30 @@ def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> 
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="has no tokenizer that knows a word"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("modules", [True, False])
+def test_a_folder_that_sentence_transformers_truncates_gives_as_many_dimensions(tmp_path: Path, modules: bool) -> None:
+    """With and without a module that normalises: the scores are its cosines."""
+    parts = [Transformer(str(save_tiny_model(tmp_path / "start"))), Pooling(32, "mean"), *([Normalize()] if modules else [])]
+    theirs = SentenceTransformer(modules=parts, device="cpu", truncate_dim=12)
+    theirs.save(str(tmp_path / "truncated"))
+    texts, ours = random_texts(20), load_encoder(tmp_path / "truncated", device="cpu")
+    expected, found = theirs.encode(texts), ours.encode(texts, "passage")
+    assert found.shape == expected.shape == (20, 12) and ours.dimension == 12
+    np.testing.assert_allclose(found @ found.T, theirs.similarity(expected, expected), rtol=0, atol=1e-5)
+    assert np.abs(found - load_encoder(tmp_path / "start").encode(texts, "passage")[:, :12]).max() > 0.01
+    assert ours.model_hash() != load_encoder(tmp_path / "start").model_hash()
+
+
+def test_scores_are_those_of_sentence_transformers(tmp_path: Path) -> None:
+    """No module normalises, and nothing is said of similarity: cosine."""
+    parts = [Transformer(str(save_tiny_model(tmp_path / "start"))), Pooling(32, "mean")]
+    theirs = SentenceTransformer(modules=parts, device="cpu")
+    theirs.save(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "config_sentence_transformers.json").unlink()
+    texts, ours = random_texts(20), load_encoder(tmp_path / "saved", device="cpu")
+    found, again = ours.encode(texts, "query"), SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(found @ found.T, again.similarity(again.encode(texts), again.encode(texts)), rtol=0, atol=1e-5)
+    assert ours.settings.similarity == again.similarity_fn_name == "cosine"
+    assert np.abs(np.linalg.norm(again.encode(texts), axis=1) - 1).max() > 0.1
