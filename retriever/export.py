@@ -30,6 +30,7 @@ from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderS
 from retriever.errors import RefusedError
 from retriever.files import replace_folder
 from retriever.model_card import model_card
+from retriever.older_readers import name_older_tokenizer, older_config_keys
 from retriever.rng import RngState
 
 _PARITY = 1e-5  # how far an embedding may move by being written and read, in units of the largest entry or of 1
@@ -92,7 +93,7 @@ def _write_tower(
     with quiet_transformers():
         tower.save_pretrained(folder, state_dict={name: _as_fp32(tensor) for name, tensor in weights.items()})
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "config.json", described | {"dtype": "float32"})
+    _write_json(folder / "config.json", described | older_config_keys(described) | {"dtype": "float32"})
     _save_tokenizer(tokenizer, folder, max_tokens)
 
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if settings.normalize else [])]
@@ -111,6 +112,7 @@ def _write_tower(
         "prompts": prompts,
         "default_prompt_name": None,
         "similarity_fn_name": settings.similarity,
+        **({} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}),
     }
     _write_json(folder / "config_sentence_transformers.json", described)
 
@@ -126,6 +128,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
         backend.no_truncation()
         backend.no_padding()
     saved.save_pretrained(folder)
+    name_older_tokenizer(saved, folder)
 
 
 def _check_parity(live: EncoderBundle, written: Path, probe_texts: Sequence[str]) -> None:

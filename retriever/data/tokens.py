@@ -45,7 +45,7 @@ def tokenize_flat(
 
     A fast tokenizer uses all cores and lets go of the interpreter's lock meanwhile, so that a second thread can read its previous result.
     """
-    if not _is_plain(tokenizer):
+    if not is_plain(tokenizer):
         rows = tokenize_batch(tokenizer, texts)
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), dtype, int(counts.sum())), counts
@@ -64,7 +64,7 @@ def tokenize_flat(
     return np.frombuffer(tokens, dtype), counts
 
 
-def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer is a fast one whose call does no more than its backend's."""
     kind = type(tokenizer)
     own = [method for method in ("__call__", "_encode_plus") if getattr(kind, method) is not getattr(PreTrainedTokenizerFast, method)]

@@ -64,6 +64,9 @@ class DualEncoder(nn.Module):
         said = read_settings(name)
         pooling = said.pooling if config.pooling == "auto" else config.pooling
         truncate_dim = said.truncate_dim if config.truncate_dim == "auto" else config.truncate_dim
+        if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > model_config.hidden_size:
+            whole = model_config.hidden_size
+            raise ConfigError(f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}")
         if config.tied and tower_folder(name, "query") != tower_folder(name, "passage"):
             raise ConfigError(f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder")
         passage_tower = load_tower(name, "passage")
