@@ -34,6 +34,7 @@ from retriever.older_readers import name_older_tokenizer, older_config_keys
 from retriever.rng import RngState
 
 _PARITY = 1e-5  # how far an embedding may move by being written and read, in units of the largest entry or of 1
+_CHARACTERS_A_TOKEN = 20  # more than a token has, on average
 _POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _UNUSED_FLAGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 
@@ -134,14 +135,17 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
 def _check_parity(live: EncoderBundle, written: Path, probe_texts: Sequence[str]) -> None:
     """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the live encoder."""
     reloaded = load_encoder(written, device=live.encoder.device)
+    # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a half.
+    longest = max(live.settings.query_max_tokens, live.settings.passage_max_tokens)
+    probes = [*(text[: _CHARACTERS_A_TOKEN * longest] for text in probe_texts), "retrieval " * (longest + 1)]
     sides: tuple[Side, ...] = ("query", "passage")
     autocast_dtype, live.encoder.autocast_dtype = live.encoder.autocast_dtype, None
     try:
-        expected = {side: live.encode(probe_texts, side) for side in sides}
+        expected = {side: live.encode(probes, side) for side in sides}
     finally:
         live.encoder.autocast_dtype = autocast_dtype
     for side in sides:
-        found = reloaded.encode(probe_texts, side)
+        found = reloaded.encode(probes, side)
         allowed = _PARITY * max(1.0, float(np.abs(expected[side]).max()))
         difference = float(np.abs(found - expected[side]).max())
         if not difference <= allowed:  # NaN is no parity either

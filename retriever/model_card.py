@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from retriever.config import Config
 from retriever.data.tokens import Side
@@ -43,7 +44,7 @@ def model_card(settings: EncoderSettings, config: Config, dimension: int, side: 
     unit = "unit vectors" if settings.normalize else "vectors of any length"
     model, batch, optim, loss = config.model, config.batch, config.optim, config.loss
     learned = " (learned)" if loss.learn_temperature else ""
-    passage = f"title + {settings.title_separator!r} + text" if settings.title == "join" else "text without title"
+    passage = f"title + {_cell(settings.title_separator)} + text" if settings.title == "join" else "text without title"
     return f"""{_HEADER}
 # Dense retriever
 
@@ -51,7 +52,7 @@ def model_card(settings: EncoderSettings, config: Config, dimension: int, side: 
 
 | | query | passage |
 |---|---|---|
-| prompt | `{json.dumps(settings.query_prompt)}` | `{json.dumps(settings.passage_prompt)}` |
+| prompt | {_cell(settings.query_prompt)} | {_cell(settings.passage_prompt)} |
 | tokens at most, prompt and special tokens included | {settings.query_max_tokens} | {settings.passage_max_tokens} |
 | text | the query | {passage} |
 
@@ -62,12 +63,40 @@ similarity: {settings.similarity}.
 {use}
 ```
 
-sentence-transformers knows one length a model: {"the longer of the two" if settings.tied else "each tower has its own"}.
+{_lengths(settings)}
 `bigbatch.json` holds all of these settings; `retriever/encode.py` and the eval commands of bigbatch read it.
 
 ## Training
 
-Contrastive training with bigbatch from `{model.name_or_path}`: {batch.queries} queries a step, \
+Contrastive training with bigbatch from {_code(model.name_or_path)}: {batch.queries} queries a step, \
 at most {counted(config.data.negatives, "hard negative")} a query, temperature {loss.temperature:g}{learned}, \
 {optim.name} with learning rate {optim.lr:g} ({optim.schedule}), precision {optim.precision}, seed {config.run.seed}.
 """
+
+
+def _lengths(settings: EncoderSettings) -> str:
+    """What sentence-transformers makes of two lengths: it knows one a model, the longer of the two."""
+    if not settings.tied:
+        return "Each tower has its own length in sentence-transformers too."
+    query, passage = settings.query_max_tokens, settings.passage_max_tokens
+    if query == passage:
+        return "Both lengths are the model's `max_seq_length` in sentence-transformers."
+    side, cut = ("query", query) if query < passage else ("passage", passage)
+    return (
+        f"sentence-transformers knows one length a model, `max_seq_length`: the longer of the two, {max(query, passage)}. "
+        f"A {side} of more than {cut} tokens is cut at {cut} by bigbatch and not there; for the same embedding set "
+        f"`model.max_seq_length = {cut}` before encoding it."
+    )
+
+
+def _code(text: str) -> str:
+    """Text from data or settings as a code span of Markdown, in which nothing of it is markup, on one line and printable."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    padded = shown.strip() and (shown[0] in "` " or shown[-1] in "` ")  # readers take one space off either end
+    return f"{fence} {shown} {fence}" if padded else f"{fence}{shown}{fence}"
+
+
+def _cell(text: str) -> str:
+    """As `_code`, of a quoted text in a cell of a table, which a bar would end."""
+    return _code(json.dumps(text, ensure_ascii=False)).replace("|", "\\|")

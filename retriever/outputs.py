@@ -38,7 +38,8 @@ class Outputs:
         self.embeddings = self.folder / "embeddings"  # of evaluations while training, overwritten by each
         self._checkpoints = self.folder / checkpoint.FOLDER
         rows = range(min(_PROBES, len(store.passages)))
-        self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row))) for row in rows]
+        longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)  # of a text of 20 MB, all that can matter
+        self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row)[:longest])) for row in rows]
         if world.is_first:
             files.make_folder(self._checkpoints)
             files.clean(self._checkpoints)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from retriever.config import Config, DataConfig, ModelConfig, to_dict
+from retriever import export as export_module
+from retriever.config import Config, ConfigError, DataConfig, ModelConfig, to_dict
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import settings_of
@@ -72,6 +74,62 @@ def test_sentence_transformers_gives_the_live_embeddings(architecture: str, mode
     for found, expected in pairs:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.abs(pairs[0][1][0] - pairs[0][1][1]).max() > 0.01
+
+
+def test_a_query_beyond_its_length_is_as_the_card_says(tmp_path: Path) -> None:
+    """sentence-transformers cuts it at the passages' length, until it is told."""
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
+    live = _live(encoder, tokenizer, config)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    there, here = theirs.encode(LONG, prompt_name="query"), live.encode(LONG, "query")
+    assert np.abs(there - here).max() > 0.01
+    theirs.max_seq_length = 24
+    np.testing.assert_allclose(theirs.encode(LONG, prompt_name="query"), here, rtol=0, atol=1e-5)
+    assert "`model.max_seq_length = 24`" in (folder / "README.md").read_text()
+
+
+def test_a_truncated_model_stays_truncated(tmp_path: Path) -> None:
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), truncate_dim=12)
+    live = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling, encoder.truncate_dim))
+    encoder.autocast_dtype = None
+    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    expected, ours = live.encode(SHORT, "passage"), load_encoder(folder)
+    assert expected.shape == (len(SHORT), 12)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.encode(SHORT, "passage"), expected, rtol=0, atol=1e-6)
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    found = theirs.encode(SHORT, prompt_name="document")
+    assert found.shape == expected.shape and theirs.truncate_dim == 12
+    np.testing.assert_allclose(theirs.similarity(found, found), expected @ expected.T, rtol=0, atol=1e-5)
+    assert "Dimension 12," in (folder / "README.md").read_text()
+    assert DualEncoder.from_pretrained(ModelConfig(str(folder))).dimension == 12
+    assert DualEncoder.from_pretrained(ModelConfig(str(folder), truncate_dim=None)).dimension == 32
+    with pytest.raises(ConfigError, match=r"model\.truncate_dim: expected at most 32, the model's dimension; received 33"):
+        DualEncoder.from_pretrained(ModelConfig(str(folder), truncate_dim=33))
+
+
+def test_the_check_sees_the_length_of_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No probe that a run draws needs to be as long as that."""
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
+    monkeypatch.setattr(export_module, "load_encoder", partial(load_encoder, query_max_tokens=20))
+    with pytest.raises(ExportError, match="reloaded, a query embedding differs"):
+        export(encoder, tokenizer, config, tmp_path / "export", probe_texts=["a brain"])
+
+
+def test_probes_are_cut_to_the_models_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of 20 MB made one export take a minute and a half."""
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
+    encode = EncoderBundle.encode
+    seen: list[int] = []
+
+    def seeing(self: EncoderBundle, texts: list[str], side: Any) -> np.ndarray:
+        seen.extend(map(len, texts))
+        return encode(self, texts, side)
+
+    monkeypatch.setattr(EncoderBundle, "encode", seeing)
+    export(encoder, tokenizer, config, tmp_path / "export", probe_texts=["heart disease " * 10_000, "brain"])
+    assert len(seen) == 4 * 3 and max(seen) < 1000
 
 
 def test_a_real_model_gives_the_same_embeddings_in_sentence_transformers(tmp_path: Path) -> None:
@@ -173,8 +231,16 @@ def test_training_goes_on_as_if_nothing_had_been_exported(tmp_path: Path) -> Non
     assert (tokenizer.model_max_length, encoder.passage_tower.config.to_dict(), to_dict(config)) == (length, model_config, plain)
 
 
-@pytest.mark.parametrize("damage", [0.01, float("nan")])
-def test_a_folder_that_reads_otherwise_gets_no_name(tmp_path: Path, damage: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (0.01, ExportError, r"reloaded, a query embedding differs from the live one by .*; expected at most 1\.00e-05"),
+        (float("nan"), ConfigError, r"encoder\.layer\.1\.output\.dense\.weight holds numbers that are not finite"),
+    ],
+)
+def test_a_folder_that_reads_otherwise_gets_no_name(
+    tmp_path: Path, damage: float, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
     before = _bytes(export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES))
     save = PreTrainedModel.save_pretrained
@@ -185,10 +251,10 @@ def test_a_folder_that_reads_otherwise_gets_no_name(tmp_path: Path, damage: floa
         save(self, folder, state_dict=state_dict)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
-    with pytest.raises(ExportError, match=r"reloaded, a query embedding differs from the live one by .*; expected at most 1\.00e-05"):
+    with pytest.raises(error, match=message):
         export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
     assert _bytes(tmp_path / "export") == before
-    with pytest.raises(ExportError):
+    with pytest.raises(error):
         export(encoder, tokenizer, config, tmp_path / "other", probe_texts=PROBES)
     assert not (tmp_path / "other").exists()
 
