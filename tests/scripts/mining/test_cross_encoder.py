@@ -96,6 +96,7 @@ def test_it_learns_to_prefer_positives(folder: Path) -> None:
         (("--model", "/nowhere/model"), "--model /nowhere/model"),
         (("--data", "/nowhere/data"), "/nowhere/data"),
         (("--output-dir", "."), "exists already"),
+        (("--max-tokens", "512"), "--max-tokens: expected at most 256, the model's length; received 512"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder: Path, more: tuple[str, ...], message: str) -> None:

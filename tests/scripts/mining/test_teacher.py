@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from retriever.config import ConfigError
 from scripts.mining.teacher import CrossEncoder, load_classifier
 from tests.scripts.mining.workplace import save_tiny_teacher
-from tests.tiny import random_texts, save_tiny_model
+from tests.tiny import ARCHITECTURES, MAX_POSITIONS, random_texts, save_tiny_model, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -94,3 +96,72 @@ def test_a_teacher_of_two_labels_gives_their_difference(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "three", labels=3)
     with pytest.raises(ConfigError, match="1 or 2 labels, found 3"):
         _teach(tmp_path / "three")
+
+
+def _set(folder: Path, file: str, **values: object) -> None:
+    """Entries of an object in JSON replaced, or removed where they are None."""
+    found = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+@pytest.mark.parametrize("limit", [None, 10**30, 4096])
+def test_a_pair_is_no_longer_than_the_positions(tmp_path: Path, limit: int | None) -> None:
+    """Whatever the tokenizer says of lengths, or where it says nothing."""
+    folder = save_tiny_teacher(tmp_path / "teacher")
+    _set(folder, "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(ConfigError, match=f"--teacher-max-tokens: expected at most {MAX_POSITIONS}, the model's length; received 512"):
+        CrossEncoder.load(folder, device=torch.device("cpu"))
+    long = " ".join(random_texts(40, shortest=20))
+    assert np.isfinite(CrossEncoder.load(folder, max_tokens=MAX_POSITIONS, device=torch.device("cpu")).score(["heart"], [long], 1000)).all()
+
+
+def test_the_tokenizers_own_length_counts_where_it_is_shorter(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "teacher")
+    _set(folder, "tokenizer_config.json", model_max_length=100)
+    with pytest.raises(ConfigError, match="expected at most 100, the model's length; received 101"):
+        CrossEncoder.load(folder, max_tokens=101, device=torch.device("cpu"))
+
+
+def _decoder(folder: Path, **tokens: object) -> Path:
+    """A decoder with a head and without a padding token in its configuration, as language models have none."""
+    tokenizer = tiny_tokenizer("llama")
+    sizes = ARCHITECTURES["llama"] | {"vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **sizes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(5.0 if parameter.dim() >= 2 else 1.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _set(folder, "tokenizer_config.json", **tokens)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
+    return folder
+
+
+def test_a_decoder_pads_by_the_token_that_its_tokenizer_knows(tmp_path: Path) -> None:
+    """Scores are those of pairs read one by one, which need no padding."""
+    folder = _decoder(tmp_path / "decoder")
+    queries, passages = random_texts(6, longest=5), random_texts(6, shortest=2, longest=20, seed=1)
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    with torch.no_grad():
+        alone = [model.eval()(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in zip(queries, passages, strict=True)]
+    assert np.ptp(alone) > 0.1
+    np.testing.assert_allclose(_teach(folder).score(queries, passages, 10_000), alone, rtol=0, atol=1e-5)
+
+
+def test_a_teacher_that_cannot_pad_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--teacher .*decoder: expected a padding token; set pad_token in its tokenizer_config\.json"):
+        _teach(_decoder(tmp_path / "decoder", pad_token=None))
+
+
+def test_a_malformed_teacher_is_named(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"teacher/tokenizer\.json: token 'zebra' has the id 198, but vocab_size in config\.json is 198"):
+        _teach(folder)
+    _set(folder, "config.json", num_hidden_layers="two")
+    with pytest.raises(ConfigError, match=r"--teacher .*teacher: expected a sequence classification model: .*num_hidden_layers"):
+        _teach(folder)
