@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from functools import partial
@@ -75,17 +76,18 @@ class Outputs:
     def _publish(self, *, written: bool) -> None:
         """Brings `export/` and `best/` up to the newest checkpoint, which was `written` just now.
 
-        At a start too, as a kill right after saving leaves them behind: then what is recorded of this step is not copied again.
+        At a start too, as a kill right after saving leaves them behind, and they may have been damaged since: then what is whole and
+        recorded of this step is not copied again.
         """
         newest = checkpoint.newest(self._checkpoints)
         if newest is None:
             return
         step = checkpoint.step_of(newest)
-        if written or self._recorded("export") != step:
+        if written or not self._shows("export", newest):
             checkpoint.publish(newest / "export", self.folder / "export")
             files.write_text(self.folder / checkpoint.EXPORTED, json.dumps({"step": step}))
         metric, values = self._evaluations()
-        if values and max(values, key=lambda at: (values[at], at)) == step and (written or self._recorded("best") != step):
+        if values and max(values, key=lambda at: (values[at], at)) == step and (written or not self._shows("best", newest)):
             checkpoint.publish(newest / "export", self.folder / "best")
             files.write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
 
@@ -95,10 +97,18 @@ class Outputs:
         metric = next((key for line in lines for key in line if key.startswith("eval/")), "")
         return metric, {line["step"]: line[metric] for line in lines}
 
-    def _recorded(self, name: str) -> int | None:
-        """The step whose export a published folder holds."""
-        record = self.folder / f"{name}.json"
-        return int(json.loads(record.read_text())["step"]) if record.exists() and (self.folder / name).exists() else None
+    def _shows(self, name: str, newest: Path) -> bool:
+        """Whether a published folder is recorded as the newest checkpoint's export, and every file of it is there as it was."""
+        record, source = self.folder / f"{name}.json", newest / "export"
+        try:
+            recorded = json.loads(record.read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False  # there is none, or it is damaged too
+        ours = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+        there = (self.folder / name / path for path in ours)
+        return recorded == checkpoint.step_of(newest) and all(
+            copy.is_file() and filecmp.cmp(source / path, copy, shallow=False) for path, copy in zip(ours, there, strict=True)
+        )
 
     def _export(self, encoder: DualEncoder, folder: Path) -> None:
         export(encoder, self._tokenizer, self._config, folder, probe_texts=self._probe_texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,17 @@ def test_untied_towers_become_two_folders(tmp_path: Path) -> None:
 
 def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_may_be_read_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), tied=False)
+    before = os.umask(umask)
+    try:
+        folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {mode}
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FLOORS = (
         "encode_shards",
         "export",
         "model_card",
+        "older_readers",
         "outputs",
         "preflight",
         "launch",

@@ -160,6 +160,28 @@ def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Pa
     assert all((run / name / "model.safetensors").read_bytes() == expected for name in ("export", "best"))
 
 
+@pytest.mark.parametrize("damage", ["cut weights", "other weights", "lost file", "cut record"])
+def test_an_export_that_was_damaged_is_repaired_by_the_same_command(workplace: Path, undisturbed: Path, damage: str) -> None:
+    run = shutil.copytree(undisturbed, workplace / "repaired", dirs_exist_ok=True)
+    source = run / "checkpoints" / "step-00000040" / "export"
+    for name in ("export", "best"):
+        weights = (run / name / "model.safetensors").read_bytes()
+        match damage:
+            case "cut weights":
+                (run / name / "model.safetensors").write_bytes(weights[:-100])
+            case "other weights":
+                (run / name / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+            case "lost file":
+                (run / name / "1_Pooling" / "config.json").unlink()
+            case _:
+                (run / f"{name}.json").write_text('{"step"')
+    assert main(training_command(workplace, "repaired", "run.trackers=[]")[2:]) == 0
+    for name in ("export", "best"):
+        files = {f.relative_to(source): f.read_bytes() for f in source.rglob("*") if f.is_file()}
+        assert {f.relative_to(run / name): f.read_bytes() for f in (run / name).rglob("*") if f.is_file()} == files
+        assert json.loads((run / f"{name}.json").read_text())["step"] == 40
+
+
 def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:
     shutil.copytree(undisturbed / "checkpoints" / "step-00000040", workplace / "kept")
     again = run_training(workplace, "elsewhere", "run.resume=kept")

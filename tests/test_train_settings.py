@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from retriever import gradcache
+from retriever.config_file import load
+from retriever.encoder.bundle import load_encoder
+from retriever.encoder.tokenizer import ends_texts
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
+from tests.tiny import save_plain_model
 from tests.workplace import ROOT, make_workplace, metrics, training_command
 
 
@@ -68,6 +72,40 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
     assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
     assert "finished 1 step: model in" in capsys.readouterr().out
     assert set(largest) == {1.0 if normalize == "true" else None}
+
+
+def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewer_dimensions(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = save_plain_model(workplace / "plain")
+    arguments = ["--config", str(workplace / "run.yaml"), f"model.name_or_path={start}", "model.truncate_dim=12", "run.verify=true"]
+    settings = ["train.eval_every=0", "train.max_steps=1", "run.trackers=[]"]
+    assert main([*arguments, f"run.output_dir={workplace / 'ended'}", *settings]) == 0
+    assert "appends nothing" not in capsys.readouterr().out
+    resolved = load(workplace / "ended" / "config.yaml").model
+    assert (resolved.append_eos, resolved.truncate_dim, resolved.pooling) == (True, 12, "last")
+    found = load_encoder(workplace / "ended" / "export")
+    assert ends_texts(found.tokenizer) and found.encode(["brain"], "query").shape == (1, 12)
+    assert main([*arguments, f"run.output_dir={workplace / 'endless'}", "model.append_eos=false", *settings]) == 0
+    assert "warning: model.pooling=last, but the tokenizer appends nothing to a text" in capsys.readouterr().out
+    assert not ends_texts(load_encoder(workplace / "endless" / "export").tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.query_prompt=" + "search " * 15, "model.query_prompt: 15 tokens and 2 special ones leave no room for a text in the 16"),
+        ("model.truncate_dim=0", "model.truncate_dim: expected auto, null or at least 1; received 0"),
+        ("model.truncate_dim=true", "model.truncate_dim: expected "),
+        ("model.append_eos=yes please", "model.append_eos: expected true or false | auto"),
+    ],
+)
+def test_what_an_encoder_cannot_do_stops_the_run_before_its_first_step(
+    workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(training_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
+    assert message in capsys.readouterr().err
+    assert not (workplace / "fresh").exists()
 
 
 @pytest.mark.parametrize("override", ["run.trackers=[foo]", "optim.lr=-1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
 from pathlib import Path
@@ -104,6 +105,15 @@ def save_tiny_model(folder: str | Path, architecture: str = "bert", *, seed: int
         _spread(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_plain_model(folder: str | Path, architecture: str = "llama", **tokenizer_config: Any) -> Path:
+    """A decoder whose tokenizer puts nothing around a text, as most language models' do; entries of its tokenizer_config.json are set."""
+    folder = save_tiny_model(folder, architecture)
+    for file, changes in (("tokenizer.json", {"post_processor": None}), ("tokenizer_config.json", tokenizer_config)):
+        found = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(found | changes))
     return folder
 
 

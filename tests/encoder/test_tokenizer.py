@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,15 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from retriever.config import Config, ConfigError, ModelConfig
-from retriever.data.tokens import TokenTemplate
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import ends_texts, load_tokenizer, training_tokenizer
 from retriever.export import export
-from tests.tiny import random_texts, save_tiny_model
+from tests.tiny import random_texts, save_plain_model, save_tiny_model
 
 SEP = 3  # the end-of-text token of the tiny tokenizers
 TEXTS = random_texts(6, shortest=2, longest=12)
-
-
-def _plain(folder: Path, architecture: str = "llama", **config: Any) -> Path:
-    """A language model whose tokenizer puts nothing around a text, as most real ones do."""
-    save_tiny_model(folder, architecture)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
-    described = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(described | config))
-    assert TokenTemplate.from_tokenizer(load_tokenizer(folder)).special_tokens == 0
-    return folder
 
 
 def _model(folder: Path, **settings: Any) -> ModelConfig:
@@ -45,7 +32,7 @@ def _ids(tokenizer: Any, text: str = "the brain") -> list[int]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_plain_language_model_of_last_pooling_gets_an_end(tmp_path: Path, architecture: str) -> None:
-    folder = _plain(tmp_path / "start", architecture)
+    folder = save_plain_model(tmp_path / "start", architecture)
     bare = _ids(load_tokenizer(folder))
     appending = training_tokenizer(_model(folder))
     assert _ids(appending) == [*bare, SEP] and ends_texts(appending)
@@ -55,7 +42,7 @@ def test_a_plain_language_model_of_last_pooling_gets_an_end(tmp_path: Path, arch
 
 
 def test_what_is_appended_is_appended_in_the_export_too(tmp_path: Path) -> None:
-    model = _model(_plain(tmp_path / "start"), query_prompt="find: ", query_max_tokens=24)
+    model = _model(save_plain_model(tmp_path / "start"), query_prompt="find: ", query_max_tokens=24)
     encoder, tokenizer = DualEncoder.from_pretrained(model), training_tokenizer(model)
     folder = export(encoder, tokenizer, Config(model=model), tmp_path / "export", probe_texts=TEXTS)
     live = EncoderBundle(encoder, tokenizer, settings_of(Config(model=model), "last"))
@@ -72,7 +59,7 @@ def test_what_is_appended_is_appended_in_the_export_too(tmp_path: Path) -> None:
 
 def test_an_embedding_models_tokenizer_is_left_alone(tmp_path: Path) -> None:
     """It was trained as it is."""
-    folder = _plain(tmp_path / "start")
+    folder = save_plain_model(tmp_path / "start")
     model = _model(folder, append_eos=False)
     encoder = DualEncoder.from_pretrained(model)
     export(encoder, training_tokenizer(model), Config(model=model), tmp_path / "export", probe_texts=TEXTS)
@@ -90,7 +77,7 @@ def test_an_end_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_an_end_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
-    folder = _plain(tmp_path, eos_token=None)
+    folder = save_plain_model(tmp_path, eos_token=None)
     assert not ends_texts(training_tokenizer(_model(folder)))
     with pytest.raises(ConfigError, match=r"model\.append_eos: True, but the \w+ of this model has no eos_token; set it to auto"):
         training_tokenizer(_model(folder, append_eos=True))
