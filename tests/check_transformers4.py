@@ -133,7 +133,7 @@ def _characters() -> PreTrainedTokenizerBase:
 def _embed(python: Path, folders: list[Path], output: Path) -> list[dict[str, Any]]:
     names = json.dumps([str(folder) for folder in folders])
     subprocess.run([python, "-W", "ignore", "-c", _READER, names, json.dumps(TEXTS), output], check=True)
-    return json.loads(output.read_text())  # type: ignore[no-any-return]
+    return json.loads(output.read_text())
 
 
 if __name__ == "__main__":

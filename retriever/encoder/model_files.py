@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from retriever.config import ConfigError
 from retriever.config_tree import build
 
+_SAID_BY = "model.name_or_path, --model or --teacher"
 _LONGEST_REASON = 300  # characters of another library's message
 
 Fields = TypeVar("Fields")
@@ -35,13 +36,13 @@ def read_fields(kind: type[Fields], name: str, file: str) -> Fields | None:
 def fields_of(kind: type[Fields], found: Any, where: str) -> Fields:
     """As `read_fields`, of a value that was read from `where`."""
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: expected an object, received {str(found)[:60]!r}")
+        raise ConfigError(f"{where}: expected an object, received {type(found).__name__}")
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     for field in known.values():
         if field.name not in found and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{where}: {field.name!r} is missing")
     try:
-        return build(kind, {key: value for key, value in found.items() if key in known})  # type: ignore[no-any-return]
+        return build(kind, {key: value for key, value in found.items() if key in known})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -51,7 +52,7 @@ def read_json(name: str, file: str) -> Any | None:
     if Path(name).exists():
         path: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model.name_or_path: there is no folder {name}")
+        raise ConfigError(f"model {name}: there is no such folder ({_SAID_BY})")
     else:
         path = _hub_file(name, file)
     if path is None:
@@ -96,7 +97,7 @@ def _hub_file(name: str, file: str) -> str | None:
     except LocalEntryNotFoundError as error:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             reason = "the hub was not reached, and the model is not in the cache"
-            raise ConfigError(f"model.name_or_path: {name!r} is no folder, and cannot be fetched: {reason}") from error
+            raise ConfigError(f"model {name!r} is no folder, and cannot be fetched: {reason} ({_SAID_BY})") from error
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none", file=sys.stderr)
         return None
@@ -104,4 +105,4 @@ def _hub_file(name: str, file: str) -> str | None:
         return None
     except (OSError, ValueError) as error:  # not to be taken for a file that the model does not have
         reason = " ".join(str(error).split())
-        raise ConfigError(f"model.name_or_path: {file} of {name!r} could not be fetched: {reason}") from error
+        raise ConfigError(f"model {name!r}: {file} could not be fetched: {reason}") from error

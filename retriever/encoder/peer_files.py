@@ -79,7 +79,7 @@ def read_modules(name: str) -> list[Module] | None:
     if found is None:
         return None
     if not isinstance(found, list):
-        raise ConfigError(f"{where}: expected a list of modules, received {str(found)[:60]!r}")
+        raise ConfigError(f"{where}: expected a list of modules, received {type(found).__name__}")
     modules = [fields_of(Module, module, f"{where}: module {i}") for i, module in enumerate(found)]
     for i, module in enumerate(modules):
         if PurePosixPath(module.path).is_absolute() or ".." in PurePosixPath(module.path).parts or "\\" in module.path:

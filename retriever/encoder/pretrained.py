@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from retriever.config import ConfigError
-from retriever.encoder.model_files import one_line, read_fields
+from retriever.encoder.model_files import one_line, read_fields, read_json
 
 WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_UNREAD = ("quantization_config", "transformers_weights")
 _ALWAYS_BUILT = 1000  # layers
 
 
@@ -24,6 +26,25 @@ class _Index:
     """model.safetensors.index.json."""
 
     weight_map: dict[str, Any]
+
+
+def read_config(name: str, folder: str = "", **overrides: Any) -> Any:
+    """The transformers configuration in a sub-folder of a model's folder or Hugging Face name, entries of it overridden.
+
+    Raises ConfigError where there is none, it is malformed, or it would load code of the hub or weights of another kind.
+    """
+    file = str(PurePosixPath(folder) / "config.json")
+    found = read_json(name, file)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}/{file}: expected an object, received {'no file' if found is None else type(found).__name__}")
+    for key in _UNREAD:
+        if found.get(key) is not None:
+            raise ConfigError(f"{name}/{file}: {key}: expected none, for weights are read from {WEIGHTS} and in full precision")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(found.get(key)):
+            raise ConfigError(f"{name}/{file}: {key}: expected transformers' own attention, received code of the hub, {found[key]!r}")
+    with one_line(f"{name}/{file}: no configuration of a model that transformers knows"), quiet_transformers():
+        return AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False, **overrides)
 
 
 def load_model(auto_class: Any, config: Any, name: str, folder: str) -> tuple[Any, list[str]]:
@@ -67,7 +88,7 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             pickled = next((f"; {f.name} is pickled, which is not read" for f in sorted(folder.glob("*.bin"))), "")
             raise ConfigError(f"{folder}: there is no {WEIGHTS}{pickled}")
         files = sorted({str(file) for file in index.weight_map.values()})
-    shapes = {}
+    shapes: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ConfigError(f"{folder}/{_INDEX}: weight_map: expected files .safetensors of the same folder, received {file!r}")

@@ -10,15 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from transformers import AutoConfig
-
 from retriever.config import Config, ConfigError
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_architecture, is_decoder, longest_input
-from retriever.encoder.model_files import check_number, fields_of, one_line, read_fields, read_json
+from retriever.encoder.model_files import check_number, fields_of, read_fields, read_json
 from retriever.encoder.peer_files import described_settings, read_modules, tokenizer_limit
 from retriever.encoder.pooling import PoolingMode
-from retriever.encoder.pretrained import quiet_transformers
+from retriever.encoder.pretrained import read_config
 
 SETTINGS_FILE = "bigbatch.json"
 SETTINGS_VERSION = 1
@@ -112,8 +110,7 @@ def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
     if read_json(name, file) is None:
         hint = f"; did you mean {name}/export?" if (Path(name) / "export").is_dir() else f": it has no {file}"
         raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model{hint}")
-    with one_line(f"{name}/{file}: no configuration of a model that transformers knows"), quiet_transformers():
-        config = AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=False)
+    config = read_config(name, folder)
     check_architecture(config, name)
     return config
 

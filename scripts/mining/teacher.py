@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError
 from retriever.data.chunks import plan_chunks
 from retriever.data.layout import pad_rows
 from retriever.encoder.architectures import longest_input
 from retriever.encoder.bundle import AUTOCAST_DTYPES, Precision
-from retriever.encoder.model_files import one_line
-from retriever.encoder.pretrained import load_model
+from retriever.encoder.pretrained import load_model, read_config
 from retriever.encoder.tokenizer import pretrained_tokenizer
 from scripts.stages import model_fingerprint
 
@@ -76,8 +75,7 @@ def load_classifier(name: str, option: str, *, new_head: bool = False, **config:
     With `new_head` the head and the pooler may be missing and are drawn from torch's generator. Raises ConfigError, which names
     `option` or the file, where there is no such model or tokenizer, or any other weight is missing or of another shape.
     """
-    with one_line(f"{option} {name}: expected {'an encoder' if new_head else 'a sequence classification model'}"):
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=False, **config)
+    settings = read_config(name, **config)
     tokenizer = pretrained_tokenizer(settings, name)
     model, missing = load_model(AutoModelForSequenceClassification, settings, name, "")
     body = f"{model.base_model_prefix}."

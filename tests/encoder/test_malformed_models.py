@@ -69,6 +69,10 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
+def _of_another_model(folder: Path) -> None:
+    save_file({"unrelated": torch.ones(2)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def _pickled(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -183,7 +187,7 @@ ROWS: dict[str, tuple[Damage, str]] = {
     # config.json
     "config: missing": (_without("config.json"), r"has no config\.json"),
     "config: cut": (_cut("config.json", 0.5), r"/config\.json: expected JSON"),
-    "config: a list": (_text("config.json", "[]"), r"/config\.json: no configuration"),
+    "config: a list": (_text("config.json", "[]"), r"/config\.json: expected an object, received list"),
     "config: empty object": (_text("config.json", "{}"), r"/config\.json: no configuration"),
     "config: unknown architecture": (_set("config.json", model_type="nonesuch"), r"/config\.json: no configuration .*nonesuch"),
     "config: architecture not verified": (_text("config.json", '{"model_type": "t5"}'), r"is a 't5' model, an architecture on which"),
@@ -211,6 +215,16 @@ ROWS: dict[str, tuple[Damage, str]] = {
         r"position_embeddings.* \[256, 32\]; expected \[128, 32\]",
     ),
     "config: unknown activation": (_set("config.json", hidden_act="sine"), r"/config\.json: no bert model can be built from it: .*sine"),
+    "config: attention of the hub": (
+        _set("config.json", attn_implementation="user/code"),
+        r"/config\.json: attn_implementation: .*user/code",
+    ),
+    "config: attention of the hub, inside": (
+        _set("config.json", _attn_implementation={"": "user/code"}),
+        r"_attn_implementation: .*user/code",
+    ),
+    "config: other weights": (_set("config.json", transformers_weights="evil.bin"), r"/config\.json: transformers_weights: expected none"),
+    "config: quantised": (_set("config.json", quantization_config={"bits": 4}), r"/config\.json: quantization_config: expected none"),
     # weights
     "weights: missing": (_without(WEIGHTS), r": there is no model\.safetensors$"),
     "weights: pickled": (_pickled, r": there is no model\.safetensors; pytorch_model\.bin is pickled, which is not read"),
@@ -220,7 +234,7 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "weights: garbage": (_text(WEIGHTS, b"\x93" * 4000), rf"/{WEIGHTS}: no complete safetensors file"),
     "weights: a huge header": (_text(WEIGHTS, b"\xff" * 7 + b"\x7f" + b"{}"), rf"/{WEIGHTS}: no complete safetensors file"),
     "weights: not finite": (_weights(lambda w: w["encoder.layer.1.output.dense.weight"][0].fill_(torch.nan)), r"layer\.1.* not finite"),
-    "weights: of another model": (_weights(lambda w: (w.clear(), w.update(x=torch.ones(2)))), r"lacks \d+ weights of its passage tower"),
+    "weights: of another model": (_of_another_model, r"lacks \d+ weights of its passage tower"),
     "weights: a layer lost": (
         _weights(lambda w: w.pop("encoder.layer.0.output.dense.bias")),
         r"lacks 1 weights .*, encoder\.layer\.0\.output",

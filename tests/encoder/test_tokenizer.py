@@ -46,7 +46,7 @@ def test_what_is_appended_is_appended_in_the_export_too(tmp_path: Path) -> None:
     encoder, tokenizer = DualEncoder.from_pretrained(model), training_tokenizer(model)
     folder = export(encoder, tokenizer, Config(model=model), tmp_path / "export", probe_texts=TEXTS)
     live = EncoderBundle(encoder, tokenizer, settings_of(Config(model=model), "last"))
-    expected = {side: live.encode(TEXTS, side) for side in ("query", "passage")}  # type: ignore[arg-type]
+    expected = {side: live.encode(TEXTS, side) for side in ("query", "passage")}
     theirs, ours = SentenceTransformer(str(folder), device="cpu"), load_encoder(folder, device="cpu")
     np.testing.assert_allclose(ours.encode(TEXTS, "query"), expected["query"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(theirs.encode_query(TEXTS), expected["query"], rtol=0, atol=1e-5)

@@ -93,7 +93,7 @@ def test_it_learns_to_prefer_positives(folder: Path) -> None:
     ("more", "message"),
     [
         (("--epochs", "0"), "--epochs: expected a number above 0"),
-        (("--model", "/nowhere/model"), "--model /nowhere/model"),
+        (("--model", "/nowhere/model"), "model /nowhere/model: there is no such folder"),
         (("--data", "/nowhere/data"), "/nowhere/data"),
         (("--output-dir", "."), "exists already"),
         (("--max-tokens", "512"), "--max-tokens: expected at most 256, the model's length; received 512"),

@@ -270,7 +270,7 @@ def test_filters_need_scores(workplace: Workplace) -> None:
         (["--negatives", "0"], "--negatives"),
         (["--percentage", "1.5"], "--percentage"),
         (["--judged", "2"], "--judged"),
-        (["--teacher", "/nowhere/teacher"], "--teacher /nowhere/teacher"),
+        (["--teacher", "/nowhere/teacher"], "model /nowhere/teacher: there is no such folder"),
         (["--data", "/nowhere/data"], "/nowhere/data"),
     ],
 )
