@@ -1,10 +1,10 @@
-"""Model folders that cannot be used: one line that names the file and the field, from the loading of training and of encoding alike."""
+"""Model folders that cannot be used: one line that names the file and the field, and exit status 2, from every command."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retriever.config import ConfigError, ModelConfig
-from retriever.encoder.bundle import load_encoder
-from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import EncoderSettings
-from retriever.encoder.tokenizer import training_tokenizer
-from tests.tiny import save_tiny_model
+from tests.beir import write_beir
+from tests.commands import assert_refused
+from tests.tiny import random_texts, save_tiny_model
 
+COMMANDS = ("train", "encode", "beir")
 Damage = Callable[[Path], object]
 WEIGHTS, OWN, MODULES, POOLING = "model.safetensors", "bigbatch.json", "modules.json", "1_Pooling/config.json"
 DESCRIBED, TRANSFORMER, INDEX = "config_sentence_transformers.json", "sentence_bert_config.json", "model.safetensors.index.json"
@@ -262,32 +261,59 @@ ROWS: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as sentence-transformers writes it."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("whole") / "model")
-    (folder / "1_Pooling").mkdir()
-    _modules(_module("Transformer"), _module("Pooling", "1_Pooling"))(folder)
-    _text(POOLING, '{"pooling_mode": "mean"}')(folder)
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as sentence-transformers writes it, and data; every command accepts them."""
+    folder = tmp_path_factory.mktemp("sound")
+    model = save_tiny_model(folder / "model")
+    (model / "1_Pooling").mkdir()
+    _modules(_module("Transformer"), _module("Pooling", "1_Pooling"))(model)
+    _text(POOLING, '{"pooling_mode": "mean"}')(model)
+    texts = random_texts(6)
+    corpus, queries = [{"_id": f"p{i}", "text": text} for i, text in enumerate(texts)], {f"q{i}": text for i, text in enumerate(texts)}
+    judged = {f"q{i}": {f"p{i}": 1} for i in range(6)}
+    write_beir(folder / "data", corpus, queries, train=judged, test=judged)
     return folder
 
 
-def _load_for_training(folder: Path) -> object:
-    model = ModelConfig(str(folder), query_max_tokens=24, passage_max_tokens=40)
-    return training_tokenizer(model), DualEncoder.from_pretrained(model)
+def _started(command: str, model: Path, folder: Path) -> list[str]:
+    """The command's arguments to use `model` on the data, with outputs in `folder`."""
+    data = model.parent / "data"
+    if command == "train":
+        lengths = ("model.query_max_tokens=24", "model.passage_max_tokens=40", "batch.queries=4", "optim.precision=fp32")
+        places = (f"run.output_dir={folder}/run", f"data.cache_dir={folder}/cache", "run.trackers=[]", "train.max_steps=1")
+        return [f"model.name_or_path={model}", f"data.train=[{{path: {data}}}]", *places, *lengths]
+    if command == "encode":
+        return ["--model", str(model), "--input", str(data), "--side", "query", "--output", f"{folder}/shards"]
+    return ["--model", str(model), "--data", str(data), "--output-dir", f"{folder}/evaluation", "--k", "100"]
 
 
-@pytest.mark.parametrize("load", [load_encoder, _load_for_training])
-def test_the_folder_itself_is_loaded(whole: Path, load: Callable[[Path], object]) -> None:
-    load(whole)
+def _main(command: str) -> Callable[[Sequence[str]], int]:
+    from eval import beir
+    from retriever import encode, train
+
+    return {"train": train.main, "encode": encode.main, "beir": beir.main}[command]
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_one_line_names_the_file_and_the_field(whole: Path, tmp_path: Path, row: str) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_sound_folder_is_accepted(sound: Path, tmp_path: Path, command: str) -> None:
+    assert _main(command)(_started(command, sound / "model", tmp_path)) == 0
+
+
+@pytest.mark.parametrize(("row", "command"), [(row, COMMANDS[i % len(COMMANDS)]) for i, row in enumerate(ROWS)])
+def test_one_line_names_the_file_and_the_field(sound: Path, tmp_path: Path, row: str, command: str) -> None:
+    """From one of the commands, in turns."""
     damage, expected = ROWS[row]
-    folder = tmp_path / "model"
-    shutil.copytree(whole, folder)
-    damage(folder)
-    for load in (load_encoder, _load_for_training):
-        with pytest.raises(ConfigError, match=expected) as told:
-            load(folder)
-        assert "\n" not in str(told.value) and str(folder) in str(told.value)
+    shutil.copytree(sound, tmp_path / "sound")
+    model = tmp_path / "sound" / "model"
+    damage(model)
+    assert_refused(_main(command), _started(command, model, tmp_path), expected)
+    assert not any((tmp_path / output).exists() for output in ("run", "shards", "evaluation"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("row", ["own: a list", "weights: cut", "tokenizer: tokens that the model does not know"])
+def test_every_command_says_it(sound: Path, tmp_path: Path, row: str, command: str) -> None:
+    damage, expected = ROWS[row]
+    shutil.copytree(sound, tmp_path / "sound")
+    damage(tmp_path / "sound" / "model")
+    assert_refused(_main(command), _started(command, tmp_path / "sound" / "model", tmp_path), expected)
