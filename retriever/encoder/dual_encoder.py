@@ -19,7 +19,7 @@ from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
 from retriever.encoder.pretrained import load_model
-from retriever.encoder.settings import read_model_config, read_settings, tower_folder
+from retriever.encoder.settings import read_model_config, read_settings, read_truncate_dim, tower_folder
 
 
 class DualEncoder(nn.Module):
@@ -61,9 +61,8 @@ class DualEncoder(nn.Module):
         name = config.name_or_path
         model_config = read_model_config(name)
         check_lengths(model_config, config.query_max_tokens, config.passage_max_tokens)
-        said = read_settings(name)
-        pooling = said.pooling if config.pooling == "auto" else config.pooling
-        truncate_dim = said.truncate_dim if config.truncate_dim == "auto" else config.truncate_dim
+        pooling = read_settings(name).pooling if config.pooling == "auto" else config.pooling
+        truncate_dim = read_truncate_dim(name) if config.truncate_dim == "auto" else config.truncate_dim
         if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > model_config.hidden_size:
             whole = model_config.hidden_size
             raise ConfigError(f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}")
@@ -122,7 +121,8 @@ class DualEncoder(nn.Module):
             else:
                 hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, H]
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
-        embeddings = embeddings[:, : self.truncate_dim]  # [n, D]
+        if self.truncate_dim is not None:
+            embeddings = embeddings[:, : self.truncate_dim].contiguous()  # [n, D]
         return unit(embeddings) if self.normalize else embeddings
 
     @property

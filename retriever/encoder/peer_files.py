@@ -10,6 +10,7 @@ from typing import Any, Literal
 from retriever.config import ConfigError
 from retriever.encoder.model_files import check_number, fields_of, read_fields, read_json
 
+_DESCRIBED = "config_sentence_transformers.json"
 _POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' names -> ours
 _POOLING |= {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}  # before version 6
 _MODULES = (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
@@ -39,7 +40,7 @@ class _Prompts:
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """config_sentence_transformers.json."""
 
     prompts: dict[str, Any] | None = None
@@ -84,18 +85,23 @@ def read_modules(name: str) -> list[Module] | None:
     for i, module in enumerate(modules):
         if PurePosixPath(module.path).is_absolute() or ".." in PurePosixPath(module.path).parts or "\\" in module.path:
             raise ConfigError(f"{where}: module {i}: path: expected a folder inside the model's, received {module.path!r}")
-    if tuple(module.kind for module in modules) not in _MODULES:
-        expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
-        raise ConfigError(f"{where}: expected the modules {expected}; received {', '.join(m.type for m in modules) or 'none'}")
     return modules
+
+
+def read_described(name: str) -> Described:
+    """config_sentence_transformers.json, or what counts where there is none."""
+    described = read_fields(Described, name, _DESCRIBED) or Described()
+    check_number(f"{name}/{_DESCRIBED}: truncate_dim", described.truncate_dim, 1)
+    return described
 
 
 def described_settings(name: str, modules: Sequence[Module], longest: int) -> dict[str, Any]:
     """The fields of `EncoderSettings` that the folder of these modules gives, for a model of `longest` positions."""
-    folder, normalizes = modules[0].path, len(modules) == 3
-    where = f"{name}/config_sentence_transformers.json"
-    described = read_fields(_Described, name, "config_sentence_transformers.json") or _Described()
-    check_number(f"{where}: truncate_dim", described.truncate_dim, 1)
+    if tuple(module.kind for module in modules) not in _MODULES:
+        expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
+        raise ConfigError(f"{name}/modules.json: expected the modules {expected}; received {', '.join(m.type for m in modules) or 'none'}")
+    folder, normalizes, where = modules[0].path, len(modules) == 3, f"{name}/{_DESCRIBED}"
+    described = read_described(name)
     if described.truncate_dim is not None and normalizes and described.similarity_fn_name == "dot":
         raise ConfigError(f"{where}: similarity_fn_name: dot of unit vectors cut at truncate_dim is not supported; expected cosine")
     prompts = fields_of(_Prompts, described.prompts or {}, f"{where}: prompts")

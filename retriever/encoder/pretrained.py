@@ -54,10 +54,10 @@ def load_model(auto_class: Any, config: Any, name: str, folder: str) -> tuple[An
     """
     where = "/".join(part for part in (name, folder) if part)
     found = _stored_shapes(Path(name) / folder) if Path(name).exists() else {}  # those of the hub were checked as they were fetched
-    layers = getattr(config, "num_hidden_layers", 0)
-    if found and layers > max(_ALWAYS_BUILT, len(found)):
-        raise ConfigError(f"{where}/config.json: num_hidden_layers: {layers} layers, but the weights are {len(found)} tensors")
     with one_line(f"{where}/config.json: no {config.model_type} model can be built from it"), torch.device("meta"):
+        layers = getattr(config, "num_hidden_layers", 0)
+        if found and layers > max(_ALWAYS_BUILT, len(found)):
+            raise ConfigError(f"{where}/config.json: num_hidden_layers: {layers} layers, but the weights are {len(found)} tensors")
         built = auto_class.from_config(config)
     prefix = f"{built.base_model_prefix}."  # which the files of a body and of a model with a head have or have not
     expected = {key.removeprefix(prefix): tuple(weight.shape) for key, weight in built.state_dict().items()}

@@ -14,7 +14,7 @@ from retriever.config import Config, ConfigError
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import check_architecture, is_decoder, longest_input
 from retriever.encoder.model_files import check_number, fields_of, read_fields, read_json
-from retriever.encoder.peer_files import described_settings, read_modules, tokenizer_limit
+from retriever.encoder.peer_files import described_settings, read_described, read_modules, tokenizer_limit
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.pretrained import read_config
 
@@ -94,6 +94,14 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
         return EncoderSettings(**described_settings(name, modules, longest))
     max_tokens = min(tokenizer_limit(name) or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS, longest)
     return EncoderSettings("last" if is_decoder(config) else "mean", True, "", "", max_tokens, max_tokens)
+
+
+def read_truncate_dim(name_or_path: str | Path) -> int | None:
+    """How many dimensions of a model's embeddings the folder keeps, also where its other settings are not supported; None: all."""
+    name = str(name_or_path)
+    if read_json(name, SETTINGS_FILE) is not None:
+        return read_settings(name).truncate_dim
+    return read_described(name).truncate_dim
 
 
 def describes_itself(name_or_path: str | Path) -> bool:

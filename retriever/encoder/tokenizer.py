@@ -57,7 +57,7 @@ def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrained
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f"{where}: has no tokenizer that knows a word; expected its tokenizer files beside the weights")
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if last >= config.vocab_size:
+    if last >= getattr(config, "vocab_size", last + 1):
         raise ConfigError(
             f"{where}/tokenizer.json: token {token!r} has the id {last}, but vocab_size in config.json is {config.vocab_size}; "
             "expected a model whose embedding table was resized to its tokenizer"

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from retriever.config import Config, ConfigError, DataConfig, ModelConfig
 from retriever.encoder import model_files as module
+from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_settings, settings_of, tower_folder
 from tests.tiny import MAX_POSITIONS, save_tiny_model
@@ -105,6 +106,16 @@ def test_what_is_not_computed_is_refused(folder: Path, kinds: tuple[str, ...], p
     _sentence_transformers(folder, *kinds, pooling=pooling)
     with pytest.raises(ConfigError, match=message):
         read_settings(folder)
+
+
+def test_training_may_start_from_a_folder_whose_pooling_it_replaces(folder: Path) -> None:
+    """Its other modules are not trained; what else it says counts."""
+    kinds, described = ("Transformer", "Pooling", "Dense"), {"truncate_dim": 12}
+    _sentence_transformers(folder, *kinds, pooling={"pooling_mode": "max"}, described=described)
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), pooling="mean"))
+    assert (encoder.pooling, encoder.dimension) == ("mean", 12)
+    with pytest.raises(ConfigError, match=r"modules\.json: expected the modules"):
+        DualEncoder.from_pretrained(ModelConfig(str(folder)))
 
 
 def test_the_transformer_may_lie_in_a_sub_folder(tmp_path: Path) -> None:
