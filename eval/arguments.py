@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retriever.command import BATCH, ENCODER, Option, at_least_one, command_parser, group, launched, one_of, option
+from retriever.command import BATCH, ENCODER, Option, above_zero, at_least_one, command_parser, group, launched, one_of, option
 
 if TYPE_CHECKING:
     from retriever.parallel.world import World
@@ -29,7 +29,7 @@ SEARCH = (
         default="auto",
         help="of flat: FAISS on the CPU, or torch on every rank's device; auto: torch on GPUs",
     ),
-    option("--memory-gib", type=float, default=8.0, help="of each device, for torch's search"),
+    option("--memory-gib", type=above_zero, default=8.0, help="of each device, for torch's search"),
     option(
         "--faiss-gpu",
         choices=("off", "shard", "replicate"),
@@ -43,9 +43,9 @@ _ENCODING = (
     option("--passage-prompt", help="put in front of every passage"),
     option("--pooling", choices=("cls", "mean", "last")),
     option("--normalize", action=argparse.BooleanOptionalAction, help="unit vectors"),
-    option("--max-tokens", type=int, help="of queries and passages, prompt and special tokens included"),
-    option("--query-max-tokens", type=int, help="of queries, goes before --max-tokens"),
-    option("--passage-max-tokens", type=int, help="of passages, goes before --max-tokens"),
+    option("--max-tokens", type=at_least_one, help="of queries and passages, prompt and special tokens included"),
+    option("--query-max-tokens", type=at_least_one, help="of queries, goes before --max-tokens"),
+    option("--passage-max-tokens", type=at_least_one, help="of passages, goes before --max-tokens"),
     option("--title", choices=("join", "drop"), help="of a passage"),
 )
 
@@ -65,7 +65,7 @@ def evaluation_parser(prog: str, description: str, data: str, *options: Option, 
         option("--data", required=data_required, type=Path, help=data),
         *options,
         option("--metrics", nargs="+", metavar="NAME", help="as nDCG@10 MRR@10 Recall@100 MAP"),
-        option("--k", type=int, default=1000, help="passages a query in the run"),
+        option("--k", type=at_least_one, default=1000, help="passages a query in the run"),
         option("--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)"),
         *SEARCH,
         BATCH,

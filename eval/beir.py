@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from eval.arguments import evaluation_parser, launched_search
 from eval.collections.collection import read_beir
-from retriever.command import option, run
+from retriever.command import at_least_one, option, run
 from retriever.data.collection import find_qrels
 from retriever.errors import RefusedError
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folder of the collection, or hf:<name> of a Hugging Face data set of BEIR's form",
         option("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)"),
         option("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv"),
-        option("--relevance", type=int, default=1, help="lowest grade that is relevant for binary measures"),
+        option("--relevance", type=at_least_one, default=1, help="lowest grade that is relevant for binary measures"),
         option(
             "--exclude-self",
             action=argparse.BooleanOptionalAction,

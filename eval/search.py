@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"),
         option("--passages", required=True, type=Path, help="folder of passage shards"),
         option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
-        option("--k", type=int, default=1000, help="passages a query"),
+        option("--k", type=at_least_one, default=1000, help="passages a query"),
         *SEARCH,
         option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
         option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),

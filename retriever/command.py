@@ -80,22 +80,36 @@ def command_parser(prog: str, description: str | None, *options: Option) -> argp
     return parser
 
 
-def at_least_one(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; received {text!r}")
-    return int(text)
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Reads a whole number from `least` to `most`, for argparse."""
+
+    def read(text: str) -> int:
+        plain = text.isascii() and text.isdecimal() and len(text) < 20
+        if not plain or not least <= int(text) <= most:
+            bound = f"at most {most}" if text.isdecimal() and (len(text) >= 20 or int(text) > most) else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"expected a whole number of {bound}; received {text[:40]!r}")
+        return int(text)
+
+    return read
 
 
-def above_zero(text: str) -> float:
-    """A finite number above 0, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0; received {text!r}")
-    return number
+def number(least: float = 0.0, *, above: bool = False) -> Callable[[str], float]:
+    """Reads a finite number of at least `least`, or `above` it, for argparse."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"expected a number {'above' if above else 'of at least'} {least:g}; received {text[:40]!r}")
+        return value
+
+    return read
+
+
+at_least_one, zero_or_more, seed = whole(1), whole(0), whole(0, 2**63 - 1)
+above_zero = number(above=True)
 
 
 BATCH = option("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from retriever.command import command_parser, option, run
+from retriever.command import at_least_one, command_parser, option, run, seed
 from retriever.errors import RefusedError
 from retriever.files import write_json
 from scripts.code_pairs.functions import documented_functions, without_name
@@ -32,7 +32,7 @@ from scripts.code_pairs.pairs import Collection, code_collection, details_collec
 from scripts.code_pairs.sources import STDLIB, WELL_KNOWN, installed, python_files, version
 from scripts.code_pairs.split import Member, split_by_family
 
-FORMAT = 1  # raised where the same sources would give other pairs
+FORMAT = 2  # raised where the same sources would give other pairs
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metavar="NAME",
             help=f"import names; {STDLIB} is the standard library, auto it and the well-known packages found (default {STDLIB})",
         ),
-        option("--seed", type=int, default=default.seed, help="draws the modules held out"),
+        option("--seed", type=seed, default=default.seed, help="draws the modules held out"),
         option("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source"),
-        option("--test-queries", type=int, default=default.test_queries, help="hold out modules for about so many"),
-        option("--dev-queries", type=int, default=default.dev_queries, help="likewise"),
-        option("--max-test-per-module", type=int, default=default.max_test_per_module, help="functions"),
+        option("--test-queries", type=at_least_one, default=default.test_queries, help="hold out modules for about so many"),
+        option("--dev-queries", type=at_least_one, default=default.dev_queries, help="likewise"),
+        option("--max-test-per-module", type=at_least_one, default=default.max_test_per_module, help="functions"),
         option(
-            "--max-held-out-module", type=int, default=default.max_held_out_module, help="larger ones train (default %(default)s functions)"
+            "--max-held-out-module",
+            type=at_least_one,
+            default=default.max_held_out_module,
+            help="larger ones train (default %(default)s functions)",
         ),
     )
     return run(parser, arguments, _build)

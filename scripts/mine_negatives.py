@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.arguments import THREADS, launched_search
-from retriever.command import BATCH, ENCODER, TITLE, at_least_one, command_parser, group, one_of, option, run
+from retriever.command import BATCH, ENCODER, TITLE, above_zero, at_least_one, command_parser, group, number, one_of, option, run, seed
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -98,26 +98,26 @@ def _parser() -> argparse.ArgumentParser:
         option("--format", default="auto", choices=formats, help="default: %(default)s"),
         option("--split", default="train", help="default: %(default)s"),
         option("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file"),
-        option("--limit", type=int, help="of queries that are read, the first ones"),
+        option("--limit", type=at_least_one, help="of queries that are read, the first ones"),
         *TITLE,
     )
     candidates = (
         option("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model"),
         option("--model", help="the present model: folder or Hugging Face name"),
-        option("--ranks", nargs=2, type=int, default=(10, 100), metavar=("FIRST", "LAST"), help="of the search (default: 10 100)"),
-        option("--negatives", type=int, default=8, help="a query, at most"),
+        option("--ranks", nargs=2, type=at_least_one, default=(10, 100), metavar=("FIRST", "LAST"), help="of the search (default: 10 100)"),
+        option("--negatives", type=at_least_one, default=8, help="a query, at most"),
         option("--pick", choices=("random", "top"), default="random", help="inside the ranks"),
-        option("--seed", type=int, default=0, help="of --pick random"),
+        option("--seed", type=seed, default=0, help="of --pick random"),
         option("--index", default="flat", help="of the model's search"),
     )
     teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
     scores = (
         option("--teacher", nargs="+", metavar="NAME", help=teachers),
-        option("--teacher-max-tokens", type=int, default=512, help="of a pair"),
+        option("--teacher-max-tokens", type=at_least_one, default=512, help="of a pair"),
         option("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once"),
-        option("--judged", type=int, help="candidates scored a query (default: twice --negatives with a filter, else as many)"),
-        option("--margin", type=float, help="drop what scores above the lowest positive's score less this"),
-        option("--percentage", type=float, help="drop what scores above this share of the lowest positive's score, as 0.95"),
+        option("--judged", type=at_least_one, help="candidates scored a query (default: twice --negatives with a filter, else as many)"),
+        option("--margin", type=number(), help="drop what scores above the lowest positive's score less this"),
+        option("--percentage", type=above_zero, help="drop what scores above this share of the lowest positive's score, as 0.95"),
     )
     kept = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
     parser = command_parser(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from retriever.command import TITLE, command_parser, option, run
+from retriever.command import TITLE, above_zero, at_least_one, command_parser, option, run, seed
 from retriever.wording import counted
 
 
@@ -26,15 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--data", required=True, help="training data with negatives inside, as scripts.mine_negatives writes them"),
         option("--model", required=True, help="an encoder's folder or Hugging Face name, whose body the cross-encoder starts from"),
         option("--output-dir", required=True, type=Path, help="a new folder for the model and its tokenizer"),
-        option("--negatives", type=int, default=7, help="read beside a positive, at most"),
-        option("--queries", type=int, default=32, help="of an optimizer step"),
-        option("--epochs", type=float, default=1.0, help="default: %(default)s"),
-        option("--lr", type=float, default=5e-5, help="highest rate; linear, a tenth of warm-up"),
-        option("--max-tokens", type=int, default=256, help="of a pair"),
+        option("--negatives", type=at_least_one, default=7, help="read beside a positive, at most"),
+        option("--queries", type=at_least_one, default=32, help="of an optimizer step"),
+        option("--epochs", type=above_zero, default=1.0, help="default: %(default)s"),
+        option("--lr", type=above_zero, default=5e-5, help="highest rate; linear, a tenth of warm-up"),
+        option("--max-tokens", type=at_least_one, default=256, help="of a pair"),
         option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"),
-        option("--limit", type=int, help="of queries, the first ones"),
+        option("--limit", type=at_least_one, help="of queries, the first ones"),
         *TITLE,
-        option("--seed", type=int, default=0, help="default: %(default)s"),
+        option("--seed", type=seed, default=0, help="default: %(default)s"),
     )
     return run(parser, arguments, _train, lower="--queries, --negatives or --max-tokens")
 

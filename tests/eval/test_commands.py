@@ -232,8 +232,8 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
     [
         (["--metrics", "F1"], "measure 'F1': expected one of nDCG"),
         (["--index", "hsnw"], "expected flat, ivf, ivfpq, hnsw or a FAISS factory string .*received 'hsnw'"),
-        (["--k", "0"], "k 0: expected at least 1"),
-        (["--relevance", "0"], "relevance 0"),
+        (["--k", "0"], "argument --k: expected a whole number of at least 1"),
+        (["--relevance", "0"], "argument --relevance: expected a whole number of at least 1"),
         (["--split", "train"], "expected one file qrels/train.tsv"),
         (["--pooling", "mean", "--passage-max-tokens", "4000"], "4000"),
     ],

@@ -91,6 +91,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys:
     for words in ([run], [run, run]):
         assert_refused(main, [*words, "--qrels", str(qrels)], "expected at least two different runs")
     assert_refused(main, [run, other, "--qrels", str(qrels), "--metrics", "F1"], "measure 'F1': expected one of")
-    assert_refused(main, [run, other, "--qrels", str(qrels), "--relevance", "0"], "relevance 0")
+    assert_refused(
+        main, [run, other, "--qrels", str(qrels), "--relevance", "0"], "argument --relevance: expected a whole number of at least 1"
+    )
     assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
     assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")
