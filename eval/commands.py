@@ -41,6 +41,7 @@ def report_all(
     for collection, metrics in work:
         check_relevance(collection.relevance)
         check_measures(metrics, args.k if not args.run else sys.maxsize)
+    said = {} if args.run else {labels: collection.check() for labels, collection in {_corpus(c): c for c, _ in work}.items()}
     folder = output_folder(args)
     bundle = load_bundle(args, world.device) if args.model is not None else None
     if args.run is not None:
@@ -54,9 +55,14 @@ def report_all(
         else:
             result = None
         if result is not None:
-            results.append(replace(result, notes=(*result.notes, *check(result))))
+            notes = (*result.notes, *said.get(_corpus(collection), ()), *check(result))
+            results.append(replace(result, notes=notes))
             _report(args, results[-1], folder, msmarco)
     return results
+
+
+def _corpus(collection: Collection) -> tuple[str, ...]:
+    return tuple(table.label for table in collection.corpus)
 
 
 def _of_model(
@@ -78,7 +84,10 @@ def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence
 
     excluding, threads = collection.exclude_self, args.threads
     run = bm25_run(passages(), collection.queries, args.k, exclude_self=excluding, progress=True, threads=threads)
-    return EvalResult(collection, collection.measure(run, metrics), run, len(ids), notes=collection.notes(ids))
+    notes = collection.notes(ids)
+    if unmatched := sum(not found.passage_ids for found in run.values()):
+        notes = (*notes, f"{unmatched:,} of {counted(len(run), 'query')} without a word of any passage, which count 0")
+    return EvalResult(collection, collection.measure(run, metrics), run, len(ids), notes=notes)
 
 
 def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval.collections.collection import Collection, read_beir
+from eval.collections.collection import Collection, read_beir, read_judgments
 from eval.collections.msmarco import SPLITS, read_msmarco
 from eval.measures import Scores, measure_run
 from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
 from eval.trec import read_run
-from retriever.command import command_parser, one_of, option, run
-from retriever.data.formats import read_qrels
+from retriever.command import at_least_one, command_parser, one_of, option, run, seed, whole, zero_or_more
 from retriever.data.records import DataError
 from retriever.errors import RefusedError
 from retriever.files import write_text
@@ -112,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         option("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20"),
         option("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}"),
-        option("--relevance", type=int, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)"),
-        option("--permutations", type=int, default=10_000, help="of the randomisation test"),
-        option("--seed", type=int, default=0, help="of the randomisation test and the bootstrap"),
-        option("--moved", type=int, default=10, help="queries to show"),
+        option("--relevance", type=at_least_one, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)"),
+        option("--permutations", type=whole(1, 10_000_000), default=10_000, help="of the randomisation test"),
+        option("--seed", type=seed, default=0, help="of the randomisation test and the bootstrap"),
+        option("--moved", type=zero_or_more, default=10, help="queries to show"),
         option("--output", type=Path, help="write the comparison as JSON"),
     )
     return run(parser, arguments, _compare_files)
@@ -124,8 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare_files(args: argparse.Namespace) -> None:
     if len(args.runs) < 2 or len(set(args.runs)) != len(args.runs):
         raise RefusedError(f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}")
-    if args.permutations < 1 or args.moved < 0:
-        raise RefusedError(f"expected --permutations of at least 1 and --moved of at least 0; received {args.permutations}, {args.moved}")
     collection = _collection(args)
     names = _names(args.runs)
     relevance = collection.relevance if args.relevance is None else args.relevance
@@ -144,7 +141,7 @@ def _compare_files(args: argparse.Namespace) -> None:
 
 def _collection(args: argparse.Namespace) -> Collection:
     if args.qrels is not None:
-        return Collection(args.qrels.name, args.split or "", {}, read_qrels(args.qrels), ())
+        return Collection(args.qrels.name, args.split or "", {}, read_judgments(args.qrels), ())
     if (args.data / "qrels").is_dir() or not args.data.is_dir():
         return read_beir(args.data, args.split or "test")
     if args.split not in SPLITS:

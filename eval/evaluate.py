@@ -65,12 +65,13 @@ class EvalResult:
 def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
     """Finds out now, not after hours of training, whether `evaluate` could run.
 
-    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something.
+    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something
+    or holds what `Collection.check` refuses.
     """
     check_measures(metrics, k)
     if index != "flat":
         check_index(index, _ANY_DIMENSION)
-    read_beir(data_path, split)
+    read_beir(data_path, split).check()
 
 
 def check_measures(metrics: Sequence[str], k: int) -> None:

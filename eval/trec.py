@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from retriever.data.files import read_lines
-from retriever.data.records import DataError
+from retriever.data.files import is_file
+from retriever.data.lines import read_lines
+from retriever.data.records import DataError, shown
 from retriever.errors import RefusedError
 from retriever.files import replace_file
 
 TREC_LINE = "query-id Q0 passage-id rank score tag"
+_RANK = re.compile(r"0*[1-9][0-9]{0,8}")
 MSMARCO_LINE = "query-id<tab>passage-id<tab>rank"
 
 
@@ -118,8 +121,8 @@ def read_msmarco(path: str | Path) -> dict[str, Ranking]:
         if len(parts) != 3:
             raise DataError(f"{len(parts)} fields; expected 3: {MSMARCO_LINE}", path, number)
         query_id, passage_id, rank_text = parts
-        if not rank_text.isascii() or not rank_text.isdigit() or int(rank_text) < 1:
-            raise DataError(f"rank {rank_text!r}; expected a whole number from 1 on", path, number)
+        if not _RANK.fullmatch(rank_text):
+            raise DataError(f"rank {shown(rank_text)}; expected a whole number from 1 on, of at most 9 digits", path, number)
         rank = int(rank_text)
         passages = found.setdefault(query_id, {})
         if passage_id in passages or (query_id, rank) in taken:
@@ -146,17 +149,17 @@ def read_run(path: str | Path) -> dict[str, Ranking]:
 
 def _number(text: str, path: str | Path, line: int) -> float:
     try:
-        value = float(text)
+        value = float(text) if "_" not in text else math.nan  # Python reads 1_0 as 10
     except ValueError:
         value = math.nan
-    if math.isnan(value):
-        raise DataError(f"score {text!r}; expected a number", path, line)
+    if not math.isfinite(value):
+        raise DataError(f"score {shown(text)}; expected a finite number", path, line)
     return value
 
 
 def _numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError("no such file; expected a run", path)
     yield from ((number, line) for number, line in read_lines(path) if line.strip() and not line.startswith("#"))
 

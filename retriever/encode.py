@@ -15,8 +15,9 @@ if not __package__:  # started as a file: the project's root belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from retriever.command import ENCODER, at_least_one, command_parser, launched, option, run
-from retriever.data.collection import corpus_tables, query_tables
+from retriever.data.collection import corpus_tables, once, query_tables
 from retriever.data.formats import DataError, final_text, read_corpus, read_queries
+from retriever.data.records import shortened_note
 from retriever.wording import counted
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept"),
         option("--overwrite", action="store_true", help="replace what another job left in --output, removed first; else it is refused"),
         option("--prompt", help=f"put in front of every text {told}"),
-        option("--max-tokens", type=int, help=f"a text's length, prompt and special tokens included {told}"),
+        option("--max-tokens", type=at_least_one, help=f"a text's length, prompt and special tokens included {told}"),
         option("--pooling", choices=("cls", "mean", "last"), help=told),
         option("--normalize", action=argparse.BooleanOptionalAction, help=f"unit vectors {told}"),
         option("--title", choices=("join", "drop"), help=f"of a passage {told}"),
@@ -90,6 +91,8 @@ def _encode_file(args: argparse.Namespace) -> None:
     if world.is_first:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         print(f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}")
+        if note := shortened_note():
+            print(note)
 
 
 def _read_texts(path: Path, side: str, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
@@ -99,8 +102,8 @@ def _read_texts(path: Path, side: str, title: Literal["join", "drop"], separator
     else:
         texts = ((str(passage.id), final_text(passage, title, separator)) for passage in read_corpus(path))
     if (first := next(texts, None)) is None:
-        raise DataError(f"{path}: no {side} in it, so there is nothing to encode")
-    return chain([first], texts)
+        raise DataError(f"no {side} in it, so there is nothing to encode", path)
+    return once(chain([first], texts), path)
 
 
 def _fingerprint(path: Path, side: str, title: str, separator: str) -> str:

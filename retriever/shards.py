@@ -179,6 +179,8 @@ class EmbeddingShards:
             raise ShardError(f"{file}: not readable as an Arrow file ({error}); encode the texts again") from error
         if table.schema != _IDS or len(table) != shard["rows"]:
             raise ShardError(f"{file}: holds {len(table)} rows of {table.schema.names}; expected {shard['rows']} of {_IDS.names}")
+        if nulls := table.column("id").null_count:
+            raise ShardError(f"{file}: {nulls:,} of {len(table):,} ids are null; encode the texts again")
         return table.column("id").to_pylist()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from retriever.shards import ShardError, ShardJob, ShardWriter, open_shards
@@ -216,3 +217,16 @@ def test_embeddings_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     unknown: Any = "int8"
     with pytest.raises(ShardError, match="'int8'; expected one of float32, float16"):
         replace(JOB, dtype=unknown)
+
+
+def test_ids_that_are_null_are_refused(tmp_path: Path) -> None:
+    """They would stand in a run file as None."""
+    _fill(tmp_path)
+    file = tmp_path / "00000.ids.arrow"
+    with pa.memory_map(str(file)) as source:
+        count = len(pa.ipc.open_file(source).read_all())
+    schema = pa.schema([("id", pa.string())])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([None, *map(str, range(count - 1))], pa.string())], schema=schema))
+    with pytest.raises(ShardError, match=rf"00000\.ids\.arrow: 1 of {count} ids are null"):
+        list(open_shards(tmp_path))

@@ -11,11 +11,11 @@ from typing import Literal
 
 from eval.measures import Scores, measure_run
 from eval.trec import Run
-from retriever.data.collection import corpus_tables, find_qrels, passages_of, qrels_of, query_tables, query_texts
+from retriever.data.collection import check_corpus, corpus_tables, find_qrels, passages_of, qrels_of, query_tables, query_texts
 from retriever.data.files import Table
 from retriever.data.formats import read_qrels
 from retriever.data.hub_tables import collection_tables
-from retriever.data.records import DataError, final_text
+from retriever.data.records import DataError, final_text, shortened_note
 from retriever.wording import counted
 
 HUB = "hf:"  # in front of the name of a Hugging Face data set
@@ -42,6 +42,13 @@ class Collection:
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
         """The measures of a run over this collection, for each judged query. Raises RefusedError for an unknown measure."""
         return measure_run(self.qrels, run, metrics, self.relevance)
+
+    def check(self) -> tuple[str, ...]:
+        """Reads the corpus once, before anything is encoded or indexed; returns what a reader of the figures should know.
+
+        Raises DataError where an id stands twice or cannot stand in a run file, and at a malformed record.
+        """
+        return tuple(note for note in (check_corpus(self.corpus), shortened_note()) if note is not None)
 
     def notes(self, passage_ids: Iterable[str]) -> tuple[str, ...]:
         """What a reader of the figures should know about the judgments and the ids of the corpus."""
@@ -72,11 +79,11 @@ def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None 
     Raises DataError where a file is missing or malformed, or a judged query has no text.
     """
     if str(folder).startswith(HUB):
-        return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_qrels(qrels), texts)
+        return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_judgments(qrels), texts)
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", folder)
-    judgments = read_qrels(qrels) if qrels is not None else read_qrels(find_qrels(folder, split))
+    judgments = read_judgments(qrels if qrels is not None else find_qrels(folder, split))
     queries = judged_queries(query_tables(folder, split), judgments) if texts else {}
     corpus = corpus_tables(folder) if texts else ()
     return Collection(folder.resolve().name, split, queries, judgments, corpus, exclude_self=True)
@@ -84,16 +91,28 @@ def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None 
 
 def _read_hub(name: str, split: str, qrels: dict[str, dict[str, int]] | None, texts: bool) -> Collection:
     corpus, queries, judgments = collection_tables(name, None, split)
-    qrels = qrels_of(judgments) if qrels is None else qrels
+    qrels = relevant(qrels_of(judgments), judgments.label) if qrels is None else qrels
     label = Path(name).name
     if not texts:
         return Collection(label, split, {}, qrels, (), exclude_self=True)
     return Collection(label, split, judged_queries([queries], qrels), qrels, [corpus], exclude_self=True)
 
 
+def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
+    """As `read_qrels`. Raises DataError also where no grade is above 0."""
+    return relevant(read_qrels(path), path)
+
+
+def relevant(qrels: dict[str, dict[str, int]], label: str | Path) -> dict[str, dict[str, int]]:
+    """The judgments. Raises DataError where no grade is above 0: every measure of every run would be 0."""
+    if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
+        raise DataError("field 'score': expected a grade above 0 on some line, received none: every measure would be 0", label)
+    return qrels
+
+
 def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
     """The texts of the queries that have judgments, in the file's order. Raises DataError for one without text or with two."""
-    found = query_texts(tables, qrels)
+    found = query_texts(tables, qrels, for_run=True)
     missing = [query_id for query_id in qrels if query_id not in found]
     if missing:
         names = ", ".join(table.label for table in tables)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.collections.collection import Collection, judged_queries
+from eval.collections.collection import Collection, judged_queries, read_judgments
 from retriever.data.collection import corpus_tables, query_tables
-from retriever.data.formats import read_qrels
 from retriever.data.records import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collec
     Raises DataError where a file is missing (the message says where to get it) or malformed.
     """
     folder, split = Path(folder), SPLITS[name]
-    qrels = read_qrels(_find(folder, split.qrels, f"judgments of {name}", split.qrels_from))
+    qrels = read_judgments(_find(folder, split.qrels, f"judgments of {name}", split.qrels_from))
     if not texts:
         return Collection("msmarco", name, {}, qrels, (), split.relevance)
     queries = judged_queries(query_tables(_find(folder, split.queries, f"queries of {name}", DOWNLOADS)), qrels)

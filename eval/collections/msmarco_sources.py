@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from eval.collections.collection import Collection, judged_queries
+from eval.collections.collection import Collection, judged_queries, relevant
 from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
@@ -62,6 +62,7 @@ def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) 
         qrels: dict[str, dict[str, int]] = {}
         for judgment in found.qrels_iter():
             qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
+    relevant(qrels, identifier)
     if not texts:
         return Collection("msmarco", name, {}, qrels, (), split.relevance)
     queries = PairTable(f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter()))
@@ -81,7 +82,7 @@ def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, t
         raise DataError(
             f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, found {', '.join(splits)}"
         )
-    qrels = qrels_of(_table(judgments, known))
+    qrels = relevant(qrels_of(_table(judgments, known)), judgments)
     if not texts:
         return Collection("msmarco", name, {}, qrels, (), split.relevance)
     queries = judged_queries([_table(f"{data}:queries")], qrels)

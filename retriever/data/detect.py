@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from retriever.data.collection import SPLITS, data_files, split_of
-from retriever.data.files import FileTable, Table, kind_of, read_lines, stem_of
+from retriever.data.files import FileTable, Table, kind_of, stem_of
+from retriever.data.lines import read_lines
 from retriever.data.readers_by_id import relation_of, triples_by_id
+from retriever.data.readers_inline import HEADER_NAMES
 from retriever.data.records import DataError, Record
 
-_TSV_HEADERS = {"anchor", "query", "question", "positive", "sentence1", "query_id"}  # a TSV that names one of these has a header
 _NOT_EXAMPLES = ("corpus", "collection", "queries", "qrels", "topics", "manifest", "source", "config", "dataset_info", "dataset_infos")
 
 
@@ -28,7 +29,7 @@ def detect_format(path: Path, split: str) -> str:
         header = next((line for _, line in read_lines(file)), "").split("\t")
         if triples_by_id(file):
             return "msmarco"
-        if not _TSV_HEADERS & set(header):
+        if not HEADER_NAMES & {name.lower() for name in header}:
             expected = "expected a header with anchor and positive, or a file named as MS MARCO's (qrels, triples)"
             raise DataError(f"{expected}, received {str(header)[:80]}; name its format in data.train.<n>.format", file, 1)
     return detect_record_format(FileTable(file))

@@ -27,7 +27,7 @@ from retriever.data.collection import (
     split_of,
 )
 from retriever.data.detect import detect_format, detect_record_format, example_files
-from retriever.data.files import FileTable, Table
+from retriever.data.files import FileTable, Table, exists
 from retriever.data.records import DataError, Example, Passage, Record, final_text
 
 __all__ = [
@@ -102,7 +102,7 @@ def open_source(config: SourceConfig) -> Source:
 
 def _path_of(config: SourceConfig) -> Path:
     path = Path(config.path or "").expanduser()
-    if not path.exists():
+    if not exists(path):
         raise DataError("no such file or folder (data.train.<n>.path)", path)
     return path
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retriever.data.arrow_records import BATCH_ROWS, batch_records, first_line
 from retriever.data.records import DataError, Record
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_ROWS = 4096
+_PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")  # endings of WebDataset's members that some versions of `datasets` unpickle
 
 
 class DatasetTable:
@@ -29,18 +33,14 @@ class DatasetTable:
 
     def records(self) -> Iterator[Record]:
         """The rows, numbered from 1."""
-        row = 0
-        for batch in self.dataset.with_format("arrow").iter(_ROWS):
-            for values in batch.to_pylist():
-                row += 1
-                yield Record(values, self.label, row, "row")
+        return batch_records(self.dataset.with_format("arrow").iter(BATCH_ROWS), self.label, "a data set")
 
     def digest(self) -> str:
         """blake2b of the rows' Arrow data: the same content has the same digest wherever it was downloaded or saved."""
         import pyarrow as pa
 
         hasher = hashlib.blake2b(digest_size=16)
-        for batch in self.dataset.with_format("arrow").iter(_ROWS):
+        for batch in self.dataset.with_format("arrow").iter(BATCH_ROWS):
             table = batch.take(pa.array(range(len(batch)))).combine_chunks()  # a copy: a slice's buffers hold more than its rows
             table = table.replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
@@ -59,7 +59,8 @@ def saved_table(path: Path, split: str) -> DatasetTable:
     """A folder written by `save_to_disk`; of a DatasetDict, its `split`. Raises DataError where that is missing."""
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    with _told(f"{path}: expected a folder of save_to_disk that is whole"):
+        loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"expected split {split!r} (data.train.<n>.split), found {', '.join(loaded)}", path)
@@ -72,10 +73,9 @@ def named_table(name: str, revision: str | None = None, split: str | None = None
     import datasets
 
     repository, _, subset = name.partition(":")
-    try:
+    with _told(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}"):
+        _forget_pickles(datasets.load_dataset_builder(repository, subset or None, revision=revision))
         loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}: {error}") from error
     if split is None:
         if len(loaded) != 1:
             raise DataError(f"Hugging Face data set {name!r}: expected one split, found {', '.join(loaded)}")
@@ -98,7 +98,23 @@ def collection_tables(name: str, revision: str | None, split: str) -> tuple[Data
 def _subsets(name: str, revision: str | None) -> list[str]:
     import datasets
 
-    try:
+    with _told(f"Hugging Face data set {name!r}, revision {revision!r}"):
         return datasets.get_dataset_config_names(name.partition(":")[0], revision=revision)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Hugging Face data set {name!r}, revision {revision!r}: {error}") from error
+
+
+def _forget_pickles(builder: Any) -> None:
+    """Members of a WebDataset that hold pickled objects stay bytes, which are no text."""
+    for ending in _PICKLED:
+        getattr(type(builder), "DECODERS", {}).pop(ending, None)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Makes a DataError of what `datasets` raises where data are missing, damaged or cannot be downloaded."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        raise DataError(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 
 from retriever.data.collection import data_files, read_qrels, split_of
-from retriever.data.files import FileTable, Table, kind_of, read_lines
+from retriever.data.files import FileTable, Table, kind_of
+from retriever.data.lines import read_lines
 from retriever.data.records import DataError, Example, Passage, Record
 
 Queries = Mapping[str, str]
@@ -117,6 +118,8 @@ def _hard_negative_examples(table: Table, queries: Queries) -> Iterator[Example]
 def _query_text(queries: Queries, query_id: str, file: str, line: int | None = None) -> str:
     text = queries.get(query_id)
     if text is None:
-        message = f"query id {query_id!r} is not among the {len(queries):,} queries; data.train.<n>.queries names their file"
+        message = (
+            f"query id {query_id!r} is not among the {len(queries):,} queries that have a text; data.train.<n>.queries names their file"
+        )
         raise DataError(message, file, line)
     return text

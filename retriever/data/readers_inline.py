@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from retriever.data.files import kind_of
 from retriever.data.records import DataError, Example, Passage, Record
 
+# A table of text that has a header names one of these; a pair of texts does not.
+HEADER_NAMES = {
+    *("anchor", "query", "question", "prompt", "instruction", "input", "source", "premise", "query_id", "title", "summary", "docstring"),
+    *("positive", "passage", "document", "text", "body", "context", "abstract", "description", "code"),
+    *("answer", "response", "completion", "output", "target", "hypothesis"),
+    *(f"{noun}{number}" for noun in ("sentence", "sentence_", "text", "text_", "question") for number in (0, 1)),
+}
 _ID_COLUMN = re.compile(r"(.*[-_ ])?(id|idx|index|qid|pid|docid|uuid)|unnamed: \d+|")  # the last two: a table's row numbers
 
 
@@ -81,7 +90,7 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
 
     `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else their
     order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels, or by
-    their names ids, unless they are asked for or texts are looked up `by_id`.
+    their names ids, unless they are asked for or texts are looked up `by_id`; and for CSV and TSV whose first line is no header.
     """
     there = list(record.values)
     query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
@@ -92,6 +101,8 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
     if asked is None and not by_id:
         labels += [name for name in names if _ID_COLUMN.fullmatch(name.lower())]
     problem = next((f"no column {name!r}" for name in names if name not in there), None)
+    if asked is None and kind_of(Path(record.file)) in (".csv", ".tsv", ".txt") and not HEADER_NAMES & {name.lower() for name in names}:
+        problem = problem or "expected a header with anchor and positive on the first line"
     problem = problem or ("expected an anchor and a positive column" if len(names) < 2 else None)
     problem = problem or (f"column {labels[0]!r} is no passage" if labels else None)
     if problem:

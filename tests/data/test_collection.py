@@ -113,7 +113,7 @@ def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
     folder = beir(tmp_path)
     with (folder / "queries.jsonl").open("a") as file:
         file.write(lines({"_id": "q1", "text": "another text"}))
-    with pytest.raises(DataError, match=r"queries\.jsonl: query id 'q1' stands for two texts, the second 'another text'"):
+    with pytest.raises(DataError, match=r"queries\.jsonl, line 3: query id 'q1' stands for two texts, the second 'another text'"):
         list(opened(folder).examples())
     with pytest.raises(DataError, match="query id 'q1' stands for two texts"):
         read_beir(folder, "train")
@@ -185,8 +185,8 @@ def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("q 0 d one\n", r"line 1: field 'grade': expected a whole number, received 'one'"),
-        ("q 0 d 1\nq 0 e 0.5\n", r"line 2: field 'grade': expected a whole number, received '0\.5'"),
+        ("q 0 d one\n", r"line 1: field 'score': expected a whole number of at most 9 digits, received 'one'"),
+        ("q 0 d 1\nq 0 e 0.5\n", r"line 2: field 'score': expected a whole number of at most 9 digits, received '0\.5'"),
         ("q 0 d 1\nq d\n", r"line 2: expected 'qid 0 pid grade' or 'qid pid grade', received 'q d'"),
         ("q 0 d 1\nq 0 d 2\n", r"line 2: query 'q', passage 'd': grade 2, but 1 before"),
     ],
@@ -244,3 +244,84 @@ def test_real_scifact_and_cranfield() -> None:
     assert all(example.positives and all(p.id in passages for p in example.positives) for example in examples)
     assert len(read_qrels(find_qrels(folder, "test"))) == 300
     assert sum(grade == 0 for judged in read_qrels(find_qrels(real("cranfield"), "test")).values() for grade in judged.values()) == 225
+
+
+@pytest.mark.parametrize(
+    "order", ["query-id corpus-id score", "score corpus-id query-id", "corpus-id query-id score", "docid qid iteration rel"]
+)
+@pytest.mark.parametrize("separator", ["\t", " "])
+def test_qrels_go_by_their_header(tmp_path: Path, order: str, separator: str) -> None:
+    """Also where queries and passages have the same ids."""
+    of = {"query-id": "7", "qid": "7", "corpus-id": "8", "docid": "8", "score": "2", "rel": "2", "iteration": "Q0"}
+    names = order.split()
+    text = f"{separator.join(names)}\n{separator.join(of[name] for name in names)}\n"
+    assert read_qrels(write(tmp_path / "qrels.tsv", text)) == {"7": {"8": 2}}
+    with pytest.raises(DataError, match=rf"line 3: expected {len(names)} columns as in the header"):
+        read_qrels(write(tmp_path / "qrels.tsv", f"{text}7{separator}8\n"))
+
+
+def test_qrels_as_csv_and_json_lines(tmp_path: Path) -> None:
+    assert read_qrels(write(tmp_path / "q.csv", "corpus-id,query-id,score\n8,7,2\n")) == {"7": {"8": 2}}
+    assert read_qrels(write(tmp_path / "q.jsonl", lines({"query_id": 7, "docid": "8", "label": 2.0}))) == {"7": {"8": 2}}
+
+
+@pytest.mark.parametrize("grade", ["1_0", "1.0", "", " ", "\u0661", "1e1", "9" * 10, "9" * 5000, "--1", "0x1"])
+def test_a_grade_is_a_plain_whole_number(tmp_path: Path, grade: str) -> None:
+    with pytest.raises(DataError, match="line 2: field 'score': expected a whole number of at most 9 digits, received"):
+        read_qrels(write(tmp_path / "q.tsv", f"query-id\tcorpus-id\tscore\nq\td\t{grade}\n"))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "query-id\tcorpus-id\tscore\n"])
+def test_judgments_without_a_line_are_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(DataError, match="q.tsv: expected judgments .*, found none"):
+        read_qrels(write(tmp_path / "q.tsv", content))
+
+
+def checked(folder: Path, corpus: str, queries: str = "", judged: str = "q1 0 d1 1\n") -> tuple[str, ...]:
+    """The notes of an evaluation on a folder of these files."""
+    write(folder / "corpus.jsonl", corpus)
+    write(folder / "queries.jsonl", queries or lines({"_id": "q1", "text": "what"}))
+    write(folder / "qrels/dev.tsv", judged)
+    return read_beir(folder, "dev").check()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"corpus": lines(*({"_id": i, "text": t} for i, t in (("a", "x"), ("b", "y"), ("a", "z"))))},
+            r"corpus\.jsonl, line 3: field '_id': expected an id once; line 1 has it, with another text, received 'a'",
+        ),
+        (
+            {"corpus": lines({"_id": "a", "text": "x"}, {"_id": "a", "text": "x"})},
+            r"corpus\.jsonl, line 2: field '_id': expected an id once; line 1 has it, received 'a'",
+        ),
+        ({"corpus": lines({"_id": "a b", "text": "x"})}, "line 1: field '_id': expected an id without white space, which separates"),
+        ({"corpus": lines({"_id": "a\u3000", "text": "x"})}, "line 1: field '_id': expected an id without white space"),
+        ({"corpus": lines({"_id": "a", "text": None})}, "line 1: field 'text': expected text, received None"),
+        ({"corpus": ""}, r"corpus\.jsonl: expected passages, found none"),
+        ({"queries": lines({"_id": "q1", "text": " "})}, r"queries\.jsonl, line 1: field 'text': expected text that is not blank"),
+        (
+            {"queries": lines({"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"})},
+            r"queries\.jsonl, line 2: query id 'q1' stands for two texts, the second 'b'",
+        ),
+        (
+            {"queries": lines({"_id": "q 1", "text": "a"}), "judged": "q 1\td1\t1\n"},
+            r"queries\.jsonl, line 1: field '_id': expected an id without white space",
+        ),
+        ({"judged": "q1 0 d1 0\nq1 0 d2 -1\n"}, r"dev\.tsv: field 'score': expected a grade above 0 on some line, received none"),
+    ],
+)
+def test_evaluation_data_are_refused_before_anything_is_encoded(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    corpus = lines({"_id": "d1", "text": "x"}, {"_id": "d2", "text": "", "title": "y"}, {"_id": "d3", "text": " "})
+    unjudged = lines({"_id": "q1", "text": "what"}, {"_id": "q 2", "text": ""})
+    assert checked(tmp_path / "whole", corpus, unjudged) == ("1 passage without a text and a title, encoded as blank texts",)
+    with pytest.raises(DataError, match=message):
+        checked(tmp_path / "set", **{"corpus": corpus, "queries": "", **files})
+
+
+def test_a_blank_query_is_none_to_train_on(tmp_path: Path) -> None:
+    folder = beir(tmp_path)
+    write(folder / "queries.jsonl", lines({"_id": "q1", "text": "what"}, {"_id": "q2", "text": ""}))
+    with pytest.raises(DataError, match="query id 'q2' is not among the 1 queries that have a text"):
+        list(opened(folder).examples())

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retriever.config import SourceConfig
-from retriever.data import files
+from retriever.data import json_records, lines, records
 from retriever.data.formats import DataError, Example, Passage, Source, open_source
 
 ODD = 'a "quoted" text, with\u2028a line separator, \x85 and 日本語'
@@ -102,7 +102,7 @@ FROM_DPR = [
 def test_dpr_json_list_through_a_window_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(files, "_PIECE_CHARACTERS", window)
+    monkeypatch.setattr(lines, "_PIECE_BYTES", window)
     text = json.dumps(DPR, indent=indent, ensure_ascii=False)
     for name in ("nq-train.json", "nq-train.json.gz"):
         assert list(opened(write(tmp_path / name, text)).examples()) == FROM_DPR
@@ -112,7 +112,7 @@ def test_dpr_json_list_through_a_window_of_any_size(
 def test_dpr_list_cut_off_is_an_error_and_not_a_shorter_list(tmp_path: Path) -> None:
     text = json.dumps(DPR, indent=1)
     path = write(tmp_path / "nq.json", text.rstrip("]\n "))
-    with pytest.raises(DataError, match=rf"nq\.json, line {len(text.splitlines()) - 1}: expected a JSON list"):
+    with pytest.raises(DataError, match=rf"nq\.json, line {len(text.splitlines()) - 1}: expected a comma or the end of the list"):
         list(opened(path).examples())
     packed = gzip.compress(text.encode())
     (tmp_path / "nq.json.gz").write_bytes(packed[: len(packed) // 2])
@@ -204,7 +204,7 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
             r"line 1: field 'negative_passages\[0\].text': expected text, received \['x'\]",
         ),
         ("t.jsonl", [{**TEVATRON_1[0], "query_id": 1.5}], r"line 1: field 'query_id': expected an id .*, received 1\.5"),
-        ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received '3'"),
+        ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received 3"),
         ("f.jsonl", [{"query": "q", "pos": "p"}], "line 1: field 'pos': expected a list, received 'p'"),
         ("f.jsonl", [{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}], "field 'pos_scores': expected 1 numbers"),
         ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', r"'pos_scores\[0\]': expected a finite number, received nan"),
@@ -270,3 +270,109 @@ def test_the_fingerprint_follows_content_and_reading_and_nothing_else(tmp_path: 
     assert opened(tmp_path / "a", limit=1).fingerprint() != first
     changed = json.loads(json.dumps(TEVATRON_1).replace("a river", "a rivet"))
     assert opened(write(tmp_path / "a/train.jsonl", changed)).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"anchor":"a","positive":"b"}]\n[{"anchor":"c","positive":"d"}]\n', r"line 2: expected the end of the file .*, received '\["),
+        ('[{"anchor":"a","positive":"b"}][]', r"line 1: expected the end of the file after the list, received '\[\]'"),
+        ('[{"anchor":"a","positive":"b"}]\n\n{"anchor":"c","positive":"d"}', "line 3: expected the end of the file"),
+        ('[{"anchor":"a","positive":"b"}] {broken', "line 1: expected the end of the file"),
+        ('[{"anchor":"a","positive":"b"}\n{"anchor":"c","positive":"d"}]', "line 2: expected a comma or the end of the list"),
+        ('[{"anchor":"a","positive":"b"},\n]', "line 2: expected a JSON list of objects: Expecting value"),
+        ('[,{"anchor":"a","positive":"b"}]', "line 1: expected a JSON list of objects: Expecting value"),
+        ('[{"anchor":"a","positive":"b"},,{"anchor":"c","positive":"d"}]', "line 1: expected a JSON list of objects: Expecting value"),
+        ('[{"anchor":"a","positive":"b"},\n{"anchor":"c","anchor":"d"}]', "line 2: .* key 'anchor' stands twice in one object"),
+        ("[" * 100_000, "line 1: expected a JSON list of objects: values nested too deeply"),
+        ('[{"anchor":' + "9" * 5000 + "}]", "line 1: expected a JSON list of objects: a number of too many digits"),
+        ('[{"anchor":"a" "b"}' + "x" * 4_000_000, "line 1: expected a JSON list of objects: Expecting ',' delimiter"),
+        ('[{"anchor":"a\x01"}]', "line 1: expected a JSON list of objects: Invalid control character"),
+    ],
+)
+@pytest.mark.parametrize("window", [1 << 6, 1 << 20])
+def test_a_json_list_is_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str, window: int) -> None:
+    monkeypatch.setattr(lines, "_PIECE_BYTES", window)
+    path = write(tmp_path / "x.json", content)
+    with pytest.raises(DataError, match=message):
+        list(opened(path, format="columns").examples())
+
+
+def test_a_record_too_long_to_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line, and an object of a list; the rest of the line is not read."""
+    for module in (lines, json_records):
+        monkeypatch.setattr(module, "LONGEST_RECORD_BYTES", 1000)
+    pair = json.dumps({"anchor": "a", "positive": "b"})
+    write(tmp_path / "x.jsonl", f"{pair}\n{json.dumps({'anchor': 'a', 'positive': 'b' * 1000})}\n")
+    with pytest.raises(DataError, match="line 2: expected a line of at most 1,000 bytes, received a longer one"):
+        list(opened(tmp_path / "x.jsonl").examples())
+    monkeypatch.setattr(lines, "_PIECE_BYTES", 100)
+    write(tmp_path / "x.json", f"[{pair},\n{json.dumps({'anchor': 'a', 'positive': 'b' * 5000})}]")
+    with pytest.raises(DataError, match="line 2: expected a JSON list of objects: Unterminated string"):
+        list(opened(tmp_path / "x.json").examples())
+    write(tmp_path / "y.json", "[" + ",".join([pair] * 200) + "]")
+    assert len(list(opened(tmp_path / "y.json").examples())) == 200, "a list may be of any length, on one line too"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
+def test_an_overlong_text_keeps_both_ends_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(records, "LONGEST_TEXT", 10)
+    monkeypatch.setattr(records, "_SHORTENED", set())
+    rows = [{"query": "q", "pos": ["a" * 10], "neg": ["b" * 11]}, {"query": "0123456789ab", "pos": ["p"], "neg": []}]
+    source = opened(write(tmp_path / name, json.dumps(rows) if name == "x.json" else rows))
+    for _ in range(2):
+        first, second = source.examples()
+    assert (first.positives[0].text, first.negatives[0].text, second.query) == ("a" * 10, "b" * 10, "01234789ab")
+    note = records.shortened_note()
+    assert note is not None and note.startswith("2 texts of more than 10 characters cut in the middle to that length; the first: ")
+    assert note.endswith("1, field 'neg[0]'")
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+@pytest.mark.parametrize("settings", [{}, {"format": "columns"}])
+def test_a_table_without_a_header_is_refused(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """Its first pair is no pair of names, in the second file of a folder neither."""
+    separator = "," if name.endswith("csv") else "\t"
+    path = write(tmp_path / name, f"how tall is it{separator}very tall\nand how wide{separator}wide\n")
+    with pytest.raises(DataError, match="expected a header with anchor and positive"):
+        list(opened(path, **settings).examples())
+    named = opened(path, columns=("how tall is it", "very tall"), format="columns")
+    assert next(named.examples()).query == "and how wide", "asked for by name"
+    write(tmp_path / f"a-{name}", f"Question{separator}Answer\nq{separator}a\n")
+    with pytest.raises(DataError, match=rf"{name}, line 2: expected a header with anchor and positive on the first line"):
+        list(opened(tmp_path, **settings).examples())
+
+
+def test_semicolons_and_doubled_quotation_marks(tmp_path: Path) -> None:
+    """As spreadsheets and pandas write them."""
+    path = write(tmp_path / "x.csv", 'anchor;positive\na;"b; c ""d"""\n')
+    assert list(opened(path).examples()) == [triple("0", "a", 'b; c "d"')]
+    text = 'anchor\tpositive\nsay\t"He said ""hi"" to us"\n"quoted"\t"a" and "b"\nc\t"d ""e"" " f\n'
+    assert list(opened(write(tmp_path / "x.tsv", text)).examples()) == [
+        triple("0", "say", 'He said "hi" to us'),
+        triple("1", '"quoted"', '"a" and "b"'),
+        triple("2", "c", '"d ""e"" " f'),
+    ]
+
+
+def test_damaged_parquet_names_the_row_and_field(tmp_path: Path) -> None:
+    rows = [{"anchor": f"anchor {i} {i * 7919 % 1009}", "positive": f"p {i}"} for i in range(20_000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", use_dictionary=False)
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for place in (40, len(whole) // 3, len(whole) // 2):
+        (tmp_path / "x.parquet").write_bytes(whole[:place] + b"\xff" * 200 + whole[place + 200 :])
+        with pytest.raises(DataError, match=r"x\.parquet, row \d+: (expected a Parquet file that is whole|field '\w+': expected UTF-8)"):
+            list(opened(tmp_path / "x.parquet", format="columns").examples())
+    binary = pa.array([b"good", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"anchor": ["a", "b"], "positive": binary}), tmp_path / "y.parquet")
+    with pytest.raises(DataError, match=r"y\.parquet, row 2: field 'positive': expected UTF-8 text, received byte 0xe9 at 3"):
+        list(opened(tmp_path / "y.parquet", format="columns").examples())
+    (tmp_path / "x.parquet").write_bytes(whole[:-1000])
+    with pytest.raises(DataError, match=r"x\.parquet, row 1: expected a Parquet file that is whole"):
+        list(opened(tmp_path / "x.parquet", format="columns").examples())
+
+
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
+    for name in ("x" * 300, "x\0y"):
+        with pytest.raises(DataError, match="no such file"):
+            opened(tmp_path / f"{name}.jsonl")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -113,5 +116,58 @@ def test_errors_name_the_data_set_and_row() -> None:
     with pytest.raises(DataError, match="format 'msmarco' is read from its own files"):
         opened(name=name, format="msmarco")
     broken = repository("broken", ("default", "train", [RECORDS[0], {**RECORDS[1], "query": None}]))
-    with pytest.raises(DataError, match=r"broken \[train\], row 2: field 'query_text': expected text, received None"):
+    with pytest.raises(DataError, match=r"broken \[train\], row 2: field 'query': expected text, received None"):
         list(opened(name=broken).examples())
+
+
+def webdataset(name: str, **members: bytes) -> str:
+    """A folder with one tar of one example, a file for every member; `__` in a name is a dot."""
+    folder = Path(name)
+    folder.mkdir()
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for member, content in members.items():
+            info = tarfile.TarInfo(f"0.{member.replace('__', '.')}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return name
+
+
+class _Touch:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("unpickled"),)
+
+
+def test_members_of_a_webdataset_are_never_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the installed `datasets` would, as versions before 4 do."""
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    monkeypatch.setitem(WebDataset.DECODERS, "pyd", pickle.loads)
+    name = webdataset("pickles", anchor__txt=b"a", positive__pyd=pickle.dumps(_Touch()))
+    source = opened(name=name, format="columns", columns=("anchor.txt", "positive.pyd"))
+    with pytest.raises(DataError, match=r"pickles \[train\], row 1: field 'positive\.pyd': expected text, received b"):
+        list(source.examples())
+    assert not Path("unpickled").exists()
+
+
+def test_damaged_files_are_told_in_one_line() -> None:
+    """A WebDataset's member that is no JSON, a tar cut off, a saved data set without a file or with a damaged one."""
+    with pytest.raises(DataError, match="'members', split 'train'.*: JSONDecodeError: Expecting"):
+        opened(name=webdataset("members", json=b"{"))
+    tar = Path(webdataset("cut", txt=b"a" * 2000)) / "train.tar"
+    tar.write_bytes(tar.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"'cut', split 'train'.*: \w+Error: "):
+        opened(name="cut")
+    datasets.Dataset.from_list(RECORDS).save_to_disk("saved")
+    arrow = next(Path("saved").glob("*.arrow"))
+    whole = arrow.read_bytes()
+    for damaged in (whole[:100], whole[:-40], b"x" * len(whole)):
+        arrow.write_bytes(damaged)
+        with pytest.raises(DataError, match="saved.*expected a .* that is whole") as caught:
+            list(opened(path="saved").examples())
+        assert "\n" not in str(caught.value)
+    arrow.unlink()
+    with pytest.raises(DataError, match=r"saved: expected a folder of save_to_disk that is whole: \w+Error: "):
+        opened(path="saved")
+    (Path("saved") / "state.json").write_text("{")
+    with pytest.raises(DataError, match="saved: expected a folder of save_to_disk that is whole: JSONDecodeError"):
+        opened(path="saved")

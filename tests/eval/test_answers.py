@@ -70,6 +70,37 @@ def test_bm25_goes_all_the_way(folder: Path) -> None:
     assert json.loads((folder / "bm25" / "own.json").read_text())["metrics"] == {f"Success@{k}": 1.0 for k in (1, 5, 20, 100)}
 
 
+def test_answers_as_regular_expressions(folder: Path) -> None:
+    """As CuratedTREC's: a pattern is searched for in the text, capitals aside, lines by themselves, accents composed or not."""
+    (folder / "psgs_w100.tsv").write_text("id\ttext\ttitle\n1\ton FEB. 2nd\tx\n2\tFebruary\tx\n3\tCafe\u0301 Ole\tx\n")
+    questions = [("when", [r"Feb(?:ruary)?\.? 2", r"\d{9}"]), ("where", ["^caf\u00e9 ol.$"]), ("why", [r"^ebr"])]
+    (folder / "trec.csv").write_text("".join(f'{q}\t"{answers!r}"\n' for q, answers in questions))
+    (folder / "r.trec").write_text("".join(f"{q} Q0 {p} 1 {s} t\n" for q in range(3) for p, s in ((1, 3), (2, 2), (3, 1))))
+    for flags, expected in ((["--regex"], [1 / 3, 2 / 3]), ([], [0, 0])):
+        out = folder / f"out{len(flags)}"
+        arguments = ["--run", str(folder / "r.trec"), "--data", str(folder), "--questions", str(folder / "trec.csv"), *flags]
+        main([*arguments, "--metrics", "Success@1", "Success@3", "--output-dir", str(out)])
+        assert list(json.loads((out / "trec.json").read_text())["metrics"].values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answers", "regex", "message"),
+    [
+        ("['a', ' ']", False, r"line 2: field 'answers': expected answers that are not blank, received ' '"),
+        ("['a(']", True, r"line 2: field 'answers': expected a regular expression \(--regex\): missing \)"),
+        ("['a*']", True, "line 2: field 'answers': expected a regular expression that is not found in every text"),
+        ("[]", False, "line 2: expected a question, a tab and a list of answers"),
+        ("-" * 200_000 + "1", False, "line 2: expected a question, a tab and a list of answers"),
+        ("[" * 50_000, False, "line 2: expected a question, a tab and a list of answers"),
+        ("{[]: 1}", False, "line 2: expected a question, a tab and a list of answers"),
+    ],
+)
+def test_answers_that_are_none_are_refused(folder: Path, answers: str, regex: bool, message: str) -> None:
+    (folder / "bad.csv").write_text(f"a question\t['x']\nanother\t{answers}\n")
+    with pytest.raises(DataError, match=rf"bad\.csv, {message}"):
+        read_answered(folder, folder / "bad.csv", regex=regex)
+
+
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "bad.csv").write_text("a question\t['x']\nanother\tnot a list\n")
     with pytest.raises(DataError, match=r"bad.csv, line 2: expected a question, a tab and a list"):

@@ -47,8 +47,11 @@ def test_a_passage_with_the_querys_id_is_left_out_of_runs(texts: Texts, tmp_path
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"_id": "twice", "text": "one text"}, {"_id": "twice", "text": "another"}], "passage id 'twice' stands twice"),
-        ([{"_id": "two words", "text": "a text"}], "passage id 'two words'.* expected an id without any"),
+        (
+            [{"_id": "twice", "text": "one text"}, {"_id": "twice", "text": "another"}],
+            "expected an id once; .*with another text, received 'twice'",
+        ),
+        ([{"_id": "two words", "text": "a text"}], "expected an id without white space, .*, received 'two words'"),
     ],
 )
 def test_ids_that_no_run_can_hold_are_told_in_one_line(texts: Texts, tmp_path: Path, records: list[dict[str, str]], message: str) -> None:

@@ -59,8 +59,8 @@ def test_a_trec_run_is_ordered_by_its_scores_and_not_its_ranks(tmp_path: Path) -
 
 TREC_ERRORS = [
     ("q Q0 a 1 0.5\n", "5 fields; expected 6"),
-    ("q Q0 a 1 high tag\n", "score 'high'; expected a number"),
-    ("q Q0 a 1 nan tag\n", "score 'nan'; expected a number"),
+    ("q Q0 a 1 high tag\n", "score 'high'; expected a finite number"),
+    ("q Q0 a 1 nan tag\n", "score 'nan'; expected a finite number"),
     ("q Q0 first 1 0.9 tag\n", "passage 'first' of query 'q' stands twice"),
 ]
 
