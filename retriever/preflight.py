@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.batch import BatchLoader
+from retriever.data.files import exists
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import TokenTemplate, tokenize_batch
@@ -38,7 +39,7 @@ def check_paths(config: Config) -> None:
     if config.eval is not None:
         paths["eval.path"] = config.eval.path
     for key, path in paths.items():
-        if not Path(path).expanduser().exists():
+        if not exists(Path(path).expanduser()):
             raise ConfigError(f"{key}: there is no file or folder {path}")
     for key, folder in (("run.output_dir", config.run.output_dir), ("data.cache_dir", config.data.cache_dir)):
         if (found := Path(folder).expanduser()).exists() and not found.is_dir():
@@ -124,13 +125,21 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling"
             + (f", in shards on {world.size} ranks" if world.sharded else "")
             + f"; {config.model.attention} texts, {layers_of(config.model)}",
-            f"data    queries of {sources}; {len(store.passages):,} passages",
+            f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
             f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
             f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
             f"output in {config.run.output_dir}",
         )
     )
+
+
+def _equal(store: Store) -> str:
+    """How many texts equal an earlier one as they are encoded."""
+    found = [("query", "sharing its positives"), ("passage", "taken for it")]
+    counts = zip(found, (store.equal["queries"], store.equal["passages"]), strict=True)
+    said = ", ".join(f"{counted(count, name)} {what}" for (name, what), count in counts if count)
+    return f"; with the tokens of an earlier one {said}" if said else ""
 
 
 def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:

@@ -14,6 +14,9 @@ import numpy as np
 
 from retriever.config import Config, ConfigError
 from retriever.data.store import Csr, Store
+from retriever.wording import counted
+
+_MANY_KNOWN = 64  # passages a query
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Planner:
 
     @classmethod
     def from_config(cls, store: Store, config: Config) -> Planner:
-        """The planner of a run. Raises ConfigError where a source would give batches of one query and no negatives: no loss."""
+        """The planner of a run. Raises ConfigError where a source would give batches in which a query has no negative: no loss."""
         planner = cls(
             store,
             queries=config.batch.queries,
@@ -80,13 +83,26 @@ class Planner:
             weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
         )
-        names, taken = [source.name for source in store.sources], planner._per_epoch
-        if not config.batch.one_source:
-            names, taken = ["the mixture of all sources"], [sum(taken)]
-        for name, queries, parts in zip(names, taken, planner._batches, strict=True):
-            if config.data.negatives == 0 and queries // parts < 2:
-                raise ConfigError(f"data.train: {name} gives batches of one query, which has no negatives; raise its weight or add data")
+        planner._check_negatives(config.data.negatives)
         return planner
+
+    def _check_negatives(self, negatives: int) -> None:
+        """Raises ConfigError where a query may stand in a batch without a negative: alone there, and without any of its own."""
+        ranges = [(source.name, source.first, source.last) for source in self._store.sources]
+        taken = self._per_epoch
+        if not self._one_source:
+            ranges, taken = [("the mixture of all sources", 0, ranges[-1][2])], [sum(taken)]
+        positives, without = self._store.positives, np.diff(self._store.negatives.ptr) == 0
+        for (name, first, last), queries, parts in zip(ranges, taken, self._batches, strict=True):
+            texts, passages = self._store.same_text[first:last], positives.ids[positives.ptr[first] : positives.ptr[last]]
+            alone = "one query" if queries // parts < 2 or texts.min() == texts.max() else ""
+            alone = alone or ("one passage" if passages.min() == passages.max() else "")
+            lacking = int(without[first:last].sum()) if negatives else last - first
+            if alone and lacking:
+                raise ConfigError(
+                    f"data.train: {name} gives batches of {alone}, and {counted(lacking, 'query')} of it without negatives of their own "
+                    "(data.negatives), for which there is no loss; raise its weight or add data"
+                )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -182,9 +198,16 @@ def owners(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.nd
 
 
 def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
-    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its target alone."""
+    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its target alone.
+
+    Where a text has very many positives, only those in the batch are listed: every query of the text would list all of them.
+    """
     if masked:
-        return store.known.take(rank_slice.queries)
+        texts, text_of = np.unique(store.same_text[rank_slice.queries], return_inverse=True)
+        known = store.known.take(texts)
+        if np.diff(known.ptr)[text_of].sum() > _MANY_KNOWN * len(text_of):
+            known = known.within(rank_slice.every_passage)
+        return known.take(text_of)
     return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,11 @@ class Csr(NamedTuple):
         within = np.arange(ptr[-1]) - np.repeat(ptr[:-1], counts)
         return Csr(ptr, self.ids[np.repeat(starts, counts) + within])
 
+    def within(self, passages: np.ndarray) -> Csr:
+        """The same rows with only those of their passages that are among `passages`."""
+        kept = np.isin(self.ids, passages)
+        return Csr(np.concatenate([[0], np.cumsum(kept)])[self.ptr], self.ids[kept])
+
 
 def csr_of_keys(keys: np.ndarray, rows: int) -> Csr:
     """The Csr of `rows` rows from sorted, distinct pair keys [n] int64."""
@@ -40,12 +46,23 @@ def csr_of_keys(keys: np.ndarray, rows: int) -> Csr:
     return Csr(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys & PASSAGE_MASK)
 
 
-def without(keys: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """The keys that are not among `excluded`; both sorted and distinct."""
+def keys_of_csr(relation: Csr, rows: np.ndarray | None = None) -> np.ndarray:
+    """The pair keys [n] int64 of a relation, row after row; its ids replaced by rows[ids] where `rows` is given."""
+    queries = np.repeat(np.arange(len(relation.ptr) - 1), np.diff(relation.ptr))
+    return queries << PASSAGE_BITS | (relation.ids if rows is None else rows[relation.ids])
+
+
+def of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The pair keys with query q replaced by queries[q]."""
+    return queries[keys >> PASSAGE_BITS] << PASSAGE_BITS | keys & PASSAGE_MASK
+
+
+def absent(keys: np.ndarray, excluded: np.ndarray) -> np.ndarray:
+    """[n] bool: which of the keys [n] are not among `excluded`, sorted."""
     if len(excluded) == 0:
-        return keys
+        return np.ones(len(keys), bool)
     place = np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)
-    return keys[excluded[place] != keys]
+    return excluded[place] != keys
 
 
 class Pairs(NamedTuple):
@@ -54,9 +71,18 @@ class Pairs(NamedTuple):
     keys: np.ndarray
     scores: np.ndarray | None
 
-    def kept(self, keys: np.ndarray) -> Pairs:
-        """The pairs of `keys`, a sorted subset of its own."""
-        return Pairs(keys, None if self.scores is None else self.scores[np.searchsorted(self.keys, keys)])
+    def kept(self, mask: np.ndarray) -> Pairs:
+        """The pairs where `mask` [n] is true."""
+        return Pairs(self.keys[mask], None if self.scores is None else self.scores[mask])
+
+    @classmethod
+    def distinct(cls, keys: np.ndarray, scores: np.ndarray | None) -> Pairs:
+        """Pairs from keys in any order and any number of times; of a repeated pair's scores the first that is there counts."""
+        if scores is None:
+            return cls(np.unique(keys), None)
+        order = np.lexsort((np.isnan(scores), keys))
+        keys, first = np.unique(keys[order], return_index=True)
+        return cls(keys, scores[order][first])
 
 
 class PairBuffer:
@@ -79,10 +105,11 @@ class PairBuffer:
         if len(self._recent) > max(_COMPACT_PAIRS, len(self._distinct) // 2):
             self._compact()
 
-    def queries(self, count: int) -> np.ndarray:
-        """[count] bool: which queries have a pair."""
+    def queries(self, count: int, passage_rows: np.ndarray) -> np.ndarray:
+        """[count] bool: which queries have a pair with a passage; see `resolved`."""
         self._compact()
-        return np.bincount(self._distinct >> PASSAGE_BITS, minlength=count) > 0
+        _, kept = _resolve(self._distinct, np.arange(count), passage_rows)
+        return np.bincount(self._distinct[kept] >> PASSAGE_BITS, minlength=count) > 0
 
     def references(self) -> np.ndarray:
         """The keys [n] whose passage is still a reference."""
@@ -90,7 +117,7 @@ class PairBuffer:
         return self._distinct[(self._distinct & REFERENCE) != 0]
 
     def resolved(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> Pairs:
-        """The pairs in rows of the store: query q becomes query_rows[q] (-1: dropped), reference r becomes passage_rows[r].
+        """The pairs in rows of the store: query q becomes query_rows[q], reference r becomes passage_rows[r]; below 0: dropped.
 
         Where a pair was given several scores, the first counts.
         """
@@ -115,7 +142,7 @@ def _resolve(keys: np.ndarray, query_rows: np.ndarray, passage_rows: np.ndarray)
     queries, passages = query_rows[keys >> PASSAGE_BITS], keys & PASSAGE_MASK
     referred = (passages & REFERENCE) != 0
     passages[referred] = passage_rows[passages[referred] ^ REFERENCE]
-    kept = queries >= 0
+    kept = (queries >= 0) & (passages >= 0)
     return (queries[kept] << PASSAGE_BITS) | passages[kept], kept
 
 
@@ -126,3 +153,13 @@ def join_pairs(parts: Sequence[Pairs]) -> Pairs:
         return Pairs(keys, None)
     missing = [np.full(len(part.keys), np.nan, np.float32) if part.scores is None else part.scores for part in parts]
     return Pairs(keys, np.concatenate(missing))
+
+
+def write_relations(folder: Path, queries: int, positives: Pairs, known: Pairs, negatives: Pairs) -> None:
+    """Writes the relations of `queries` queries as a store has them: `<name>.ptr.npy`, `<name>.ids.npy` and perhaps `<name>.scores.npy`."""
+    for name, pairs in (("positives", positives), ("known", known), ("negatives", negatives)):
+        relation = csr_of_keys(pairs.keys, queries)
+        np.save(folder / f"{name}.ptr.npy", relation.ptr, allow_pickle=False)
+        np.save(folder / f"{name}.ids.npy", relation.ids, allow_pickle=False)
+        if pairs.scores is not None:
+            np.save(folder / f"{name}.scores.npy", pairs.scores, allow_pickle=False)

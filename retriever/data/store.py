@@ -20,10 +20,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from retriever.config import Config
+from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import Source, open_source
 from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
+from retriever.data.tokens import TokenTemplate
 from retriever.files import clean, make_folder, remove, replace_folder
 
 __all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open", "store_fingerprint", "tokenizer_fingerprint"]
@@ -45,17 +47,25 @@ class StoredSource:
 class Store:
     """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct final text.
 
-    `positives`, `negatives` and `known` are Csr over query rows. `known` holds the positives and any passage whose text is the
-    query's own; `negatives` holds none of the known. Scores are float32, aligned with the Csr's ids, NaN where there is none.
+    `positives`, `negatives` and `known` are Csr over query rows. Queries of equal tokens share what they know: `same_text` [queries] is
+    the row of the first of them, in which `known` holds the positives of all and any passage whose text is theirs. `negatives` holds none
+    of the known. Scores are float32, aligned with the Csr's ids, NaN where there is none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, encoded: Path | None = None) -> None:
+        """`encoded`: a folder of `write_encoded`, whose relations take passages of equal tokens for one; None: none are equal."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
         self.sources = tuple(StoredSource(**source) for source in manifest["sources"])
         self.queries = TextTable(folder / QUERIES)
         self.passages = TextTable(folder / PASSAGES)
+        self.equal = {"queries": 0, "passages": 0}  # to an earlier one
+        if encoded is not None:
+            self.equal |= json.loads((encoded / MANIFEST).read_text(encoding="utf-8"))
+        merged = encoded if encoded is not None and any(self.equal.values()) else None
+        self._relations = merged or folder
+        self.same_text = load_array(merged / SAME_TEXT) if merged is not None else np.arange(len(self.queries))
         self.positives = self._relation("positives")
         self.negatives = self._relation("negatives")
         self.known = self._relation("known")
@@ -63,10 +73,10 @@ class Store:
         self.negative_scores = self._scores("negatives")  # [negatives.ptr[-1]] or None
 
     def _relation(self, name: str) -> Csr:
-        return Csr(load_array(self.folder / f"{name}.ptr.npy"), load_array(self.folder / f"{name}.ids.npy"))
+        return Csr(load_array(self._relations / f"{name}.ptr.npy"), load_array(self._relations / f"{name}.ids.npy"))
 
     def _scores(self, name: str) -> np.ndarray | None:
-        path = self.folder / f"{name}.scores.npy"
+        path = self._relations / f"{name}.scores.npy"
         return load_array(path) if path.exists() else None
 
 
@@ -85,7 +95,25 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
         with _locked(folder):
             if not _is_complete(folder):
                 _build(folder, config, tokenizer, sources, fingerprint, progress)
-    return Store(folder)
+    return Store(folder, _encoded(folder, config, tokenizer))
+
+
+def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's lengths."""
+    template = TokenTemplate.from_tokenizer(tokenizer)
+    limits = config.model.query_max_tokens, config.model.passage_max_tokens
+    rooms = [max(1, limit - template.special_tokens) for limit in limits]
+    name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
+    encoded = folder.with_name(name)
+    if not encoded.exists():
+        with _locked(encoded):
+            if not encoded.exists():
+                store = Store(folder)
+                tables = (store.queries, store.passages)
+                equal = (first_of_equal(table, room, keep_end=template.keep_end) for table, room in zip(tables, rooms, strict=True))
+                relations = {"positives": (store.positives, store.positive_scores), "known": (store.known, None)}
+                write_encoded(encoded, EqualRows(*equal), relations | {"negatives": (store.negatives, store.negative_scores)})
+    return encoded
 
 
 def store_fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:

@@ -19,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.config import Config
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
-from retriever.data.relations import PASSAGE_BITS, REFERENCE, Csr, PairBuffer, Pairs, csr_of_keys, join_pairs, without
+from retriever.data.records import is_blank, shortened_note
+from retriever.data.relations import PASSAGE_BITS, REFERENCE, PairBuffer, Pairs, absent, join_pairs, write_relations
 from retriever.data.text_table import TextTableWriter
 from retriever.files import write_json
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
-_AGAIN = "{} with the text of an earlier one, an id of its own and other positives, which in one batch are negatives of the other"
+BLANK, _MISSING = -1, -2  # instead of a passage's row
 
 
 @dataclass
@@ -38,6 +39,7 @@ class _SourceReading:
     references: dict[str, int] = field(default_factory=dict)
     positives: PairBuffer = field(default_factory=PairBuffer)
     negatives: PairBuffer = field(default_factory=PairBuffer)
+    blank: int = 0  # passages without a text
 
 
 class StoreBuilder:
@@ -56,10 +58,9 @@ class StoreBuilder:
             self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
             described = [self._add_source(source) for source in sources]
-        positives = self._write_relations()
-        for source in described:
-            if again := self._repeated(source["first"], source["last"], positives):
-                print(f"{source['name']}: {_AGAIN.format(counted(again, 'query'))}", flush=True)
+        self._write_relations()
+        if note := shortened_note():
+            print(note, flush=True)
         files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
 
@@ -71,8 +72,10 @@ class StoreBuilder:
                 if self._read_example(reading, example):
                     stream.write(json.dumps([example.query_id, example.prompt, example.query]) + "\n")
         passage_rows = self._look_up(reading)
-        query_rows = self._write_queries(reading, spool)
+        query_rows = self._write_queries(reading, spool, passage_rows)
         spool.unlink()
+        if reading.blank:
+            print(f"{source.name}: {counted(reading.blank, 'passage')} left out, without a text", flush=True)
         self._positives.append(reading.positives.resolved(query_rows, passage_rows))
         self._negatives.append(reading.negatives.resolved(query_rows, passage_rows))
         last = len(self._query_digests)
@@ -87,24 +90,34 @@ class StoreBuilder:
             reading.query_digests.append(digest)
         elif reading.query_digests[number] != digest:
             raise DataError(f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}")
-        positives = [self._passage(reading, passage) for passage in example.positives]
-        negatives = [self._passage(reading, passage) for passage in example.negatives]
-        reading.positives.extend(number, positives, example.positive_scores)
-        reading.negatives.extend(number, negatives, example.negative_scores)
+        self._add_pairs(reading, reading.positives, number, example.positives, example.positive_scores)
+        self._add_pairs(reading, reading.negatives, number, example.negatives, example.negative_scores)
         return new
+
+    def _add_pairs(
+        self, reading: _SourceReading, pairs: PairBuffer, number: int, passages: Sequence[Passage], scores: Sequence[float]
+    ) -> None:
+        rows = [self._passage(reading, passage) for passage in passages]
+        if BLANK in rows:
+            scores = [score for row, score in zip(rows, scores, strict=True) if row != BLANK] if scores else ()
+            rows = [row for row in rows if row != BLANK]
+        pairs.extend(number, rows, scores)
 
     def _passage(self, reading: _SourceReading, passage: Passage) -> int:
         """The passage's row where its text is at hand, else a reference to be looked up."""
         if passage.text is not None:
-            return self._row(passage)
+            return self._row(reading, passage)
         if passage.id is None:
             raise DataError(f"source {reading.source.name!r}: a passage has neither text nor id")
         return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
 
-    def _row(self, passage: Passage) -> int:
-        """The row of the passage's final text, written to the store when it is met for the first time."""
+    def _row(self, reading: _SourceReading, passage: Passage) -> int:
+        """The row of the passage's final text, written to the store when it is met for the first time; BLANK where there is none."""
         data, model = self._config.data, self._config.model
         text = final_text(passage, data.title, data.title_separator)
+        if is_blank(text):
+            reading.blank += 1
+            return BLANK
         digest = _digest(text, f"passage {passage.id!r}")
         row = self._passage_rows.get(digest)
         if row is None:
@@ -115,7 +128,7 @@ class StoreBuilder:
     def _look_up(self, reading: _SourceReading) -> np.ndarray:
         """The rows [references] int64 of the passages that were given by id. Raises DataError for an id the corpus lacks."""
         source, references = reading.source, reading.references
-        rows = np.full(len(references), -1, np.int64)
+        rows = np.full(len(references), _MISSING, np.int64)
         if not references:
             return rows
         with self._bar(None, f"{source.name}: passages", len(references)) as bar:
@@ -123,12 +136,12 @@ class StoreBuilder:
                 number = references.get(passage.id) if passage.id is not None else None
                 if number is None:
                     continue
-                row = self._row(passage)
-                if rows[number] not in (-1, row):
+                row = self._row(reading, passage)
+                if rows[number] not in (_MISSING, row):
                     raise DataError(f"source {source.name!r}: passage id {passage.id!r} stands for two texts in the corpus")
                 rows[number] = row
                 bar.update()
-        missing = np.flatnonzero(rows < 0)
+        missing = np.flatnonzero(rows == _MISSING)
         if len(missing):
             raise DataError(self._missing_message(reading, missing))
         return rows
@@ -145,10 +158,10 @@ class StoreBuilder:
         where = "its corpus" if reading.source.corpus_tables else "no corpus: data.train.<n>.corpus names one"
         return f"source {name!r}: {len(missing):,} passage ids are not in {where}; the first is {first}"
 
-    def _write_queries(self, reading: _SourceReading, spool: Path) -> np.ndarray:
+    def _write_queries(self, reading: _SourceReading, spool: Path, passage_rows: np.ndarray) -> np.ndarray:
         """Writes the queries that have a positive; returns the row of every query [queries] int64, -1 for those left out."""
         source, count, before = reading.source, len(reading.queries), len(self._query_digests)
-        kept = reading.positives.queries(count)
+        kept = reading.positives.queries(count, passage_rows)
         if not kept.any():
             raise DataError(f"source {source.name!r}: none of its queries ({count:,}) has a positive passage")
         if not kept.all():
@@ -162,32 +175,14 @@ class StoreBuilder:
                     self._query_digests.append(reading.query_digests[number])
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
 
-    def _repeated(self, first: int, last: int, positives: Csr) -> int:
-        """How many of these queries have the text of an earlier one, and other positives."""
-        earlier: dict[bytes, int] = {}
-        rows = ((row, earlier.setdefault(self._query_digests[row], row)) for row in range(first, last))
-        return sum(a != b and not np.array_equal(positives.row(a), positives.row(b)) for a, b in rows)
-
-    def _write_relations(self) -> Csr:
-        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the known).
-
-        Returns the positives.
-        """
-        count = len(self._query_digests)
+    def _write_relations(self) -> None:
+        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the known)."""
         positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
         rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
         own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
         known = np.union1d(positives.keys, own)
-        negatives = negatives.kept(without(negatives.keys, known))
-        keys = {"positives": positives.keys, "known": known, "negatives": negatives.keys}
-        relations = {name: csr_of_keys(pairs, count) for name, pairs in keys.items()}
-        for name, relation in relations.items():
-            np.save(self._folder / f"{name}.ptr.npy", relation.ptr, allow_pickle=False)
-            np.save(self._folder / f"{name}.ids.npy", relation.ids, allow_pickle=False)
-        for name, scores in (("positives", positives.scores), ("negatives", negatives.scores)):
-            if scores is not None:
-                np.save(self._folder / f"{name}.scores.npy", scores, allow_pickle=False)
-        return relations["positives"]
+        negatives = negatives.kept(absent(negatives.keys, known))
+        write_relations(self._folder, len(self._query_digests), positives, Pairs(known, None), negatives)
 
     def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> tqdm:
         return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)

@@ -32,7 +32,8 @@ def _store(*sizes: int, seed: int = 0, passages: int | None = None, most_negativ
     positives = _csr([sorted(row[:k].tolist()) for row, k in zip(rows, split, strict=True)])
     negatives = _csr([sorted(row[k:].tolist()) for row, k in zip(rows, split, strict=True)])
     sources = tuple(SimpleNamespace(name=f"s{i}", first=int(first[i]), last=int(first[i + 1])) for i in range(len(sizes)))
-    return SimpleNamespace(fingerprint=fingerprint, sources=sources, positives=positives, negatives=negatives, known=positives)
+    relations = {"positives": positives, "negatives": negatives, "known": positives, "same_text": np.arange(total)}
+    return SimpleNamespace(fingerprint=fingerprint, sources=sources, **relations)
 
 
 def _epoch(planner: Planner, epoch: int) -> list[GlobalBatch]:
@@ -115,13 +116,21 @@ def test_negatives_and_positives_rotate(negatives: int) -> None:
 def test_batches_of_one_query_need_negatives(one_source: bool, named: str) -> None:
     """Three queries in batches of at most two are a batch of two and one of one, whose loss without negatives would be nothing."""
 
-    def planner(negatives: int, *sizes: int) -> Planner:
+    def planner(drawn: int, *sizes: int, **relations: Any) -> Planner:
         sources = tuple(SourceConfig(path=str(i)) for i in range(len(sizes)))
-        data, batch = DataConfig(train=sources, negatives=negatives), BatchConfig(queries=2, one_source=one_source)
-        return Planner.from_config(_store(*sizes), Config(data=data, batch=batch))
+        data, batch = DataConfig(train=sources, negatives=drawn), BatchConfig(queries=2, one_source=one_source)
+        store = _store(*sizes)
+        vars(store).update({"negatives": _csr([[90 + q] for q in range(sum(sizes))]), **relations})
+        return Planner.from_config(store, Config(data=data, batch=batch))
 
-    with pytest.raises(ConfigError, match=f"{named} gives batches of one query, which has no negatives"):
+    with pytest.raises(ConfigError, match=f"{named} gives batches of one query, and 3 queries of it without negatives"):
         planner(0, 3)
+    with pytest.raises(ConfigError, match=f"{named} gives batches of one query, and 1 query of it without negatives"):
+        planner(1, 3, negatives=_csr([[90], [], [91]]))
+    with pytest.raises(ConfigError, match=f"{named} gives batches of one query, and 4 queries"):
+        planner(0, 4, same_text=np.zeros(4, np.int64))
+    with pytest.raises(ConfigError, match=f"{named} gives batches of one passage, and 4 queries"):
+        planner(0, 4, positives=_csr([[7]] * 4))
     assert planner(1, 3).steps_per_epoch == planner(0, 4).steps_per_epoch == 2
     assert one_source or planner(0, 1, 1).steps_per_epoch == 1  # together they are a batch of two
 
@@ -224,6 +233,7 @@ def test_a_batch_of_200_000_queries_is_planned_in_seconds() -> None:
     draw, n = np.random.default_rng(0), 200_000
     store.sources = (SimpleNamespace(name="large", first=0, last=n),)
     store.positives = store.known = Csr(np.arange(n + 1), draw.permutation(n))
+    store.same_text = np.arange(n)
     store.negatives = Csr(20 * np.arange(n + 1), draw.integers(n, 3 * n, 20 * n))
     planner = Planner(store, queries=n, negatives=7, seed=0)
     started = time.process_time()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retriever.data import relations
-from retriever.data.relations import REFERENCE, PairBuffer, csr_of_keys, without
+from retriever.data.relations import REFERENCE, PairBuffer, absent, csr_of_keys
 
 QUERIES, REFERENCES, ROWS = 5, 6, 2**31 - 1  # rows up to the largest that a store may have
 PASSAGES = st.one_of(st.integers(0, REFERENCES - 1).map(lambda r: REFERENCE | r), st.integers(0, 3), st.just(ROWS))
@@ -41,6 +41,6 @@ def test_a_buffer_equals_sets(compact_pairs: int, extensions: list[tuple[int, li
 
 
 @given(st.sets(st.integers(0, 30)), st.sets(st.integers(0, 30)))
-def test_without_is_the_difference_of_sets(keys: set[int], excluded: set[int]) -> None:
-    found = without(np.array(sorted(keys), np.int64), np.array(sorted(excluded), np.int64))
-    assert found.tolist() == sorted(keys - excluded)
+def test_absent_is_the_difference_of_sets(keys: set[int], excluded: set[int]) -> None:
+    ordered = np.array(sorted(keys), np.int64)
+    assert ordered[absent(ordered, np.array(sorted(excluded), np.int64))].tolist() == sorted(keys - excluded)
