@@ -1,4 +1,4 @@
-"""Take a development split out of a BEIR folder's training queries, drawn by a seed.
+"""Take a development split out of a BEIR folder's training queries, drawn by a seed; queries of one text stay together.
 
     python -m scripts.hold_out --data data/scifact --output data/scifact-dev --queries 160
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from retriever.command import command_parser, option, run
+from retriever.command import at_least_one, command_parser, option, run, seed
 from retriever.wording import counted
 
 
@@ -26,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--data", required=True, type=Path, help="a BEIR folder"),
         option("--output", required=True, type=Path, help="a new folder"),
         option("--split", default="train", help="that is divided"),
-        option("--queries", type=int, default=160, help="that become dev"),
-        option("--seed", type=int, default=0, help="default: %(default)s"),
+        option("--queries", type=at_least_one, default=160, help="that become dev"),
+        option("--seed", type=seed, default=0, help="default: %(default)s"),
     )
     return run(parser, arguments, _hold_out)
 
@@ -37,6 +38,20 @@ def _hold_out(args: argparse.Namespace) -> None:
     print(f"{args.output}: {counted(fit, 'query')} to train on (fit), {dev:,} to choose by (dev)")
 
 
+def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int, seed: int) -> set[str]:
+    """At most `wanted` queries, drawn by the seed; those of one text are on one side. Queries without a text stand for themselves."""
+    from scripts.code_pairs.split import drawn, normal
+
+    together = defaultdict[str, list[str]](list)
+    for query in qrels:
+        together[normal(texts[query]) if query in texts else f"\0{query}"].append(query)
+    chosen: set[str] = set()
+    for group in sorted(together.values(), key=lambda group: drawn(seed, group[0])):
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    return chosen
+
+
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
     """Writes the BEIR folder `target`; returns how many queries fit and dev have.
 
@@ -44,10 +59,9 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
     be read.
     """
     from retriever.config import ConfigError
-    from retriever.data.collection import data_files
+    from retriever.data.collection import data_files, query_tables, query_texts
     from retriever.data.formats import find_qrels, read_qrels
     from retriever.files import replace_folder
-    from scripts.code_pairs.split import drawn
 
     judgments = find_qrels(source, split)
     qrels = read_qrels(judgments)
@@ -59,7 +73,9 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
         raise ConfigError(f"--output {target}: exists already; expected a new folder")
     if not 0 < queries < len(qrels):
         raise ConfigError(f"--queries: expected from 1 to {len(qrels) - 1}, {split} having {len(qrels)}; received {queries}")
-    dev = set(sorted(qrels, key=lambda query: drawn(seed, query))[:queries])
+    dev = _drawn_by_text(qrels, query_texts(query_tables(source, split), qrels), queries, seed)
+    if not dev:
+        raise ConfigError(f"--queries {queries}: expected at least as many as {split} has of the text of one query")
     with replace_folder(target) as aside:
         (aside / "qrels").mkdir()
         for entry in (*data_files(source), *(source / stem for stem in ("corpus", "queries"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from retriever.data.tokens import Side
 from retriever.encode_shards import SHARD_ROWS, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
-from scripts.code_pairs.split import drawn
+from scripts.code_pairs.split import drawn, normal
 from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
 from scripts.stages import write_parts
@@ -78,14 +79,17 @@ def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, world: World,
 def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettings) -> list[list[int]]:
     """The candidates of each query that are judged: at most `settings.candidates`, in the order they are preferred in.
 
-    Candidates are those inside the rank window of any of `searched` [Q, depth], without what the query knows as positive and
-    without blank passages. `top` prefers the smaller rank, a retriever named earlier before one named later; `random` an order
-    drawn by the seed, the query and the passage's text.
+    Candidates are those inside the rank window of any of `searched` [Q, depth], without what the query, or another one of the same
+    text, knows as positive and without blank passages. `top` prefers the smaller rank, a retriever named earlier before one named
+    later; `random` an order drawn by the seed, the query and the passage's text.
     """
     window = slice(settings.first_rank - 1, settings.last_rank)
+    same_text = defaultdict[str, list[int]](list)
+    for query in pool.queries:
+        same_text[normal(query.text)] += query.positives
     chosen = []
     for row, query in enumerate(pool.queries):
-        known = {*query.positives, query.own}
+        known = {*same_text[normal(query.text)], query.own}
         by_rank = np.stack([numbers[row, window] for numbers in searched], axis=1).ravel().tolist()
         found = [n for n in dict.fromkeys(by_rank) if n != NONE and n not in known and pool.text(n).strip()]
         if settings.pick == "random":

@@ -18,7 +18,7 @@ from retriever.data.formats import Passage
 from retriever.files import write_lines
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, open_shards
-from scripts.mining.candidates import encode, search_bm25, search_model, shortlist
+from scripts.mining.candidates import NONE, encode, search_bm25, search_model, shortlist
 from scripts.mining.pool import Pool
 from scripts.mining.scores import Judge, bm25_judge, fused_judge, model_judge, teacher_judge, write_scores
 from scripts.mining.settings import MiningSettings, Retriever
@@ -121,7 +121,10 @@ class Mining:
             return search_model(*self._shards, depth, self.index, folder, self.world)
 
         outputs = self._stage(f"search by {name}", f"search-{name}", {"retriever": self._description(name), "depth": depth}, work)
-        return read_parts(self.work / f"search-{name}", outputs), outputs
+        found = read_parts(self.work / f"search-{name}", outputs)
+        if self.world.is_first and (found == NONE).all():
+            print(f"warning: search by {name}: no query finds a passage", flush=True)
+        return found, outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], searched: Sequence[Outputs]) -> np.ndarray:
         """The scores of each query's positives, then of its shortlist, query behind query; all 0 where nobody is asked."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from retriever.data.formats import DataError, Passage, Source
+from retriever.data.records import is_blank
 from retriever.files import write_array, write_lines
 from scripts.mining.passages import Passages, digest, numbered, write_passages
 
@@ -32,6 +33,7 @@ class PoolReader:
     def __init__(self, source: Source, final_text: Callable[[Passage], str]) -> None:
         self._source, self._final_text = source, final_text
         self._texts, self._ids = bytearray(), bytearray()  # digests of all final texts, and of the ids of the corpus
+        self._blank: list[int] = []  # rows of passages without a text, which are no positives
         self._wanted: dict[str, str] = {}  # id of a positive that comes without its text -> the first query that has it
         self._queries: dict[str, _Query] = {}
 
@@ -43,11 +45,13 @@ class PoolReader:
         _, first = np.unique(numbers[:rows], return_index=True)  # the first row of each number
         write_array(folder / ROWS, first)
         found = self._look_up(numbers, folder / PASSAGES)
+        blank = {int(numbers[row]) for row in self._blank}
 
         def lines() -> Iterator[str]:
             for (query_id, query), same in zip(self._queries.items(), numbers[rows:].tolist(), strict=True):
-                positives = dict.fromkeys(found[at] if isinstance(at, str) else int(numbers[at]) for at in query.positives)
-                yield json.dumps([query_id, query.text, query.prompt, list(positives), same if same < len(first) else None])
+                places = dict.fromkeys(found[at] if isinstance(at, str) else int(numbers[at]) for at in query.positives)
+                positives = [number for number in places if number not in blank]
+                yield json.dumps([query_id, query.text, query.prompt, positives, same if same < len(first) else None])
 
         write_lines(folder / QUERIES, lines())
         return [PASSAGES, ROWS, QUERIES]
@@ -72,7 +76,10 @@ class PoolReader:
             yield from (self._noted(passage) for passage in example.negatives if passage.text is not None)
 
     def _noted(self, passage: Passage) -> Passage:
-        self._texts += digest(self._final_text(passage))
+        text = self._final_text(passage)
+        if is_blank(text):
+            self._blank.append(len(self._texts) // 16)
+        self._texts += digest(text)
         return passage
 
     def _look_up(self, numbers: np.ndarray, passages: Path) -> dict[str, int]:

@@ -51,6 +51,18 @@ def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
     assert len(read_qrels(tmp_path / "out" / "qrels" / "dev.tsv")) == 6
 
 
+def test_queries_of_one_text_stay_on_one_side(source: Path, tmp_path: Path) -> None:
+    """Each text stands under two ids, in other capitals and white space; three fall together with one that --queries has no room for."""
+    texts = [f"Query {i // 2}" if i % 2 else f" query  {i // 2}" for i in range(20)]
+    (source / "queries.jsonl").write_text("".join(f'{{"_id": "q{i}", "text": "{text}"}}\n' for i, text in enumerate(texts)))
+    for seed in range(5):
+        main(["--data", str(source), "--output", str(tmp_path / f"out{seed}"), "--queries", "7", "--seed", str(seed)])
+        dev = read_qrels(tmp_path / f"out{seed}" / "qrels" / "dev.tsv")
+        assert len(dev) == 6 and {int(query[1:]) ^ 1 for query in dev} == {int(query[1:]) for query in dev}
+    message = "--queries 1: expected at least as many as train has of the text of one query"
+    assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "one"), "--queries", "1"], message)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [(["--queries", "20"], "--queries: expected from 1 to 19"), (["--output", "."], "exists already"), (["--split", "valid"], "qrels")],
