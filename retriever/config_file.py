@@ -2,55 +2,126 @@
 
 from __future__ import annotations
 
+import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from retriever.config import Config, ConfigError, from_dict
 from retriever.config_rules import validate
 
+_NOT_YAML = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)  # ValueError: no UTF-8, or a number of thousands of digits
+
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of one run: the YAML at `path`, then `key.sub=value` overrides, then `validate`.
 
-    A list entry is addressed by its number: `data.train.0.limit=100`.
     Raises ConfigError naming the key that is unknown, of a wrong type, impossible or not available.
     """
-    try:
-        merged = OmegaConf.load(path) if path is not None else OmegaConf.create({})
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or 'expected a mapping of sections'}") from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
-    if not isinstance(merged, DictConfig):
-        raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
-    for override in overrides:
-        apply_override(merged, override)
+    tree = read_tree(path, overrides, Config)
     named_keys = {override.partition("=")[0] for override in overrides}
     for named, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # one on the command line replaces the file's other
-        if f"train.{named}" in named_keys and f"train.{other}" not in named_keys and OmegaConf.select(merged, f"train.{named}") is not None:
-            OmegaConf.update(merged, f"train.{other}", None, force_add=True)
-    config = from_dict(OmegaConf.to_container(merged, resolve=False))  # type: ignore[arg-type]
+        if f"train.{named}" in named_keys and f"train.{other}" not in named_keys and tree["train"][named] is not None:
+            tree["train"][other] = None
+    config = from_dict(tree)
     validate(config)
     return config
 
 
-def apply_override(merged: DictConfig, override: str) -> None:
-    """Sets one `key.sub=value`; the value is read as YAML, but unquoted text is taken as it stands: `model.query_prompt=query: `.
+def read_tree(path: str | Path | None, overrides: Sequence[str], schema: type, inner: type | None = None) -> dict[str, Any]:
+    """The mapping of sections in the YAML file at `path`, if any, with `key.sub=value` overrides of its settings.
 
-    Raises ConfigError naming the override.
+    A list's entry is addressed by its position from 0. A setting that is text takes the value as it is written
+    (`model.query_prompt=query: `), unless quotation marks enclose it; any other is read as YAML. `schema` is the dataclass that knows the
+    settings, `inner` the one that knows those of its mappings. Raises ConfigError naming the file or the override.
     """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror or 'expected a mapping of sections'}") from error
+        except _NOT_YAML as error:
+            raise ConfigError(f"--config {path}: expected YAML in UTF-8: {_on_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
+    for override in overrides:
+        try:
+            _apply(tree, override, schema, inner)
+        except (*_NOT_YAML, TypeError) as error:
+            shown = repr(override if len(override) <= 100 else f"{override[:97]}...")
+            raise ConfigError(f"override {shown}: {_on_one_line(error)}") from error
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str, schema: type, inner: type | None) -> None:
+    override.encode()  # bytes of the command line that are no UTF-8 are lone surrogates here
     key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key.sub=value")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-        first = value.lstrip()[:1]
-        if isinstance(parsed, str) and first not in ("'", '"') or isinstance(parsed, Mapping) and first != "{":
-            parsed = value
-        OmegaConf.update(merged, key, parsed, force_add=True)
-    except (OmegaConfBaseException, YAMLError, TypeError, IndexError) as error:
-        raise ConfigError(f"override {override!r}: {error}") from error
+    names = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+    if not separator or not all(names):
+        raise ConfigError("expected key.sub=value")
+    _set(tree, names, _read(value, _type_of(schema, names, inner)))
+
+
+def _type_of(kind: Any, names: Sequence[str], inner: type | None) -> Any:
+    """The type of the setting that the names lead to, through lists and sections that may be missing; None: not known."""
+    for number, name in enumerate(names):
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kind = next((option for option in typing.get_args(kind) if is_dataclass(option)), None)
+        if is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        elif typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+        else:
+            return _type_of(inner, names[number:], None) if typing.get_origin(kind) is dict else None
+    return kind
+
+
+def _read(value: str, kind: Any) -> Any:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if kind == (str | None) and value == "null":
+        return None
+    if kind in (str, str | None) and not quoted:
+        return value
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+    if (isinstance(parsed, str) and not quoted) or (isinstance(parsed, Mapping) and value.lstrip()[:1] != "{"):
+        return value
+    if parsed == {}:
+        raise ConfigError("expected settings in the braces, received none")
+    return parsed
+
+
+def _set(tree: dict[str, Any], names: Sequence[str], value: Any) -> None:
+    node: Any = tree
+    for number, name in enumerate(names):
+        last, at = number == len(names) - 1, ".".join(names[:number])
+        if isinstance(node, list):
+            if not name.isdecimal() or int(name) >= len(node):
+                raise ConfigError(f"{at}: expected a position from 0 to {len(node) - 1}, received {name}")
+            key: Any = int(name)
+        elif isinstance(node, dict):
+            key = name
+            if not last and node.get(key) is None:
+                node[key] = {}
+        else:
+            raise ConfigError(f"{at}: expected a section, received {node!r}")
+        if last:
+            node[key] = _merged(node[key] if isinstance(node, list) else node.get(key), value)
+        node = node[key]
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -9,14 +9,20 @@ from retriever.config import Config
 from retriever.config_tree import flatten
 from retriever.config_tree import require as _require
 
+_YEAR_S = 365 * 24 * 3600
+_MOST_TOKENS = 1 << 20  # of a text
+_MOST_PASSES = 10_000
+_COLDEST = 1e-12  # of float32 similarities over it
+
 
 def validate(config: Config) -> None:
     """Raises ConfigError where the values cannot be run together."""
     model, loss, train = config.model, config.loss, config.train
     for key, number in flatten(asdict(config)).items():
         _require(not isinstance(number, float) or math.isfinite(number), key, "a finite number", number)
+        _require(not isinstance(number, int) or -(2**63) <= number < 2**63, key, "a whole number of at most 63 bits", number)
     _require(config.run.seed >= 0, "run.seed", "0 or more", config.run.seed)
-    _require(config.run.timeout_s > 0, "run.timeout_s", "a number of seconds above 0", config.run.timeout_s)
+    _require(0 < config.run.timeout_s <= _YEAR_S, "run.timeout_s", "a number of seconds above 0 and at most a year", config.run.timeout_s)
     _require(model.name_or_path != "", "model.name_or_path", "a model folder or Hugging Face name", "")
     _require(not (model.fused is True and model.attention == "padded"), "model.fused", "false or auto with model.attention=padded", True)
     _require(not (model.fused is True and model.compile is True), "model.compile", "false or auto with model.fused=true", True)
@@ -27,15 +33,15 @@ def validate(config: Config) -> None:
     cut = model.truncate_dim
     _require(cut in ("auto", None) or (isinstance(cut, int) and cut >= 1), "model.truncate_dim", "auto, null or at least 1", cut)
     _check_lora(config)
-    _require(model.query_max_tokens >= 4, "model.query_max_tokens", "at least 4", model.query_max_tokens)
-    _require(model.passage_max_tokens >= 4, "model.passage_max_tokens", "at least 4", model.passage_max_tokens)
+    for key in ("query_max_tokens", "passage_max_tokens"):
+        _require(4 <= getattr(model, key) <= _MOST_TOKENS, f"model.{key}", f"from 4 to {_MOST_TOKENS}", getattr(model, key))
     _require(len(config.data.train) > 0, "data.train", "at least one source", [])
     for i, source in enumerate(config.data.train):
         key = f"data.train.{i}"
         _require((source.path is None) != (source.name is None), key, "exactly one of path and name", asdict(source))
         columns = source.columns or ()
         _require(len(set(columns)) == len(columns), f"{key}.columns", "names of different columns", list(columns))
-        _require(source.weight > 0, f"{key}.weight", "a number above 0", source.weight)
+        _require(0 < source.weight <= _MOST_PASSES, f"{key}.weight", f"above 0 and at most {_MOST_PASSES} passes an epoch", source.weight)
         _require(source.limit is None or source.limit > 0, f"{key}.limit", "null or at least 1", source.limit)
     _require(config.data.negatives >= 0, "data.negatives", "0 or more", config.data.negatives)
     _require(config.batch.queries >= 2, "batch.queries", "at least 2: a batch of one has no negatives", config.batch.queries)
@@ -50,7 +56,7 @@ def validate(config: Config) -> None:
     for key in ("retain", "retain_products"):
         retain = getattr(config.batch, key)
         _require(retain == "auto" or retain >= 0, f"batch.{key}", "auto, true, false or a number of tokens", retain)
-    _require(loss.temperature > 0, "loss.temperature", "a number above 0", loss.temperature)
+    _require(loss.temperature >= _COLDEST, "loss.temperature", f"a number of at least {_COLDEST:g}", loss.temperature)
     _require(all(d >= 1 for d in loss.dims), "loss.dims", "numbers of at least 1", list(loss.dims))
     as_many = len(loss.dim_weights) in (0, len(loss.dims)) and all(weight > 0 for weight in loss.dim_weights)
     _require(as_many, "loss.dim_weights", f"[] or {len(loss.dims)} numbers above 0, one for each of loss.dims", list(loss.dim_weights))
@@ -114,7 +120,9 @@ def _check_distillation(config: Config) -> None:
     for name, weight in weights.items():
         _require(weight >= 0, f"loss.{name}", "0 or more", weight)
     _require(any(weights.values()), "loss", "one of " + ", ".join(weights) + " above 0", weights)
-    _require(loss.teacher_temperature > 0, "loss.teacher_temperature", "a number above 0", loss.teacher_temperature)
+    _require(
+        loss.teacher_temperature >= _COLDEST, "loss.teacher_temperature", f"a number of at least {_COLDEST:g}", loss.teacher_temperature
+    )
     _require(
         not loss.distils or config.data.negatives >= 1, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives
     )

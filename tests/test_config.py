@@ -51,7 +51,7 @@ def minimal(tmp_path: Path) -> Path:
         ("run.seed=1.5", "run.seed: expected a whole number, received 1.5"),
         ("run.seed=true", "run.seed: expected a whole number, received True"),
         ("model.tied=1", "model.tied: expected true or false, received 1"),
-        ("model.query_prompt=5", "model.query_prompt: expected text, received 5"),
+        ("data={title_separator: 5}", "data.title_separator: expected text, received 5"),
         ("optim.lr=fast", "optim.lr: expected a number, received 'fast'"),
         ("optim.betas=[0.9]", "optim.betas: expected .*received"),
         ("optim.betas=[0.9,x]", "optim.betas.1: expected a number, received 'x'"),
@@ -79,7 +79,7 @@ def minimal(tmp_path: Path) -> Path:
         ("batch.retain_products=-1", "batch.retain_products: expected auto, true, false or a number of tokens"),
         ("loss.kl_weight=-1", "loss.kl_weight: expected 0 or more"),
         ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
-        ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number above 0"),
+        ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         ("batch.queries=1", "batch.queries: "),
         ("batch.tokens_per_chunk=143", "batch.tokens_per_chunk: expected auto or at least 144"),
         ("loss.temperature=0", "loss.temperature: "),
@@ -100,7 +100,23 @@ def minimal(tmp_path: Path) -> Path:
         ("model.lora={alpha: 0}", "model.lora.alpha: "),
         ("model.lora={dropout: 1.0}", "model.lora.dropout: "),
         ("loss.dims=[64, 0]", "loss.dims"),
+        # Numbers that nothing can hold.
+        (f"run.seed={2**63}", "run.seed: expected a whole number of at most 63 bits"),
+        ("run.seed=" + "9" * 5000, r"override 'run.seed=9{80,}\.\.\.': Exceeds the limit"),
+        ("run.timeout_s=9999999999", "run.timeout_s: expected a number of seconds above 0 and at most a year"),
+        ("model.query_max_tokens=9999999", "model.query_max_tokens: expected from 4 to 1048576"),
+        ("data.train.1.weight=1e300", "data.train.1.weight: expected above 0 and at most 10000 passes an epoch"),
+        ("train.epochs=.inf", "train.epochs: expected a finite number"),
+        ("loss.temperature=1e-320", "loss.temperature: expected a number of at least 1e-12"),
+        ("loss={teacher_temperature: 1e-30}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         # Overrides that are none, or go nowhere.
+        ("a..b=1", r"override 'a\.\.b=1': expected key.sub=value"),
+        (".run=1", r"override '\.run=1': expected key.sub=value"),
+        ("data.train.-1.path=x", "override 'data.train.-1.path=x': data.train: expected a position from 0 to 1, received -1"),
+        ("optim.lr.x=1", "optim.lr"),
+        ("model={}", "override 'model={}': expected settings in the braces"),
+        ("model.query_prompt=\ud800", "surrogates not allowed"),
+        ("run.trackers=" + "[" * 3000, "override 'run.trackers=.*: "),
         ("run.seed", "run.seed.*expected key.sub=value"),
         ("=1", "expected key.sub=value"),
         ("eval.metrics=[nDCG@10", "eval.metrics"),
@@ -177,10 +193,37 @@ def test_overrides_reach_every_kind_of_value(minimal: Path) -> None:
     assert config.model.compile is False
 
 
-@pytest.mark.parametrize("prompt", ["query: ", "Represent ", " it: {text}", "rank #1 ", "a=b"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "query: ", "Represent ", " it: {text}", "rank #1 ", "a=b", "task: a | query: ", "[Q] ", "# ", "- ", "-", "{x}", "${x} ", "null",
+        "1e5", "true", "'tis ", "Instruct: Given a query, retrieve\nQuery: ", "*x", "&x", "!x", "%", "@", "`", "|", ">", "? ", "\t", "",
+    ],
+)  # fmt: skip
 def test_a_prompt_on_the_command_line_is_taken_as_it_stands(minimal: Path, prompt: str) -> None:
     """Text with YAML's punctuation and outer blanks, as prompts have, needs no second layer of quotes."""
     assert load(minimal, [f"model.query_prompt={prompt}"]).model.query_prompt == prompt
+    assert load(minimal, [f"data.title_separator={prompt}"]).data.title_separator == prompt
+
+
+def test_quotation_marks_around_a_text_are_yamls(minimal: Path) -> None:
+    assert load(minimal, [r'model.query_prompt="a\n"', "data.title_separator=' '"]).model.query_prompt == "a\n"
+    assert load(minimal, ["data.train.1.revision=null"]).data.train[1].revision is None
+    assert load(minimal, ["data.train.1.revision=1.0"]).data.train[1].revision == "1.0"
+    assert load(minimal, ["data.train[1].limit=5", "model={pooling: cls}"]).data.train[1].limit == 5
+
+
+@pytest.mark.parametrize("content", [b"run: {seed: \xff}\n", "run: {seed: 1}\n".encode("utf-16"), b"run: {seed: " + b"9" * 5000 + b"}"])
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes) -> None:
+    """Not UTF-8, or a number of thousands of digits."""
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--config .*run\.yaml: expected YAML in UTF-8: .") as caught:
+        load(tmp_path / "run.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_largest_seed_is_accepted(minimal: Path) -> None:
+    assert load(minimal, [f"run.seed={2**63 - 1}"]).run.seed == 2**63 - 1
 
 
 def test_an_exponent_in_a_file_is_a_number(tmp_path: Path) -> None:
@@ -207,7 +250,7 @@ def test_what_to_yaml_writes_load_reads_back(
         loss=LossConfig(temperature=numbers[0], false_negative_margin=numbers[1]),
         eval=EvalConfig(path="x", metrics=(texts[2],)) if evaluate else None,
     )
-    sources = (SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=numbers[2]), SourceConfig(name="n", limit=3))
+    sources = (SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=min(numbers[2], 1e4)), SourceConfig(name="n", limit=3))
     config = replace(config, data=replace(config.data, train=sources), train=replace(config.train, epochs=numbers[2]))
     path = tmp_path_factory.mktemp("yaml") / "run.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

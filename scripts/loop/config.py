@@ -7,12 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import OmegaConf
 
 from retriever.config import Config, SourceConfig, from_dict
-from retriever.config_file import apply_override
+from retriever.config_file import read_tree
 from retriever.config_rules import validate
 from retriever.config_tree import ConfigError, build, require
 
@@ -88,17 +86,7 @@ class LoopConfig:
 
 def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
     """The loop of a YAML file, `key.sub=value` overrides applied, every round's configuration checked. Raises ConfigError."""
-    try:
-        merged = OmegaConf.load(path)
-        if not isinstance(merged, DictConfig):
-            raise ConfigError(f"{path}: expected a mapping of sections, found a list")
-        for override in overrides:
-            apply_override(merged, override)
-        tree = OmegaConf.to_container(merged, resolve=False)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    tree = read_tree(path, overrides, LoopConfig, Config)
     config: LoopConfig = build(LoopConfig, tree)
     _check(config)
     return config
