@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import bm25s
 import numpy as np
@@ -16,7 +17,16 @@ from eval.engines.bm25_index import read_index, write_index
 from eval.trec import Ranking, ranking
 
 K1, B = 0.9, 0.4  # Anserini's defaults for passages
-DESCRIPTION = f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words"
+DESCRIPTION = (
+    f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words, character bigrams of scripts without spaces"
+)
+# Thai, Lao, Burmese, Khmer, Chinese and Japanese: their letters and marks, no digits and no punctuation.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecd\u1000-\u103f\u1050-\u108f\u1780-\u17d3\u3005-\u3007\u3041-\u309f"
+    "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_RUN = re.compile(f"[{_UNSPACED}]+")
+_WORD = rf"(?u)[{_UNSPACED}]{{1,2}}|\b\w\w+\b"
 _QUERIES_A_TASK = 16
 
 Item = TypeVar("Item")
@@ -75,8 +85,7 @@ class Bm25:
 
     def _words(self, query: str) -> list[int]:
         known = self._postings.words
-        words = bm25s.tokenize([query], stopwords="en", stemmer=_stems, show_progress=False, return_ids=False)[0]
-        return [known[word] for word in words if word in known]
+        return [known[word] for word in _tokenised([query], return_ids=False)[0] if word in known]
 
 
 def bm25_run(
@@ -143,5 +152,16 @@ def _stems(words: list[str]) -> list[str]:
 
 
 def _tokenise(texts: list[str]) -> tuple[list[list[int]], dict[str, int]]:
-    found = bm25s.tokenize(texts, stopwords="en", stemmer=_stems, show_progress=False)
+    found = _tokenised(texts)
     return found.ids, found.vocab
+
+
+def _tokenised(texts: list[str], *, return_ids: bool = True) -> Any:
+    """Words of the texts; where a script has no spaces, every two neighbouring characters are one. (Lucene's CJK bigram filter)"""
+    spaced = [text if text.isascii() else _RUN.sub(_bigrams, text) for text in texts]
+    return bm25s.tokenize(spaced, token_pattern=_WORD, stopwords="en", stemmer=_stems, show_progress=False, return_ids=return_ids)
+
+
+def _bigrams(run: re.Match[str]) -> str:
+    characters = run[0]
+    return f" {' '.join(characters[i : i + 2] for i in range(len(characters) - 1)) or characters} "

@@ -50,6 +50,21 @@ def test_ties_at_the_kth_place_exclusion_and_queries_without_hits() -> None:
     assert bm25_run(PASSAGES, {"c": "mountain storm"}, k=1, exclude_self=True)["c"].passage_ids == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("passages", "queries"),
+    [
+        (["北京是中华人民共和国的首都。", "上海位于长江入海口,人口众多。", "长城建于明代以前。"], ["中国首都北京", "长江入海口", "长城"]),
+        (["東京は日本の首都である。", "ラーメンは麺料理です", "富士山は高い"], ["日本の首都", "ラーメン", "富士山"]),
+        (["กรุงเทพมหานครเป็นเมืองหลวง", "ข้าวผัดเป็นอาหารไทย", "ช้างเป็นสัตว์ใหญ่"], ["เมืองหลวง", "ข้าวผัด", "ช้าง"]),
+        (["mixed北京text", "水", "GPU用の行列"], ["北京 text", "水", "gpu行列"]),
+    ],
+)
+def test_scripts_without_spaces_are_searched_by_bigrams(passages: list[str], queries: list[str]) -> None:
+    """The i-th query asks for the i-th passage."""
+    run = bm25_run(((str(i), text) for i, text in enumerate(passages)), {str(i): text for i, text in enumerate(queries)}, k=1)
+    assert [run[str(i)].passage_ids for i in range(3)] == [["0"], ["1"], ["2"]]
+
+
 def test_passages_without_words_are_refused() -> None:
     with pytest.raises(ValueError, match="2 passages without a single word"):
         bm25_run([("a", ""), ("b", "?")], {"q": "river"})
