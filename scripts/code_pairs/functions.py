@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ class Function:
 
 
 def documented_functions(source: str, module: str) -> Iterator[Function]:
-    """Functions at module and class level with a summary in words and a body that does something, in source order.
+    """Functions at module and class level with a summary in words, which the code does not repeat, and a body that does something.
 
     Functions inside functions belong to their parent's code. Raises SyntaxError, and ValueError for null bytes.
     """
@@ -47,15 +48,24 @@ def documented_functions(source: str, module: str) -> Iterator[Function]:
         code = _code_without_docstring(node, lines)
         if code is None or len(re.findall(r"[A-Za-z]{2,}", summary)) < MIN_SUMMARY_WORDS or summary.startswith(_NOT_PROSE):
             continue
+        if _spoken(summary) in _spoken(code):  # the query stands in the passage: repeated in a comment, a string or a message
+            continue
         seen[name] = seen.get(name, 0) + 1  # a property's setter and an `else:` branch bear the same name
         suffix = f"~{seen[name]}" if seen[name] > 1 else ""
         yield Function(f"{module}:{name}{suffix}", summary, details, code)
 
 
 def without_name(function: Function) -> Function:
-    """The function with its own name replaced by `_` wherever it stands in the code as a word."""
+    """The function with its own name replaced by `_` wherever it stands in the code as a word. A ligature is its letters, as in Python."""
     name = re.split(r"[.:]", function.id)[-1].partition("~")[0]
-    return replace(function, code=re.sub(rf"\b{name}\b", "_", function.code))
+    code = re.sub(r"\w+", lambda word: "_" if unicodedata.normalize("NFKC", word[0]) == name else word[0], function.code)
+    return replace(function, code=code)
+
+
+def _spoken(text: str) -> str:
+    """The words of a text in small letters, one blank around each."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return f" {' '.join(words)} "
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, _Definition]]:

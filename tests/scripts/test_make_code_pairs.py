@@ -72,6 +72,28 @@ def test_functions_are_taken_apart_into_summary_details_and_code() -> None:
     assert load.code.startswith("async def load(path):\n    def inner():") and '"""A function inside' in load.code
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "x = 1  # Load a shelf\n    # from disk",
+        "print('load a  shelf from disk.')\n    x = 1",
+        '"""Load a shelf\n    from disk"""\n    x = 1',
+    ],
+)
+def test_a_function_that_repeats_its_docstring_is_no_pair(body: str) -> None:
+    """The passage would hold the query; words that only begin like it are no repetition."""
+    source = '\ndef load(path):\n    """Load a shelf from disk."""\n    {}\n    return x\n'
+    assert not list(documented_functions(source.format(body), "furniture"))
+    assert list(documented_functions(source.format(body.replace("disk", "diskette")), "furniture"))
+
+
+def test_a_name_in_other_characters_is_hidden() -> None:
+    """Python takes a ligature for its letters: the two spellings are one name."""
+    source = '\ndef \ufb01nd(shelf):\n    """Look for a board in a shelf."""\n    return \ufb01nd(find) or \ufb01nder\n'
+    (function,) = documented_functions(source, "furniture")
+    assert without_name(function).code == "def _(shelf):\n    return _(_) or \ufb01nder"
+
+
 def test_a_hidden_name_occurs_nowhere_in_the_code() -> None:
     _, setter, load = documented_functions(SOURCE, "furniture")
     assert without_name(setter).code.splitlines()[:2] == ["@_.setter", "def _(self, value):"]
