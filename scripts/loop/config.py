@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from retriever.config import Config, SourceConfig, from_dict
 from retriever.config_file import read_tree
 from retriever.config_rules import validate
-from retriever.config_tree import ConfigError, build, require
+from retriever.config_tree import build, require
 
 
 @dataclass(frozen=True)
