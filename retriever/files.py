@@ -8,13 +8,14 @@ same name; `clean` removes those of a folder.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -90,6 +91,24 @@ def clean(folder: Path, name: str = "*") -> None:
     """Removes what killed writers of `name` (a pattern) left in `folder`; nobody may be writing it."""
     for leftover in (*folder.glob(f"{_WRITING}{name}"), *folder.glob(f"{_REMOVING}{name}")):
         _discard(leftover)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[BinaryIO]:
+    """Opens a small file for one process at a time to read and overwrite, empty where there was none; nothing in it is durable.
+
+    Raises OSError where `path` is a symbolic link.
+    """
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # some network file systems have no such locks
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else it was removed while we waited
+                yield file
+                return
 
 
 def before(operation: str, path: Path) -> None:

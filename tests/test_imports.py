@@ -18,6 +18,7 @@ PACKAGES = ("kernels", "retriever", "eval", "scripts")
 # Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
 FLOORS = (
     ("own_kernels", "rng", "config", "config_tree", "config_rules", "config_file", "environment", "errors", "files", "wording"),
+    ("checksums", "lock", "run_folder"),
     ("data", "encoder", "parallel"),
     ("loss",),
     ("gradcache", "representations", "retention", "optim"),
