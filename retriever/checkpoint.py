@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from retriever.checksums import write_checksums
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
-from retriever.damage import EXPORT, FORMAT_VERSION, OPTIMIZER, STATE, WEIGHTS, DamageError, damage, read_state
+from retriever.damage import EXPORT, FORMAT_VERSION, NAME, OPTIMIZER, STATE, WEIGHTS, DamageError, damage, read_state
 from retriever.files import remove, replace_folder
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 
 FOLDER, EXPORTED = "checkpoints", "export.json"  # inside a run's folder; which step's export it shows
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
-_NAME = re.compile(r"step-[0-9]{8,}")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
-    *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s", "data.cache_dir"),
+    *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s"),
+    *("data.cache_dir", "data.verify"),
     *("train.log_every", "train.save_every", "train.keep_last"),
     "batch.retain",
     "batch.retain_products",  # the same operations in the same order, and another GPU may keep more or less
@@ -95,6 +96,7 @@ def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerpri
         save_file(state.optimizer, writing / OPTIMIZER)
         export(writing / EXPORT)
         (writing / STATE).write_text(json.dumps(manifest, indent=2))
+        write_checksums(writing)
     return final
 
 
@@ -116,12 +118,26 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
             "run.resume=never and another run.output_dir to start afresh"
         )
     modules = state.modules()
-    current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
-    trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
-    modules.load_state_dict({**trained, **frozen})
-    load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
-    state.optimizer.scaler.load_state_dict(manifest["scaler"])
+    with _fitting(folder):
+        current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
+        trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
+        modules.load_state_dict({**trained, **frozen})
+        load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
+        state.optimizer.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Says in one line that the tensors of a checkpoint are not those of the run."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{folder} does not fit the model and optimizer of this run ({found}); take a checkpoint before it, or set "
+            "run.resume=never and another run.output_dir to start afresh"
+        ) from error
 
 
 def find(run: RunConfig) -> Path | None:
@@ -211,7 +227,7 @@ def newest(root: Path) -> Path | None:
 
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; what a person put beside them under another name is none of ours."""
-    return sorted((folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name)), key=step_of)
+    return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:

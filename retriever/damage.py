@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from retriever.checksums import damaged
 from retriever.config_tree import ConfigError
 
 STATE, WEIGHTS, OPTIMIZER, EXPORT = "state.json", "model.safetensors", "optimizer.safetensors", "export"
 FORMAT_VERSION = 1
+NAME = re.compile(r"step-([0-9]{8,})")  # of a checkpoint's folder, by its step
 _ALWAYS_SAID = ("step", "scaler", "store", "config")  # by a state of this format
 _TOWERS = ("query", "passage")  # the folders of an untied export
 _PARTS = "model.safetensors.index.json"  # where an export's weights are too many for one file
@@ -26,13 +29,19 @@ class DamageError(ConfigError):
 def damage(folder: Path) -> str | None:
     """Names the first file of a checkpoint that is missing, or damaged and how; None for a whole one.
 
-    Of tensors the header is read, which says how long the file must be, and not their values.
+    Every byte is compared with the checksums that were written. A checkpoint of an earlier version has none: of its tensors the header
+    alone is read, which says how long the file must be.
     Raises ConfigError where a file cannot be read: whether it is whole is not known then.
     """
     try:
         read_state(folder)
         for file in (folder / WEIGHTS, folder / OPTIMIZER, *_exported(folder / EXPORT)):
             _read_header(file)
+        with _reading(folder):
+            found = damaged(folder, remembered=False)
+        if found:
+            name, problem = next(iter(found.items()))
+            raise DamageError(f"{folder / name} {problem}")
     except DamageError as found:
         return str(found)
     return None
@@ -50,7 +59,18 @@ def read_state(folder: Path) -> dict[str, Any]:
         expected = _ALWAYS_SAID if state.get("format_version") == FORMAT_VERSION else ("format_version",)
         if lacking := [key for key in expected if key not in state]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
+        if "step" in expected:
+            _check_step(folder, state["step"])
     return state
+
+
+def _check_step(folder: Path, step: object) -> None:
+    """Raises ValueError where a checkpoint's step is no number of steps, or not the one that its folder is named by."""
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step: expected a number of steps, received {json.dumps(step)[:40]}")
+    named = re.fullmatch(NAME, folder.name)
+    if named and int(named[1]) != step:
+        raise ValueError(f"step: expected {int(named[1])}, as the folder is named, received {step}")
 
 
 def _exported(export: Path) -> Iterator[Path]:

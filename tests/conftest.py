@@ -1,7 +1,9 @@
 """Every test runs offline, on one thread per process, with uninitialised memory filled with NaN."""
 
 import os
+import tempfile
 
+os.environ.setdefault("BIGBATCH_CACHE", tempfile.mkdtemp(prefix="bigbatch-tests-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from retriever import checkpoint
-from retriever.checkpoint import Snapshot
+from retriever.checkpoint import Snapshot, TrainingState
 from retriever.config import Config, ConfigError, RunConfig
 from retriever.damage import damage
+from retriever.optim import Optimizer
 
-_TENSORS = {"weight": torch.arange(30.0)}
+_TENSORS = {"bias": torch.ones(3), "weight": torch.arange(30.0)}
 _PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -65,6 +67,62 @@ def _refused(asked: Callable[[], object]) -> str:
     said = str(stopped.value)
     assert "\n" not in said and "None" not in said, said
     return said
+
+
+@pytest.mark.parametrize("how", ["one bit", "zeroed half", "without a tensor"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "export/model.safetensors"])
+def test_values_that_are_not_those_written_are_damage(config: Config, name: str, how: str) -> None:
+    """The file's length and header are in order, so that only its checksum tells."""
+    before, last = _save(config, 3), _save(config, 5)
+    file = last / name
+    content = bytearray(file.read_bytes())
+    if how == "one bit":
+        content[-5] ^= 1
+        file.write_bytes(content)
+    elif how == "zeroed half":
+        file.write_bytes(content[: len(content) - 60] + bytes(60))
+    else:
+        save_file({key: tensor for key, tensor in _TENSORS.items() if key != "bias"}, file)
+    assert len(load_file(file)) == len(_TENSORS) - (how == "without a tensor"), "it is still a file of tensors"
+    said = _refused(lambda: checkpoint.find(config.run))
+    assert re.match(rf"{file} is damaged \(its checksum is \w{{16}}; \w{{16}} was written\)", said), said
+    assert said.endswith(f"remove {last}: the run then goes on from {before.name}")
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, "5, as the folder is named, received 1"), ("two", 'a number of steps, received "two"')])
+def test_a_step_that_is_not_the_folders_is_damage(config: Config, step: object, expected: str) -> None:
+    """With checksums and, as in a checkpoint of an earlier version, without."""
+    before, last = _save(config, 3), _save(config, 5)
+    state = json.loads((last / "state.json").read_text()) | {"step": step}
+    (last / "state.json").write_text(json.dumps(state))
+    for _ in range(2):
+        said = _refused(lambda: checkpoint.find(config.run))
+        assert said.startswith(f"{last / 'state.json'} is damaged (step: expected {expected})") and before.name in said, said
+        (last / "checksums.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"algorithm": "crc32", "files": {}}', '{"algorithm": "xxh3_64", "files": {"../x": "0"}}'])
+def test_checksums_that_cannot_be_used_are_damage(config: Config, content: str) -> None:
+    last = _save(config, 5)
+    (last / "checksums.json").write_text(content)
+    assert _refused(lambda: checkpoint.find(config.run)).startswith(f"{last / 'checksums.json'} is damaged (")
+
+
+def test_a_checkpoint_without_checksums_opens_with_a_notice(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, however often it is looked at."""
+    last = _save(config, 5)
+    (last / "checksums.json").unlink()
+    assert checkpoint.find(config.run) == last == checkpoint.find(config.run)
+    notice = f"note: {last} is of an earlier version and has no checksums: its files are not verified\n"
+    assert capsys.readouterr().out == notice
+
+
+def test_tensors_of_another_model_are_told_in_one_line(config: Config) -> None:
+    """As a checkpoint of an earlier version, whose files nobody can verify, may hold them."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(config.optim, [model], 8, torch.device("cpu"))
+    said = _refused(lambda: checkpoint.load(_save(config, 5), TrainingState(model, torch.nn.Module(), optimizer), "f1"))
+    assert "step-00000005 does not fit the model and optimizer of this run (Error(s) in loading state_dict" in said
 
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "export/model.safetensors")
@@ -122,6 +180,7 @@ def test_a_state_of_another_format_is_not_damaged(config: Config) -> None:
     """What another version leaves out is its own affair."""
     saved = _save(config, 3)
     (saved / "state.json").write_text('{"format_version": 99}')
+    (saved / "checksums.json").unlink()
     assert damage(saved) is None and checkpoint.find(config.run) == saved
     assert "checkpoint format 99; this version reads 1" in _refused(lambda: checkpoint.finished_steps(saved))
 
