@@ -89,6 +89,7 @@ class DataConfig:
     title: Literal["join", "drop"] = "join"
     title_separator: str = " "
     cache_dir: str = "cache"
+    verify: bool = False  # read the whole token store and compare its checksums, though no file changed since that was last done
 
 
 @dataclass(frozen=True)

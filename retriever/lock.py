@@ -78,7 +78,7 @@ def _take(path: Path, here: Holder) -> Holder | None:
         holder = _read(file)
         if holder is not None and not _is_stale(holder, file, path.parent):
             return holder
-        file.truncate()
+        file.truncate(0)
         file.seek(0)
         file.write(json.dumps(asdict(here)).encode())
     return None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from retriever.checksums import write_checksums
 from retriever.data.relations import Csr, Pairs, absent, keys_of_csr, of_queries, write_relations
 from retriever.data.text_table import TokenRows
 from retriever.files import replace_folder, write_json
@@ -43,6 +44,7 @@ def write_encoded(folder: Path, equal: EqualRows, relations: Mapping[str, tuple[
             write_relations(building, len(equal.queries), found["positives"], known, negatives)
             np.save(building / SAME_TEXT, equal.queries, allow_pickle=False)
         write_json(building / MANIFEST, equal.counts)
+        write_checksums(building)
 
 
 def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray:

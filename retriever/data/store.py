@@ -6,12 +6,11 @@ content, the tokenizer and the settings, so a store is never stale.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from retriever.checksums import damaged
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import Source, open_source
@@ -27,6 +27,7 @@ from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuild
 from retriever.data.text_table import TextTable, load_array
 from retriever.data.tokens import TokenTemplate
 from retriever.files import clean, make_folder, remove, replace_folder
+from retriever.lock import LockedError, locked
 
 __all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open", "store_fingerprint", "tokenizer_fingerprint"]
 
@@ -91,9 +92,13 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
     cache = Path(config.data.cache_dir).expanduser()
     make_folder(cache)
     folder = cache / f"store-{fingerprint}"
-    if not _is_complete(folder):
-        with _locked(folder):
-            if not _is_complete(folder):
+    again = config.data.verify
+    if _problem(folder, again) is not None:
+        with locked(folder.with_suffix(".lock"), str(folder), wait=True):
+            if (problem := _problem(folder, again)) is not None:
+                if folder.exists():
+                    print(f"{folder}{problem} and is built again", flush=True)
+                    remove(folder)
                 _build(folder, config, tokenizer, sources, fingerprint, progress)
     return Store(folder, _encoded(folder, config, tokenizer))
 
@@ -105,15 +110,19 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
     rooms = [max(1, limit - template.special_tokens) for limit in limits]
     name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
     encoded = folder.with_name(name)
-    if not encoded.exists():
-        with _locked(encoded):
-            if not encoded.exists():
+    if not _is_whole(encoded, config.data.verify):
+        with locked(encoded.with_suffix(".lock"), str(encoded), wait=True):
+            if not _is_whole(encoded, config.data.verify):
                 store = Store(folder)
                 tables = (store.queries, store.passages)
                 equal = (first_of_equal(table, room, keep_end=template.keep_end) for table, room in zip(tables, rooms, strict=True))
                 relations = {"positives": (store.positives, store.positive_scores), "known": (store.known, None)}
                 write_encoded(encoded, EqualRows(*equal), relations | {"negatives": (store.negatives, store.negative_scores)})
     return encoded
+
+
+def _is_whole(encoded: Path, again: bool) -> bool:
+    return encoded.exists() and not damaged(encoded, again=again)
 
 
 def store_fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
@@ -151,9 +160,6 @@ def _build(
     folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], fingerprint: str, progress: bool
 ) -> None:
     """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
-    if folder.exists():
-        print(f"{folder} is damaged (a file is missing or of another size) and is built again", flush=True)
-        remove(folder)
     _remove_abandoned(folder.parent)
     if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
         print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
@@ -163,35 +169,24 @@ def _build(
         StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether every file that the manifest lists is there in its size."""
+def _problem(folder: Path, again: bool) -> str | None:
+    """What is wrong with a store, the file first; None where every file is as it was written. `again`: as `damaged` has it."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock file beside `folder`; a lock goes with its process, so a killed one leaves none."""
-    with folder.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process builds {folder}: waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        files: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, size in files.items():
+            if (folder / name).stat().st_size != size:
+                return f"/{name} is damaged (it is of another size)"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{str(error.filename).removeprefix(str(folder))} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"/{MANIFEST} is damaged"
+    return next((f"/{name} {problem}" for name, problem in damaged(folder, again=again).items()), None)
 
 
 def _remove_abandoned(cache: Path) -> None:
     """Removes what killed builds of other stores left: folders under construction whose lock nobody holds."""
     for path in cache.glob("store-*.lock"):
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        with suppress(LockedError), locked(path, path.stem):
             clean(cache, path.stem)
             if (building := path.with_suffix(".building")).exists():  # as earlier versions called it
                 remove(building)

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from retriever.checksums import write_checksums
 from retriever.config import Config
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
 from retriever.data.records import is_blank, shortened_note
@@ -53,7 +54,7 @@ class StoreBuilder:
         self._negatives: list[Pairs] = []
 
     def build(self, sources: Sequence[Source], manifest: dict[str, Any]) -> None:
-        """Writes the whole store, its manifest (`manifest` and what was found) last. Raises DataError."""
+        """Writes the whole store, its manifest (`manifest` and what was found) and checksums last. Raises DataError."""
         with ExitStack() as stack:
             self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
@@ -63,6 +64,7 @@ class StoreBuilder:
             print(note, flush=True)
         files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
+        write_checksums(self._folder)
 
     def _add_source(self, source: Source) -> dict[str, Any]:
         reading, first = _SourceReading(source), len(self._query_digests)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from retriever import checksums
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data import store as store_module
 from retriever.data import text_table
@@ -228,12 +231,46 @@ def test_a_second_run_builds_nothing(tmp_path: Path, beir: Path, monkeypatch: py
 
 
 def test_a_damaged_store_is_built_again(tmp_path: Path, beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file cut short, missing or full of zeros, a changed bit, a manifest that is none."""
     store = built(tmp_path, str(beir))
-    whole = texts_of(store.passages)
-    tokens = store.folder / "passages/tokens.npy"
-    os.truncate(tokens, tokens.stat().st_size - 2)
-    assert texts_of(built(tmp_path, str(beir)).passages) == whole
-    assert "is damaged" in capsys.readouterr().out
+    whole, folder = texts_of(store.passages), store.folder
+    contents = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    def flipped(content: bytes) -> bytes:
+        return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+
+    damages: dict[str, tuple[Callable[[bytes], bytes] | None, ...]] = {
+        "passages/tokens.npy": (lambda c: c[:-2], flipped, lambda c: bytes(len(c)), None),
+        "known.ids.npy": (flipped,),
+        "manifest.json": (lambda c: b"[]", lambda c: b"{}", lambda c: b"\xff", lambda c: b'{"files": 3}', flipped, None),
+        "checksums.json": (lambda c: b"{",),
+    }
+    for name, how in ((name, how) for name, several in damages.items() for how in several):
+        file = folder / name
+        if how is None:
+            file.unlink()
+        else:
+            file.write_bytes(how(contents[file]))
+        assert texts_of(built(tmp_path, str(beir)).passages) == whole
+        said = [line for line in capsys.readouterr().out.splitlines() if "built again" in line]
+        assert len(said) == 1 and said[0].startswith(f"{file} is ") and said[0].endswith(" and is built again"), said
+        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == contents
+
+
+def test_a_store_is_verified_again_on_request(tmp_path: Path, beir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit that changes without the file's time is found by `data.verify`."""
+    tokens = built(tmp_path, str(beir)).folder / "passages/tokens.npy"
+    built(tmp_path, str(beir))
+    times, content = tokens.stat(), tokens.read_bytes()
+    damaged = content[:-2] + b"\0\0"
+    tokens.write_bytes(damaged)
+    os.utime(tokens, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    assert damaged != content
+    built(tmp_path, str(beir))
+    assert tokens.read_bytes() == damaged
+    built(tmp_path, str(beir), verify=True)
+    assert tokens.read_bytes() == content
 
 
 def test_an_empty_text_under_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
