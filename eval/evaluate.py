@@ -132,7 +132,7 @@ def evaluate_collection(
     }
     identity = {"passage": [prints["corpus"], settings.title, settings.title_separator], "query": [prints["queries"]]}
     folders = {}
-    for side in ("passage", "query"):
+    for side in ("query", "passage"):  # the shorter work first: a folder that is somebody's own is refused before the longer one
         stream, shard_rows = _sized(texts[side][0])
         folders[side] = encode_to_shards(
             bundle,
@@ -143,7 +143,7 @@ def evaluate_collection(
             world=world,
             shard_rows=shard_rows,
             tokens_per_chunk=tokens_per_chunk,
-            overwrite=True,  # a cache
+            cache=True,
             progress=progress,
         )
     passages = open_shards(folders["passage"])
@@ -169,4 +169,4 @@ def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]],
 
 
 def _of_interest(manifest: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in manifest.items() if key not in ("shards", "format_version", "side", "shard_rows")}
+    return {key: value for key, value in manifest.items() if key not in ("shards", "format_version", "side", "shard_rows", "cache")}

@@ -37,13 +37,22 @@ def checksum(file: Path) -> str:
     return found.hexdigest()
 
 
-def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Records the checksums of the files `names` of `folder`; by default of all that it holds, folders in it included."""
+def write_checksums(folder: Path, names: Iterable[str] | None = None, *, remembered: bool = False) -> None:
+    """Records the checksums of the files `names` of `folder`; by default of all that it holds, folders in it included.
+
+    `remembered`: this machine need not read them again to verify them; the folder keeps its name.
+    """
     every = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     listed = sorted(every if names is None else names)
-    with ThreadPoolExecutor(_READERS) as threads:
-        found = threads.map(checksum, (folder / name for name in listed))
-        write_json(folder / CHECKSUMS, {"algorithm": _ALGORITHM, "files": dict(zip(listed, found, strict=True))})
+    with _memory(folder, remembered) as known, ThreadPoolExecutor(_READERS) as threads:
+        found = dict(zip(listed, threads.map(checksum, (folder / name for name in listed)), strict=True))
+        known |= {name: [*_seen(folder / name, value), time.time()] for name, value in found.items()}
+    write_json(folder / CHECKSUMS, {"algorithm": _ALGORITHM, "files": found})
+
+
+def _seen(file: Path, value: str) -> list[Any]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, value]
 
 
 def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> dict[str, str]:
@@ -63,8 +72,7 @@ def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> di
 
     def problem(name: str, known: dict[str, Any]) -> str | None:
         try:
-            status = (folder / name).stat()
-            seen = [status.st_size, status.st_mtime_ns, expected[name]]
+            seen = _seen(folder / name, expected[name])
             *before, read_at = known.get(name, [0.0])
             if before == seen and (read_at > _STARTED or not again):
                 return None

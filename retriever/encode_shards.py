@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +16,8 @@ from tqdm import tqdm
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, mode_of
+from retriever.files import make_folder
+from retriever.lock import LOCK, locked
 from retriever.parallel.world import World
 from retriever.shards import ShardJob, ShardWriter
 
@@ -35,6 +37,7 @@ def encode_to_shards(
     dtype: Literal["float32", "float16"] = "float32",
     tokens_per_chunk: int | None = None,
     overwrite: bool = False,
+    cache: bool = False,
     progress: bool = True,
 ) -> Path:
     """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
@@ -43,7 +46,8 @@ def encode_to_shards(
     the manifest when all are done.
     Shards of the same job (model, prompt, length, precision, mode, `texts_fingerprint`, …) that are already there are kept, whatever
     the number of ranks that wrote them; where all are, nothing is encoded. Those of another job are replaced with `overwrite`,
-    else refused: a ShardError names what differs. Texts are sorted by length within a shard, a slab of it at a time. While one
+    else refused: a ShardError names what differs. A `cache` replaces another cache too. A folder is written by one command at a time
+    (LockedError). Texts are sorted by length within a shard, a slab of it at a time. While one
     slab is encoded, threads read and tokenise the next and write the shards before.
     """
     world = world or World(bundle.encoder.device)
@@ -61,24 +65,28 @@ def encode_to_shards(
         texts=texts_fingerprint,
         shard_rows=shard_rows,
     )
-    writer = ShardWriter(folder, job)
+    writer = ShardWriter(folder, job, cache=cache)
     finished = writer.finished()
-    if not finished and not overwrite:
-        writer.check()
+    if not finished:
+        writer.check(overwrite=overwrite)
     world.barrier()  # no rank may change the folder before every rank has looked at it
     if finished:
         return writer.folder
-    if world.is_first:
-        writer.prepare()
-    world.barrier()
-    reading = _Reading(texts, shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard))
-    with tqdm(unit=" texts", desc=f"encode {side}", disable=not (progress and world.is_first)) as bar:
-        encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
-        with closing(encoded):
-            _write(writer, encoded)
-    world.barrier()
-    if world.is_first:
-        writer.finish(reading.rows)
+    with ExitStack() as stack:
+        if world.is_first:
+            make_folder(writer.folder)
+            stack.enter_context(locked(writer.folder / LOCK, str(writer.folder)))
+            writer.check(overwrite=overwrite)  # another command may have been there in between
+            writer.prepare()
+        world.barrier()
+        reading = _Reading(texts, shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard))
+        with tqdm(unit=" texts", desc=f"encode {side}", disable=not (progress and world.is_first)) as bar:
+            encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
+            with closing(encoded):
+                _write(writer, encoded)
+        world.barrier()
+        if world.is_first:
+            writer.finish(reading.rows)
     world.barrier()
     return writer.folder
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from retriever.config_tree import ConfigError
+from retriever.errors import REFUSED, RefusedError
 from retriever.files import alone
 
 LOCK = ".lock"  # in a folder that is worked in
@@ -27,7 +27,7 @@ _BEAT_S, _STALE_S, _POLL_S = 10.0, 60.0, 0.2
 _PROC = Path("/proc")
 
 
-class LockedError(ConfigError):
+class LockedError(RefusedError):
     """Another process works there; the message names it."""
 
 
@@ -103,7 +103,7 @@ def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
             continue
         if holder != here:
             print(f"error: {what} was taken over by {holder} while this process was held up", file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(REFUSED)
 
 
 def _read(file: BinaryIO) -> Holder | None:

@@ -16,15 +16,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
 from retriever.files import clean, make_folder, replace_file, write_array, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
+_AGAIN = "the command that encoded the texts writes that shard again"
 _DTYPES = ("float32", "float16")
 _SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")  # .tmp: left by a killed writer of an earlier version
 _IDS = pa.schema([("id", pa.string())])
+_CACHE = "cache"  # of a job and its manifest: the shards may be replaced by those of another cache
 _OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # what a job says, and a manifest of it, in every format so far
 
 
@@ -59,30 +62,40 @@ class ShardJob:
 class ShardWriter:
     """Fills a folder with the shards of one job, by any number of processes; every shard is written by one of them."""
 
-    def __init__(self, folder: str | Path, job: ShardJob) -> None:
+    def __init__(self, folder: str | Path, job: ShardJob, *, cache: bool = False) -> None:
+        """`cache`: the shards serve one purpose, such as an evaluation, and are replaced for the next without asking."""
         self.folder = Path(folder)
         self.job = job
+        self._cache = cache
 
     def finished(self) -> bool:
         """Whether the folder already holds all of this job's embeddings."""
         manifest = _read_json(self.folder / MANIFEST)
         if manifest is None or manifest | asdict(self.job) | {"format_version": FORMAT_VERSION} != manifest:
             return False
-        return all(self.has(shard) for shard in range(len(manifest["shards"])))
+        return all(self.has(shard) for shard in range(len(manifest["shards"]))) and not damaged(self.folder)
 
-    def check(self) -> None:
-        """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder."""
+    def check(self, *, overwrite: bool = False) -> None:
+        """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder.
+
+        A cache of another job may go, and with `overwrite` all shards; what is not of embedding shards never.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise ShardError(f"{self.folder} is a file; choose another folder (--output)")
         first = min((file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"), default="")
-        advice = "choose another folder (--output), or replace what is there (--overwrite)"
+        if self._cache:
+            advice = "choose another folder (--output-dir), or remove it if nobody needs it"
+        else:
+            advice = "choose another folder (--output), or replace what is there (--overwrite)"
         job, manifest = _read_json(self.folder / _JOB), _read_json(self.folder / MANIFEST)
         for name, found in ((_JOB, job), (MANIFEST, manifest)):
             if found is not None and not found.keys() >= _OURS:
-                raise ShardError(f"{self.folder} has a {name} that is not of embedding shards; {advice}")
-        if not first and manifest is None:
+                raise ShardError(f"{self.folder} has a {name} that is not of embedding shards; choose another folder (--output)")
+        if overwrite or (not first and manifest is None):
             return
         there, asked = job or manifest, asdict(self.job)
+        if self._cache and there is not None and there.get(_CACHE):
+            return
         if there is None:
             raise ShardError(f"{self.folder} has {first} and no {_JOB}; {advice}")
         if differing := [name for name in asked if there.get(name) != asked[name]]:
@@ -93,14 +106,24 @@ class ShardWriter:
         """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""
         make_folder(self.folder)
         clean(self.folder)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        if _read_json(self.folder / _JOB) == asdict(self.job):
+        same = self._started_as() == asdict(self.job)
+        if same and (self.folder / CHECKSUMS).exists():
+            for name in damaged(self.folder):  # so that `has` asks for their shards again
+                (self.folder / name).unlink(missing_ok=True)
+        for name in (MANIFEST, CHECKSUMS):
+            (self.folder / name).unlink(missing_ok=True)
+        if same:
             return
         (self.folder / _JOB).unlink(missing_ok=True)
         for file in self.folder.iterdir():
             if _SHARD_FILE.fullmatch(file.name):
                 file.unlink()
-        write_json(self.folder / _JOB, asdict(self.job))
+        write_json(self.folder / _JOB, asdict(self.job) | ({_CACHE: True} if self._cache else {}))
+
+    def _started_as(self) -> dict[str, Any] | None:
+        """The job that the folder's shards are of."""
+        job = _read_json(self.folder / _JOB)
+        return {key: value for key, value in job.items() if key != _CACHE} if job is not None else None
 
     def has(self, shard: int) -> bool:
         """Whether shard number `shard` is complete: its files can be read, and hold as many embeddings as ids."""
@@ -135,11 +158,13 @@ class ShardWriter:
         missing = [shard for shard in range(count) if not self.has(shard)]
         if missing:
             raise ShardError(f"{self.folder}: {len(missing)} of {count} shards are missing, {missing[0]:05d} first")
-        shards = []
+        shards: list[dict[str, Any]] = []
         for shard in range(count):
             found = min(self.job.shard_rows, rows - shard * self.job.shard_rows)
             shards.append({"file": _embeddings_file(self.folder, shard).name, "ids": _ids_file(self.folder, shard).name, "rows": found})
-        write_json(self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **asdict(self.job), "shards": shards})
+        write_checksums(self.folder, [name for shard in shards for name in (shard["file"], shard["ids"])], remembered=True)
+        job = _read_json(self.folder / _JOB)
+        write_json(self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **(job or {}), "shards": shards})
 
 
 class EmbeddingShards:
@@ -184,8 +209,11 @@ class EmbeddingShards:
         return table.column("id").to_pylist()
 
 
-def open_shards(folder: str | Path) -> EmbeddingShards:
-    """The embeddings of a folder that `retriever/encode.py` finished. Raises ShardError where it is unfinished or of another format."""
+def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
+    """The embeddings of a folder that `retriever/encode.py` finished, verified once on each machine, or `again`.
+
+    Raises ShardError where it is unfinished, of another format or damaged.
+    """
     folder = Path(folder)
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
@@ -198,6 +226,8 @@ def open_shards(folder: str | Path) -> EmbeddingShards:
         raise ShardError(f"{folder / MANIFEST}: {', '.join(lacking)} missing")
     if sum(shard["rows"] for shard in manifest["shards"]) != manifest["rows"]:
         raise ShardError(f"{folder / MANIFEST}: its shards do not add up to its {manifest['rows']} rows")
+    for name, problem in damaged(folder, again=again).items():
+        raise ShardError(f"{folder / name} {problem}; {_AGAIN}")
     return EmbeddingShards(folder, manifest)
 
 

@@ -132,9 +132,9 @@ def test_no_rank_changes_the_folder_before_every_rank_has_looked(
     def recorded(name: str) -> Any:
         method = getattr(ShardWriter, name)
 
-        def call(*given: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
             events.append((now[0], name))
-            return method(*given)
+            return method(*given, **named)
 
         return call
 
@@ -151,7 +151,7 @@ def test_no_rank_changes_the_folder_before_every_rank_has_looked(
     _encode(bundle, tmp_path, shard_rows=10, world=RankAlone(0, 2, lambda: wait(0)))
     orders = [[name for r, name in events if r == rank] for rank in (0, 1)]
     looked = ["finished", "check", "wait"]
-    assert orders[0] == [*looked, "prepare", "wait", "write", "write", "wait", "finish", "wait"]
+    assert orders[0] == [*looked, "check", "prepare", "wait", "write", "write", "wait", "finish", "wait"]
     assert orders[1] == [*looked, "wait", "write", "wait", "wait"]
 
 

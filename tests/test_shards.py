@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,18 +14,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from retriever import checksums
 from retriever.shards import ShardError, ShardJob, ShardWriter, open_shards
 
 JOB = ShardJob("passage", "hash", "", 144, "mean", True, "fp32", "padded", 3, "float32", "texts", shard_rows=4)
 
 
-def _fill(folder: Path, job: ShardJob = JOB, rows: int = 10) -> np.ndarray:
-    embeddings = np.random.default_rng(0).normal(size=(rows, job.dimension)).astype(np.float32)
-    writer = ShardWriter(folder, job)
+def _embeddings(rows: int = 10) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(rows, JOB.dimension)).astype(np.float32)
+
+
+def _write(writer: ShardWriter, shard: int, embeddings: np.ndarray) -> None:
+    start = shard * writer.job.shard_rows
+    part = embeddings[start : start + writer.job.shard_rows]
+    writer.write(shard, part, [f"p{start + i}" for i in range(len(part))])
+
+
+def _fill(folder: Path, job: ShardJob = JOB, rows: int = 10, *, cache: bool = False) -> np.ndarray:
+    embeddings, writer = _embeddings(rows), ShardWriter(folder, job, cache=cache)
     writer.prepare()
-    for shard, start in enumerate(range(0, rows, job.shard_rows)):
-        part = embeddings[start : start + job.shard_rows]
-        writer.write(shard, part, [f"p{start + i}" for i in range(len(part))])
+    for shard in range(-(-rows // job.shard_rows)):
+        _write(writer, shard, embeddings)
     writer.finish(rows)
     return embeddings
 
@@ -38,7 +50,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: Literal["float32", "floa
         np.testing.assert_array_equal(np.concatenate(parts), embeddings.astype(dtype))
         assert sum(ids, []) == [f"p{i}" for i in range(10)]
     assert (shards.rows, len(shards), shards.dimension, shards.manifest["side"]) == (10, 10, 3, "passage")
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".arrow"] * 3 + [".json"] * 2 + [".npy"] * 3
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".arrow"] * 3 + [".json"] * 3 + [".npy"] * 3
 
 
 def test_no_text_is_no_shard(tmp_path: Path) -> None:
@@ -171,8 +183,69 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         ShardWriter(tmp_path / "file", JOB).check()
 
 
-def test_damage_names_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["00001.npy", "00001.ids.arrow"])
+def test_a_changed_bit_is_named_and_its_shard_written_again(tmp_path: Path, name: str) -> None:
+    """A file that can be read and holds other values; the other shards stay."""
     _fill(tmp_path)
+    file, before = tmp_path / name, dict(_files(tmp_path))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"p4") if name.endswith("arrow") else -3
+    content[at] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "checksums.json").rename(tmp_path / "kept")
+    assert len(list(open_shards(tmp_path))) == 3, "it is seen without checksums too"
+    (tmp_path / "kept").rename(tmp_path / "checksums.json")
+    with pytest.raises(ShardError) as refused:
+        open_shards(tmp_path)
+    assert str(refused.value).startswith(f"{file} is damaged (its checksum is ") and "writes that shard again" in str(refused.value)
+    writer = ShardWriter(tmp_path, JOB)
+    assert not writer.finished() and writer.has(1)
+    writer.prepare()
+    assert [writer.has(shard) for shard in range(3)] == [True, False, True]
+    _write(writer, 1, _embeddings())
+    writer.finish(10)
+    open_shards(tmp_path)
+    assert dict(_files(tmp_path)) == before
+
+
+def test_a_changed_bit_that_the_time_does_not_tell_is_found_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(tmp_path)
+    file = tmp_path / "00001.npy"
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    open_shards(tmp_path)
+    with pytest.raises(ShardError, match=r"00001\.npy is damaged"):
+        open_shards(tmp_path, again=True)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    return ((file.name, file.read_bytes()) for file in folder.iterdir())
+
+
+def test_a_cache_gives_way_to_another_and_what_was_encoded_on_purpose_to_none(tmp_path: Path) -> None:
+    """And nobody's files of the same names are removed, --overwrite or not."""
+    other = replace(JOB, model="another")
+    _fill(tmp_path / "cache", cache=True)
+    ShardWriter(tmp_path / "cache", other, cache=True).check()
+    with pytest.raises(ShardError, match="another job.*--overwrite"):
+        ShardWriter(tmp_path / "cache", other).check()
+    _fill(tmp_path / "own")
+    with pytest.raises(ShardError, match="another job.*--output-dir.*remove it"):
+        ShardWriter(tmp_path / "own", other, cache=True).check()
+    assert ShardWriter(tmp_path / "own", JOB, cache=True).finished(), "the same embeddings are reused"
+    (tmp_path / "own" / "manifest.json").write_text('{"name": "mine"}')
+    for name in ("own", "cache"):
+        (tmp_path / name / "job.json").write_text('{"name": "mine"}')
+        with pytest.raises(ShardError, match="has a job.json that is not of embedding shards"):
+            ShardWriter(tmp_path / name, other, cache=True).check(overwrite=True)
+
+
+def test_damage_of_shards_without_checksums_names_its_file(tmp_path: Path) -> None:
+    """As earlier versions wrote them."""
+    _fill(tmp_path)
+    (tmp_path / "checksums.json").unlink()
     files = {name: (tmp_path / name).read_bytes() for name in ("00000.npy", "00001.ids.arrow", "manifest.json")}
 
     def refused(match: str) -> None:
@@ -228,5 +301,6 @@ def test_ids_that_are_null_are_refused(tmp_path: Path) -> None:
     schema = pa.schema([("id", pa.string())])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch([pa.array([None, *map(str, range(count - 1))], pa.string())], schema=schema))
+    (tmp_path / "checksums.json").unlink()  # as in an earlier version's
     with pytest.raises(ShardError, match=rf"00000\.ids\.arrow: 1 of {count} ids are null"):
         list(open_shards(tmp_path))

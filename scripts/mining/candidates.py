@@ -49,7 +49,7 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens
             world=world,
             shard_rows=min(SHARD_ROWS, max(256, -(-count // 16))),
             tokens_per_chunk=tokens_per_chunk,
-            overwrite=True,  # run_stage knows whose folder it is, but not in which mode an interrupted encoding began
+            cache=True,  # run_stage knows whose folder it is, but not in which mode an interrupted encoding began
         )
     return ["query/manifest.json", "passage/manifest.json"]
 
