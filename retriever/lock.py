@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +23,7 @@ from retriever.files import alone
 
 LOCK = ".lock"  # in a folder that is worked in
 _BEAT_S, _STALE_S, _POLL_S = 10.0, 60.0, 0.2
-_PROC = Path("/proc")
+_PROC, _UUID = Path("/proc"), 36  # characters
 
 
 class LockedError(RefusedError):
@@ -36,7 +35,8 @@ class Holder:
     """The process that holds a lock."""
 
     host: str
-    machine: str  # this boot of it and its numbering of processes; empty where neither is known
+    machine: str  # its own number; this, the next and `started` are empty where they are not known
+    boot: str  # when it was started, and a container's own numbering of processes
     pid: int
     started: str  # in ticks of that boot
     since: float  # seconds since 1970: when it took the lock
@@ -52,7 +52,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
     Raises LockedError where another process holds it; with `wait` it says so and waits for that one to end.
     """
-    here = Holder(os.uname().nodename, _machine(), os.getpid(), _started(os.getpid()), time.time())
+    here = _this_process()
     waiting = False
     while (holder := _take(path, here)) is not None:
         if not wait:
@@ -116,8 +116,11 @@ def _read(file: BinaryIO) -> Holder | None:
 
 
 def _is_stale(holder: Holder, file: BinaryIO, folder: Path) -> bool:
-    if holder.machine and holder.machine == _machine():
+    here = _this_process()
+    if holder.boot and holder.boot == here.boot:
         return not _runs(holder)
+    if holder.machine and (holder.host, holder.machine) == (here.host, here.machine) and holder.boot[:_UUID] != here.boot[:_UUID]:
+        return True  # it was started anew since
     with tempfile.TemporaryFile(dir=folder) as now:  # by the clock of the file system, which all machines share
         return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime > _STALE_S
 
@@ -132,11 +135,11 @@ def _runs(holder: Holder) -> bool:
     return _started(holder.pid) == holder.started
 
 
-@cache
-def _machine() -> str:
-    """What tells this machine since it started, and a container's own numbering of processes, from any other."""
-    boot = _PROC / "sys/kernel/random/boot_id"
-    return f"{boot.read_text().strip()} {os.readlink(_PROC / 'self/ns/pid')}" if boot.exists() else ""
+def _this_process() -> Holder:
+    boot, machine = _PROC / "sys/kernel/random/boot_id", Path("/etc/machine-id")
+    numbered = f"{boot.read_text().strip()} {os.readlink(_PROC / 'self/ns/pid')}" if boot.exists() else ""
+    known = machine.read_text().strip() if machine.exists() else ""
+    return Holder(os.uname().nodename, known, numbered, os.getpid(), _started(os.getpid()), time.time())
 
 
 def _started(pid: int) -> str:

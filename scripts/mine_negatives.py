@@ -39,7 +39,7 @@ def mine(args: argparse.Namespace, world: World) -> None:
     from retriever.config import ConfigError, SourceConfig
     from retriever.data.formats import open_source
     from retriever.encoder.bundle import load_encoder
-    from scripts.mining.mine import Mining
+    from scripts.mining.mine import Mining, check_output
     from scripts.mining.pool import Pool
     from scripts.mining.settings import MiningSettings
     from scripts.mining.teacher import CrossEncoder
@@ -52,11 +52,12 @@ def mine(args: argparse.Namespace, world: World) -> None:
     asks_model = "model" in (*settings.retrievers, *names) or (settings.filters and not names)
     if asks_model and args.model is None:
         raise ConfigError("--model: expected a model, which --retrievers model, --teacher model and filters without a teacher ask for")
+    output = Path(args.output_dir)
+    check_output(output)
     path, columns = args.data, tuple(args.columns) if args.columns else None
     source = open_source(
         SourceConfig(path, args.name, args.revision, args.format, args.split, columns, args.corpus, args.queries, limit=args.limit)
     )
-    output = Path(args.output_dir)
     work = args.work_dir or output.with_name(f"{output.name}.work")
     pool = Pool(source, args.title, args.title_separator, work / "pool", world)
     own = sum(query.prompt is not None for query in pool.queries)

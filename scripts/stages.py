@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ import torch
 from tqdm import tqdm
 
 from eval.collections.collection import file_fingerprint, fingerprint
+from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import make_folder, write_array, write_json
+from retriever.files import clean, make_folder, write_array, write_json
+from retriever.lock import LOCK, locked
 from retriever.parallel.world import World
 
 MANIFEST, _JOB = "manifest.json", "job.json"
+_BEGUN, _OURS = {"stage", "inputs"}, {"stage", "inputs", "outputs", "bytes"}  # what a stage's job and manifest say
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 Outputs = Mapping[str, str]  # file, relative to the stage's folder -> hash of its bytes
@@ -32,34 +37,44 @@ def run_stage(
     inputs: Mapping[str, Any],
     work: Callable[[Path], Sequence[str]],
     *,
+    writes: Sequence[str],
     world: World | None = None,
     facts: Callable[[], Mapping[str, Any]] | None = None,
 ) -> Outputs:
     """The outputs of a stage, which is worked on only where `folder` does not hold them for these `inputs` yet.
 
     `work(folder)` runs on every rank and returns the names of its output files, relative to `folder`, which is empty or
-    holds what an interrupted work of the same inputs left. `inputs` are plain values; `facts` go into the manifest beside them.
-    Raises ConfigError where `folder` holds files that no stage wrote.
+    holds what an interrupted work of the same inputs left; `writes` are patterns of all names that it ever writes there.
+    `inputs` are plain values; `facts` go into the manifest beside them.
+    Raises ConfigError where `folder` holds anything that the stage did not write, which is then left as it is, and LockedError where
+    another process works there.
     """
     world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))
     found = _finished(folder, job)
+    if found is None:
+        refuse_foreign(name, folder, job.keys(), writes)
     world.barrier()  # no rank may change the folder before every rank has looked at it
     if found is not None:
         if world.is_first:
             print(f"{name}: reused ({folder})", flush=True)
         return found
-    if world.is_first:
-        started = _prepare(folder, job)
-        print(f"{name}: {'goes on' if started else 'starts'} ({folder})", flush=True)
-    world.barrier()
-    files = work(folder)
-    world.barrier()
-    if world.is_first:
-        outputs = {file: file_fingerprint(folder / file) for file in files}
-        sizes = {file: (folder / file).stat().st_size for file in files}
-        said = dict(facts()) if facts is not None else {}
-        write_json(folder / MANIFEST, {"stage": name, "inputs": job, **said, "outputs": outputs, "bytes": sizes})
+    with ExitStack() as stack:
+        if world.is_first:
+            make_folder(folder)
+            stack.enter_context(locked(folder / LOCK, str(folder)))
+            refuse_foreign(name, folder, job.keys(), writes)  # another process may have been there in between
+            started = _prepare(name, folder, job)
+            print(f"{name}: {'goes on' if started else 'starts'} ({folder})", flush=True)
+        world.barrier()
+        files = work(folder)
+        world.barrier()
+        if world.is_first:
+            outputs = {file: file_fingerprint(folder / file) for file in files}
+            sizes = {file: (folder / file).stat().st_size for file in files}
+            said = dict(facts()) if facts is not None else {}
+            write_checksums(folder, files, remembered=True)
+            write_json(folder / MANIFEST, {"stage": name, "inputs": job, **said, "outputs": outputs, "bytes": sizes})
     world.barrier()
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
 
@@ -92,39 +107,62 @@ def model_fingerprint(name_or_path: str | Path) -> str:
 
 
 def _finished(folder: Path, job: Mapping[str, Any]) -> Outputs | None:
-    """The outputs that the manifest lists, where it is of this job and each file is there in its size."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
-    if manifest.get("inputs") != job:
+    """The outputs that the manifest lists, where it is of this job and each file is there as it was written."""
+    manifest = _read(folder / MANIFEST)
+    if manifest is None or not manifest.keys() >= _OURS or manifest["inputs"] != job:
         return None
     sizes: Mapping[str, int] = manifest["bytes"]
     there = all((folder / file).is_file() and (folder / file).stat().st_size == size for file, size in sizes.items())
-    return manifest["outputs"] if there else None
+    return manifest["outputs"] if there and not damaged(folder) else None
 
 
-def _prepare(folder: Path, job: Mapping[str, Any]) -> bool:
+def refuse_foreign(name: str, folder: Path, inputs: Collection[str], writes: Sequence[str]) -> None:
+    """Raises ConfigError with the first entry that no work of this stage left in `folder`. Hidden ones are ignored.
+
+    `inputs` are the names of the stage's inputs, by which what earlier versions began is known; `writes` as in `run_stage`.
+    """
+    begun, manifest = _read(folder / _JOB), _read(folder / MANIFEST)
+    ours = {
+        _JOB: begun is not None and (begun.keys() == _BEGUN or begun.keys() == set(inputs)),  # the latter in earlier versions
+        MANIFEST: manifest is not None and manifest.keys() >= _OURS,
+    }
+    for entry in _entries(folder):
+        written = entry.name == CHECKSUMS or any(fnmatch(entry.name, pattern) for pattern in writes)
+        if not ours.get(entry.name, written and any(ours.values())) or entry.is_symlink():
+            raise ConfigError(f"{entry} was not written by the stage {name}; move it elsewhere, or choose a new folder (--output-dir)")
+
+
+def _prepare(name: str, folder: Path, job: Mapping[str, Any]) -> bool:
     """Makes the folder ready for the job; returns whether an interrupted work of the same job is there. What is of another job goes."""
-    make_folder(folder)
-    known = folder / _JOB
-    same = known.exists() and json.loads(known.read_text(encoding="utf-8")) == job
-    (folder / MANIFEST).unlink(missing_ok=True)
+    clean(folder)
+    begun = _read(folder / _JOB) or {}
+    same = begun.get("inputs", begun) == job
+    if same and (folder / CHECKSUMS).exists():
+        for file in damaged(folder):  # what is there is not made again
+            (folder / file).unlink(missing_ok=True)
+    for file in (MANIFEST, CHECKSUMS):
+        (folder / file).unlink(missing_ok=True)
     if not same:
-        stage_of_ours = known.exists() or not any(folder.iterdir())
-        if not stage_of_ours:
-            raise ConfigError(f"{folder} holds files that are not of a stage; expected an empty or a new folder (--output-dir)")
-        write_json(known, {})  # of no job: a kill while files go leaves a folder that is cleared again
-        _clear(folder)
-        write_json(known, dict(job))
+        write_json(folder / _JOB, {"stage": name, "inputs": None})  # of no job: a kill while files go leaves a folder that is cleared again
+        for entry in _entries(folder):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _JOB:
+                entry.unlink()
+        write_json(folder / _JOB, {"stage": name, "inputs": dict(job)})
     return same
 
 
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.name == _JOB:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file, and an empty one where it holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

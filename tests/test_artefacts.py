@@ -156,7 +156,7 @@ def test_finished_stages_are_reused() -> None:
         raise AssertionError(f"{folder} is worked on again")
 
     for path, manifest in manifests.items():
-        assert run_stage(manifest["stage"], path.parent, manifest["inputs"], refused) == manifest["outputs"]
+        assert run_stage(manifest["stage"], path.parent, manifest["inputs"], refused, writes=()) == manifest["outputs"]
     assert [described.name for described in load_loop("loop.yaml").rounds] == ["mined"]
 
 

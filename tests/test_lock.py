@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -84,13 +85,31 @@ def test_a_lock_of_another_machine_is_stale_a_minute_after_its_last_heartbeat(tm
     """Whatever processes of its number run here."""
     path = tmp_path / ".lock"
     with _holder(path):
-        _rewrite(path, host="elsewhere", machine="another", pid=1)
+        _rewrite(path, host="elsewhere", machine="another", boot="another", pid=1)
         assert "process 1 on elsewhere since" in _refusal(path)
         os.utime(path, (time.time() - 50,) * 2)
         assert "process 1 on elsewhere since" in _refusal(path)
         os.utime(path, (time.time() - 70,) * 2)
         with locked(path, "the folder"):
             assert json.loads(path.read_text())["host"] == os.uname().nodename
+
+
+def test_a_machine_that_was_started_anew_runs_none_of_its_earlier_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one of the same name, or a container of the same boot, may: their locks are stale by their heartbeat alone."""
+    path, here = tmp_path / ".lock", replace(lock._this_process(), machine="m1", boot=f"{'b' * 36} pid:[1]")
+    monkeypatch.setattr(lock, "_this_process", lambda: here)
+    for changes, stale in (
+        ({"boot": f"{'a' * 36} pid:[1]"}, True),
+        ({"boot": f"{'a' * 36} pid:[1]", "machine": "m2"}, False),
+        ({"boot": f"{'a' * 36} pid:[1]", "host": "elsewhere"}, False),
+        ({"boot": f"{'b' * 36} pid:[2]"}, False),
+    ):
+        path.write_text(json.dumps(asdict(here) | changes | {"pid": 1, "started": "1"}))
+        if not stale:
+            assert "in use by process 1 on " in _refusal(path)
+            continue
+        with locked(path, "the folder"):
+            pass
 
 
 def test_a_holder_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

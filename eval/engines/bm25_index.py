@@ -20,7 +20,7 @@ from tqdm import tqdm
 from retriever.data.records import DataError
 from retriever.files import write_array, write_text
 
-FILES = ("rows.npy", "weights.npy", "starts.npy", "words.json")
+FILES, SPOOL = ("rows.npy", "weights.npy", "starts.npy", "words.json"), "numbers.tmp"  # the latter while it is made
 _BATCH_TEXTS = 512
 _ROWS_AT_ONCE = 65_536
 
@@ -49,7 +49,7 @@ def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: floa
     Memory: some 36 bytes a posting (a distinct word of a passage) while bm25s sorts them, and the words.
     Raises DataError where there are no texts, or none has a word.
     """
-    spool = folder / "numbers.tmp"
+    spool = folder / SPOOL
     lengths, words = _spool(tqdm(texts, desc="BM25: words", unit=" texts", disable=not progress), spool, tokenise)
     if not words:
         raise DataError(f"{len(lengths)} passages without a single word: BM25 needs text")

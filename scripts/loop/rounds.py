@@ -23,6 +23,7 @@ from scripts.mining.mine import DATA
 from scripts.stages import Outputs, model_fingerprint, run_stage
 
 RESULT = "result.json"
+_WRITES = ("model", "data", "run", "train.yaml", "results")  # what a stage leaves in its folder
 _TRAIN_TEACHER = "scripts.train_cross_encoder"  # runs alone in this process, whatever the others are launched with
 Splits = dict[str, dict[str, float]]  # split -> measure -> value
 Table = dict[str, dict[str, float]]  # model, and split where there are several -> measure -> value
@@ -149,7 +150,7 @@ class Loop:
                 sys.exit(status)
             return sorted(f.relative_to(folder).as_posix() for f in folder.glob(outputs) if f.is_file())
 
-        return run_stage(name, self._root / folder, inputs, work)
+        return run_stage(name, self._root / folder, inputs, work, writes=_WRITES)
 
 
 def _rows(name: str, splits: Splits) -> Table:

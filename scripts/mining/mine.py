@@ -13,7 +13,7 @@ import numpy as np
 
 from eval.collections.collection import fingerprint
 from eval.engines.bm25 import DESCRIPTION, Bm25
-from eval.engines.bm25_index import FILES
+from eval.engines.bm25_index import FILES, SPOOL
 from retriever.data.formats import Passage
 from retriever.files import write_lines
 from retriever.parallel.world import World
@@ -22,13 +22,15 @@ from scripts.mining.candidates import NONE, encode, search_bm25, search_model, s
 from scripts.mining.pool import Pool
 from scripts.mining.scores import Judge, bm25_judge, fused_judge, model_judge, teacher_judge, write_scores
 from scripts.mining.settings import MiningSettings, Retriever
-from scripts.stages import Outputs, read_parts, run_stage
+from scripts.stages import Outputs, read_parts, refuse_foreign, run_stage
 
 if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
     from scripts.mining.teacher import CrossEncoder
 
 DATA = "train.jsonl"
+_INPUTS = ("data", "settings", "retrievers", "judge")  # of the stage that writes DATA
+_WORK = ("query", "passage", *FILES, SPOOL, "*.npy")  # what the other stages leave in their folders
 _DIGITS = 9  # name a float32 uniquely
 
 
@@ -51,17 +53,15 @@ class Mining:
 
     def run(self) -> Outputs:
         """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and manifest.json."""
-        inputs = {
-            "data": self.pool.fingerprint,
-            "settings": asdict(self.settings),
-            "retrievers": {name: self._description(name) for name in self.settings.retrievers},
-            "judge": self._judge_inputs(),
-        }
-        return run_stage("mine", self.output, inputs, self._mine, world=self.world, facts=lambda: {"counts": self.counts})
+        retrievers = {name: self._description(name) for name in self.settings.retrievers}
+        inputs = dict(zip(_INPUTS, (self.pool.fingerprint, asdict(self.settings), retrievers, self._judge_inputs()), strict=True))
+        return run_stage(
+            "mine", self.output, inputs, self._mine, writes=[DATA], world=self.world, facts=lambda: {"counts": self.counts}
+        )
 
     def _stage(self, name: str, folder: str, inputs: Mapping[str, Any], work: Callable[[Path], Sequence[str]]) -> Outputs:
         """A stage whose outputs other minings of the same data can use."""
-        return run_stage(name, self.work / folder, {"data": self.pool.fingerprint, **inputs}, work, world=self.world)
+        return run_stage(name, self.work / folder, {"data": self.pool.fingerprint, **inputs}, work, writes=_WORK, world=self.world)
 
     def _description(self, judge: CrossEncoder | Retriever) -> Any:
         """What rankings or scores depend on besides the data."""
@@ -172,6 +172,11 @@ class Mining:
                 record["positive_scores"] = [_number(score) for score in positives]
                 record["negative_scores"] = [_number(score) for score in negatives[kept]]
             yield record
+
+
+def check_output(folder: Path) -> None:
+    """Raises ConfigError where `folder` holds anything that no mining wrote."""
+    refuse_foreign("mine", folder, _INPUTS, [DATA])
 
 
 def _described(passage: Passage) -> dict[str, str]:

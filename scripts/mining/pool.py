@@ -47,7 +47,7 @@ class Pool:
         def read(folder: Path) -> list[str]:
             return PoolReader(source, self._final_text).write(folder) if world.is_first else []
 
-        run_stage("read", folder, {"data": self.fingerprint}, read, world=world)
+        run_stage("read", folder, {"data": self.fingerprint}, read, writes=(PASSAGES, ROWS, QUERIES), world=world)
         self.passages = Passages(folder / PASSAGES, np.load(folder / ROWS, mmap_mode="r", allow_pickle=False))
         with (folder / QUERIES).open(encoding="utf-8") as stream:
             queries = [MinedQuery(*json.loads(line)) for line in stream]

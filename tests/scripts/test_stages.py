@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from retriever.config import ConfigError
+from retriever.lock import LockedError
 from scripts.stages import model_fingerprint, run_stage
 
 
@@ -19,7 +22,7 @@ class Work:
         self.found: list[list[str]] = []
 
     def __call__(self, folder: Path) -> list[str]:
-        self.found.append(sorted(f.name for f in folder.iterdir()))
+        self.found.append(sorted(f.name for f in folder.iterdir() if f.name != ".lock"))
         (folder / "part").write_text("half")
         if self.interrupted:
             raise KeyboardInterrupt
@@ -28,7 +31,7 @@ class Work:
 
 
 def _run(folder: Path, work: Work, **inputs: Any) -> dict[str, str]:
-    return dict(run_stage("stage", folder, {"data": "a", **inputs}, work))
+    return dict(run_stage("stage", folder, {"data": "a", **inputs}, work, writes=("part", "out.*", "folder")))
 
 
 def test_the_same_inputs_are_worked_on_once(tmp_path: Path) -> None:
@@ -70,11 +73,75 @@ def test_a_lost_output_is_made_again(tmp_path: Path, damage: str) -> None:
     assert len(work.found) == 2 and output.read_text() == "done"
 
 
-def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="not of a stage"):
-        _run(tmp_path, Work())
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"thesis.txt": "years of work"}, "thesis.txt"),
+        ({"out.txt": "mine"}, "out.txt"),
+        ({"job.json": "{}", "out.txt": "mine"}, "job.json"),
+        ({"job.json": '{"name": "nightly"}', "out.txt": "mine"}, "job.json"),
+        ({"manifest.json": "[]"}, "manifest.json"),
+        ({"manifest.json": "{", "out.txt": "mine"}, "manifest.json"),
+    ],
+)
+def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, files: dict[str, str], named: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    work = Work()
+    with pytest.raises(ConfigError, match=rf"{tmp_path / named} was not written by the stage stage; move it elsewhere"):
+        _run(tmp_path, work)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == files and not work.found
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_a_person_put_into_a_stage_is_left_alone(tmp_path: Path, interrupted: bool, earlier: bool) -> None:
+    """Of this version's stage or an earlier one's; and other inputs clear the folder once it is away."""
+    folder, work = tmp_path / "s", Work(interrupted=interrupted)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        _run(folder, work)
+    if earlier:
+        (folder / "checksums.json").unlink(missing_ok=True)
+        (folder / "job.json").write_text('{"data": "a"}')
+    (folder / "thesis.txt").write_text("years of work")
+    before = sorted(folder.iterdir())
+    work.interrupted = False
+    for inputs in ({"data": "b"}, {} if interrupted else {"data": "c"}):
+        with pytest.raises(ConfigError, match="s/thesis.txt was not written by the stage stage"):
+            _run(folder, work, **inputs)
+    assert sorted(folder.iterdir()) == before
+    (folder / "thesis.txt").rename(tmp_path / "thesis.txt")
+    _run(folder, work, data="b")
+    assert work.found[1:] == [["job.json"]]
+
+
+def test_a_link_in_place_of_an_output_is_left_alone(tmp_path: Path) -> None:
+    work = Work()
+    _run(tmp_path / "s", work)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "s" / "folder").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="s/folder was not written"):
+        _run(tmp_path / "s", work, data="b")
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_an_output_with_a_changed_bit_is_made_again(tmp_path: Path) -> None:
+    """Of the same size, it is not taken for what the work left."""
+    work = Work()
+    first = _run(tmp_path / "s", work)
+    (tmp_path / "s" / "out.txt").write_text("dome")
+    assert _run(tmp_path / "s", work) == first
+    assert work.found[1:] == [["job.json", "part"]] and (tmp_path / "s" / "out.txt").read_text() == "done"
+
+
+def test_a_stage_is_worked_on_by_one_process(tmp_path: Path) -> None:
+    def work(folder: Path) -> list[str]:
+        with pytest.raises(LockedError, match=rf"{tmp_path / 's'} is in use by process {os.getpid()} on "):
+            _run(tmp_path / "s", Work())
+        return Work()(folder)
+
+    assert run_stage("stage", tmp_path / "s", {"data": "a"}, work, writes=["part", "out.txt"]).keys() == {"out.txt"}
+    assert not (tmp_path / "s" / ".lock").exists()
 
 
 def test_a_models_fingerprint_is_its_content(tmp_path: Path) -> None:

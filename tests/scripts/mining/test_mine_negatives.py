@@ -279,7 +279,7 @@ def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, arguments: list
 
 
 def test_a_folder_with_other_files_is_left_alone(workplace: Workplace) -> None:
-    assert_refused(main, words(workplace, "data"), "not of a stage")
+    assert_refused(main, words(workplace, "data"), "corpus.jsonl was not written by the stage mine")
     assert (workplace.data / "corpus.jsonl").exists()
 
 
