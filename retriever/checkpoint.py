@@ -26,8 +26,9 @@ from retriever.damage import EXPORT, FORMAT_VERSION, NAME, OPTIMIZER, STATE, WEI
 from retriever.files import remove, replace_folder
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
+from retriever.run_folder import CHECKPOINTS
 
-FOLDER, EXPORTED = "checkpoints", "export.json"  # inside a run's folder; which step's export it shows
+FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (

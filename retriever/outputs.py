@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever import checkpoint, files
+from retriever import checkpoint, files, run_folder
 from retriever.checkpoint import TrainingState
 from retriever.config import Config, to_yaml
 from retriever.data.store import Store
@@ -36,12 +35,13 @@ class Outputs:
         self._store_fingerprint = store.fingerprint
         self.folder = Path(config.run.output_dir)
         self.metrics = self.folder / "metrics.jsonl"
-        self.embeddings = self.folder / "embeddings"  # of evaluations while training, overwritten by each
+        self.embeddings = self.folder / run_folder.EMBEDDINGS  # of evaluations while training, overwritten by each
         self._checkpoints = self.folder / checkpoint.FOLDER
         rows = range(min(_PROBES, len(store.passages)))
         longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)  # of a text of 20 MB, all that can matter
         self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row)[:longest])) for row in rows]
         if world.is_first:
+            run_folder.take(config)
             files.make_folder(self._checkpoints)
             files.clean(self._checkpoints)
             files.clean(self.folder)
@@ -69,7 +69,7 @@ class Outputs:
     def finish(self) -> None:
         """Writes the report."""
         if self._world.is_first:
-            shutil.rmtree(self.embeddings, ignore_errors=True)
+            run_folder.remove_embeddings(self.folder)
             write_report(self.folder / "report.html", self._config, self._logged())
         self._world.barrier()
 

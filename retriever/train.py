@@ -19,6 +19,7 @@ from retriever.config import Config, EvalConfig, differences
 from retriever.config_file import load
 from retriever.environment import check_trackers
 from retriever.errors import RESUMES
+from retriever.run_folder import held
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def _train_as_told(args: argparse.Namespace) -> None:
     check_trackers(config.run.trackers)
     # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    train(config)
+    with held(config):
+        train(config)
 
 
 def train(config: Config) -> None:

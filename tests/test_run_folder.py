@@ -1,0 +1,169 @@
+"""A run's folder: one process trains in it, and nothing in it that no run wrote is replaced, removed or written through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from retriever.config import Config, ConfigError, EvalConfig, RunConfig, to_yaml
+from retriever.lock import LockedError
+from retriever.run_folder import held, remove_embeddings, take
+from retriever.train import main
+from tests.commands import assert_refused
+from tests.workplace import make_workplace, training_command
+
+NAMES = ("config.yaml", "checkpoints", "metrics.jsonl", "export", "export.json", "report.html", "best", "best.json", "embeddings")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(run=RunConfig(output_dir=str(tmp_path / "run")), eval=EvalConfig(path="x"))
+
+
+def _put(entry: Path) -> None:
+    """A person's own file, or folder with one."""
+    file = entry if entry.suffix else entry / "thesis.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("years of work")
+
+
+def _start(config: Config) -> None:
+    with held(config):
+        take(config)
+
+
+def _refused(config: Config) -> str:
+    with pytest.raises(ConfigError) as refused:
+        _start(config)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_no_run_wrote_is_refused_by_name_and_left_alone(config: Config, tmp_path: Path, name: str) -> None:
+    entry = tmp_path / "run" / name
+    _put(entry)
+    assert _refused(config) == f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name], "something else was left"
+    entry.rename(tmp_path / "elsewhere")
+    _start(config)
+    _put(tmp_path / "run" / "notes.txt")
+    _put(entry)
+    _start(config)  # it is the run's own from now on
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_link_is_not_followed(config: Config, tmp_path: Path, name: str, taken: bool) -> None:
+    """Also in a folder where a run took that name."""
+    if taken:
+        _start(config)
+    _put(tmp_path / "elsewhere")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    assert _refused(config).startswith(f"{tmp_path / 'run' / name} is a symbolic link, which a run does not follow")
+    assert (tmp_path / "elsewhere" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_embeddings_of_evaluations_are_the_runs_until_it_ends(config: Config, tmp_path: Path) -> None:
+    _start(config)
+    embeddings = tmp_path / "run" / "embeddings"
+    _put(embeddings)
+    _start(config)
+    remove_embeddings(tmp_path / "run")
+    assert not embeddings.exists()
+    _put(embeddings)
+    assert _refused(config).startswith(f"{embeddings} was not written by a run")
+
+
+def test_a_run_without_evaluations_takes_none_of_their_names(config: Config, tmp_path: Path) -> None:
+    _put(tmp_path / "run" / "best")
+    plain = Config(run=config.run)
+    _start(plain)
+    assert _refused(config).startswith(f"{tmp_path / 'run' / 'best'} was not written")
+
+
+def test_a_run_of_an_earlier_version_goes_on(config: Config, tmp_path: Path) -> None:
+    """It kept no list; a person's configuration beside other files makes no run."""
+    run = tmp_path / "run"
+    for name in NAMES:
+        _put(run / name)
+    shutil.rmtree(run / "embeddings")
+    (run / "config.yaml").write_text(to_yaml(config))
+    _put(run / "embeddings" / "passages")
+    _start(config)
+    assert not (run / "embeddings").exists()
+    assert {path.name for path in run.iterdir()} == {*NAMES, ".bigbatch"} - {"embeddings"}
+    for change in (
+        lambda: (run / "config.yaml").write_text("model: {tied: false}"),
+        lambda: (run / "checkpoints").rename(tmp_path / "kept"),
+        lambda: _put(run / "embeddings" / "mine"),
+    ):
+        shutil.rmtree(run)
+        for name in NAMES[:-1]:
+            _put(run / name)
+        (run / "config.yaml").write_text(to_yaml(config))
+        shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        change()
+        assert "was not written by a run of this folder" in _refused(config)
+
+
+def test_a_damaged_list_is_told(config: Config, tmp_path: Path) -> None:
+    _start(config)
+    (tmp_path / "run" / ".bigbatch").write_text("[]")
+    assert _refused(config).startswith(f"{tmp_path / 'run' / '.bigbatch'} is damaged (")
+
+
+def test_a_run_that_is_refused_leaves_nothing(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(KeyError), held(config):
+        raise KeyError
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_but_the_first_and_a_preflight_hold_nothing(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(Config(run=RunConfig(output_dir=config.run.output_dir, preflight="only"))):
+        assert not (tmp_path / "run").exists()
+    with held(config):
+        with pytest.raises(LockedError, match=rf"{tmp_path / 'run'} is in use by process {os.getpid()} on "), held(config):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with held(config):
+            pass
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("run_folder"))
+
+
+def test_of_two_starts_one_trains_and_the_other_is_refused(workplace: Path) -> None:
+    """The first is named; once it is killed the same command goes on at once."""
+    short = ("train.max_steps=6", "run.trackers=[]", "eval=null", "train.eval_every=0", "run.preflight=off")
+    command = training_command(workplace, "twice", *short)
+    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as first:
+        _until(lambda: (workplace / "twice" / ".lock").exists() and (workplace / "twice" / ".lock").read_text() != "")
+        first.send_signal(signal.SIGSTOP)
+        assert_refused(main, command[2:], f"twice is in use by process {first.pid} on {os.uname().nodename} since 2")
+        first.kill()
+    assert main(command[2:]) == 0
+    assert not (workplace / "twice" / ".lock").exists()
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_train_command_refuses_before_it_computes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(workplace / "own" / "export")
+    monkeypatch.setattr("retriever.train.train", lambda config: pytest.fail("training began"))
+    assert_refused(main, training_command(workplace, "own")[2:], "own/export was not written by a run of this folder")
