@@ -94,12 +94,13 @@ def _report_one(args: argparse.Namespace, world: World) -> list[EvalResult]:
 
 def _report_many(args: argparse.Namespace, folders: Sequence[Path], world: World) -> None:
     from eval.commands import output_folder
-    from eval.report import format_table
+    from eval.report import format_table, refuse_foreign_results
     from retriever.files import write_json
 
     for folder in folders:
         find_qrels(folder, args.split[0])  # a collection without judgments is told before the first one is encoded
     root = output_folder(args)
+    refuse_foreign_results(root, "summary")
     rows: dict[str, Mapping[str, float]] = {}
     for folder in folders:
         name = folder.relative_to(args.data).as_posix()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from eval.engines.bm25 import DESCRIPTION, bm25_run
 from eval.engines.nearest import check_k
 from eval.evaluate import EvalResult, SearchOptions, check_measures, evaluate_collection
 from eval.measures import check_relevance
-from eval.report import format_table, write_result
+from eval.report import format_table, refuse_foreign_results, write_result
 from eval.trec import read_run
 from retriever.data.records import DataError
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.lock import working_in
 from retriever.parallel.world import World
 from retriever.wording import counted
 
@@ -35,7 +37,8 @@ def report_all(
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
-    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, before anything is encoded.
+    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, files in the output folder that no evaluation
+    wrote, and where another process works there, before anything is encoded.
     """
     check_k(args.k)
     for collection, metrics in work:
@@ -43,21 +46,25 @@ def report_all(
         check_measures(metrics, args.k if not args.run else sys.maxsize)
     said = {} if args.run else {labels: collection.check() for labels, collection in {_corpus(c): c for c, _ in work}.items()}
     folder = output_folder(args)
+    refuse_foreign_results(folder, *(collection.split for collection, _ in work))
     bundle = load_bundle(args, world.device) if args.model is not None else None
     if args.run is not None:
         work = _in_run(args.run, work) if world.is_first else []
     results = []
-    for collection, metrics in work:
-        if bundle is not None:
-            result = _of_model(args, bundle, collection, metrics, folder, world)
-        elif world.is_first:
-            result = _of_bm25(args, collection, metrics) if args.bm25 else _of_run(args, collection, metrics)
-        else:
-            result = None
-        if result is not None:
-            notes = (*result.notes, *said.get(_corpus(collection), ()), *check(result))
-            results.append(replace(result, notes=notes))
-            _report(args, results[-1], folder, msmarco)
+    with ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(working_in(folder))
+        for collection, metrics in work:
+            if bundle is not None:
+                result = _of_model(args, bundle, collection, metrics, folder, world)
+            elif world.is_first:
+                result = _of_bm25(args, collection, metrics) if args.bm25 else _of_run(args, collection, metrics)
+            else:
+                result = None
+            if result is not None:
+                notes = (*result.notes, *said.get(_corpus(collection), ()), *check(result))
+                results.append(replace(result, notes=notes))
+                _report(args, results[-1], folder, msmarco)
     return results
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from eval.collections.collection import file_fingerprint
 from eval.evaluate import EvalResult
-from eval.trec import write_msmarco, write_trec
+from eval.trec import TAG, write_msmarco, write_trec
+from retriever.config import ConfigError
 from retriever.files import write_text
 
 _VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
@@ -57,6 +58,32 @@ def write_result(
     path = folder / f"{collection.split}.json"
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def refuse_foreign_results(folder: Path, *names: str) -> None:
+    """Raises ConfigError with the first file that `write_result` would replace for the splits `names` and no evaluation wrote."""
+    for name in names:
+        result, run, msmarco = (folder / f"{name}{ending}" for ending in (".json", ".trec", ".msmarco.tsv"))
+        written = {result: _is_result(result), run: _is_run(run), msmarco: run.exists()}
+        for file, ours in written.items():
+            if file.is_symlink() or (file.exists() and not ours):
+                raise ConfigError(f"{file} was not written by an evaluation; move it elsewhere, or choose another folder (--output-dir)")
+
+
+def _is_result(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_bytes()) if file.is_file() else None
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.keys() >= {"command", "metrics"}
+
+
+def _is_run(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        line = stream.readline().split()
+    return not line or line[-1] == TAG.encode()
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
         option("--k", type=at_least_one, default=1000, help="passages a query"),
         *SEARCH,
+        option("--verify", action="store_true", help="compare the embeddings with their checksums though no file changed since last time"),
         option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
         option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
         option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
@@ -54,7 +55,7 @@ def _search_folders(args: argparse.Namespace, world: World) -> dict[str, Ranking
     from eval.engines.nearest import search
     from retriever.shards import ShardError, open_shards
 
-    query_shards, passage_shards = open_shards(args.queries), open_shards(args.passages)
+    query_shards, passage_shards = (open_shards(folder, again=args.verify) for folder in (args.queries, args.passages))
     models = query_shards.manifest["model"], passage_shards.manifest["model"]
     if models[0] != models[1]:
         raise ShardError(f"{args.queries} and {args.passages} hold embeddings of different models: {models[0]}, {models[1]}")

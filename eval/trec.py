@@ -22,6 +22,7 @@ from retriever.data.records import DataError, shown
 from retriever.errors import RefusedError
 from retriever.files import replace_file
 
+TAG = "bigbatch"  # of the runs written here
 TREC_LINE = "query-id Q0 passage-id rank score tag"
 _RANK = re.compile(r"0*[1-9][0-9]{0,8}")
 MSMARCO_LINE = "query-id<tab>passage-id<tab>rank"
@@ -61,7 +62,7 @@ def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) ->
     return Ranking([passage_ids[i] for i in order], rounded[order])
 
 
-def write_trec(path: str | Path, run: Run, tag: str = "bigbatch") -> None:
+def write_trec(path: str | Path, run: Run, tag: str = TAG) -> None:
     """`query-id Q0 passage-id rank score tag`, ranks from 1; a float32 score reads back to the same float32.
 
     Raises DataError where an id or the tag is empty or has white space in it, which the format cannot hold.

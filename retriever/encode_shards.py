@@ -16,8 +16,7 @@ from tqdm import tqdm
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, mode_of
-from retriever.files import make_folder
-from retriever.lock import LOCK, locked
+from retriever.lock import working_in
 from retriever.parallel.world import World
 from retriever.shards import ShardJob, ShardWriter
 
@@ -74,8 +73,7 @@ def encode_to_shards(
         return writer.folder
     with ExitStack() as stack:
         if world.is_first:
-            make_folder(writer.folder)
-            stack.enter_context(locked(writer.folder / LOCK, str(writer.folder)))
+            stack.enter_context(working_in(writer.folder))
             writer.check(overwrite=overwrite)  # another command may have been there in between
             writer.prepare()
         world.barrier()

@@ -13,13 +13,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from retriever.errors import REFUSED, RefusedError
-from retriever.files import alone
+from retriever.files import alone, make_folder
 
 LOCK = ".lock"  # in a folder that is worked in
 _BEAT_S, _STALE_S, _POLL_S = 10.0, 60.0, 0.2
@@ -44,6 +44,20 @@ class Holder:
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on {self.host} since {since}"
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which is made where there is none, and removed at the end if it holds nothing. Raises LockedError."""
+    new = not folder.exists()
+    make_folder(folder)
+    try:
+        with locked(folder / LOCK, str(folder)):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 @contextmanager

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from retriever.config import Config, ConfigError
-from retriever.files import make_folder, remove, write_json
-from retriever.lock import LOCK, locked
+from retriever.files import remove, write_json
+from retriever.lock import working_in
 
 CHECKPOINTS, EMBEDDINGS = "checkpoints", "embeddings"
 _MANIFEST, _CONFIG = ".bigbatch", "config.yaml"
@@ -35,16 +35,16 @@ def held(config: Config) -> Iterator[None]:
         yield
         return
     folder = Path(config.run.output_dir)
-    new = not folder.exists()
-    make_folder(folder)
-    try:
-        with locked(folder / LOCK, str(folder)):
-            _refuse_foreign(folder, _wanted(config))
-            yield
-    finally:
-        if new:
-            with suppress(OSError):  # something was written, and it stays
-                folder.rmdir()
+    with working_in(folder):
+        _refuse_foreign(folder, _wanted(config))
+        yield
+
+
+def refuse_unless_run(folder: Path) -> None:
+    """Raises ConfigError where `folder` holds anything and no run ever wrote there."""
+    holds_run = (folder / _MANIFEST).exists() or _is_of_earlier_version(folder)
+    if folder.is_symlink() or (folder.exists() and any(folder.iterdir()) and not holds_run):
+        raise ConfigError(f"{folder} was not written by a run; move it elsewhere, or choose another folder (--output-dir)")
 
 
 def take(config: Config) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,18 @@ def _build(args: argparse.Namespace) -> None:
     print(f"{args.output}: {summary(build(args.output, settings)[1])}")
 
 
+def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
+    """Raises RefusedError with the first of the files that this command would replace and did not write."""
+    manifest = output / "manifest.json"
+    try:
+        ours = "format" in json.loads(manifest.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        ours = False
+    for file in (manifest, *(output / name for name in files)):
+        if file.is_symlink() or (file.exists() and not ours):
+            raise RefusedError(f"{file} was not written by this command; move it elsewhere, or choose another folder (--output)")
+
+
 def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]:
     """Reads the sources, writes both folders (the manifest last) and returns the pairs on code with the manifest.
 
@@ -100,7 +113,8 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
                 f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages"
             )
     files = {**code.files(), **{f"details/{name}": text for name, text in details.files().items()}}
-    (output / "manifest.json").unlink(missing_ok=True)
+    _refuse_foreign(output, files)
+    write_json(output / "manifest.json", {"format": FORMAT})  # not finished
     code.write(output)
     details.write(output / "details")
     manifest = {

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from eval.collections.collection import file_fingerprint, fingerprint
 from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import clean, make_folder, write_array, write_json
-from retriever.lock import LOCK, locked
+from retriever.files import clean, write_array, write_json
+from retriever.lock import working_in
 from retriever.parallel.world import World
 
 MANIFEST, _JOB = "manifest.json", "job.json"
@@ -61,8 +61,7 @@ def run_stage(
         return found
     with ExitStack() as stack:
         if world.is_first:
-            make_folder(folder)
-            stack.enter_context(locked(folder / LOCK, str(folder)))
+            stack.enter_context(working_in(folder))
             refuse_foreign(name, folder, job.keys(), writes)  # another process may have been there in between
             started = _prepare(name, folder, job)
             print(f"{name}: {'goes on' if started else 'starts'} ({folder})", flush=True)

@@ -55,9 +55,7 @@ class Mining:
         """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and manifest.json."""
         retrievers = {name: self._description(name) for name in self.settings.retrievers}
         inputs = dict(zip(_INPUTS, (self.pool.fingerprint, asdict(self.settings), retrievers, self._judge_inputs()), strict=True))
-        return run_stage(
-            "mine", self.output, inputs, self._mine, writes=[DATA], world=self.world, facts=lambda: {"counts": self.counts}
-        )
+        return run_stage("mine", self.output, inputs, self._mine, writes=[DATA], world=self.world, facts=lambda: {"counts": self.counts})
 
     def _stage(self, name: str, folder: str, inputs: Mapping[str, Any], work: Callable[[Path], Sequence[str]]) -> Outputs:
         """A stage whose outputs other minings of the same data can use."""

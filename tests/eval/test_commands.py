@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from eval import beir, msmarco
+from eval import beir, msmarco, search
 from eval.collections.collection import read_beir
 from eval.evaluate import evaluate
 from eval.trec import read_run, read_trec
+from retriever import checksums, encode
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.lock import locked
 from tests.commands import RankAlone, assert_refused
 from tests.eval.texts import Texts, help_texts, write_beir, write_msmarco
 from tests.tiny import save_tiny_model
@@ -105,6 +108,65 @@ def test_shards_that_match_are_used_again_and_others_made_anew(
     sides.clear()
     beir.main([*arguments, "--query-prompt", "query: ", "--title", "drop"])
     assert set(sides) == {"passage"}
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.trec", "test.msmarco.tsv", "passages", "queries-test"])
+@pytest.mark.parametrize("link", [False, True])
+def test_what_no_evaluation_wrote_is_refused_and_left_alone(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, link: bool
+) -> None:
+    """A person's own files, links, and embeddings that were encoded on purpose, of another model say."""
+    model, data, _ = folders
+    folder, entry = tmp_path / "results", tmp_path / "results" / name
+    folder.mkdir()
+    if "." in name and link:
+        (tmp_path / "thesis").write_text("years of work")
+        entry.symlink_to(tmp_path / "thesis")
+    elif "." in name:
+        entry.write_text('{"thesis": "years of work"}')
+    else:
+        side = "query" if name.startswith("queries") else "passage"
+        words = ["--model", str(model), "--input", str(data), "--side", side, "--output", str(entry), "--max-tokens", "10"]
+        assert encode.main(words) == 0
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    sides: list[str] = []
+    encode_slabs = EncoderBundle.encode_slabs
+
+    def recorded(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
+        sides.append(side)
+        return encode_slabs(self, texts, side, *options, **more)
+
+    monkeypatch.setattr(EncoderBundle, "encode_slabs", recorded)
+    message = "was not written by an evaluation" if "." in name else "holds embeddings of another job .*--output-dir.* or remove it"
+    assert_refused(beir.main, ["--model", str(model), "--data", str(data), "--output-dir", str(folder), *LENGTHS], f"{entry} {message}")
+    assert "passage" not in sides
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_one_evaluation_works_in_a_folder(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, data, _ = folders
+    with locked(tmp_path / ".lock", "it"):
+        arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
+        assert_refused(beir.main, arguments, f"{tmp_path} is in use by process {os.getpid()} on ")
+    assert encode.main(["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own")]) == 0
+    with locked(tmp_path / "own" / ".lock", "it"):
+        words = ["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own"), "--max-tokens", "10"]
+        assert_refused(encode.main, [*words, "--overwrite"], f"own is in use by process {os.getpid()} on ")
+
+
+def test_search_verifies_embeddings_on_request(folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed bit that the file's time does not tell."""
+    model, data, _ = folders
+    for side in ("query", "passage"):
+        assert encode.main(["--model", str(model), "--input", str(data), "--side", side, "--output", str(tmp_path / side)]) == 0
+    arguments = ["--queries", str(tmp_path / "query"), "--passages", str(tmp_path / "passage"), "--output", str(tmp_path / "run.trec")]
+    file = tmp_path / "passage" / "00000.npy"
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    assert search.main(arguments) == 0
+    assert_refused(search.main, [*arguments, "--verify"], r"00000\.npy is damaged \(its checksum .*writes that shard again")
 
 
 def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:

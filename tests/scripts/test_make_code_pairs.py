@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from retriever.errors import RefusedError
 from scripts.code_pairs.functions import documented_functions, without_name
+from scripts.code_pairs.pairs import Collection
 from scripts.code_pairs.sources import STDLIB, python_files
 from scripts.code_pairs.split import Member, split_by_family
 from scripts.make_code_pairs import Settings, build, main
@@ -241,6 +243,27 @@ def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
     assert list(judged) == ["train"] and not set(details) & set(corpus) and len(details) > 500
     assert {query for query, _ in judged["train"]} <= {query for query, _ in qrels["train"]}
     assert not any(file.module.startswith((f"{STDLIB}.test", f"{STDLIB}.ensurepip")) for file in python_files(STDLIB))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("corpus.jsonl", "mine"), ("details/queries.jsonl", "mine"), ("manifest.json", "{}"), ("manifest.json", "[]")]
+)
+def test_a_persons_own_files_are_refused_and_left_alone(furniture: Path, tmp_path: Path, name: str, content: str) -> None:
+    file = tmp_path / "pairs" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(RefusedError, match=f"pairs/{name} was not written by this command"):
+        build(tmp_path / "pairs", _small())
+    assert [path for path in (tmp_path / "pairs").rglob("*") if path.is_file()] == [file] and file.read_text() == content
+
+
+def test_what_was_interrupted_is_written_again(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(tmp_path / "whole", _small())[1]
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(Collection, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        build(tmp_path / "pairs", _small())
+    for _ in range(2):
+        assert build(tmp_path / "pairs", _small())[1] == whole
 
 
 def test_an_unknown_package_is_named(tmp_path: Path) -> None:
