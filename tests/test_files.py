@@ -159,3 +159,24 @@ def test_folders_that_a_file_system_cannot_sync_are_used_all_the_same(tmp_path: 
     with pytest.raises(OSError, match="Invalid argument"):
         files.write_text(tmp_path / "folder" / "text", "y")
     assert (tmp_path / "folder" / "text").read_text() == "x"
+
+
+@BOTH
+def test_planted_links_are_not_followed(tmp_path: Path, replace: Replace) -> None:
+    """Under the names of asides and of what is replaced: the links go, what they point to stays."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis").write_text("years of work")
+    target = tmp_path / "here" / "model"
+    target.parent.mkdir()
+    for name in (".writing-model", ".removing-model", *(["model"] if replace is files.replace_folder else [])):
+        (target.parent / name).symlink_to(elsewhere)
+    with replace(target) as aside:
+        (aside / "weights" if aside.is_dir() else aside).write_text("new")
+    assert not target.is_symlink() and [path.name for path in target.parent.iterdir()] == ["model"]
+    (target.parent / ".writing-other").symlink_to(elsewhere)
+    files.clean(target.parent)
+    (target.parent / "link").symlink_to(elsewhere)
+    files.remove(target.parent / "link")
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {"thesis": "years of work"}

@@ -14,7 +14,7 @@ import pytest
 
 from retriever.config import Config, ConfigError, EvalConfig, RunConfig, to_yaml
 from retriever.lock import LockedError
-from retriever.run_folder import held, remove_embeddings, take
+from retriever.run_folder import held, refuse_unless_run, remove_embeddings, take
 from retriever.train import main
 from tests.commands import assert_refused
 from tests.workplace import make_workplace, training_command
@@ -113,6 +113,20 @@ def test_a_run_of_an_earlier_version_goes_on(config: Config, tmp_path: Path) -> 
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         change()
         assert "was not written by a run of this folder" in _refused(config)
+
+
+def test_a_folder_that_is_made_afresh_must_be_a_runs(config: Config, tmp_path: Path) -> None:
+    """As the demo asks before it removes its run."""
+    refuse_unless_run(tmp_path / "run")
+    _put(tmp_path / "run" / "export")
+    with pytest.raises(ConfigError, match="run was not written by a run; move it elsewhere"):
+        refuse_unless_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    _start(config)
+    refuse_unless_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(ConfigError, match="link was not written by a run"):
+        refuse_unless_run(tmp_path / "link")
 
 
 def test_a_damaged_list_is_told(config: Config, tmp_path: Path) -> None:
