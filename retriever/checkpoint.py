@@ -82,7 +82,7 @@ def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
 
 def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
     """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
-    final = root / f"step-{step:08d}"
+    final = folder_of(root, step)
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -125,6 +125,7 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
         modules.load_state_dict({**trained, **frozen})
         load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
+    state.optimizer.updates = int(manifest["step"])
     return int(manifest["step"])
 
 
@@ -229,6 +230,11 @@ def newest(root: Path) -> Path | None:
 def steps(root: Path) -> list[Path]:
     """The checkpoints under `root`, oldest first; what a person put beside them under another name is none of ours."""
     return sorted((folder for folder in root.glob("step-*") if NAME.fullmatch(folder.name)), key=step_of)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The checkpoint after `step` optimizer steps."""
+    return root / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:

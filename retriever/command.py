@@ -8,7 +8,7 @@
         sys.exit(main())
 
 Exit status: 0 finished; 2 refused (arguments, configuration, data, files, memory, a loss that is not finite); 3 another rank was lost;
-130 interrupted; 143 terminated. A subprocess that failed hands its own status on. Every other error is a bug and keeps its traceback.
+130 interrupted; 143 terminated; 138 stopped by SIGUSR1. A subprocess that failed hands its own status on. Every other error is a bug and keeps its traceback.
 This module imports neither torch nor anything else that takes long: what is wrong is told before they are loaded.
 """
 
@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from retriever.environment import check_environment
-from retriever.errors import INTERRUPTED, REFUSED, TERMINATED, RankError, RefusedError
+from retriever.errors import INTERRUPTED, REFUSED, TERMINATED, RankError, RefusedError, Stopped
 
 if TYPE_CHECKING:
     from retriever.parallel.world import World
@@ -159,19 +159,19 @@ def run(
         if "--debug" in words:
             traceback.print_exception(error)
         if _speaks(error):
-            tell(message)
+            tell(message, "" if isinstance(error, Stopped) else "error: ")
         if isinstance(error, RankError):
             os._exit(status)  # an ordinary end would wait for the rank that is no more
         return status
     return 0
 
 
-def tell(message: str) -> None:
-    """Prints `error: message` to stderr, on a line of its own below the progress bars, which are closed."""
+def tell(message: str, prefix: str = "error: ") -> None:
+    """Prints a message to stderr, on a line of its own below the progress bars, which are closed."""
     for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
         bar.close()
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -194,6 +194,8 @@ def _told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:
     """(exit status, message); status 0 where the error is a bug."""
     after = f": {resumes}" if resumes else ""
     match error:
+        case Stopped():
+            return error.status, str(error)
         case RankError():
             return error.verdict.status, str(error)
         case KeyboardInterrupt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 RESUMES = "the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
@@ -27,7 +28,16 @@ class RankError(RuntimeError):
     """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
 
     def __init__(self, verdict: Verdict, rank: int) -> None:
-        interrupted = verdict.status == INTERRUPTED
-        super().__init__(f"interrupted: {RESUMES}" if interrupted else f"{verdict.what}. The same command goes on from the last checkpoint")
+        lost = verdict.status == LOST
+        super().__init__(f"{verdict.what}. The same command goes on from the last checkpoint" if lost else verdict.what)
         self.verdict = verdict
-        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (not interrupted and rank in (verdict.by, verdict.rank))
+        self.speaks = os.environ.get("LOCAL_RANK", "0") == "0" or (lost and rank in (verdict.by, verdict.rank))
+
+
+class Stopped(Exception):
+    """A run that a signal stopped after a step, and that saved it; `status` is the exit status."""
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: stopped after step {step:,}, which is saved. The same command goes on from there")
+        self.status = 128 + number

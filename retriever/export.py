@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retriever.config import Config, to_dict
-from retriever.data.tokens import Side
+from retriever.data.tokens import SIDES, Side
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import merged_state
@@ -31,7 +31,7 @@ from retriever.errors import RefusedError
 from retriever.files import replace_folder
 from retriever.model_card import model_card
 from retriever.older_readers import name_older_tokenizer, older_config_keys
-from retriever.rng import RngState
+from retriever.rng import OwnGenerator, RngState
 
 _PARITY = 1e-5  # how far an embedding may move by being written and read, in units of the largest entry or of 1
 _CHARACTERS_A_TOKEN = 20  # more than a token has, on average
@@ -43,16 +43,37 @@ class ExportError(RefusedError):
     """A written model that does not give the embeddings of the live one."""
 
 
-def export(
-    encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, *, probe_texts: Sequence[str]
-) -> Path:
+@dataclass(frozen=True)
+class Probe:
+    """A few texts and the live encoder's embeddings of them, which the written model must give again."""
+
+    texts: Sequence[str]
+    embeddings: dict[Side, np.ndarray]  # [texts, D] float32
+
+    @staticmethod
+    def of(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, texts: Sequence[str]) -> Probe:
+        """Embeds `texts` in fp32. Neither the encoder's modes nor any generator's state change. Raises ValueError for no text."""
+        if not texts:
+            raise ValueError("export: no text to compare the written model by; expected at least one")
+        settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
+        # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a half.
+        longest = max(settings.query_max_tokens, settings.passage_max_tokens)
+        texts = [*(text[: _CHARACTERS_A_TOKEN * longest] for text in texts), "retrieval " * (longest + 1)]
+        bundle = EncoderBundle(encoder, tokenizer, settings)
+        autocast_dtype, encoder.autocast_dtype = encoder.autocast_dtype, None
+        try:
+            with RngState.capture(encoder.device).restored():
+                return Probe(texts, {side: bundle.encode(texts, side) for side in SIDES})
+        finally:
+            encoder.autocast_dtype = autocast_dtype
+
+
+def export(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, probe: Probe) -> Path:
     """Writes the encoder in fp32 to `folder`, replacing what is there, and returns it. The same weights give the same bytes.
 
-    The folder gets its name only after it was loaded again and embedded `probe_texts` as the live encoder does. Neither the
-    encoder's modes nor any generator's state change. Raises ExportError where an embedding differs by more than 1e-5.
+    The folder gets its name only after it was loaded again, on the encoder's device, and gave the embeddings of `probe`.
+    No other thread's random numbers change. Raises ExportError where an embedding differs by more than 1e-5.
     """
-    if not probe_texts:
-        raise ValueError("export: probe_texts is empty; expected at least one text to compare the written model by")
     folder = Path(folder)
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
     with replace_folder(folder) as writing:
@@ -65,8 +86,7 @@ def export(
             _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
         _write_json(writing / SETTINGS_FILE, {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)})
         (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
-        with RngState.capture(encoder.device).restored():
-            _check_parity(EncoderBundle(encoder, tokenizer, settings), writing, probe_texts)
+        _check_parity(writing, probe, encoder.device)
     return folder
 
 
@@ -132,22 +152,14 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
     name_older_tokenizer(saved, folder)
 
 
-def _check_parity(live: EncoderBundle, written: Path, probe_texts: Sequence[str]) -> None:
+def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
     """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the live encoder."""
-    reloaded = load_encoder(written, device=live.encoder.device)
-    # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a half.
-    longest = max(live.settings.query_max_tokens, live.settings.passage_max_tokens)
-    probes = [*(text[: _CHARACTERS_A_TOKEN * longest] for text in probe_texts), "retrieval " * (longest + 1)]
-    sides: tuple[Side, ...] = ("query", "passage")
-    autocast_dtype, live.encoder.autocast_dtype = live.encoder.autocast_dtype, None
-    try:
-        expected = {side: live.encode(probes, side) for side in sides}
-    finally:
-        live.encoder.autocast_dtype = autocast_dtype
-    for side in sides:
-        found = reloaded.encode(probes, side)
-        allowed = _PARITY * max(1.0, float(np.abs(expected[side]).max()))
-        difference = float(np.abs(found - expected[side]).max())
+    with OwnGenerator():  # a weight that the folder lacks, such as a pooler's, is drawn
+        reloaded = load_encoder(written, device=device)
+    for side, expected in probe.embeddings.items():
+        found = reloaded.encode(probe.texts, side)
+        allowed = _PARITY * max(1.0, float(np.abs(expected).max()))
+        difference = float(np.abs(found - expected).max())
         if not difference <= allowed:  # NaN is no parity either
             raise ExportError(
                 f"export: reloaded, a {side} embedding differs from the live one by {difference:.2e}; expected at most {allowed:.2e}. "

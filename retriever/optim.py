@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -53,6 +54,8 @@ class Optimizer:
         # Where the device can leave an update out by itself, the host need not ask before it.
         self._skips = config.name == "adamw" and device.type == "cuda" and config.precision != "fp16"
         self._skips = self._skips and not any(isinstance(p, DTensor) for p in self.parameters)
+        self.updates = 0  # updates made, or left out by fp16's scaler
+        self.updating = threading.Lock()  # held while parameters change
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=device))  # the scaler makes its scale at the first use
@@ -77,8 +80,15 @@ class Optimizer:
     def clip_and_step(self, step: int) -> float:
         """Clips to `max_grad_norm`, updates, clears the gradients; returns the norm before clipping.
 
+        Holds `updating`, so that another thread can read the parameters and `updates` as the last update left them.
         In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError, no update being made.
         """
+        with self.updating:
+            norm = self._clip_and_step(step)
+            self.updates = step + 1
+        return norm
+
+    def _clip_and_step(self, step: int) -> float:
         self.scaler.unscale_(self.torch)
         norm = clipped = _total_norm([[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()])
         if self._skips:

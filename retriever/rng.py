@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,19 @@ class RngState:
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.cuda.set_rng_state(self.accelerator, self.device)
+
+
+class OwnGenerator(TorchDispatchMode):
+    """Inside, what this thread draws on the CPU comes from a generator of its own: other threads' draws are as if nothing were drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs = {**(kwargs or {}), "generator": self._generator}
+        return func(*args, **(kwargs or {}))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

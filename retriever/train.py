@@ -18,7 +18,7 @@ from retriever.command import command_parser, option, run
 from retriever.config import Config, EvalConfig, differences
 from retriever.config_file import load
 from retriever.environment import check_trackers
-from retriever.errors import RESUMES
+from retriever.errors import RESUMES, Stopped
 from retriever.run_folder import held
 from retriever.wording import counted
 
@@ -72,14 +72,16 @@ def train(config: Config) -> None:
         config = replace(config, run=replace(config.run, trackers=()))
     accelerator, world = launch.join(config)
     with watched(world, config.run.timeout_s):
-        _train(config, last, tokenizer, store, accelerator, world)
+        stopped = _train(config, last, tokenizer, store, accelerator, world)
     accelerator.end_training()  # trackers and the process group
+    if stopped is not None:
+        raise stopped
 
 
 def _train(
     config: Config, last: Path | None, tokenizer: PreTrainedTokenizerBase, store: Store, accelerator: Accelerator, world: World
-) -> None:
-    """All steps that are left after the checkpoint `last`."""
+) -> Stopped | None:
+    """All steps that are left after the checkpoint `last`; returns what stopped them before the end."""
     from eval.evaluate import check_evaluation
     from retriever import checkpoint, launch, preflight
     from retriever.data.batch import BatchLoader
@@ -99,6 +101,7 @@ def _train(
     from retriever.plan.report import plan_lines, plan_table
     from retriever.plan.sizes import StepPlanner
     from retriever.retention import Retention
+    from retriever.signals import StopSignals
     from retriever.step import train_step
     from retriever.telemetry import Telemetry
 
@@ -122,7 +125,7 @@ def _train(
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
     if config.run.preflight == "only" and forecast is not None:
         accelerator.print(plan_table(forecast, config, total, usable_bytes(world.device)))
-        return
+        return None
     optimizer = Optimizer(config.optim, [encoder, objective], total, world.device)
 
     state = checkpoint.TrainingState(encoder, objective, optimizer)
@@ -144,26 +147,42 @@ def _train(
 
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
     telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
-    with closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait for it
+
+    def evaluate_and_record(done: int) -> None:
+        """After saving, so that no error of an evaluation costs training; a run that ends in between makes it up when it goes on."""
+        if config.eval is None or not _due(done, config.train.eval_every, total) or not outputs.lacks_evaluation(done):
+            return
+        with stop.between_steps(), telemetry.paused("evaluate"):
+            bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
+            telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
+            outputs.publish_best(done)
+
+    stopping, done = 0, finished
+    stop = StopSignals(world, outputs.save_last_update)
+    with stop, closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait
+        if finished:
+            evaluate_and_record(finished)
         for batch in batches:
+            outputs.check()
             report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, Retention.from_config(config.batch))
             telemetry.step(report)
-            done = report.step + 1
+            done, stopping = report.step + 1, stop.agreed()
             evaluated = config.eval is not None and _due(done, config.train.eval_every, total)
-            if config.eval is not None and evaluated:
-                with telemetry.paused("evaluate"):
-                    bundle = EncoderBundle(placed.whole(world.device), tokenizer, settings)
-                    telemetry.log(done, _evaluate(config.eval, bundle, world, outputs))
-                    del bundle  # where the encoder is in shards, a copy of it
-            # Saved after it was evaluated: a run killed in between evaluates this step again instead of skipping it.
-            if evaluated or _due(done, config.train.save_every, total):
-                with telemetry.paused("write checkpoint and export"):
+            if stopping or evaluated or _due(done, config.train.save_every, total):
+                with telemetry.paused("save"):
                     outputs.save(done)
-    outputs.finish()
+            if stopping:
+                break
+            evaluate_and_record(done)
+        with stop.between_steps():
+            outputs.finish()
     telemetry.close()
+    if stopping:
+        return Stopped(stopping, done)
     accelerator.print(
         f"finished {counted(total, 'step')}: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}"
     )
+    return None
 
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:

@@ -22,7 +22,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import load_tokenizer
-from retriever.export import ExportError, export
+from retriever.export import ExportError, Probe, export
 from tests.tiny import random_texts, save_tiny_model
 
 PROBES = random_texts(4, seed=9)
@@ -62,7 +62,7 @@ def _live(encoder: DualEncoder, tokenizer: Any, config: Config) -> EncoderBundle
 def test_sentence_transformers_gives_the_live_embeddings(architecture: str, model: dict[str, Any], tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start", architecture), **model)
     live = _live(encoder, tokenizer, config)
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     theirs = SentenceTransformer(str(folder), device="cpu")
     assert theirs.prompts == {"query": config.model.query_prompt, "document": config.model.passage_prompt}
     assert (theirs.max_seq_length, theirs.similarity_fn_name) == (40, "cosine" if config.model.normalize else "dot")
@@ -81,7 +81,7 @@ def test_a_query_beyond_its_length_is_as_the_card_says(tmp_path: Path) -> None:
     """sentence-transformers cuts it at the passages' length, until it is told."""
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
     live = _live(encoder, tokenizer, config)
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     theirs = SentenceTransformer(str(folder), device="cpu")
     there, here = theirs.encode(LONG, prompt_name="query"), live.encode(LONG, "query")
     assert np.abs(there - here).max() > 0.01
@@ -94,7 +94,7 @@ def test_a_truncated_model_stays_truncated(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), truncate_dim=12)
     live = EncoderBundle(encoder, tokenizer, settings_of(config, encoder.pooling, encoder.truncate_dim))
     encoder.autocast_dtype = None
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     expected, ours = live.encode(SHORT, "passage"), load_encoder(folder)
     assert expected.shape == (len(SHORT), 12)
     np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=0, atol=1e-6)
@@ -115,7 +115,7 @@ def test_the_check_sees_the_length_of_queries(tmp_path: Path, monkeypatch: pytes
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
     monkeypatch.setattr(export_module, "load_encoder", partial(load_encoder, query_max_tokens=20))
     with pytest.raises(ExportError, match="reloaded, a query embedding differs"):
-        export(encoder, tokenizer, config, tmp_path / "export", probe_texts=["a brain"])
+        export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, ["a brain"]))
 
 
 def test_probes_are_cut_to_the_models_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_probes_are_cut_to_the_models_length(tmp_path: Path, monkeypatch: pytest
         return encode(self, texts, side)
 
     monkeypatch.setattr(EncoderBundle, "encode", seeing)
-    export(encoder, tokenizer, config, tmp_path / "export", probe_texts=["heart disease " * 10_000, "brain"])
+    export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, ["heart disease " * 10_000, "brain"]))
     assert len(seen) == 4 * 3 and max(seen) < 1000
 
 
@@ -144,7 +144,7 @@ def test_a_real_model_gives_the_same_embeddings_in_sentence_transformers(tmp_pat
         "word " * 100,
         "Ünïcödé — naïve",
     ]
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=texts)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, texts))
     live, theirs = _live(encoder, tokenizer, config), SentenceTransformer(str(folder), device="cpu")
     np.testing.assert_allclose(theirs.encode(texts, prompt_name="query"), live.encode(texts, "query"), rtol=0, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(texts, prompt_name="document"), live.encode(texts, "passage"), rtol=0, atol=1e-5)
@@ -155,7 +155,7 @@ def test_transformers_loads_the_folder_whole(tmp_path: Path) -> None:
     """The pooler, which training leaves out, is there again with its own weights, so nothing is newly initialised."""
     start = save_tiny_model(tmp_path / "start")
     encoder, tokenizer, config = _trained(start)
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -170,7 +170,7 @@ def test_transformers_loads_the_folder_whole(tmp_path: Path) -> None:
 
 def test_the_folder_tells_how_it_is_to_be_used(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), pooling="cls")
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     reloaded = load_encoder(folder)
     assert reloaded.settings == settings_of(config, "cls")
     assert (reloaded.settings.query_max_tokens, reloaded.settings.passage_max_tokens, reloaded.settings.title) == (24, 40, "drop")
@@ -184,7 +184,7 @@ def test_the_folder_tells_how_it_is_to_be_used(tmp_path: Path) -> None:
 def test_untied_towers_become_two_folders(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), tied=False)
     live = _live(encoder, tokenizer, config)
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     expected = {"query": live.encode(SHORT, "query"), "document": live.encode(SHORT, "passage")}
     assert np.abs(expected["query"] - load_encoder(folder).encode(SHORT, "passage")).max() > 0.01
     for side, name, length in (("query", "query", 24), ("passage", "document", 40)):
@@ -210,7 +210,7 @@ def test_files_may_be_read_as_the_umask_says(tmp_path: Path, umask: int, mode: i
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), tied=False)
     before = os.umask(umask)
     try:
-        folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+        folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {mode}
@@ -218,10 +218,10 @@ def test_files_may_be_read_as_the_umask_says(tmp_path: Path, umask: int, mode: i
 
 def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
-    first = _bytes(export(encoder, tokenizer, config, tmp_path / "a", probe_texts=PROBES))
+    first = _bytes(export(encoder, tokenizer, config, tmp_path / "a", Probe.of(encoder, tokenizer, config, PROBES)))
     tokenizer(["a", "the brain"], padding=True, truncation=True, max_length=3)  # leaves its settings in the tokenizer
-    assert _bytes(export(encoder, tokenizer, config, tmp_path / "a", probe_texts=PROBES)) == first
-    assert _bytes(export(encoder.double(), tokenizer, config, tmp_path / "b", probe_texts=PROBES)) == first
+    assert _bytes(export(encoder, tokenizer, config, tmp_path / "a", Probe.of(encoder, tokenizer, config, PROBES))) == first
+    assert _bytes(export(encoder.double(), tokenizer, config, tmp_path / "b", Probe.of(encoder, tokenizer, config, PROBES))) == first
     assert {"model.safetensors", "tokenizer.json", "modules.json", "1_Pooling/config.json", "bigbatch.json", "README.md"} <= first.keys()
 
 
@@ -235,7 +235,7 @@ def test_training_goes_on_as_if_nothing_had_been_exported(tmp_path: Path) -> Non
     modes, state, plain = [m.training for m in encoder.modules()], torch.get_rng_state(), to_dict(config)
     weights = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     length, model_config = tokenizer.model_max_length, encoder.passage_tower.config.to_dict()
-    export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     assert [m.training for m in encoder.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
@@ -254,7 +254,7 @@ def test_a_folder_that_reads_otherwise_gets_no_name(
     tmp_path: Path, damage: float, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
-    before = _bytes(export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES))
+    before = _bytes(export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES)))
     save = PreTrainedModel.save_pretrained
 
     def damaged(self: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
@@ -264,10 +264,10 @@ def test_a_folder_that_reads_otherwise_gets_no_name(
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
     with pytest.raises(error, match=message):
-        export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+        export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     assert _bytes(tmp_path / "export") == before
     with pytest.raises(error):
-        export(encoder, tokenizer, config, tmp_path / "other", probe_texts=PROBES)
+        export(encoder, tokenizer, config, tmp_path / "other", Probe.of(encoder, tokenizer, config, PROBES))
     assert not (tmp_path / "other").exists()
 
 
@@ -278,7 +278,7 @@ def test_a_decoder_without_a_padding_token_is_exported_with_one(tmp_path: Path) 
     (start / "tokenizer_config.json").write_text(json.dumps(written))
     encoder, tokenizer, config = _trained(start)
     assert tokenizer.pad_token is None
-    folder = export(encoder, tokenizer, config, tmp_path / "export", probe_texts=PROBES)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     assert tokenizer.pad_token is None
     found = SentenceTransformer(str(folder), device="cpu").encode(SHORT, prompt_name="query")
     np.testing.assert_allclose(found, _live(encoder, tokenizer, config).encode(SHORT, "query"), rtol=0, atol=1e-5)
@@ -286,5 +286,5 @@ def test_a_decoder_without_a_padding_token_is_exported_with_one(tmp_path: Path) 
 
 def test_nothing_to_compare_by_is_an_error(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
-    with pytest.raises(ValueError, match="probe_texts is empty"):
-        export(encoder, tokenizer, config, tmp_path / "export", probe_texts=[])
+    with pytest.raises(ValueError, match="no text to compare"):
+        export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, []))

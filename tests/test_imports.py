@@ -28,6 +28,7 @@ FLOORS = (
         "checkpoint",
         "damage",
         "telemetry",
+        "signals",
         "verify",
         "shards",
         "encode_shards",

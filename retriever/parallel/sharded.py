@@ -27,20 +27,28 @@ class PlacedEncoder:
 
     def __init__(self, encoder: DualEncoder, world: World) -> None:
         """`encoder`, on the host with the same weights on every rank, is changed in place."""
-        self._encoder = encoder
-        self._outline = _outline(encoder) if world.sharded else None
+        self._encoder, self._sharded = encoder, world.sharded
+        self._outline = _outline(encoder)
         if world.sharded:
             _shard(encoder, world)
         else:
             encoder.to(world.device)
 
-    def whole(self, device: torch.device, *, keep: bool = True) -> DualEncoder:
+    def whole(self, device: torch.device) -> DualEncoder:
         """The encoder as an ordinary module of its present weights: itself, or where it is in shards a copy on `device`.
 
-        Every rank calls it, as shards come from all. Where `keep` is false the copy holds no weights.
+        Every rank calls it, as shards come from all.
         """
-        if self._outline is None:
-            return self._encoder
+        return self._copy(device, keep=True) if self._sharded else self._encoder
+
+    def copy(self, *, keep: bool = True) -> DualEncoder:
+        """A copy of the present weights in host memory, computed by the library's own layers; without weights where `keep` is false.
+
+        Where the encoder is in shards every rank calls it.
+        """
+        return self._copy(torch.device("cpu"), keep)
+
+    def _copy(self, device: torch.device, keep: bool) -> DualEncoder:
         encoder = copy.deepcopy(self._outline)
         if self._encoder.packed:
             encoder.pack()
@@ -52,7 +60,7 @@ class PlacedEncoder:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], device: torch.device, *, keep: bool = True) -> dict[str, Tensor]:
-    """The same tensors on `device`, none in shards; nothing where `keep` is false.
+    """Copies of the tensors on `device`, none in shards; nothing where `keep` is false.
 
     Where some are in shards every rank calls it, and one tensor at a time is whole on a rank that does not keep them.
     """
@@ -60,7 +68,7 @@ def whole_tensors(tensors: Mapping[str, Tensor], device: torch.device, *, keep: 
     for name, tensor in tensors.items():
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            whole[name] = gathered.detach().contiguous().to(device)
+            whole[name] = gathered.detach().to(device, copy=True).contiguous()
     return whole
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from retriever.errors import INTERRUPTED, LOST, RankError, Verdict
+from retriever.errors import INTERRUPTED, LOST, RESUMES, RankError, Verdict
 from retriever.parallel.world import World
 
 _VERDICT = "verdict"
@@ -80,7 +80,7 @@ class Watch:
         # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
         led = error if isinstance(error, RuntimeError) and not isinstance(error, (RankError, torch.OutOfMemoryError)) else None
         if isinstance(error, KeyboardInterrupt):
-            self.announce(Verdict(self._rank, self._rank, f"rank {self._rank} was interrupted", INTERRUPTED))
+            self.announce(Verdict(self._rank, self._rank, f"interrupted: {RESUMES}", INTERRUPTED))
         elif led and (self._still() or self._verdict()):
             cause = self.blame(led)  # torch's own collectives, of an encoder in shards, ask nobody else
         elif not isinstance(error, RankError):

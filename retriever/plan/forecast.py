@@ -11,12 +11,10 @@ from typing import Literal
 import numpy as np
 
 from retriever.data.chunks import plan_chunks
-from retriever.data.tokens import Side
+from retriever.data.tokens import SIDES, Side
 from retriever.parallel.world import World
 from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
 from retriever.retention import NOTHING, Budget, Keeps, Retention
-
-SIDES: tuple[Side, Side] = ("query", "passage")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from torch import nn
 from retriever.config import Config, ConfigError, OptimConfig
 from retriever.data.planner import GlobalBatch, Planner, RankSlice, slice_for_rank
 from retriever.data.store import Store
-from retriever.data.tokens import Side, TokenTemplate
+from retriever.data.tokens import SIDES, Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import host_bytes
 from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
 from retriever.parallel.world import World
-from retriever.plan.forecast import SIDES, Forecast, Memory, Workload, most_retained
+from retriever.plan.forecast import Forecast, Memory, Workload, most_retained
 from retriever.plan.measure import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, undisturbed, usable_bytes
 from retriever.retention import Retention, given_tokens
 

@@ -17,7 +17,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import LoraLinear, adapt, merged_state
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import load_tokenizer
-from retriever.export import export
+from retriever.export import Probe, export
 from tests.tiny import random_texts, save_tiny_model
 
 TEXTS = random_texts(8, seed=2)
@@ -124,7 +124,9 @@ def test_an_export_is_an_ordinary_model_of_merged_weights(tied: bool, tmp_path: 
     folder = save_tiny_model(tmp_path / "model")
     encoder = _encoder(folder, tied=tied)
     config = Config(model=ModelConfig(str(folder), tied=tied, query_max_tokens=64, passage_max_tokens=64, lora=LORA))
-    exported = export(encoder, load_tokenizer(folder), config, tmp_path / "export", probe_texts=TEXTS)
+    exported = export(
+        encoder, load_tokenizer(folder), config, tmp_path / "export", Probe.of(encoder, load_tokenizer(folder), config, TEXTS)
+    )
     for side in ("query", "passage"):
         live, start = _embed(encoder, folder, side), _embed(_encoder(folder, None), folder, side)
         assert np.abs(load_encoder(exported).encode(TEXTS, side) - live).max() < 1e-5 < 1e-2 < np.abs(live - start).max()

@@ -15,11 +15,11 @@ import torch
 from retriever.config import ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
-from retriever.data.tokens import Side
+from retriever.data.tokens import SIDES, Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import encode_without_graph
 from retriever.parallel.world import World
-from retriever.plan.forecast import SIDES, Forecast, Memory, Workload, most_retained
+from retriever.plan.forecast import Forecast, Memory, Workload, most_retained
 from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
 from retriever.retention import EVERYTHING, NOTHING, Keeps, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store

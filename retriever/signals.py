@@ -1,0 +1,127 @@
+"""Signals that end a run: it finishes its step, saves, and exits with 128 + the signal's number.
+
+A thread reads the signals, so that one is heeded even while the main thread waits inside a collective or for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from retriever.errors import Stopped, Verdict
+from retriever.parallel.world import World
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE_S = 20.0  # for the step at hand; launchers kill their processes 30 s after they ask them to end
+_SAME_S = 2.0  # a terminal and a launcher both pass one Ctrl-C on
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class StopSignals:
+    """Inside, the first SIGINT, SIGTERM or SIGUSR1 asks the run to stop; a second Ctrl-C ends the process at once.
+
+    Where a step does not end within `grace_s`, or the run is between its steps, a thread calls `save`, which saves what the last update
+    left and returns its step, and ends the process. Entering it needs the main thread.
+    """
+
+    def __init__(self, world: World, save: Callable[[], int], grace_s: float = GRACE_S) -> None:
+        self._world, self._save, self._grace_s = world, save, grace_s
+        self._signal = 0
+        self._state: Literal["stepping", "between", "stopping"] = "stepping"
+        self._changed = threading.Condition()
+
+    def agreed(self) -> int:
+        """The signal that some rank received, the same on every rank; 0 for none. Every rank calls it after every step.
+
+        After a signal the caller saves and ends the run.
+        """
+        found = int(self._world.max(torch.tensor(self._signal, device=self._world.device)))
+        if found:
+            self._set_state("stopping")
+        return found
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Inside, all is saved or about to be: a signal ends the process without waiting for a step."""
+        before = self._state
+        if before == "stepping":
+            self._set_state("between")
+        yield
+        self._set_state(before)
+
+    def _set_state(self, state: Literal["stepping", "between", "stopping"]) -> None:
+        with self._changed:
+            self._state = state
+            self._changed.notify()
+
+    def __enter__(self) -> StopSignals:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+        self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        die_with_launcher()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._set_state("stopping")
+        os.close(self._writing)  # ends the thread
+        self._thread.join()
+        os.close(self._reading)
+
+    def _listen(self) -> None:
+        """Reads the signals' numbers until the pipe closes."""
+        first_s = 0.0
+        while received := os.read(self._reading, 1):
+            number = received[0]
+            if number not in STOPPING:
+                continue
+            if not self._signal:
+                self._signal, first_s = number, time.monotonic()
+                _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
+                threading.Thread(target=self._wait, name="grace", daemon=True).start()
+            elif number == signal.SIGINT and time.monotonic() - first_s > _SAME_S:
+                self._exit("interrupted again: stopped at once")
+
+    def _wait(self) -> None:
+        """Leaves where the step takes too long, or the run is between its steps."""
+        with self._changed:
+            in_time = self._changed.wait_for(lambda: self._state != "stepping", self._grace_s)
+            if self._state == "stopping":
+                return
+        if not self._world.is_first or (self._world.sharded and not in_time):
+            return  # the first rank ends the others; of an encoder in shards no rank can save alone, and the step goes on
+        self._exit(str(Stopped(self._signal, self._save())))
+
+    def _exit(self, message: str) -> None:
+        _say(message)
+        if self._world.watch is not None:
+            self._world.watch.announce(Verdict(self._world.rank, self._world.rank, message, 128 + self._signal))
+            time.sleep(1.0)  # the store ends with this process, and the others have yet to read why
+        sys.stdout.flush()
+        os._exit(128 + self._signal)
+
+
+def die_with_launcher() -> None:
+    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not end it."""
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if alone and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+
+
+def _say(message: str) -> None:
+    print(f"\n{message}", file=sys.stderr, flush=True)
