@@ -30,6 +30,7 @@ from retriever.run_folder import CHECKPOINTS
 
 FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+_LENGTHS = ("train.max_steps", "train.epochs")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
     *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s"),
@@ -203,23 +204,39 @@ def _way_past(damaged: Path) -> str:
 
 
 def continued(config: Config, folder: Path) -> Config:
-    """`config` for going on from `folder`: `auto` means what it was resolved to then.
+    """`config` for going on from `folder`: `auto` means what it was resolved to then. It may ask for more steps or epochs.
 
     Raises ConfigError with the keys that differ in anything but logging, saving, trackers and places.
     """
-    before = from_dict(_manifest(folder)["config"])
+    before = config_of(folder)
     config = adopt_auto(config, before)
-    changed = [line for line in differences(_anywhere(before), _anywhere(config)) if line.partition(":")[0] not in _FREE]
+    free = {*_FREE, *(key for key, *lengths in zip(_LENGTHS, length_of(before), length_of(config), strict=True) if _more(*lengths))}
+    changed = [line for line in differences(_anywhere(before), _anywhere(config)) if line.partition(":")[0] not in free]
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}")
     return config
 
 
+def config_of(folder: Path) -> Config:
+    """The configuration that a checkpoint was written under. Raises ConfigError where it is none."""
+    return from_dict(_manifest(folder)["config"])
+
+
+def length_of(config: Config) -> tuple[float | None, ...]:
+    """How long a run is to be: train.max_steps and train.epochs."""
+    return config.train.max_steps, config.train.epochs
+
+
+def _more(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and after > before
+
+
 def _anywhere(config: Config) -> Config:
-    """`config` without the places of its sources: what stands there is in the store's fingerprint."""
+    """`config` without the places of its sources and its evaluation: what stands there is in the store's fingerprint, or measured only."""
     sources = tuple(replace(source, path=None, corpus=None, queries=None) for source in config.data.train)
-    return replace(config, data=replace(config.data, train=sources))
+    evaluation = None if config.eval is None else replace(config.eval, path="")
+    return replace(config, data=replace(config.data, train=sources), eval=evaluation)
 
 
 def newest(root: Path) -> Path | None:

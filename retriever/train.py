@@ -106,6 +106,7 @@ def _train(
     from retriever.telemetry import Telemetry
 
     start = checkpoint.finished_steps(last) if last is not None else 0
+    extended = last is not None and checkpoint.length_of(checkpoint.config_of(last)) != checkpoint.length_of(config)
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
     if config.eval is not None:
         check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
@@ -141,6 +142,8 @@ def _train(
         accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
     if finished:
         accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
+        if extended:
+            accelerator.print(f"note: the run was to be shorter; the learning rate follows the schedule of {total:,} steps from here on")
 
     if last is not None and finished == total and not outputs.holds(last):
         outputs.save(total)  # another run's end: this run's folder gets it too

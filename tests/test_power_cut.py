@@ -52,13 +52,14 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     def weight() -> dict[str, torch.Tensor]:
         return {"step": torch.tensor(float(_steps(run.metrics)[-1]))}
 
-    def export(encoder: Any, tokenizer: Any, config: Config, folder: Path, *, probe_texts: Any) -> None:
+    def export(encoder: Any, tokenizer: Any, config: Config, folder: Path, probe: Any) -> None:
         with files.replace_folder(folder) as writing:
             save_file(weight(), writing / "model.safetensors")
 
     monkeypatch.setattr(outputs, "export", export)
+    monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda *_: None))
     monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: Snapshot(weight(), {}, {}, ""))
-    placed, store = SimpleNamespace(whole=lambda *_, **__: None), SimpleNamespace(fingerprint="f1", passages=())
+    placed, store = SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None), SimpleNamespace(fingerprint="f1", passages=())
     run = Outputs(config, None, placed, None, store, World(torch.device("cpu")))  # type: ignore[arg-type]
     return run
 
@@ -72,7 +73,10 @@ def _weight(folder: Path) -> float:
 
 
 def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `keep_last` 1: the newest whole checkpoint is the last that was saved or the one being saved, and a restart has the rest."""
+    """With `keep_last` 1: the newest whole checkpoint is the last that was saved or the one being saved, and a restart has the rest.
+
+    An evaluation that is not recorded is made up.
+    """
 
     def config(root: Path) -> Config:
         return Config(run=RunConfig(output_dir=str(root / "runs" / "run")), train=TrainConfig(max_steps=3, keep_last=1))
@@ -82,10 +86,13 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
         telemetry = Telemetry(Accelerator(), run.metrics, finished=0, total=3, log_every=1)
         for step, value in _EVALUATED.items():
             telemetry.log(step, {"train/loss": 1.0})
-            telemetry.log(step, {"eval/x": value})
             run.save(step)
+            run.wait()
             cuts.promised = step
+            telemetry.log(step, {"eval/x": value})
+            run.publish_best(step)
         telemetry.close()
+    made_up = set[bool]()
     for root, saved in cuts.left(tmp_path / "left"):
         folder = root / "runs" / "run"
         found = checkpoint.find(config(root).run)
@@ -95,11 +102,20 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
         step = checkpoint.finished_steps(found)
         assert step >= (saved or 0) and _weight(found) == step
         assert [damage(whole) for whole in checkpoint.steps(found.parent)] == [None] * len(checkpoint.steps(found.parent))
-        assert [line for line in _steps(folder / "metrics.jsonl") if line <= step] == [s for s in range(1, step + 1) for _ in "ab"]
-        _outputs(config(root), monkeypatch)
+        lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
+        again = _outputs(config(root), monkeypatch)
+        telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)  # type: ignore[arg-type]
+        if lacking := again.lacks_evaluation(step):
+            lines += [step]
+            telemetry.log(step, {"eval/x": _EVALUATED[step]})
+            again.publish_best(step)
+        telemetry.close()
+        made_up.add(lacking)
+        assert lines == [s for s in range(1, step + 1) for _ in "ab"]
         best = max(range(1, step + 1), key=_EVALUATED.__getitem__)
         assert (_weight(folder / "export"), _weight(folder / "best")) == (step, best)
         assert not [*folder.rglob(".*ing-*")]
+    assert made_up == {True, False}
 
 
 def test_a_store_with_its_name_is_whole(disk: Path, tmp_path: Path) -> None:

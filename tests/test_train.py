@@ -232,3 +232,52 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.1
     assert distance(found, expected) < 0.01 * distance(expected, started)
+
+
+def test_a_finished_run_can_be_made_longer(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It goes on by the schedule of its new length; a shorter one is refused."""
+    run = shutil.copytree(undisturbed, workplace / "longer")
+    assert main(training_command(workplace, "longer", "train.max_steps=45")[2:]) == 0
+    said = capsys.readouterr().out
+    assert "resuming at step 40 of 45" in said
+    assert "the run was to be shorter; the learning rate follows the schedule of 45 steps from here on" in said
+    rates = {line["step"]: line["train/lr"] for line in metrics(run) if "train/lr" in line}
+    assert rates[45] < rates[5] and (run / "checkpoints" / "step-00000045").exists()
+    assert main(training_command(workplace, "longer", "train.max_steps=44")[2:]) == 2
+    assert "train.max_steps: 45 -> 44" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fails_costs_no_training(workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained is saved before; the same command makes up the evaluation and ends as an undisturbed run does."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error", "corpus.jsonl")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.evaluate.evaluate", fail)
+        assert main(training_command(workplace, "unevaluated")[2:]) == 2
+    run = workplace / "unevaluated"
+    assert [folder.name for folder in (run / "checkpoints").iterdir()][-1] == "step-00000010"
+    finished = run_training(workplace, "unevaluated")
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming at step 10 of 40" in finished.stdout
+    _assert_same_run(run, undisturbed)
+    assert (run / "best.json").read_text() == (undisturbed / "best.json").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+    workplace: Path, undisturbed: Path, number: signal.Signals, status: int
+) -> None:
+    run, log = workplace / f"stopped-{status}", workplace / f"stopped-{status}.log"
+    command = training_command(workplace, run.name, "train.save_every=100")
+    with log.open("wb") as output, subprocess.Popen(command, cwd=workplace, stdout=output, stderr=output) as process:
+        _wait_for(lambda: (run / "metrics.jsonl").exists(), process, log)
+        process.send_signal(number)
+        assert process.wait() == status, log.read_text()
+    assert f"{number.name}: stopped after step " in log.read_text()
+    finished = run_training(workplace, run.name)
+    assert finished.returncode == 0 and "resuming at step" in finished.stdout, finished.stderr
+    for name in ("model", "optimizer"):
+        saved = (folder / "checkpoints/step-00000040" / f"{name}.safetensors" for folder in (run, undisturbed))
+        assert len({file.read_bytes() for file in saved}) == 1, name
