@@ -8,7 +8,8 @@
         sys.exit(main())
 
 Exit status: 0 finished; 2 refused (arguments, configuration, data, files, memory, a loss that is not finite); 3 another rank was lost;
-130 interrupted; 143 terminated; 138 stopped by SIGUSR1. A subprocess that failed hands its own status on. Every other error is a bug and keeps its traceback.
+130 interrupted; 143 terminated; 138 stopped by SIGUSR1. A subprocess that failed hands its own status on. Every other error is a bug and
+keeps its traceback.
 This module imports neither torch nor anything else that takes long: what is wrong is told before they are loaded.
 """
 

@@ -17,7 +17,8 @@ from tests.workplace import ROOT
 _RUN = """
 import sys, time, torch
 from retriever.parallel.world import World
-from retriever.signals import Stopped, StopSignals
+from retriever.errors import Stopped
+from retriever.signals import StopSignals
 
 last = 0
 
