@@ -104,7 +104,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
         assert [damage(whole) for whole in checkpoint.steps(found.parent)] == [None] * len(checkpoint.steps(found.parent))
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
-        telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)  # type: ignore[arg-type]
+        telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)
         if lacking := again.lacks_evaluation(step):
             lines += [step]
             telemetry.log(step, {"eval/x": _EVALUATED[step]})

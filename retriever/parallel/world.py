@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from retriever.errors import Verdict
+
 _BUCKET_BYTES = 256 * 2**20
 # torch 2.13 renamed both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,6 +48,9 @@ class Watcher(Protocol):
 
     def blame(self, error: RuntimeError) -> RuntimeError:
         """What to raise where a collective failed with `error`."""
+
+    def announce(self, verdict: Verdict) -> Verdict:
+        """Ends the run on every rank; returns the verdict that counts."""
 
 
 class Transfer:
