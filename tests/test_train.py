@@ -257,7 +257,7 @@ def test_an_evaluation_that_fails_costs_no_training(workplace: Path, undisturbed
         patch.setattr("eval.evaluate.evaluate", fail)
         assert main(training_command(workplace, "unevaluated")[2:]) == 2
     run = workplace / "unevaluated"
-    assert [folder.name for folder in (run / "checkpoints").iterdir()][-1] == "step-00000010"
+    assert max(folder.name for folder in (run / "checkpoints").iterdir()) == "step-00000010"
     finished = run_training(workplace, "unevaluated")
     assert finished.returncode == 0, finished.stderr
     assert "resuming at step 10 of 40" in finished.stdout
