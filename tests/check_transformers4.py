@@ -22,7 +22,7 @@ from transformers import BertTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from retriever.config import Config, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.tokenizer import training_tokenizer
-from retriever.export import export
+from retriever.export import Probe, export
 from tests.tiny import ARCHITECTURES, random_texts, save_tiny_model, tiny_tokenizer
 
 VERSION = "4.57.6"
@@ -116,7 +116,8 @@ def _exports(folder: Path) -> dict[str, Path]:
 
 
 def _export(model: ModelConfig, folder: Path) -> Path:
-    return export(DualEncoder.from_pretrained(model), training_tokenizer(model), Config(model=model), folder, probe_texts=TEXTS)
+    encoder, tokenizer, config = DualEncoder.from_pretrained(model), training_tokenizer(model), Config(model=model)
+    return export(encoder, tokenizer, config, folder, Probe.of(encoder, tokenizer, config, TEXTS))
 
 
 def _unigram() -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from retriever.config import Config, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.tokenizer import load_tokenizer
-from retriever.export import export
+from retriever.export import Probe, export
 from tests.tiny import random_texts, save_tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -22,7 +22,8 @@ FULL, SLIDING = {"rope_type": "default", "rope_theta": 80_000.0}, {"rope_type": 
 def _exported(folder: Path, architecture: str, **config: Any) -> Path:
     model = ModelConfig(str(save_tiny_model(folder / "start", architecture, **config)), query_max_tokens=20, passage_max_tokens=40)
     tokenizer = load_tokenizer(folder / "start")
-    return export(DualEncoder.from_pretrained(model), tokenizer, Config(model=model), folder / "export", probe_texts=random_texts(2))
+    encoder, run = DualEncoder.from_pretrained(model), Config(model=model)
+    return export(encoder, tokenizer, run, folder / "export", Probe.of(encoder, tokenizer, run, random_texts(2)))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,8 @@ def test_special_tokens_without_a_name_keep_their_meaning(tmp_path: Path) -> Non
     tokenizer.add_special_tokens({"additional_special_tokens": ["<query>"]})
     tokenizer.save_pretrained(folder)
     model = ModelConfig(str(folder), query_max_tokens=20, passage_max_tokens=40)
-    exported = export(DualEncoder.from_pretrained(model), tokenizer, Config(model=model), tmp_path / "export", probe_texts=["a"])
+    encoder, config = DualEncoder.from_pretrained(model), Config(model=model)
+    exported = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, ["a"]))
     assert json.loads((exported / "tokenizer_config.json").read_text())["additional_special_tokens"] == ["<query>"]
     again = AutoTokenizer.from_pretrained(exported)
     assert again.extra_special_tokens == tokenizer.extra_special_tokens == ["<query>"]

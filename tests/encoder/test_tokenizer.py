@@ -15,7 +15,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import ends_texts, load_tokenizer, training_tokenizer
-from retriever.export import export
+from retriever.export import Probe, export
 from tests.tiny import random_texts, save_plain_model, save_tiny_model
 
 SEP = 3  # the end-of-text token of the tiny tokenizers
@@ -43,9 +43,9 @@ def test_a_plain_language_model_of_last_pooling_gets_an_end(tmp_path: Path, arch
 
 def test_what_is_appended_is_appended_in_the_export_too(tmp_path: Path) -> None:
     model = _model(save_plain_model(tmp_path / "start"), query_prompt="find: ", query_max_tokens=24)
-    encoder, tokenizer = DualEncoder.from_pretrained(model), training_tokenizer(model)
-    folder = export(encoder, tokenizer, Config(model=model), tmp_path / "export", probe_texts=TEXTS)
-    live = EncoderBundle(encoder, tokenizer, settings_of(Config(model=model), "last"))
+    encoder, tokenizer, config = DualEncoder.from_pretrained(model), training_tokenizer(model), Config(model=model)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, TEXTS))
+    live = EncoderBundle(encoder, tokenizer, settings_of(config, "last"))
     expected = {side: live.encode(TEXTS, side) for side in ("query", "passage")}
     theirs, ours = SentenceTransformer(str(folder), device="cpu"), load_encoder(folder, device="cpu")
     np.testing.assert_allclose(ours.encode(TEXTS, "query"), expected["query"], rtol=0, atol=1e-6)
@@ -61,8 +61,8 @@ def test_an_embedding_models_tokenizer_is_left_alone(tmp_path: Path) -> None:
     """It was trained as it is."""
     folder = save_plain_model(tmp_path / "start")
     model = _model(folder, append_eos=False)
-    encoder = DualEncoder.from_pretrained(model)
-    export(encoder, training_tokenizer(model), Config(model=model), tmp_path / "export", probe_texts=TEXTS)
+    encoder, tokenizer, config = DualEncoder.from_pretrained(model), training_tokenizer(model), Config(model=model)
+    export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, TEXTS))
     assert not ends_texts(training_tokenizer(_model(tmp_path / "export")))
     assert ends_texts(training_tokenizer(_model(tmp_path / "export", append_eos=True)))
 

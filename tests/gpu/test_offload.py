@@ -108,8 +108,7 @@ def test_memory_does_not_grow_with_the_batch(world: World, device: str) -> None:
         del q, p, resident
         peaks[pairs], found = _peak(*on_host, targets, world, config, 8192)
         for f, e in zip(found, expected, strict=True):
-            f, e = f.to(device), e.to(device)
-            assert (f - e).norm() < 5e-3 * e.norm()
+            assert (f.cpu() - e).norm() < 5e-3 * e.norm()  # on the host: a copy on the device would count into the next peak
     assert peaks[65_536] < 1.05 * peaks[32_768] and peaks[65_536] < 0.35 * peaks["resident"], peaks
 
 
