@@ -77,9 +77,13 @@ class Outputs:
 
     def wait(self) -> None:
         """Returns once everything begun is written and durable. Raises what went wrong with it."""
+        self.close()
+        self.check()
+
+    def close(self) -> None:
+        """Returns once nothing is being written any more, also where an error ends the run."""
         if self._writing.ident is not None:
             self._writing.join()
-        self.check()
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint that was begun."""

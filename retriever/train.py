@@ -162,7 +162,11 @@ def _train(
 
     stopping, done = 0, finished
     stop = StopSignals(world, outputs.save_last_update)
-    with stop, closing(loader.batches(finished, total)) as batches:  # also after an error: else whichever thread collects it would wait
+    with (
+        closing(outputs),
+        stop,
+        closing(loader.batches(finished, total)) as batches,
+    ):  # also after an error: else whichever thread collects it would wait
         if finished:
             evaluate_and_record(finished)
         for batch in batches:
