@@ -126,12 +126,19 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             + (f", in shards on {world.size} ranks" if world.sharded else "")
             + f"; {config.model.attention} texts, {layers_of(config.model)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
-            f"batch   {config.batch.queries:,} queries in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
+            f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
             f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
             f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
             f"output in {config.run.output_dir}",
         )
     )
+
+
+def _queries(planner: Planner, asked: int) -> str:
+    """How many queries a batch really has."""
+    least, most = planner.batch_queries
+    found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
+    return found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
 
 
 def _equal(store: Store) -> str:

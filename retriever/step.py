@@ -42,7 +42,7 @@ def train_step(
     (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
     """
     seed_step(seed, batch.step, world.rank)
-    temperature, gradient_scale = objective.temperature, optimizer.gradient_scale  # read while the device has nothing to do
+    temperature, gradient_scale = objective.temperature_at(batch.step), optimizer.gradient_scale  # read while the device has nothing to do
 
     # 1. Encode every chunk without a graph and remember its RNG state. (The first ones keep what `retention` allows: 3 has less to do.)
     representations, first = encode_without_graph(encoder, batch, retention, offload=objective.offload)  # queries [B, D], passages [N, D]

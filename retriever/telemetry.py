@@ -44,6 +44,8 @@ class Telemetry:
             disable=not self._first or finished == total,
             dynamic_ncols=True,
         )
+        self.applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
+        self._told = False
         self._forecast, self._step_seconds = forecast, list[float]()
         self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0  # of the steps not logged yet
         self._step_started = self._since
@@ -61,6 +63,10 @@ class Telemetry:
             self._waited_s + report.waited_s,
         )
         done = report.step + 1
+        self.applied = self.applied or math.isfinite(report.grad_norm)
+        if report.grad_norm == 0 and not self._told and self._first:
+            self._told = True
+            self._bar.write(f"warning: step {done}: the gradient is 0, so nothing is learned: {_cause(report.loss)}")
         elapsed = now - self._since
         speed, waited = self._pairs / elapsed, self._waited_s / elapsed
         self._bar.set_postfix_str(
@@ -118,6 +124,13 @@ class Telemetry:
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
+
+
+def _cause(loss: float) -> str:
+    """Why a gradient is exactly 0."""
+    if loss == 0:
+        return "no query of the batch has a negative (data.train, data.negatives, loss.false_negative_margin)"
+    return "all embeddings are equal: the texts are, once cut at their length, or the model has collapsed (optim.lr, model.*_max_tokens)"
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:

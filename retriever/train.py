@@ -186,6 +186,11 @@ def _train(
     telemetry.close()
     if stopping:
         return Stopped(stopping, done)
+    if finished < total and not telemetry.applied:
+        raise FloatingPointError(
+            f"no update was made in {counted(total - finished, 'step')}: the gradients overflowed in fp16; "
+            "set optim.precision=bf16, or train for more steps"
+        )
     accelerator.print(
         f"finished {counted(total, 'step')}: model in {outputs.folder / 'export'}, curves in {outputs.folder / 'report.html'}"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,30 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: C
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 6, "tra')
     Telemetry(Accelerator(), tmp_path / "metrics.jsonl", finished=3, total=40, log_every=2)
     assert _lines(tmp_path) == [{"step": 2, "a": 1}]
+
+
+@pytest.mark.parametrize(("loss", "cause"), [(0.0, "no query of the batch has a negative"), (4.16, "all embeddings are equal")])
+def test_a_gradient_of_0_is_told_once_with_its_cause(
+    loss: float, cause: str, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    telemetry = _telemetry(tmp_path)
+    clock.now += 1
+    telemetry.step(_report(0))
+    assert "warning" not in capsys.readouterr().err
+    for step in (1, 2):
+        clock.now += 1
+        telemetry.step(replace(_report(step), loss=loss, grad_norm=0.0))
+    telemetry.close()
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("warning: step 2: the gradient is 0, so nothing is learned: " + cause) == 1
+    assert (said.out + said.err).count("warning") == 1
+
+
+def test_only_an_update_counts_as_one(tmp_path: Path, clock: Clock) -> None:
+    telemetry, applied = _telemetry(tmp_path), []
+    for step, norm in enumerate((math.inf, 2.0, math.inf)):
+        clock.now += 1
+        telemetry.step(replace(_report(step), grad_norm=norm))
+        applied.append(telemetry.applied)
+    telemetry.close()
+    assert applied == [False, True, True]

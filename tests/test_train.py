@@ -281,3 +281,21 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     for name in ("model", "optimizer"):
         saved = (folder / "checkpoints/step-00000040" / f"{name}.safetensors" for folder in (run, undisturbed))
         assert len({file.read_bytes() for file in saved}) == 1, name
+
+
+def test_the_real_batch_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """120 queries of a source make batches of 24 where 24 are asked for, and of 120 where 5,000 are."""
+    overrides = ["batch.queries=5000", "train.max_steps=1", "eval=null", "train.eval_every=0", "run.trackers=[]"]
+    assert main(training_command(workplace, "one-batch", *overrides)[2:]) == 0
+    assert "batch   120 queries (batch.queries=5000: a source is divided into batches of equal size) in chunks" in capsys.readouterr().out
+
+
+def test_a_run_without_an_update_is_no_finished_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in fp16, whose scaler leaves out every update whose gradient overflows."""
+    monkeypatch.setattr("retriever.optim.Optimizer._clip_and_step", lambda self, step: float("inf"))
+    overrides = ["train.max_steps=2", "eval=null", "train.eval_every=0", "run.trackers=[]"]
+    assert main(training_command(workplace, "overflowing", *overrides)[2:]) == 2
+    said = capsys.readouterr()
+    assert "no update was made in 2 steps" in said.err and "finished" not in said.out

@@ -109,6 +109,13 @@ class Planner:
         """Optimizer steps in one epoch."""
         return sum(self._batches)
 
+    @property
+    def batch_queries(self) -> tuple[int, int]:
+        """Queries in the smallest and in the largest batch of an epoch."""
+        taken = self._per_epoch if self._one_source else [sum(self._per_epoch)]
+        sizes = list(zip(taken, self._batches, strict=True))
+        return min(queries // parts for queries, parts in sizes), max(-(-queries // parts) for queries, parts in sizes)
+
     def plan(self, step: int) -> GlobalBatch:
         """The batch of optimizer step `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)

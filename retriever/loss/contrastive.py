@@ -30,6 +30,7 @@ from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
 
 _ROWS_AT_ONCE = 65_536  # held in double precision
+_LARGEST_LOG_SCALE = 80.0  # beyond it, temperature or scale has no float32
 
 
 def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Tensor:
@@ -61,6 +62,13 @@ class ContrastiveObjective(nn.Module):
     def temperature(self) -> float:
         """The present temperature; one that is not learned is the configuration's to the last bit."""
         return math.exp(-self.log_scale.item()) if self.log_scale.requires_grad else self._config.temperature
+
+    def temperature_at(self, step: int) -> float:
+        """`temperature`, for step `step`, counted from 0. Raises FloatingPointError where a learned one has left all bounds."""
+        log_scale = self.log_scale.item() if self.log_scale.requires_grad else 0.0
+        if not abs(log_scale) < _LARGEST_LOG_SCALE:
+            raise FloatingPointError(f"step {step + 1}: the learned temperature has left all bounds (e^{-log_scale:.3g}); lower optim.lr")
+        return self.temperature
 
     @property
     def offload(self) -> bool:

@@ -166,3 +166,14 @@ def test_the_loss_is_divided_by_the_global_number_of_queries() -> None:
     quarter_loss, quarter_dq, _ = _objective()(q, p, quarter, CPU)
     torch.testing.assert_close(quarter_loss * 4, loss)
     torch.testing.assert_close(quarter_dq * 4, dq)
+
+
+@pytest.mark.parametrize("log_scale", [800.0, -800.0, float("nan")])
+def test_a_learned_temperature_out_of_bounds_names_the_step(log_scale: float) -> None:
+    """1/temperature is 0, or infinite, where the learning rate is far too high."""
+    objective = ContrastiveObjective(LossConfig(temperature=0.05, learn_temperature=True), unit=True)
+    assert objective.temperature_at(6) == objective.temperature
+    with torch.no_grad():
+        objective.log_scale.fill_(log_scale)
+    with pytest.raises(FloatingPointError, match=r"step 7: the learned temperature has left all bounds .*; lower optim\.lr"):
+        objective.temperature_at(6)
