@@ -46,6 +46,9 @@ class Holder:
         return f"process {self.pid} on {self.host} since {since}"
 
 
+_held: dict[Path, Holder] = {}  # by this process
+
+
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder, which is made where there is none, and removed at the end if it holds nothing. Raises LockedError."""
@@ -75,6 +78,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             print(f"{what} is built by {holder}: waiting for it", flush=True)
         waiting = True
         time.sleep(_POLL_S)
+    _held[path] = here
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, what, here, done), name="heartbeat", daemon=True)
     heart.start()
@@ -83,6 +87,13 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     finally:
         done.set()
         heart.join()
+        del _held[path]
+        _release(path, here)
+
+
+def release_all() -> None:
+    """Gives up every lock of this process, which is about to end without leaving its `with` blocks."""
+    for path, here in list(_held.items()):
         _release(path, here)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ class Outputs:
 
     def _begin(self, step: int, *, stepping: bool) -> None:
         self.wait()
-        snapshot = checkpoint.snapshot(self._state, keep=self._world.is_first)
-        encoder = self._placed.copy(keep=self._world.is_first)
+        # In the middle of a step, beside what the step has queued on the device and may wait for in vain.
+        aside = stepping and self._world.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._world.device)) if aside else nullcontext():
+            snapshot = checkpoint.snapshot(self._state, keep=self._world.is_first)
+            encoder = self._placed.copy(keep=self._world.is_first)
         self._saved = step
         if self._world.is_first:
             # In the middle of a step the device may lack the memory, and in shards no rank can encode alone.
@@ -80,10 +84,10 @@ class Outputs:
         self.close()
         self.check()
 
-    def close(self) -> None:
-        """Returns once nothing is being written any more, also where an error ends the run."""
+    def close(self, limit_s: float | None = None) -> None:
+        """Returns once nothing is being written any more, or after `limit_s`; also where an error ends the run."""
         if self._writing.ident is not None:
-            self._writing.join()
+            self._writing.join(limit_s)
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint that was begun."""

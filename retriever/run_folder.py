@@ -51,16 +51,18 @@ def take(config: Config) -> None:
     """Records that the names this run needs are its own. The lock is held."""
     folder = Path(config.run.output_dir)
     taken = _taken(folder)
-    if not (folder / _MANIFEST).exists() and (folder / EMBEDDINGS).exists():  # an earlier version's: evaluations would not know them
+    earlier = not (folder / _MANIFEST).exists() and EMBEDDINGS in taken  # an earlier version's: evaluations would not know them
+    if earlier and (folder / EMBEDDINGS).exists():
         remove(folder / EMBEDDINGS)
     write_json(folder / _MANIFEST, {"taken": sorted({*taken, *_wanted(config)})})
 
 
 def remove_embeddings(folder: Path) -> None:
     """Removes what evaluations while training left; the name is free again for a person's own."""
-    if (folder / EMBEDDINGS).exists():
+    taken = _taken(folder)
+    if EMBEDDINGS in taken and (folder / EMBEDDINGS).exists():
         remove(folder / EMBEDDINGS)
-    write_json(folder / _MANIFEST, {"taken": sorted(_taken(folder) - {EMBEDDINGS})})
+    write_json(folder / _MANIFEST, {"taken": sorted(taken - {EMBEDDINGS})})
 
 
 def _wanted(config: Config) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ def _wanted(config: Config) -> tuple[str, ...]:
 
 def _refuse_foreign(folder: Path, wanted: tuple[str, ...]) -> None:
     """Raises ConfigError with the first entry that a run would replace and that no run of this folder made."""
-    if link := next((folder / name for name in wanted if (folder / name).is_symlink()), None):
+    if link := next((folder / name for name in (*wanted, "logs") if (folder / name).is_symlink()), None):
         raise ConfigError(f"{link} is a symbolic link, which a run does not follow; remove it, or choose another run.output_dir")
     taken = _taken(folder)
     for entry in (folder / name for name in wanted if name not in taken):

@@ -18,12 +18,14 @@ from typing import Literal
 
 import torch
 
-from retriever.errors import Stopped, Verdict
+from retriever.errors import REFUSED, Stopped, Verdict
+from retriever.lock import release_all
 from retriever.parallel.world import World
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_S = 20.0  # for the step at hand; launchers kill their processes 30 s after they ask them to end
 _SAME_S = 2.0  # a terminal and a launcher both pass one Ctrl-C on
+_OTHERS_READ_S = 2.5  # the watch looks every second
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -56,8 +58,10 @@ class StopSignals:
         before = self._state
         if before == "stepping":
             self._set_state("between")
-        yield
-        self._set_state(before)
+        try:
+            yield
+        finally:
+            self._set_state(before)
 
     def _set_state(self, state: Literal["stepping", "between", "stopping"]) -> None:
         with self._changed:
@@ -67,9 +71,11 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
+        heeded = [
+            number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # a shell's background job ignores Ctrl-C
+        self._before = {number: signal.signal(number, lambda *_: None) or signal.SIG_DFL for number in heeded}
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        die_with_launcher()
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -92,10 +98,11 @@ class StopSignals:
                 continue
             if not self._signal:
                 self._signal, first_s = number, time.monotonic()
-                _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
                 threading.Thread(target=self._wait, name="grace", daemon=True).start()
             elif number == signal.SIGINT and time.monotonic() - first_s > _SAME_S:
-                self._exit("interrupted again: stopped at once")
+                self._exit("interrupted again: stopped at once", 128 + number)
 
     def _wait(self) -> None:
         """Leaves where the step takes too long, or the run is between its steps."""
@@ -105,22 +112,33 @@ class StopSignals:
                 return
         if not self._world.is_first or (self._world.sharded and not in_time):
             return  # the first rank ends the others; of an encoder in shards no rank can save alone, and the step goes on
-        self._exit(str(Stopped(self._signal, self._save())))
+        try:
+            message, status = str(Stopped(self._signal, self._save())), 128 + self._signal
+        except Exception as error:  # this thread is the last that could say so
+            message, status = f"error: {signal.Signals(self._signal).name}: the last update could not be saved: {error}", REFUSED
+        self._exit(message, status)
 
-    def _exit(self, message: str) -> None:
+    def _exit(self, message: str, status: int) -> None:
         _say(message)
         if self._world.watch is not None:
-            self._world.watch.announce(Verdict(self._world.rank, self._world.rank, message, 128 + self._signal))
-            time.sleep(1.0)  # the store ends with this process, and the others have yet to read why
+            self._world.watch.announce(Verdict(self._world.rank, self._world.rank, message, status))
+            time.sleep(_OTHERS_READ_S)  # the store ends with this process, and the others have yet to read why
+        release_all()
         sys.stdout.flush()
-        os._exit(128 + self._signal)
+        os._exit(status)
 
 
 def die_with_launcher() -> None:
-    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not end it."""
+    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not end it.
+
+    To be called before `launch.join`, which takes away the variable by which the launcher is known.
+    """
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and sys.platform == "linux":
+        launcher = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() != launcher:  # it ended meanwhile
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _say(message: str) -> None:

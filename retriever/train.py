@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from retriever.outputs import Outputs
     from retriever.parallel.world import World
 
+_LAST_WRITE_S = 60.0  # for the checkpoint that is being written when another rank ends the run
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `accelerate launch retriever/train.py`."""
@@ -48,6 +51,9 @@ def _train_as_told(args: argparse.Namespace) -> None:
     check_trackers(config.run.trackers)
     # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from retriever.signals import die_with_launcher
+
+    die_with_launcher()
     with held(config):
         train(config)
 
@@ -161,6 +167,8 @@ def _train(
             outputs.publish_best(done)
 
     stopping, done = 0, finished
+    if world.watch is not None:
+        world.watch.before_leaving = partial(outputs.close, _LAST_WRITE_S)
     stop = StopSignals(world, outputs.save_last_update)
     with (
         closing(outputs),
@@ -186,7 +194,7 @@ def _train(
     telemetry.close()
     if stopping:
         return Stopped(stopping, done)
-    if finished < total and not telemetry.applied:
+    if not finished and not telemetry.applied:
         raise FloatingPointError(
             f"no update was made in {counted(total - finished, 'step')}: the gradients overflowed in fp16; "
             "set optim.precision=bf16, or train for more steps"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_a_run_without_evaluations_takes_none_of_their_names(config: Config, tmp
     plain = Config(run=config.run)
     _start(plain)
     assert _refused(config).startswith(f"{tmp_path / 'run' / 'best'} was not written")
+
+
+def test_a_run_without_evaluations_leaves_a_persons_embeddings(config: Config, tmp_path: Path) -> None:
+    """At its start, at its end, and when it is started again after its end."""
+    embeddings, plain = tmp_path / "run" / "embeddings", replace(config, eval=None)
+    _put(embeddings)
+    for _ in range(2):
+        with held(plain):
+            take(plain)
+            remove_embeddings(tmp_path / "run")
+        assert any(embeddings.iterdir())
 
 
 def test_a_run_of_an_earlier_version_goes_on(config: Config, tmp_path: Path) -> None:

@@ -18,15 +18,16 @@ _RUN = """
 import sys, time, torch
 from retriever.parallel.world import World
 from retriever.errors import Stopped
-from retriever.signals import StopSignals
+from retriever.signals import StopSignals, die_with_launcher
 
+die_with_launcher()
 last = 0
 
 def save():
     print("late", last, flush=True)
     return last
 
-stop = StopSignals(World(torch.device("cpu")), save, grace_s=1.0)
+stop = StopSignals(World(torch.device("cpu")), save, grace_s={grace_s})
 with stop:
     for step in range(1, 100):
         print("step", step, flush=True)
@@ -43,8 +44,8 @@ with stop:
 """
 
 
-def _start(slow: float = 0.2, evaluates: bool = False) -> subprocess.Popen[str]:
-    code = textwrap.dedent(_RUN).format(slow=slow, evaluates=evaluates)
+def _start(slow: float = 0.2, evaluates: bool = False, grace_s: float = 1.0) -> subprocess.Popen[str]:
+    code = textwrap.dedent(_RUN).format(slow=slow, evaluates=evaluates, grace_s=grace_s)
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -56,7 +57,7 @@ def _until(run: subprocess.Popen[str], line: str) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_the_step_at_hand_is_finished_and_saved(number: signal.Signals, status: int) -> None:
-    run = _start()
+    run = _start(slow=3, grace_s=60)
     _until(run, "step 4")
     run.send_signal(number)
     said, errors = run.communicate(timeout=30)
@@ -87,19 +88,21 @@ def test_an_evaluation_is_not_waited_for() -> None:
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
     """A Ctrl-C that a terminal and a launcher pass on counts once."""
-    run = _start(slow=20)
+    run = _start(slow=60, grace_s=60)
     _until(run, "step 4")
     run.send_signal(signal.SIGINT)
     run.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    time.sleep(2.5)
     assert run.poll() is None
-    run.communicate(timeout=30)
-    assert run.returncode == 130
+    run.send_signal(signal.SIGINT)
+    said, errors = run.communicate(timeout=30)
+    assert (said, run.returncode) == ("", 130)
+    assert "interrupted again: stopped at once" in errors
 
 
 def test_the_trainer_ends_with_the_launcher_of_one_process(tmp_path: Path) -> None:
     """accelerate starts one process without ending it when it is killed itself; here a stand-in does so."""
-    code = textwrap.dedent(_RUN).format(slow=0.2, evaluates=False)
+    code = textwrap.dedent(_RUN).format(slow=2, evaluates=False, grace_s=60)
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     environment = {"PATH": "/usr/bin:/bin", "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(
@@ -108,4 +111,4 @@ def test_the_trainer_ends_with_the_launcher_of_one_process(tmp_path: Path) -> No
     _until(run, "step 2")
     run.kill()
     said, _ = run.communicate(timeout=30)  # returns once the trainer has ended too
-    assert "saved" in said and "step 10" not in said
+    assert "saved" in said and "step 99" not in said

@@ -26,7 +26,8 @@ import numpy as np
 from eval.engines.embeddings import Embeddings, blocks_of
 from retriever.checksums import damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import remove, replace_file, write_json
+from retriever.files import make_folder, remove, replace_file, write_json
+from retriever.lock import LOCK, locked
 from retriever.shards import EmbeddingShards
 
 NAMES = ("flat", "ivf", "ivfpq", "hnsw")
@@ -99,15 +100,22 @@ def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Inde
         "seed": _SEED,
         "embeddings": shards_fingerprint(passages),
     }
-    manifest = _manifest(manifest_file)
-    if {key: manifest.get(key) for key in wanted} != wanted or not file.is_file() or damaged(folder):
-        built = _build(passages, index, spec)
-        if manifest_file.exists():
-            remove(manifest_file)  # before there is another index
-        with replace_file(file) as aside:
-            faiss.write_index(built, str(aside))
-        write_checksums(folder, [file.name], remembered=True)
-        write_json(manifest_file, wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size})
+
+    def is_there() -> bool:
+        manifest = _manifest(manifest_file)
+        return {key: manifest.get(key) for key in wanted} == wanted and file.is_file() and not damaged(folder)
+
+    if not is_there():
+        make_folder(folder)
+        with locked(folder / LOCK, f"the index {folder}", wait=True):
+            if not is_there():  # another process built it meanwhile
+                built = _build(passages, index, spec)
+                if manifest_file.exists():
+                    remove(manifest_file)  # before there is another index
+                with replace_file(file) as aside:
+                    faiss.write_index(built, str(aside))
+                write_checksums(folder, [file.name], remembered=True)
+                write_json(manifest_file, wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size})
     by_lists = "IVF" in spec.factory  # inverted lists are mapped by one flag, vectors and graphs by the other
     return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from retriever.errors import INTERRUPTED, LOST, RESUMES, RankError, Verdict
+from retriever.lock import release_all
 from retriever.parallel.world import World
 
 _VERDICT = "verdict"
@@ -37,6 +38,7 @@ class Watch:
         self._entered = self._beat = 0
         self._stopped, self._closing = threading.Event(), False
         self._known: Verdict | None = None  # once read, it needs no store
+        self.before_leaving: Callable[[], None] = lambda: None  # called before the process ends in the middle of whatever it does
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._publish()
 
@@ -148,9 +150,11 @@ class Watch:
         """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no more."""
         if verdict is None or self._stopped.wait(2 * self._interval_s):
             return
+        self.before_leaving()
+        release_all()
         error = RankError(verdict, self._rank)
         if error.speaks:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\n{'error: ' if verdict.status == LOST else ''}{error}", file=sys.stderr)
         if verdict.status == LOST and verdict.rank == self._rank:
             frame = sys._current_frames()[threading.main_thread().ident or 0]
             print(f"rank {self._rank} is here:\n{''.join(traceback.format_stack(frame))}", file=sys.stderr)

@@ -43,6 +43,8 @@ class Gathered:
 class Watcher(Protocol):
     """What wants to know of collectives: see `parallel.watch`."""
 
+    before_leaving: Callable[[], None]  # called before the process ends because of another rank
+
     def enter(self) -> None:
         """A collective begins."""
 
