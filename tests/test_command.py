@@ -146,7 +146,7 @@ def test_a_command_of_its_own_process_ends_with_the_status(script: str) -> None:
 
 
 def test_sigterm_ends_a_run_with_one_line(places: dict[str, Path], tmp_path: Path) -> None:
-    """What was saved before is whole, and the same command goes on from it."""
+    """The step at hand is saved, and the same command goes on from it."""
     arguments = ["train.max_steps=1000000", "train.save_every=1", "eval=null", "train.eval_every=0", "run.trackers=[]"]
     words = training_command(places["run"].parent, "terminated", *arguments)
     log = tmp_path / "log"
@@ -157,8 +157,9 @@ def test_sigterm_ends_a_run_with_one_line(places: dict[str, Path], tmp_path: Pat
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143, log.read_text()
-    (line,) = re.findall("^error: .*", log.read_text(), re.MULTILINE)
-    assert line.startswith("error: terminated: the same command goes on from the last checkpoint") and "Traceback" not in log.read_text()
+    (line,) = re.findall("^SIGTERM: stopped .*", log.read_text(), re.MULTILINE)
+    assert line.endswith("which is saved. The same command goes on from there")
+    assert "error: " not in log.read_text() and "Traceback" not in log.read_text()
 
 
 def _run(body: Callable[[Namespace], None], *arguments: str) -> int:
