@@ -267,6 +267,7 @@ def _gradient_shifts(
 
 
 def processors(x: Tensor) -> int:
+    """Multiprocessors of the device that `x` is on; 1 for a CPU."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
