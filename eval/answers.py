@@ -1,11 +1,13 @@
-"""The command that measures how often the passages found hold an answer: DPR's accuracy on Natural Questions, TriviaQA, WebQuestions.
+"""The command that measures how often the passages found hold an answer: DPR's accuracy on Natural Questions, TriviaQA,
+WebQuestions.
 
 python -m eval.answers --model runs/nq/export --data data/nq --questions data/nq/nq-test.qa.csv
 accelerate launch -m eval.answers --model runs/nq/export --data data/nq --questions data/nq/nq-test.qa.csv --title join
 
-`Success@20` is the share of questions with an answer among the 20 best passages. A passage holds an answer where the answer's words
-stand in its text (not its title) in a row, capitals aside. (Karpukhin et al. 2020, arXiv:2004.04906, section 5)
-With --regex answers are regular expressions, as CuratedTREC's are, and a passage holds one that is found anywhere in its text.
+`Success@20` is the share of questions with an answer among the 20 best passages. A passage holds an answer where the
+answer's words stand in its text (not its title) in a row, capitals aside. (Karpukhin et al. 2020, arXiv:2004.04906,
+section 5) With --regex answers are regular expressions, as CuratedTREC's are, and a passage holds one that is found
+anywhere in its text.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class AnsweredQuestions(Collection):
     regex: bool = False  # they are regular expressions
 
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
-        """As `Collection.measure`; the texts of the passages that the run names are read once more. Raises DataError for a missing one."""
+        """As `Collection.measure`; the texts of the passages that the run names are read once more. Raises DataError
+        for a missing one.
+        """
         return measure_run(self._judged(run), run, metrics)
 
     def fingerprints(self) -> dict[str, str]:
@@ -60,7 +64,9 @@ class AnsweredQuestions(Collection):
             for passage_id in run[question].passage_ids:
                 wanted.setdefault(passage_id, []).append(question)
         prepare, holds = (_pattern, holds_match) if self.regex else (_words, holds_answer)
-        sought: dict[str, list[Any]] = {question: [prepare(answer) for answer in answers] for question, answers in self.answers.items()}
+        sought: dict[str, list[Any]] = {
+            question: [prepare(answer) for answer in answers] for question, answers in self.answers.items()
+        }
         qrels: dict[str, dict[str, int]] = {question: {} for question in self.answers}
         for passage in (passage for table in self.corpus for passage in passages_of(table)):
             if questions := wanted.pop(str(passage.id), None):
@@ -76,7 +82,9 @@ class AnsweredQuestions(Collection):
 
 
 def holds_answer(words: Sequence[str], answers: Iterable[Sequence[str]]) -> bool:
-    """Whether the words of one of the answers stand in those of a text in a row. A word is letters, digits and marks, or one other sign."""
+    """Whether the words of one of the answers stand in those of a text in a row. A word is letters, digits and marks,
+    or one other sign.
+    """
     return any(_stands_in(answer, words) for answer in answers)
 
 
@@ -86,10 +94,11 @@ def holds_match(text: str, patterns: Iterable[re.Pattern[str]]) -> bool:
 
 
 def read_answered(folder: Path, questions: Path, *, regex: bool = False) -> AnsweredQuestions:
-    """The corpus of a folder (corpus.jsonl, or DPR's psgs_w100.tsv) and questions with their answers; a question's id is its number.
+    """The corpus of a folder (corpus.jsonl, or DPR's psgs_w100.tsv) and questions with their answers; a question's id
+    is its number.
 
-    Questions: DPR's csv (question, tab, a Python list of answers), or JSON and JSON lines with `question` and `answers` or `answer`;
-    `regex`: answers are regular expressions. Raises DataError where a file is missing or malformed.
+    Questions: DPR's csv (question, tab, a Python list of answers), or JSON and JSON lines with `question` and `answers`
+    or `answer`; `regex`: answers are regular expressions. Raises DataError where a file is missing or malformed.
     """
     present = [path for name in _CORPORA for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
     if not present:
@@ -107,7 +116,9 @@ def _questions(path: Path, regex: bool) -> Iterator[tuple[str, list[str]]]:
     if not is_file(path):
         raise DataError("no such file; expected questions with answers (--questions)", path)
     if kind_of(path) in (".csv", ".tsv"):
-        records: Iterator[Record] = (Record({"question": row[0], "answers": _listed(row[1])}, str(path), line) for line, row in _rows(path))
+        records: Iterator[Record] = (
+            Record({"question": row[0], "answers": _listed(row[1])}, str(path), line) for line, row in _rows(path)
+        )
     else:
         records = FileTable(path).records()
     for record in records:
@@ -128,7 +139,9 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         for row in reader:
             if len(row) != 2 or _listed(row[1]) is None:
-                raise DataError("expected a question, a tab and a list of answers such as ['Paris']", path, reader.line_num)
+                raise DataError(
+                    "expected a question, a tab and a list of answers such as ['Paris']", path, reader.line_num
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"expected a question, a tab and a list of answers: {error}", path, reader.line_num) from error
@@ -190,14 +203,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "how often the passages found for a question hold an answer to it",
         "folder of the passages",
         option("--questions", required=True, type=Path, help="questions with answers: DPR's csv, JSON or JSON lines"),
-        option("--regex", action="store_true", help="answers are Python's regular expressions, capitals aside (CuratedTREC)"),
+        option(
+            "--regex",
+            action="store_true",
+            help="answers are Python's regular expressions, capitals aside (CuratedTREC)",
+        ),
     )
     return run(parser, arguments, _evaluate, lower="--batch")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     if odd := [name for name in args.metrics or () if not name.lower().startswith(("success@", "mrr"))]:
-        raise RefusedError(f"--metrics {' '.join(odd)}: passages that were not found are not judged; expected Success@k or MRR")
+        raise RefusedError(
+            f"--metrics {' '.join(odd)}: passages that were not found are not judged; expected Success@k or MRR"
+        )
     with launched_search(args) as world:
         from eval.commands import report_all
 

@@ -8,14 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retriever.command import BATCH, ENCODER, Option, above_zero, at_least_one, command_parser, group, launched, one_of, option
+from retriever.command import (
+    BATCH,
+    ENCODER,
+    Option,
+    above_zero,
+    at_least_one,
+    command_parser,
+    group,
+    launched,
+    one_of,
+    option,
+)
 
 if TYPE_CHECKING:
     from retriever.parallel.world import World
 
 
 THREADS = option(
-    "--threads", type=at_least_one, help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)"
+    "--threads",
+    type=at_least_one,
+    help="of FAISS (default: OMP_NUM_THREADS, else all cores) and of BM25 (default: all cores)",
 )
 SEARCH = (
     option(
@@ -50,9 +63,11 @@ _ENCODING = (
 )
 
 
-def evaluation_parser(prog: str, description: str, data: str, *options: Option, data_required: bool = True) -> argparse.ArgumentParser:
-    """A parser with the arguments of every evaluation command (where the run comes from, how texts are encoded, where results go)
-    and `options` of its own. `data` says what --data is.
+def evaluation_parser(
+    prog: str, description: str, data: str, *options: Option, data_required: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the arguments of every evaluation command (where the run comes from, how texts are encoded, where
+    results go) and `options` of its own. `data` says what --data is.
     """
     return command_parser(
         prog,
@@ -66,7 +81,9 @@ def evaluation_parser(prog: str, description: str, data: str, *options: Option, 
         *options,
         option("--metrics", nargs="+", metavar="NAME", help="as nDCG@10 MRR@10 Recall@100 MAP"),
         option("--k", type=at_least_one, default=1000, help="passages a query in the run"),
-        option("--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)"),
+        option(
+            "--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)"
+        ),
         *SEARCH,
         BATCH,
         *ENCODER,

@@ -1,9 +1,11 @@
-"""The command that evaluates a model, BM25 or a run on a BEIR folder, or a model or BM25 on a folder of many with a summary.
+"""The command that evaluates a model, BM25 or a run on a BEIR folder, or a model or BM25 on a folder of many with a
+summary.
 
 python -m eval.beir --model runs/demo/export --data datasets/scifact
 accelerate launch -m eval.beir --model runs/demo/export --data datasets
 
-A folder inside a folder of many that holds several collections itself (CQADupStack's twelve forums) enters the summary with their mean.
+A folder inside a folder of many that holds several collections itself (CQADupStack's twelve forums) enters the summary
+with their mean.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def collection_folders(folder: Path) -> list[Path]:
 
 
 def summary(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The rows (`name` or `group/name` -> means), a mean for each group, and the mean of all, a group counting as one collection."""
+    """The rows (`name` or `group/name` -> means), a mean for each group, and the mean of all, a group counting as one
+    collection.
+    """
     found = {name: dict(means) for name, means in rows.items()}
     single = {name: means for name, means in found.items() if "/" not in name}
     for group in dict.fromkeys(name.partition("/")[0] for name in rows if "/" in name):
@@ -110,7 +114,10 @@ def _report_many(args: argparse.Namespace, folders: Sequence[Path], world: World
     if rows:  # on the first rank
         table = summary(rows)
         write_json(root / "summary.json", {"command": args.command, "split": args.split[0], "metrics": table})
-        print(f"\n{args.data} {args.split[0]}: {len(folders)} folders; {root / 'summary.json'}\n{format_table(table)}", flush=True)
+        print(
+            f"\n{args.data} {args.split[0]}: {len(folders)} folders; {root / 'summary.json'}\n{format_table(table)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

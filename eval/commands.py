@@ -33,18 +33,23 @@ def report_all(
     msmarco: bool = False,
     check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
 ) -> list[EvalResult]:
-    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints and returns it.
+    """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints
+    and returns it.
 
     `msmarco` writes runs in that format too; `check` adds notes on a result.
 
-    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, files in the output folder that no evaluation
-    wrote, and where another process works there, before anything is encoded.
+    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, files in the output folder that no
+    evaluation wrote, and where another process works there, before anything is encoded.
     """
     check_k(args.k)
     for collection, metrics in work:
         check_relevance(collection.relevance)
         check_measures(metrics, args.k if not args.run else sys.maxsize)
-    said = {} if args.run else {labels: collection.check() for labels, collection in {_corpus(c): c for c, _ in work}.items()}
+    said = (
+        {}
+        if args.run
+        else {labels: collection.check() for labels, collection in {_corpus(c): c for c, _ in work}.items()}
+    )
     folder = output_folder(args)
     refuse_foreign_results(folder, *(collection.split for collection, _ in work))
     bundle = load_bundle(args, world.device) if args.model is not None else None
@@ -73,11 +78,24 @@ def _corpus(collection: Collection) -> tuple[str, ...]:
 
 
 def _of_model(
-    args: argparse.Namespace, bundle: EncoderBundle, collection: Collection, metrics: Sequence[str], folder: Path, world: World
+    args: argparse.Namespace,
+    bundle: EncoderBundle,
+    collection: Collection,
+    metrics: Sequence[str],
+    folder: Path,
+    world: World,
 ) -> EvalResult | None:
     search = SearchOptions(args.index, args.engine, args.memory_gib, args.faiss_gpu)
     return evaluate_collection(
-        bundle, collection, metrics, args.k, folder, search=search, world=world, tokens_per_chunk=args.batch, progress=True
+        bundle,
+        collection,
+        metrics,
+        args.k,
+        folder,
+        search=search,
+        world=world,
+        tokens_per_chunk=args.batch,
+        progress=True,
     )
 
 
@@ -100,10 +118,17 @@ def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence
 def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:
     """The part of the work that the run is about: zeros for the queries of another split would say nothing about it."""
     query_ids = read_run(path).keys()
-    found = [(collection, metrics) for collection, metrics in work if not query_ids.isdisjoint(collection.qrels or collection.queries)]
+    found = [
+        (collection, metrics)
+        for collection, metrics in work
+        if not query_ids.isdisjoint(collection.qrels or collection.queries)
+    ]
     if not found:
         splits = ", ".join(collection.split for collection, _ in work)
-        raise DataError(f"none of its queries ({len(query_ids):,}) is judged in {splits}; expected a run of that split (--split)", path)
+        raise DataError(
+            f"none of its queries ({len(query_ids):,}) is judged in {splits}; expected a run of that split (--split)",
+            path,
+        )
     return found
 
 
@@ -112,9 +137,13 @@ def _of_run(args: argparse.Namespace, collection: Collection, metrics: Sequence[
     asked = collection.qrels or collection.queries
     without = sum(query_id not in run for query_id in asked)
     notes = [f"{without:,} of {counted(len(asked), 'judged query')} not in the run, which count 0"] if without else []
-    if collection.exclude_self and (own := [query_id for query_id, found in run.items() if query_id in found.passage_ids]):
+    if collection.exclude_self and (
+        own := [query_id for query_id, found in run.items() if query_id in found.passage_ids]
+    ):
         run |= {query_id: run[query_id].without(query_id) for query_id in own}
-        notes.append(f"{counted(len(own), 'query')} with the passage of the same id left out (BEIR's rule; --no-exclude-self keeps it)")
+        notes.append(
+            f"{counted(len(own), 'query')} with the passage of the same id left out (BEIR's rule; --no-exclude-self keeps it)"
+        )
     return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 
 
@@ -123,14 +152,18 @@ def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco:
     search = {"exclude_self": result.collection.exclude_self} | ({} if args.run else {"k": args.k, **result.index})
     path = write_result(result, folder, command=args.command, source=source, search=search, msmarco=msmarco)
     passages = f", {counted(result.n_passages, 'passage')}" if result.n_passages is not None else ""
-    print(f"\n{result.collection.name} {result.collection.split}: {counted(result.n_queries, 'query')}{passages}; {path}")
+    print(
+        f"\n{result.collection.name} {result.collection.split}: {counted(result.n_queries, 'query')}{passages}; {path}"
+    )
     for note in result.notes:
         print(f"note: {note}")
     print(format_table({label(args): result.means}), flush=True)
 
 
 def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:
-    """The encoder of `--model`, what is args on the command line going before what the model folder says. Raises ConfigError."""
+    """The encoder of `--model`, what is args on the command line going before what the model folder says. Raises
+    ConfigError.
+    """
     bundle = load_encoder(
         args.model,
         pooling=args.pooling,
@@ -154,7 +187,9 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def label(args: argparse.Namespace) -> str:
-    """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's path."""
+    """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's
+    path.
+    """
     if args.bm25:
         return "BM25"
     path = Path(args.run or args.model)

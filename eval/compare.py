@@ -42,7 +42,9 @@ class Comparison:
     better: int  # queries
     equal: int
     worse: int
-    moved: tuple[tuple[str, float, float], ...]  # (query id, baseline's value, run's value), the largest differences first
+    moved: tuple[
+        tuple[str, float, float], ...
+    ]  # (query id, baseline's value, run's value), the largest differences first
 
     @property
     def difference(self) -> float:
@@ -50,7 +52,9 @@ class Comparison:
         return self.mean - self.baseline_mean
 
 
-def compare(runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int = 0, n_moved: int = 10) -> list[Comparison]:
+def compare(
+    runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int = 0, n_moved: int = 10
+) -> list[Comparison]:
     """Every run but the first against the first, by every measure; all scored on the same queries by the same measures.
 
     Raises RefusedError for fewer than two runs, fewer than two queries, or runs scored on different queries.
@@ -66,7 +70,9 @@ def compare(runs: Mapping[str, Scores], *, permutations: int = 10_000, seed: int
     return found
 
 
-def _by_measure(runs: Mapping[str, Scores], measure: str, permutations: int, seed: int, n_moved: int) -> list[Comparison]:
+def _by_measure(
+    runs: Mapping[str, Scores], measure: str, permutations: int, seed: int, n_moved: int
+) -> list[Comparison]:
     base, *others = (scores.per_query[measure] for scores in runs.values())  # each [Q]
     query_ids = next(iter(runs.values())).query_ids
     chances = [randomisation_test(values - base, permutations, seed) for values in others]
@@ -75,27 +81,41 @@ def _by_measure(runs: Mapping[str, Scores], measure: str, permutations: int, see
         d = values - base  # [Q]
         by_size = (-abs(d)).argsort(kind="stable")[:n_moved]
         moved = tuple((query_ids[q], float(base[q]), float(values[q])) for q in by_size if d[q] != 0)
-        means, interval, (_, t_p) = (float(base.mean()), float(values.mean())), bootstrap_interval(d, seed=seed), paired_t_test(d)
+        means, interval, (_, t_p) = (
+            (float(base.mean()), float(values.mean())),
+            bootstrap_interval(d, seed=seed),
+            paired_t_test(d),
+        )
         counts = int((d > 0).sum()), int((d == 0).sum()), int((d < 0).sum())
         found.append(Comparison(name, measure, *means, interval, t_p, chance, corrected, *counts, moved))
     return found
 
 
 def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: Mapping[str, str]) -> str:
-    """A table a measure, then the queries that moved most by the first measure, with their texts where `texts` has them."""
+    """A table a measure, then the queries that moved most by the first measure, with their texts where `texts` has
+    them.
+    """
     width = max(len(name) for name in (baseline, *(c.run for c in comparisons)))
     lines = []
     for measure in dict.fromkeys(c.measure for c in comparisons):
         rows = [c for c in comparisons if c.measure == measure]
-        lines += ["", f"{measure:<{width}}    mean     diff  95% interval         t test  random.    Holm  better/equal/worse"]
+        lines += [
+            "",
+            f"{measure:<{width}}    mean     diff  95% interval         t test  random.    Holm  better/equal/worse",
+        ]
         lines.append(f"{baseline:<{width}}  {rows[0].baseline_mean:.4f}")
         for c in rows:
             interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
             chances = f"{c.t_p:>7.4f}  {c.randomisation_p:>7.4f} {c.randomisation_p_holm:>7.4f}"
-            lines.append(f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  {c.better}/{c.equal}/{c.worse}")
+            lines.append(
+                f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  {c.better}/{c.equal}/{c.worse}"
+            )
     for c in (c for c in comparisons if c.measure == comparisons[0].measure and c.moved):
         lines += ["", f"{c.run}: queries that moved most by {c.measure}"]
-        lines += [f"  {before:.4f} -> {after:.4f}  {query}  {texts.get(query, '')}".rstrip() for query, before, after in c.moved]
+        lines += [
+            f"  {before:.4f} -> {after:.4f}  {query}  {texts.get(query, '')}".rstrip()
+            for query, before, after in c.moved
+        ]
     return "\n".join(lines[1:])
 
 
@@ -106,12 +126,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare runs query by query, the first being the baseline",
         option("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first"),
         one_of(
-            option("--data", type=Path, help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts"),
+            option(
+                "--data",
+                type=Path,
+                help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts",
+            ),
             option("--qrels", type=Path, help="judgments file alone"),
         ),
         option("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20"),
         option("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}"),
-        option("--relevance", type=at_least_one, help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)"),
+        option(
+            "--relevance",
+            type=at_least_one,
+            help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)",
+        ),
         option("--permutations", type=whole(1, 10_000_000), default=10_000, help="of the randomisation test"),
         option("--seed", type=seed, default=0, help="of the randomisation test and the bootstrap"),
         option("--moved", type=zero_or_more, default=10, help="queries to show"),
@@ -122,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare_files(args: argparse.Namespace) -> None:
     if len(args.runs) < 2 or len(set(args.runs)) != len(args.runs):
-        raise RefusedError(f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}")
+        raise RefusedError(
+            f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}"
+        )
     collection = _collection(args)
     names = _names(args.runs)
     relevance = collection.relevance if args.relevance is None else args.relevance
@@ -131,10 +161,17 @@ def _compare_files(args: argparse.Namespace) -> None:
         rankings = read_run(path)
         runs[name] = measure_run(collection.qrels, rankings, args.metrics, relevance)
         if without := len(collection.qrels.keys() - rankings.keys()):
-            notes.append(f"{name}: {without:,} of {counted(len(collection.qrels), 'judged query')} not in the run, which count 0")
+            notes.append(
+                f"{name}: {without:,} of {counted(len(collection.qrels), 'judged query')} not in the run, which count 0"
+            )
     comparisons = compare(runs, permutations=args.permutations, seed=args.seed, n_moved=args.moved)
-    print(f"{collection.name} {collection.split}: {counted(len(collection.qrels), 'judged query')}; baseline {names[0]}")
-    print("".join(f"note: {note}\n" for note in notes) + format_comparisons(names[0], comparisons, collection.queries), flush=True)
+    print(
+        f"{collection.name} {collection.split}: {counted(len(collection.qrels), 'judged query')}; baseline {names[0]}"
+    )
+    print(
+        "".join(f"note: {note}\n" for note in notes) + format_comparisons(names[0], comparisons, collection.queries),
+        flush=True,
+    )
     if args.output is not None:
         _write(args, names[0], collection, comparisons, notes)
 
@@ -145,7 +182,9 @@ def _collection(args: argparse.Namespace) -> Collection:
     if (args.data / "qrels").is_dir() or not args.data.is_dir():
         return read_beir(args.data, args.split or "test")
     if args.split not in SPLITS:
-        raise DataError(f"--split {args.split}: expected one of {', '.join(SPLITS)} for a folder without qrels/", args.data)
+        raise DataError(
+            f"--split {args.split}: expected one of {', '.join(SPLITS)} for a folder without qrels/", args.data
+        )
     return read_msmarco(args.data, args.split)
 
 
@@ -159,7 +198,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _write(args: argparse.Namespace, baseline: str, collection: Collection, found: Sequence[Comparison], notes: Sequence[str]) -> None:
+def _write(
+    args: argparse.Namespace, baseline: str, collection: Collection, found: Sequence[Comparison], notes: Sequence[str]
+) -> None:
     content = {
         "command": args.command,
         "baseline": baseline,

@@ -65,8 +65,8 @@ class EvalResult:
 def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
     """Finds out now, not after hours of training, whether `evaluate` could run.
 
-    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection lacks something
-    or holds what `Collection.check` refuses.
+    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection
+    lacks something or holds what `Collection.check` refuses.
     """
     check_measures(metrics, k)
     if index != "flat":
@@ -75,7 +75,9 @@ def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], 
 
 
 def check_measures(metrics: Sequence[str], k: int) -> None:
-    """Raises RefusedError for an unknown measure, or one that looks deeper than the `k` passages a query that are kept."""
+    """Raises RefusedError for an unknown measure, or one that looks deeper than the `k` passages a query that are
+    kept.
+    """
     for name in metrics:
         measure = parse_measure(name)
         if measure.cutoff is not None and measure.cutoff > k:
@@ -96,14 +98,17 @@ def evaluate(
 ) -> EvalResult | None:
     """Measures an encoder, in memory or loaded, on one split of a BEIR folder; None on ranks other than the first.
 
-    Every rank calls it. `shards_dir` keeps the embeddings for the next call, which reuses those that still fit; without it (one
-    rank only) they go to a temporary folder. Raises RefusedError for an unknown measure, ConfigError for an unknown index, DataError.
+    Every rank calls it. `shards_dir` keeps the embeddings for the next call, which reuses those that still fit; without
+    it (one rank only) they go to a temporary folder. Raises RefusedError for an unknown measure, ConfigError for an
+    unknown index, DataError.
     """
     for name in metrics:
         parse_measure(name)
     collection, options = read_beir(data_path, split), SearchOptions(index)
     if shards_dir is not None:
-        return evaluate_collection(bundle, collection, metrics, k, Path(shards_dir), search=options, world=world, progress=progress)
+        return evaluate_collection(
+            bundle, collection, metrics, k, Path(shards_dir), search=options, world=world, progress=progress
+        )
     if world is not None and world.size > 1:
         raise ValueError(f"{world.size} ranks without shards_dir; expected a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
@@ -132,7 +137,10 @@ def evaluate_collection(
     }
     identity = {"passage": [prints["corpus"], settings.title, settings.title_separator], "query": [prints["queries"]]}
     folders = {}
-    for side in ("query", "passage"):  # the shorter work first: a folder that is somebody's own is refused before the longer one
+    for side in (
+        "query",
+        "passage",
+    ):  # the shorter work first: a folder that is somebody's own is refused before the longer one
         stream, shard_rows = _sized(texts[side][0])
         folders[side] = encode_to_shards(
             bundle,
@@ -154,14 +162,19 @@ def evaluate_collection(
     if not world.is_first:
         return None
     scores = collection.measure(run, metrics)
-    encoding = {"query": _of_interest(open_shards(folders["query"]).manifest), "passage": _of_interest(passages.manifest)}
+    encoding = {
+        "query": _of_interest(open_shards(folders["query"]).manifest),
+        "passage": _of_interest(passages.manifest),
+    }
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
     found = describe(options.index, passages.rows, passages.dimension, k)
     return EvalResult(collection, scores, run, passages.rows, encoding, found, notes)
 
 
 def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int]:
-    """The texts and the rows of a shard: a small collection is cut into about 16, so that several ranks share the work."""
+    """The texts and the rows of a shard: a small collection is cut into about 16, so that several ranks share the
+    work.
+    """
     stream = iter(texts)
     head = list(islice(stream, _SMALL_CORPUS))
     rows = SHARD_ROWS if len(head) == _SMALL_CORPUS else max(256, -(-len(head) // 16))
@@ -169,4 +182,8 @@ def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]],
 
 
 def _of_interest(manifest: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in manifest.items() if key not in ("shards", "format_version", "side", "shard_rows", "cache")}
+    return {
+        key: value
+        for key, value in manifest.items()
+        if key not in ("shards", "format_version", "side", "shard_rows", "cache")
+    }

@@ -1,7 +1,7 @@
 """Retrieval measures of a run against judgments (qrels), counted as trec_eval counts them.
 
-Conventions: a passage's gain is its grade, negative grades count 0 and an unjudged passage is not relevant; a measure's mean is
-over all judged queries, one without hits counting 0 (`trec_eval -c`); a run's order is its `Ranking`'s.
+Conventions: a passage's gain is its grade, negative grades count 0 and an unjudged passage is not relevant; a measure's
+mean is over all judged queries, one without hits counting 0 (`trec_eval -c`); a run's order is its `Ranking`'s.
 """
 
 from __future__ import annotations
@@ -61,20 +61,24 @@ def parse_measure(name: str) -> Measure:
     families = {family.lower(): family for family in _FAMILIES}
     family = families.get(match[1].lower()) if match else None
     if match is None or family is None:
-        raise RefusedError(f"measure {name!r}: expected one of {', '.join(_FAMILIES)}, most with a cutoff, as in nDCG@10")
+        raise RefusedError(
+            f"measure {name!r}: expected one of {', '.join(_FAMILIES)}, most with a cutoff, as in nDCG@10"
+        )
     cutoff = int(match[2]) if match[2] else None
     if cutoff is None and family in ("P", "Success"):
         raise RefusedError(f"measure {name!r}: needs a cutoff, as in {family}@10")
     if cutoff is not None and family == "Rprec":
-        raise RefusedError(f"measure {name!r}: Rprec has no cutoff, a query's number of relevant passages is its cutoff")
+        raise RefusedError(
+            f"measure {name!r}: Rprec has no cutoff, a query's number of relevant passages is its cutoff"
+        )
     return Measure(family, cutoff)
 
 
 def measure_run(qrels: Qrels, run: Run, measures: Sequence[str], relevance: int = 1) -> Scores:
     """The value of every measure for every judged query, in float64.
 
-    `relevance` is the lowest grade that counts as relevant for the binary measures (MRR, MAP, Recall, P, Success, Rprec; 2 for
-    TREC DL passages); nDCG uses the grades themselves. Queries of the run without judgments are ignored.
+    `relevance` is the lowest grade that counts as relevant for the binary measures (MRR, MAP, Recall, P, Success,
+    Rprec; 2 for TREC DL passages); nDCG uses the grades themselves. Queries of the run without judgments are ignored.
     Raises RefusedError for an unknown measure, a relevance below 1, or qrels without queries.
     """
     check_relevance(relevance)
@@ -111,7 +115,9 @@ def _judge(qrels: Qrels, run: Run, relevance: int) -> _Judged:
 
 
 def _ndcg(judged: _Judged, cutoff: int | None) -> np.ndarray:
-    """DCG@k / ideal DCG@k, DCG@k = Σ_{r<=k} gain_r / log2(r + 1). (Järvelin and Kekäläinen 2002, with trec_eval's discount)"""
+    """DCG@k / ideal DCG@k, DCG@k = Σ_{r<=k} gain_r / log2(r + 1). (Järvelin and Kekäläinen 2002, with trec_eval's
+    discount)
+    """
     return _ratio(_dcg(judged.gains[:, :cutoff]), _dcg(judged.ideal_gains[:, :cutoff]))
 
 

@@ -68,7 +68,9 @@ def _collections(args: argparse.Namespace) -> list[Collection]:
     data = str(args.data)
     if args.source == "ir_datasets":
         return [read_ir_datasets(data, name, SPLITS[name], texts=texts) for name in args.split or SPLITS]
-    return [read_hub(data, name, SPLITS[name], args.corpus, texts=texts) for name in args.split or hub_splits(data, SPLITS)]
+    return [
+        read_hub(data, name, SPLITS[name], args.corpus, texts=texts) for name in args.split or hub_splits(data, SPLITS)
+    ]
 
 
 if __name__ == "__main__":

@@ -31,11 +31,19 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def write_result(
-    result: EvalResult, folder: Path, *, command: str, source: Mapping[str, Any], search: Mapping[str, Any], msmarco: bool = False
+    result: EvalResult,
+    folder: Path,
+    *,
+    command: str,
+    source: Mapping[str, Any],
+    search: Mapping[str, Any],
+    msmarco: bool = False,
 ) -> Path:
-    """Writes `<split>.trec` (with `msmarco`, `<split>.msmarco.tsv` too) and `<split>.json` into `folder`; returns the JSON file.
+    """Writes `<split>.trec` (with `msmarco`, `<split>.msmarco.tsv` too) and `<split>.json` into `folder`; returns the
+    JSON file.
 
-    `command` is the line that made it, `source` where the run came from (model, BM25, a run file), `search` how passages were searched.
+    `command` is the line that made it, `source` where the run came from (model, BM25, a run file), `search` how
+    passages were searched.
     """
     collection = result.collection
     run_file = folder / f"{collection.split}.trec"
@@ -45,7 +53,12 @@ def write_result(
     scores = result.scores
     content = {
         "command": command,
-        "data": {"name": collection.name, "split": collection.split, "queries": result.n_queries, "passages": result.n_passages},
+        "data": {
+            "name": collection.name,
+            "split": collection.split,
+            "queries": result.n_queries,
+            "passages": result.n_passages,
+        },
         "source": dict(source),
         "encoding": dict(result.encoding),
         "search": dict(search),
@@ -53,7 +66,10 @@ def write_result(
         "metrics": result.means,
         "fingerprints": {"run": file_fingerprint(run_file), **collection.fingerprints()},
         "versions": versions(),
-        "per_query": {name: dict(zip(scores.query_ids, map(float, values), strict=True)) for name, values in scores.per_query.items()},
+        "per_query": {
+            name: dict(zip(scores.query_ids, map(float, values), strict=True))
+            for name, values in scores.per_query.items()
+        },
     }
     path = folder / f"{collection.split}.json"
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -61,13 +77,17 @@ def write_result(
 
 
 def refuse_foreign_results(folder: Path, *names: str) -> None:
-    """Raises ConfigError with the first file that `write_result` would replace for the splits `names` and no evaluation wrote."""
+    """Raises ConfigError with the first file that `write_result` would replace for the splits `names` and no evaluation
+    wrote.
+    """
     for name in names:
         result, run, msmarco = (folder / f"{name}{ending}" for ending in (".json", ".trec", ".msmarco.tsv"))
         written = {result: _is_result(result), run: _is_run(run), msmarco: run.exists()}
         for file, ours in written.items():
             if file.is_symlink() or (file.exists() and not ours):
-                raise ConfigError(f"{file} was not written by an evaluation; move it elsewhere, or choose another folder (--output-dir)")
+                raise ConfigError(
+                    f"{file} was not written by an evaluation; move it elsewhere, or choose another folder (--output-dir)"
+                )
 
 
 def _is_result(file: Path) -> bool:

@@ -1,4 +1,5 @@
-"""The command that searches: embedding shards -> a run file. Exact, or through a FAISS index (`eval.engines.faiss_index`).
+"""The command that searches: embedding shards -> a run file. Exact, or through a FAISS index
+(`eval.engines.faiss_index`).
 
 python -m eval.search --queries shards/queries --passages shards/passages --k 1000 --output run.trec
 accelerate launch -m eval.search --queries shards/queries --passages shards/passages --output run.trec
@@ -26,12 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "python -m eval.search",
         "embedding shards -> a run file",
-        option("--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"),
+        option(
+            "--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"
+        ),
         option("--passages", required=True, type=Path, help="folder of passage shards"),
         option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
         option("--k", type=at_least_one, default=1000, help="passages a query"),
         *SEARCH,
-        option("--verify", action="store_true", help="compare the embeddings with their checksums though no file changed since last time"),
+        option(
+            "--verify",
+            action="store_true",
+            help="compare the embeddings with their checksums though no file changed since last time",
+        ),
         option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
         option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
         option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
@@ -47,7 +54,9 @@ def _search(args: argparse.Namespace) -> None:
         if world.is_first:
             write = write_trec if args.format == "trec" else write_msmarco
             write(args.output, found)
-            print(f"{args.output}: {counted(len(found), 'query')}, {counted(sum(len(r.passage_ids) for r in found.values()), 'line')}")
+            print(
+                f"{args.output}: {counted(len(found), 'query')}, {counted(sum(len(r.passage_ids) for r in found.values()), 'line')}"
+            )
 
 
 def _search_folders(args: argparse.Namespace, world: World) -> dict[str, Ranking]:
@@ -58,10 +67,14 @@ def _search_folders(args: argparse.Namespace, world: World) -> dict[str, Ranking
     query_shards, passage_shards = (open_shards(folder, again=args.verify) for folder in (args.queries, args.passages))
     models = query_shards.manifest["model"], passage_shards.manifest["model"]
     if models[0] != models[1]:
-        raise ShardError(f"{args.queries} and {args.passages} hold embeddings of different models: {models[0]}, {models[1]}")
+        raise ShardError(
+            f"{args.queries} and {args.passages} hold embeddings of different models: {models[0]}, {models[1]}"
+        )
     for folder, shards, side in ((args.queries, query_shards, "query"), (args.passages, passage_shards, "passage")):
         if shards.manifest["side"] != side:
-            raise ShardError(f"{folder} holds embeddings of the {shards.manifest['side']} side; expected the {side} side")
+            raise ShardError(
+                f"{folder} holds embeddings of the {shards.manifest['side']} side; expected the {side} side"
+            )
     queries, query_ids = load_queries(query_shards)
     return search(
         queries, query_ids, passage_shards, args.k, index=args.index, exclude_self=args.exclude_self, block_mib=args.block_mib,

@@ -19,7 +19,8 @@ _AT_ONCE = 2**21  # float64 values that one batch of resamples holds
 def paired_t_test(differences: np.ndarray) -> tuple[float, float]:
     """(t, p) of Student's paired test: t = mean(d) / (std(d) / √Q), Q - 1 degrees of freedom.
 
-    differences [Q]. Without any spread t is 0 and p 1 where all are 0, else t is infinite and p 0. Raises RefusedError where Q < 2.
+    differences [Q]. Without any spread t is 0 and p 1 where all are 0, else t is infinite and p 0. Raises RefusedError
+    where Q < 2.
     """
     d = _checked(differences)
     if np.ptp(d) == 0.0:  # the computed deviation of equal values need not be 0
@@ -31,7 +32,8 @@ def paired_t_test(differences: np.ndarray) -> tuple[float, float]:
 def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed: int = 0) -> float:
     """p of Fisher's randomisation test: how often |Σ ±d|, signs drawn at random, is at least |Σ d|.
 
-    The observed signs count as one of the draws, so p is at least 1 / (permutations + 1). Raises RefusedError where Q < 2.
+    The observed signs count as one of the draws, so p is at least 1 / (permutations + 1). Raises RefusedError where Q <
+    2.
     """
     d = _checked(differences)
     observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # a sum in another order is the same sum
@@ -42,7 +44,9 @@ def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed
     return at_least / (permutations + 1)
 
 
-def bootstrap_interval(differences: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    differences: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile interval of mean(d) over queries drawn with replacement. Raises RefusedError where Q < 2."""
     d = _checked(differences)
     rng = np.random.default_rng(seed)
@@ -63,7 +67,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _checked(differences: np.ndarray) -> np.ndarray:
     d = np.asarray(differences, dtype=np.float64)
     if d.ndim != 1 or len(d) < 2:
-        raise RefusedError(f"differences of shape {list(d.shape)}: expected [Q] with at least 2 queries to compare runs on")
+        raise RefusedError(
+            f"differences of shape {list(d.shape)}: expected [Q] with at least 2 queries to compare runs on"
+        )
     return d
 
 

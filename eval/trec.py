@@ -1,7 +1,7 @@
 """Runs: what a search returned for each query, and their TREC and MS MARCO files (`.gz` ones too).
 
-A `Ranking` is in trec_eval's order: float32 score descending, equal scores by passage id descending (byte order), whatever rank
-the file states. MS MARCO's files carry ranks and no scores: there the rank is the order.
+A `Ranking` is in trec_eval's order: float32 score descending, equal scores by passage id descending (byte order),
+whatever rank the file states. MS MARCO's files carry ranks and no scores: there the rank is the order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) ->
         twice = Counter(passage_ids).most_common(1)[0][0]
         raise DataError(f"passage {twice!r} stands twice in one ranking: expected each passage once")
     if np.isnan(rounded).any():
-        raise RefusedError(f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number")
+        raise RefusedError(
+            f"passage {passage_ids[int(np.isnan(rounded).argmax())]!r} has the score NaN: expected a number"
+        )
     # Python compares strings by code point, which is the byte order of UTF-8 that trec_eval's strcmp sees.
     by_id = sorted(range(len(passage_ids)), key=lambda i: passage_ids[i], reverse=True)
     order = np.array(by_id, dtype=np.int64)[np.argsort(-rounded[by_id], kind="stable")]  # [n]
@@ -80,7 +82,9 @@ def write_trec(path: str | Path, run: Run, tag: str = TAG) -> None:
 
 
 def write_msmarco(path: str | Path, run: Run, k: int | None = None) -> None:
-    """`query-id<tab>passage-id<tab>rank`, the first `k` passages of each query (None: all), ranks from 1. Raises as `write_trec`."""
+    """`query-id<tab>passage-id<tab>rank`, the first `k` passages of each query (None: all), ranks from 1. Raises as
+    `write_trec`.
+    """
     _require_words(run, "query id")
 
     def lines() -> Iterator[str]:
@@ -93,7 +97,8 @@ def write_msmarco(path: str | Path, run: Run, k: int | None = None) -> None:
 
 
 def read_trec(path: str | Path) -> dict[str, Ranking]:
-    """A TREC run file; the rank column is not used, what follows the score is the tag, lines starting with `#` are comments.
+    """A TREC run file; the rank column is not used, what follows the score is the tag, lines starting with `#` are
+    comments.
 
     Raises DataError naming file and line where a line is malformed or repeats a passage of its query.
     """
@@ -113,7 +118,8 @@ def read_trec(path: str | Path) -> dict[str, Ranking]:
 def read_msmarco(path: str | Path) -> dict[str, Ranking]:
     """An MS MARCO run file; a passage's score is minus its rank, so that its order is the file's ranks.
 
-    Raises DataError naming file and line where a line is malformed, or a query repeats a passage or a rank, or leaves a rank out.
+    Raises DataError naming file and line where a line is malformed, or a query repeats a passage or a rank, or leaves a
+    rank out.
     """
     found: dict[str, dict[str, int]] = {}
     taken: set[tuple[str, int]] = set()
@@ -123,7 +129,9 @@ def read_msmarco(path: str | Path) -> dict[str, Ranking]:
             raise DataError(f"{len(parts)} fields; expected 3: {MSMARCO_LINE}", path, number)
         query_id, passage_id, rank_text = parts
         if not _RANK.fullmatch(rank_text):
-            raise DataError(f"rank {shown(rank_text)}; expected a whole number from 1 on, of at most 9 digits", path, number)
+            raise DataError(
+                f"rank {shown(rank_text)}; expected a whole number from 1 on, of at most 9 digits", path, number
+            )
         rank = int(rank_text)
         passages = found.setdefault(query_id, {})
         if passage_id in passages or (query_id, rank) in taken:
@@ -136,7 +144,9 @@ def read_msmarco(path: str | Path) -> dict[str, Ranking]:
         ids = sorted(passages, key=passages.__getitem__)
         absent = next((rank for rank, passage_id in enumerate(ids, start=1) if passages[passage_id] != rank), None)
         if absent is not None:
-            raise DataError(f"query {query_id!r} has no rank {absent} but a later one; expected the ranks 1 to {len(ids)}", path)
+            raise DataError(
+                f"query {query_id!r} has no rank {absent} but a later one; expected the ranks 1 to {len(ids)}", path
+            )
         run[query_id] = Ranking(ids, -np.arange(1, len(ids) + 1, dtype=np.float32))
     return run
 
@@ -168,7 +178,9 @@ def _numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def _require_words(words: Iterable[str], name: str) -> None:
     for word in words:
         if len(word.split()) != 1 or word != word.strip():
-            raise DataError(f"{name} {word!r}: a run file separates its fields by white space; expected an id without any")
+            raise DataError(
+                f"{name} {word!r}: a run file separates its fields by white space; expected an id without any"
+            )
 
 
 def _write_lines(path: str | Path, lines: Iterable[str]) -> None:

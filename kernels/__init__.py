@@ -1,7 +1,9 @@
-"""Log-sum-exp over query-passage similarities, tile by tile; and the modules of Hugging Face's distribution `kernels`, if installed.
+"""Log-sum-exp over query-passage similarities, tile by tile; and the modules of Hugging Face's distribution `kernels`,
+if installed.
 
-That distribution names its package as ours is named, and transformers imports it. So this package's path goes on in theirs, ours
-first, and an attribute that is not ours is looked up in their `__init__.py`, which is run at the first such look-up.
+That distribution names its package as ours is named, and transformers imports it. So this package's path goes on in
+theirs, ours first, and an attribute that is not ours is looked up in their `__init__.py`, which is run at the first
+such look-up.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ if _THEIRS is not None:
 
 
 def __getattr__(name: str) -> Any:
-    """An attribute of their package. Submodules of either package are none: the import statement finds them by the path."""
+    """An attribute of their package. Submodules of either package are none: the import statement finds them by the
+    path.
+    """
     special = name.startswith("__") and name != "__version__"
     if _THEIRS is None or special or importlib.util.find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

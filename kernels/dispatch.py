@@ -20,7 +20,8 @@ def on_kernels(x: Tensor) -> bool:
 
 
 def persistent_grid(x: Tensor, blocks: int, per_processor: float) -> int:
-    """How many programs share `blocks` blocks of rows of x: `per_processor` for each multiprocessor of its GPU, at least one.
+    """How many programs share `blocks` blocks of rows of x: `per_processor` for each multiprocessor of its GPU, at
+    least one.
 
     Each stays on its multiprocessor and is there from the start.
     """

@@ -1,7 +1,9 @@
-"""Dropout masks that are a pure function of (seed, head, row, column), in torch; `dropout_hash_triton` draws the same ones inside kernels.
+"""Dropout masks that are a pure function of (seed, head, row, column), in torch; `dropout_hash_triton` draws the same
+ones inside kernels.
 
-An element is dropped where its 32-bit hash lies below dropout · 2³². Nothing is stored: the backward pass and a second forward pass draw
-the mask again, whatever the tiles they work in. With mix the finaliser of MurmurHash3 (A. Appleby), and all words of 32 bits,
+An element is dropped where its 32-bit hash lies below dropout · 2³². Nothing is stored: the backward pass and a second
+forward pass draw the mask again, whatever the tiles they work in. With mix the finaliser of MurmurHash3 (A. Appleby),
+and all words of 32 bits,
 
     key    = mix(mix(mix(seed_high ⊕ golden) ⊕ seed_low) ⊕ head)
     row    = mix(row number ⊕ key),    column = mix(column number ⊕ mix(key ⊕ golden))
@@ -22,8 +24,8 @@ FIRST, SECOND, GOLDEN = 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B9
 def keep_mask(seed: Tensor, rows: Tensor, columns: Tensor, dropout: float, heads: Tensor | None = None) -> Tensor:
     """Which elements dropout keeps: bool [..., R, C], or [..., H, R, C] with heads.
 
-    seed int64 [1]; rows [..., R], columns [..., C] and heads [H] int64, in 0..2³² − 1. `heads` None: as head 0. Two uses of dropout need
-    two seeds (or heads): the same seed draws the same mask.
+    seed int64 [1]; rows [..., R], columns [..., C] and heads [H] int64, in 0..2³² − 1. `heads` None: as head 0. Two
+    uses of dropout need two seeds (or heads): the same seed draws the same mask.
     """
     head = torch.zeros(1, dtype=torch.int64, device=seed.device) if heads is None else heads
     low, high = seed & WORD, (seed >> 32) & WORD

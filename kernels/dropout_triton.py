@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """The masks of `dropout` for Triton kernels, bit by bit the same.
 
-In a kernel: `row_key, column_key = mask_keys(seed, head)` once; `mask_words(row_key, rows)` and `mask_words(column_key, columns)` once a
-row and column; then `kept(row_words[:, None], column_words[None, :], THRESHOLD)` with THRESHOLD = `dropout.drop_below(dropout)`.
+In a kernel: `row_key, column_key = mask_keys(seed, head)` once; `mask_words(row_key, rows)` and `mask_words(column_key,
+columns)` once a row and column; then `kept(row_words[:, None], column_words[None, :], THRESHOLD)` with THRESHOLD =
+`dropout.drop_below(dropout)`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Tiles of left rightᵀ, made by Hopper's warp groups: what the kernels written in Gluon share.
 
-One warp copies tiles of both factors through a ring of shared-memory stages; two warp groups multiply them, each the 128 × 256
-tile's upper or lower 64 rows. Neither waits for the other, only for stages: while one does what follows the product, the other has the
-matrix units to itself. Programs stay, and take every tile whose number is theirs modulo their count; each needs at least one.
+One warp copies tiles of both factors through a ring of shared-memory stages; two warp groups multiply them, each the
+128 × 256 tile's upper or lower 64 rows. Neither waits for the other, only for stages: while one does what follows the
+product, the other has the matrix units to itself. Programs stay, and take every tile whose number is theirs modulo
+their count; each needs at least one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 ROWS, COLUMNS, INNER = gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
 LEAD = gl.constexpr(3)
@@ -26,7 +33,9 @@ _TRITON_VERSIONS = ("3.6.", "3.7.")  # Gluon is marked experimental; other versi
 
 
 def fits(x: Tensor) -> bool:
-    """Whether these kernels can work on `x`: bf16 or fp16 on a Hopper GPU, with a Triton whose Gluon they were written for."""
+    """Whether these kernels can work on `x`: bf16 or fp16 on a Hopper GPU, with a Triton whose Gluon they were written
+    for.
+    """
     if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cuda:
         return False
     return torch.cuda.get_device_capability(x.device)[0] == 9 and triton.__version__.startswith(_TRITON_VERSIONS)
@@ -44,7 +53,9 @@ def tile_coords(tile, row_tiles, column_tiles):
 
 @gluon.jit
 def allocate_ring(dtype: gl.constexpr, STAGES: gl.constexpr):
-    """(stages of the left factor, of the right one, barriers: a stage is ready, a stage is free, the upper group has begun)."""
+    """(stages of the left factor, of the right one, barriers: a stage is ready, a stage is free, the upper group has
+    begun).
+    """
     gl.static_assert(STAGES >= LEAD, "the lower group waits for the upper one's first stages, which it would have to free")
     left_stages = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, INNER], LAYOUT)
     right_stages = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, INNER], LAYOUT)
@@ -80,14 +91,18 @@ def copy_tiles(left, right, left_stages, right_stages, ready, free, M, N, K):
 
 @gluon.jit
 def wait_for_upper(begun, LOWER: gl.constexpr):
-    """Lets the upper group start a few steps ahead, so that the groups do not leave the matrix units idle at the same time."""
+    """Lets the upper group start a few steps ahead, so that the groups do not leave the matrix units idle at the same
+    time.
+    """
     if LOWER == 1:
         mbarrier.wait(begun, 0)
 
 
 @gluon.jit
 def multiply_tile(x, left_stages, right_stages, ready, free, begun, step, K, LOWER: gl.constexpr):
-    """Adds a warp group's half of a tile to x [64, 256] float32 in TILE; `step` counts the stages that the group has used, K > 0."""
+    """Adds a warp group's half of a tile to x [64, 256] float32 in TILE; `step` counts the stages that the group has
+    used, K > 0.
+    """
     STAGES: gl.constexpr = right_stages.shape[0]
     lead = gl.minimum(LEAD, gl.cdiv(K, INNER))
     for k in range(0, K, INNER):
@@ -121,7 +136,9 @@ def rounded_to(x, dtype: gl.constexpr):
 
 @gluon.jit
 def send(x, staging, out, row, column, underway: gl.constexpr):
-    """Writes x to `out` at (row, column) by way of `staging`, which is free when all but `underway` earlier writes have been sent."""
+    """Writes x to `out` at (row, column) by way of `staging`, which is free when all but `underway` earlier writes have
+    been sent.
+    """
     tma.store_wait(underway)
     staging.store(x)
     fence_async_shared()

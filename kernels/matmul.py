@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def parts_of(x: Tensor, precision: str) -> list[Tensor]:
-    """`x` as the operands of `add_product`: bf16 (bf16), bf16 and what rounding left, also bf16 (high), or fp32 (fp32)."""
+    """`x` as the operands of `add_product`: bf16 (bf16), bf16 and what rounding left, also bf16 (high), or fp32
+    (fp32).
+    """
     if precision == "fp32":
         return [x.float()]
     value = x.to(torch.bfloat16)
@@ -20,11 +22,14 @@ def parts_of(x: Tensor, precision: str) -> list[Tensor]:
     return [value, (x.float() - value.float()).to(torch.bfloat16)]
 
 
-def add_product(out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], *, fresh: bool, inner: int | None = None) -> None:
+def add_product(
+    out: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], *, fresh: bool, inner: int | None = None
+) -> None:
     """out (+)= (Σ left) @ (Σ right), in place; `fresh` overwrites `out`, whatever it holds.
 
-    left: parts [M, K], right: parts [K, N]; out [M, N] float32. The product of two residuals is below fp32 and left out.
-    At most `inner` of K go through the matrix unit's accumulator at a time: it rounds towards zero, which adds up over long sums.
+    left: parts [M, K], right: parts [K, N]; out [M, N] float32. The product of two residuals is below fp32 and left
+    out. At most `inner` of K go through the matrix unit's accumulator at a time: it rounds towards zero, which adds up
+    over long sums.
     """
     K = left[0].shape[1]
     step = inner or K

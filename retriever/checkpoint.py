@@ -1,7 +1,7 @@
 """Training state on disk, in folders that are whole when they have their names; resumed exactly.
 
-A step's random numbers come from (seed, step, rank) and its batch from (seed, step, store), so weights, optimizer state,
-the fp16 scaler's state and the step number are all there is to restore.
+A step's random numbers come from (seed, step, rank) and its batch from (seed, step, store), so weights, optimizer
+state, the fp16 scaler's state and the step number are all there is to restore.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from retriever.parallel.sharded import spread, whole_tensors
 from retriever.run_folder import CHECKPOINTS
 
 FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
-_PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+_PART, _GOLDEN = (
+    1 << 22,
+    0x1E3779B97F4A7C15,
+)  # of a fingerprint: words that are summed at once, a factor whose multiples look random
 _LENGTHS = ("train.max_steps", "train.epochs")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -70,7 +73,9 @@ class Snapshot:
 
 
 def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
-    """The state as it is now; where weights are in shards every rank calls it, and it holds nothing where `keep` is false."""
+    """The state as it is now; where weights are in shards every rank calls it, and it holds nothing where `keep` is
+    false.
+    """
     frozen, host = state.frozen(), torch.device("cpu")
     trained = {name: tensor for name, tensor in state.modules().state_dict().items() if name not in frozen}
     return Snapshot(
@@ -81,7 +86,9 @@ def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
     )
 
 
-def save(root: Path, step: int, state: Snapshot, config: Config, store_fingerprint: str, export: Callable[[Path], None]) -> Path:
+def save(
+    root: Path, step: int, state: Snapshot, config: Config, store_fingerprint: str, export: Callable[[Path], None]
+) -> Path:
     """Writes `root/step-<step>` after `step` finished steps; `export` fills its `export` folder. Returns the folder."""
     final = folder_of(root, step)
     manifest = {
@@ -146,9 +153,10 @@ def _fitting(folder: Path) -> Iterator[None]:
 def find(run: RunConfig) -> Path | None:
     """The checkpoint that `run.resume` asks to go on from: the newest of the run's folder, the one named, or none.
 
-    A run that began from another run's checkpoint goes on from its own newest one when it is started with the same name again.
-    Raises ConfigError where the folder holds a run that `run.resume` does not go on with (`never`, or a name of another run's), or
-    exports without checkpoints, or where what is named is no checkpoint, or one is damaged or cannot be read.
+    A run that began from another run's checkpoint goes on from its own newest one when it is started with the same name
+    again. Raises ConfigError where the folder holds a run that `run.resume` does not go on with (`never`, or a name of
+    another run's), or exports without checkpoints, or where what is named is no checkpoint, or one is damaged or cannot
+    be read.
     """
     root = Path(run.output_dir) / FOLDER
     last = newest(root)
@@ -204,17 +212,23 @@ def _way_past(damaged: Path) -> str:
 
 
 def continued(config: Config, folder: Path) -> Config:
-    """`config` for going on from `folder`: `auto` means what it was resolved to then. It may ask for more steps or epochs.
+    """`config` for going on from `folder`: `auto` means what it was resolved to then. It may ask for more steps or
+    epochs.
 
     Raises ConfigError with the keys that differ in anything but logging, saving, trackers and places.
     """
     before = config_of(folder)
     config = adopt_auto(config, before)
-    free = {*_FREE, *(key for key, *lengths in zip(_LENGTHS, length_of(before), length_of(config), strict=True) if _more(*lengths))}
+    free = {
+        *_FREE,
+        *(key for key, *lengths in zip(_LENGTHS, length_of(before), length_of(config), strict=True) if _more(*lengths)),
+    }
     changed = [line for line in differences(_anywhere(before), _anywhere(config)) if line.partition(":")[0] not in free]
     if changed:
         listed = "\n  ".join(changed)
-        raise ConfigError(f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}")
+        raise ConfigError(
+            f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}"
+        )
     return config
 
 
@@ -233,7 +247,9 @@ def _more(before: float | None, after: float | None) -> bool:
 
 
 def _anywhere(config: Config) -> Config:
-    """`config` without the places of its sources and its evaluation: what stands there is in the store's fingerprint, or measured only."""
+    """`config` without the places of its sources and its evaluation: what stands there is in the store's fingerprint,
+    or measured only.
+    """
     sources = tuple(replace(source, path=None, corpus=None, queries=None) for source in config.data.train)
     evaluation = None if config.eval is None else replace(config.eval, path="")
     return replace(config, data=replace(config.data, train=sources), eval=evaluation)
@@ -281,7 +297,9 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        parts = weight.detach().reshape(-1).view(torch.int16).split(_PART)  # in parts, for the products are four times as large
+        parts = (
+            weight.detach().reshape(-1).view(torch.int16).split(_PART)
+        )  # in parts, for the products are four times as large
         factors = _factors(min(_PART, parts[0].numel()), weight.device)
         sums = [int((part * factors[: part.numel()]).sum()) for part in parts]  # modulo 2^64: exact in any order
         digest.update(f"{name} {tuple(weight.shape)} {sums}\n".encode())
@@ -300,5 +318,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except DamageError as error:
         raise ConfigError(f"{folder} is no checkpoint to go on from: {error}") from error
     if manifest["format_version"] != FORMAT_VERSION:
-        raise ConfigError(f"{folder}: checkpoint format {manifest['format_version']!r}; this version reads {FORMAT_VERSION}")
+        raise ConfigError(
+            f"{folder}: checkpoint format {manifest['format_version']!r}; this version reads {FORMAT_VERSION}"
+        )
     return manifest

@@ -1,8 +1,10 @@
-"""Checksums of an artefact's files: `checksums.json` in its folder, written before whatever says that the artefact is finished.
+"""Checksums of an artefact's files: `checksums.json` in its folder, written before whatever says that the artefact is
+finished.
 
-XXH3 of 64 bits, which is as fast as memory is read (`datasets` brings it; CRC-32 and BLAKE2b take 5 and 10 times as long). It finds
-what disks, copies and memory do to bits, not what a person changes on purpose. Large artefacts are read through only where a file
-changed since this machine last did so: what it read is kept in `~/.cache/bigbatch`, or $BIGBATCH_CACHE, by size and time of change.
+XXH3 of 64 bits, which is as fast as memory is read (`datasets` brings it; CRC-32 and BLAKE2b take 5 and 10 times as
+long). It finds what disks, copies and memory do to bits, not what a person changes on purpose. Large artefacts are read
+through only where a file changed since this machine last did so: what it read is kept in `~/.cache/bigbatch`, or
+$BIGBATCH_CACHE, by size and time of change.
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ def _seen(file: Path, value: str) -> list[Any]:
 def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> dict[str, str]:
     """The files of `folder` that are not as they were written, and what is wrong with each; those that are missing too.
 
-    Empty, after a notice, where the folder is of an earlier version and has no checksums. What this machine read before is not read
-    again where it did not change; with `again`, only where it was read since this process started, by another rank say. With
-    `remembered=False` everything is read.
+    Empty, after a notice, where the folder is of an earlier version and has no checksums. What this machine read before
+    is not read again where it did not change; with `again`, only where it was read since this process started, by
+    another rank say. With `remembered=False` everything is read.
     """
     try:
         expected = _recorded(folder)
@@ -112,7 +114,9 @@ def _tell_once(note: str) -> None:
 
 @contextmanager
 def _memory(folder: Path, wanted: bool) -> Iterator[dict[str, Any]]:
-    """File -> size, time of change, checksum and time when this machine last read it; of several processes one at a time reads."""
+    """File -> size, time of change, checksum and time when this machine last read it; of several processes one at a
+    time reads.
+    """
     with ExitStack() as stack:
         file = stack.enter_context(_opened(folder)) if wanted else None
         try:
@@ -129,15 +133,21 @@ def _memory(folder: Path, wanted: bool) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[BinaryIO | None]:
-    everyone = Path(os.environ.get("BIGBATCH_CACHE") or "~/.cache/bigbatch").expanduser() / "verified" / os.uname().nodename
+    everyone = (
+        Path(os.environ.get("BIGBATCH_CACHE") or "~/.cache/bigbatch").expanduser() / "verified" / os.uname().nodename
+    )
     with ExitStack() as stack:
         try:
             make_folder(everyone)
             for old in everyone.iterdir():
                 if time.time() - old.stat().st_mtime > _FORGOTTEN_AFTER_S:
                     old.unlink()
-            file = stack.enter_context(alone(everyone / f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.resolve()))}.json"))
+            file = stack.enter_context(
+                alone(everyone / f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.resolve()))}.json")
+            )
         except OSError as error:
-            _tell_once(f"which files were verified cannot be remembered ({error}): set BIGBATCH_CACHE to a folder that can be written")
+            _tell_once(
+                f"which files were verified cannot be remembered ({error}): set BIGBATCH_CACHE to a folder that can be written"
+            )
             file = None
         yield file

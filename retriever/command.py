@@ -1,16 +1,16 @@
 """What every command shares: its parser, errors in one line, the exit status, and the ranks that it was launched on.
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        parser = command_parser("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR folder"))
-        return run(parser, arguments, _hold_out)  # _hold_out(args)
+        parser = command_parser("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR
+        folder")) return run(parser, arguments, _hold_out)  # _hold_out(args)
 
     if __name__ == "__main__":
         sys.exit(main())
 
-Exit status: 0 finished; 2 refused (arguments, configuration, data, files, memory, a loss that is not finite); 3 another rank was lost;
-130 interrupted; 143 terminated; 138 stopped by SIGUSR1. A subprocess that failed hands its own status on. Every other error is a bug and
-keeps its traceback.
-This module imports neither torch nor anything else that takes long: what is wrong is told before they are loaded.
+Exit status: 0 finished; 2 refused (arguments, configuration, data, files, memory, a loss that is not finite); 3 another
+rank was lost; 130 interrupted; 143 terminated; 138 stopped by SIGUSR1. A subprocess that failed hands its own status
+on. Every other error is a bug and keeps its traceback. This module imports neither torch nor anything else that takes
+long: what is wrong is told before they are loaded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _add(parser: argparse._ActionsContainer, options: Iterable[Option]) -> None:
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.help or ""
-        silent = type(action.default) not in (int, float, str) or action.default == argparse.SUPPRESS or "default" in told
+        silent = (
+            type(action.default) not in (int, float, str) or action.default == argparse.SUPPRESS or "default" in told
+        )
         return told if silent else f"{told} (default: %(default)s)"
 
 
@@ -87,7 +89,9 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     def read(text: str) -> int:
         plain = text.isascii() and text.isdecimal() and len(text) < 20
         if not plain or not least <= int(text) <= most:
-            bound = f"at most {most}" if text.isdecimal() and (len(text) >= 20 or int(text) > most) else f"at least {least}"
+            bound = (
+                f"at most {most}" if text.isdecimal() and (len(text) >= 20 or int(text) > most) else f"at least {least}"
+            )
             raise argparse.ArgumentTypeError(f"expected a whole number of {bound}; received {text[:40]!r}")
         return int(text)
 
@@ -103,7 +107,9 @@ def number(least: float = 0.0, *, above: bool = False) -> Callable[[str], float]
         except ValueError:
             value = math.nan
         if not least <= value < math.inf or (above and value == least):
-            raise argparse.ArgumentTypeError(f"expected a number {'above' if above else 'of at least'} {least:g}; received {text[:40]!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a number {'above' if above else 'of at least'} {least:g}; received {text[:40]!r}"
+            )
         return value
 
     return read
@@ -113,7 +119,9 @@ at_least_one, zero_or_more, seed = whole(1), whole(0), whole(0, 2**63 - 1)
 above_zero = number(above=True)
 
 
-BATCH = option("--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)")
+BATCH = option(
+    "--batch", type=at_least_one, metavar="TOKENS", help="padded tokens the encoder sees at once (default: by device)"
+)
 TITLE = (
     option("--title", choices=("join", "drop"), default="join", help="as data.title"),
     option("--title-separator", default=" ", help="as data.title_separator (default: one space)"),
@@ -137,7 +145,8 @@ def run(
     resumes: str = "",
     lower: str = "the sizes that it was given",
 ) -> int:
-    """Calls `body` with the parsed arguments (default: the process's own) and returns the exit status; tells an error in one line.
+    """Calls `body` with the parsed arguments (default: the process's own) and returns the exit status; tells an error
+    in one line.
 
     `args.command` is the command as it was typed. `resumes` says how an interrupted
     command goes on, `lower` what to lower where memory runs out. After a lost rank the process ends here.
@@ -177,14 +186,20 @@ def tell(message: str, prefix: str = "error: ") -> None:
 
 @contextmanager
 def launched() -> Iterator[World]:
-    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the end."""
+    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the
+    end.
+    """
     import torch
     from accelerate import PartialState
 
     from retriever.parallel.world import World
 
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # every rank needs the whole model; transformers would leave weights out
-    state = PartialState(cpu=not torch.cuda.is_available())  # not told so, accelerate runs processes on CPUs as strangers to each other
+    os.environ.pop(
+        "ACCELERATE_USE_FSDP", None
+    )  # every rank needs the whole model; transformers would leave weights out
+    state = PartialState(
+        cpu=not torch.cuda.is_available()
+    )  # not told so, accelerate runs processes on CPUs as strangers to each other
     try:
         yield World(state.device, state.process_index, state.num_processes)
     finally:
@@ -204,7 +219,10 @@ def _told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:
         case _Terminated():
             return TERMINATED, f"terminated{after}"
         case subprocess.CalledProcessError(cmd=command, returncode=status):
-            return status if status > 0 else 128 - status, f"{shlex.join(map(str, command[:6]))} … ended with status {status}"
+            return (
+                status if status > 0 else 128 - status,
+                f"{shlex.join(map(str, command[:6]))} … ended with status {status}",
+            )
         case OSError(filename=str(name), strerror=str(reason)):
             return REFUSED, f"{name}: {reason}"
     if _out_of_memory(error):

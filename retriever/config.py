@@ -1,6 +1,7 @@
 """The run's configuration: nested frozen dataclasses with every setting.
 
-`config_file.load` fills them from a YAML file and overrides; `config_tree` checks types, `config_rules` what can be run together.
+`config_file.load` fills them from a YAML file and overrides; `config_tree` checks types, `config_rules` what can be run
+together.
 """
 
 from __future__ import annotations
@@ -43,15 +44,18 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder. Lengths are in tokens, prompt and special tokens included; `auto` of pooling and truncate_dim: as the folder says."""
+    """The encoder. Lengths are in tokens, prompt and special tokens included; `auto` of pooling and truncate_dim: as
+    the folder says.
+    """
 
     name_or_path: str = ""
     tied: bool = True
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
     normalize: bool = True
     truncate_dim: int | Auto | None = "auto"  # leading dimensions that are kept, before normalisation; null: all
-    # The end-of-text token behind every text, in training and in the exported tokenizer. auto: as the tokenizer does, and where the last
-    # token of a plain language model is pooled, appended (as Qwen3-Embedding's own tokenizer does); an embedding model's is left alone.
+    # The end-of-text token behind every text, in training and in the exported tokenizer. auto: as the tokenizer does,
+    # and where the last token of a plain language model is pooled, appended (as Qwen3-Embedding's own tokenizer does);
+    # an embedding model's is left alone.
     append_eos: bool | Auto = "auto"
     query_prompt: str = ""
     passage_prompt: str = ""
@@ -89,7 +93,9 @@ class DataConfig:
     title: Literal["join", "drop"] = "join"
     title_separator: str = " "
     cache_dir: str = "cache"
-    verify: bool = False  # read the whole token store and compare its checksums, though no file changed since that was last done
+    verify: bool = (
+        False  # read the whole token store and compare its checksums, though no file changed since that was last done
+    )
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,11 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective: contrastive, distilled from a teacher, or both; `false_negative_margin` is in similarity units, before temperature.
+    """The objective: contrastive, distilled from a teacher, or both; `false_negative_margin` is in similarity units,
+    before temperature.
 
-    The teacher's terms compare a query's own scored passages: similarities over `temperature` with scores over `teacher_temperature`.
+    The teacher's terms compare a query's own scored passages: similarities over `temperature` with scores over
+    `teacher_temperature`.
     """
 
     strategy: Literal["tiled", "dense", "local", "disco"] = "tiled"
@@ -215,7 +223,8 @@ def flat(config: Config) -> dict[str, Any]:
 def adopt_auto(config: Config, resolved: Config) -> Config:
     """`config` with each `auto` replaced by the value that an earlier start of the same run resolved it to.
 
-    But for what is kept between the passes: no result depends on it, and this GPU may have other memory than the last one.
+    But for what is kept between the passes: no result depends on it, and this GPU may have other memory than the last
+    one.
     """
     chosen = flat(resolved)
     tree = to_dict(config)

@@ -17,7 +17,12 @@ from yaml import YAMLError
 from retriever.config import Config, ConfigError, from_dict
 from retriever.config_rules import validate
 
-_NOT_YAML = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)  # ValueError: no UTF-8, or a number of thousands of digits
+_NOT_YAML = (
+    OmegaConfBaseException,
+    YAMLError,
+    ValueError,
+    RecursionError,
+)  # ValueError: no UTF-8, or a number of thousands of digits
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -27,7 +32,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_tree(path, overrides, Config)
     named_keys = {override.partition("=")[0] for override in overrides}
-    for named, other in (("max_steps", "epochs"), ("epochs", "max_steps")):  # one on the command line replaces the file's other
+    for named, other in (
+        ("max_steps", "epochs"),
+        ("epochs", "max_steps"),
+    ):  # one on the command line replaces the file's other
         if f"train.{named}" in named_keys and f"train.{other}" not in named_keys and tree["train"][named] is not None:
             tree["train"][other] = None
     config = from_dict(tree)
@@ -35,12 +43,15 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def read_tree(path: str | Path | None, overrides: Sequence[str], schema: type, inner: type | None = None) -> dict[str, Any]:
+def read_tree(
+    path: str | Path | None, overrides: Sequence[str], schema: type, inner: type | None = None
+) -> dict[str, Any]:
     """The mapping of sections in the YAML file at `path`, if any, with `key.sub=value` overrides of its settings.
 
     A list's entry is addressed by its position from 0. A setting that is text takes the value as it is written
-    (`model.query_prompt=query: `), unless quotation marks enclose it; any other is read as YAML. `schema` is the dataclass that knows the
-    settings, `inner` the one that knows those of its mappings. Raises ConfigError naming the file or the override.
+    (`model.query_prompt=query: `), unless quotation marks enclose it; any other is read as YAML. `schema` is the
+    dataclass that knows the settings, `inner` the one that knows those of its mappings. Raises ConfigError naming the
+    file or the override.
     """
     tree: Any = {}
     if path is not None:
@@ -71,7 +82,9 @@ def _apply(tree: dict[str, Any], override: str, schema: type, inner: type | None
 
 
 def _type_of(kind: Any, names: Sequence[str], inner: type | None) -> Any:
-    """The type of the setting that the names lead to, through lists and sections that may be missing; None: not known."""
+    """The type of the setting that the names lead to, through lists and sections that may be missing; None: not
+    known.
+    """
     for number, name in enumerate(names):
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next((option for option in typing.get_args(kind) if is_dataclass(option)), None)

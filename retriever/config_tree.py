@@ -23,7 +23,9 @@ def require(holds: bool, key: str, expected: str, received: object) -> None:
 
 
 def build(kind: type, tree: Any, prefix: str = "") -> Any:
-    """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for unknown keys and wrong types."""
+    """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for unknown keys and wrong
+    types.
+    """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{prefix or 'config'}: expected a mapping, received {tree!r}")
     hints = typing.get_type_hints(kind)

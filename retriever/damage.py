@@ -1,4 +1,6 @@
-"""Whether the files of a checkpoint are whole: kills and power cuts never leave half of one, but a broken disk or copy may."""
+"""Whether the files of a checkpoint are whole: kills and power cuts never leave half of one, but a broken disk or copy
+may.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ class DamageError(ConfigError):
 def damage(folder: Path) -> str | None:
     """Names the first file of a checkpoint that is missing, or damaged and how; None for a whole one.
 
-    Every byte is compared with the checksums that were written. A checkpoint of an earlier version has none: of its tensors the header
-    alone is read, which says how long the file must be.
-    Raises ConfigError where a file cannot be read: whether it is whole is not known then.
+    Every byte is compared with the checksums that were written. A checkpoint of an earlier version has none: of its
+    tensors the header alone is read, which says how long the file must be. Raises ConfigError where a file cannot be
+    read: whether it is whole is not known then.
     """
     try:
         read_state(folder)

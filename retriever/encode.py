@@ -28,10 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "retriever/encode.py",
         "texts -> embedding shards (npy, ids, manifest)",
         option("--model", required=True, help="model folder or Hugging Face name"),
-        option("--input", required=True, type=Path, help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one"),
+        option(
+            "--input",
+            required=True,
+            type=Path,
+            help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one",
+        ),
         option("--side", required=True, choices=("query", "passage")),
-        option("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept"),
-        option("--overwrite", action="store_true", help="replace what another job left in --output, removed first; else it is refused"),
+        option(
+            "--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept"
+        ),
+        option(
+            "--overwrite",
+            action="store_true",
+            help="replace what another job left in --output, removed first; else it is refused",
+        ),
         option("--prompt", help=f"put in front of every text {told}"),
         option("--max-tokens", type=at_least_one, help=f"a text's length, prompt and special tokens included {told}"),
         option("--pooling", choices=("cls", "mean", "last"), help=told),
@@ -68,12 +79,15 @@ def _encode_file(args: argparse.Namespace) -> None:
             normalize=args.normalize,
             precision=args.precision,
             attention=args.attention,
-            compiled=args.compile == "true" or (args.compile == "auto" and args.side == "passage" and world.device.type == "cuda"),
+            compiled=args.compile == "true"
+            or (args.compile == "auto" and args.side == "passage" and world.device.type == "cuda"),
             device=world.device,
             **{f"{args.side}_prompt": args.prompt, f"{args.side}_max_tokens": args.max_tokens},
         )
         if world.is_first:
-            print(f"{args.model}: {'packed' if bundle.encoder.packed else 'padded'} texts, {args.precision}, on {world.device}")
+            print(
+                f"{args.model}: {'packed' if bundle.encoder.packed else 'padded'} texts, {args.precision}, on {world.device}"
+            )
         title, separator = args.title or bundle.settings.title, args.title_separator
         separator = bundle.settings.title_separator if separator is None else separator
         folder = encode_to_shards(
@@ -90,13 +104,17 @@ def _encode_file(args: argparse.Namespace) -> None:
         )
     if world.is_first:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        print(f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}")
+        print(
+            f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}"
+        )
         if note := shortened_note():
             print(note)
 
 
 def _read_texts(path: Path, side: str, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
-    """(id, text) of each. Raises DataError at once where there is none: before anything in the output folder is replaced."""
+    """(id, text) of each. Raises DataError at once where there is none: before anything in the output folder is
+    replaced.
+    """
     if side == "query":
         texts: Iterator[tuple[str, str]] = iter(read_queries(path))
     else:

@@ -41,13 +41,13 @@ def encode_to_shards(
 ) -> Path:
     """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
 
-    Every rank of `world` calls it with the same texts in the same order; rank r encodes shards r, r + world.size, … and rank 0 writes
-    the manifest when all are done.
-    Shards of the same job (model, prompt, length, precision, mode, `texts_fingerprint`, …) that are already there are kept, whatever
-    the number of ranks that wrote them; where all are, nothing is encoded. Those of another job are replaced with `overwrite`,
-    else refused: a ShardError names what differs. A `cache` replaces another cache too. A folder is written by one command at a time
-    (LockedError). Texts are sorted by length within a shard, a slab of it at a time. While one
-    slab is encoded, threads read and tokenise the next and write the shards before.
+    Every rank of `world` calls it with the same texts in the same order; rank r encodes shards r, r + world.size, … and
+    rank 0 writes the manifest when all are done. Shards of the same job (model, prompt, length, precision, mode,
+    `texts_fingerprint`, …) that are already there are kept, whatever the number of ranks that wrote them; where all
+    are, nothing is encoded. Those of another job are replaced with `overwrite`, else refused: a ShardError names what
+    differs. A `cache` replaces another cache too. A folder is written by one command at a time (LockedError). Texts are
+    sorted by length within a shard, a slab of it at a time. While one slab is encoded, threads read and tokenise the
+    next and write the shards before.
     """
     world = world or World(bundle.encoder.device)
     job = ShardJob(

@@ -28,8 +28,8 @@ _TRACKERS = {
 def check_environment() -> None:
     """Refuses to go on where this project and Hugging Face's distribution `kernels` were installed into one folder.
 
-    The later of the two has replaced the `__init__.py` of the other. Ours does not know what theirs held, which transformers asks
-    for; with theirs both work. In folders of their own both work too: see `kernels/__init__.py`.
+    The later of the two has replaced the `__init__.py` of the other. Ours does not know what theirs held, which
+    transformers asks for; with theirs both work. In folders of their own both work too: see `kernels/__init__.py`.
     Raises ConfigError.
     """
     try:
@@ -45,10 +45,12 @@ def check_environment() -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave out silently.
+    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave
+    out silently.
 
-    Only the first rank (`RANK`, as launchers set it) logs to trackers, so only there must they be installed. As accelerate does,
-    it goes by a tracker's distribution: the module alone may be a folder of runs, as ./wandb is, or another distribution's.
+    Only the first rank (`RANK`, as launchers set it) logs to trackers, so only there must they be installed. As
+    accelerate does, it goes by a tracker's distribution: the module alone may be a folder of runs, as ./wandb is, or
+    another distribution's.
     """
     logs = os.environ.get("RANK", "0") == "0"
     for name in names:

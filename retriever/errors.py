@@ -11,7 +11,9 @@ REFUSED, LOST, INTERRUPTED, TERMINATED = 2, 3, 130, 143  # exit statuses
 
 
 class RefusedError(ValueError):
-    """Settings, data or files that cannot be used. The message names what was received, what is expected and where to change it."""
+    """Settings, data or files that cannot be used. The message names what was received, what is expected and where to
+    change it.
+    """
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Verdict:
 
 
 class RankError(RuntimeError):
-    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or its finder."""
+    """The run ends because of a rank. `speaks`: this rank should say so, being the first of its node, the lost one or
+    its finder.
+    """
 
     def __init__(self, verdict: Verdict, rank: int) -> None:
         lost = verdict.status == LOST

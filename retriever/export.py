@@ -1,4 +1,5 @@
-"""A trained encoder as a folder that transformers, sentence-transformers and this project load with the same embeddings.
+"""A trained encoder as a folder that transformers, sentence-transformers and this project load with the same
+embeddings.
 
 The schema is the long-standing one of sentence-transformers, so that older servers read it too; what it cannot say (two
 lengths, title policy) stands in `bigbatch.json`. Untied towers become two such folders, `query/` and `passage/`.
@@ -52,11 +53,14 @@ class Probe:
 
     @staticmethod
     def of(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, texts: Sequence[str]) -> Probe:
-        """Embeds `texts` in fp32. Neither the encoder's modes nor any generator's state change. Raises ValueError for no text."""
+        """Embeds `texts` in fp32. Neither the encoder's modes nor any generator's state change. Raises ValueError for
+        no text.
+        """
         if not texts:
             raise ValueError("export: no text to compare the written model by; expected at least one")
         settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
-        # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a half.
+        # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a
+        # half.
         longest = max(settings.query_max_tokens, settings.passage_max_tokens)
         texts = [*(text[: _CHARACTERS_A_TOKEN * longest] for text in texts), "retrieval " * (longest + 1)]
         bundle = EncoderBundle(encoder, tokenizer, settings)
@@ -68,11 +72,14 @@ class Probe:
             encoder.autocast_dtype = autocast_dtype
 
 
-def export(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, probe: Probe) -> Path:
-    """Writes the encoder in fp32 to `folder`, replacing what is there, and returns it. The same weights give the same bytes.
+def export(
+    encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, probe: Probe
+) -> Path:
+    """Writes the encoder in fp32 to `folder`, replacing what is there, and returns it. The same weights give the same
+    bytes.
 
-    The folder gets its name only after it was loaded again, on the encoder's device, and gave the embeddings of `probe`.
-    No other thread's random numbers change. Raises ExportError where an embedding differs by more than 1e-5.
+    The folder gets its name only after it was loaded again, on the encoder's device, and gave the embeddings of
+    `probe`. No other thread's random numbers change. Raises ExportError where an embedding differs by more than 1e-5.
     """
     folder = Path(folder)
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
@@ -80,23 +87,41 @@ def export(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Con
         if encoder.tied:
             prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
             max_tokens = max(settings.query_max_tokens, settings.passage_max_tokens)
-            _write_tower(writing, encoder.passage_tower, encoder.unused_weights["shared"], tokenizer, settings, prompts, max_tokens)
+            _write_tower(
+                writing,
+                encoder.passage_tower,
+                encoder.unused_weights["shared"],
+                tokenizer,
+                settings,
+                prompts,
+                max_tokens,
+            )
         else:
             _write_tower_of("query", writing, encoder, tokenizer, settings, config)
             _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
-        _write_json(writing / SETTINGS_FILE, {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)})
+        _write_json(
+            writing / SETTINGS_FILE,
+            {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)},
+        )
         (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
         _check_parity(writing, probe, encoder.device)
     return folder
 
 
 def _write_tower_of(
-    side: Side, writing: Path, encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings, config: Config
+    side: Side,
+    writing: Path,
+    encoder: DualEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    config: Config,
 ) -> None:
     """One tower of two, as a folder that stands on its own."""
     tower = encoder.query_tower if side == "query" else encoder.passage_tower
     prompts = {"query" if side == "query" else "document": settings.prompt(side)}
-    _write_tower(writing / side, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side))
+    _write_tower(
+        writing / side, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side)
+    )
     (writing / side / "README.md").write_text(model_card(settings, config, encoder.dimension, side), encoding="utf-8")
 
 
@@ -117,15 +142,22 @@ def _write_tower(
     _write_json(folder / "config.json", described | older_config_keys(described) | {"dtype": "float32"})
     _save_tokenizer(tokenizer, folder, max_tokens)
 
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if settings.normalize else [])]
+    modules = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        *([("2_Normalize", "Normalize")] if settings.normalize else []),
+    ]
     named = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(modules)
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
     ]
     _write_json(folder / "modules.json", named)
     _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
     for path, _ in modules[1:]:
         (folder / path).mkdir()
-    flags = {flag: mode == settings.pooling for mode, flag in _POOLING_FLAGS.items()} | dict.fromkeys(_UNUSED_FLAGS, False)
+    flags = {flag: mode == settings.pooling for mode, flag in _POOLING_FLAGS.items()} | dict.fromkeys(
+        _UNUSED_FLAGS, False
+    )
     pooling = {"word_embedding_dimension": int(tower.config.hidden_size), **flags, "include_prompt": True}
     _write_json(folder / "1_Pooling" / "config.json", pooling)
     described = {
@@ -153,7 +185,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
 
 
 def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
-    """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the live encoder."""
+    """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the
+    live encoder.
+    """
     with OwnGenerator():  # a weight that the folder lacks, such as a pooler's, is drawn
         reloaded = load_encoder(written, device=device)
     for side, expected in probe.embeddings.items():
@@ -168,9 +202,13 @@ def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
 
 
 def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:
-    """Where the model comes from; nothing that differs between two runs of the same configuration in different places."""
+    """Where the model comes from; nothing that differs between two runs of the same configuration in different
+    places.
+    """
     plain = to_dict(config)
-    trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")} | {"seed": config.run.seed}
+    trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")} | {
+        "seed": config.run.seed
+    }
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
     return {"similarity": settings.similarity, "base_model": config.model.name_or_path, "config_sha256": digest}
 

@@ -1,8 +1,9 @@
-"""Every file and folder that others read gets its name here, and is whole whenever it has it: after a crash and after a power cut too.
+"""Every file and folder that others read gets its name here, and is whole whenever it has it: after a crash and after a
+power cut too.
 
-What is written goes under another name first (an aside), is synced to the disk and renamed; then the folder that holds it is synced.
-So nothing that is written or removed later reaches the disk before it. An aside that a crash left is replaced by the next writer of the
-same name; `clean` removes those of a folder.
+What is written goes under another name first (an aside), is synced to the disk and renamed; then the folder that holds
+it is synced. So nothing that is written or removed later reaches the disk before it. An aside that a crash left is
+replaced by the next writer of the same name; `clean` removes those of a folder.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ _WRITING, _REMOVING = ".writing-", ".removing-"  # in front of the name of what 
 
 
 def replace_file(path: Path) -> AbstractContextManager[Path]:
-    """Yields the path to write a file to, empty at first; at the end it becomes `path`. After an error `path` is as it was."""
+    """Yields the path to write a file to, empty at first; at the end it becomes `path`. After an error `path` is as it
+    was.
+    """
     return _replace(path, Path.touch)
 
 
 def replace_folder(path: Path) -> AbstractContextManager[Path]:
-    """Yields an empty folder to fill; at the end it becomes `path`, and what stood there is removed. After an error `path` is as it was.
+    """Yields an empty folder to fill; at the end it becomes `path`, and what stood there is removed. After an error
+    `path` is as it was.
 
     A crash between the two renames leaves no `path`.
     """
@@ -59,7 +63,9 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds `text` to the end of a file, which is not durable before `sync`: a power cut until then may leave zeros or a part of it."""
+    """Adds `text` to the end of a file, which is not durable before `sync`: a power cut until then may leave zeros or a
+    part of it.
+    """
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
@@ -95,7 +101,8 @@ def clean(folder: Path, name: str = "*") -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[BinaryIO]:
-    """Opens a small file for one process at a time to read and overwrite, empty where there was none; nothing in it is durable.
+    """Opens a small file for one process at a time to read and overwrite, empty where there was none; nothing in it is
+    durable.
 
     Raises OSError where `path` is a symbolic link.
     """
@@ -106,7 +113,9 @@ def alone(path: Path) -> Iterator[BinaryIO]:
             except OSError as error:  # some network file systems have no such locks
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else it was removed while we waited
+            if path.exists() and os.path.samestat(
+                path.stat(), os.fstat(file.fileno())
+            ):  # else it was removed while we waited
                 yield file
                 return
 

@@ -1,9 +1,10 @@
 """The gradient cache: a batch of any size through an encoder that holds one chunk at a time.
 
-(Gao et al. 2021, arXiv:2101.06983.) With representations r = f(x) and loss L(r), dL/dθ = Σ over chunks of (∂r/∂θ)ᵀ dL/dr.
-dL/dr is taken once over the whole batch; each chunk is then encoded again, with a graph, and its rows are pulled back.
-The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the first. Chunks whose graphs
-fit in memory keep them and are encoded once; others may keep the results that cost most, and take them from there.
+(Gao et al. 2021, arXiv:2101.06983.) With representations r = f(x) and loss L(r), dL/dθ = Σ over chunks of (∂r/∂θ)ᵀ
+dL/dr. dL/dr is taken once over the whole batch; each chunk is then encoded again, with a graph, and its rows are pulled
+back. The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the
+first. Chunks whose graphs fit in memory keep them and are encoded once; others may keep the results that cost most, and
+take them from there.
 """
 
 from __future__ import annotations
@@ -79,10 +80,13 @@ def representation_gradients(
 ) -> tuple[Tensor, Representations]:
     """This rank's share of the loss over all ranks' passages, and `scale` times its gradient at the representations.
 
-    The gradient of a learned temperature is left on the objective's parameter, scaled alike. `temperature`: the present one, if known.
+    The gradient of a learned temperature is left on the objective's parameter, scaled alike. `temperature`: the present
+    one, if known.
     """
     targets = batch.targets if representations.order is None else batch.targets.reordered(*representations.order)
-    loss, dqueries, dpassages = objective(representations.query, representations.passage, targets, world, scale, temperature)
+    loss, dqueries, dpassages = objective(
+        representations.query, representations.passage, targets, world, scale, temperature
+    )
     return loss, Representations(dqueries, dpassages)
 
 

@@ -18,14 +18,20 @@ from retriever.parallel.world import World
 
 
 def join(config: Config) -> tuple[Accelerator, World]:
-    """The accelerator (devices, trackers) and the world of ranks; a collective that waits longer than `run.timeout_s` fails.
+    """The accelerator (devices, trackers) and the world of ranks; a collective that waits longer than `run.timeout_s`
+    fails.
 
-    Raises ConfigError where accelerate was set up for something that this version does not do, or the ranks do not meet.
+    Raises ConfigError where accelerate was set up for something that this version does not do, or the ranks do not
+    meet.
     """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError("accelerate's configuration asks for DeepSpeed; only FSDP is available, as in configs/accelerate/fsdp.yaml")
+        raise ConfigError(
+            "accelerate's configuration asks for DeepSpeed; only FSDP is available, as in configs/accelerate/fsdp.yaml"
+        )
     sharded = _is_on("ACCELERATE_USE_FSDP")
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # seeing it, transformers would load no weights on ranks other than the first
+    os.environ.pop(
+        "ACCELERATE_USE_FSDP", None
+    )  # seeing it, transformers would load no weights on ranks other than the first
     if sharded:
         _check_fsdp()
         check_sharded(config)
@@ -36,7 +42,9 @@ def join(config: Config) -> tuple[Accelerator, World]:
             cpu=not torch.cuda.is_available(),  # without it, processes launched on a CPU do not join one another
             mixed_precision="no",
             log_with=list(config.run.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")),
+            project_config=ProjectConfiguration(
+                project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")
+            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s))],
         )
     except dist.DistError as error:
@@ -50,13 +58,19 @@ def join(config: Config) -> tuple[Accelerator, World]:
     if accelerator.device.type == "cpu" and config.optim.precision != "fp32":
         accelerator.print(f"note: on most CPUs {config.optim.precision} is slower than fp32 (optim.precision=fp32)")
     if accumulation != "1":
-        accelerator.print(f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step")
+        accelerator.print(
+            f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step"
+        )
     if accelerator.is_main_process:
-        accelerator.init_trackers("bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)})
+        accelerator.init_trackers(
+            "bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)}
+        )
     several = accelerator.num_processes > 1
     if sharded and not several:
         accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
-    return accelerator, World(accelerator.device, accelerator.process_index, accelerator.num_processes, sharded=sharded and several)
+    return accelerator, World(
+        accelerator.device, accelerator.process_index, accelerator.num_processes, sharded=sharded and several
+    )
 
 
 def agree(world: World, **values: object) -> None:
@@ -74,7 +88,9 @@ def agree(world: World, **values: object) -> None:
 
 
 def _check_fsdp() -> None:
-    """Raises ConfigError for settings of accelerate's `fsdp_config` that this project does not follow; the rest it does not need."""
+    """Raises ConfigError for settings of accelerate's `fsdp_config` that this project does not follow; the rest it does
+    not need.
+    """
     meant = {"version": ("1", "2"), "offload_params": ("false", "false"), "reshard_after_forward": ("true", "true")}
     meant |= {"activation_checkpointing": ("false", "false")}
     for name, (default, expected) in meant.items():

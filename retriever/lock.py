@@ -1,7 +1,8 @@
-"""Who works in a folder. A lock file names the process: of two starts of one command, one runs and the other is refused by name.
+"""Who works in a folder. A lock file names the process: of two starts of one command, one runs and the other is refused
+by name.
 
-A lock whose process is gone is taken over: at once on the machine where it ran, where a process that has its number since is told by its
-start, and elsewhere a minute after its last heartbeat.
+A lock whose process is gone is taken over: at once on the machine where it ran, where a process that has its number
+since is told by its start, and elsewhere a minute after its last heartbeat.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ _held: dict[Path, Holder] = {}  # by this process
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made where there is none, and removed at the end if it holds nothing. Raises LockedError."""
+    """Holds the lock of a folder, which is made where there is none, and removed at the end if it holds nothing. Raises
+    LockedError.
+    """
     new = not folder.exists()
     make_folder(folder)
     try:
@@ -117,7 +120,9 @@ def _release(path: Path, here: Holder) -> None:
 
 
 def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
-    """Renews the lock's time. A process that was held up so long that another has the lock by now ends, for it must write no more."""
+    """Renews the lock's time. A process that was held up so long that another has the lock by now ends, for it must
+    write no more.
+    """
     while not done.wait(_BEAT_S):
         try:
             with path.open("rb") as file:
@@ -127,7 +132,9 @@ def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
         except OSError:  # a network file system that is away, or a folder that was removed: whatever needs it says so
             continue
         if holder != here:
-            print(f"error: {what} was taken over by {holder} while this process was held up", file=sys.stderr, flush=True)
+            print(
+                f"error: {what} was taken over by {holder} while this process was held up", file=sys.stderr, flush=True
+            )
             os._exit(REFUSED)
 
 
@@ -144,7 +151,11 @@ def _is_stale(holder: Holder, file: BinaryIO, folder: Path) -> bool:
     here = _this_process()
     if holder.boot and holder.boot == here.boot:
         return not _runs(holder)
-    if holder.machine and (holder.host, holder.machine) == (here.host, here.machine) and holder.boot[:_UUID] != here.boot[:_UUID]:
+    if (
+        holder.machine
+        and (holder.host, holder.machine) == (here.host, here.machine)
+        and holder.boot[:_UUID] != here.boot[:_UUID]
+    ):
         return True  # it was started anew since
     with tempfile.TemporaryFile(dir=folder) as now:  # by the clock of the file system, which all machines share
         return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime > _STALE_S
@@ -168,7 +179,9 @@ def _this_process() -> Holder:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started; empty where that is not to be seen, or it only waits for its parent to note its end."""
+    """When a process of this machine started; empty where that is not to be seen, or it only waits for its parent to
+    note its end.
+    """
     try:
         state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

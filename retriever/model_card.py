@@ -90,7 +90,9 @@ def _lengths(settings: EncoderSettings) -> str:
 
 
 def _code(text: str) -> str:
-    """Text from data or settings as a code span of Markdown, in which nothing of it is markup, on one line and printable."""
+    """Text from data or settings as a code span of Markdown, in which nothing of it is markup, on one line and
+    printable.
+    """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     padded = shown.strip() and (shown[0] in "` " or shown[-1] in "` ")  # readers take one space off either end

@@ -1,4 +1,6 @@
-"""What transformers 4 needs in a folder that transformers 5 writes: it misreads without an error what has only its new names."""
+"""What transformers 4 needs in a folder that transformers 5 writes: it misreads without an error what has only its new
+names.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def _older_modernbert(config: dict[str, Any]) -> dict[str, Any]:
     rope, layers = config["rope_parameters"], config["layer_types"]
     full = [i for i, kind in enumerate(layers) if kind == "full_attention"]
     every = full[1] if len(full) > 1 else len(layers)  # layer 0 attends to everything, and then every so many
-    thetas = {"global_rope_theta": rope["full_attention"]["rope_theta"], "local_rope_theta": rope["sliding_attention"]["rope_theta"]}
+    thetas = {
+        "global_rope_theta": rope["full_attention"]["rope_theta"],
+        "local_rope_theta": rope["sliding_attention"]["rope_theta"],
+    }
     return thetas | {"global_attn_every_n_layers": every}
 
 

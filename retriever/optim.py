@@ -19,7 +19,8 @@ _SMALLEST_SCALE = 2.0**-4  # of fp16: gradients that overflow below it are no ma
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step` of `total_steps`, counted from 0: linear warm-up to `lr`, then linear or cosine decay to 0.
+    """The rate of step `step` of `total_steps`, counted from 0: linear warm-up to `lr`, then linear or cosine decay to
+    0.
 
     `warmup` is a share of all steps, or a number of steps where it is at least 1.
     """
@@ -37,7 +38,9 @@ class Optimizer:
     In fp16 the gradients at the representations are scaled (`gradient_scale`) and unscaled after the sum over ranks.
     """
 
-    def __init__(self, config: OptimConfig, modules: Sequence[nn.Module], total_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, config: OptimConfig, modules: Sequence[nn.Module], total_steps: int, device: torch.device
+    ) -> None:
         self._config, self._total_steps = config, total_steps
         self.names: dict[str, nn.Parameter] = {}  # tied towers hold a parameter once
         for module in modules:
@@ -48,7 +51,9 @@ class Optimizer:
             plain = [p for p in parameters if p.ndim < 2]
             groups += [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         if config.name == "adamw":
-            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda")
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda"
+            )
         else:
             self.torch = torch.optim.Adafactor(groups, lr=config.lr)
         # Where the device can leave an update out by itself, the host need not ask before it.
@@ -81,7 +86,8 @@ class Optimizer:
         """Clips to `max_grad_norm`, updates, clears the gradients; returns the norm before clipping.
 
         Holds `updating`, so that another thread can read the parameters and `updates` as the last update left them.
-        In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError, no update being made.
+        In fp16 a non-finite gradient skips the update and lowers the scale. Otherwise it raises FloatingPointError, no
+        update being made.
         """
         with self.updating:
             norm = self._clip_and_step(step)
@@ -90,7 +96,9 @@ class Optimizer:
 
     def _clip_and_step(self, step: int) -> float:
         self.scaler.unscale_(self.torch)
-        norm = clipped = _total_norm([[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()])
+        norm = clipped = _total_norm(
+            [[p.grad for p in parameters if p.grad is not None] for parameters in self._alike()]
+        )
         if self._skips:
             self.torch.found_inf = norm.isfinite().logical_not_().float()  # type: ignore[attr-defined]
             clipped = norm.nan_to_num(0.0, 0.0, 0.0)  # gradients that are not used stay what they were, to be named
@@ -117,7 +125,9 @@ class Optimizer:
 
     def _check(self, norm: Tensor, step: int) -> None:
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made")
+            raise FloatingPointError(
+                f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made"
+            )
 
     def _first_non_finite(self) -> str:
         bad = (name for name, p in self.names.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all()))

@@ -27,10 +27,18 @@ _PROBES = 8  # texts that the export's parity check embeds
 
 
 class Outputs:
-    """Writes a run's artefacts on the first rank. A checkpoint is written while training goes on, from copies in host memory."""
+    """Writes a run's artefacts on the first rank. A checkpoint is written while training goes on, from copies in host
+    memory.
+    """
 
     def __init__(
-        self, config: Config, state: TrainingState, placed: PlacedEncoder, tokenizer: PreTrainedTokenizerBase, store: Store, world: World
+        self,
+        config: Config,
+        state: TrainingState,
+        placed: PlacedEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        store: Store,
+        world: World,
     ) -> None:
         self._config, self._state, self._placed, self._tokenizer, self._world = config, state, placed, tokenizer, world
         self._store_fingerprint = store.fingerprint
@@ -42,7 +50,9 @@ class Outputs:
         self._failure: BaseException | None = None
         self._saving = threading.RLock()
         rows = range(min(_PROBES, len(store.passages)))
-        longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)  # of a text of 20 MB, all that can matter
+        longest = max(
+            config.model.query_max_tokens, config.model.passage_max_tokens
+        )  # of a text of 20 MB, all that can matter
         self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row)[:longest])) for row in rows]
         if world.is_first:
             run_folder.take(config)
@@ -57,7 +67,8 @@ class Outputs:
         return folder.resolve().parent == self._checkpoints.resolve()
 
     def save(self, step: int) -> None:
-        """Begins a checkpoint after `step` steps: copies the state, and writes it in a thread once the last one is written.
+        """Begins a checkpoint after `step` steps: copies the state, and writes it in a thread once the last one is
+        written.
 
         Raises what went wrong with the last one. Every rank calls it.
         """
@@ -76,7 +87,9 @@ class Outputs:
             # In the middle of a step the device may lack the memory, and in shards no rank can encode alone.
             live = encoder if stepping or self._world.sharded else self._placed.whole(self._world.device)
             probe = Probe.of(live, self._tokenizer, self._config, self._probe_texts)
-            self._writing = threading.Thread(target=self._write, args=(step, snapshot, encoder, probe), name="checkpoint")
+            self._writing = threading.Thread(
+                target=self._write, args=(step, snapshot, encoder, probe), name="checkpoint"
+            )
             self._writing.start()
 
     def wait(self) -> None:
@@ -95,7 +108,8 @@ class Outputs:
             raise self._failure
 
     def save_last_update(self) -> int:
-        """Writes a checkpoint of the last update, unless there is one, and returns its step. For any thread, and for one rank alone.
+        """Writes a checkpoint of the last update, unless there is one, and returns its step. For any thread, and for
+        one rank alone.
 
         The main thread may be in the middle of a step, which changes nothing that is saved before its update.
         """
@@ -126,7 +140,9 @@ class Outputs:
         return bool(self._world.max(torch.tensor(int(lacks), device=self._world.device)))
 
     def publish_best(self, step: int) -> None:
-        """Makes `best/` the export of `step`, the newest checkpoint's, where its recorded evaluation is the best one."""
+        """Makes `best/` the export of `step`, the newest checkpoint's, where its recorded evaluation is the best
+        one.
+        """
         self.wait()
         if self._world.is_first:
             self._publish_best(step)
@@ -140,7 +156,9 @@ class Outputs:
         self._world.barrier()
 
     def _publish(self) -> None:
-        """Brings `export/` and `best/` up to the newest checkpoint, behind which a kill may have left them, or mends them."""
+        """Brings `export/` and `best/` up to the newest checkpoint, behind which a kill may have left them, or mends
+        them.
+        """
         newest = checkpoint.newest(self._checkpoints)
         if newest is None:
             return
@@ -167,7 +185,9 @@ class Outputs:
         return metric, {line["step"]: line[metric] for line in lines}
 
     def _shows(self, name: str, newest: Path) -> bool:
-        """Whether a published folder is recorded as the newest checkpoint's export, and every file of it is there as it was."""
+        """Whether a published folder is recorded as the newest checkpoint's export, and every file of it is there as it
+        was.
+        """
         record, source = self.folder / f"{name}.json", newest / "export"
         try:
             recorded = json.loads(record.read_text(encoding="utf-8"))["step"]
@@ -176,7 +196,8 @@ class Outputs:
         ours = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
         there = (self.folder / name / path for path in ours)
         return recorded == checkpoint.step_of(newest) and all(
-            copy.is_file() and filecmp.cmp(source / path, copy, shallow=False) for path, copy in zip(ours, there, strict=True)
+            copy.is_file() and filecmp.cmp(source / path, copy, shallow=False)
+            for path, copy in zip(ours, there, strict=True)
         )
 
     def _logged(self) -> list[dict[str, Any]]:

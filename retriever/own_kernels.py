@@ -1,4 +1,6 @@
-"""Makes `import kernels.…` find this project's package where another distribution's of that name comes first on the path."""
+"""Makes `import kernels.…` find this project's package where another distribution's of that name comes first on the
+path.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def find_own_kernels() -> None:
         if str(FOLDER) not in there.__path__:
             there.__path__.append(str(FOLDER))
         return
-    spec = importlib.util.spec_from_file_location("kernels", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)])
+    spec = importlib.util.spec_from_file_location(
+        "kernels", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
+    )
     assert spec is not None and spec.loader is not None
     sys.modules["kernels"] = module = importlib.util.module_from_spec(spec)
     try:

@@ -35,7 +35,9 @@ def check_paths(config: Config) -> None:
 
     Raises ConfigError naming the key.
     """
-    paths = {f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train) if source.path is not None}
+    paths = {
+        f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train) if source.path is not None
+    }
     if config.eval is not None:
         paths["eval.path"] = config.eval.path
     for key, path in paths.items():
@@ -59,12 +61,17 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling, truncate_dim=encoder.truncate_dim),
-        loss=replace(config.loss, exchange=exchange_for(config, encoder.dimension, world), workspace_mib=_workspace_mib(config, world)),
+        loss=replace(
+            config.loss,
+            exchange=exchange_for(config, encoder.dimension, world),
+            workspace_mib=_workspace_mib(config, world),
+        ),
     )
 
 
 def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:
-    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else compiled.
+    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else
+    compiled.
 
     In shards by the library's layers, as only those gather their weights.
     """
@@ -74,7 +81,9 @@ def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfi
         model = replace(model, attention="packed" if packed else "padded")
     free = gpu and not model.gradient_checkpointing and not world.sharded
     if model.fused == "auto":
-        model = replace(model, fused=free and model.attention == "packed" and given.compile is not True and encoder.can_fuse)
+        model = replace(
+            model, fused=free and model.attention == "packed" and given.compile is not True and encoder.can_fuse
+        )
     if model.compile == "auto":
         model = replace(model, compile=free and not model.fused)
     return model
@@ -108,8 +117,13 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> 
         ),
     ]
     for side in SIDES:
-        length, limit = len(tokenize_batch(tokenizer, [getattr(model, f"{side}_prompt")])[0]), getattr(model, f"{side}_max_tokens")
-        text = f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short"
+        length, limit = (
+            len(tokenize_batch(tokenizer, [getattr(model, f"{side}_prompt")])[0]),
+            getattr(model, f"{side}_max_tokens"),
+        )
+        text = (
+            f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short"
+        )
         possible.append((2 * length > limit, text))
     return [text for holds, text in possible if holds]
 
@@ -138,7 +152,9 @@ def _queries(planner: Planner, asked: int) -> str:
     """How many queries a batch really has."""
     least, most = planner.batch_queries
     found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
-    return found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
+    return (
+        found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
+    )
 
 
 def _equal(store: Store) -> str:
@@ -156,14 +172,18 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
         batch=replace(
             config.batch,
             queries=min(config.batch.queries, _VERIFY_QUERIES),
-            tokens_per_chunk=max(_VERIFY_TOKENS_PER_CHUNK, config.model.query_max_tokens, config.model.passage_max_tokens),
+            tokens_per_chunk=max(
+                _VERIFY_TOKENS_PER_CHUNK, config.model.query_max_tokens, config.model.passage_max_tokens
+            ),
         ),
     )
     alone = World(encoder.device)
     batch = BatchLoader.from_config(store, Planner.from_config(store, small), template, small, alone).load(0)
     check = gradient_error(encoder, config.loss, batch, block_rows=_VERIFY_BLOCK_ROWS if config.batch.offload else None)
     if not max(check.gradient_error, check.loss_error) <= _VERIFY_BOUND:
-        raise ConfigError(f"run.verify: {check}; expected at most {_VERIFY_BOUND:g}. Please report it; the run was not started")
+        raise ConfigError(
+            f"run.verify: {check}; expected at most {_VERIFY_BOUND:g}. Please report it; the run was not started"
+        )
     return check
 
 

@@ -43,7 +43,9 @@ def _curves(training: Sequence[dict[str, Any]]) -> str:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     steps = [line["step"] for line in training]
-    for axes, key, label in zip(figure.subplots(1, 2), ("train/loss", "train/lr"), ("loss", "learning rate"), strict=True):
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("train/loss", "train/lr"), ("loss", "learning rate"), strict=True
+    ):
         axes.plot(steps, [line[key] for line in training], color="#1f5fbf", linewidth=1.5)
         axes.set_xlabel("step")
         axes.set_title(label, loc="left")
@@ -57,6 +59,7 @@ def _table(evaluations: Sequence[dict[str, Any]]) -> str:
     names = [key for key in evaluations[0] if key.startswith("eval/")]
     head = "".join(f"<th>{html.escape(name.removeprefix('eval/'))}</th>" for name in names)
     rows = "".join(
-        f"<tr><td>{line['step']:,}</td>" + "".join(f"<td>{line[name]:.4f}</td>" for name in names) + "</tr>" for line in evaluations
+        f"<tr><td>{line['step']:,}</td>" + "".join(f"<td>{line[name]:.4f}</td>" for name in names) + "</tr>"
+        for line in evaluations
     )
     return f"<table><tr><th>step</th>{head}</tr>{rows}</table>"

@@ -1,7 +1,8 @@
-"""Where a rank's representations are between the passes: on the device in the batch's order, or in host memory chunk behind chunk.
+"""Where a rank's representations are between the passes: on the device in the batch's order, or in host memory chunk
+behind chunk.
 
-In host memory the rows of a chunk stand together, so that each chunk is one copy, out in the first pass and back (its gradient) in the
-second. The loss does not mind the order; the targets are brought into it.
+In host memory the rows of a chunk stand together, so that each chunk is one copy, out in the first pass and back (its
+gradient) in the second. The loss does not mind the order; the targets are brought into it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Representations(NamedTuple):
 
     query: Tensor  # [B, D]
     passage: Tensor  # [N, D]
-    order: tuple[Tensor, Tensor] | None = None  # the batch's rows [B] and [N] that these are, where they stand in another order
+    order: tuple[Tensor, Tensor] | None = (
+        None  # the batch's rows [B] and [N] that these are, where they stand in another order
+    )
 
 
 class Place(NamedTuple):
@@ -51,7 +54,9 @@ class DeviceRoom:
 
 
 class HostRoom:
-    """Room for them in host memory, page-locked where `like` is on a GPU: kernels wait for a copy, the host does not."""
+    """Room for them in host memory, page-locked where `like` is on a GPU: kernels wait for a copy, the host does
+    not.
+    """
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
         self._device = like.device
@@ -72,4 +77,6 @@ class HostRoom:
         """All rows, which the host may read from now on, and their order."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        return Representations(self._rows["query"], self._rows["passage"], (self._order["query"], self._order["passage"]))
+        return Representations(
+            self._rows["query"], self._rows["passage"], (self._order["query"], self._order["passage"])
+        )

@@ -1,7 +1,8 @@
 """What a step keeps of its chunks between the two passes, in tokens, so that the second has less to compute.
 
-A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most, which spare over a
-quarter of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022, arXiv:2205.05198.)
+A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most,
+which spare over a quarter of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022,
+arXiv:2205.05198.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ EVERYTHING = 2**62  # tokens: more than any batch has
 
 
 class Retention(NamedTuple):
-    """Computed tokens of a rank's chunks: the first ones keep their graphs, the next ones the products of their layers."""
+    """Computed tokens of a rank's chunks: the first ones keep their graphs, the next ones the products of their
+    layers.
+    """
 
     graphs: int = 0
     products: int = 0

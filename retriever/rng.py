@@ -1,4 +1,6 @@
-"""Random-number state of a chunk: saved in the first pass, restored in the second, so that dropout draws the same masks."""
+"""Random-number state of a chunk: saved in the first pass, restored in the second, so that dropout draws the same
+masks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class RngState:
 
 
 class OwnGenerator(TorchDispatchMode):
-    """Inside, what this thread draws on the CPU comes from a generator of its own: other threads' draws are as if nothing were drawn."""
+    """Inside, what this thread draws on the CPU comes from a generator of its own: other threads' draws are as if
+    nothing were drawn.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """A run's folder: held by one process at a time, and which names in it are the run's own.
 
-`.bigbatch` lists the names that a run of this folder has taken. Nothing else there is replaced or removed: what stands under a name that
-the run needs and has not taken is refused before anything is computed.
+`.bigbatch` lists the names that a run of this folder has taken. Nothing else there is replaced or removed: what stands
+under a name that the run needs and has not taken is refused before anything is computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _SECTIONS = {"run", "model", "data", "batch", "loss", "optim", "train"}  # of th
 
 @contextmanager
 def held(config: Config) -> Iterator[None]:
-    """Holds the lock of the run's folder; on the first rank, and not for `run.preflight=only`, which leaves nothing behind.
+    """Holds the lock of the run's folder; on the first rank, and not for `run.preflight=only`, which leaves nothing
+    behind.
 
     Raises LockedError where another process trains there, and ConfigError for what is there and no run's.
     """
@@ -44,14 +45,18 @@ def refuse_unless_run(folder: Path) -> None:
     """Raises ConfigError where `folder` holds anything and no run ever wrote there."""
     holds_run = (folder / _MANIFEST).exists() or _is_of_earlier_version(folder)
     if folder.is_symlink() or (folder.exists() and any(folder.iterdir()) and not holds_run):
-        raise ConfigError(f"{folder} was not written by a run; move it elsewhere, or choose another folder (--output-dir)")
+        raise ConfigError(
+            f"{folder} was not written by a run; move it elsewhere, or choose another folder (--output-dir)"
+        )
 
 
 def take(config: Config) -> None:
     """Records that the names this run needs are its own. The lock is held."""
     folder = Path(config.run.output_dir)
     taken = _taken(folder)
-    earlier = not (folder / _MANIFEST).exists() and EMBEDDINGS in taken  # an earlier version's: evaluations would not know them
+    earlier = (
+        not (folder / _MANIFEST).exists() and EMBEDDINGS in taken
+    )  # an earlier version's: evaluations would not know them
     if earlier and (folder / EMBEDDINGS).exists():
         remove(folder / EMBEDDINGS)
     write_json(folder / _MANIFEST, {"taken": sorted({*taken, *_wanted(config)})})
@@ -72,12 +77,16 @@ def _wanted(config: Config) -> tuple[str, ...]:
 def _refuse_foreign(folder: Path, wanted: tuple[str, ...]) -> None:
     """Raises ConfigError with the first entry that a run would replace and that no run of this folder made."""
     if link := next((folder / name for name in (*wanted, "logs") if (folder / name).is_symlink()), None):
-        raise ConfigError(f"{link} is a symbolic link, which a run does not follow; remove it, or choose another run.output_dir")
+        raise ConfigError(
+            f"{link} is a symbolic link, which a run does not follow; remove it, or choose another run.output_dir"
+        )
     taken = _taken(folder)
     for entry in (folder / name for name in wanted if name not in taken):
         empty = entry.is_dir() and not any(entry.iterdir())
         if entry.exists() and not empty:
-            raise ConfigError(f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir")
+            raise ConfigError(
+                f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir"
+            )
 
 
 def _taken(folder: Path) -> set[str]:
@@ -87,11 +96,15 @@ def _taken(folder: Path) -> set[str]:
     except (FileNotFoundError, NotADirectoryError):
         return {*_OF_EVERY_RUN, *_OF_EVALUATIONS} if _is_of_earlier_version(folder) else set()
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{folder / _MANIFEST} is damaged ({error}); remove it if all in {folder} is of a run") from error
+        raise ConfigError(
+            f"{folder / _MANIFEST} is damaged ({error}); remove it if all in {folder} is of a run"
+        ) from error
 
 
 def _is_of_earlier_version(folder: Path) -> bool:
-    """Whether a run that kept no list wrote here: with its whole configuration, its checkpoints' folder, and no other embeddings."""
+    """Whether a run that kept no list wrote here: with its whole configuration, its checkpoints' folder, and no other
+    embeddings.
+    """
     try:
         config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, yaml.YAMLError):

@@ -1,7 +1,8 @@
-"""Embeddings on disk: a folder of `00000.npy` [rows, D] and `00000.ids.arrow` pairs, and one `manifest.json`, written last.
+"""Embeddings on disk: a folder of `00000.npy` [rows, D] and `00000.ids.arrow` pairs, and one `manifest.json`, written
+last.
 
-A shard is there once its ids are (they are written after the embeddings), a folder is finished once its manifest is. Until
-then `job.json` says which embeddings the shards are of, so that interrupted work goes on where it stopped.
+A shard is there once its ids are (they are written after the embeddings), a folder is finished once its manifest is.
+Until then `job.json` says which embeddings the shards are of, so that interrupted work goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ _DTYPES = ("float32", "float16")
 _SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")  # .tmp: left by a killed writer of an earlier version
 _IDS = pa.schema([("id", pa.string())])
 _CACHE = "cache"  # of a job and its manifest: the shards may be replaced by those of another cache
-_OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # what a job says, and a manifest of it, in every format so far
+_OURS = {
+    "side",
+    "model",
+    "dimension",
+    "dtype",
+    "texts",
+    "shard_rows",
+}  # what a job says, and a manifest of it, in every format so far
 
 
 class ShardError(RefusedError):
@@ -63,7 +71,9 @@ class ShardWriter:
     """Fills a folder with the shards of one job, by any number of processes; every shard is written by one of them."""
 
     def __init__(self, folder: str | Path, job: ShardJob, *, cache: bool = False) -> None:
-        """`cache`: the shards serve one purpose, such as an evaluation, and are replaced for the next without asking."""
+        """`cache`: the shards serve one purpose, such as an evaluation, and are replaced for the next without
+        asking.
+        """
         self.folder = Path(folder)
         self.job = job
         self._cache = cache
@@ -82,7 +92,10 @@ class ShardWriter:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ShardError(f"{self.folder} is a file; choose another folder (--output)")
-        first = min((file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"), default="")
+        first = min(
+            (file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"),
+            default="",
+        )
         if self._cache:
             advice = "choose another folder (--output-dir), or remove it if nobody needs it"
         else:
@@ -90,7 +103,9 @@ class ShardWriter:
         job, manifest = _read_json(self.folder / _JOB), _read_json(self.folder / MANIFEST)
         for name, found in ((_JOB, job), (MANIFEST, manifest)):
             if found is not None and not found.keys() >= _OURS:
-                raise ShardError(f"{self.folder} has a {name} that is not of embedding shards; choose another folder (--output)")
+                raise ShardError(
+                    f"{self.folder} has a {name} that is not of embedding shards; choose another folder (--output)"
+                )
         if overwrite or (not first and manifest is None):
             return
         there, asked = job or manifest, asdict(self.job)
@@ -141,7 +156,9 @@ class ShardWriter:
         Raises ShardError for a wrong shape, or a value that is not finite once stored.
         """
         if embeddings.shape != (len(ids), self.job.dimension):
-            raise ShardError(f"shard {shard}: embeddings are {embeddings.shape}; expected {(len(ids), self.job.dimension)}")
+            raise ShardError(
+                f"shard {shard}: embeddings are {embeddings.shape}; expected {(len(ids), self.job.dimension)}"
+            )
         with np.errstate(over="ignore"):
             stored = np.ascontiguousarray(embeddings, dtype=self.job.dtype)
         if not np.isfinite(stored).all():
@@ -149,11 +166,17 @@ class ShardWriter:
             raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
         file, ids_file = _embeddings_file(self.folder, shard), _ids_file(self.folder, shard)
         write_array(file, stored)
-        with replace_file(ids_file) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _IDS) as writer:
+        with (
+            replace_file(ids_file) as aside,
+            pa.OSFile(str(aside), "wb") as sink,
+            pa.ipc.new_file(sink, _IDS) as writer,
+        ):
             writer.write_batch(pa.record_batch([pa.array(ids, type=pa.string())], schema=_IDS))
 
     def finish(self, rows: int) -> None:
-        """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to `rows`."""
+        """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to
+        `rows`.
+        """
         count = -(-rows // self.job.shard_rows)
         missing = [shard for shard in range(count) if not self.has(shard)]
         if missing:
@@ -161,14 +184,26 @@ class ShardWriter:
         shards: list[dict[str, Any]] = []
         for shard in range(count):
             found = min(self.job.shard_rows, rows - shard * self.job.shard_rows)
-            shards.append({"file": _embeddings_file(self.folder, shard).name, "ids": _ids_file(self.folder, shard).name, "rows": found})
-        write_checksums(self.folder, [name for shard in shards for name in (shard["file"], shard["ids"])], remembered=True)
+            shards.append(
+                {
+                    "file": _embeddings_file(self.folder, shard).name,
+                    "ids": _ids_file(self.folder, shard).name,
+                    "rows": found,
+                }
+            )
+        write_checksums(
+            self.folder, [name for shard in shards for name in (shard["file"], shard["ids"])], remembered=True
+        )
         job = _read_json(self.folder / _JOB)
-        write_json(self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **(job or {}), "shards": shards})
+        write_json(
+            self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **(job or {}), "shards": shards}
+        )
 
 
 class EmbeddingShards:
-    """A finished folder of shards; iterating yields (embeddings [n, D] memory-mapped, n ids) shard by shard, any number of times."""
+    """A finished folder of shards; iterating yields (embeddings [n, D] memory-mapped, n ids) shard by shard, any number
+    of times.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -192,7 +227,9 @@ class EmbeddingShards:
             raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
         expected = ((shard["rows"], self.dimension), self.manifest["dtype"])
         if (embeddings.shape, embeddings.dtype.name) != expected:
-            raise ShardError(f"{file}: holds {embeddings.shape} {embeddings.dtype.name}; its manifest says {expected[0]} {expected[1]}")
+            raise ShardError(
+                f"{file}: holds {embeddings.shape} {embeddings.dtype.name}; its manifest says {expected[0]} {expected[1]}"
+            )
         return embeddings
 
     def _ids(self, shard: dict[str, Any]) -> list[str]:
@@ -203,7 +240,9 @@ class EmbeddingShards:
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{file}: not readable as an Arrow file ({error}); encode the texts again") from error
         if table.schema != _IDS or len(table) != shard["rows"]:
-            raise ShardError(f"{file}: holds {len(table)} rows of {table.schema.names}; expected {shard['rows']} of {_IDS.names}")
+            raise ShardError(
+                f"{file}: holds {len(table)} rows of {table.schema.names}; expected {shard['rows']} of {_IDS.names}"
+            )
         if nulls := table.column("id").null_count:
             raise ShardError(f"{file}: {nulls:,} of {len(table):,} ids are null; encode the texts again")
         return table.column("id").to_pylist()
@@ -217,10 +256,16 @@ def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
     folder = Path(folder)
     manifest = _read_json(folder / MANIFEST)
     if manifest is None:
-        state = "its encoding was interrupted; run it again" if (folder / _JOB).is_file() else "not a folder of embedding shards"
+        state = (
+            "its encoding was interrupted; run it again"
+            if (folder / _JOB).is_file()
+            else "not a folder of embedding shards"
+        )
         raise ShardError(f"{folder}: no {MANIFEST}: {state}")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ShardError(f"{folder / MANIFEST}: format_version is {manifest.get('format_version')!r}; expected {FORMAT_VERSION}")
+        raise ShardError(
+            f"{folder / MANIFEST}: format_version is {manifest.get('format_version')!r}; expected {FORMAT_VERSION}"
+        )
     wanted = {"rows", "shards", *(field.name for field in fields(ShardJob))}
     if lacking := sorted(wanted - manifest.keys()):
         raise ShardError(f"{folder / MANIFEST}: {', '.join(lacking)} missing")
@@ -245,7 +290,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ShardError(f"{path}: not readable as JSON ({error}); delete the folder and encode the texts again") from error
+        raise ShardError(
+            f"{path}: not readable as JSON ({error}); delete the folder and encode the texts again"
+        ) from error
     if not isinstance(found, dict):
         raise ShardError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -1,6 +1,7 @@
 """Signals that end a run: it finishes its step, saves, and exits with 128 + the signal's number.
 
-A thread reads the signals, so that one is heeded even while the main thread waits inside a collective or for the device.
+A thread reads the signals, so that one is heeded even while the main thread waits inside a collective or for the
+device.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 class StopSignals:
     """Inside, the first SIGINT, SIGTERM or SIGUSR1 asks the run to stop; a second Ctrl-C ends the process at once.
 
-    Where a step does not end within `grace_s`, or the run is between its steps, a thread calls `save`, which saves what the last update
-    left and returns its step, and ends the process. Entering it needs the main thread.
+    Where a step does not end within `grace_s`, or the run is between its steps, a thread calls `save`, which saves what
+    the last update left and returns its step, and ends the process. Entering it needs the main thread.
     """
 
     def __init__(self, world: World, save: Callable[[], int], grace_s: float = GRACE_S) -> None:
@@ -80,7 +81,9 @@ class StopSignals:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -99,7 +102,9 @@ class StopSignals:
             if not self._signal:
                 self._signal, first_s = number, time.monotonic()
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
+                    _say(
+                        f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing"
+                    )
                 threading.Thread(target=self._wait, name="grace", daemon=True).start()
             elif number == signal.SIGINT and time.monotonic() - first_s > _SAME_S:
                 self._exit("interrupted again: stopped at once", 128 + number)
@@ -115,7 +120,10 @@ class StopSignals:
         try:
             message, status = str(Stopped(self._signal, self._save())), 128 + self._signal
         except Exception as error:  # this thread is the last that could say so
-            message, status = f"error: {signal.Signals(self._signal).name}: the last update could not be saved: {error}", REFUSED
+            message, status = (
+                f"error: {signal.Signals(self._signal).name}: the last update could not be saved: {error}",
+                REFUSED,
+            )
         self._exit(message, status)
 
     def _exit(self, message: str, status: int) -> None:
@@ -129,7 +137,8 @@ class StopSignals:
 
 
 def die_with_launcher() -> None:
-    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not end it.
+    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not
+    end it.
 
     To be called before `launch.join`, which takes away the variable by which the launcher is known.
     """

@@ -30,7 +30,14 @@ class Telemetry:
     """Reports steps on the first rank; on the others every call does nothing."""
 
     def __init__(
-        self, accelerator: Accelerator, metrics: Path, *, finished: int, total: int, log_every: int, forecast: Forecast | None = None
+        self,
+        accelerator: Accelerator,
+        metrics: Path,
+        *,
+        finished: int,
+        total: int,
+        log_every: int,
+        forecast: Forecast | None = None,
     ) -> None:
         """`finished` of `total` steps are done; a `forecast` is held against the first steps once they have settled."""
         self._accelerator, self._log_every = accelerator, log_every
@@ -47,7 +54,12 @@ class Telemetry:
         self.applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
         self._told = False
         self._forecast, self._step_seconds = forecast, list[float]()
-        self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0  # of the steps not logged yet
+        self._since, self._pairs, self._tokens, self._waited_s = (
+            time.perf_counter(),
+            0,
+            0,
+            0.0,
+        )  # of the steps not logged yet
         self._step_started = self._since
         if self._first:
             _forget_after(self._metrics, finished)
@@ -70,7 +82,8 @@ class Telemetry:
         elapsed = now - self._since
         speed, waited = self._pairs / elapsed, self._waited_s / elapsed
         self._bar.set_postfix_str(
-            f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s, {waited:.1%} waiting for data", refresh=False
+            f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s, {waited:.1%} waiting for data",
+            refresh=False,
         )
         self._bar.update()
         if done % self._log_every and done != self._total:
@@ -98,7 +111,9 @@ class Telemetry:
             return
         found = [("a step takes", statistics.median(self._step_seconds[_SETTLING_STEPS:]), self._forecast.step_s, "s")]
         if self._forecast.working_bytes:
-            found.append(("memory peaks at", torch.cuda.max_memory_allocated() / 2**30, self._forecast.peak_bytes / 2**30, "GiB"))
+            found.append(
+                ("memory peaks at", torch.cuda.max_memory_allocated() / 2**30, self._forecast.peak_bytes / 2**30, "GiB")
+            )
         for what, measured, expected, unit in found:
             if abs(measured / expected - 1) > _NOTABLE:
                 self._bar.write(f"plan    {what} {measured:.3g} {unit}, where {expected:.3g} {unit} were expected")
@@ -134,7 +149,9 @@ def _cause(loss: float) -> str:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` holds, but for a last line that a kill cut short. Raises ConfigError where another line is none of ours."""
+    """What `metrics.jsonl` holds, but for a last line that a kill cut short. Raises ConfigError where another line is
+    none of ours.
+    """
     if not metrics.exists():
         return []
     records, lines = [], metrics.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -144,7 +161,9 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise ConfigError(f"{metrics}:{number} is damaged ({error}); remove the line, and the run goes on") from error
+            raise ConfigError(
+                f"{metrics}:{number} is damaged ({error}); remove the line, and the run goes on"
+            ) from error
         records.append(record)
     return records
 

@@ -43,13 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--config", help="a YAML file; configs/ has examples"),
         option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
     )
-    return run(parser, arguments, _train_as_told, resumes=RESUMES, lower="batch.tokens_per_chunk, batch.retain or batch.retain_products")
+    return run(
+        parser,
+        arguments,
+        _train_as_told,
+        resumes=RESUMES,
+        lower="batch.tokens_per_chunk, batch.retain or batch.retain_products",
+    )
 
 
 def _train_as_told(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides)
     check_trackers(config.run.trackers)
-    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first allocates.
+    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first
+    # allocates.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from retriever.signals import die_with_launcher
 
@@ -85,7 +92,12 @@ def train(config: Config) -> None:
 
 
 def _train(
-    config: Config, last: Path | None, tokenizer: PreTrainedTokenizerBase, store: Store, accelerator: Accelerator, world: World
+    config: Config,
+    last: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    accelerator: Accelerator,
+    world: World,
 ) -> Stopped | None:
     """All steps that are left after the checkpoint `last`; returns what stopped them before the end."""
     from eval.evaluate import check_evaluation
@@ -115,7 +127,9 @@ def _train(
     extended = last is not None and checkpoint.length_of(checkpoint.config_of(last)) != checkpoint.length_of(config)
     launch.agree(world, checkpoint=start, data=store.fingerprint, configuration=differences(Config(), config))
     if config.eval is not None:
-        check_evaluation(config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index)
+        check_evaluation(
+            config.eval.path, config.eval.split, config.eval.metrics, config.eval.k, index=config.eval.index
+        )
 
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=AUTOCAST_DTYPES[config.optim.precision]).train()
     if config.model.lora is not None:
@@ -147,18 +161,31 @@ def _train(
     if config.run.verify and finished < total:
         accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
     if finished:
-        accelerator.print(f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}")
+        accelerator.print(
+            f"{'already finished' if finished == total else 'resuming'} at step {finished:,} of {total:,}: {last}"
+        )
         if extended:
-            accelerator.print(f"note: the run was to be shorter; the learning rate follows the schedule of {total:,} steps from here on")
+            accelerator.print(
+                f"note: the run was to be shorter; the learning rate follows the schedule of {total:,} steps from here on"
+            )
 
     if last is not None and finished == total and not outputs.holds(last):
         outputs.save(total)  # another run's end: this run's folder gets it too
 
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
-    telemetry = Telemetry(accelerator, outputs.metrics, finished=finished, total=total, log_every=config.train.log_every, forecast=forecast)
+    telemetry = Telemetry(
+        accelerator,
+        outputs.metrics,
+        finished=finished,
+        total=total,
+        log_every=config.train.log_every,
+        forecast=forecast,
+    )
 
     def evaluate_and_record(done: int) -> None:
-        """After saving, so that no error of an evaluation costs training; a run that ends in between makes it up when it goes on."""
+        """After saving, so that no error of an evaluation costs training; a run that ends in between makes it up when
+        it goes on.
+        """
         if config.eval is None or not _due(done, config.train.eval_every, total) or not outputs.lacks_evaluation(done):
             return
         with stop.between_steps(), telemetry.paused("evaluate"):
@@ -179,7 +206,9 @@ def _train(
             evaluate_and_record(finished)
         for batch in batches:
             outputs.check()
-            report = train_step(encoder, objective, batch, optimizer, world, config.run.seed, Retention.from_config(config.batch))
+            report = train_step(
+                encoder, objective, batch, optimizer, world, config.run.seed, Retention.from_config(config.batch)
+            )
             telemetry.step(report)
             done, stopping = report.step + 1, stop.agreed()
             evaluated = config.eval is not None and _due(done, config.train.eval_every, total)

@@ -1,4 +1,6 @@
-"""The gradient contract on the user's own data: cached gradient against the whole batch's, by autograd, before step 1."""
+"""The gradient contract on the user's own data: cached gradient against the whole batch's, by autograd, before step
+1.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState
 from retriever.wording import counted
 
-_ROUNDING = 1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
+_ROUNDING = (
+    1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ class GradientCheck:
         )
 
 
-def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, block_rows: int | None = None) -> GradientCheck:
+def gradient_error(
+    encoder: DualEncoder, loss: LossConfig, batch: Batch, *, block_rows: int | None = None
+) -> GradientCheck:
     """Compares the cached gradient of one rank's `batch` with that of a whole-batch forward pass and autograd.
 
-    Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is measured is
-    the method and not the rounding. `block_rows`: representations in host memory, as `ContrastiveObjective` takes them. The whole batch
-    must fit in memory. The encoder and the global RNG state are left as they are.
-    Raises ConfigError where the whole batch's gradient is rounding alone.
+    Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is
+    measured is the method and not the rounding. `block_rows`: representations in host memory, as `ContrastiveObjective`
+    takes them. The whole batch must fit in memory. The encoder and the global RNG state are left as they are. Raises
+    ConfigError where the whole batch's gradient is rounding alone.
     """
     state = RngState.capture(encoder.device)
     exact = copy.deepcopy(encoder).double().eval()
@@ -60,7 +66,10 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, bloc
     with state.restored():
         objective = ContrastiveObjective(loss, unit=exact.normalize, block_rows=block_rows)
         cached = []
-        for retention in (NOTHING, _some_of_each(exact, batch)):  # every chunk encoded again, and some of them not or in part
+        for retention in (
+            NOTHING,
+            _some_of_each(exact, batch),
+        ):  # every chunk encoded again, and some of them not or in part
             representations, first = encode_without_graph(exact, batch, retention, offload=objective.offload)
             value, gradients = representation_gradients(objective, representations, batch, world)
             backward_through_encoder(exact, batch, gradients, first)
@@ -68,7 +77,9 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, bloc
 
         whole = {side: _encode_whole(exact, batch, side) for side in ("query", "passage")}
         reference = torch.zeros((), dtype=torch.float64, device=exact.device)
-        for d, weight in zip(loss.dims or (exact.dimension,), loss.dim_weights or (1.0,) * max(1, len(loss.dims)), strict=True):
+        for d, weight in zip(
+            loss.dims or (exact.dimension,), loss.dim_weights or (1.0,) * max(1, len(loss.dims)), strict=True
+        ):
             queries, passages = (whole[side][:, :d] for side in ("query", "passage"))
             if loss.dims and exact.normalize:
                 queries, passages = normalize(queries, dim=1), normalize(passages, dim=1)
@@ -78,7 +89,9 @@ def gradient_error(encoder: DualEncoder, loss: LossConfig, batch: Batch, *, bloc
 
     norm = torch.linalg.vector_norm(expected)
     if not norm > _ROUNDING:
-        raise ConfigError(f"run.verify: the gradient of {batch.sizes[0]} queries is {norm:.1e}, rounding alone, and proves nothing")
+        raise ConfigError(
+            f"run.verify: the gradient of {batch.sizes[0]} queries is {norm:.1e}, rounding alone, and proves nothing"
+        )
     error = max(torch.linalg.vector_norm(gradient - expected) for gradient in cached) / norm
     return GradientCheck(*batch.sizes, len(batch.chunks), abs(value.item() / reference.item() - 1), error.item())
 
@@ -150,6 +163,8 @@ def _taught_loss(logits: Tensor, targets: Targets, i: int, loss: LossConfig) -> 
 
 def _take_gradients(encoder: DualEncoder) -> Tensor:
     """All gradients in one vector, and clears them."""
-    gradients = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in encoder.parameters()])
+    gradients = torch.cat(
+        [p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in encoder.parameters()]
+    )
     encoder.zero_grad(set_to_none=True)
     return gradients

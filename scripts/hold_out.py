@@ -2,8 +2,8 @@
 
     python -m scripts.hold_out --data data/scifact --output data/scifact-dev --queries 160
 
-OUTPUT is a BEIR folder with the same corpus and queries: qrels/fit.tsv to train on, qrels/dev.tsv to choose by, and the other splits
-as they were.
+OUTPUT is a BEIR folder with the same corpus and queries: qrels/fit.tsv to train on, qrels/dev.tsv to choose by, and the
+other splits as they were.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _hold_out(args: argparse.Namespace) -> None:
 
 
 def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int, seed: int) -> set[str]:
-    """At most `wanted` queries, drawn by the seed; those of one text are on one side. Queries without a text stand for themselves."""
+    """At most `wanted` queries, drawn by the seed; those of one text are on one side. Queries without a text stand for
+    themselves.
+    """
     from scripts.code_pairs.split import drawn, normal
 
     together = defaultdict[str, list[str]](list)
@@ -55,8 +57,8 @@ def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
     """Writes the BEIR folder `target`; returns how many queries fit and dev have.
 
-    Raises ConfigError where `target` exists, `split` has too few queries or `source` has another fit or dev, DataError where it cannot
-    be read.
+    Raises ConfigError where `target` exists, `split` has too few queries or `source` has another fit or dev, DataError
+    where it cannot be read.
     """
     from retriever.config import ConfigError
     from retriever.data.collection import data_files, query_tables, query_texts
@@ -72,7 +74,9 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
     if target.exists():
         raise ConfigError(f"--output {target}: exists already; expected a new folder")
     if not 0 < queries < len(qrels):
-        raise ConfigError(f"--queries: expected from 1 to {len(qrels) - 1}, {split} having {len(qrels)}; received {queries}")
+        raise ConfigError(
+            f"--queries: expected from 1 to {len(qrels) - 1}, {split} having {len(qrels)}; received {queries}"
+        )
     dev = _drawn_by_text(qrels, query_texts(query_tables(source, split), qrels), queries, seed)
     if not dev:
         raise ConfigError(f"--queries {queries}: expected at least as many as {split} has of the text of one query")
@@ -87,7 +91,9 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
             if file != judgments:
                 shutil.copyfile(file, aside / "qrels" / file.name)
         for name, chosen in (("dev", dev), ("fit", qrels.keys() - dev)):
-            rows = "".join(f"{q}\t{p}\t{grade}\n" for q, grades in qrels.items() if q in chosen for p, grade in grades.items())
+            rows = "".join(
+                f"{q}\t{p}\t{grade}\n" for q, grades in qrels.items() if q in chosen for p, grade in grades.items()
+            )
             (aside / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows, encoding="utf-8")
     return len(qrels) - len(dev), len(dev)
 

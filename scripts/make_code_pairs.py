@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         option("--seed", type=seed, default=default.seed, help="draws the modules held out"),
         option("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source"),
-        option("--test-queries", type=at_least_one, default=default.test_queries, help="hold out modules for about so many"),
+        option(
+            "--test-queries", type=at_least_one, default=default.test_queries, help="hold out modules for about so many"
+        ),
         option("--dev-queries", type=at_least_one, default=default.dev_queries, help="likewise"),
         option("--max-test-per-module", type=at_least_one, default=default.max_test_per_module, help="functions"),
         option(
@@ -80,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(args: argparse.Namespace) -> None:
     packages = installed(WELL_KNOWN) if args.packages == ["auto"] else args.packages
-    settings = Settings(packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]})
+    settings = Settings(
+        packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]}
+    )
     print(f"{args.output}: {summary(build(args.output, settings)[1])}")
 
 
@@ -93,7 +97,9 @@ def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
         ours = False
     for file in (manifest, *(output / name for name in files)):
         if file.is_symlink() or (file.exists() and not ours):
-            raise RefusedError(f"{file} was not written by this command; move it elsewhere, or choose another folder (--output)")
+            raise RefusedError(
+                f"{file} was not written by this command; move it elsewhere, or choose another folder (--output)"
+            )
 
 
 def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]:
@@ -103,7 +109,12 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
     """
     members, unreadable = read_members(settings)
     split = split_by_family(
-        members, settings.seed, settings.test_queries, settings.dev_queries, settings.max_test_per_module, settings.max_held_out_module
+        members,
+        settings.seed,
+        settings.test_queries,
+        settings.dev_queries,
+        settings.max_test_per_module,
+        settings.max_held_out_module,
     )
     code = code_collection(split, settings.seed, settings.max_test_per_module)
     details = details_collection(split)
@@ -124,7 +135,9 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
         "functions": dict(Counter(member.function.id.partition(":")[0].partition(".")[0] for member in members)),
         "counts": _counts(code, details),
         "unreadable_modules": unreadable,
-        "content_sha256": hashlib.sha256("".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()).hexdigest(),
+        "content_sha256": hashlib.sha256(
+            "".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()
+        ).hexdigest(),
     }
     write_json(output / "manifest.json", manifest)
     return code, manifest

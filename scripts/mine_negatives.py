@@ -4,8 +4,8 @@
     accelerate launch -m scripts.mine_negatives --data data/msmarco --model runs/first/export --retrievers model bm25 \\
         --ranks 10 200 --teacher cross-encoder/ms-marco-MiniLM-L6-v2 --percentage 0.95 --output-dir data/msmarco-mined
 
-The output folder is training data (`data.train: [{path: ...}]`): train.jsonl with the passages inside and, from a teacher, their
-scores. The same command after an interruption goes on where it stopped and ends with the same bytes.
+The output folder is training data (`data.train: [{path: ...}]`): train.jsonl with the passages inside and, from a
+teacher, their scores. The same command after an interruption goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.arguments import THREADS, launched_search
-from retriever.command import BATCH, ENCODER, TITLE, above_zero, at_least_one, command_parser, group, number, one_of, option, run, seed
+from retriever.command import (
+    BATCH,
+    ENCODER,
+    TITLE,
+    above_zero,
+    at_least_one,
+    command_parser,
+    group,
+    number,
+    one_of,
+    option,
+    run,
+    seed,
+)
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -26,7 +39,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m scripts.mine_negatives`."""
-    return run(_parser(), arguments, _mine, resumes="the same command goes on where it stopped", lower="--batch or --teacher-batch")
+    return run(
+        _parser(),
+        arguments,
+        _mine,
+        resumes="the same command goes on where it stopped",
+        lower="--batch or --teacher-batch",
+    )
 
 
 def _mine(args: argparse.Namespace) -> None:
@@ -46,24 +65,48 @@ def mine(args: argparse.Namespace, world: World) -> None:
 
     first, last = args.ranks
     settings = MiningSettings(
-        tuple(args.retrievers), first, last, args.negatives, args.pick, args.margin, args.percentage, args.judged, args.seed
+        tuple(args.retrievers),
+        first,
+        last,
+        args.negatives,
+        args.pick,
+        args.margin,
+        args.percentage,
+        args.judged,
+        args.seed,
     )
     names = list(dict.fromkeys(args.teacher or []))
     asks_model = "model" in (*settings.retrievers, *names) or (settings.filters and not names)
     if asks_model and args.model is None:
-        raise ConfigError("--model: expected a model, which --retrievers model, --teacher model and filters without a teacher ask for")
+        raise ConfigError(
+            "--model: expected a model, which --retrievers model, --teacher model and filters without a teacher ask for"
+        )
     output = Path(args.output_dir)
     check_output(output)
     path, columns = args.data, tuple(args.columns) if args.columns else None
     source = open_source(
-        SourceConfig(path, args.name, args.revision, args.format, args.split, columns, args.corpus, args.queries, limit=args.limit)
+        SourceConfig(
+            path,
+            args.name,
+            args.revision,
+            args.format,
+            args.split,
+            columns,
+            args.corpus,
+            args.queries,
+            limit=args.limit,
+        )
     )
     work = args.work_dir or output.with_name(f"{output.name}.work")
     pool = Pool(source, args.title, args.title_separator, work / "pool", world)
     own = sum(query.prompt is not None for query in pool.queries)
     if own and world.is_first:
         print(f"note: {counted(own, 'query')} with a prompt that the search leaves out")
-    bundle = load_encoder(args.model, precision=args.precision, attention=args.attention, device=world.device) if asks_model else None
+    bundle = (
+        load_encoder(args.model, precision=args.precision, attention=args.attention, device=world.device)
+        if asks_model
+        else None
+    )
     teachers = [
         name
         if name in ("bm25", "model")
@@ -105,7 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     candidates = (
         option("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model"),
         option("--model", help="the present model: folder or Hugging Face name"),
-        option("--ranks", nargs=2, type=at_least_one, default=(10, 100), metavar=("FIRST", "LAST"), help="of the search (default: 10 100)"),
+        option(
+            "--ranks",
+            nargs=2,
+            type=at_least_one,
+            default=(10, 100),
+            metavar=("FIRST", "LAST"),
+            help="of the search (default: 10 100)",
+        ),
         option("--negatives", type=at_least_one, default=8, help="a query, at most"),
         option("--pick", choices=("random", "top"), default="random", help="inside the ranks"),
         option("--seed", type=seed, default=0, help="of --pick random"),
@@ -116,9 +166,17 @@ def _parser() -> argparse.ArgumentParser:
         option("--teacher", nargs="+", metavar="NAME", help=teachers),
         option("--teacher-max-tokens", type=at_least_one, default=512, help="of a pair"),
         option("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once"),
-        option("--judged", type=at_least_one, help="candidates scored a query (default: twice --negatives with a filter, else as many)"),
+        option(
+            "--judged",
+            type=at_least_one,
+            help="candidates scored a query (default: twice --negatives with a filter, else as many)",
+        ),
         option("--margin", type=number(), help="drop what scores above the lowest positive's score less this"),
-        option("--percentage", type=above_zero, help="drop what scores above this share of the lowest positive's score, as 0.95"),
+        option(
+            "--percentage",
+            type=above_zero,
+            help="drop what scores above this share of the lowest positive's score, as 0.95",
+        ),
     )
     kept = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
     parser = command_parser(

@@ -3,8 +3,8 @@
     python -m scripts.pipeline configs/loop_scifact.yaml
     python -m scripts.pipeline configs/loop_scifact.yaml output_dir=runs/other rounds.1.mine.negatives=4
 
-Every stage is done once for the same inputs (data, model, teacher, settings). The same command after an interruption goes on where
-it stopped, and after a change does again what the change reaches; it says which stages it reuses.
+Every stage is done once for the same inputs (data, model, teacher, settings). The same command after an interruption
+goes on where it stopped, and after a change does again what the change reaches; it says which stages it reuses.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Predicts memory and time of a step for batches and numbers of GPUs: `python -m scripts.plan_cluster`. Nothing is measured here.
+"""Predicts memory and time of a step for batches and numbers of GPUs: `python -m scripts.plan_cluster`. Nothing is
+measured here.
 
     time    encoder + loss with its exchange + sum of parameter gradients, one after the other
-    memory  weights, gradients, AdamW's state and a bucket + activations of a chunk + embeddings, their gradients and rounded copies
+    memory  weights, gradients, AdamW's state and a bucket + activations of a chunk + embeddings, their gradients and
+    rounded copies
             + what the exchange holds
 
-The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: the faster one of those that fit in a quarter of the memory.
+The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: the faster one of those that fit in a
+quarter of the memory.
 """
 
 from __future__ import annotations
@@ -20,13 +23,17 @@ from retriever.parallel.cost import GATHER_SHARE, Exchange, Machine, Workload, c
 _GIB = 2**30
 _STATE_BYTES = 16  # of a parameter: fp32 weight, gradient and AdamW's two moments
 _BUCKET_MIB = 2 * 256  # gradients of a bucket, flat, before and after the sum
-_EMBEDDING_BYTES = 4 + 4 + 2  # of a number of an embedding: it, its gradient, and it as the loss's matrix products read it
+_EMBEDDING_BYTES = (
+    4 + 4 + 2
+)  # of a number of an embedding: it, its gradient, and it as the loss's matrix products read it
 _ACTIVATION_BYTES = 52  # of a token, layer and hidden unit, for backward
 
 
 @dataclass(frozen=True)
 class Model:
-    """An encoder on one GPU; `pairs_per_s` is a whole step's rate less its loss, at `tokens_per_chunk`. Defaults: BERT-base."""
+    """An encoder on one GPU; `pairs_per_s` is a whole step's rate less its loss, at `tokens_per_chunk`. Defaults:
+    BERT-base.
+    """
 
     pairs_per_s: float
     parameters: float = 109.5e6
@@ -61,7 +68,9 @@ def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib
     free_gib = memory_gib - 4 * model.parameters / _GIB  # before step 1
     exchange = choose(work, machine, GATHER_SHARE * 1024 * free_gib) if ranks > 1 else "gather"
     loss = (ring_cost if exchange == "ring" else gather_cost)(work, machine)
-    loss_gib = loss.mib / 1024 - 4 * numbers / _GIB  # less the rank's own gradients, which `Estimate.mib` and `_EMBEDDING_BYTES` both count
+    loss_gib = (
+        loss.mib / 1024 - 4 * numbers / _GIB
+    )  # less the rank's own gradients, which `Estimate.mib` and `_EMBEDDING_BYTES` both count
     return Step(
         exchange,
         encoder_s=queries / ranks / model.pairs_per_s,
@@ -73,13 +82,17 @@ def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib
 
 
 def _gradient_sum_s(parameters: float, ranks: int, machine: Machine) -> float:
-    """An all-reduce in float32: 2·(W − 1)/W of its bytes pass through every GPU, and between nodes through all their network cards."""
+    """An all-reduce in float32: 2·(W − 1)/W of its bytes pass through every GPU, and between nodes through all their
+    network cards.
+    """
     share = 2 * (ranks - 1) / ranks * parameters * 4
     between = share / machine.ranks_per_node / machine.between_gb_s if ranks > machine.ranks_per_node else 0.0
     return max(share / machine.inside_gb_s, between) / 1e9
 
 
-def table(batches: Sequence[int], ranks: Sequence[int], model: Model, machine: Machine, memory_gib: float) -> Iterator[str]:
+def table(
+    batches: Sequence[int], ranks: Sequence[int], model: Model, machine: Machine, memory_gib: float
+) -> Iterator[str]:
     """Lines of Markdown: a row a batch, a column a number of GPUs; `—` where the memory does not suffice."""
     yield "| pairs in the batch | " + " | ".join(f"{w:,} GPU{'s' if w > 1 else ''}" for w in ranks) + " |"
     yield "|---" * (len(ranks) + 1) + "|"
@@ -107,7 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "python -m scripts.plan_cluster",
         (__doc__ or "").partition(":")[0],
-        option("--batches", type=at_least_one, nargs="+", default=[2**k for k in (16, 18, 20, 22, 24)], help="pairs of a global batch"),
+        option(
+            "--batches",
+            type=at_least_one,
+            nargs="+",
+            default=[2**k for k in (16, 18, 20, 22, 24)],
+            help="pairs of a global batch",
+        ),
         option("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024]),
         option("--pairs-per-s", type=above_zero, default=bert.pairs_per_s, help="of the encoder on one GPU"),
         option("--parameters", type=above_zero, default=bert.parameters, help="default: %(default).4g, BERT-base"),

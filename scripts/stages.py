@@ -1,4 +1,5 @@
-"""Stages: work in a folder that is done once for the same inputs. A folder's `manifest.json`, written last, says that it is done.
+"""Stages: work in a folder that is done once for the same inputs. A folder's `manifest.json`, written last, says that
+it is done.
 
 Until then `job.json` says what the folder's files are of, so that work that can go on where it stopped does.
 """
@@ -44,10 +45,10 @@ def run_stage(
     """The outputs of a stage, which is worked on only where `folder` does not hold them for these `inputs` yet.
 
     `work(folder)` runs on every rank and returns the names of its output files, relative to `folder`, which is empty or
-    holds what an interrupted work of the same inputs left; `writes` are patterns of all names that it ever writes there.
-    `inputs` are plain values; `facts` go into the manifest beside them.
-    Raises ConfigError where `folder` holds anything that the stage did not write, which is then left as it is, and LockedError where
-    another process works there.
+    holds what an interrupted work of the same inputs left; `writes` are patterns of all names that it ever writes
+    there. `inputs` are plain values; `facts` go into the manifest beside them. Raises ConfigError where `folder` holds
+    anything that the stage did not write, which is then left as it is, and LockedError where another process works
+    there.
     """
     world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))
@@ -78,8 +79,11 @@ def run_stage(
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
 
 
-def write_parts(folder: Path, rows: int, rows_a_part: int, compute: Callable[[slice], np.ndarray], world: World, bar: str) -> list[str]:
-    """Writes what `compute` gives for the rows of each part to a file that is kept if there already; returns the names of all files.
+def write_parts(
+    folder: Path, rows: int, rows_a_part: int, compute: Callable[[slice], np.ndarray], world: World, bar: str
+) -> list[str]:
+    """Writes what `compute` gives for the rows of each part to a file that is kept if there already; returns the names
+    of all files.
 
     Rank r computes parts r, r + size, …
     """
@@ -118,21 +122,27 @@ def _finished(folder: Path, job: Mapping[str, Any]) -> Outputs | None:
 def refuse_foreign(name: str, folder: Path, inputs: Collection[str], writes: Sequence[str]) -> None:
     """Raises ConfigError with the first entry that no work of this stage left in `folder`. Hidden ones are ignored.
 
-    `inputs` are the names of the stage's inputs, by which what earlier versions began is known; `writes` as in `run_stage`.
+    `inputs` are the names of the stage's inputs, by which what earlier versions began is known; `writes` as in
+    `run_stage`.
     """
     begun, manifest = _read(folder / _JOB), _read(folder / MANIFEST)
     ours = {
-        _JOB: begun is not None and (begun.keys() == _BEGUN or begun.keys() == set(inputs)),  # the latter in earlier versions
+        _JOB: begun is not None
+        and (begun.keys() == _BEGUN or begun.keys() == set(inputs)),  # the latter in earlier versions
         MANIFEST: manifest is not None and manifest.keys() >= _OURS,
     }
     for entry in _entries(folder):
         written = entry.name == CHECKSUMS or any(fnmatch(entry.name, pattern) for pattern in writes)
         if not ours.get(entry.name, written and any(ours.values())) or entry.is_symlink():
-            raise ConfigError(f"{entry} was not written by the stage {name}; move it elsewhere, or choose a new folder (--output-dir)")
+            raise ConfigError(
+                f"{entry} was not written by the stage {name}; move it elsewhere, or choose a new folder (--output-dir)"
+            )
 
 
 def _prepare(name: str, folder: Path, job: Mapping[str, Any]) -> bool:
-    """Makes the folder ready for the job; returns whether an interrupted work of the same job is there. What is of another job goes."""
+    """Makes the folder ready for the job; returns whether an interrupted work of the same job is there. What is of
+    another job goes.
+    """
     clean(folder)
     begun = _read(folder / _JOB) or {}
     same = begun.get("inputs", begun) == job
@@ -142,7 +152,9 @@ def _prepare(name: str, folder: Path, job: Mapping[str, Any]) -> bool:
     for file in (MANIFEST, CHECKSUMS):
         (folder / file).unlink(missing_ok=True)
     if not same:
-        write_json(folder / _JOB, {"stage": name, "inputs": None})  # of no job: a kill while files go leaves a folder that is cleared again
+        write_json(
+            folder / _JOB, {"stage": name, "inputs": None}
+        )  # of no job: a kill while files go leaves a folder that is cleared again
         for entry in _entries(folder):
             if entry.is_dir():
                 shutil.rmtree(entry)

@@ -3,8 +3,8 @@
     python -m scripts.train_cross_encoder --data runs/mined --model runs/first/export --output-dir runs/teacher
     python -m scripts.mine_negatives --teacher runs/teacher ...
 
-A query is read together with one of its positives and with some of its negatives; the loss is the cross entropy of the positive's
-score among them. Runs on one device.
+A query is read together with one of its positives and with some of its negatives; the loss is the cross entropy of the
+positive's score among them. Runs on one device.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "python -m scripts.train_cross_encoder",
         __doc__,
-        option("--data", required=True, help="training data with negatives inside, as scripts.mine_negatives writes them"),
-        option("--model", required=True, help="an encoder's folder or Hugging Face name, whose body the cross-encoder starts from"),
+        option(
+            "--data", required=True, help="training data with negatives inside, as scripts.mine_negatives writes them"
+        ),
+        option(
+            "--model",
+            required=True,
+            help="an encoder's folder or Hugging Face name, whose body the cross-encoder starts from",
+        ),
         option("--output-dir", required=True, type=Path, help="a new folder for the model and its tokenizer"),
         option("--negatives", type=at_least_one, default=7, help="read beside a positive, at most"),
         option("--queries", type=at_least_one, default=32, help="of an optimizer step"),

@@ -1,7 +1,8 @@
 """Whether transformers 4 reads our exports as transformers 5 does: `python -m tests.check_transformers4`.
 
-Exports a tiny model of every architecture, with scaled and unusual RoPE and several kinds of tokenizers, and embeds the same texts with the
-installed transformers and with 4.57.6, which is installed into a temporary environment that shares torch. Exit status 1 where one differs.
+Exports a tiny model of every architecture, with scaled and unusual RoPE and several kinds of tokenizers, and embeds the
+same texts with the installed transformers and with 4.57.6, which is installed into a temporary environment that shares
+torch. Exit status 1 where one differs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, theta 1e6": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, theta 1e6": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "gemma, theta 50": ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
-    "modernbert, theta 80,000": ("modernbert", {"rope_parameters": {"full_attention": _FULL, "sliding_attention": _SLIDING}}),
+    "modernbert, theta 80,000": (
+        "modernbert",
+        {"rope_parameters": {"full_attention": _FULL, "sliding_attention": _SLIDING}},
+    ),
     "modernbert, every third layer": ("modernbert", {"num_hidden_layers": 7, "global_attn_every_n_layers": 3}),
 }
 
@@ -63,11 +67,15 @@ json.dump(found, open(output, "w"))
 
 
 def main() -> int:
-    """Prints how far the two versions' vectors are from each other, of each export; returns 1 where one is not the same, else 0."""
+    """Prints how far the two versions' vectors are from each other, of each export; returns 1 where one is not the
+    same, else 0.
+    """
     with TemporaryDirectory() as temporary:
         folder, failed = Path(temporary), 0
         older, exports = _environment(folder / "environment"), _exports(folder)
-        both = [_embed(python, list(exports.values()), folder / "found.json") for python in (Path(sys.executable), older)]
+        both = [
+            _embed(python, list(exports.values()), folder / "found.json") for python in (Path(sys.executable), older)
+        ]
     for name, new, old in zip(exports, *both, strict=True):
         said = _difference(new, old)
         failed += not said.startswith("same")
@@ -76,7 +84,9 @@ def main() -> int:
 
 
 def _difference(new: dict[str, Any], old: dict[str, Any]) -> str:
-    """What is seen, which begins with "same" where cosines are 1 to five decimals and no entry differs by 1e-5 of the largest."""
+    """What is seen, which begins with "same" where cosines are 1 to five decimals and no entry differs by 1e-5 of the
+    largest.
+    """
     if "error" in new or "error" in old:
         return f"DIFFERS: {new.get('error', 'read')} here, {old.get('error', 'read')} there"
     ours, theirs = np.array(new["means"]), np.array(old["means"])  # [texts, H]
@@ -88,19 +98,28 @@ def _difference(new: dict[str, Any], old: dict[str, Any]) -> str:
 
 
 def _environment(folder: Path) -> Path:
-    """The interpreter of an environment with the older transformers, whose other packages are the present ones where it has none."""
+    """The interpreter of an environment with the older transformers, whose other packages are the present ones where it
+    has none.
+    """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={VERSION}"], check=True)
     (packages,) = folder.glob("lib/*/site-packages")
-    (packages / "zz_present.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after the environment's own
-    found = subprocess.check_output([python, "-c", "import transformers; print(transformers.__version__)"], text=True).strip()
+    (packages / "zz_present.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # searched after the environment's own
+    found = subprocess.check_output(
+        [python, "-c", "import transformers; print(transformers.__version__)"], text=True
+    ).strip()
     assert found == VERSION, found
     return python
 
 
 def _exports(folder: Path) -> dict[str, Path]:
-    starts = {name: save_tiny_model(folder / f"start {i}", kind, **more) for i, (name, (kind, more)) in enumerate(CASES.items())}
+    starts = {
+        name: save_tiny_model(folder / f"start {i}", kind, **more)
+        for i, (name, (kind, more)) in enumerate(CASES.items())
+    }
     vocabulary = tiny_tokenizer().get_vocab()
     tokenizers: dict[str, tuple[str, PreTrainedTokenizerBase]] = {
         "bert, cased": ("bert", BertTokenizer(vocab=vocabulary, do_lower_case=False, model_max_length=256)),
@@ -108,7 +127,9 @@ def _exports(folder: Path) -> dict[str, Path]:
         "llama, its own tokenizer and an end appended": ("llama", _characters()),
     }
     for i, (name, (kind, tokenizer)) in enumerate(tokenizers.items()):
-        starts[name] = save_tiny_model(folder / f"other {i}", kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        starts[name] = save_tiny_model(
+            folder / f"other {i}", kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+        )
         tokenizer.save_pretrained(starts[name])
     settings = {"query_prompt": "query: ", "query_max_tokens": 60, "passage_max_tokens": 120}
     models = {name: ModelConfig(str(start), **settings) for name, start in starts.items()}  # type: ignore[arg-type]
@@ -122,13 +143,26 @@ def _export(model: ModelConfig, folder: Path) -> Path:
 
 def _unigram() -> PreTrainedTokenizerBase:
     words = sorted({word for text in random_texts(99) for word in text.split()})
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words), *"abcdefghijklmnopqrstuvwxyzBRAINTZü水<>,[]", "<mask>"]
-    return XLMRobertaTokenizer(vocab=[(piece, -0.1 * i) for i, piece in enumerate(dict.fromkeys(pieces))], model_max_length=256)
+    pieces = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *(f"▁{word}" for word in words),
+        *"abcdefghijklmnopqrstuvwxyzBRAINTZü水<>,[]",
+        "<mask>",
+    ]
+    return XLMRobertaTokenizer(
+        vocab=[(piece, -0.1 * i) for i, piece in enumerate(dict.fromkeys(pieces))], model_max_length=256
+    )
 
 
 def _characters() -> PreTrainedTokenizerBase:
     pieces = ["<unk>", "<s>", "</s>", "▁", *string.ascii_letters]
-    return LlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_bos_token=False, pad_token="</s>")
+    return LlamaTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_bos_token=False, pad_token="</s>"
+    )
 
 
 def _embed(python: Path, folders: list[Path], output: Path) -> list[dict[str, Any]]:

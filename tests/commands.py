@@ -12,7 +12,9 @@ import torch
 from retriever.parallel.world import World
 
 
-def assert_refused(main: Callable[[Sequence[str]], int], arguments: Sequence[str], message: str, status: int = 2) -> None:
+def assert_refused(
+    main: Callable[[Sequence[str]], int], arguments: Sequence[str], message: str, status: int = 2
+) -> None:
     """The command ends with `status` and one `error: ` line, in which the pattern `message` is found."""
     with redirect_stderr(io.StringIO()) as stream:
         found = main(arguments)

@@ -1,8 +1,9 @@
-"""What a power cut would leave of a folder: every state of the disk before an operation of `retriever.files`, and at the end.
+"""What a power cut would leave of a folder: every state of the disk before an operation of `retriever.files`, and at
+the end.
 
-A file's content is durable as of its last sync; what was written since is on the disk, or zeros, or missing. A name that was made,
-renamed or removed since the last sync of its folder has changed on the disk or not, each by itself. (This is POSIX; journaling file
-systems promise more.) The content of asides is left out, for nobody reads it.
+A file's content is durable as of its last sync; what was written since is on the disk, or zeros, or missing. A name
+that was made, renamed or removed since the last sync of its folder has changed on the disk or not, each by itself.
+(This is POSIX; journaling file systems promise more.) The content of asides is left out, for nobody reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 from retriever import files
 
-_Change = list[tuple[int, str, int | None]]  # what happens at once: folder, name and what it names from then on, by inode
+_Change = list[
+    tuple[int, str, int | None]
+]  # what happens at once: folder, name and what it names from then on, by inode
 _Tree = frozenset[tuple[str, bytes | None]]  # path, and content of a file
 _FOLDER = None
 
@@ -107,7 +110,9 @@ class PowerCuts:
                     tree = frozenset(self._tree(names, self._root.stat().st_ino, "", unsynced - on_disk, filler))
                     self._states[tree, self.promised] = None
 
-    def _tree(self, names: dict[int, dict[str, int]], folder: int, prefix: str, lost: set[int], filler: bytes) -> Iterator[Any]:
+    def _tree(
+        self, names: dict[int, dict[str, int]], folder: int, prefix: str, lost: set[int], filler: bytes
+    ) -> Iterator[Any]:
         for name, inode in names.get(folder, {}).items():
             path, aside = f"{prefix}{name}", name.startswith((files._WRITING, files._REMOVING))
             if inode in self._folders:

@@ -28,31 +28,53 @@ class WholeBatch:
 
 
 def random_batch(
-    *, queries: int = 14, passages: int = 31, ranks: int = 1, ignored: int = 0, vocabulary: tuple[int, int] = (40, 150), seed: int = 0
+    *,
+    queries: int = 14,
+    passages: int = 31,
+    ranks: int = 1,
+    ignored: int = 0,
+    vocabulary: tuple[int, int] = (40, 150),
+    seed: int = 0,
 ) -> WholeBatch:
-    """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal ranks.
+    """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal
+    ranks.
 
     The last of several ranks holds passages only.
     """
     draw = random.Random(seed)
     ids = draw.sample(range(10_000), passages)
-    columns = [draw.randrange(passages * 2 // 3) for _ in range(queries - 2)] + [0, 0]  # three queries may share column 0
+    columns = [draw.randrange(passages * 2 // 3) for _ in range(queries - 2)] + [
+        0,
+        0,
+    ]  # three queries may share column 0
     known = []
     for column in columns:
         others = draw.sample(ids, draw.choice([0, 0, 1, 3])) + draw.sample(range(10_000, 10_050), draw.choice([0, 2]))
         known.append(sorted({ids[column], *others}))
     with_queries = set(columns)
-    owners = [draw.choice([0, 0, 0, *range(max(1, ranks - 1))]) if c in with_queries else draw.randrange(ranks) for c in range(passages)]
+    owners = [
+        draw.choice([0, 0, 0, *range(max(1, ranks - 1))]) if c in with_queries else draw.randrange(ranks)
+        for c in range(passages)
+    ]
     for row in draw.sample(range(queries), ignored):
         columns[row] = -1
     tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
-    return WholeBatch([tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners)
+    return WholeBatch(
+        [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
+    )
 
 
 def rank_batch(
-    whole: WholeBatch, rank: int, tokens_per_chunk: int, *, packed: bool = False, chunks_a_side: int = 0, looked_up: bool = False
+    whole: WholeBatch,
+    rank: int,
+    tokens_per_chunk: int,
+    *,
+    packed: bool = False,
+    chunks_a_side: int = 0,
+    looked_up: bool = False,
 ) -> tuple[Batch, list[int], list[int]]:
-    """The rank's Batch, with fillers up to `chunks_a_side`, and which rows of the whole batch its queries and passages are.
+    """The rank's Batch, with fillers up to `chunks_a_side`, and which rows of the whole batch its queries and passages
+    are.
 
     `looked_up`: with its known pairs, as the loader finds them.
     """
@@ -92,7 +114,9 @@ def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
         if whole.passage_ids[column] in whole.known[row] and column != whole.positives[row]
     ]
     rows_and_columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    return KnownPairs(Pairs(*rows_and_columns), tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1)))
+    return KnownPairs(
+        Pairs(*rows_and_columns), tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1))
+    )
 
 
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:
@@ -101,7 +125,13 @@ def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -
 
 
 def oracle_loss(
-    queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Tensor, *, symmetric: bool = False, margin: float | None = None
+    queries: Tensor,
+    passages: Tensor,
+    whole: WholeBatch,
+    log_scale: Tensor,
+    *,
+    symmetric: bool = False,
+    margin: float | None = None,
 ) -> Tensor:
     """The loss of the whole batch, each term summed as it is defined, for autograd in one process."""
     scale = log_scale.exp()

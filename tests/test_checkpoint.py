@@ -85,7 +85,9 @@ def _save(config: Config, step: int, state: TrainingState | None = None) -> Path
 
 @pytest.mark.parametrize("optim", [{}, {"name": "adafactor"}, {"precision": "fp16"}])
 def test_training_goes_on_bitwise(config: Config, optim: dict[str, Any]) -> None:
-    """k + m steps equal k steps, save, load into fresh objects, m steps: weights, optimizer, scaler, temperature, dropout."""
+    """k + m steps equal k steps, save, load into fresh objects, m steps: weights, optimizer, scaler, temperature,
+    dropout.
+    """
     config = replace(config, optim=replace(config.optim, **optim))
     start, straight = _train(_state(config), range(0)), _train(_state(config), range(6))
     first = _state(config)
@@ -108,7 +110,9 @@ def test_a_checkpoint_before_the_first_step_loads(config: Config) -> None:
     saved = _save(config, 0)
     resumed = _state(config)
     assert checkpoint.load(saved, resumed, "f1") == 0
-    assert all(torch.equal(a, b) for a, b in zip(_train(resumed, range(2)), _train(_state(config), range(2)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(_train(resumed, range(2)), _train(_state(config), range(2)), strict=True)
+    )
 
 
 def test_what_a_checkpoint_holds(config: Config) -> None:
@@ -119,11 +123,14 @@ def test_what_a_checkpoint_holds(config: Config) -> None:
     manifest = json.loads((saved / "state.json").read_text())
     assert (manifest["step"], manifest["store"]) == (3, "f1")
     with safe_open(saved / "model.safetensors", "pt") as weights:
-        assert "objective.log_scale" in weights.keys() and any(k.startswith("encoder.towers.query.") for k in weights.keys())  # noqa: SIM118
+        names = list(weights.keys())
+    assert "objective.log_scale" in names and any(name.startswith("encoder.towers.query.") for name in names)
 
 
 def test_other_data_and_other_formats_are_refused(config: Config, tmp_path: Path) -> None:
-    """A changed store, a folder that is no checkpoint and a format of another version stop with a reason, before a weight changes."""
+    """A changed store, a folder that is no checkpoint and a format of another version stop with a reason, before a
+    weight changes.
+    """
     saved, state = _save(config, 3), _state(config)
     with torch.no_grad():
         for w in state.modules().parameters():
@@ -140,7 +147,9 @@ def test_other_data_and_other_formats_are_refused(config: Config, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["export", "model", "rename"])
-def test_a_save_that_dies_leaves_nothing_that_counts(config: Config, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_save_that_dies_leaves_nothing_that_counts(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     """Wherever it stops, the checkpoint before stays, nothing else does, and saving again works."""
     before = _save(config, 3)
     root = before.parent
@@ -153,7 +162,9 @@ def test_a_save_that_dies_leaves_nothing_that_counts(config: Config, monkeypatch
             patch.setattr(checkpoint, "save_file", die)
         if stage == "rename":
             patch.setattr(os, "replace", die)
-        checkpoint.save(root, 5, checkpoint.snapshot(_state(config)), config, "f1", die if stage == "export" else _export)
+        checkpoint.save(
+            root, 5, checkpoint.snapshot(_state(config)), config, "f1", die if stage == "export" else _export
+        )
     assert list(root.iterdir()) == [before] and checkpoint.newest(root) == before
     assert checkpoint.newest(root.parent / "nowhere") is None
     assert checkpoint.newest(root) != _save(config, 5) == checkpoint.newest(root)
@@ -172,7 +183,9 @@ def test_keep_last_removes_the_oldest(config: Config) -> None:
 
 
 def test_publish_replaces_the_whole_folder(tmp_path: Path) -> None:
-    """The target is the source's copy, without files of what stood there before; the source stays; nothing else is left."""
+    """The target is the source's copy, without files of what stood there before; the source stays; nothing else is
+    left.
+    """
     source, target = tmp_path / "new", tmp_path / "best"
     for folder, name in ((source, "weights"), (target, "stale")):
         folder.mkdir()
@@ -208,12 +221,16 @@ def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path
 
 
 def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(config: Config, tmp_path: Path) -> None:
-    """Else that run's checkpoints would be replaced; a run that began from it goes on, as often as the same command is given."""
+    """Else that run's checkpoints would be replaced; a run that began from it goes on, as often as the same command is
+    given.
+    """
     named = _save(config, 3)
     own = replace(config, run=replace(config.run, output_dir=str(tmp_path / "own")))
     begun = replace(own, run=replace(own.run, output_dir=str(tmp_path / "begun"), resume=str(named)))
     _save(own, 2)
-    with pytest.raises(ConfigError, match=r"is of another run than the one in .*own; run.resume=auto goes on with that"):
+    with pytest.raises(
+        ConfigError, match=r"is of another run than the one in .*own; run.resume=auto goes on with that"
+    ):
         checkpoint.find(replace(own.run, resume=str(named)))
     assert checkpoint.find(begun.run) == named
     _save(begun, 4)
@@ -228,7 +245,9 @@ def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(conf
 @pytest.mark.parametrize("resume", ["auto", "never", "named"])
 def test_a_folder_of_exports_without_checkpoints_is_left_alone(config: Config, tmp_path: Path, resume: str) -> None:
     """Whoever removes the checkpoints of a finished run keeps its model."""
-    run = replace(config.run, output_dir=str(tmp_path / "finished"), resume=str(_save(config, 3)) if resume == "named" else resume)
+    run = replace(
+        config.run, output_dir=str(tmp_path / "finished"), resume=str(_save(config, 3)) if resume == "named" else resume
+    )
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "export.json").write_text('{"step": 3}')
     with pytest.raises(ConfigError, match="finished holds the exports of a run without its checkpoints"):
@@ -255,7 +274,9 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
         batch=replace(config.batch, retain=5, retain_products=7),
         run=replace(config.run, trackers=(), resume="never", output_dir="elsewhere", timeout_s=5),
         train=replace(config.train, log_every=1, save_every=1, keep_last=9),
-        data=replace(config.data, cache_dir="elsewhere", train=(SourceConfig(path="elsewhere/x"),)),  # the store knows what is in it
+        data=replace(
+            config.data, cache_dir="elsewhere", train=(SourceConfig(path="elsewhere/x"),)
+        ),  # the store knows what is in it
     )
     assert checkpoint.continued(free, saved) == replace(free, batch=replace(free.batch, tokens_per_chunk=512))
     changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
@@ -267,7 +288,9 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
 
 
 def test_frozen_weights_are_not_saved_and_must_be_the_same_again(config: Config, tmp_path: Path) -> None:
-    """With low-rank adapters a checkpoint holds them alone, goes on bitwise over the same model and is refused over another."""
+    """With low-rank adapters a checkpoint holds them alone, goes on bitwise over the same model and is refused over
+    another.
+    """
     config = replace(config, model=replace(config.model, lora=LoraConfig(r=2, dropout=0.1)))
     first, straight = _adapted(config), _train(_adapted(config), range(5))
     start = _train(_adapted(config), range(0))

@@ -1,4 +1,6 @@
-"""Checksums: a change of any file is found, and what was read once is read again only where it changed or on request."""
+"""Checksums: a change of any file is found, and what was read once is read again only where it changed or on
+request.
+"""
 
 from __future__ import annotations
 

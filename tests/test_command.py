@@ -1,4 +1,6 @@
-"""Every command refuses, is interrupted and is terminated in one way: its exit status, one line, and the traceback only when asked."""
+"""Every command refuses, is interrupted and is terminated in one way: its exit status, one line, and the traceback only
+when asked.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from retriever.errors import RankError, RefusedError, Verdict
 from tests.commands import assert_refused
 from tests.workplace import ROOT, make_workplace, training_command
 
-# Module, the function with its body, and arguments that it can run with; {out} is what it writes, the other names are what it reads.
+# Module, the function with its body, and arguments that it can run with; {out} is what it writes, the other names are
+# what it reads.
 _SEARCHED = "--bm25 --data {data} --output-dir {out}"
 COMMANDS = {
     "retriever.train": ("_train_as_told", "--config {run} run.output_dir={out}"),
@@ -55,14 +58,20 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = make_workplace(tmp_path_factory.mktemp("commands"))
     marco = folder / "marco"
     marco.mkdir()
-    for name, line in (("collection", "p\ta river"), ("queries.dev.small", "q\triver"), ("qrels.dev.small", "q\t0\tp\t1")):
+    for name, line in (
+        ("collection", "p\ta river"),
+        ("queries.dev.small", "q\triver"),
+        ("qrels.dev.small", "q\t0\tp\t1"),
+    ):
         (marco / f"{name}.tsv").write_text(line + "\n")
     (folder / "questions.csv").write_text("which river\t['river']\n")
     (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\tp\t1\nr\tp\t1\n")
     for name, score in (("first", 1.0), ("second", 2.0)):
         (folder / f"{name}.trec").write_text(f"q Q0 p 1 {score} x\nr Q0 o 1 {score} x\n")
     mined: dict[str, Any] = {"query_id": "q", "query": "river"}
-    mined |= {f"{kind}_passages": [{"docid": kind, "title": "", "text": "a river"}] for kind in ("positive", "negative")}
+    mined |= {
+        f"{kind}_passages": [{"docid": kind, "title": "", "text": "a river"}] for kind in ("positive", "negative")
+    }
     (folder / "mined.jsonl").write_text(json.dumps(mined) + "\n")
     shutil.copytree(folder / "data", folder / "undivided")
     (folder / "undivided" / "qrels" / "dev.tsv").unlink()
@@ -76,7 +85,16 @@ evaluate: {{data: {folder}/data, options: {{split: [dev], metrics: ["nDCG@10"]}}
 """
     )
     for side, name in (("query", "queries"), ("passage", "passages")):
-        texts = ["--model", str(folder / "model"), "--input", str(folder / "data"), "--side", side, "--output", str(folder / name)]
+        texts = [
+            "--model",
+            str(folder / "model"),
+            "--input",
+            str(folder / "data"),
+            "--side",
+            side,
+            "--output",
+            str(folder / name),
+        ]
         assert encode.main(texts) == 0
     found = {name: folder / name for name in ("model", "data", "undivided", "marco", "queries", "passages")}
     files = ("run.yaml", "loop.yaml", "questions.csv", "qrels.tsv", "first.trec", "second.trec", "mined.jsonl")
@@ -95,14 +113,25 @@ def main_of(name: str) -> Callable[[Any], int]:
 
 def test_the_table_has_every_command() -> None:
     """But for the benchmarks."""
-    files = (path for package in ("retriever", "eval", "scripts") for path in (ROOT / package).rglob("*.py") if "bench" not in path.parts)
-    mains = {path for path in files if re.search("^(def main\\(|if __name__ ==)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    files = (
+        path
+        for package in ("retriever", "eval", "scripts")
+        for path in (ROOT / package).rglob("*.py")
+        if "bench" not in path.parts
+    )
+    mains = {
+        path
+        for path in files
+        if re.search("^(def main\\(|if __name__ ==)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
     assert mains == {ROOT / f"{name.replace('.', '/')}.py" for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_option_is_refused(name: str, places: dict[str, Path], tmp_path: Path) -> None:
-    assert_refused(main_of(name), [*words(name, places, tmp_path), "--no-such-option"], "unrecognized arguments: --no-such-option")
+    assert_refused(
+        main_of(name), [*words(name, places, tmp_path), "--no-such-option"], "unrecognized arguments: --no-such-option"
+    )
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -121,7 +150,10 @@ def test_a_file_where_a_folder_should_be_written_is_refused(name: str, places: d
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     ("error", "status", "message"),
-    [(OSError(28, "No space left on device", "a/file"), 2, "a/file: No space left"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (OSError(28, "No space left on device", "a/file"), 2, "a/file: No space left"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
     ids=["OSError", "KeyboardInterrupt"],
 )
 def test_an_error_inside_is_one_line(
@@ -138,9 +170,13 @@ def test_an_error_inside_is_one_line(
     assert said.count("Traceback") == 1 and said.count("\nerror: ") == 1
 
 
-@pytest.mark.parametrize("script", ["retriever/train.py", "retriever/encode.py", "-m eval.compare", "-m scripts.plan_cluster"])
+@pytest.mark.parametrize(
+    "script", ["retriever/train.py", "retriever/encode.py", "-m eval.compare", "-m scripts.plan_cluster"]
+)
 def test_a_command_of_its_own_process_ends_with_the_status(script: str) -> None:
-    ended = subprocess.run([sys.executable, *script.split(), "--no-such-option"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, *script.split(), "--no-such-option"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
     assert ended.stderr.startswith("error: ")
 
@@ -152,7 +188,10 @@ def test_sigterm_ends_a_run_with_one_line(places: dict[str, Path], tmp_path: Pat
     log = tmp_path / "log"
     with log.open("wb") as output, subprocess.Popen(words, cwd=tmp_path, stdout=output, stderr=output) as process:
         deadline = time.monotonic() + 120
-        while not any((places["run"].parent / "terminated" / "checkpoints").glob("step-*/state.json")) and time.monotonic() < deadline:
+        while (
+            not any((places["run"].parent / "terminated" / "checkpoints").glob("step-*/state.json"))
+            and time.monotonic() < deadline
+        ):
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -191,10 +230,13 @@ def test_the_line_stands_below_the_progress_bars(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError("Unable to allocate 3.0 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0")]
+    "error",
+    [MemoryError("Unable to allocate 3.0 GiB"), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0")],
 )
 def test_memory_that_runs_out_is_told_with_what_to_lower(error: BaseException) -> None:
-    assert_refused(partial(_run_words, _raiser(error)), [], r"error: out of memory: lower --at-once \((Unable|CUDA).* GiB\)$")
+    assert_refused(
+        partial(_run_words, _raiser(error)), [], r"error: out of memory: lower --at-once \((Unable|CUDA).* GiB\)$"
+    )
 
 
 def test_a_bug_keeps_its_traceback() -> None:
@@ -212,7 +254,11 @@ def test_ranks_other_than_a_nodes_first_are_silent_but_of_what_fails_them_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (_run(_raiser(RefusedError("no"))), _run(print, "--no-such-option"), _run(_raiser(KeyboardInterrupt()))) == (2, 2, 130)
+    assert (_run(_raiser(RefusedError("no"))), _run(print, "--no-such-option"), _run(_raiser(KeyboardInterrupt()))) == (
+        2,
+        2,
+        130,
+    )
     assert capsys.readouterr().err == ""
     assert_refused(partial(_run_words, _raiser(OSError(28, "full", "disk"))), [], "disk: full")
 
@@ -231,7 +277,9 @@ def test_a_command_hands_the_status_of_another_on(capsys: pytest.CaptureFixture[
     assert _run(lambda _: sys.exit(_run(_raiser(KeyboardInterrupt())))) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
     for code, status in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)):
-        failed = subprocess.CalledProcessError(subprocess.run([sys.executable, "-c", code]).returncode, ["a", "command"])
+        failed = subprocess.CalledProcessError(
+            subprocess.run([sys.executable, "-c", code]).returncode, ["a", "command"]
+        )
         assert_refused(partial(_run_words, _raiser(failed)), [], "a command … ended with status", status)
 
 

@@ -69,10 +69,22 @@ def minimal(tmp_path: Path) -> Path:
         ("data.train.0.name=both", "data.train.0: expected exactly one of path and name"),
         ("data.train.1.weight=0", "data.train.1.weight: "),
         ("data.train.1.limit=0", "data.train.1.limit: "),
-        ("model={name_or_path: m, fused: true, attention: padded}", "model.fused: expected false or auto with model.attention=padded"),
-        ("model={name_or_path: m, fused: true, compile: true}", "model.compile: expected false or auto with model.fused=true"),
-        ("model={name_or_path: m, compile: true, gradient_checkpointing: true}", "model.compile: expected false or auto with"),
-        ("model={name_or_path: m, fused: true, gradient_checkpointing: true}", "model.fused: expected false or auto with"),
+        (
+            "model={name_or_path: m, fused: true, attention: padded}",
+            "model.fused: expected false or auto with model.attention=padded",
+        ),
+        (
+            "model={name_or_path: m, fused: true, compile: true}",
+            "model.compile: expected false or auto with model.fused=true",
+        ),
+        (
+            "model={name_or_path: m, compile: true, gradient_checkpointing: true}",
+            "model.compile: expected false or auto with",
+        ),
+        (
+            "model={name_or_path: m, fused: true, gradient_checkpointing: true}",
+            "model.fused: expected false or auto with",
+        ),
         ("data.negatives=-1", "data.negatives: "),
         ("batch.retain=-1", "batch.retain: expected auto, true, false or a number of tokens"),
         ("data.train=[{path: x, columns: [a, a]}]", "data.train.0.columns: expected names of different columns"),
@@ -112,7 +124,10 @@ def minimal(tmp_path: Path) -> Path:
         # Overrides that are none, or go nowhere.
         ("a..b=1", r"override 'a\.\.b=1': expected key.sub=value"),
         (".run=1", r"override '\.run=1': expected key.sub=value"),
-        ("data.train.-1.path=x", "override 'data.train.-1.path=x': data.train: expected a position from 0 to 1, received -1"),
+        (
+            "data.train.-1.path=x",
+            "override 'data.train.-1.path=x': data.train: expected a position from 0 to 1, received -1",
+        ),
         ("optim.lr.x=1", "optim.lr"),
         ("model={}", "override 'model={}': expected settings in the braces"),
         ("model.query_prompt=\ud800", "surrogates not allowed"),
@@ -213,7 +228,9 @@ def test_quotation_marks_around_a_text_are_yamls(minimal: Path) -> None:
     assert load(minimal, ["data.train[1].limit=5", "model={pooling: cls}"]).data.train[1].limit == 5
 
 
-@pytest.mark.parametrize("content", [b"run: {seed: \xff}\n", "run: {seed: 1}\n".encode("utf-16"), b"run: {seed: " + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"run: {seed: \xff}\n", "run: {seed: 1}\n".encode("utf-16"), b"run: {seed: " + b"9" * 5000 + b"}"]
+)
 def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes) -> None:
     """Not UTF-8, or a number of thousands of digits."""
     (tmp_path / "run.yaml").write_bytes(content)
@@ -234,13 +251,35 @@ def test_an_exponent_in_a_file_is_a_number(tmp_path: Path) -> None:
 
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["null", "true", "on", "~", "1e5", "0x10", "1_000", "1:30", "2024-01-01", "???", "${a}", "\\${a}", "<<", "=", "- a", "\u2028", "a\r\nb"]
+    [
+        "null",
+        "true",
+        "on",
+        "~",
+        "1e5",
+        "0x10",
+        "1_000",
+        "1:30",
+        "2024-01-01",
+        "???",
+        "${a}",
+        "\\${a}",
+        "<<",
+        "=",
+        "- a",
+        "\u2028",
+        "a\r\nb",
+    ]
 )
 _NUMBER = st.floats(min_value=1e-12, max_value=1e12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(_TEXT, min_size=4, max_size=4), numbers=st.lists(_NUMBER, min_size=3, max_size=3), evaluate=st.booleans())
+@given(
+    texts=st.lists(_TEXT, min_size=4, max_size=4),
+    numbers=st.lists(_NUMBER, min_size=3, max_size=3),
+    evaluate=st.booleans(),
+)
 def test_what_to_yaml_writes_load_reads_back(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], numbers: list[float], evaluate: bool
 ) -> None:
@@ -250,7 +289,10 @@ def test_what_to_yaml_writes_load_reads_back(
         loss=LossConfig(temperature=numbers[0], false_negative_margin=numbers[1]),
         eval=EvalConfig(path="x", metrics=(texts[2],)) if evaluate else None,
     )
-    sources = (SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=min(numbers[2], 1e4)), SourceConfig(name="n", limit=3))
+    sources = (
+        SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=min(numbers[2], 1e4)),
+        SourceConfig(name="n", limit=3),
+    )
     config = replace(config, data=replace(config.data, train=sources), train=replace(config.train, epochs=numbers[2]))
     path = tmp_path_factory.mktemp("yaml") / "run.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
@@ -275,15 +317,26 @@ def test_differences_lists_each_changed_key_once_and_nothing_else() -> None:
     found = differences(old, new)
     assert "optim.lr: 2e-05 -> 1.0" in found
     assert "eval.path: None -> 'x'" in found
-    assert {line.partition(":")[0] for line in found} <= {"optim.lr", "data.train", "eval", *(f"eval.{f.name}" for f in fields(EvalConfig))}
+    assert {line.partition(":")[0] for line in found} <= {
+        "optim.lr",
+        "data.train",
+        "eval",
+        *(f"eval.{f.name}" for f in fields(EvalConfig)),
+    }
     assert any(line.startswith("data.train: ") for line in found)
 
 
 def test_adopt_auto_replaces_auto_and_nothing_else() -> None:
-    """A resumed run takes over what `auto` was resolved to; what was set stays; `resume: auto` is not a value to adopt."""
+    """A resumed run takes over what `auto` was resolved to; what was set stays; `resume: auto` is not a value to
+    adopt.
+    """
     asked = from_dict({"model": {"name_or_path": "m", "pooling": "auto"}, "batch": {"queries": 8}})
     resolved = from_dict(
-        {"model": {"name_or_path": "n", "pooling": "cls"}, "batch": {"queries": 4, "tokens_per_chunk": 512}, "run": {"resume": "never"}}
+        {
+            "model": {"name_or_path": "n", "pooling": "cls"},
+            "batch": {"queries": 4, "tokens_per_chunk": 512},
+            "run": {"resume": "never"},
+        }
     )
     adopted = adopt_auto(asked, resolved)
     assert (adopted.model.pooling, adopted.batch.tokens_per_chunk) == ("cls", 512)
@@ -295,7 +348,9 @@ def test_every_section_is_frozen_and_documented() -> None:
     for field in fields(Config):
         kind: type = EvalConfig if field.name == "eval" else type(getattr(Config(), field.name))
         assert is_dataclass(kind) and vars(kind)["__dataclass_params__"].frozen, field.name
-        assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("), field.name  # dataclass makes one up where there is none
+        assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("), (
+            field.name
+        )  # dataclass makes one up where there is none
 
 
 def test_a_teacher_without_negatives_is_refused(minimal: Path) -> None:
@@ -305,7 +360,9 @@ def test_a_teacher_without_negatives_is_refused(minimal: Path) -> None:
 
 
 def test_a_length_on_the_command_line_replaces_the_files_other_one(minimal: Path) -> None:
-    """The file says max_steps: `train.epochs=2` is enough to train two epochs; both on the command line contradict each other."""
+    """The file says max_steps: `train.epochs=2` is enough to train two epochs; both on the command line contradict each
+    other.
+    """
     assert load(minimal).train.max_steps is not None
     train = load(minimal, ["train.epochs=2"]).train
     assert (train.max_steps, train.epochs) == (None, 2.0)

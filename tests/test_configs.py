@@ -1,4 +1,6 @@
-"""The configurations that the project comes with: each can be run as it stands, and says in its header how and with what result."""
+"""The configurations that the project comes with: each can be run as it stands, and says in its header how and with
+what result.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Damaged checkpoints: each is named in one line before a model is read, with a way on where one is known, and never a whole one."""
+"""Damaged checkpoints: each is named in one line before a model is read, with a way on where one is known, and never a
+whole one.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def _model_in_parts(export: Path) -> None:
     export.mkdir()
     for part in _PARTS:
         save_file({part: torch.ones(3)}, export / part)
-    (export / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {part: part for part in _PARTS}}))
+    (export / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {part: part for part in _PARTS}})
+    )
 
 
 def _save(config: Config, step: int, export: Callable[[Path], None] = _one_model) -> Path:
@@ -89,7 +93,9 @@ def test_values_that_are_not_those_written_are_damage(config: Config, name: str,
     assert said.endswith(f"remove {last}: the run then goes on from {before.name}")
 
 
-@pytest.mark.parametrize(("step", "expected"), [(1, "5, as the folder is named, received 1"), ("two", 'a number of steps, received "two"')])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(1, "5, as the folder is named, received 1"), ("two", 'a number of steps, received "two"')]
+)
 def test_a_step_that_is_not_the_folders_is_damage(config: Config, step: object, expected: str) -> None:
     """With checksums and, as in a checkpoint of an earlier version, without."""
     before, last = _save(config, 3), _save(config, 5)
@@ -97,11 +103,15 @@ def test_a_step_that_is_not_the_folders_is_damage(config: Config, step: object, 
     (last / "state.json").write_text(json.dumps(state))
     for _ in range(2):
         said = _refused(lambda: checkpoint.find(config.run))
-        assert said.startswith(f"{last / 'state.json'} is damaged (step: expected {expected})") and before.name in said, said
+        assert (
+            said.startswith(f"{last / 'state.json'} is damaged (step: expected {expected})") and before.name in said
+        ), said
         (last / "checksums.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"algorithm": "crc32", "files": {}}', '{"algorithm": "xxh3_64", "files": {"../x": "0"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"algorithm": "crc32", "files": {}}', '{"algorithm": "xxh3_64", "files": {"../x": "0"}}']
+)
 def test_checksums_that_cannot_be_used_are_damage(config: Config, content: str) -> None:
     last = _save(config, 5)
     (last / "checksums.json").write_text(content)
@@ -128,14 +138,18 @@ def test_tensors_of_another_model_are_told_in_one_line(config: Config) -> None:
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "export/model.safetensors")
 
 
-@pytest.mark.parametrize(("name", "how"), [*product(_FILES, ("short", "empty", "zeros", "missing")), ("export", "missing")])
+@pytest.mark.parametrize(
+    ("name", "how"), [*product(_FILES, ("short", "empty", "zeros", "missing")), ("export", "missing")]
+)
 def test_a_damaged_checkpoint_is_named_with_the_whole_one_before_it(config: Config, name: str, how: str) -> None:
     """Each file cut short, empty, zeros as a disk leaves it that lost its power, or not there."""
     oldest, before, last = (_save(config, step) for step in (2, 3, 5))
     assert checkpoint.find(config.run) == last
     _damage(last / name, how)
     said = _refused(lambda: checkpoint.find(config.run))
-    assert said.startswith(f"{last / name}") and f"remove {last}" in said and said.endswith(f"goes on from {before.name}"), said
+    assert (
+        said.startswith(f"{last / name}") and f"remove {last}" in said and said.endswith(f"goes on from {before.name}")
+    ), said
     _damage(before / "model.safetensors", "short")
     said = _refused(lambda: checkpoint.find(config.run))
     assert said.endswith(f"remove {before}, {last}: the run then goes on from {oldest.name}")
@@ -165,7 +179,9 @@ def test_an_empty_export_is_not_whole(config: Config) -> None:
     assert damage(saved) == f"{saved / 'export' / 'model.safetensors'} is missing"
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", '"state"', "{}", '{"format_version": 1}', '{"format_version": 1, "step": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '"state"', "{}", '{"format_version": 1}', '{"format_version": 1, "step": 3}']
+)
 def test_a_state_that_says_too_little_is_damaged(config: Config, content: str) -> None:
     """Whatever JSON stands in it, and whoever asks."""
     before, last = _save(config, 3), _save(config, 5)
@@ -188,13 +204,18 @@ def test_a_state_of_another_format_is_not_damaged(config: Config) -> None:
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(config: Config, tmp_path: Path) -> None:
     named = _save(config, 3).rename(tmp_path / "kept")
     _damage(named / "optimizer.safetensors", "short")
-    with pytest.raises(ConfigError, match=r"run.resume: .*kept is no checkpoint to go on from: .*kept/optimizer\.safetensors is damaged"):
+    with pytest.raises(
+        ConfigError,
+        match=r"run.resume: .*kept is no checkpoint to go on from: .*kept/optimizer\.safetensors is damaged",
+    ):
         checkpoint.find(replace(config.run, resume=str(named)))
 
 
 @pytest.mark.parametrize("name", _FILES)
 def test_a_file_that_cannot_be_read_is_not_called_damaged(config: Config, name: str) -> None:
-    """A link to itself stands for rights that are missing and mounts that went stale: nobody is told to remove a whole checkpoint."""
+    """A link to itself stands for rights that are missing and mounts that went stale: nobody is told to remove a whole
+    checkpoint.
+    """
     oldest, before, last = (_save(config, step) for step in (2, 3, 5))
     content = (last / name).read_bytes()
 

@@ -1,4 +1,6 @@
-"""Texts to shards: by one process or several, interrupted or not, from files by the command, the embeddings are the same."""
+"""Texts to shards: by one process or several, interrupted or not, from files by the command, the embeddings are the
+same.
+"""
 
 from __future__ import annotations
 
@@ -71,19 +73,35 @@ def _counting(bundle: EncoderBundle, **changed: Any) -> _Counting:
 
 
 @pytest.mark.parametrize("shard_rows", [5, 23, 100])
-def test_shards_hold_the_embeddings_in_the_order_of_the_texts(bundle: EncoderBundle, tmp_path: Path, shard_rows: int) -> None:
+def test_shards_hold_the_embeddings_in_the_order_of_the_texts(
+    bundle: EncoderBundle, tmp_path: Path, shard_rows: int
+) -> None:
     folder = _encode(bundle, tmp_path / "shards", shard_rows=shard_rows)
     embeddings, ids = _read(folder)
     assert ids == [i for i, _ in TEXTS]
     np.testing.assert_allclose(embeddings, bundle.encode([text for _, text in TEXTS], "passage"), rtol=0, atol=1e-6)
     manifest = open_shards(folder).manifest
-    wanted = {"rows": 23, "dimension": 32, "dtype": "float32", "side": "passage", "prompt": "find the ", "texts": "abc", "pooling": "mean"}
+    wanted = {
+        "rows": 23,
+        "dimension": 32,
+        "dtype": "float32",
+        "side": "passage",
+        "prompt": "find the ",
+        "texts": "abc",
+        "pooling": "mean",
+    }
     assert manifest | wanted == manifest
-    assert (manifest["model"], manifest["max_tokens"], len(manifest["shards"])) == (bundle.model_hash(), 256, -(-23 // shard_rows))
+    assert (manifest["model"], manifest["max_tokens"], len(manifest["shards"])) == (
+        bundle.model_hash(),
+        256,
+        -(-23 // shard_rows),
+    )
 
 
 @pytest.mark.parametrize("slab", [1, 2, 5, 7])
-def test_a_shard_may_be_encoded_in_several_slabs(bundle: EncoderBundle, tmp_path: Path, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_may_be_encoded_in_several_slabs(
+    bundle: EncoderBundle, tmp_path: Path, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each row comes back to its own place, and no shard is written before its last slab."""
     whole, ids = _read(_encode(bundle, tmp_path / "whole"))
     monkeypatch.setattr(encode_module, "SLAB_TEXTS", slab)
@@ -101,7 +119,9 @@ def test_half_precision_shards_round_the_same_embeddings(bundle: EncoderBundle, 
 
 
 def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBundle, tmp_path: Path) -> None:
-    """Three ranks, one after the other: a barrier that lets the next rank run is enough, for none needs another's result before the end."""
+    """Three ranks, one after the other: a barrier that lets the next rank run is enough, for none needs another's
+    result before the end.
+    """
     alone = _encode(bundle, tmp_path / "alone")
     ranks = [_counting(bundle) for _ in range(3)]
     folder = tmp_path / "together"
@@ -110,7 +130,9 @@ def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBu
         waits: Iterator[int] = iter(range(4))
 
         def barrier() -> None:
-            if rank == 0 and next(waits) == 2:  # rank 0 has encoded its shards; now the others do, and come to their own end
+            if (
+                rank == 0 and next(waits) == 2
+            ):  # rank 0 has encoded its shards; now the others do, and come to their own end
                 for other in (1, 2):
                     _encode(ranks[other], folder, world=RankAlone(other, 3))
 
@@ -125,7 +147,9 @@ def test_ranks_write_disjoint_shards_that_one_rank_would_write(bundle: EncoderBu
 def test_no_rank_changes_the_folder_before_every_rank_has_looked(
     bundle: EncoderBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a rank that is late finds the folder emptied for it, and refuses what the others begin, or begins what they refuse."""
+    """Else a rank that is late finds the folder emptied for it, and refuses what the others begin, or begins what they
+    refuse.
+    """
     events: list[tuple[int, str]] = []
     now = [0]
 
@@ -185,7 +209,12 @@ def test_shards_of_one_mode_are_not_taken_for_another_s(model: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("of_bundle", "of_call"),
-    [({"passage_prompt": "other "}, {}), ({"passage_max_tokens": 9}, {}), ({}, {"texts_fingerprint": "new"}), ({}, {"dtype": "float16"})],
+    [
+        ({"passage_prompt": "other "}, {}),
+        ({"passage_max_tokens": 9}, {}),
+        ({}, {"texts_fingerprint": "new"}),
+        ({}, {"dtype": "float16"}),
+    ],
 )
 def test_another_job_is_refused_or_encodes_everything_again(
     bundle: EncoderBundle, tmp_path: Path, of_bundle: dict[str, Any], of_call: dict[str, Any]
@@ -210,13 +239,29 @@ def beir(tmp_path: Path) -> Path:
     folder.mkdir()
     passages = [{"_id": i, "title": "river" if n % 2 else "", "text": text} for n, (i, text) in enumerate(TEXTS)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in TEXTS[:4]))
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in TEXTS[:4])
+    )
     return folder
 
 
-def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reads_prompts_lengths_and_titles(
+    model: Path, beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--model", str(model), "--input", str(beir), "--pooling", "cls", "--max-tokens", "16", "--prompt", "a "]
-    main([*common, "--side", "passage", "--output", str(tmp_path / "p"), "--title-separator", " of ", "--shard-rows", "10"])
+    main(
+        [
+            *common,
+            "--side",
+            "passage",
+            "--output",
+            str(tmp_path / "p"),
+            "--title-separator",
+            " of ",
+            "--shard-rows",
+            "10",
+        ]
+    )
     said = f"{model}: padded texts, fp32, on cpu\n{tmp_path}/p: 23 embeddings of dimension 32, float32\n"
     assert capsys.readouterr().out == said
     main([*common, "--side", "query", "--output", str(tmp_path / "q")])
@@ -225,7 +270,13 @@ def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, t
     main([*common, "--side", "query", "--input", str(beir / "one"), "--output", str(tmp_path / "one")])
     assert capsys.readouterr().out.endswith(f"{tmp_path}/one: 1 embedding of dimension 32, float32\n")
     loaded = load_encoder(
-        model, pooling="cls", passage_prompt="a ", query_prompt="a ", passage_max_tokens=16, query_max_tokens=16, device="cpu"
+        model,
+        pooling="cls",
+        passage_prompt="a ",
+        query_prompt="a ",
+        passage_max_tokens=16,
+        query_max_tokens=16,
+        device="cpu",
     )
     passages = [f"river of {text}" if n % 2 else text for n, (_, text) in enumerate(TEXTS)]
     embeddings, ids = _read(tmp_path / "p")
@@ -236,7 +287,9 @@ def test_the_command_reads_prompts_lengths_and_titles(model: Path, beir: Path, t
     np.testing.assert_allclose(embeddings, loaded.encode([text for _, text in TEXTS[:4]], "query"), rtol=0, atol=1e-6)
 
 
-def test_the_command_reuses_shards_until_the_texts_change(model: Path, beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reuses_shards_until_the_texts_change(
+    model: Path, beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fingerprints: list[str] = []
     whole = encode_module.encode_to_shards
 
@@ -277,18 +330,42 @@ def test_the_command_packs_and_compiles_when_told_to(
 def test_the_command_says_in_one_line_what_is_missing(model: Path, beir: Path, tmp_path: Path, missing: str) -> None:
     places = {"model": str(model), "input": str(beir)} | {missing: str(tmp_path / "nowhere")}
     assert_refused(
-        main, ["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")], "nowhere"
+        main,
+        ["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")],
+        "nowhere",
     )
 
 
 def test_two_processes_run_the_command_as_a_script(model: Path, beir: Path, tmp_path: Path) -> None:
     """As `accelerate launch` starts it: the script's own folder first on the path, the project itself not on it."""
-    arguments = ["--model", str(model), "--input", str(beir), "--side", "passage", "--output", str(tmp_path / "p"), "--shard-rows", "5"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    arguments = [
+        "--model",
+        str(model),
+        "--input",
+        str(beir),
+        "--side",
+        "passage",
+        "--output",
+        str(tmp_path / "p"),
+        "--shard-rows",
+        "5",
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [*launch, *settings, str(ROOT / "retriever" / "encode.py"), *arguments]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("23 embeddings of dimension 32") == 1, "only the first process reports"
     assert _read(tmp_path / "p")[1] == [i for i, _ in TEXTS]
@@ -297,7 +374,10 @@ def test_two_processes_run_the_command_as_a_script(model: Path, beir: Path, tmp_
 @pytest.mark.parametrize(("side", "name"), [("passage", "corpus.jsonl"), ("query", "queries.jsonl")])
 def test_an_input_without_a_text_is_refused(model: Path, tmp_path: Path, side: str, name: str) -> None:
     """And what is there stays, --overwrite or not."""
-    texts, arguments = tmp_path / name, ["--model", str(model), "--input", str(tmp_path / name), "--side", side, "--overwrite", "--output"]
+    texts, arguments = (
+        tmp_path / name,
+        ["--model", str(model), "--input", str(tmp_path / name), "--side", side, "--overwrite", "--output"],
+    )
     texts.write_text(json.dumps({"_id": "1", "text": "a river"}) + "\n", encoding="utf-8")
     main([*arguments, str(tmp_path / "out")])
     texts.write_text("", encoding="utf-8")

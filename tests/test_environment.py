@@ -27,7 +27,9 @@ def test_trackers_are_those_that_accelerate_knows_and_finds() -> None:
         if name in found or name == "all":
             check_trackers((name,))
         else:
-            with pytest.raises(ConfigError, match=f"run.trackers: {name} .* not installed.*pip install {name.replace('_', '-')}"):
+            with pytest.raises(
+                ConfigError, match=f"run.trackers: {name} .* not installed.*pip install {name.replace('_', '-')}"
+            ):
                 check_trackers(("tensorboard", name))
 
 
@@ -46,7 +48,9 @@ def test_a_folder_named_as_a_tracker_is_no_package(tmp_path: Path, monkeypatch: 
         check_trackers(("swanlab",))
 
 
-def test_a_tracker_of_another_distribution_is_refused_as_accelerate_leaves_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_of_another_distribution_is_refused_as_accelerate_leaves_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As tb-nightly brings tensorboard's module: accelerate would train without it and say nothing."""
     (tmp_path / "swanlab").mkdir()
     (tmp_path / "swanlab" / "__init__.py").write_text("")
@@ -55,7 +59,9 @@ def test_a_tracker_of_another_distribution_is_refused_as_accelerate_leaves_it_ou
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: swanlab-nightly\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.util.find_spec("swanlab") is not None and not is_swanlab_available()
-    with pytest.raises(ConfigError, match="swanlab is not installed .no distribution swanlab, which accelerate asks for"):
+    with pytest.raises(
+        ConfigError, match="swanlab is not installed .no distribution swanlab, which accelerate asks for"
+    ):
         check_trackers(("swanlab",))
     metadata.rename(tmp_path / "swanlab-1.0.dist-info")
     (tmp_path / "swanlab-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: swanlab\nVersion: 1.0\n")
@@ -64,8 +70,12 @@ def test_a_tracker_of_another_distribution_is_refused_as_accelerate_leaves_it_ou
 
 
 @pytest.mark.parametrize(("rank", "logs"), [(None, True), ("0", True), ("1", False), ("8", False)])
-def test_trackers_are_asked_for_where_they_are_used(monkeypatch: pytest.MonkeyPatch, rank: str | None, logs: bool) -> None:
-    """A node of workers may lack them: were it to stop alone, the others would wait for it. Unknown names are wrong everywhere."""
+def test_trackers_are_asked_for_where_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, logs: bool
+) -> None:
+    """A node of workers may lack them: were it to stop alone, the others would wait for it. Unknown names are wrong
+    everywhere.
+    """
     monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
     assert "dvclive" not in map(str, get_available_trackers())
     with pytest.raises(ConfigError, match="dvclive is not installed") if logs else nullcontext():

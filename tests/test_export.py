@@ -31,7 +31,9 @@ SHORT, LONG = random_texts(12, longest=10), random_texts(12, shortest=20, longes
 
 def _trained(folder: Path, **model: Any) -> tuple[DualEncoder, Any, Config]:
     """An encoder whose weights, the two towers' in different ways, are no longer those of the folder."""
-    settings = ModelConfig(str(folder), query_prompt="query: ", passage_prompt="find the ", query_max_tokens=24, passage_max_tokens=40)
+    settings = ModelConfig(
+        str(folder), query_prompt="query: ", passage_prompt="find the ", query_max_tokens=24, passage_max_tokens=40
+    )
     config = Config(model=replace(settings, **model), data=DataConfig(title="drop"))
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(5)
@@ -59,7 +61,9 @@ def _live(encoder: DualEncoder, tokenizer: Any, config: Config) -> EncoderBundle
         ("gpt2", {"pooling": "mean"}),
     ],
 )
-def test_sentence_transformers_gives_the_live_embeddings(architecture: str, model: dict[str, Any], tmp_path: Path) -> None:
+def test_sentence_transformers_gives_the_live_embeddings(
+    architecture: str, model: dict[str, Any], tmp_path: Path
+) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start", architecture), **model)
     live = _live(encoder, tokenizer, config)
     folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
@@ -106,7 +110,9 @@ def test_a_truncated_model_stays_truncated(tmp_path: Path) -> None:
     assert "Dimension 12," in (folder / "README.md").read_text()
     assert DualEncoder.from_pretrained(ModelConfig(str(folder))).dimension == 12
     assert DualEncoder.from_pretrained(ModelConfig(str(folder), truncate_dim=None)).dimension == 32
-    with pytest.raises(ConfigError, match=r"model\.truncate_dim: expected at most 32, the model's dimension; received 33"):
+    with pytest.raises(
+        ConfigError, match=r"model\.truncate_dim: expected at most 32, the model's dimension; received 33"
+    ):
         DualEncoder.from_pretrained(ModelConfig(str(folder), truncate_dim=33))
 
 
@@ -129,7 +135,13 @@ def test_probes_are_cut_to_the_models_length(tmp_path: Path, monkeypatch: pytest
         return encode(self, texts, side)
 
     monkeypatch.setattr(EncoderBundle, "encode", seeing)
-    export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, ["heart disease " * 10_000, "brain"]))
+    export(
+        encoder,
+        tokenizer,
+        config,
+        tmp_path / "export",
+        Probe.of(encoder, tokenizer, config, ["heart disease " * 10_000, "brain"]),
+    )
     assert len(seen) == 4 * 3 and max(seen) < 1000
 
 
@@ -146,8 +158,12 @@ def test_a_real_model_gives_the_same_embeddings_in_sentence_transformers(tmp_pat
     ]
     folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, texts))
     live, theirs = _live(encoder, tokenizer, config), SentenceTransformer(str(folder), device="cpu")
-    np.testing.assert_allclose(theirs.encode(texts, prompt_name="query"), live.encode(texts, "query"), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(theirs.encode(texts, prompt_name="document"), live.encode(texts, "passage"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        theirs.encode(texts, prompt_name="query"), live.encode(texts, "query"), rtol=0, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        theirs.encode(texts, prompt_name="document"), live.encode(texts, "passage"), rtol=0, atol=1e-5
+    )
     assert theirs.encode(texts).shape == (4, 384)
 
 
@@ -165,7 +181,9 @@ def test_transformers_loads_the_folder_whole(tmp_path: Path) -> None:
     encoded = written(["query: " + text for text in SHORT], padding=True, truncation=True, return_tensors="pt")
     hidden, mask = model.eval()(**encoded).last_hidden_state, encoded["attention_mask"][..., None]
     found = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-    np.testing.assert_allclose(found.detach(), _live(encoder, tokenizer, config).encode(SHORT, "query"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        found.detach(), _live(encoder, tokenizer, config).encode(SHORT, "query"), rtol=0, atol=1e-5
+    )
 
 
 def test_the_folder_tells_how_it_is_to_be_used(tmp_path: Path) -> None:
@@ -173,8 +191,14 @@ def test_the_folder_tells_how_it_is_to_be_used(tmp_path: Path) -> None:
     folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
     reloaded = load_encoder(folder)
     assert reloaded.settings == settings_of(config, "cls")
-    assert (reloaded.settings.query_max_tokens, reloaded.settings.passage_max_tokens, reloaded.settings.title) == (24, 40, "drop")
-    np.testing.assert_array_equal(reloaded.encode(LONG, "query"), _live(encoder, tokenizer, config).encode(LONG, "query"))
+    assert (reloaded.settings.query_max_tokens, reloaded.settings.passage_max_tokens, reloaded.settings.title) == (
+        24,
+        40,
+        "drop",
+    )
+    np.testing.assert_array_equal(
+        reloaded.encode(LONG, "query"), _live(encoder, tokenizer, config).encode(LONG, "query")
+    )
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sentence-transformers\n")
     assert '"find the "' in card and "cls pooling" in card and "| 24 | 40 |" in card
@@ -220,15 +244,32 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
     first = _bytes(export(encoder, tokenizer, config, tmp_path / "a", Probe.of(encoder, tokenizer, config, PROBES)))
     tokenizer(["a", "the brain"], padding=True, truncation=True, max_length=3)  # leaves its settings in the tokenizer
-    assert _bytes(export(encoder, tokenizer, config, tmp_path / "a", Probe.of(encoder, tokenizer, config, PROBES))) == first
-    assert _bytes(export(encoder.double(), tokenizer, config, tmp_path / "b", Probe.of(encoder, tokenizer, config, PROBES))) == first
-    assert {"model.safetensors", "tokenizer.json", "modules.json", "1_Pooling/config.json", "bigbatch.json", "README.md"} <= first.keys()
+    assert (
+        _bytes(export(encoder, tokenizer, config, tmp_path / "a", Probe.of(encoder, tokenizer, config, PROBES)))
+        == first
+    )
+    assert (
+        _bytes(
+            export(encoder.double(), tokenizer, config, tmp_path / "b", Probe.of(encoder, tokenizer, config, PROBES))
+        )
+        == first
+    )
+    assert {
+        "model.safetensors",
+        "tokenizer.json",
+        "modules.json",
+        "1_Pooling/config.json",
+        "bigbatch.json",
+        "README.md",
+    } <= first.keys()
 
 
 def test_training_goes_on_as_if_nothing_had_been_exported(tmp_path: Path) -> None:
     start = save_tiny_model(tmp_path / "start")
     weights = load_file(start / "model.safetensors")
-    headless = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}  # transformers draws a new pooler
+    headless = {
+        name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")
+    }  # transformers draws a new pooler
     save_file(headless, start / "model.safetensors", metadata={"format": "pt"})
     encoder, tokenizer, config = _trained(start)
     encoder.passage_tower.get_submodule("embeddings").eval()
@@ -240,7 +281,11 @@ def test_training_goes_on_as_if_nothing_had_been_exported(tmp_path: Path) -> Non
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
     assert encoder.autocast_dtype == torch.bfloat16
-    assert (tokenizer.model_max_length, encoder.passage_tower.config.to_dict(), to_dict(config)) == (length, model_config, plain)
+    assert (tokenizer.model_max_length, encoder.passage_tower.config.to_dict(), to_dict(config)) == (
+        length,
+        model_config,
+        plain,
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +299,9 @@ def test_a_folder_that_reads_otherwise_gets_no_name(
     tmp_path: Path, damage: float, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
-    before = _bytes(export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES)))
+    before = _bytes(
+        export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
+    )
     save = PreTrainedModel.save_pretrained
 
     def damaged(self: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,6 @@
-"""Files and folders that get their names whole: modes, errors, what an earlier crash left, and what must not be replaced."""
+"""Files and folders that get their names whole: modes, errors, what an earlier crash left, and what must not be
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,9 @@ def test_a_removal_that_dies_leaves_nothing_under_the_name(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_a_file_system_cannot_sync_are_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_a_file_system_cannot_sync_are_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some network file systems; of a file no such error is passed over."""
     fsync = os.fsync
 

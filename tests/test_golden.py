@@ -1,6 +1,7 @@
 """Short CPU runs end with the recorded weights and losses: to rounding, or with BIGBATCH_EXACT=1 bit by bit.
 
-Bits are comparable on the torch and the kind of CPU that recorded them; elsewhere BIGBATCH_EXACT=1 fails and names the difference.
+Bits are comparable on the torch and the kind of CPU that recorded them; elsewhere BIGBATCH_EXACT=1 fails and names the
+difference.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""The gradient cache: the second pass of a chunk is the first one bit by bit, and the gradient is that of kept graphs."""
+"""The gradient cache: the second pass of a chunk is the first one bit by bit, and the gradient is that of kept
+graphs.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_encoder(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)).double()
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)
+    ).double()
     return encoder.train(dropout)
 
 
@@ -71,7 +76,9 @@ def _error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack([(f - e).norm() for f, e in zip(found, expected, strict=True)]).norm() / norm)
 
 
-def cached(encoder: nn.Module, batch: Batch, retention: Retention = NOTHING, objective: ContrastiveObjective = OBJECTIVE) -> list[Tensor]:
+def cached(
+    encoder: nn.Module, batch: Batch, retention: Retention = NOTHING, objective: ContrastiveObjective = OBJECTIVE
+) -> list[Tensor]:
     """Gradients through the cache, from a fixed RNG state on."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
@@ -85,7 +92,9 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
     """Gradients of the same chunks under the same dropout masks, all graphs kept until one backward pass."""
     encoder.zero_grad()
     seed_step(0, 0, 0)
-    sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
+    sides = {
+        side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), batch.sizes, strict=True)
+    }
     for chunk in batch.chunks:
         sides[chunk.side] = sides[chunk.side].index_copy(0, chunk.rows, encoder(chunk.side, chunk.tokens))
     detached = Representations(sides["query"].detach(), sides["passage"].detach())
@@ -95,7 +104,9 @@ def _with_kept_graphs(encoder: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path) -> None:
-    """Each chunk's embeddings in the backward pass equal those that the loss saw; the first pass builds no graph, the second does."""
+    """Each chunk's embeddings in the backward pass equal those that the loss saw; the first pass builds no graph, the
+    second does.
+    """
     recording = Recording(make_encoder(folder, dropout=True))
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     assert len(batch.chunks) > 4
@@ -105,12 +116,16 @@ def test_with_dropout_the_second_pass_repeats_the_first_bit_by_bit(folder: Path)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     seed_step(0, 1, 0)
     encode_without_graph(recording, batch)  # type: ignore[arg-type]
-    assert not any(torch.equal(a, b) for a, b in zip(first, recording.outputs[-len(first) :], strict=True)), "dropout is off"
+    assert not any(torch.equal(a, b) for a, b in zip(first, recording.outputs[-len(first) :], strict=True)), (
+        "dropout is off"
+    )
 
 
 @pytest.mark.parametrize("layers", ["padded", "packed", "fused"])
 def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, layers: str) -> None:
-    """With dropout on, however much is retained: the first chunks keep their graphs, and no bit of a gradient changes."""
+    """With dropout on, however much is retained: the first chunks keep their graphs, and no bit of a gradient
+    changes.
+    """
     encoder = make_encoder(folder, dropout=True)
     if layers != "padded":
         encoder.pack()
@@ -129,7 +144,9 @@ def test_retained_chunks_are_encoded_once_and_give_the_same_bits(folder: Path, l
 
 @pytest.mark.parametrize("layers", ["padded", "fused"])
 def test_representations_in_host_memory_give_the_same_gradient(folder: Path, layers: str) -> None:
-    """With dropout on, fillers among the chunks and some of them retained, to rounding; and the same bits whatever is retained."""
+    """With dropout on, fillers among the chunks and some of them retained, to rounding; and the same bits whatever is
+    retained.
+    """
     encoder = make_encoder(folder, dropout=True)
     if layers == "fused":
         encoder.pack()
@@ -138,7 +155,9 @@ def test_representations_in_host_memory_give_the_same_gradient(folder: Path, lay
     offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5, unit=True)
     expected, found = cached(encoder, batch), cached(encoder, batch, objective=offloaded)
     assert _error(found, expected) < 1e-12
-    assert all(torch.equal(a, b) for a, b in zip(found, cached(encoder, batch, Retention(graphs=150), offloaded), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found, cached(encoder, batch, Retention(graphs=150), offloaded), strict=True)
+    )
 
 
 def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
@@ -148,7 +167,9 @@ def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
     resident, _ = encode_without_graph(encoder, batch)
     moved, first = encode_without_graph(encoder, batch, offload=True)
     assert moved.order is not None and moved.order[1].tolist() != list(range(14))
-    assert torch.equal(moved.query, resident.query[moved.order[0]]) and torch.equal(moved.passage, resident.passage[moved.order[1]])
+    assert torch.equal(moved.query, resident.query[moved.order[0]]) and torch.equal(
+        moved.passage, resident.passage[moved.order[1]]
+    )
     for place, chunk in zip(first.places, batch.chunks, strict=True):
         assert torch.equal(getattr(moved, place.side)[place.rows], getattr(resident, chunk.side)[chunk.rows])
 
@@ -187,7 +208,9 @@ def test_other_dropout_masks_give_another_gradient(folder: Path) -> None:
     seed_step(0, 0, 0)
     representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    backward_through_encoder(encoder, batch, gradients, first._replace(states=[RngState.capture(CPU.device)] * len(first.states)))
+    backward_through_encoder(
+        encoder, batch, gradients, first._replace(states=[RngState.capture(CPU.device)] * len(first.states))
+    )
     assert _error(_gradients(encoder), expected) > 1e-3
 
 
@@ -199,7 +222,7 @@ def _cut(whole: WholeBatch, draw: np.random.Generator) -> Batch:
         order, cuts = draw.permutation(len(texts)), sorted(draw.choice(len(texts), size=draw.integers(0, 6)))
         for rows in (part for part in np.split(order, cuts) if len(part)):
             extra = int(draw.integers(0, 3))
-            tokens = pad_rows([texts[i] for i in rows], 0).map(lambda t, extra=extra: torch.nn.functional.pad(t, (0, extra)))  # type: ignore[misc]
+            tokens = pad_rows([texts[i] for i in rows], 0).map(partial(torch.nn.functional.pad, pad=(0, extra)))
             chunks.append(Chunk(side, torch.from_numpy(rows), tokens))  # type: ignore[arg-type]
     shuffled = [chunks[i] for i in draw.permutation(len(chunks))]
     return replace(batch, chunks=Chunks([lambda chunk=chunk: chunk for chunk in shuffled], CPU.device))  # type: ignore[misc]
@@ -210,7 +233,10 @@ def without_dropout(folder: Path) -> Iterator[tuple[DualEncoder, list[Tensor]]]:
     """An encoder, and its gradient of the whole batch by autograd through the representations' gradients."""
     encoder = make_encoder(folder, dropout=False)
     batch, _, _ = rank_batch(WHOLE, 0, 10**6)
-    queries, passages = encode_whole(encoder, WHOLE.query_tokens, "query"), encode_whole(encoder, WHOLE.passage_tokens, "passage")
+    queries, passages = (
+        encode_whole(encoder, WHOLE.query_tokens, "query"),
+        encode_whole(encoder, WHOLE.passage_tokens, "passage"),
+    )
     _, gradients = representation_gradients(OBJECTIVE, Representations(queries.detach(), passages.detach()), batch, CPU)
     torch.autograd.backward([queries, passages], list(gradients[:2]))
     yield encoder, _gradients(encoder)

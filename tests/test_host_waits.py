@@ -1,7 +1,8 @@
 """The host queues loss and backward pass without asking the device anything.
 
-A stand-in for the device: tensors without data. What would make the host wait for a GPU (a number read back, a shape that depends on
-data, a copy from memory that is not page-locked) they refuse, or the watch below does. Triton's kernels are called but not run.
+A stand-in for the device: tensors without data. What would make the host wait for a GPU (a number read back, a shape
+that depends on data, a copy from memory that is not page-locked) they refuse, or the watch below does. Triton's kernels
+are called but not run.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class _Watch(TorchDispatchMode):
         leaves = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         crosses = {x.device.type for x in tensors} == {"cpu"} and any(x.device == NOWHERE for x in leaves)
         mixed = {x.device.type for x in tensors} == {"cpu", "meta"}
-        if (crosses and not options.get("non_blocking")) or (mixed and "copy" in function.__name__ and not _non_blocking(arguments)):
+        if (crosses and not options.get("non_blocking")) or (
+            mixed and "copy" in function.__name__ and not _non_blocking(arguments)
+        ):
             raise RuntimeError(f"the host waits: {function} copies from the host to the device")
         self.operations += any(x.device == NOWHERE for x in leaves)
         return result
@@ -128,14 +131,18 @@ def _encoder() -> DualEncoder:
     ],
     ids=lambda loss: ",".join(f"{k}={v}" for k, v in vars(loss).items() if v != getattr(LossConfig(), k)) or "default",
 )
-def test_nothing_is_waited_for_between_the_passes(store: Store, launches: list[str], loss: LossConfig, retention: Retention) -> None:
+def test_nothing_is_waited_for_between_the_passes(
+    store: Store, launches: list[str], loss: LossConfig, retention: Retention
+) -> None:
     """From the first chunk to the last backward pass, hard positives and all."""
     encoder, objective, world = _encoder(), ContrastiveObjective(loss, unit=True).to(NOWHERE), World(NOWHERE)
     batch = _batch(store)
     assert len(batch.targets.known_pairs.pairs.rows) == QUERIES // 3  # type: ignore[union-attr]
     with _watched() as watch:
         representations, first = encode_without_graph(encoder, batch, retention)
-        value, gradients = representation_gradients(objective, representations, batch, world, temperature=loss.temperature)
+        value, gradients = representation_gradients(
+            objective, representations, batch, world, temperature=loss.temperature
+        )
         backward_through_encoder(encoder, batch, gradients, first)
     assert value.device == NOWHERE and all(p.grad is not None for p in encoder.parameters())
     assert watch.operations > 100 and {"_tile_pass", "_finish_queries", "_finish_passages"} <= set(launches)

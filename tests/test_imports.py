@@ -1,4 +1,6 @@
-"""The arrows between rooms, read from the source: imports never point back up, and nothing in the house shadows what it stands on."""
+"""The arrows between rooms, read from the source: imports never point back up, and nothing in the house shadows what it
+stands on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,18 @@ PACKAGES = ("kernels", "retriever", "eval", "scripts")
 
 # Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
 FLOORS = (
-    ("own_kernels", "rng", "config", "config_tree", "config_rules", "config_file", "environment", "errors", "files", "wording"),
+    (
+        "own_kernels",
+        "rng",
+        "config",
+        "config_tree",
+        "config_rules",
+        "config_file",
+        "environment",
+        "errors",
+        "files",
+        "wording",
+    ),
     ("checksums", "lock", "run_folder"),
     ("data", "encoder", "parallel"),
     ("loss",),
@@ -80,7 +93,9 @@ def test_the_walk_sees_the_house() -> None:
 
 
 def test_packages_import_downwards_only() -> None:
-    """kernels <- retriever <- eval <- scripts, and absolutely; only retriever/train.py, where things are wired, may import eval."""
+    """kernels <- retriever <- eval <- scripts, and absolutely; only retriever/train.py, where things are wired, may
+    import eval.
+    """
     wrong = []
     for path, line, name in _arrows():
         package, target = path.relative_to(ROOT).parts[0], name.partition(".")[0]
@@ -118,8 +133,14 @@ def test_rooms_of_retriever_import_downwards_only() -> None:
 
 def test_modules_import_in_no_circle() -> None:
     """No module reaches itself by any import: those inside functions and those for type checkers count."""
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for package in PACKAGES for path in _sources(package)}
-    graph = {module: {name for _, name in _imports(path)} & modules.keys() - {module} for module, path in modules.items()}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for package in PACKAGES
+        for path in _sources(package)
+    }
+    graph = {
+        module: {name for _, name in _imports(path)} & modules.keys() - {module} for module, path in modules.items()
+    }
     finished: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -134,16 +155,26 @@ def test_modules_import_in_no_circle() -> None:
 
 
 def test_files_get_their_names_in_one_place() -> None:
-    """retriever/files.py renames, for it syncs before and after. (`replace` of one argument is Path's; of more, a string's.)"""
+    """retriever/files.py renames, for it syncs before and after. (`replace` of one argument is Path's; of more, a
+    string's.)
+    """
     wrong, seen = [], 0
     for package in PACKAGES:
         for path in _sources(package):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _renames(node.func, len(node.args)):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and _renames(node.func, len(node.args))
+                ):
                     seen += 1
                     if path != ROOT / "retriever" / "files.py":
                         wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
-                if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil") and {a.name for a in node.names} & RENAMES:
+                if (
+                    isinstance(node, ast.ImportFrom)
+                    and node.module in ("os", "shutil")
+                    and {a.name for a in node.names} & RENAMES
+                ):
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert seen, "the walk finds no call"
     assert not wrong, "\n".join(wrong)
@@ -184,7 +215,11 @@ def foreign_modules() -> set[str]:
     for line in lines:
         _requirements(_distribution(line), distributions)
     distributions.discard(project["name"])
-    return {module for module, owners in metadata.packages_distributions().items() if distributions & {_distribution(o) for o in owners}}
+    return {
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if distributions & {_distribution(o) for o in owners}
+    }
 
 
 def test_nothing_in_retriever_shadows_a_dependency(foreign_modules: set[str]) -> None:

@@ -1,7 +1,8 @@
-"""Hugging Face's distribution `kernels` and our package of that name work together, whichever is found or imported first.
+"""Hugging Face's distribution `kernels` and our package of that name work together, whichever is found or imported
+first.
 
-By a stand-in, or by the real one where BIGBATCH_KERNELS names a folder that `pip install --no-deps --target` filled with it
-(`make test-kernels`).
+By a stand-in, or by the real one where BIGBATCH_KERNELS names a folder that `pip install --no-deps --target` filled
+with it (`make test-kernels`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _CODE = {
     "evaluation first": "import eval" + _OURS + _THEIRS,
     "scripts first": "import scripts" + _OURS + _THEIRS,
     "a command": "import retriever.environment as e; e.check_environment()" + _OURS,
-    "none of theirs is run": "import sys, retriever" + _OURS + "assert not any('layer' in m for m in sys.modules if 'kernels' in m)",
+    "none of theirs is run": "import sys, retriever"
+    + _OURS
+    + "assert not any('layer' in m for m in sys.modules if 'kernels' in m)",
     "unknown": "import retriever, kernels\ntry:\n    kernels.nothing\nexcept AttributeError as e:\n    assert 'nothing' in str(e)\n"
     "else:\n    raise SystemExit('found')",
 }
@@ -65,7 +68,9 @@ _A_COMMAND = "import sys; from retriever import command as c; sys.exit(c.run(c.c
 def _run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-P", "-c", code]
-    return subprocess.run(command, cwd=path[0], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, cwd=path[0], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 @pytest.mark.parametrize("on_the_path", ["theirs", "ours"])
@@ -84,14 +89,21 @@ def test_no_module_has_the_name_of_one_of_theirs(theirs: Path) -> None:
 
 
 def test_of_two_in_one_folder_the_later_decides(theirs: Path, tmp_path: Path) -> None:
-    """As pip installs them into one environment. With our `__init__.py` a command says what to do; with theirs both work."""
+    """As pip installs them into one environment. With our `__init__.py` a command says what to do; with theirs both
+    work.
+    """
     shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
     for package in ("retriever", "kernels"):
-        shutil.copytree(ROOT / package, tmp_path / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, tmp_path / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
     refused = _run(_A_COMMAND, tmp_path)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert refused.stderr.startswith("error: bigbatch was installed over the distribution kernels")
     assert "pip install --force-reinstall --no-deps kernels==" in refused.stderr
     shutil.copy(theirs / "kernels" / "__init__.py", tmp_path / "kernels" / "__init__.py")
-    both = _run("import retriever.environment as e; e.check_environment()\nimport kernels.infonce.exclusions" + _THEIRS, tmp_path)
+    both = _run(
+        "import retriever.environment as e; e.check_environment()\nimport kernels.infonce.exclusions" + _THEIRS,
+        tmp_path,
+    )
     assert both.returncode == 0, both.stderr

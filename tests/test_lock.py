@@ -1,4 +1,6 @@
-"""Locks: one process works in a folder, another is refused by the first one's name, and a lock whose process is gone holds nobody up."""
+"""Locks: one process works in a folder, another is refused by the first one's name, and a lock whose process is gone
+holds nobody up.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ with locked(Path(sys.argv[1]), "the folder"):
 def _holder(path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock until it is told to let go, or killed."""
     command = [sys.executable, "-c", _HOLD, str(path)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "HELD\n"
         yield process
         process.kill()
@@ -54,7 +58,10 @@ def test_the_second_process_is_refused_by_the_name_of_the_first(tmp_path: Path) 
     path = tmp_path / ".lock"
     with _holder(path) as first:
         said = _refusal(path)
-        assert said.startswith(f"the folder is in use by process {first.pid} on {os.uname().nodename} since 2") and "\n" not in said
+        assert (
+            said.startswith(f"the folder is in use by process {first.pid} on {os.uname().nodename} since 2")
+            and "\n" not in said
+        )
         first.communicate("go\n")
         assert not path.exists()
         with locked(path, "the folder"):
@@ -94,8 +101,12 @@ def test_a_lock_of_another_machine_is_stale_a_minute_after_its_last_heartbeat(tm
             assert json.loads(path.read_text())["host"] == os.uname().nodename
 
 
-def test_a_machine_that_was_started_anew_runs_none_of_its_earlier_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one of the same name, or a container of the same boot, may: their locks are stale by their heartbeat alone."""
+def test_a_machine_that_was_started_anew_runs_none_of_its_earlier_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one of the same name, or a container of the same boot, may: their locks are stale by their heartbeat
+    alone.
+    """
     path, here = tmp_path / ".lock", replace(lock._this_process(), machine="m1", boot=f"{'b' * 36} pid:[1]")
     monkeypatch.setattr(lock, "_this_process", lambda: here)
     for changes, stale in (
@@ -129,7 +140,9 @@ def test_a_process_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
     code = _HOLD.replace("with locked", "from retriever import lock; lock._BEAT_S = 0.05\nwith locked")
     command = [sys.executable, "-c", code, str(path)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "HELD\n"
         with alone(path):
             _rewrite(path, pid=1, host="elsewhere")

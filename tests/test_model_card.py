@@ -1,4 +1,6 @@
-"""The card of an export: what comes from settings and data is text in it, never markup; what another reader makes of two lengths."""
+"""The card of an export: what comes from settings and data is text in it, never markup; what another reader makes of
+two lengths.
+"""
 
 from __future__ import annotations
 

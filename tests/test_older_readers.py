@@ -1,4 +1,6 @@
-"""What transformers 4 reads in our exports; `tests.check_transformers4` compares embeddings with that version itself."""
+"""What transformers 4 reads in our exports; `tests.check_transformers4` compares embeddings with that version
+itself.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,20 @@ from retriever.encoder.tokenizer import load_tokenizer
 from retriever.export import Probe, export
 from tests.tiny import random_texts, save_tiny_model
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FULL, SLIDING = {"rope_type": "default", "rope_theta": 80_000.0}, {"rope_type": "default", "rope_theta": 5_000.0}
 
 
 def _exported(folder: Path, architecture: str, **config: Any) -> Path:
-    model = ModelConfig(str(save_tiny_model(folder / "start", architecture, **config)), query_max_tokens=20, passage_max_tokens=40)
+    model = ModelConfig(
+        str(save_tiny_model(folder / "start", architecture, **config)), query_max_tokens=20, passage_max_tokens=40
+    )
     tokenizer = load_tokenizer(folder / "start")
     encoder, run = DualEncoder.from_pretrained(model), Config(model=model)
     return export(encoder, tokenizer, run, folder / "export", Probe.of(encoder, tokenizer, run, random_texts(2)))
@@ -30,13 +40,21 @@ def _exported(folder: Path, architecture: str, **config: Any) -> Path:
     ("architecture", "config", "expected"),
     [
         ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
-        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope_theta": 1e6, "rope_scaling": None}),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_theta": 1e6, "rope_scaling": None},
+        ),
         (
             "modernbert",
             {"rope_parameters": {"full_attention": FULL, "sliding_attention": SLIDING}, "num_hidden_layers": 4},
             {"global_rope_theta": 80_000.0, "local_rope_theta": 5_000.0, "global_attn_every_n_layers": 2},
         ),
-        ("modernbert", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, {"global_attn_every_n_layers": 1}),
+        (
+            "modernbert",
+            {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+            {"global_attn_every_n_layers": 1},
+        ),
         ("bert", {}, {"hidden_size": 32}),
     ],
 )
@@ -55,7 +73,10 @@ def test_the_tokenizers_class_is_one_that_version_4_has(tmp_path: Path, architec
     folder = _exported(tmp_path, architecture)
     written = json.loads((folder / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert written["model_input_names"] == ["input_ids", "attention_mask"]  # version 4 adds token types by itself, and decoders take none
+    assert written["model_input_names"] == [
+        "input_ids",
+        "attention_mask",
+    ]  # version 4 adds token types by itself, and decoders take none
     assert "extra_special_tokens" not in written
     start, texts = load_tokenizer(tmp_path / "start"), random_texts(5)
     assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == start(texts)["input_ids"]

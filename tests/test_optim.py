@@ -50,13 +50,19 @@ def _rates(total: int, **settings: Any) -> list[float]:
         ({"schedule": "linear", "warmup": 2}, 5, [0.5, 1, 0.75, 0.5, 0.25]),  # from 1 on a number of steps
         ({"schedule": "linear", "warmup": 1}, 4, [1, 0.75, 0.5, 0.25]),
         ({"schedule": "cosine", "warmup": 0.0}, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
-        ({"schedule": "cosine", "warmup": 3}, 6, [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+        (
+            {"schedule": "cosine", "warmup": 3},
+            6,
+            [1 / 3, 2 / 3, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2],
+        ),
         ({"schedule": "linear", "warmup": 8}, 4, [0.125, 0.25, 0.375, 0.5]),  # a run that ends while it warms up
         ({"schedule": "cosine", "warmup": 0.1}, 1, [1]),
     ],
 )
 def test_schedules_by_hand(settings: dict[str, Any], total: int, expected: list[float]) -> None:
-    """Linear warm-up that reaches lr, then a line or half a cosine down to 0, which the step after the last would have."""
+    """Linear warm-up that reaches lr, then a line or half a cosine down to 0, which the step after the last would
+    have.
+    """
     assert _rates(total, **settings) == pytest.approx(expected)
 
 
@@ -75,7 +81,9 @@ def test_every_step_trains(schedule: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_only_matrices_decay(name: str) -> None:
-    """With zero gradients decay alone moves weights: matrices shrink; biases, norms, the log-scale and frozen weights stay."""
+    """With zero gradients decay alone moves weights: matrices shrink; biases, norms, the log-scale and frozen weights
+    stay.
+    """
     model = _Model()
     optimizer = _optimizer(model, name=name, weight_decay=0.5, warmup=0)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -135,8 +143,12 @@ def test_fp16_skips_a_non_finite_step_and_lowers_the_scale() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # what is done on a GPU works on the host, too
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_non_finite_gradient_stops_the_run_and_names_the_step(precision: str, bad: float, device: str, name: str) -> None:
-    """Without a scaler it is an error that names step and parameter; neither weights nor the optimizer's state have changed."""
+def test_a_non_finite_gradient_stops_the_run_and_names_the_step(
+    precision: str, bad: float, device: str, name: str
+) -> None:
+    """Without a scaler it is an error that names step and parameter; neither weights nor the optimizer's state have
+    changed.
+    """
     model = _Model()
     optimizer = _optimizer(model, device, precision=precision, name=name, warmup=0)
     assert optimizer.gradient_scale == 1.0

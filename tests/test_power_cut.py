@@ -42,7 +42,9 @@ def disk(tmp_path: Path) -> Path:
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != LOCK)  # a lock holds nobody up afterwards
+    files = (
+        file for file in folder.rglob("*") if file.is_file() and file.name != LOCK
+    )  # a lock holds nobody up afterwards
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
@@ -59,7 +61,10 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     monkeypatch.setattr(outputs, "export", export)
     monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda *_: None))
     monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: Snapshot(weight(), {}, {}, ""))
-    placed, store = SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None), SimpleNamespace(fingerprint="f1", passages=())
+    placed, store = (
+        SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None),
+        SimpleNamespace(fingerprint="f1", passages=()),
+    )
     run = Outputs(config, None, placed, None, store, World(torch.device("cpu")))  # type: ignore[arg-type]
     return run
 
@@ -72,8 +77,11 @@ def _weight(folder: Path) -> float:
     return float(load_file(folder / "model.safetensors")["step"])
 
 
-def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `keep_last` 1: the newest whole checkpoint is the last that was saved or the one being saved, and a restart has the rest.
+def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `keep_last` 1: the newest whole checkpoint is the last that was saved or the one being saved, and a restart
+    has the rest.
 
     An evaluation that is not recorded is made up.
     """
@@ -101,7 +109,9 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
             continue
         step = checkpoint.finished_steps(found)
         assert step >= (saved or 0) and _weight(found) == step
-        assert [damage(whole) for whole in checkpoint.steps(found.parent)] == [None] * len(checkpoint.steps(found.parent))
+        assert [damage(whole) for whole in checkpoint.steps(found.parent)] == [None] * len(
+            checkpoint.steps(found.parent)
+        )
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
         telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)
@@ -119,7 +129,9 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(disk: Path, tmp_pa
 
 
 def test_a_store_with_its_name_is_whole(disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"anchor": f"q {i}", "positive": f"p {i}"}) + "\n" for i in range(9)))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"anchor": f"q {i}", "positive": f"p {i}"}) + "\n" for i in range(9))
+    )
     data = DataConfig(train=(SourceConfig(path=str(tmp_path / "pairs.jsonl")),), cache_dir=str(disk / "cache"))
     with PowerCuts(disk) as cuts:
         store = build_or_open(Config(data=data), tiny_tokenizer(), progress=False).folder

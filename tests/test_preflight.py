@@ -51,12 +51,20 @@ def test_the_plan_as_a_table() -> None:
     rows = {line.split("  ")[0]: line.split() for line in table.splitlines() if line}
     assert rows["queries"][1:4] == ["16", "64", "tokens"] and rows["passages"][1:4] == ["16", "128", "tokens"]
     assert rows["first pass"][2] == "3.500" and rows["second pass"][2] == "11.750" and rows["a step"][2] == "16.250"
-    assert rows["the run"][2:6] == ["2", "min", "42", "s"] and rows["encoded once"][2] == rows["again in part"][3] == "33%"
-    assert rows["weights"][1:3] == ["512.0", "MiB"] and rows["kept between passes"][3] == "2.25" and rows["peak"][1] == "7.00"
+    assert (
+        rows["the run"][2:6] == ["2", "min", "42", "s"] and rows["encoded once"][2] == rows["again in part"][3] == "33%"
+    )
+    assert (
+        rows["weights"][1:3] == ["512.0", "MiB"]
+        and rows["kept between passes"][3] == "2.25"
+        and rows["peak"][1] == "7.00"
+    )
     assert "packed, fused layers" in table and "of 20.00 GiB that can be used" in table
     assert rows["representations"][1:3] == ["256.0", "MiB"] and "host memory" not in table
     offloaded = replace(_forecast(), memory=replace(_forecast().memory, representations=0.0, host=3.0 * GIB))
-    assert re.search(r"^host memory +3.00 GiB  representations", plan_table(offloaded, CONFIG, 10, 20.0 * GIB), re.MULTILINE)
+    assert re.search(
+        r"^host memory +3.00 GiB  representations", plan_table(offloaded, CONFIG, 10, 20.0 * GIB), re.MULTILINE
+    )
     on_cpu = plan_table(_forecast(0.0), CONFIG, 10, None)
     assert "measured on a GPU only" in on_cpu and "peak" not in on_cpu
 
@@ -67,7 +75,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preflight")
     save_tiny_model(folder / "model", num_hidden_layers=1)
     texts = random_texts(60, shortest=6, longest=20)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps({"anchor": t.split()[0], "positive": t}) + "\n" for t in texts))
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"anchor": t.split()[0], "positive": t}) + "\n" for t in texts)
+    )
     return folder
 
 
@@ -108,15 +118,33 @@ def test_what_is_probably_not_meant_is_said(folder: Path) -> None:
         eval=EvalConfig("x", split="test"),
     )
     found = preflight.warnings(odd, tokenizer, 20)
-    starts = ["optim.warmup=20", "optim.lr=2e-05", "model.normalize=false", "eval.split=test", "model.query_prompt takes 5 of the 8"]
+    starts = [
+        "optim.warmup=20",
+        "optim.lr=2e-05",
+        "model.normalize=false",
+        "eval.split=test",
+        "model.query_prompt takes 5 of the 8",
+    ]
     assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
 
 
-def test_only_prints_the_plan_and_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_only_prints_the_plan_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     arguments = [
-        *(f"model.name_or_path={folder}/model", f"data.train=[{{path: {folder}/pairs.jsonl}}]", f"data.cache_dir={folder}/cache"),
+        *(
+            f"model.name_or_path={folder}/model",
+            f"data.train=[{{path: {folder}/pairs.jsonl}}]",
+            f"data.cache_dir={folder}/cache",
+        ),
         *("model.query_max_tokens=16", "model.passage_max_tokens=32", "batch.queries=20", "batch.tokens_per_chunk=100"),
-        *("batch.retain=150", "train.max_steps=30", "optim.precision=fp32", f"run.output_dir={tmp_path}/run", "run.preflight=only"),
+        *(
+            "batch.retain=150",
+            "train.max_steps=30",
+            "optim.precision=fp32",
+            f"run.output_dir={tmp_path}/run",
+            "run.preflight=only",
+        ),
     ]
     assert main(arguments) == 0
     out = capsys.readouterr().out

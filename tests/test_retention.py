@@ -43,9 +43,18 @@ def test_settings_stand_for_tokens() -> None:
 
 
 def test_a_budget_is_spent_in_order() -> None:
-    """Graphs until a chunk does not fit, then products until one does not, then nothing, though a smaller chunk would."""
+    """Graphs until a chunk does not fit, then products until one does not, then nothing, though a smaller chunk
+    would.
+    """
     budget = Budget(Retention(10, 10))
-    assert [budget.take(n) for n in (6, 4, 1, 9, 4, 1)] == ["graph", "graph", "products", "products", "nothing", "nothing"]
+    assert [budget.take(n) for n in (6, 4, 1, 9, 4, 1)] == [
+        "graph",
+        "graph",
+        "products",
+        "products",
+        "nothing",
+        "nothing",
+    ]
     budget = Budget(Retention(10, 10))
     assert [budget.take(n) for n in (11, 1, 10, 1)] == ["nothing"] * 4
     assert Budget(Retention(10, 11)).take(11) == "products"
@@ -56,7 +65,9 @@ def test_a_budget_is_spent_in_order() -> None:
 def test_kept_products_are_not_computed_again_and_give_the_same_bits(
     folder: Path, tied: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout on: behind chunks that keep their graphs, chunks that keep products, and behind these chunks that keep nothing."""
+    """With dropout on: behind chunks that keep their graphs, chunks that keep products, and behind these chunks that
+    keep nothing.
+    """
     encoder = _fused(folder, dropout=True, tied=tied)
     attended: list[int] = []  # tokens
 
@@ -66,7 +77,9 @@ def test_kept_products_are_not_computed_again_and_give_the_same_bits(
 
     monkeypatch.setattr(post_norm_layer, "attention_forward", counted)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True, chunks_a_side=9)
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit=True)
+    objective = ContrastiveObjective(
+        LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit=True
+    )
     sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
     replayed = cached(encoder, batch, objective=objective)
     assert attended == sizes + sizes
@@ -83,7 +96,9 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
     encoder = _fused(folder, dropout=True)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
-    assert [len(begun.saved) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
+    assert (
+        [len(begun.saved) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
+    )
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
     narrow = [weakref.ref(saved.ffn_out) for begun in first.begun for saved in begun.saved]
     alive: list[int] = []

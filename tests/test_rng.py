@@ -17,7 +17,9 @@ def _draws() -> list[float]:
 
 
 def test_restored_repeats_the_draws_and_leaves_the_outside_alone() -> None:
-    """Inside, the draws that followed capture; after it, the draws that would have come without the visit. Any number of times."""
+    """Inside, the draws that followed capture; after it, the draws that would have come without the visit. Any number
+    of times.
+    """
     torch.manual_seed(3)
     state = RngState.capture(CPU)
     first = _draws()

@@ -1,4 +1,6 @@
-"""A run's folder: one process trains in it, and nothing in it that no run wrote is replaced, removed or written through."""
+"""A run's folder: one process trains in it, and nothing in it that no run wrote is replaced, removed or written
+through.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,17 @@ from retriever.train import main
 from tests.commands import assert_refused
 from tests.workplace import make_workplace, training_command
 
-NAMES = ("config.yaml", "checkpoints", "metrics.jsonl", "export", "export.json", "report.html", "best", "best.json", "embeddings")
+NAMES = (
+    "config.yaml",
+    "checkpoints",
+    "metrics.jsonl",
+    "export",
+    "export.json",
+    "report.html",
+    "best",
+    "best.json",
+    "embeddings",
+)
 
 
 @pytest.fixture
@@ -51,7 +63,10 @@ def _refused(config: Config) -> str:
 def test_what_no_run_wrote_is_refused_by_name_and_left_alone(config: Config, tmp_path: Path, name: str) -> None:
     entry = tmp_path / "run" / name
     _put(entry)
-    assert _refused(config) == f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir"
+    assert (
+        _refused(config)
+        == f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir"
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name], "something else was left"
     entry.rename(tmp_path / "elsewhere")
     _start(config)
@@ -153,11 +168,16 @@ def test_a_run_that_is_refused_leaves_nothing(config: Config, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_but_the_first_and_a_preflight_hold_nothing(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_but_the_first_and_a_preflight_hold_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with held(Config(run=RunConfig(output_dir=config.run.output_dir, preflight="only"))):
         assert not (tmp_path / "run").exists()
     with held(config):
-        with pytest.raises(LockedError, match=rf"{tmp_path / 'run'} is in use by process {os.getpid()} on "), held(config):
+        with (
+            pytest.raises(LockedError, match=rf"{tmp_path / 'run'} is in use by process {os.getpid()} on "),
+            held(config),
+        ):
             pass
         monkeypatch.setenv("RANK", "1")
         with held(config):

@@ -1,4 +1,6 @@
-"""Embedding shards: what is written is read, what is damaged is named, what belongs to another job is not taken for this one's."""
+"""Embedding shards: what is written is read, what is damaged is named, what belongs to another job is not taken for
+this one's.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,12 @@ def test_a_folder_of_another_job_is_refused_in_one_line(tmp_path: Path) -> None:
         said = str(stopped.value)
         assert "\n" not in said and said.startswith(f"{tmp_path} ") and all(name in said for name in named), said
 
-    differing = ("model: 'hash' there, 'another' asked for", "prompt: '' there, 'a\\nb' asked for", "--output", "--overwrite")
+    differing = (
+        "model: 'hash' there, 'another' asked for",
+        "prompt: '' there, 'a\\nb' asked for",
+        "--output",
+        "--overwrite",
+    )
     refused(*differing)
     _fill(tmp_path)
     refused(*differing)
@@ -122,7 +129,9 @@ _FOREIGN = ({"format_version": 4, "rows": 7}, {"stage": "encode", "model": {"mod
 @pytest.mark.parametrize("name", ["manifest.json", "job.json"])
 @pytest.mark.parametrize("content", _FOREIGN)
 def test_a_folder_that_is_no_folder_of_shards_is_refused(tmp_path: Path, name: str, content: dict[str, object]) -> None:
-    """Token stores, searches and stages have such files too, some with a key of ours among theirs; `prepare` would remove them."""
+    """Token stores, searches and stages have such files too, some with a key of ours among theirs; `prepare` would
+    remove them.
+    """
     (tmp_path / name).write_text(json.dumps(content))
     for _ in ("alone", "beside shards"):
         with pytest.raises(ShardError, match=rf"has a {name} that is not of embedding shards; .*--output"):
@@ -197,7 +206,9 @@ def test_a_changed_bit_is_named_and_its_shard_written_again(tmp_path: Path, name
     (tmp_path / "kept").rename(tmp_path / "checksums.json")
     with pytest.raises(ShardError) as refused:
         open_shards(tmp_path)
-    assert str(refused.value).startswith(f"{file} is damaged (its checksum is ") and "writes that shard again" in str(refused.value)
+    assert str(refused.value).startswith(f"{file} is damaged (its checksum is ") and "writes that shard again" in str(
+        refused.value
+    )
     writer = ShardWriter(tmp_path, JOB)
     assert not writer.finished() and writer.has(1)
     writer.prepare()
@@ -208,7 +219,9 @@ def test_a_changed_bit_is_named_and_its_shard_written_again(tmp_path: Path, name
     assert dict(_files(tmp_path)) == before
 
 
-def test_a_changed_bit_that_the_time_does_not_tell_is_found_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_bit_that_the_time_does_not_tell_is_found_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _fill(tmp_path)
     file = tmp_path / "00001.npy"
     times, content = file.stat(), file.read_bytes()

@@ -1,4 +1,6 @@
-"""Signals end a run after its step, or after the grace time with the last update; the same command goes on to the same bits."""
+"""Signals end a run after its step, or after the grace time with the last update; the same command goes on to the same
+bits.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ with stop:
 
 def _start(slow: float = 0.2, evaluates: bool = False, grace_s: float = 1.0) -> subprocess.Popen[str]:
     code = textwrap.dedent(_RUN).format(slow=slow, evaluates=evaluates, grace_s=grace_s)
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _until(run: subprocess.Popen[str], line: str) -> None:
@@ -106,7 +110,12 @@ def test_the_trainer_ends_with_the_launcher_of_one_process(tmp_path: Path) -> No
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     environment = {"PATH": "/usr/bin:/bin", "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(
-        [sys.executable, "-c", launcher], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", launcher],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     _until(run, "step 2")
     run.kill()

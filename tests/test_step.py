@@ -1,4 +1,6 @@
-"""One step, end to end on a tiny model: it trains, reports the batch's own loss and gradient norm, and repeats bitwise."""
+"""One step, end to end on a tiny model: it trains, reports the batch's own loss and gradient norm, and repeats
+bitwise.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ class _Run:
 
     def train(self, steps: range, seed: int = 1) -> list[StepReport]:
         batch, _, _ = rank_batch(WHOLE, 0, 60)
-        return [train_step(self.encoder, self.objective, replace(batch, step=step), self.optimizer, CPU, seed) for step in steps]
+        return [
+            train_step(self.encoder, self.objective, replace(batch, step=step), self.optimizer, CPU, seed)
+            for step in steps
+        ]
 
     def weights(self) -> list[Tensor]:
         return [*self.encoder.parameters(), *self.objective.parameters()]
@@ -49,14 +54,21 @@ class _Run:
 
 @pytest.mark.parametrize("strategy", ["tiled", "dense"])
 def test_the_report_is_the_batchs_own_loss_and_gradient_norm(folder: Path, strategy: str) -> None:
-    """With dropout off, loss and norm are those of the whole batch under autograd; step, rate, temperature, queries read as set."""
+    """With dropout off, loss and norm are those of the whole batch under autograd; step, rate, temperature, queries
+    read as set.
+    """
     run = _Run(folder, strategy=strategy, learn_temperature=True, symmetric=True)
     run.encoder.eval()
-    queries, passages = encode_whole(run.encoder, WHOLE.query_tokens, "query"), encode_whole(run.encoder, WHOLE.passage_tokens, "passage")
+    queries, passages = (
+        encode_whole(run.encoder, WHOLE.query_tokens, "query"),
+        encode_whole(run.encoder, WHOLE.passage_tokens, "passage"),
+    )
     expected = oracle_loss(queries, passages, WHOLE, run.objective.log_scale, symmetric=True)
     norm = torch.stack([g.norm() for g in torch.autograd.grad(expected, run.weights())]).norm()
     (report,) = run.train(range(10, 11))
-    assert report.loss == pytest.approx(expected.item(), rel=1e-5) and report.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    assert report.loss == pytest.approx(expected.item(), rel=1e-5) and report.grad_norm == pytest.approx(
+        norm.item(), rel=1e-4
+    )
     assert (report.step, report.queries) == (10, 8)
     assert report.lr == pytest.approx(3e-3 * 30 / 40) and report.temperature != 0.1
 
@@ -68,7 +80,9 @@ def test_training_lowers_the_loss(folder: Path, precision: str) -> None:
     before = [w.detach().clone() for w in run.encoder.parameters()]
     losses = [report.loss for report in run.train(range(20))]
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0], losses
-    assert all(w.dtype == torch.float32 for w in run.encoder.parameters()) and all(w.grad is None for w in run.weights())
+    assert all(w.dtype == torch.float32 for w in run.encoder.parameters()) and all(
+        w.grad is None for w in run.weights()
+    )
     assert all(not torch.equal(w, b) for w, b in zip(run.encoder.parameters(), before, strict=True) if w.numel() > 1)
 
 

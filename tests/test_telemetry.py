@@ -1,4 +1,6 @@
-"""What is logged of steps: speeds since the last line, pauses left out, waits counted; and the forecast held against the first steps."""
+"""What is logged of steps: speeds since the last line, pauses left out, waits counted; and the forecast held against
+the first steps.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 
 def _report(step: int, waited_s: float = 0.0) -> StepReport:
-    return StepReport(step, loss=1.5, grad_norm=2.0, lr=1e-3, temperature=0.02, queries=64, tokens=5000, waited_s=waited_s)
+    return StepReport(
+        step, loss=1.5, grad_norm=2.0, lr=1e-3, temperature=0.02, queries=64, tokens=5000, waited_s=waited_s
+    )
 
 
 def _telemetry(folder: Path, forecast: Any = None, log_every: int = 2) -> Telemetry:
-    return Telemetry(Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast)
+    return Telemetry(
+        Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast
+    )
 
 
 def _lines(folder: Path) -> list[dict[str, float]]:
@@ -104,7 +110,9 @@ def test_the_bar_says_what_a_pause_is_for(tmp_path: Path, clock: Clock, capsys: 
     assert "\rtrain: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(2.1, ""), (2.5, "a step takes 2.5 s, where 2 s were expected"), (1.7, "takes 1.7 s")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(2.1, ""), (2.5, "a step takes 2.5 s, where 2 s were expected"), (1.7, "takes 1.7 s")]
+)
 def test_a_forecast_that_is_off_is_said_once(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float, said: str
 ) -> None:
@@ -125,7 +133,9 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: C
     assert _lines(tmp_path) == [{"step": 2, "a": 1}]
 
 
-@pytest.mark.parametrize(("loss", "cause"), [(0.0, "no query of the batch has a negative"), (4.16, "all embeddings are equal")])
+@pytest.mark.parametrize(
+    ("loss", "cause"), [(0.0, "no query of the batch has a negative"), (4.16, "all embeddings are equal")]
+)
 def test_a_gradient_of_0_is_told_once_with_its_cause(
     loss: float, cause: str, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,6 @@
-"""The training command as a user runs it: it trains, resumes after a kill as if nothing had happened, and says what is wrong."""
+"""The training command as a user runs it: it trains, resumes after a kill as if nothing had happened, and says what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,18 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) ->
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workplace: Path, undisturbed: Path) -> None:
-    """SIGKILL at three random moments, once while a checkpoint is being written, then a last start: nothing may differ."""
+    """SIGKILL at three random moments, once while a checkpoint is being written, then a last start: nothing may
+    differ.
+    """
     run, draw = workplace / "killed", random.Random(11)
     kill_at = sorted(draw.sample(range(2, STEPS), 2))
     for number, step in enumerate([*kill_at, None]):
         log = workplace / f"killed-{number}.log"
         with (
             log.open("wb") as output,
-            subprocess.Popen(training_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output) as process,
+            subprocess.Popen(
+                training_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output
+            ) as process,
         ):
             _wait_for(partial(_reached, run, step), process, log)
             time.sleep(draw.random() * 0.1 if step is not None else 0)
@@ -95,7 +101,9 @@ def _assert_same_run(run: Path, other: Path) -> None:
         assert found.keys() == expected.keys()
         for key in expected:
             assert found[key].tobytes() == expected[key].tobytes(), f"{name}: {key} differs"
-    assert [p.name for p in [*run.iterdir(), *(run / "checkpoints").iterdir()] if p.name.startswith(".")] == [".bigbatch"]
+    assert [p.name for p in [*run.iterdir(), *(run / "checkpoints").iterdir()] if p.name.startswith(".")] == [
+        ".bigbatch"
+    ]
     timed = {"train/pairs_per_s", "train/tokens_per_s", "train/waited_share"}
     timeless = lambda lines: [{k: v for k, v in line.items() if k not in timed} for line in lines]  # noqa: E731
     assert timeless(metrics(run)) == timeless(metrics(other))
@@ -161,7 +169,9 @@ def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Pa
 
 
 @pytest.mark.parametrize("damage", ["cut weights", "other weights", "lost file", "cut record"])
-def test_an_export_that_was_damaged_is_repaired_by_the_same_command(workplace: Path, undisturbed: Path, damage: str) -> None:
+def test_an_export_that_was_damaged_is_repaired_by_the_same_command(
+    workplace: Path, undisturbed: Path, damage: str
+) -> None:
     run = shutil.copytree(undisturbed, workplace / "repaired", dirs_exist_ok=True)
     source = run / "checkpoints" / "step-00000040" / "export"
     for name in ("export", "best"):
@@ -190,7 +200,9 @@ def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbe
     assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
 
 
-def test_a_damaged_checkpoint_is_refused_in_one_line(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(undisturbed, workplace / "damaged")
     weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -202,7 +214,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(workplace: Path, undisturbe
 
 
 def test_two_ranks_train_as_one(workplace: Path) -> None:
-    """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its weights."""
+    """With dropout off, a run that goes on from one rank to two differs by rounding alone, in its losses and in its
+    weights.
+    """
     save_tiny_model(workplace / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     overrides = (
         f"model.name_or_path={workplace}/still",
@@ -223,18 +237,25 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     together = subprocess.run(launched, cwd=workplace, capture_output=True, text=True, timeout=240)
     assert together.returncode == 0, together.stderr
     assert "on 2 × CPU" in together.stdout and "resuming at step 6 of 12" in together.stdout
-    losses = [[line["train/loss"] for line in metrics(workplace / run) if "train/loss" in line] for run in ("one-rank", "two-ranks")]
+    losses = [
+        [line["train/loss"] for line in metrics(workplace / run) if "train/loss" in line]
+        for run in ("one-rank", "two-ranks")
+    ]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     found, expected = (load_file(workplace / run / "export" / "model.safetensors") for run in ("two-ranks", "one-rank"))
     started = load_file(workplace / "still" / "model.safetensors")
-    trained = [key for key in expected if not key.endswith("key.bias")]  # a key bias has no gradient but rounding, which Adam makes large
+    trained = [
+        key for key in expected if not key.endswith("key.bias")
+    ]  # a key bias has no gradient but rounding, which Adam makes large
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.1
     assert distance(found, expected) < 0.01 * distance(expected, started)
 
 
-def test_a_finished_run_can_be_made_longer(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_can_be_made_longer(
+    workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It goes on by the schedule of its new length; a shorter one is refused."""
     run = shutil.copytree(undisturbed, workplace / "longer")
     assert main(training_command(workplace, "longer", "train.max_steps=45")[2:]) == 0
@@ -247,8 +268,12 @@ def test_a_finished_run_can_be_made_longer(workplace: Path, undisturbed: Path, c
     assert "train.max_steps: 45 -> 44" in capsys.readouterr().err
 
 
-def test_an_evaluation_that_fails_costs_no_training(workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was trained is saved before; the same command makes up the evaluation and ends as an undisturbed run does."""
+def test_an_evaluation_that_fails_costs_no_training(
+    workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained is saved before; the same command makes up the evaluation and ends as an undisturbed run
+    does.
+    """
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "corpus.jsonl")
@@ -287,7 +312,10 @@ def test_the_real_batch_is_said(workplace: Path, capsys: pytest.CaptureFixture[s
     """120 queries of a source make batches of 24 where 24 are asked for, and of 120 where 5,000 are."""
     overrides = ["batch.queries=5000", "train.max_steps=1", "eval=null", "train.eval_every=0", "run.trackers=[]"]
     assert main(training_command(workplace, "one-batch", *overrides)[2:]) == 0
-    assert "batch   120 queries (batch.queries=5000: a source is divided into batches of equal size) in chunks" in capsys.readouterr().out
+    assert (
+        "batch   120 queries (batch.queries=5000: a source is divided into batches of equal size) in chunks"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_without_an_update_is_no_finished_run(

@@ -29,8 +29,21 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
     losses = []
     for offload in ("true", "false"):
         output = workplace / f"offload-{offload}"
-        settings = ["eval=null", "train.eval_every=0", "train.max_steps=4", "train.log_every=1", "loss.precision=fp32", "run.verify=true"]
-        arguments = ["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", f"batch.offload={offload}", *settings]
+        settings = [
+            "eval=null",
+            "train.eval_every=0",
+            "train.max_steps=4",
+            "train.log_every=1",
+            "loss.precision=fp32",
+            "run.verify=true",
+        ]
+        arguments = [
+            "--config",
+            str(workplace / "run.yaml"),
+            f"run.output_dir={output}",
+            f"batch.offload={offload}",
+            *settings,
+        ]
         assert main(arguments) == 0
         losses.append([line["train/loss"] for line in metrics(output) if "train/loss" in line])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -50,7 +63,14 @@ def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkey
     for graphs, products in ((0, 0), (150, 200)):
         output = workplace / f"kept-{graphs}"
         kept = (f"batch.retain={graphs}", f"batch.retain_products={products}", "batch.tokens_per_chunk=100")
-        settings = ["eval=null", "train.eval_every=0", "train.max_steps=3", "train.log_every=1", "model.fused=true", *kept]
+        settings = [
+            "eval=null",
+            "train.eval_every=0",
+            "train.max_steps=3",
+            "train.log_every=1",
+            "model.fused=true",
+            *kept,
+        ]
         assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", *settings]) == 0
         losses.append([line["train/loss"] for line in metrics(output) if "train/loss" in line])
     assert kinds == {(False, False, True), (True, True, True)}
@@ -69,7 +89,17 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
 
     monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
     settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
-    assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / f'normalize-{normalize}'}", *settings]) == 0
+    assert (
+        main(
+            [
+                "--config",
+                str(workplace / "run.yaml"),
+                f"run.output_dir={workplace / f'normalize-{normalize}'}",
+                *settings,
+            ]
+        )
+        == 0
+    )
     assert "finished 1 step: model in" in capsys.readouterr().out
     assert set(largest) == {1.0 if normalize == "true" else None}
 
@@ -78,7 +108,13 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = save_plain_model(workplace / "plain")
-    arguments = ["--config", str(workplace / "run.yaml"), f"model.name_or_path={start}", "model.truncate_dim=12", "run.verify=true"]
+    arguments = [
+        "--config",
+        str(workplace / "run.yaml"),
+        f"model.name_or_path={start}",
+        "model.truncate_dim=12",
+        "run.verify=true",
+    ]
     settings = ["train.eval_every=0", "train.max_steps=1", "run.trackers=[]"]
     assert main([*arguments, f"run.output_dir={workplace / 'ended'}", *settings]) == 0
     assert "appends nothing" not in capsys.readouterr().out
@@ -94,7 +130,10 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.query_prompt=" + "search " * 15, "model.query_prompt: 15 tokens and 2 special ones leave no room for a text in the 16"),
+        (
+            "model.query_prompt=" + "search " * 15,
+            "model.query_prompt: 15 tokens and 2 special ones leave no room for a text in the 16",
+        ),
         ("model.truncate_dim=0", "model.truncate_dim: expected auto, null or at least 1; received 0"),
         ("model.truncate_dim=true", "model.truncate_dim: expected "),
         ("model.append_eos=yes please", "model.append_eos: expected true or false | auto"),

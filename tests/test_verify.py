@@ -69,7 +69,9 @@ def test_leading_dimensions_are_checked_of_any_vectors(encoder: DualEncoder, bat
     assert check.gradient_error < BOUND and check.loss_error < BOUND
 
 
-def test_representations_in_host_memory_are_checked_in_blocks(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_representations_in_host_memory_are_checked_in_blocks(
+    encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The offloaded loss is exact as well, and a gradient that keeps its last block alone is found."""
     loss = LossConfig(temperature=0.07, symmetric=True, false_negative_margin=0.1)
     check = gradient_error(encoder, loss, batch, block_rows=5)
@@ -94,7 +96,9 @@ def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pyt
     monkeypatch.setattr(verify, "backward_through_encoder", noted)
     assert gradient_error(fused, LossConfig(temperature=0.07), batch).gradient_error < BOUND
     assert (
-        gradient_error(encoder, LossConfig(temperature=0.07), rank_batch(random_batch(queries=8, passages=14), 0, 40)[0]).gradient_error
+        gradient_error(
+            encoder, LossConfig(temperature=0.07), rank_batch(random_batch(queries=8, passages=14), 0, 40)[0]
+        ).gradient_error
         < BOUND
     )
     assert [kind[:2] for kind in kinds[::2]] == [(0, 0), (0, 0)]  # first all of them are encoded again
@@ -104,7 +108,9 @@ def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("side", ["query", "passage"])
-def test_a_replay_that_is_wrong_on_one_side_is_found(encoder: DualEncoder, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_that_is_wrong_on_one_side_is_found(
+    encoder: DualEncoder, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Few chunks as there are, each is encoded again at least once."""
     batch = rank_batch(random_batch(queries=4, passages=14), 0, 40)[0]
     forward = DualEncoder.forward
@@ -134,10 +140,16 @@ def _swapped(*given: Any, **form: Any) -> tuple[Any, Tensor, SavedActivations]:
 def test_a_teachers_terms_are_checked_too(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distillation is exact as well, and half of one of its gradients is found."""
     rows, columns = batch.sizes
-    ids = torch.cat([batch.targets.passage_ids[[t, (t + 1) % columns, (t + 5) % columns]] for t in batch.targets.positives.tolist()])
-    groups = Groups(torch.arange(0, 3 * rows + 1, 3), ids, torch.randn(3 * rows, generator=torch.Generator().manual_seed(0)))
+    ids = torch.cat(
+        [batch.targets.passage_ids[[t, (t + 1) % columns, (t + 5) % columns]] for t in batch.targets.positives.tolist()]
+    )
+    groups = Groups(
+        torch.arange(0, 3 * rows + 1, 3), ids, torch.randn(3 * rows, generator=torch.Generator().manual_seed(0))
+    )
     batch = replace(batch, targets=replace(batch.targets, groups=groups))
-    loss = LossConfig(temperature=0.1, contrastive_weight=0.5, kl_weight=1.0, margin_mse_weight=0.1, teacher_temperature=2.0)
+    loss = LossConfig(
+        temperature=0.1, contrastive_weight=0.5, kl_weight=1.0, margin_mse_weight=0.1, teacher_temperature=2.0
+    )
     check = gradient_error(encoder, loss, batch)
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     kl = distill._kl
@@ -153,8 +165,14 @@ def test_nothing_is_changed(encoder: DualEncoder, batch: Batch) -> None:
     weights, state = [p.detach().clone() for p in encoder.parameters()], torch.get_rng_state()
     assert gradient_error(encoder, LossConfig(), batch).gradient_error < BOUND
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p, w) and (gradient(p) == 0.5).all() for p, w in zip(encoder.parameters(), weights, strict=True))
-    assert encoder.training and encoder.autocast_dtype == torch.bfloat16 and next(encoder.parameters()).dtype == torch.float32
+    assert all(
+        torch.equal(p, w) and (gradient(p) == 0.5).all() for p, w in zip(encoder.parameters(), weights, strict=True)
+    )
+    assert (
+        encoder.training
+        and encoder.autocast_dtype == torch.bfloat16
+        and next(encoder.parameters()).dtype == torch.float32
+    )
     encoder.zero_grad(set_to_none=True)
     encoder.autocast_dtype = None
 
@@ -172,7 +190,9 @@ def test_a_lost_chunk_is_found(encoder: DualEncoder, batch: Batch, monkeypatch: 
 
 
 @pytest.mark.parametrize("broken", ["loss", "dqueries", "dpassages"])
-def test_a_wrong_objective_is_found(encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_wrong_objective_is_found(
+    encoder: DualEncoder, batch: Batch, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     """A loss or either gradient that is off by a thousandth shows, each by itself."""
 
     class Wrong(ContrastiveObjective):

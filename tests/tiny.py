@@ -36,21 +36,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "dropout": 0.1, "attention_dropout": 0.1} | _POSITIONS,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "dropout": 0.1, "attention_dropout": 0.1}
+    | _POSITIONS,
     "albert": _BERT | {"embedding_size": 16},
     "electra": _BERT | {"embedding_size": 16},
     "mpnet": _ROBERTA,
     "deberta-v2": _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
     "modernbert": _ENCODER
     | _POSITIONS
-    | {"local_attention": 8, "attention_dropout": 0.1, "mlp_dropout": 0.1, "embedding_dropout": 0.1, "global_attn_every_n_layers": 2},
+    | {
+        "local_attention": 8,
+        "attention_dropout": 0.1,
+        "mlp_dropout": 0.1,
+        "embedding_dropout": 0.1,
+        "global_attn_every_n_layers": 2,
+    },
     "nomic_bert": _BERT,
     "llama": _DECODER,
     "mistral": _DECODER | {"sliding_window": 16},
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "gemma": _DECODER,
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": MAX_POSITIONS, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": MAX_POSITIONS,
+        "attn_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    },
 }
 DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"})
 _PAD_SECOND = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
@@ -95,7 +109,11 @@ def save_tiny_model(folder: str | Path, architecture: str = "bert", *, seed: int
     """
     folder = Path(folder)
     tokenizer = tiny_tokenizer(architecture)
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    tokens = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
     if architecture == "modernbert":
         tokens |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     sizes = {"vocab_size": len(tokenizer)} | tokens | ARCHITECTURES[architecture] | overrides
@@ -109,7 +127,9 @@ def save_tiny_model(folder: str | Path, architecture: str = "bert", *, seed: int
 
 
 def save_plain_model(folder: str | Path, architecture: str = "llama", **tokenizer_config: Any) -> Path:
-    """A decoder whose tokenizer puts nothing around a text, as most language models' do; entries of its tokenizer_config.json are set."""
+    """A decoder whose tokenizer puts nothing around a text, as most language models' do; entries of its
+    tokenizer_config.json are set.
+    """
     folder = save_tiny_model(folder, architecture)
     for file, changes in (("tokenizer.json", {"post_processor": None}), ("tokenizer_config.json", tokenizer_config)):
         found = json.loads((folder / file).read_text())

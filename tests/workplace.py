@@ -44,12 +44,21 @@ eval: {{path: {folder}/data, split: dev, metrics: [MRR@10, "Recall@20"], k: 50}}
 def training_command(workplace: Path, output: str, *overrides: str) -> list[str]:
     """Trains as the workplace says, but for the overrides, into its folder `output`."""
     script = str(ROOT / "retriever" / "train.py")
-    return [sys.executable, script, "--config", str(workplace / "run.yaml"), f"run.output_dir={workplace / output}", *overrides]
+    return [
+        sys.executable,
+        script,
+        "--config",
+        str(workplace / "run.yaml"),
+        f"run.output_dir={workplace / output}",
+        *overrides,
+    ]
 
 
 def run_training(workplace: Path, output: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Runs that command to its end, in a process of its own."""
-    return subprocess.run(training_command(workplace, output, *overrides), cwd=workplace, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        training_command(workplace, output, *overrides), cwd=workplace, capture_output=True, text=True, timeout=240
+    )
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

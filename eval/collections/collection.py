@@ -11,7 +11,15 @@ from typing import Literal
 
 from eval.measures import Scores, measure_run
 from eval.trec import Run
-from retriever.data.collection import check_corpus, corpus_tables, find_qrels, passages_of, qrels_of, query_tables, query_texts
+from retriever.data.collection import (
+    check_corpus,
+    corpus_tables,
+    find_qrels,
+    passages_of,
+    qrels_of,
+    query_tables,
+    query_texts,
+)
 from retriever.data.files import Table
 from retriever.data.formats import read_qrels
 from retriever.data.hub_tables import collection_tables
@@ -40,11 +48,14 @@ class Collection:
                 yield str(passage.id), final_text(passage, title, separator)
 
     def measure(self, run: Run, metrics: Sequence[str]) -> Scores:
-        """The measures of a run over this collection, for each judged query. Raises RefusedError for an unknown measure."""
+        """The measures of a run over this collection, for each judged query. Raises RefusedError for an unknown
+        measure.
+        """
         return measure_run(self.qrels, run, metrics, self.relevance)
 
     def check(self) -> tuple[str, ...]:
-        """Reads the corpus once, before anything is encoded or indexed; returns what a reader of the figures should know.
+        """Reads the corpus once, before anything is encoded or indexed; returns what a reader of the figures should
+        know.
 
         Raises DataError where an id stands twice or cannot stand in a run file, and at a malformed record.
         """
@@ -60,7 +71,9 @@ class Collection:
             notes.append(f"{absent:,} of {counted(len(judged), 'judged passage')} not in the corpus")
         if self.exclude_self and (shared := len(found & self.queries.keys())):
             query = counted(shared, "query")
-            notes.append(f"{query} with the id of a passage, which the results leave out (BEIR's rule; --no-exclude-self keeps it)")
+            notes.append(
+                f"{query} with the id of a passage, which the results leave out (BEIR's rule; --no-exclude-self keeps it)"
+            )
         return tuple(notes)
 
     def fingerprints(self) -> dict[str, str]:
@@ -68,15 +81,22 @@ class Collection:
         judgments = {"qrels": fingerprint({query_id: dict(grades) for query_id, grades in self.qrels.items()})}
         if not self.corpus:
             return judgments
-        return {"corpus": fingerprint([table.digest() for table in self.corpus]), "queries": fingerprint(dict(self.queries)), **judgments}
+        return {
+            "corpus": fingerprint([table.digest() for table in self.corpus]),
+            "queries": fingerprint(dict(self.queries)),
+            **judgments,
+        }
 
 
-def read_beir(folder: str | Path, split: str = "test", qrels: str | Path | None = None, *, texts: bool = True) -> Collection:
-    """A BEIR folder: `corpus.jsonl`, `queries.jsonl`, and `qrels/<split>.tsv` unless `qrels` names another judgments file.
+def read_beir(
+    folder: str | Path, split: str = "test", qrels: str | Path | None = None, *, texts: bool = True
+) -> Collection:
+    """A BEIR folder: `corpus.jsonl`, `queries.jsonl`, and `qrels/<split>.tsv` unless `qrels` names another judgments
+    file.
 
-    `hf:<name>` is a Hugging Face data set of BEIR's form (subsets corpus, queries and judgments, or these in `<name>-qrels`).
-    Without `texts` only the judgments are read, which is all that measuring a run needs.
-    Raises DataError where a file is missing or malformed, or a judged query has no text.
+    `hf:<name>` is a Hugging Face data set of BEIR's form (subsets corpus, queries and judgments, or these in
+    `<name>-qrels`). Without `texts` only the judgments are read, which is all that measuring a run needs. Raises
+    DataError where a file is missing or malformed, or a judged query has no text.
     """
     if str(folder).startswith(HUB):
         return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_judgments(qrels), texts)
@@ -106,12 +126,16 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
 def relevant(qrels: dict[str, dict[str, int]], label: str | Path) -> dict[str, dict[str, int]]:
     """The judgments. Raises DataError where no grade is above 0: every measure of every run would be 0."""
     if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
-        raise DataError("field 'score': expected a grade above 0 on some line, received none: every measure would be 0", label)
+        raise DataError(
+            "field 'score': expected a grade above 0 on some line, received none: every measure would be 0", label
+        )
     return qrels
 
 
 def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The texts of the queries that have judgments, in the file's order. Raises DataError for one without text or with two."""
+    """The texts of the queries that have judgments, in the file's order. Raises DataError for one without text or with
+    two.
+    """
     found = query_texts(tables, qrels, for_run=True)
     missing = [query_id for query_id in qrels if query_id not in found]
     if missing:

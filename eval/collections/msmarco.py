@@ -73,7 +73,9 @@ def available_splits(folder: Path) -> list[str]:
     """The splits whose judgments are in the folder. Raises DataError where there are none."""
     found = [name for name, split in SPLITS.items() if any(_present(folder, file) for file in split.qrels)]
     if not found:
-        expected = "; ".join(f"{name}: {' or '.join(split.qrels)}, from {split.qrels_from}" for name, split in SPLITS.items())
+        expected = "; ".join(
+            f"{name}: {' or '.join(split.qrels)}, from {split.qrels_from}" for name, split in SPLITS.items()
+        )
         raise DataError(f"no judgments of MS MARCO; expected one of these (--data): {expected}", folder)
     return found
 
@@ -84,10 +86,16 @@ def count_notes(result: EvalResult) -> list[str]:
     judgments = sum(map(len, result.collection.qrels.values()))
     counts = [("passages", result.n_passages, N_PASSAGES), ("judged queries", result.n_queries, split.n_queries)]
     counts.append(("judgments", judgments, split.n_judgments))
-    other = [f"{found:,} {what}, not {official:,}" for what, found, official in counts if found is not None and found != official]
+    other = [
+        f"{found:,} {what}, not {official:,}"
+        for what, found, official in counts
+        if found is not None and found != official
+    ]
     if not other:
         return []
-    return [f"a sample, not MS MARCO's {name}: {'; '.join(other)}; its figures compare with no published ones (all files: {DOWNLOADS})"]
+    return [
+        f"a sample, not MS MARCO's {name}: {'; '.join(other)}; its figures compare with no published ones (all files: {DOWNLOADS})"
+    ]
 
 
 def _present(folder: Path, file: str) -> Path | None:

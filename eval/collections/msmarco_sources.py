@@ -1,4 +1,6 @@
-"""MS MARCO's passages, queries and judgments from elsewhere than a folder of its files: ir_datasets' cache, or Hugging Face data sets."""
+"""MS MARCO's passages, queries and judgments from elsewhere than a folder of its files: ir_datasets' cache, or Hugging
+Face data sets.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class PairTable:
 def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) -> Collection:
     """The collection `name` as ir_datasets has it, `<root>/<split.ir_datasets>`; what its cache lacks, it downloads.
 
-    Raises ConfigError where ir_datasets is not installed, DataError where it has no such collection or cannot download it.
+    Raises ConfigError where ir_datasets is not installed, DataError where it has no such collection or cannot download
+    it.
     """
     identifier = f"{root}/{split.ir_datasets}"
     try:
@@ -65,13 +68,16 @@ def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) 
     relevant(qrels, identifier)
     if not texts:
         return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = PairTable(f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter()))
+    queries = PairTable(
+        f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter())
+    )
     corpus = PairTable(f"{identifier} docs", lambda: ((passage.doc_id, passage.text) for passage in found.docs_iter()))
     return Collection("msmarco", name, judged_queries([queries], qrels), qrels, (corpus,), split.relevance)
 
 
 def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, texts: bool = True) -> Collection:
-    """The collection `name` from the Hugging Face data set `data` of BEIR's form: subsets corpus, queries and judgments by split.
+    """The collection `name` from the Hugging Face data set `data` of BEIR's form: subsets corpus, queries and judgments
+    by split.
 
     Judgments may stand in `<data>-qrels` instead. `corpus` names another data set, or `name:subset`, for the passages.
     Raises DataError where something cannot be loaded, or no split of the judgments is the one asked for.
@@ -95,7 +101,9 @@ def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:
     found = [name for name, split in splits.items() if any(word in there for word in split.hub)]
     if not found:
         expected = "; ".join(f"{name}: {' or '.join(split.hub)}" for name, split in splits.items())
-        raise DataError(f"Hugging Face data set {judgments!r}: expected one of the splits {expected}; found {', '.join(there)}")
+        raise DataError(
+            f"Hugging Face data set {judgments!r}: expected one of the splits {expected}; found {', '.join(there)}"
+        )
     return found
 
 
@@ -124,7 +132,12 @@ def _told(what: str, name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # a data set that needs code of its own: RuntimeError
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # a data set that needs code of its own: RuntimeError
         raise DataError(f"{what} {name!r}: {type(error).__name__}: {_first_line(error)}") from error
 
 

@@ -18,7 +18,8 @@ from eval.trec import Ranking, ranking
 
 K1, B = 0.9, 0.4  # Anserini's defaults for passages
 DESCRIPTION = (
-    f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words, character bigrams of scripts without spaces"
+    f"bm25s, Lucene's formula, k1 {K1}, b {B}, S-stemmer (plurals), bm25s's English stop words, "
+    "character bigrams of scripts without spaces"
 )
 # Thai, Lao, Burmese, Khmer, Chinese and Japanese: their letters and marks, no digits and no punctuation.
 _UNSPACED = (
@@ -52,7 +53,9 @@ class Bm25:
         scores = np.zeros(self._postings.count, dtype=np.float32)
         for word in self._words(query):
             rows, weights = self._postings.of(word)
-            scores[rows] += weights  # a row stands once in a word's; unlike np.add.at, this leaves other threads running
+            scores[rows] += (
+                weights  # a row stands once in a word's; unlike np.add.at, this leaves other threads running
+            )
         return scores
 
     def scores_of(self, query: str, rows: np.ndarray) -> np.ndarray:
@@ -97,11 +100,12 @@ def bm25_run(
     progress: bool = False,
     threads: int | None = None,
 ) -> dict[str, Ranking]:
-    """The k passages of highest BM25 score for each query, in trec_eval's order; passages that share no word with it are left out.
+    """The k passages of highest BM25 score for each query, in trec_eval's order; passages that share no word with it
+    are left out.
 
-    passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds the ids; texts go into an
-    index in a temporary folder. Queries are searched in `threads` (default: one a core), each of which holds one score a passage.
-    Raises DataError where there are no passages, or none has a word.
+    passages: (id, text); queries: id -> text. `exclude_self` drops a passage whose id is the query's. Holds the ids;
+    texts go into an index in a temporary folder. Queries are searched in `threads` (default: one a core), each of which
+    holds one score a passage. Raises DataError where there are no passages, or none has a word.
     """
     ids: list[str] = []
 
@@ -134,7 +138,8 @@ def cores() -> int:
 
 
 def plural_stem(word: str) -> str:
-    """An English word in lower case without its plural s: passages -> passage, queries -> query; class, corpus and does stay.
+    """An English word in lower case without its plural s: passages -> passage, queries -> query; class, corpus and does
+    stay.
 
     The first of three rules whose ending fits decides. (Harman 1991, How effective is suffixing?, the S stemmer)
     """
@@ -157,9 +162,13 @@ def _tokenise(texts: list[str]) -> tuple[list[list[int]], dict[str, int]]:
 
 
 def _tokenised(texts: list[str], *, return_ids: bool = True) -> Any:
-    """Words of the texts; where a script has no spaces, every two neighbouring characters are one. (Lucene's CJK bigram filter)"""
+    """Words of the texts; where a script has no spaces, every two neighbouring characters are one. (Lucene's CJK bigram
+    filter)
+    """
     spaced = [text if text.isascii() else _RUN.sub(_bigrams, text) for text in texts]
-    return bm25s.tokenize(spaced, token_pattern=_WORD, stopwords="en", stemmer=_stems, show_progress=False, return_ids=return_ids)
+    return bm25s.tokenize(
+        spaced, token_pattern=_WORD, stopwords="en", stemmer=_stems, show_progress=False, return_ids=return_ids
+    )
 
 
 def _bigrams(run: re.Match[str]) -> str:

@@ -1,7 +1,8 @@
 """The index of a BM25 search in a folder: bm25s builds it from a stream of texts, and it is read memory-mapped.
 
-A word's passages stand side by side: word w owns postings starts[w] to starts[w + 1]. `rows.npy` [postings] int32 are its passages,
-ascending, `weights.npy` [postings] float32 what the word adds to their scores; `starts.npy` [words + 1] int64; `words.json`.
+A word's passages stand side by side: word w owns postings starts[w] to starts[w + 1]. `rows.npy` [postings] int32 are
+its passages, ascending, `weights.npy` [postings] float32 what the word adds to their scores; `starts.npy` [words + 1]
+int64; `words.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ FILES, SPOOL = ("rows.npy", "weights.npy", "starts.npy", "words.json"), "numbers
 _BATCH_TEXTS = 512
 _ROWS_AT_ONCE = 65_536
 
-Tokenise = Callable[[list[str]], tuple[list[list[int]], dict[str, int]]]  # texts -> their words' numbers, and words -> numbers
+Tokenise = Callable[
+    [list[str]], tuple[list[list[int]], dict[str, int]]
+]  # texts -> their words' numbers, and words -> numbers
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Postings:
         return self.rows[here], self.weights[here]
 
 
-def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: float, b: float, *, progress: bool = False) -> None:
+def write_index(
+    texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: float, b: float, *, progress: bool = False
+) -> None:
     """Indexes the texts [N] by Lucene's formula. Word numbers go to a file first, so that no text is held.
 
     Memory: some 36 bytes a posting (a distinct word of a passage) while bm25s sorts them, and the words.
@@ -64,13 +69,19 @@ def write_index(texts: Iterable[str], folder: Path, tokenise: Tokenise, k1: floa
 
 def read_index(folder: Path) -> Postings:
     """What `write_index` wrote; arrays are read from the disk as they are asked for, the words are held."""
-    rows, weights, starts = (np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in FILES[:3])
+    rows, weights, starts = (
+        np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in FILES[:3]
+    )
     found = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    return Postings(rows, weights, starts, {word: number for number, word in enumerate(found["words"])}, found["passages"])
+    return Postings(
+        rows, weights, starts, {word: number for number, word in enumerate(found["words"])}, found["passages"]
+    )
 
 
 def _spool(texts: Iterable[str], path: Path, tokenise: Tokenise) -> tuple[np.ndarray, dict[str, int]]:
-    """Writes the numbers of all words, text after text; returns the words of every text [N] int64, and the words' numbers."""
+    """Writes the numbers of all words, text after text; returns the words of every text [N] int64, and the words'
+    numbers.
+    """
     lengths, words, stream = array("q"), dict[str, int](), iter(texts)
     with path.open("wb") as file:
         while batch := list(islice(stream, _BATCH_TEXTS)):

@@ -39,11 +39,15 @@ def not_finite(position: int) -> RefusedError:
 
 def passage_ids(passages: Embeddings) -> pa.LargeStringArray:
     """All ids [N] in the collection's order."""
-    return pa.chunked_array([pa.array(ids, type=pa.large_string()) for _, ids in passages], type=pa.large_string()).combine_chunks()
+    return pa.chunked_array(
+        [pa.array(ids, type=pa.large_string()) for _, ids in passages], type=pa.large_string()
+    ).combine_chunks()
 
 
 def load_queries(shards: Embeddings) -> tuple[np.ndarray, list[str]]:
     """All embeddings [Q, D] float32 and ids of a folder of shards, in memory: queries are few."""
     parts = [(np.asarray(embeddings, dtype=np.float32), ids) for embeddings, ids in shards]
-    embeddings = np.concatenate([part for part, _ in parts]) if parts else np.empty((0, shards.dimension), dtype=np.float32)
+    embeddings = (
+        np.concatenate([part for part, _ in parts]) if parts else np.empty((0, shards.dimension), dtype=np.float32)
+    )
     return embeddings, [i for _, ids in parts for i in ids]

@@ -1,4 +1,6 @@
-"""Which FAISS is installed, and indexes on its GPUs. The CPU build is the default: on GPUs torch searches exactly (`engines.streaming`)."""
+"""Which FAISS is installed, and indexes on its GPUs. The CPU build is the default: on GPUs torch searches exactly
+(`engines.streaming`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ def check_faiss_build(gpu: GpuUse = "off") -> None:
 
     The builds share one import name: the one installed last overwrites files of the other.
     """
-    builds = sorted({f"{d.name} {d.version}" for d in importlib.metadata.distributions() if (d.name or "").lower().startswith("faiss")})
+    builds = sorted(
+        {
+            f"{d.name} {d.version}"
+            for d in importlib.metadata.distributions()
+            if (d.name or "").lower().startswith("faiss")
+        }
+    )
     if len(builds) != 1:
         how = "uninstall all of them, then install one" if builds else "install one: pip install faiss-cpu"
         raise ConfigError(f"expected exactly one build of FAISS; found {', '.join(builds) or 'none'}: {how}")
@@ -28,25 +36,33 @@ def check_faiss_build(gpu: GpuUse = "off") -> None:
     import faiss
 
     if not hasattr(faiss, "StandardGpuResources"):
-        raise ConfigError(f"--faiss-gpu {gpu}: {builds[0]} has no GPU code; expected one of faiss-gpu's builds, or --faiss-gpu off")
+        raise ConfigError(
+            f"--faiss-gpu {gpu}: {builds[0]} has no GPU code; expected one of faiss-gpu's builds, or --faiss-gpu off"
+        )
     if faiss.get_num_gpus() == 0:
         raise ConfigError(f"--faiss-gpu {gpu}: FAISS sees no GPU; expected at least one, or --faiss-gpu off")
 
 
 def to_gpus(index: faiss.Index, gpu: GpuUse, k: int) -> faiss.Index:
-    """The index on all GPUs: `shard` divides its passages among them, `replicate` copies it to each, which divides the queries.
+    """The index on all GPUs: `shard` divides its passages among them, `replicate` copies it to each, which divides the
+    queries.
 
-    Raises ConfigError where FAISS has no GPU form of this index (HNSW), or more than 2,048 passages a query are asked for.
+    Raises ConfigError where FAISS has no GPU form of this index (HNSW), or more than 2,048 passages a query are asked
+    for.
     """
     if gpu == "off":
         return index
     import faiss
 
     if k > _MOST_ON_GPU:
-        raise ConfigError(f"--faiss-gpu {gpu}: expected at most {_MOST_ON_GPU:,} passages a query (--k); received {k:,}")
+        raise ConfigError(
+            f"--faiss-gpu {gpu}: expected at most {_MOST_ON_GPU:,} passages a query (--k); received {k:,}"
+        )
     options = faiss.GpuMultipleClonerOptions()
     options.shard = gpu == "shard"
     try:
         return faiss.index_cpu_to_all_gpus(index, co=options)
     except RuntimeError as error:
-        raise ConfigError(f"--faiss-gpu {gpu}: FAISS cannot put {type(index).__name__} on GPUs ({error}); use --faiss-gpu off") from error
+        raise ConfigError(
+            f"--faiss-gpu {gpu}: FAISS cannot put {type(index).__name__} on GPUs ({error}); use --faiss-gpu off"
+        ) from error

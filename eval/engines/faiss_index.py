@@ -1,14 +1,17 @@
-"""FAISS indexes over passage embeddings, by name, with defaults by corpus size; trained on a sample, saved beside the shards, reused.
+"""FAISS indexes over passage embeddings, by name, with defaults by corpus size; trained on a sample, saved beside the
+shards, reused.
 
 | name | FAISS factory string for N passages of dimension D | at search |
 |---|---|---|
 | `flat` | no index: exact search, see `eval.engines.nearest` | |
-| `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe = nlist/64, 16 to nlist |
-| `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each): 96 bytes a passage for D = 768 | the same |
+| `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe = nlist/64, 16
+to nlist |
+| `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each): 96 bytes a passage for D = 768 |
+the same |
 | `hnsw` | `HNSW32,Flat`, efConstruction 200 | efSearch = 256, or k if that is more |
 
-Anything else is a factory string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a default.
-An index's scores are FAISS's: for all but quantised ones, inner products in float32.
+Anything else is a factory string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a
+default. An index's scores are FAISS's: for all but quantised ones, inner products in float32.
 """
 
 from __future__ import annotations
@@ -60,7 +63,9 @@ def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpe
         spec = IndexSpec(f"IVF{nlist},Flat", (probes, *given))
     elif name == "ivfpq":
         if rows < 256 * _PER_CENTROID:
-            raise _refused(index, f"flat or ivf for {rows:,} passages: ivfpq learns from at least {256 * _PER_CENTROID:,}")
+            raise _refused(
+                index, f"flat or ivf for {rows:,} passages: ivfpq learns from at least {256 * _PER_CENTROID:,}"
+            )
         codes = max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
         spec = IndexSpec(f"IVF{nlist},PQ{codes}", (probes, *given))
     elif name == "hnsw":
@@ -72,13 +77,16 @@ def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpe
 
 
 def check_index(index: str, dimension: int) -> None:
-    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, whatever the collection's size."""
+    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, whatever the
+    collection's size.
+    """
     if index != "flat":
         index_spec(index, 10_000_000, dimension)
 
 
 def open_index(passages: Embeddings, index: str, k: int = 1000) -> faiss.Index:
-    """The index over all passages, position = place in the collection; built if it is not saved beside the shards already.
+    """The index over all passages, position = place in the collection; built if it is not saved beside the shards
+    already.
 
     Embeddings in memory are indexed in memory; a saved index is read memory-mapped. Raises ConfigError as `index_spec`.
     """
@@ -115,9 +123,14 @@ def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Inde
                 with replace_file(file) as aside:
                     faiss.write_index(built, str(aside))
                 write_checksums(folder, [file.name], remembered=True)
-                write_json(manifest_file, wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size})
+                write_json(
+                    manifest_file,
+                    wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size},
+                )
     by_lists = "IVF" in spec.factory  # inverted lists are mapped by one flag, vectors and graphs by the other
-    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
+    return faiss.read_index(
+        str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    )
 
 
 def shards_fingerprint(passages: EmbeddingShards) -> str:
@@ -171,7 +184,9 @@ def _empty(index: str, spec: IndexSpec, dimension: int) -> faiss.Index:
         empty = faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).rpartition(": ")[2]
-        raise _refused(index, f"{', '.join(NAMES)} or a FAISS factory string for dimension {dimension} ({reason})") from error
+        raise _refused(
+            index, f"{', '.join(NAMES)} or a FAISS factory string for dimension {dimension} ({reason})"
+        ) from error
     _set(index, empty, spec.parameters)
     return empty
 
@@ -182,7 +197,9 @@ def _set(index: str, target: faiss.Index, parameters: tuple[str, ...]) -> None:
         try:
             space.set_index_parameters(target, parameter)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise _refused(index, f"parameters that this index has, as nprobe=32 or efSearch=128; FAISS refuses {parameter}") from error
+            raise _refused(
+                index, f"parameters that this index has, as nprobe=32 or efSearch=128; FAISS refuses {parameter}"
+            ) from error
 
 
 def _refused(index: str, expected: str) -> ConfigError:

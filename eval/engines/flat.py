@@ -18,8 +18,11 @@ _HITS_AT_ONCE = 2**23  # bounds what one search returns, 12 bytes each, even whe
 _PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 
 
-def search_flat(queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, block_mib: int, bar: tqdm) -> TopK:
-    """The k best passages of each query [Q, D] float32; a score is the inner product summed in float64 and rounded to float32.
+def search_flat(
+    queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, block_mib: int, bar: tqdm
+) -> TopK:
+    """The k best passages of each query [Q, D] float32; a score is the inner product summed in float64 and rounded to
+    float32.
 
     Memory: two blocks of `block_mib` MiB beside 8 bytes x Q x k. Raises ValueError for a value that is not finite.
     """
@@ -41,10 +44,12 @@ def search_flat(queries: np.ndarray, passages: Embeddings, order: PassageOrder, 
 def _candidates(
     searcher: faiss.Index, queries: np.ndarray, block: np.ndarray, worst: np.ndarray, k: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Some queries [q], and pairs (row among them [P], ascending; block column [P]) with every passage of their k best in this block.
+    """Some queries [q], and pairs (row among them [P], ascending; block column [P]) with every passage of their k best
+    in this block.
 
-    A float32 inner product of D terms is off by at most D·2^-24·|q|·|p|; twice that below the k-th score FAISS saw, or below the
-    k-th best so far, nothing can be among the k best. Queries whose last hit is still above that line are searched again, deeper.
+    A float32 inner product of D terms is off by at most D·2^-24·|q|·|p|; twice that below the k-th score FAISS saw, or
+    below the k-th best so far, nothing can be among the k best. Queries whose last hit is still above that line are
+    searched again, deeper.
     """
     longest = float(np.sqrt(np.einsum("nd,nd->n", block, block).max(initial=0.0)))
     slack = (block.shape[1] + 1) * 2.0**-23 * longest * np.linalg.norm(queries, axis=1)  # [Q]

@@ -41,12 +41,13 @@ def search(
 ) -> dict[str, Ranking]:
     """The k passages of largest inner product for each query, ties by passage id descending, as trec_eval orders them.
 
-    queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and rounded to
-    float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks. `engine` says what
-    searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it; `auto` is
-    torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first return {}.
-    Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first rank searches them.
-    `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
+    queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and
+    rounded to float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks.
+    `engine` says what
+    searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it;
+    `auto` is torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first
+    return {}. Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first
+    rank searches them. `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
     Raises RefusedError where dimensions differ, a value is not finite, an id is repeated or the index is unknown.
     """
     _check_queries(queries, query_ids, passages.dimension, k)
@@ -58,7 +59,9 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
     order = PassageOrder(passage_ids(passages))
     wanted = k + exclude_self
-    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)) as bar:
+    with tqdm(
+        total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)
+    ) as bar:
         if on_torch:
             from eval.engines.streaming import search_streaming
 
@@ -66,10 +69,14 @@ def search(
         elif index == "flat":
             best = search_flat(queries, passages, order, wanted, block_mib, bar)
         else:
-            best = _search_index(to_gpus(open_index(passages, index, wanted), faiss_gpu, wanted), queries, order, wanted)
+            best = _search_index(
+                to_gpus(open_index(passages, index, wanted), faiss_gpu, wanted), queries, order, wanted
+            )
     if not is_first:
         return {}
-    return dict(zip(query_ids, _rankings(best, order, query_ids if exclude_self else [None] * len(query_ids), k), strict=True))
+    return dict(
+        zip(query_ids, _rankings(best, order, query_ids if exclude_self else [None] * len(query_ids), k), strict=True)
+    )
 
 
 def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
@@ -84,7 +91,9 @@ def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrde
 
 def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k: int) -> Iterator[Ranking]:
     rows = [best.row(row) for row in range(len(excluded))]
-    ids = order.ids(np.concatenate([precedence for precedence, _ in rows]))  # one string object a passage, shared by the rankings
+    ids = order.ids(
+        np.concatenate([precedence for precedence, _ in rows])
+    )  # one string object a passage, shared by the rankings
     first = 0
     for (precedence, scores), dropped in zip(rows, excluded, strict=True):
         row_ids = ids[first : first + len(precedence)]
@@ -104,8 +113,12 @@ def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int
     if len(query_ids) == 0:
         raise RefusedError("no queries: expected at least one")
     if queries.ndim != 2 or queries.shape[1] != dimension:
-        raise RefusedError(f"queries of shape {list(queries.shape)}: expected [Q, {dimension}], the passages' dimension")
+        raise RefusedError(
+            f"queries of shape {list(queries.shape)}: expected [Q, {dimension}], the passages' dimension"
+        )
     if len(queries) != len(query_ids) or len(set(query_ids)) != len(query_ids):
-        raise RefusedError(f"{len(queries)} queries and {len(set(query_ids))} distinct ids: expected one id a query, each once")
+        raise RefusedError(
+            f"{len(queries)} queries and {len(set(query_ids))} distinct ids: expected one id a query, each once"
+        )
     if not np.isfinite(queries).all():
         raise RefusedError("a query embedding has a value that is not finite: encode the queries again")

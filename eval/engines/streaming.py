@@ -1,13 +1,16 @@
-"""Exact search on GPUs without FAISS: shards stream through the device, and only what may be among the k best is looked at twice.
+"""Exact search on GPUs without FAISS: shards stream through the device, and only what may be among the k best is looked
+at twice.
 
-A block of passages is scored with TF32 matrix units (plain fp32 where there are none). Such a score differs from ⟨q, p⟩ by at most
+A block of passages is scored with TF32 matrix units (plain fp32 where there are none). Such a score differs from ⟨q, p⟩
+by at most
 
     slack = (2⁻⁹ + 2⁻¹⁶ + D·2⁻²²)·‖q‖·‖p‖:
 
-TF32 keeps 10 bits behind the point, cut off at worst, of both factors (2·2⁻¹⁰), D fp32 additions add less than 2⁻²³ each, and the
-rest covers the roundings of this bound itself. A passage whose approximate score is below the k-th best exact score minus slack
-cannot be among the k best; all others are scored again in float64, so that the result is exact, always. The float64 sum is a fixed
-tree of additions: the same bits on every device, in every block, on any number of ranks.
+TF32 keeps 10 bits behind the point, cut off at worst, of both factors (2·2⁻¹⁰), D fp32 additions add less than 2⁻²³
+each, and the rest covers the roundings of this bound itself. A passage whose approximate score is below the k-th best
+exact score minus slack cannot be among the k best; all others are scored again in float64, so that the result is exact,
+always. The float64 sum is a fixed tree of additions: the same bits on every device, in every block, on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -44,21 +47,35 @@ class Sizes:
 
 
 def sizes(n_queries: int, rows: int, dimension: int, k: int, memory_gib: float) -> Sizes:
-    """Sizes that keep the search within `memory_gib` of a device's memory. Raises ConfigError where that is impossible."""
+    """Sizes that keep the search within `memory_gib` of a device's memory. Raises ConfigError where that is
+    impossible.
+    """
     fixed = n_queries * (12 * dimension + 8 * k)  # queries in fp32 and fp64, the best so far
     free = int(memory_gib * 2**30) - fixed
-    block_rows = max(1, min(_MOST_ROWS, rows, free // 8 // (10 * dimension)))  # as stored, in fp32, squared a slice at a time
+    block_rows = max(
+        1, min(_MOST_ROWS, rows, free // 8 // (10 * dimension))
+    )  # as stored, in fp32, squared a slice at a time
     queries = min(n_queries, free * 3 // 4 // (_PAIR_BYTES * block_rows + 32 * k))
     pairs = free // 8 // (24 * dimension)  # two fp64 rows, and what indexing makes of them
     if queries < 1 or pairs < 1:
-        raise ConfigError(f"--memory-gib {memory_gib:g}: too little for {n_queries:,} queries of dimension {dimension} and k {k:,}")
+        raise ConfigError(
+            f"--memory-gib {memory_gib:g}: too little for {n_queries:,} queries of dimension {dimension} and k {k:,}"
+        )
     return Sizes(block_rows, queries, min(pairs, 131_072))
 
 
 def search_streaming(
-    queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, *, world: World | None, memory_gib: float, bar: tqdm
+    queries: np.ndarray,
+    passages: Embeddings,
+    order: PassageOrder,
+    k: int,
+    *,
+    world: World | None,
+    memory_gib: float,
+    bar: tqdm,
 ) -> TopK:
-    """The k best passages of each query [Q, D] float32, on every rank; a score is the inner product in float64, rounded to float32.
+    """The k best passages of each query [Q, D] float32, on every rank; a score is the inner product in float64, rounded
+    to float32.
 
     Each rank streams its share of the blocks through its device. Host memory: two blocks, beside ids and results.
     Raises ValueError for a value that is not finite, ConfigError where `memory_gib` is too little.
@@ -76,7 +93,9 @@ def search_streaming(
 
 
 class _Search:
-    """The k best passages of every query so far, as keys [Q, k] int64, descending: score above, then precedence, 0 first."""
+    """The k best passages of every query so far, as keys [Q, k] int64, descending: score above, then precedence, 0
+    first.
+    """
 
     def __init__(self, queries: Tensor, k: int, size: Sizes) -> None:
         self._queries, self._k, self._size = queries, k, size
@@ -97,7 +116,9 @@ class _Search:
 
     def _add_to(self, part: slice, block: Tensor, precedence: Tensor, longest: Tensor) -> None:
         approximate = self._queries[part] @ block.T  # [q, n]
-        slack = self._slack * longest * self._norms[part] + block.shape[1] * 2.0**-126  # [q]; the last term where products underflow
+        slack = (
+            self._slack * longest * self._norms[part] + block.shape[1] * 2.0**-126
+        )  # [q]; the last term where products underflow
         mask = self._candidates(approximate, _scores(self.best[part, -1]).double(), slack)
         counts = mask.sum(dim=1)  # [q]
         rows, columns = mask.nonzero(as_tuple=True)  # [P], rows ascending
@@ -105,18 +126,24 @@ class _Search:
         if len(rows) == 0:
             return
         scores = self._exact(part.start + rows, block, columns)
-        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # of a candidate in its row
+        places = (
+            torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        )  # of a candidate in its row
         found = torch.full((len(counts), int(counts.max())), _EMPTY, dtype=torch.int64, device=rows.device)  # [q, m]
         found[rows, places] = _keys(scores, precedence[columns])
         merged = torch.cat([self.best[part], found], dim=1).sort(dim=1, descending=True).values  # [q, k + m]
         self.best[part] = merged[:, : self._k]
 
     def _candidates(self, approximate: Tensor, worst: Tensor, slack: Tensor) -> Tensor:
-        """Mask [q, n] that holds every passage that can be among the k best; worst [q] is the k-th best exact score, -inf if none."""
+        """Mask [q, n] that holds every passage that can be among the k best; worst [q] is the k-th best exact score,
+        -inf if none.
+        """
         mask = ~(approximate < (worst - slack).float()[:, None])  # a NaN, from sums that overflow, stays in
         many = 4 * self._k
         if approximate.shape[1] > many and int(mask.sum()) > many * len(approximate):
-            kth = approximate.topk(self._k, dim=1, sorted=False).values.amin(dim=1).double()  # k passages score at least kth - slack
+            kth = (
+                approximate.topk(self._k, dim=1, sorted=False).values.amin(dim=1).double()
+            )  # k passages score at least kth - slack
             mask = ~(approximate < torch.maximum(worst - slack, kth - 2 * slack).float()[:, None])
         return mask
 
@@ -142,7 +169,9 @@ def _tree_sum(x: Tensor) -> Tensor:
 
 
 def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tuple[int, Tensor]]:
-    """(position of the first row, [n, D] as stored, page-locked for a GPU) of every world.size-th block, read ahead of its use."""
+    """(position of the first row, [n, D] as stored, page-locked for a GPU) of every world.size-th block, read ahead of
+    its use.
+    """
     pinned = world.device.type == "cuda"
     buffers = [torch.empty(4 * block_rows * passages.dimension, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(_COPY_THREADS) as copiers:
@@ -156,7 +185,9 @@ def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tup
                 step = -(-len(part) // _COPY_THREADS)
                 for at in range(0, len(part), step):
                     piece = part[at : at + step]
-                    copies.append(copiers.submit(np.copyto, into[first : first + len(piece)].numpy(), piece, "same_kind"))
+                    copies.append(
+                        copiers.submit(np.copyto, into[first : first + len(piece)].numpy(), piece, "same_kind")
+                    )
                     first += len(piece)
             for copy in copies:
                 copy.result()
@@ -173,7 +204,9 @@ def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tup
 
 
 def _blocks(passages: Embeddings, block_rows: int, world: World) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(position of the first row, slices of the shards that make up the block) of this rank's blocks, all but the last full."""
+    """(position of the first row, slices of the shards that make up the block) of this rank's blocks, all but the last
+    full.
+    """
     number, start, n = 0, 0, 0
     parts: list[np.ndarray] = []
     for embeddings, _ in passages:

@@ -1,8 +1,9 @@
 """The k best passages of each query so far, in one 8-byte key a passage whose order is trec_eval's.
 
-A key's upper 32 bits are the float32 score, its bits rearranged so that a higher score is a smaller number; its lower 32 bits are the
-passage's precedence among all passages when sorted by id descending. Sorting keys ascending therefore sorts by score descending and
-breaks ties by id descending, and merging two result lists is a sort of numbers, whatever shard or block they came from.
+A key's upper 32 bits are the float32 score, its bits rearranged so that a higher score is a smaller number; its lower
+32 bits are the passage's precedence among all passages when sorted by id descending. Sorting keys ascending therefore
+sorts by score descending and breaks ties by id descending, and merging two result lists is a sort of numbers, whatever
+shard or block they came from.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ _SHIFT = np.uint64(32)
 
 
 class PassageOrder:
-    """All passages' precedence in a tie: position in the collection -> precedence, 0 for the greatest id (UTF-8 byte order)."""
+    """All passages' precedence in a tie: position in the collection -> precedence, 0 for the greatest id (UTF-8 byte
+    order).
+    """
 
     def __init__(self, passage_ids: pa.LargeStringArray) -> None:
-        """`passage_ids`: [N] in the collection's order. Raises DataError for a repeated id, RefusedError where N >= 2^32 - 1."""
+        """`passage_ids`: [N] in the collection's order. Raises DataError for a repeated id, RefusedError where N >=
+        2^32 - 1.
+        """
         if len(passage_ids) >= 2**32 - 1:
             raise RefusedError(f"{len(passage_ids)} passages: expected fewer than 2^32 - 1 in one search")
         order = pc.array_sort_indices(passage_ids, order="descending")  # [N]
@@ -55,15 +60,21 @@ class TopK:
         return found
 
     def worst_scores(self, queries: slice) -> np.ndarray:
-        """The k-th best score of each query of the slice, float32; -inf where there are fewer than k passages so far."""
+        """The k-th best score of each query of the slice, float32; -inf where there are fewer than k passages so
+        far.
+        """
         last = self._keys[queries, -1]
         return np.where(last == _EMPTY, np.float32(-np.inf), _scores_of(last))
 
     def merge(self, queries: slice | np.ndarray, rows: np.ndarray, scores: np.ndarray, precedence: np.ndarray) -> None:
-        """Adds candidates in flat form: `rows` [P] int, ascending, places in `queries`; scores [P] float32; precedence [P]."""
+        """Adds candidates in flat form: `rows` [P] int, ascending, places in `queries`; scores [P] float32; precedence
+        [P].
+        """
         best = self._keys[queries]  # [q, k]
         counts = np.bincount(rows, minlength=len(best))
-        columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # place of a candidate in its row
+        columns = np.arange(len(rows)) - np.repeat(
+            np.cumsum(counts) - counts, counts
+        )  # place of a candidate in its row
         candidates = np.full((len(best), int(counts.max(initial=0))), _EMPTY, dtype=np.uint64)  # [q, m]
         candidates[rows, columns] = _keys_of(scores, precedence)
         merged = np.concatenate([best, candidates], axis=1)  # [q, k + m]

@@ -1,9 +1,10 @@
 """Attention of packed texts: every token looks at its own text only, and nothing is padded.
 
-With P = softmax(scale · Q Kᵀ) over the tokens of a text, output = dropout(P) V. A chunk of texts lies one behind another in [T, H, d];
-`starts` says where. The dropout mask is a pure function of (seed, head, row, column): the backward pass and a second forward pass draw it
-again, and nothing of it is stored. Texts of up to 128 tokens are computed whole, several in one tile (`short`); longer ones
-block by block with an online softmax (`long`; Dao 2023, arXiv:2307.08691).
+With P = softmax(scale · Q Kᵀ) over the tokens of a text, output = dropout(P) V. A chunk of texts lies one behind
+another in [T, H, d]; `starts` says where. The dropout mask is a pure function of (seed, head, row, column): the
+backward pass and a second forward pass draw it again, and nothing of it is stored. Texts of up to 128 tokens are
+computed whole, several in one tile (`short`); longer ones block by block with an online softmax (`long`; Dao 2023,
+arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ def packed_attention(
     causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """out_i = Σ_j dropout(softmax_j(scale · ⟨q_i, k_j⟩)) v_j over the tokens j of i's text; [T, H, d] in the inputs' dtype.
+    """out_i = Σ_j dropout(softmax_j(scale · ⟨q_i, k_j⟩)) v_j over the tokens j of i's text; [T, H, d] in the inputs'
+    dtype.
 
-    query [T, H, d], key and value [T, G, d]: one floating dtype and device, the last dimension contiguous, others may be strided; G divides
-    H, and head h reads key head h // (H / G). starts int32 [n + 1] rises from 0 to T: text i has the tokens starts_i..starts_{i+1} − 1,
-    none where they are equal. No text has more than `longest` tokens: a GPU takes this on trust (it is never asked), a CPU checks it.
-    `dropout` in 0..1 drops probabilities by the hash of `seed` (int64 [1] on the same device, needed where dropout > 0).
-    `causal`: j ≤ i. `window`: |i − j| ≤ window. Under autocast inputs are cast to its dtype. Differentiable once in query, key and value;
-    runs repeat bitwise. Raises ValueError where shapes, dtypes, devices or numbers do not fit.
+    query [T, H, d], key and value [T, G, d]: one floating dtype and device, the last dimension contiguous, others may
+    be strided; G divides H, and head h reads key head h // (H / G). starts int32 [n + 1] rises from 0 to T: text i has
+    the tokens starts_i..starts_{i+1} − 1, none where they are equal. No text has more than `longest` tokens: a GPU
+    takes this on trust (it is never asked), a CPU checks it. `dropout` in 0..1 drops probabilities by the hash of
+    `seed` (int64 [1] on the same device, needed where dropout > 0). `causal`: j ≤ i. `window`: |i − j| ≤ window. Under
+    autocast inputs are cast to its dtype. Differentiable once in query, key and value; runs repeat bitwise. Raises
+    ValueError where shapes, dtypes, devices or numbers do not fit.
     """
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -50,16 +53,22 @@ def packed_attention(
     _check_tensors(query, key, value)
     _check_texts(query, starts, longest, seed if dropout > 0 else None)
     if not 0 <= dropout < 1 or (dropout > 0 and seed is None):
-        raise ValueError(f"expected dropout in 0..1 (1 excluded) and a seed where it is above 0, received {dropout} and seed {seed}")
+        raise ValueError(
+            f"expected dropout in 0..1 (1 excluded) and a seed where it is above 0, received {dropout} and seed {seed}"
+        )
     if window is not None and window < 0:
         raise ValueError(f"expected a window of at least 0 tokens, received {window}")
     seed = seed if dropout > 0 else None
-    if torch.compiler.is_compiling():  # one opaque call; outside torch.compile its dispatch would cost more than the kernels
+    if (
+        torch.compiler.is_compiling()
+    ):  # one opaque call; outside torch.compile its dispatch would cost more than the kernels
         return _forward(query, key, value, starts, longest, scale, dropout, seed, causal, window)[0]
     return _PackedAttention.apply(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
+) -> tuple[Tensor, Tensor]:
     """The output [T, H, d], and on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
 
     Arguments as `packed_attention` has them, not checked here.
@@ -87,7 +96,8 @@ def attention_backward(
     mask: Mask,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at query, key and value, written `into` tensors like them whose tokens' heads are contiguous (None: new ones).
+    """The gradients at query, key and value, written `into` tensors like them whose tokens' heads are contiguous (None:
+    new ones).
 
     `out` and `lse` as `attention_forward` gave them; what it does not need of them may be anything.
     """
@@ -120,7 +130,9 @@ def _backward(
     scale: float, dropout: float, seed: Tensor | None, causal: bool, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = dout if out is None else out  # short texts do not need it
-    return attention_backward(dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window))
+    return attention_backward(
+        dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window)
+    )
 
 
 @_forward.register_fake
@@ -154,7 +166,9 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
+    ) -> Tensor:
         out, lse = attention_forward(query, key, value, starts, longest, mask)
         ctx.longest, ctx.mask = longest, mask
         ctx.save_for_backward(query, key, value, out if _in_blocks(query, key, longest) else starts, lse, starts)
@@ -163,7 +177,12 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, starts = ctx.saved_tensors
-        return *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask), None, None, None
+        return (
+            *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask),
+            None,
+            None,
+            None,
+        )
 
 
 def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
@@ -182,15 +201,26 @@ def _row_statistics(query: Tensor) -> Tensor:
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = [list(x.shape) for x in (query, key, value)]
     T, H, d = query.shape if query.ndim == 3 else (0, 0, 0)
-    if query.ndim != 3 or key.ndim != 3 or key.shape != value.shape or key.shape[0] != T or key.shape[2] != d or not 1 <= d <= _WIDEST:
+    if (
+        query.ndim != 3
+        or key.ndim != 3
+        or key.shape != value.shape
+        or key.shape[0] != T
+        or key.shape[2] != d
+        or not 1 <= d <= _WIDEST
+    ):
         raise ValueError(f"expected query [T, H, d], key and value [T, G, d] with d in 1..{_WIDEST}, received {shapes}")
     if key.shape[1] < 1 or H % key.shape[1]:
         raise ValueError(f"expected a number of query heads that the {key.shape[1]} key heads divide, received {H}")
     kinds = {(x.dtype, x.device) for x in (query, key, value)}
     if len(kinds) > 1 or not query.is_floating_point():
-        raise ValueError(f"expected query, key and value of one floating dtype on one device, received {sorted(map(str, kinds))}")
+        raise ValueError(
+            f"expected query, key and value of one floating dtype on one device, received {sorted(map(str, kinds))}"
+        )
     if any(x.stride(2) != 1 for x in (query, key, value)):
-        raise ValueError(f"expected a contiguous last dimension, received strides {[x.stride() for x in (query, key, value)]}")
+        raise ValueError(
+            f"expected a contiguous last dimension, received strides {[x.stride() for x in (query, key, value)]}"
+        )
 
 
 def _check_texts(query: Tensor, starts: Tensor, longest: int, seed: Tensor | None) -> None:
@@ -201,4 +231,6 @@ def _check_texts(query: Tensor, starts: Tensor, longest: int, seed: Tensor | Non
     if longest < 1:
         raise ValueError(f"expected longest of at least 1 token, received {longest}")
     if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != query.device):
-        raise ValueError(f"expected seed [1] int64 on {query.device}, received {seed.dtype} {list(seed.shape)} on {seed.device}")
+        raise ValueError(
+            f"expected seed [1] int64 on {query.device}, received {seed.dtype} {list(seed.shape)} on {seed.device}"
+        )

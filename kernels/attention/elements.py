@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What all Triton kernels of packed attention share: the dropout mask, rows of a head in memory, and what they are compiled for."""
+"""What all Triton kernels of packed attention share: the dropout mask, rows of a head in memory, and what they are
+compiled for.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def head_key(seed, head):
 
 @triton.jit
 def kept(key, rows, columns, DROP_BELOW: tl.constexpr):
-    """`reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first token."""
+    """`reference.kept` for rows [R, 1] and columns [1, C], or [1, R] and [C, 1], counted from the chunk's first
+    token.
+    """
     word = (mix(rows.to(tl.uint32) ^ key) ^ (columns.to(tl.uint32) * GOLDEN + mix(key ^ GOLDEN))) * FIRST
     word = (word ^ (word >> 16)) * SECOND
     return word >= DROP_BELOW

@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of packed attention for texts longer than a tile: block by block, with an online softmax.
 
-A program of the forward and of the dQ kernel holds a block of one text's queries and visits the keys that these may see; a program of the
-dK, dV kernel holds a block of keys and visits queries. In base 2, with x = scale · log₂e · ⟨q_i, k_j⟩ and lse_i = log₂ Σ_j 2^x_ij:
+A program of the forward and of the dQ kernel holds a block of one text's queries and visits the keys that these may
+see; a program of the dK, dV kernel holds a block of keys and visits queries. In base 2, with x = scale · log₂e · ⟨q_i,
+k_j⟩ and lse_i = log₂ Σ_j 2^x_ij:
 
-    P_ij = 2^(x_ij − lse_i),   dS = P ∘ (dP − delta_i),   delta_i = Σ_j P_ij dP_ij = ⟨o_i, do_i⟩    (Dao 2023, arXiv:2307.08691)
+    P_ij = 2^(x_ij − lse_i),   dS = P ∘ (dP − delta_i),   delta_i = Σ_j P_ij dP_ij = ⟨o_i, do_i⟩    (Dao 2023,
+    arXiv:2307.08691)
 
 Blocks behind a text's end have nothing to do. No sum crosses programs, so runs repeat bitwise.
 """
@@ -199,7 +201,9 @@ def _dquery_blocks(
         p = tl.where(allowed_pairs(rows[:, None], columns[None, :], count, window, CAUSAL), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROP_BELOW > 0:
-            dp = tl.where(kept(word, (start + rows)[:, None], (start + columns)[None, :], DROP_BELOW), dp * KEEP_SCALE, 0.0)
+            dp = tl.where(
+                kept(word, (start + rows)[:, None], (start + columns)[None, :], DROP_BELOW), dp * KEEP_SCALE, 0.0
+            )
         ds = p * (dp - row_delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     store_rows(dquery + at * dquery_stride + head * D, dquery_stride, local, inside, dq * scale, D, BLOCK_D)
@@ -264,9 +268,17 @@ def _dkey_blocks(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, settings: Settings | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    mask: Mask,
+    settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output [T, H, d] in the inputs' dtype and lse [H, T] float32; arguments as `kernels.attention.api.packed_attention` has them."""
+    """The output [T, H, d] in the inputs' dtype and lse [H, T] float32; arguments as
+    `kernels.attention.api.packed_attention` has them.
+    """
     T, heads, width = query.shape
     out, lse = query.new_empty(query.shape), query.new_empty((heads, T), dtype=torch.float32)
     use = (settings or settings_for(query.dtype, width)).forward

@@ -1,6 +1,7 @@
 """Attention over packed texts in plain torch: what a CPU and float64 use, and what defines the dropout mask.
 
-Texts are taken a few at a time, padded to the longest among them, so that nothing of size [T, T] exists. Reads `starts` on the host.
+Texts are taken a few at a time, padded to the longest among them, so that nothing of size [T, T] exists. Reads `starts`
+on the host.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ _SCORES = 2**22  # most elements of one padded matrix of scores
 
 
 def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: float) -> Tensor:
-    """Which probabilities survive dropout: a pure function of (seed, head, row, column), tokens counted from the chunk's first.
+    """Which probabilities survive dropout: a pure function of (seed, head, row, column), tokens counted from the
+    chunk's first.
 
-    seed int64 [1]; heads [H], rows [..., R] and columns [..., C] int64. Returns bool [..., H, R, C]. Rows and columns are hashed each for
-    themselves, and their exclusive or once more, which takes six operations an element.
+    seed int64 [1]; heads [H], rows [..., R] and columns [..., C] int64. Returns bool [..., H, R, C]. Rows and columns
+    are hashed each for themselves, and their exclusive or once more, which takes six operations an element.
     """
     low, high = seed & WORD, (seed >> 32) & WORD
     key = mix(mix(mix(high ^ GOLDEN) ^ low) ^ heads)  # [H]
@@ -51,7 +53,9 @@ class _Texts:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
-    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.api.packed_attention` has them."""
+    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.api.packed_attention` has
+    them.
+    """
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     for texts in _groups(starts, longest, *query.shape[:2]):
         q, k, v = (_padded(x, texts, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
@@ -91,7 +95,9 @@ def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_
     bounds = starts.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
-        raise ValueError(f"expected starts to rise from 0 to {tokens} (the number of tokens), received {bounds[0]} to {bounds[-1]}")
+        raise ValueError(
+            f"expected starts to rise from 0 to {tokens} (the number of tokens), received {bounds[0]} to {bounds[-1]}"
+        )
     if max(lengths, default=0) > longest:
         raise ValueError(f"expected texts of at most longest = {longest} tokens, received one of {max(lengths)}")
     first = 0
@@ -106,7 +112,9 @@ def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_
 
 
 def _padded(x: Tensor, texts: _Texts, heads: int) -> Tensor:
-    """x [T, G, d] as [m, H, L, d], in float32 or float64, each of its heads as often as the queries have heads for it."""
+    """x [T, G, d] as [m, H, L, d], in float32 or float64, each of its heads as often as the queries have heads for
+    it.
+    """
     wide = x[texts.tokens].to(torch.float64 if x.dtype == torch.float64 else torch.float32)  # [m, L, G, d]
     return wide.transpose(1, 2).repeat_interleave(heads // x.shape[1], dim=1)
 

@@ -3,9 +3,9 @@
 
 A program holds the tokens of a few consecutive texts as the rows and columns of one tile of scores, for one head:
 
-    P_ij = 2^(x_ij − lse_i),   lse_i = log₂ Σ_j 2^x_ij,   x = scale · log₂e · Q Kᵀ where i and j are of one text, else −∞
-    O = P̃ V,   P̃ = keep ∘ P / (1 − dropout)
-    dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout),   dS = P ∘ (dP − Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
+    P_ij = 2^(x_ij − lse_i),   lse_i = log₂ Σ_j 2^x_ij,   x = scale · log₂e · Q Kᵀ where i and j are of one text, else
+    −∞ O = P̃ V,   P̃ = keep ∘ P / (1 − dropout) dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout),   dS = P ∘ (dP −
+    Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
 The backward computes P again, from lse. All sums are within a program, so runs repeat bitwise.
 """
@@ -30,12 +30,15 @@ class Tile:
     block: int
     forward_warps: int
     backward_warps: int
-    backward_registers: int | None = None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
+    backward_registers: int | None = (
+        None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
+    )
 
 
-# By the width of a head, then by the longest text. Several short texts share a tile. With 128 registers two programs of the widest tile
-# share a multiprocessor, but a thread spills some 800 bytes: on an H100 the backward pass still takes 10 % less time for texts of 64 to
-# 90 tokens and 7 % less for 91 to 128 (33,792 tokens, 12 heads of 64) than with as many registers as it wants, and no spills.
+# By the width of a head, then by the longest text. Several short texts share a tile. With 128 registers two programs of
+# the widest tile share a multiprocessor, but a thread spills some 800 bytes: on an H100 the backward pass still takes
+# 10 % less time for texts of 64 to 90 tokens and 7 % less for 91 to 128 (33,792 tokens, 12 heads of 64) than with as
+# many registers as it wants, and no spills.
 _TILES = {
     64: {
         16: Tile(64, 4, 4),
@@ -66,7 +69,8 @@ def tile_for(query: Tensor, longest: int) -> Tile:
 def tile_of_program(starts, per, n, heads, TEXTS: tl.constexpr, BLOCK: tl.constexpr):
     """(head, the tile's first token, its number of tokens, its rows, which of the tile's texts each belongs to).
 
-    Heads of a token are neighbours in memory. Rows behind the last text form a text of their own; where a tile has one text, all are alone.
+    Heads of a token are neighbours in memory. Rows behind the last text form a text of their own; where a tile has one
+    text, all are alone.
     """
     first = tl.program_id(0) // heads * per
     start = tl.load(starts + first)
@@ -219,7 +223,8 @@ def backward(
 ) -> None:
     """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them.
 
-    `lse` as forward gave it. The gradients of key and value have one stride from token to token, and a token's heads are contiguous.
+    `lse` as forward gave it. The gradients of key and value have one stride from token to token, and a token's heads
+    are contiguous.
     """
     tile, n = tile or tile_for(query, longest), len(starts) - 1
     per = tile.block // longest

@@ -53,22 +53,23 @@ def infonce(
     ignored: bool | None = None,
     largest: float | None = None,
 ) -> InfoNCE:
-    """loss_i = log(e^{x_it} + Σ_{j : (i,j) ∈ neg} e^{x_ij}) − x_it with x = scale · Q Pᵀ and t = targets_i, and its gradients.
+    """loss_i = log(e^{x_it} + Σ_{j : (i,j) ∈ neg} e^{x_ij}) − x_it with x = scale · Q Pᵀ and t = targets_i, and its
+    gradients.
 
     neg is what `exclusions` leaves, the target excepted in any case. `symmetric`: ½(row + column), the column term of
-    query i being log(e^{x_it} + Σ_{k : (k,t) ∈ neg} e^{x_kt}) − x_it. A row with target −1 has loss 0 and is no negative
-    of any passage; a row without negatives has loss 0 and gradient 0.
+    query i being log(e^{x_it} + Σ_{k : (k,t) ∈ neg} e^{x_kt}) − x_it. A row with target −1 has loss 0 and is no
+    negative of any passage; a row without negatives has loss 0 and gradient 0.
 
     queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
-    weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32 accumulation),
-    "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB, None: up to 1 GiB
-    of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets. Results are float32 (float64 for
-    float64 inputs), the same bits every time.
+    weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32
+    accumulation), "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB,
+    None: up to 1 GiB of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets.
+    Results are float32 (float64 for float64 inputs), the same bits every time.
 
-    What the caller knows spares the host waiting for the device, and is taken on trust: `ignored`, whether any target is −1, all being in
-    range; `largest`, what no |⟨q_i, p_j⟩| exceeds but by rounding to bf16 (1 for unit vectors). With ignored=False, `MaskTables` and
-    largest · scale ≤ 53, a GPU is asked nothing. Raises ValueError where shapes, dtypes, devices or targets do not fit.
-    (Gao et al. 2021, arXiv:2101.06983; Cheng et al. 2024, arXiv:2410.17243)
+    What the caller knows spares the host waiting for the device, and is taken on trust: `ignored`, whether any target
+    is −1, all being in range; `largest`, what no |⟨q_i, p_j⟩| exceeds but by rounding to bf16 (1 for unit vectors).
+    With ignored=False, `MaskTables` and largest · scale ≤ 53, a GPU is asked nothing. Raises ValueError where shapes,
+    dtypes, devices or targets do not fit. (Gao et al. 2021, arXiv:2101.06983; Cheng et al. 2024, arXiv:2410.17243)
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("targets", targets, len(queries), queries)
@@ -82,7 +83,9 @@ def infonce(
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
     if not len(queries):
         empty = passages.new_zeros(passages.shape, dtype=accumulated) if gradients else None
-        return InfoNCE(weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None)
+        return InfoNCE(
+            weights, queries.to(accumulated) if gradients else None, empty, weights.sum() if gradients else None
+        )
     extent = Deferred(torch.stack(torch.aminmax(targets))) if ignored is None else None
     if on_kernels(queries) and not symmetric and ignored is not False:
         # Queued before the targets are known to be right: the check at the end then waits for nothing more.
@@ -95,10 +98,22 @@ def infonce(
         return InfoNCE(torch.where(targets >= 0, results[0], 0.0), *results[1:])
     some_ignored = ignored if extent is None else _check_extent(extent.get(), len(passages))
     if some_ignored:
-        return _without_ignored(queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients)
+        return _without_ignored(
+            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients
+        )
     if on_kernels(queries):
         results = _tiled_infonce(
-            queries, passages, targets, scale, exclusions, weights, symmetric, precision, workspace_mib, gradients, largest
+            queries,
+            passages,
+            targets,
+            scale,
+            exclusions,
+            weights,
+            symmetric,
+            precision,
+            workspace_mib,
+            gradients,
+            largest,
         )
         return InfoNCE(*results)
     found = reference.infonce(
@@ -121,7 +136,9 @@ def _tiled_infonce(
     rows = two_pass.slab_rows(B, N, D, precision, budget, two_pass.processors(queries))
     if symmetric or not gradients or rows < min(B, two_pass.LEAST_SLAB_ROWS):
         return two_pass.infonce(x, targets, scale, masks, weights, symmetric, gradients, budget, largest)
-    return one_pass.infonce(x, targets, scale, masks, weights, two_pass.Workspace(x.queries, precision, rows, N), largest)
+    return one_pass.infonce(
+        x, targets, scale, masks, weights, two_pass.Workspace(x.queries, precision, rows, N), largest
+    )
 
 
 def _without_ignored(
@@ -149,7 +166,9 @@ def _check_extent(extent: list[float], N: int) -> bool:
     """Whether rows are to be ignored, from the smallest and the largest target."""
     least, most = extent
     if least < -1 or most >= N:
-        raise ValueError(f"expected targets between -1 and {N - 1} (a column of passages), received {least:.0f} to {most:.0f}")
+        raise ValueError(
+            f"expected targets between -1 and {N - 1} (a column of passages), received {least:.0f} to {most:.0f}"
+        )
     return least < 0
 
 
@@ -178,10 +197,11 @@ def negatives_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """row_lse [B] and, where `columns`, column_lse [N] (else None); −inf where nothing is left to sum.
 
-    queries [B, D], passages [N, D]: same dtype and device. Results are float32 (float64 for float64 inputs). `MaskTables`, made
-    beforehand, spare a block that comes by twice the second look-up of its known pairs.
-    `precision` names what the similarities are computed from: "bf16" rounds the inputs first, "fp32" takes them as they
-    are, "high" promises an error below 1e-5. `largest` is that of `infonce`. Raises ValueError where shapes, dtypes or devices do not fit.
+    queries [B, D], passages [N, D]: same dtype and device. Results are float32 (float64 for float64 inputs).
+    `MaskTables`, made beforehand, spare a block that comes by twice the second look-up of its known pairs. `precision`
+    names what the similarities are computed from: "bf16" rounds the inputs first, "fp32" takes them as they are, "high"
+    promises an error below 1e-5. `largest` is that of `infonce`. Raises ValueError where shapes, dtypes or devices do
+    not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
     if on_kernels(queries) and len(queries) and len(passages):
@@ -210,17 +230,20 @@ def negatives_gradient(
 
     G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else 0:
     with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
-    these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A `dqueries` that is
-    given is added to in place and returned, so that blocks sum up. `workspace_mib` and `largest`
-    are those of `infonce`.
-    Raises ValueError where shapes, dtypes or devices do not fit.
+    these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A `dqueries`
+    that is given is added to in place and returned, so that blocks sum up. `workspace_mib` and `largest` are those of
+    `infonce`. Raises ValueError where shapes, dtypes or devices do not fit.
     """
     _check(queries, passages, scale, exclusions, precision)
     _check_vector("row_log_weights", row_log_weights, len(queries), queries)
     if column_log_weights is not None:
         _check_vector("column_log_weights", column_log_weights, len(passages), queries)
-    if dqueries is not None and (dqueries.shape != queries.shape or dqueries.device != queries.device or not dqueries.is_contiguous()):
-        raise ValueError(f"dqueries: expected a contiguous {list(queries.shape)} on {queries.device}, received {list(dqueries.shape)}")
+    if dqueries is not None and (
+        dqueries.shape != queries.shape or dqueries.device != queries.device or not dqueries.is_contiguous()
+    ):
+        raise ValueError(
+            f"dqueries: expected a contiguous {list(queries.shape)} on {queries.device}, received {list(dqueries.shape)}"
+        )
     if on_kernels(queries) and len(queries) and len(passages):
         from kernels.infonce import two_pass
 
@@ -228,9 +251,18 @@ def negatives_gradient(
         x = two_pass.Operands.of(queries, passages, precision)
         constant = None if column_log_weights is None else two_pass.estimate_shifts(x, scale, False, largest).constant
         budget = _workspace_bytes(queries, passages, workspace_mib)
-        return two_pass.negatives_gradient(x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries)
+        return two_pass.negatives_gradient(
+            x, scale, masks, row_log_weights, column_log_weights, constant, budget, dqueries
+        )
     return reference.negatives_gradient(
-        queries, passages, scale, row_log_weights, column_log_weights, exclusions, dqueries=dqueries, precision=precision
+        queries,
+        passages,
+        scale,
+        row_log_weights,
+        column_log_weights,
+        exclusions,
+        dqueries=dqueries,
+        precision=precision,
     )
 
 
@@ -240,9 +272,13 @@ def _tables(exclusions: Exclusions | MaskTables | None, queries: Tensor, passage
     return MaskTables.of(exclusions, torch.full((len(queries),), -1, device=queries.device), len(passages))
 
 
-def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, precision: str) -> None:
+def _check(
+    queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | MaskTables | None, precision: str
+) -> None:
     if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1]:
-        raise ValueError(f"expected queries [B, D] and passages [N, D], received {list(queries.shape)} and {list(passages.shape)}")
+        raise ValueError(
+            f"expected queries [B, D] and passages [N, D], received {list(queries.shape)} and {list(passages.shape)}"
+        )
     if queries.dtype != passages.dtype or queries.device != passages.device or not queries.is_floating_point():
         raise ValueError(
             f"expected queries and passages of one floating dtype on one device, received {queries.dtype} on {queries.device} "
@@ -257,7 +293,9 @@ def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusio
     if isinstance(exclusions, MaskTables):
         if (len(exclusions.targets), exclusions.N) != (len(queries), len(passages)):
             received = f"{len(exclusions.targets)} rows and {exclusions.N} columns"
-            raise ValueError(f"exclusions: expected tables of {len(queries)} rows and {len(passages)} columns, received {received}")
+            raise ValueError(
+                f"exclusions: expected tables of {len(queries)} rows and {len(passages)} columns, received {received}"
+            )
         return
     _check_vector("exclusions.passage_ids", exclusions.passage_ids, len(passages), queries)
     _check_vector("exclusions.known_ptr", exclusions.known_ptr, len(queries) + 1, queries)
@@ -269,4 +307,6 @@ def _check(queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusio
 
 def _check_vector(name: str, vector: Tensor, length: int, like: Tensor) -> None:
     if vector.shape != (length,) or vector.device != like.device:
-        raise ValueError(f"{name}: expected shape [{length}] on {like.device}, received {list(vector.shape)} on {vector.device}")
+        raise ValueError(
+            f"{name}: expected shape [{length}] on {like.device}, received {list(vector.shape)} on {vector.device}"
+        )

@@ -32,7 +32,9 @@ class Exclusions:
 
 
 def known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
-    """Every (row, column) with a known positive of the row, as two [E] int64, rows ascending; an id may stand in several columns."""
+    """Every (row, column) with a known positive of the row, as two [E] int64, rows ascending; an id may stand in
+    several columns.
+    """
     ids, order = exclusions.passage_ids.sort(stable=True)
     first = torch.searchsorted(ids, exclusions.known_ids)
     count = torch.searchsorted(ids, exclusions.known_ids, right=True) - first  # columns each known id matches
@@ -62,8 +64,8 @@ def further_pairs(exclusions: Exclusions, targets: Tensor) -> Pairs:
 class MaskTables:
     """The exclusions of a block of B rows and N columns, in the form the kernels read.
 
-    A tile compares its columns with every row's target, and goes through the list of the further excluded pairs that lie in it:
-    few tiles hold many, whatever their number a row.
+    A tile compares its columns with every row's target, and goes through the list of the further excluded pairs that
+    lie in it: few tiles hold many, whatever their number a row.
     """
 
     rows: Tensor  # [E] int64, ascending
@@ -83,7 +85,9 @@ class MaskTables:
 
     @staticmethod
     def of_pairs(further: Pairs, targets: Tensor, threshold: Tensor | None, N: int) -> MaskTables:
-        """Tables of `further_pairs` found beforehand, every row's target [B] int64 (−1: none) and its threshold; waits for nothing."""
+        """Tables of `further_pairs` found beforehand, every row's target [B] int64 (−1: none) and its threshold; waits
+        for nothing.
+        """
         if threshold is not None:
             threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
         return MaskTables(*further, targets.int(), threshold, N)
@@ -93,14 +97,20 @@ class MaskTables:
         with_target = (self.targets >= 0).nonzero()[:, 0]
         return torch.cat([self.rows, with_target]), torch.cat([self.columns, self.targets[with_target].long()])
 
-    def pairs_by_tile(self, tile_rows: int, tile_columns: int) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        """(ptr [row tiles · column tiles + 1], rows, columns), int32, of the excluded pairs; Nones where there are none."""
+    def pairs_by_tile(
+        self, tile_rows: int, tile_columns: int
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """(ptr [row tiles · column tiles + 1], rows, columns), int32, of the excluded pairs; Nones where there are
+        none.
+        """
         if not len(self.rows):
             return None, None, None
         if (tile_rows, tile_columns) not in self._by_tile:
             row_tiles, column_tiles = -(-len(self.targets) // tile_rows), -(-self.N // tile_columns)
             tile, order = (self.rows // tile_rows * column_tiles + self.columns // tile_columns).sort(stable=True)
-            ptr = torch.searchsorted(tile, torch.arange(row_tiles * column_tiles + 1, device=tile.device), out_int32=True)
+            ptr = torch.searchsorted(
+                tile, torch.arange(row_tiles * column_tiles + 1, device=tile.device), out_int32=True
+            )
             self._by_tile[tile_rows, tile_columns] = ptr, self.rows[order].int(), self.columns[order].int()
         return self._by_tile[tile_rows, tile_columns]
 

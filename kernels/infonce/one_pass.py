@@ -1,7 +1,7 @@
 """InfoNCE of one direction and its gradients in one pass over the tiles, 6·B·N·D operations.
 
-The pass writes a slab of rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E P, weighted by
-row, and dP += Eᵀ (weighted Q) are plain products.
+The pass writes a slab of rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
+P, weighted by row, and dP += Eᵀ (weighted Q) are plain products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from kernels.infonce.rows import finish_passages, finish_queries, target_similar
 from kernels.infonce.terms import log_one_plus_exp
 from kernels.infonce.tile_pass import Pass, tile_pass
 from kernels.infonce.tiles import aligned
-from kernels.infonce.two_pass import INNER, Operands, Shifts, Workspace, estimate_shifts, exact_row_shifts, log_of, outside, slabs
+from kernels.infonce.two_pass import (
+    INNER,
+    Operands,
+    Shifts,
+    Workspace,
+    estimate_shifts,
+    exact_row_shifts,
+    log_of,
+    outside,
+    slabs,
+)
 from kernels.matmul import add_product, parts_of
 
 
@@ -22,7 +32,9 @@ def _one_direction(
     x: Operands, similarity: Tensor, scale: float, masks: MaskTables, weights: Tensor, shifts: Shifts, workspace: Workspace,
     dqueries: Tensor, dpassages: Tensor, fresh: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum, coefficient) [B]."""
+    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum,
+    coefficient) [B].
+    """
     (B, D), N = x.queries.shape, len(x.passages)
     passages = parts_of(x.passages, x.precision)
     weighted = [x.queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
@@ -50,13 +62,17 @@ def _one_direction(
 def infonce(
     x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, largest: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [B], dqueries [B, D], dpassages [N, D], dscale []) of the one-direction loss, in one pass; targets in 0..N−1."""
+    """(loss [B], dqueries [B, D], dpassages [N, D], dscale []) of the one-direction loss, in one pass; targets in
+    0..N−1.
+    """
     B, D = x.queries.shape
     dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
     dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
     shifts = estimate_shifts(x, scale, columns=False, largest=largest)
     similarity = target_similarities(x.queries, x.passages, targets)
-    row_sum, coefficient = _one_direction(x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True)
+    row_sum, coefficient = _one_direction(
+        x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True
+    )
     row_lse = log_of(row_sum, shifts.rows)
     if not shifts.safe and len(again := outside(row_sum)):
         some = Operands(aligned(x.queries[again]), x.passages, x.precision)

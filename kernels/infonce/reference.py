@@ -1,4 +1,6 @@
-"""Torch reference of `kernels.infonce.api`, tile by tile: what a CPU run uses and what the kernels are compared with."""
+"""Torch reference of `kernels.infonce.api`, tile by tile: what a CPU run uses and what the kernels are compared
+with.
+"""
 
 from __future__ import annotations
 

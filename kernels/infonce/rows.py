@@ -3,7 +3,8 @@
 
 With Z_i the sum of row i's exponentials and t_i its target's logit, a one-direction row of weight w has the gradient
 
-    dq_i = coefficient_i · Σ_j E_ij p_j − target_weight_i · p_target,    coefficient_i = scale · w_i · σ(log Z_i − t_i) / Z_i
+    dq_i = coefficient_i · Σ_j E_ij p_j − target_weight_i · p_target,    coefficient_i = scale · w_i · σ(log Z_i − t_i)
+    / Z_i
 
 and passage j gets Σ_i E_ij · coefficient_i · q_i less target_weight_i · q_i of the queries whose target it is.
 """
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from kernels.infonce.tiles import LOG2E
 
-# Sums of a row outside of these bounds may have lost terms to underflow or overflow: 2^-126 is the smallest bf16 and fp32.
+# Sums of a row outside of these bounds may have lost terms to underflow or overflow: 2^-126 is the smallest bf16 and
+# fp32.
 SMALLEST_SUM, LARGEST_SUM = 2.0**-96, 2.0**84
 
 
@@ -160,7 +162,9 @@ def _finish_passages(
         dp = tl.load(dpassages + passage * D + at, mask, other=0.0)
         for k in range(start, stop):
             query = tl.load(by_target + k)
-            dp -= tl.load(target_weight + query) * tl.load(queries + query * query_stride + at, mask, other=0.0).to(tl.float32)
+            dp -= tl.load(target_weight + query) * tl.load(queries + query * query_stride + at, mask, other=0.0).to(
+                tl.float32
+            )
         tl.store(dpassages + passage * D + at, dp, mask)
 
 
@@ -169,7 +173,17 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor) -> T
     B, D = queries.shape
     out = queries.new_empty(B, dtype=torch.float32)
     _target_similarities[(triton.cdiv(B, 8),)](
-        queries, passages, targets, out, B, D, queries.stride(0), passages.stride(0), BLOCK_B=8, BLOCK_D=256, num_warps=4
+        queries,
+        passages,
+        targets,
+        out,
+        B,
+        D,
+        queries.stride(0),
+        passages.stride(0),
+        BLOCK_B=8,
+        BLOCK_D=256,
+        num_warps=4,
     )
     return out
 
@@ -188,8 +202,8 @@ def weigh_rows(
 ) -> None:
     """Writes `row_sum` and `coefficient` [B] and coefficient · query to `weighted` (+ `residual`) [B, D].
 
-    similarity [B] with the targets; partial [column tiles, B] from `tile_pass`; shift [B] in base-2 units. A row whose sum lost
-    terms or is empty gets the coefficient 0.
+    similarity [B] with the targets; partial [column tiles, B] from `tile_pass`; shift [B] in base-2 units. A row whose
+    sum lost terms or is empty gets the coefficient 0.
     """
     B, D = queries.shape
     _weigh_rows[(triton.cdiv(B, 8),)](
@@ -219,9 +233,16 @@ def weigh_rows(
 
 
 def finish_queries(
-    dqueries: Tensor, queries: Tensor, passages: Tensor, targets: Tensor, coefficient: Tensor | None, target_weight: Tensor
+    dqueries: Tensor,
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor,
+    coefficient: Tensor | None,
+    target_weight: Tensor,
 ) -> Tensor:
-    """Turns Σ_j E_ij p_j into dq_i in place, as this file's head says; returns ⟨q_i, dq_i⟩ [B]. `coefficient` None: ones."""
+    """Turns Σ_j E_ij p_j into dq_i in place, as this file's head says; returns ⟨q_i, dq_i⟩ [B]. `coefficient` None:
+    ones.
+    """
     B, D = queries.shape
     along = dqueries.new_empty(B)
     _finish_queries[(triton.cdiv(B, 4),)](
@@ -248,4 +269,6 @@ def finish_passages(dpassages: Tensor, queries: Tensor, targets: Tensor, target_
     N, D = dpassages.shape
     ordered, by_target = targets.int().sort(stable=True)  # half the passes of a 64-bit sort
     first = torch.searchsorted(ordered, torch.arange(N + 1, device=targets.device, dtype=torch.int32))
-    _finish_passages[(N,)](dpassages, queries, by_target, first, target_weight, D, queries.stride(0), BLOCK_D=256, num_warps=1)
+    _finish_passages[(N,)](
+        dpassages, queries, by_target, first, target_weight, D, queries.stride(0), BLOCK_D=256, num_warps=1
+    )

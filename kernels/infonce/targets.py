@@ -1,6 +1,7 @@
 """What stands between a query and its own target, row by row: for losses whose negatives come block by block.
 
-`kernels.infonce.api.infonce` does this itself; `negatives_lse` and `negatives_gradient` leave the targets to their caller.
+`kernels.infonce.api.infonce` does this itself; `negatives_lse` and `negatives_gradient` leave the targets to their
+caller.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _ROWS_AT_ONCE = 65_536  # of a target's embeddings held beside their queries'
 
 
 def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, precision: Precision = "fp32") -> Tensor:
-    """⟨q_i, p_t⟩ with t = targets_i, [B] float32 (float64 for float64 inputs), of the values that `precision` computes from.
+    """⟨q_i, p_t⟩ with t = targets_i, [B] float32 (float64 for float64 inputs), of the values that `precision` computes
+    from.
 
     queries [B, D], passages [N, D]: one dtype and device. targets [B] int64 in 0..N−1.
     """
@@ -27,7 +29,9 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor, *, p
 
         return rows.target_similarities(queries, passages, targets)
     parts = torch.arange(len(queries), device=queries.device).split(_ROWS_AT_ONCE)
-    return torch.cat([(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts])
+    return torch.cat(
+        [(rounded(queries[i], precision) * rounded(passages[targets[i]], precision)).sum(dim=1) for i in parts]
+    )
 
 
 def add_target_gradient(
@@ -40,10 +44,11 @@ def add_target_gradient(
     *,
     precision: Precision = "fp32",
 ) -> None:
-    """dq_i −= target_gradient_i · p_t and dp_t −= target_gradient_i · q_i for every query i and its target t, in place, in the order of i.
+    """dq_i −= target_gradient_i · p_t and dp_t −= target_gradient_i · q_i for every query i and its target t, in place,
+    in the order of i.
 
-    dqueries [B, D] and dpassages [N, D]: float32 (float64 for float64 inputs), contiguous; target_gradient [B] likewise, 0 for an
-    ignored row.
+    dqueries [B, D] and dpassages [N, D]: float32 (float64 for float64 inputs), contiguous; target_gradient [B]
+    likewise, 0 for an ignored row.
     """
     queries, passages = _values(queries, precision), _values(passages, precision)
     if on_kernels(queries) and len(queries):

@@ -18,10 +18,11 @@ class Terms(NamedTuple):
 
     @staticmethod
     def of(row_lse: Tensor, column_lse: Tensor | None, logit: Tensor, targets: Tensor, weights: Tensor) -> Terms:
-        """logit [B] is that of the target; row_lse [B] and column_lse [N] (None: one direction) are of the negatives; weights [B] ≥ 0.
+        """logit [B] is that of the target; row_lse [B] and column_lse [N] (None: one direction) are of the negatives;
+        weights [B] ≥ 0.
 
-        loss = log(1 + e^{lse − logit}), whose gradient at the target's logit is −w·σ(lse − logit), and at a negative's logit s
-        w·σ(lse − logit)·e^{s − lse}. Symmetric, both directions count half.
+        loss = log(1 + e^{lse − logit}), whose gradient at the target's logit is −w·σ(lse − logit), and at a negative's
+        logit s w·σ(lse − logit)·e^{s − lse}. Symmetric, both directions count half.
         """
         against_row = row_lse - logit
         loss, of_rows = log_one_plus_exp(against_row), weights * against_row.sigmoid()
@@ -37,13 +38,18 @@ class Terms(NamedTuple):
 
 
 def log_one_plus_exp(x: Tensor) -> Tensor:
-    """log(1 + eˣ) in full precision for any x, −inf included: the loss of a row whose negatives' lse exceeds the target's logit by x."""
+    """log(1 + eˣ) in full precision for any x, −inf included: the loss of a row whose negatives' lse exceeds the
+    target's logit by x.
+    """
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def sum_by_target(values: Tensor, targets: Tensor, N: int) -> Tensor:
-    """Σ_{i : targets_i = j} values_i for each of N passages j, in a fixed order: [N] of the dtype of values [B]; targets [B] in 0..N−1."""
-    # As index_put_, which sorts before it adds, but without the question whether targets are in range: the host would wait for the answer.
+    """Σ_{i : targets_i = j} values_i for each of N passages j, in a fixed order: [N] of the dtype of values [B];
+    targets [B] in 0..N−1.
+    """
+    # As index_put_, which sorts before it adds, but without the question whether targets are in range: the host would
+    # wait for the answer.
     return torch._index_put_impl_(values.new_zeros(N), (targets,), values, accumulate=True, unsafe=True)
 
 

@@ -4,8 +4,9 @@
 `tile_pass` visits every tile of logits x_ij = scale · log₂e · ⟨q_i, p_j⟩ (base 2 throughout) once, drops the excluded
 pairs and, as asked,
 
-    writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]  as bf16, as a bf16 pair (value, residual) or as fp32
-    reduces  Σ_j 2^(x_ij − row_shift_i) by rows and Σ_i 2^(x_ij − column_shift_j) by columns, or the maxima of x_ij
+    writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]  as bf16, as a bf16 pair (value, residual) or
+    as fp32 reduces  Σ_j 2^(x_ij − row_shift_i) by rows and Σ_i 2^(x_ij − column_shift_j) by columns, or the maxima of
+    x_ij
 
 Sums are of the values as written, so that weights built from them sum to one. A tile writes its own partial reductions
 and the host adds them up in a fixed order: repeated runs give the same bits.
@@ -39,7 +40,9 @@ class Tile:
     warps: int
     stages: int
     programs_per_sm: int = 1
-    store_columns: int | None = None  # written this many columns at a time, to leave shared memory to the loads; None: all
+    store_columns: int | None = (
+        None  # written this many columns at a time, to leave shared memory to the loads; None: all
+    )
 
 
 # Sized to fit shared memory and registers. On Hopper `kernels.infonce.tiles_hopper` does the work that counts.
@@ -58,9 +61,10 @@ def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
 class Pass:
     """What one pass over the tiles computes, and where its block of rows and columns stands in the masks.
 
-    With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential instead of two.
-    Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite where shifts are estimates.
-    `accurate` splits fp32 inputs into three tf32 products, and sums D in short pieces: the matrix unit's accumulator rounds towards zero.
+    With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential
+    instead of two. Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite
+    where shifts are estimates. `accurate` splits fp32 inputs into three tf32 products, and sums D in short pieces: the
+    matrix unit's accumulator rounds towards zero.
     """
 
     row_shift: Tensor | None = None  # [B]
@@ -147,12 +151,19 @@ def _tile_pass(
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if CHUNK is None:
             for d in tl.range(0, D, BLOCK_D):
-                x = tl.dot(queries.load([first_row, d]), passages.load([first_column, d]).T, x, input_precision=PRECISION)
+                x = tl.dot(
+                    queries.load([first_row, d]), passages.load([first_column, d]).T, x, input_precision=PRECISION
+                )
         else:
             for start in tl.range(0, D, CHUNK):
                 part = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
                 for d in tl.range(start, start + CHUNK, BLOCK_D):
-                    part = tl.dot(queries.load([first_row, d]), passages.load([first_column, d]).T, part, input_precision=PRECISION)
+                    part = tl.dot(
+                        queries.load([first_row, d]),
+                        passages.load([first_column, d]).T,
+                        part,
+                        input_precision=PRECISION,
+                    )
                 x += part
 
         rows = first_row + tl.arange(0, BLOCK_B)
@@ -163,13 +174,20 @@ def _tile_pass(
         mask_columns = column_start + columns
         if threshold is not None:
             x = tl.where(x > tl.load(threshold + mask_rows, row_inside, other=0.0)[:, None], -float("inf"), x)
-        x = tl.where(mask_columns[None, :] == tl.load(targets + mask_rows, row_inside, other=-1)[:, None], -float("inf"), x)
+        x = tl.where(
+            mask_columns[None, :] == tl.load(targets + mask_rows, row_inside, other=-1)[:, None], -float("inf"), x
+        )
         if RAGGED_COLUMNS:
             x = tl.where(column_inside[None, :], x, -float("inf"))
         if column_out is not None or column_shift is not None:
             x = tl.where(row_inside[:, None], x, -float("inf"))
         if pair_ptr is not None:
-            pairs = pair_ptr + (row_start // BLOCK_B + row_tile).to(tl.int64) * pair_stride + column_start // BLOCK_N + column_tile
+            pairs = (
+                pair_ptr
+                + (row_start // BLOCK_B + row_tile).to(tl.int64) * pair_stride
+                + column_start // BLOCK_N
+                + column_tile
+            )
             for pair in tl.range(tl.load(pairs), tl.load(pairs + 1)):
                 row = mask_rows == tl.load(pair_rows + pair)
                 x = tl.where(row[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :], -float("inf"), x)
@@ -189,7 +207,9 @@ def _tile_pass(
             elif row_shift is not None:
                 e = _exponential(x, scale_log2, tl.load(row_shift + rows, row_inside, other=0.0)[:, None], CLAMP)
             if column_shift is not None and not FACTORED:
-                e_column = _exponential(x, scale_log2, tl.load(column_shift + columns, column_inside, other=0.0)[None, :], CLAMP)
+                e_column = _exponential(
+                    x, scale_log2, tl.load(column_shift + columns, column_inside, other=0.0)[None, :], CLAMP
+                )
             elif column_out is not None:
                 e_column = e
             if written is not None:
@@ -225,8 +245,8 @@ def tile_pass(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The pass over all tiles that this file's head describes; returns the partial reductions.
 
-    queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. Returns ([column tiles, B] where `rows`, [row tiles, N] where
-    `columns`), float32, in base-2 units of scale · similarity.
+    queries [B, D], passages [N, D]: bf16, fp16 or fp32, `aligned`. Returns ([column tiles, B] where `rows`, [row tiles,
+    N] where `columns`), float32, in base-2 units of scale · similarity.
     """
     (B, D), N = queries.shape, len(passages)
     major = torch.cuda.get_device_capability(queries.device)[0] if queries.is_cuda else 9

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""`_tile_pass` written for Hopper's warp groups (`kernels.hopper`): what Triton's own pipelining leaves idle while a tile is reduced.
+"""`_tile_pass` written for Hopper's warp groups (`kernels.hopper`): what Triton's own pipelining leaves idle while a
+tile is reduced.
 
-While one group exponentiates and sums its half of a tile, the other has the matrix units to itself. Legend and results are those of
-`kernels.infonce.tiles`.
+While one group exponentiates and sums its half of a tile, the other has the matrix units to itself. Legend and results
+are those of `kernels.infonce.tiles`.
 """
 
 from __future__ import annotations
@@ -175,12 +176,21 @@ def _tile_pass_hopper(
 
 
 def can_do(asked: Pass) -> bool:
-    """Whether this kernel does what is asked: sums of bf16 under row shifts that need no clamp, columns by those shifts."""
+    """Whether this kernel does what is asked: sums of bf16 under row shifts that need no clamp, columns by those
+    shifts.
+    """
     plain = not (asked.accurate or asked.maximum or asked.clamp)
-    return plain and asked.row_shift is not None and asked.residual is None and not (asked.columns and asked.column_shift is not None)
+    return (
+        plain
+        and asked.row_shift is not None
+        and asked.residual is None
+        and not (asked.columns and asked.column_shift is not None)
+    )
 
 
-def tile_pass(queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass) -> tuple[Tensor | None, Tensor | None]:
+def tile_pass(
+    queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass
+) -> tuple[Tensor | None, Tensor | None]:
     """`kernels.infonce.tiles.tile_pass` of what this kernel `can_do`."""
     (B, D), N = queries.shape, len(passages)
     row_tiles, column_tiles = triton.cdiv(B, 128), triton.cdiv(N, 256)

@@ -1,11 +1,12 @@
-"""Log-sum-exp over rows and columns of the logits, then gradients from it: InfoNCE in two passes over the tiles, 8·B·N·D operations.
+"""Log-sum-exp over rows and columns of the logits, then gradients from it: InfoNCE in two passes over the tiles,
+8·B·N·D operations.
 
-The first pass sums rows and columns at once, the second writes the gradient at the logits, block by block in a bounded workspace, and
-matrix products go over it.
+The first pass sums rows and columns at once, the second writes the gradient at the logits, block by block in a bounded
+workspace, and matrix products go over it.
 
-A row's shift only has to bring its sum into the range of bf16, 2^±100 or so wide. Where the norms bound every logit to that range
-one constant does; else shifts are estimated from a sample of columns, and the rows whose sums fell outside of it are done again
-with their true maxima.
+A row's shift only has to bring its sum into the range of bf16, 2^±100 or so wide. Where the norms bound every logit to
+that range one constant does; else shifts are estimated from a sample of columns, and the rows whose sums fell outside
+of it are done again with their true maxima.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ _UNIT_SCALE = 105.0  # with unit vectors, the constant shift nearly always does 
 _SAMPLE = 256
 _SLAB_MULTIPLE = 256  # a multiple of every tile's rows and columns
 LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
-INNER = {"bf16": None, "high": 2048, "fp32": None}  # of a tier's sums over the batch, how much goes through the accumulator at a time
+INNER = {
+    "bf16": None,
+    "high": 2048,
+    "fp32": None,
+}  # of a tier's sums over the batch, how much goes through the accumulator at a time
 _PARTIAL_ELEMENTS = 2**31  # logits of a pass whose partial sums are kept at a time
 
 
@@ -86,7 +91,10 @@ def slabs(total: int, size: int) -> Iterator[slice]:
 
 def _largest_logit(x: Operands, scale: float) -> Tensor:
     """A bound on every |logit|, base 2, [1]."""
-    norms = [torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax(dim=0, keepdim=True) for side in (x.queries, x.passages)]
+    norms = [
+        torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).amax(dim=0, keepdim=True)
+        for side in (x.queries, x.passages)
+    ]
     return norms[0] * norms[1] * (scale * LOG2E)
 
 
@@ -100,13 +108,18 @@ def estimate_shifts(x: Operands, scale: float, columns: bool, largest: float | N
         top, bound = measured - _HEADROOM, Deferred(measured)
     else:
         most = largest * _ROUNDING * scale * LOG2E
-        top, bound = x.queries.new_full((1,), most - _HEADROOM, dtype=torch.float32), Deferred(torch.tensor([most], device="cpu"))
+        top, bound = (
+            x.queries.new_full((1,), most - _HEADROOM, dtype=torch.float32),
+            Deferred(torch.tensor([most], device="cpu")),
+        )
     if scale <= _UNIT_SCALE or bound.get()[0] <= _SAFE_BOUND:
         return Shifts(top.expand(len(x.queries)).contiguous(), None, bound, False)
     rows = torch.minimum(_sampled_maximum(x.queries, x.passages, scale).add_(_HEADROOM / 2), top)
     if not columns:
         return Shifts(rows, None, bound, True)
-    return Shifts(rows, torch.minimum(_sampled_maximum(x.passages, x.queries, scale).add_(_HEADROOM / 2), top), bound, True)
+    return Shifts(
+        rows, torch.minimum(_sampled_maximum(x.passages, x.queries, scale).add_(_HEADROOM / 2), top), bound, True
+    )
 
 
 def _sampled_maximum(x: Tensor, others: Tensor, scale: float) -> Tensor:
@@ -164,9 +177,13 @@ def exact_row_shifts(x: Operands, scale: float, masks: MaskTables) -> Tensor:
     return maxima.nan_to_num_(neginf=0.0)
 
 
-def negatives_lse(x: Operands, scale: float, masks: MaskTables, shifts: Shifts, columns: bool) -> tuple[Tensor, Tensor | None]:
+def negatives_lse(
+    x: Operands, scale: float, masks: MaskTables, shifts: Shifts, columns: bool
+) -> tuple[Tensor, Tensor | None]:
     """See `kernels.infonce.api.negatives_lse`; `shifts` from `estimate_shifts`."""
-    row_sum, column_sum = reduce_tiles(x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=shifts.estimated)
+    row_sum, column_sum = reduce_tiles(
+        x, scale, masks, shifts.rows, shifts.columns, rows=True, columns=columns, clamp=shifts.estimated
+    )
     assert row_sum is not None
     row_lse = log_of(row_sum, shifts.rows)
     column_lse = None
@@ -207,7 +224,9 @@ class Workspace:
 
 
 def slab_rows(B: int, N: int, D: int, precision: str, budget: int, processors: int) -> int:
-    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is room."""
+    """Rows of a slab over all N columns within `budget` bytes, whole waves of dQ's 128 × 256 tiles where there is
+    room.
+    """
     rows = budget // ((2 if precision == "bf16" else 4) * -(-N // 64) * 64)
     if rows >= B:
         return B
@@ -227,7 +246,9 @@ def negatives_gradient(
     budget: int,
     dqueries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `kernels.infonce.api.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two products use each."""
+    """See `kernels.infonce.api.negatives_gradient`; `constant` from `Shifts`. A pass writes blocks of dlogits, two
+    products use each.
+    """
     (B, D), N = x.queries.shape, len(x.passages)
     fresh = dqueries is None
     dqueries = x.queries.new_empty(B, D, dtype=torch.float32) if dqueries is None else dqueries
@@ -256,7 +277,9 @@ def negatives_gradient(
 def _gradient_shifts(
     scale: float, row_log_weights: Tensor, column_log_weights: Tensor | None, constant: float | None
 ) -> tuple[Tensor, Tensor | None, float | None]:
-    """What `tile_pass` needs to write scale · 2^x · weight for rows and columns: factors and an offset where that is safe, else shifts."""
+    """What `tile_pass` needs to write scale · 2^x · weight for rows and columns: factors and an offset where that is
+    safe, else shifts.
+    """
     rows = row_log_weights.float() * LOG2E + math.log2(scale)
     if column_log_weights is None:
         return -rows, None, None
@@ -275,14 +298,18 @@ def infonce(
     x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, symmetric: bool, gradients: bool, budget: int,
     largest: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little room."""
+    """(loss, dqueries, dpassages, dscale): sums first, then gradients; for both directions, forward alone, or little
+    room.
+    """
     shifts = estimate_shifts(x, scale, symmetric, largest)
     row_lse, column_lse = negatives_lse(x, scale, masks, shifts, symmetric)
     logit = scale * target_similarities(x.queries, x.passages, targets)
     terms = Terms.of(row_lse, column_lse, logit, targets, weights)
     if not gradients:
         return terms.loss, None, None, None
-    dqueries, dpassages = negatives_gradient(x, scale, masks, terms.row_log_weights, terms.column_log_weights, shifts.constant, budget)
+    dqueries, dpassages = negatives_gradient(
+        x, scale, masks, terms.row_log_weights, terms.column_log_weights, shifts.constant, budget
+    )
     at_targets = scale * terms.target_gradient
     along = finish_queries(dqueries, x.queries, x.passages, targets, None, at_targets)
     finish_passages(dpassages, x.queries, targets, at_targets)

@@ -1,4 +1,6 @@
-"""BERT's embeddings as they are trained: three rows a token, the norm of their sum and its dropout, one pass over memory each way."""
+"""BERT's embeddings as they are trained: three rows a token, the norm of their sum and its dropout, one pass over
+memory each way.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,18 @@ class Tables(NamedTuple):
     padding_place: int | None = None
 
 
-def embeddings(ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | None, *, eps: float, dropout: float) -> Tensor:
-    """y_t = dropout(LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias): [T, D], differentiable in the tables.
+def embeddings(
+    ids: Tensor, positions: Tensor, tables: Tables, seed: Tensor | None, *, eps: float, dropout: float
+) -> Tensor:
+    """y_t = dropout(LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias): [T, D], differentiable in
+    the tables.
 
-    ids, positions [T] int64; `tables` of one floating dtype, D ≤ 4096, which is that of y (all but float32 by torch's own operations); all
-    contiguous, on one device.
-    `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout > 0), their row and their column.
-    To be called with autocast off. The tables' gradients are dense; on a GPU torch may sum those of words and places by atomics.
-    An id outside its table makes its row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where
-    shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
+    ids, positions [T] int64; `tables` of one floating dtype, D ≤ 4096, which is that of y (all but float32 by torch's
+    own operations); all contiguous, on one device. `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed`
+    (int64 [1], needed where dropout > 0), their row and their column. To be called with autocast off. The tables'
+    gradients are dense; on a GPU torch may sum those of words and places by atomics. An id outside its table makes its
+    row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where shapes, dtypes
+    or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
     """
     words, places, segment, weight, bias, padding_word, padding_place = tables
     _check(ids, positions, tables)
@@ -59,8 +64,14 @@ def _check(ids: Tensor, positions: Tensor, tables: Tables) -> None:
             f"{list(places.shape)}"
         )
     vectors = {"segment": tables.segment, "weight": tables.weight, "bias": tables.bias}
-    expected = {"ids": (ids.shape, torch.int64), "positions": (ids.shape, torch.int64), "words": (words.shape, words.dtype)}
-    expected |= {"places": (torch.Size([len(places), D]), words.dtype)} | {name: (torch.Size([D]), words.dtype) for name in vectors}
+    expected = {
+        "ids": (ids.shape, torch.int64),
+        "positions": (ids.shape, torch.int64),
+        "words": (words.shape, words.dtype),
+    }
+    expected |= {"places": (torch.Size([len(places), D]), words.dtype)} | {
+        name: (torch.Size([D]), words.dtype) for name in vectors
+    }
     for name, tensor in {"ids": ids, "positions": positions, "words": words, "places": places, **vectors}.items():
         if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
             shape, kind = expected[name]
@@ -86,7 +97,9 @@ class _Embeddings(torch.autograd.Function):
         from kernels.layers.embeddings_triton import embed_norm
 
         words, places, segment, weight, bias = tables
-        out, statistics = embed_norm(ids, positions, (words, places, segment, weight, bias), eps=eps, seed=seed, dropout=dropout)
+        out, statistics = embed_norm(
+            ids, positions, (words, places, segment, weight, bias), eps=eps, seed=seed, dropout=dropout
+        )
         ctx.dropout, ctx.paddings = dropout, (padding_word, padding_place)
         ctx.save_for_backward(ids, positions, words, places, segment, weight, statistics, seed)
         return out
@@ -98,7 +111,9 @@ class _Embeddings(torch.autograd.Function):
 
         ids, positions, words, places, segment, weight, statistics, seed = ctx.saved_tensors
         needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[7:]
-        dz, sums = embed_norm_backward(dout.contiguous(), ids, positions, (words, places, segment, weight), statistics, seed, ctx.dropout)
+        dz, sums = embed_norm_backward(
+            dout.contiguous(), ids, positions, (words, places, segment, weight), statistics, seed, ctx.dropout
+        )
         dweight, dbias, dsegment = sums
         padding_word, padding_place = ctx.paddings
         dwords = _table_gradient(dz, ids, words, padding_word) if needs_words else None
@@ -108,7 +123,11 @@ class _Embeddings(torch.autograd.Function):
 
 
 def _table_gradient(dz: Tensor, rows: Tensor, table: Tensor, padding: int | None) -> Tensor:
-    """[V, D]: the gradients dz [T, D] added up by the rows they belong to; those of rows outside, which are NaN, by the first one."""
+    """[V, D]: the gradients dz [T, D] added up by the rows they belong to; those of rows outside, which are NaN, by the
+    first one.
+    """
     inside = rows.where((rows >= 0) & (rows < len(table)), 0)  # torch would write outside of the table
-    total: Tensor = torch.ops.aten.embedding_dense_backward(dz, inside, len(table), -1 if padding is None else padding, False)
+    total: Tensor = torch.ops.aten.embedding_dense_backward(
+        dz, inside, len(table), -1 if padding is None else padding, False
+    )
     return total

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of BERT's embeddings: one pass over memory each way; a row of z is gathered again going backward.
 
-With z = words[id] + segment + places[position], x̂ = (z − mean) · rstd, y = dropout(weight · x̂ + bias) and g the gradient at y, dropped:
+With z = words[id] + segment + places[position], x̂ = (z − mean) · rstd, y = dropout(weight · x̂ + bias) and g the
+gradient at y, dropped:
 
     dz = rstd · (weight·g − mean(weight·g) − x̂ · mean(weight·g · x̂)),    dsegment = Σ_rows dz
     dweight = Σ_rows g · x̂,    dbias = Σ_rows g

@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of GELU: one pass over memory forward, one backward, which also sums the gradient over rows: that of a bias.
+"""Triton kernels of GELU: one pass over memory forward, one backward, which also sums the gradient over rows: that of a
+bias.
 
 With Φ the normal distribution and φ its density, out = u Φ(u) and du = dout · (Φ(u) + u φ(u)).
 
-Both need e^(−u²/2), so Φ is built on it: the upper tail Φ(−|u|) is e^(−u²/2) times a polynomial in t = 1 / (1 + p |u|), a minimax fit of
-degree 8 to ½ erfcx(|u| / √2) on 0..12 with a relative error of 2e-7 (4e-7 in float32), in the tail as well, where 1 + erf cancels.
+Both need e^(−u²/2), so Φ is built on it: the upper tail Φ(−|u|) is e^(−u²/2) times a polynomial in t = 1 / (1 + p |u|),
+a minimax fit of degree 8 to ½ erfcx(|u| / √2) on 0..12 with a relative error of 2e-7 (4e-7 in float32), in the tail as
+well, where 1 + erf cancels.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def _gelu_backward(
         at = tl.cast(first, tl.int64) * F + (rows[:, None] * F + columns[None, :])
         value = tl.load(u + at, inside, other=0.0).to(tl.float32)
         cdf, bell = _normal(value)
-        g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (cdf + value * bell * 0.3989422804014327)  # 1 / √(2π)
+        g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (
+            cdf + value * bell * 0.3989422804014327
+        )  # 1 / √(2π)
         tl.store(dout + at, g.to(dout.dtype.element_ty), inside)
         sums += g
     tl.store(partial + program * F + columns, tl.sum(sums, 0), columns < F)
@@ -103,10 +107,14 @@ def gelu_forward(u: Tensor) -> Tensor:
 
 
 def gelu_backward_(dout: Tensor, u: Tensor) -> Tensor:
-    """Σ_rows du [F] float32; dout [T, F] becomes du. Each program sums its rows, then the sums are added in a fixed order: no atomics."""
+    """Σ_rows du [F] float32; dout [T, F] becomes du. Each program sums its rows, then the sums are added in a fixed
+    order: no atomics.
+    """
     T, F = u.shape
     tiles = triton.cdiv(F, BACKWARD.columns)
     programs = persistent_grid(u, triton.cdiv(T, BACKWARD.rows), BACKWARD.programs_per_sm / tiles)
     partial = u.new_empty(programs, F, dtype=torch.float32)
-    _gelu_backward[(programs, tiles)](dout, u, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps)
+    _gelu_backward[(programs, tiles)](
+        dout, u, partial, T, F, ROWS=BACKWARD.rows, BLOCK_F=BACKWARD.columns, num_warps=BACKWARD.warps
+    )
     return partial.sum(0)

@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def"
-"""A matrix product and the GELU that follows it in one kernel for Hopper, forward and backward: what lies between stays in registers.
+"""A matrix product and the GELU that follows it in one kernel for Hopper, forward and backward: what lies between stays
+in registers.
 
-Forward: u = x Wᵀ + bias where a backward pass will read it, and u Φ(u), Φ the normal distribution. Backward: dy Wᵀ times
-Φ(u) + u φ(u), and that summed over rows.
+Forward: u = x Wᵀ + bias where a backward pass will read it, and u Φ(u), Φ the normal distribution. Backward: dy Wᵀ
+times Φ(u) + u φ(u), and that summed over rows.
 
-The tail Φ(−|u|) is 2 to the power of a polynomial in |u|: no division, one exponential. Degree 7, a minimax fit to log₂ ½ erfc(|u| / √2)
-on 0..6.5, gives it to 5e-6 of itself there (9e-6 in float32), below which all of it is 4e-11.
+The tail Φ(−|u|) is 2 to the power of a polynomial in |u|: no division, one exponential. Degree 7, a minimax fit to log₂
+½ erfc(|u| / √2) on 0..6.5, gives it to 5e-6 of itself there (9e-6 in float32), below which all of it is 4e-11.
 """
 
 from __future__ import annotations
@@ -186,7 +187,13 @@ def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, u_out: Tensor | None, out: Tensor, sums: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    u_out: Tensor | None,
+    out: Tensor,
+    sums: Tensor | None,
 ) -> None:
     (T, D), F = x.shape, len(weight)
     if T == 0:

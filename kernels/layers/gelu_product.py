@@ -11,12 +11,14 @@ from torch.nn.functional import linear
 
 from kernels.layers.api import gelu_backward, gelu_forward
 
-# Numbers of a result from which on the kernel is taken: below, it spares the GPU less time than its launch takes from the host.
+# Numbers of a result from which on the kernel is taken: below, it spares the GPU less time than its launch takes from
+# the host.
 FUSED_FROM = 2**25
 
 
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """(u, gelu(u)) of u = x Wᵀ + bias, each [T, F] in x's dtype; where not `keep`, u is None and need not be written at all.
+    """(u, gelu(u)) of u = x Wᵀ + bias, each [T, F] in x's dtype; where not `keep`, u is None and need not be written at
+    all.
 
     x [T, D], weight W [F, D], bias [F]: one floating dtype, contiguous. gelu(u) has the same bits with u and without.
     GELU in its exact form, of finite u; that of half precision on Hopper is of u before rounding.
@@ -33,8 +35,8 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
 def gelu_product_backward(dy: Tensor, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(du, Σ_rows du) with du = (dy Wᵀ) gelu′(u): the gradient at u, and that of its bias.
 
-    u [T, F] as `gelu_product` gave it; dy [T, D], like u, the gradient at gelu(u) W; weight W [F, D], like u, as `transposed` gives it.
-    Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
+    u [T, F] as `gelu_product` gave it; dy [T, D], like u, the gradient at gelu(u) W; weight W [F, D], like u, as
+    `transposed` gives it. Returns du [T, F] in u's dtype and the sums [F] float32 (float64 of float64).
     """
     if _is_fused(dy, weight):
         from kernels.layers import gelu_hopper

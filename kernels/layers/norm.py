@@ -1,13 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of dropout, residual and LayerNorm: one pass over memory forward, one backward.
 
-With z = dropout(x + bias) + residual, x̂ = (z − mean) · rstd and y = weight · x̂ + norm_bias, the gradient at y being g:
+With z = dropout(x + bias) + residual, x̂ = (z − mean) · rstd and y = weight · x̂ + norm_bias, the gradient at y being
+g:
 
-    dz = rstd · (weight·g − mean(weight·g) − x̂ · mean(weight·g · x̂)),    dresidual = dz,    dx = keep · dz / (1 − dropout)
+    dz = rstd · (weight·g − mean(weight·g) − x̂ · mean(weight·g · x̂)),    dresidual = dz,    dx = keep · dz / (1 −
+    dropout)
     dweight = Σ_rows g · x̂,    dnorm_bias = Σ_rows g,    dbias = Σ_rows dx
 
-The backward pass computes z and the mask again from x, residual and the seed. Its programs stay, loop over rows and keep their sums over
-rows in registers; these are then added up in a fixed order, without atomics.
+The backward pass computes z and the mask again from x, residual and the seed. Its programs stay, loop over rows and
+keep their sums over rows in registers; these are then added up in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from kernels.layers.reference import Norm
 
 @dataclass(frozen=True)
 class Launch:
-    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their warps on a multiprocessor."""
+    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their warps on a
+    multiprocessor.
+    """
 
     rows: int
     columns_per_warp: int
@@ -78,7 +82,9 @@ def standardize(z, in_columns, eps, D: tl.constexpr):
 
 @triton.jit
 def standardize_gradient(g, normalised, weight, spread, D: tl.constexpr):
-    """The gradient at z, with g the gradient at weight · normalised [rows, columns]; spread [rows, 1], g is 0 beyond D."""
+    """The gradient at z, with g the gradient at weight · normalised [rows, columns]; spread [rows, 1], g is 0 beyond
+    D.
+    """
     weighted = g * weight[None, :]
     level = tl.sum(weighted, 1) / D
     along = tl.sum(weighted * normalised, 1) / D
@@ -154,7 +160,9 @@ def _norm_backward(
         at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
         keep = keep_elements(seed, first + rows, columns, THRESHOLD)
         z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
-        spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]  # 0 outside of the rows, and so all that follows
+        spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[
+            :, None
+        ]  # 0 outside of the rows, and so all that follows
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         g = tl.zeros((ROWS, BLOCK_D), tl.float32)
         if d_normed is not None:
@@ -178,7 +186,9 @@ def _norm_backward(
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(normed [T, D] like residual, rounded [T, D] like x or None where the dtypes are one, statistics [2, T] float32)."""
+    """(normed [T, D] like residual, rounded [T, D] like x or None where the dtypes are one, statistics [2, T]
+    float32).
+    """
     x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
     normed = torch.empty_like(residual)
@@ -192,8 +202,12 @@ def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed, rounded, statistics
 
 
-def norm_backward(d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a bias, dbias)."""
+def norm_backward(
+    d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a
+    bias, dbias).
+    """
     x, bias, residual, weight, seed, dropout = norm
     T, D = x.shape
     dx, dresidual = torch.empty_like(x), torch.empty_like(residual)
@@ -209,7 +223,9 @@ def norm_backward(d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm,
 
 @cache
 def block(launch: Launch, D: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program's block: whole rows, each spread over all warps, so that sums over rows stay in a thread."""
+    """(rows, columns, warps) of a program's block: whole rows, each spread over all warps, so that sums over rows stay
+    in a thread.
+    """
     block_d = triton.next_power_of_2(D)
     rows = max(1, min(launch.rows, _MOST_ELEMENTS // block_d))
     return rows, block_d, max(1, min(16, block_d // launch.columns_per_warp))

@@ -2,11 +2,12 @@
 
 With x the residual stream, and everything between matrix products one pass over memory:
 
-    y = LayerNorm(x + dropout(attention(x W_qkv) W_attended)),    x' = LayerNorm(y + dropout(gelu(y W_widened) W_narrowed))
+    y = LayerNorm(x + dropout(attention(x W_qkv) W_attended)),    x' = LayerNorm(y + dropout(gelu(y W_widened)
+    W_narrowed))
 
-The stream is float32; matrix products read it rounded to the computing dtype, and the gradients of weights come out in float32. Dropout
-masks are hashes of seeds. One autograd node a layer: with a node for each operation the host would be slower than the GPU.
-(Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2019, arXiv:1810.04805)
+The stream is float32; matrix products read it rounded to the computing dtype, and the gradients of weights come out in
+float32. Dropout masks are hashes of seeds. One autograd node a layer: with a node for each operation the host would be
+slower than the GPU. (Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2019, arXiv:1810.04805)
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Layer(NamedTuple):
     eps: float
     starts: Tensor  # [n + 1] int32: of the texts
     longest: int
-    dropouts: tuple[float, float, float]  # of attention probabilities, of what attention adds, of what the widened part adds
+    dropouts: tuple[
+        float, float, float
+    ]  # of attention probabilities, of what attention adds, of what the widened part adds
     seeds: tuple[Tensor | None, Tensor | None, Tensor | None]  # [1] int64 each
 
     def mask(self, width: int) -> Mask:
@@ -74,7 +77,9 @@ class Layer(NamedTuple):
 
 
 class SavedActivations(NamedTuple):
-    """What of a layer takes longest to compute for the memory it takes: in half precision 4 bytes of a number of the stream, and lse."""
+    """What of a layer takes longest to compute for the memory it takes: in half precision 4 bytes of a number of the
+    stream, and lse.
+    """
 
     context: Tensor  # [T, heads, d]: what attention makes of the values
     lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
@@ -86,23 +91,33 @@ def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
     p = Parameters(*(parameter.detach() for parameter in parameters))
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
-    attended, widened, narrowed = (weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight))
+    attended, widened, narrowed = (
+        weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight)
+    )
     return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, transposed(narrowed))
 
 
 def post_norm_layer(
-    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters, saved: SavedActivations | None = None
+    stream: Tensor,
+    rounded: Tensor,
+    layer: Layer,
+    read: Factors,
+    parameters: Parameters,
+    saved: SavedActivations | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and the same rounded.
 
-    stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or `stream` itself:
-    nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with autocast off. One backward pass,
-    without retain_graph, in stream, rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward
-    pass did, and raises where a parameter that it reads again (attended_bias, narrowed_bias, the norms' weights) was changed in between.
-    `saved` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps its bits.
-    Raises ValueError where shapes or dtypes do not fit.
+    stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or
+    `stream` itself: nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with
+    autocast off. One backward pass, without retain_graph, in stream, rounded and parameters; what needs no gradient
+    costs no matrix product. It uses `read` as the forward pass did, and raises where a parameter that it reads again
+    (attended_bias, narrowed_bias, the norms' weights) was changed in between. `saved` of `without_graph` for the same
+    arguments are taken as they are and not computed again; every result keeps its bits. Raises ValueError where shapes
+    or dtypes do not fit.
     """
-    stream, rounded = _PostNormLayer.apply(stream, None if rounded is stream else rounded, layer, read, saved, *parameters)
+    stream, rounded = _PostNormLayer.apply(
+        stream, None if rounded is stream else rounded, layer, read, saved, *parameters
+    )
     return stream, stream if rounded is None else rounded
 
 
@@ -110,7 +125,8 @@ def post_norm_layer(
 def without_graph(
     stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters
 ) -> tuple[Tensor, Tensor, SavedActivations]:
-    """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most work.
+    """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most
+    work.
 
     Next to nothing is written that only a backward pass would read.
     """
@@ -141,7 +157,14 @@ class _Passed(NamedTuple):
 
 
 def _forward(
-    stream: Tensor, rounded: Tensor | None, layer: Layer, read: Factors, p: Parameters, known: SavedActivations | None, *, keep: bool
+    stream: Tensor,
+    rounded: Tensor | None,
+    layer: Layer,
+    read: Factors,
+    p: Parameters,
+    known: SavedActivations | None,
+    *,
+    keep: bool,
 ) -> _Passed:
     """`keep`: with the result of the first product of the widened part, which a backward pass reads."""
     x: Any = stream if rounded is None else rounded
@@ -165,7 +188,19 @@ def _forward(
         ffn_out, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
     )  # fmt: skip
     return _Passed(
-        qkv, context, lse, attention_out, middle, middle_rounded, statistics1, ffn_in, activated, ffn_out, out, out_rounded, statistics2
+        qkv,
+        context,
+        lse,
+        attention_out,
+        middle,
+        middle_rounded,
+        statistics1,
+        ffn_in,
+        activated,
+        ffn_out,
+        out,
+        out_rounded,
+        statistics2,
     )
 
 
@@ -174,7 +209,13 @@ class _PostNormLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, rounded: Tensor | None, layer: Layer, read: Factors, saved: SavedActivations | None, *tensors: Tensor
+        ctx: Any,
+        stream: Tensor,
+        rounded: Tensor | None,
+        layer: Layer,
+        read: Factors,
+        saved: SavedActivations | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
         a: Any = _forward(stream, rounded, layer, read, p, saved, keep=True)
@@ -200,7 +241,15 @@ class _PostNormLayer(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))
         dffn_out, dmiddle, of_norm2 = norm_backward(
-            dout, dout_rounded, ffn_out, narrowed_bias, middle, narrowed_norm_weight, statistics2, layer.seeds[2], layer.dropouts[2]
+            dout,
+            dout_rounded,
+            ffn_out,
+            narrowed_bias,
+            middle,
+            narrowed_norm_weight,
+            statistics2,
+            layer.seeds[2],
+            layer.dropouts[2],
         )
         del ffn_out, middle
         dnarrowed = _weight_gradient(dffn_out, activated) if needs.narrowed_weight else None
@@ -222,16 +271,28 @@ class _PostNormLayer(torch.autograd.Function):
             layer.dropouts[1],
         )
         del dmiddle, dmiddle_rounded, attention_out, stream
-        dattended = _weight_gradient(dattention_out, context.view(dattention_out.shape)) if needs.attended_weight else None
+        dattended = (
+            _weight_gradient(dattention_out, context.view(dattention_out.shape)) if needs.attended_weight else None
+        )
         dcontext = (dattention_out @ read.attended).view(context.shape)
         del dattention_out
         dqkv = torch.empty_like(qkv)
         (query, key, value), (dquery, dkey, dvalue), mask = qkv.unbind(1), dqkv.unbind(1), layer.mask(qkv.shape[3])
-        attention_backward(dcontext, query, key, value, context, lse, layer.starts, layer.longest, mask, (dquery, dkey, dvalue))
+        attention_backward(
+            dcontext, query, key, value, context, lse, layer.starts, layer.longest, mask, (dquery, dkey, dvalue)
+        )
         del dcontext, context, qkv, query, key, value
         dqkv = dqkv.flatten(1)  # [T, 3 D]
-        weights = _weight_gradient(dqkv, x).chunk(3) if needs.query_weight or needs.key_weight or needs.value_weight else (None,) * 3
-        biases = dqkv.sum(0, dtype=of_norm1.dtype).chunk(3) if needs.query_bias or needs.key_bias or needs.value_bias else (None,) * 3
+        weights = (
+            _weight_gradient(dqkv, x).chunk(3)
+            if needs.query_weight or needs.key_weight or needs.value_weight
+            else (None,) * 3
+        )
+        biases = (
+            dqkv.sum(0, dtype=of_norm1.dtype).chunk(3)
+            if needs.query_bias or needs.key_bias or needs.value_bias
+            else (None,) * 3
+        )
         drounded = None
         if needs_stream or needs_rounded:
             dstream, drounded = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
@@ -245,7 +306,9 @@ class _PostNormLayer(torch.autograd.Function):
 
 
 def _to_both(dstream: Tensor, dread: Tensor, is_rounded: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients at a stream and at its rounded self, which matrix products read; where that is the stream, their sum."""
+    """The gradients at a stream and at its rounded self, which matrix products read; where that is the stream, their
+    sum.
+    """
     return (dstream, dread) if is_rounded else (dstream.add_(dread), None)
 
 

@@ -36,7 +36,9 @@ def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed.to(residual.dtype), rounded, torch.stack([mean, rstd])
 
 
-def norm_backward(d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
     x, bias, residual, weight, seed, dropout = norm
     mean, rstd = statistics

@@ -25,7 +25,9 @@ def parquet_records(path: Path) -> Iterator[Record]:
 
 
 def batch_records(batches: Iterable[Any], label: str, what: str) -> Iterator[Record]:
-    """The rows of record batches, numbered from 1. Raises DataError where one of them cannot be had: `what` it was expected from."""
+    """The rows of record batches, numbered from 1. Raises DataError where one of them cannot be had: `what` it was
+    expected from.
+    """
     import pyarrow as pa
 
     row = 0
@@ -43,7 +45,9 @@ def _rows(batch: Any, label: str, before: int) -> list[dict[str, Any]]:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         row, name, place = next(_undecodable(batch))
-        raise DataError(f"field {name!r}: expected UTF-8 text, received {place}", label, before + row + 1, "row") from error
+        raise DataError(
+            f"field {name!r}: expected UTF-8 text, received {place}", label, before + row + 1, "row"
+        ) from error
 
 
 def _undecodable(batch: Any) -> Iterator[tuple[int, str, str]]:

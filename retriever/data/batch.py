@@ -26,7 +26,9 @@ from retriever.parallel.world import World
 
 
 class Groups(NamedTuple):
-    """Each query's own passages with a teacher's scores, its target first; they may stand on any rank. Empty: the teacher says nothing."""
+    """Each query's own passages with a teacher's scores, its target first; they may stand on any rank. Empty: the
+    teacher says nothing.
+    """
 
     ptr: Tensor  # [B + 1] int64
     ids: Tensor  # [ptr[-1]] int64: passage ids, those of a row distinct
@@ -70,7 +72,8 @@ class Targets:
         return self._map(Tensor.pin_memory)
 
     def reordered(self, query_rows: Tensor, passage_rows: Tensor) -> Targets:
-        """The targets of a batch whose row i is the one that was query_rows[i] of these queries [B], passage_rows[i] of the passages [N].
+        """The targets of a batch whose row i is the one that was query_rows[i] of these queries [B], passage_rows[i] of
+        the passages [N].
 
         A teacher's groups are left out, and pairs that were looked up: they are of the old order, on other ranks too.
         """
@@ -92,7 +95,9 @@ class Targets:
         """Waits for nothing where the targets are on the host, as they are before `to`."""
         least, most = (int(x) for x in self.positives.aminmax()) if len(self.positives) else (0, -1)
         if least < -1 or most >= len(self.passage_ids):
-            raise ValueError(f"expected positives between -1 and {len(self.passage_ids) - 1} (a column), received {least} to {most}")
+            raise ValueError(
+                f"expected positives between -1 and {len(self.passage_ids) - 1} (a column), received {least} to {most}"
+            )
         return least < 0
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Targets:
@@ -141,7 +146,9 @@ class BatchLoader:
         even_chunks: bool = False,
         look_up: bool = True,
     ) -> None:
-        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end; `look_up`: known pairs, too."""
+        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end; `look_up`:
+        known pairs, too.
+        """
         self._store, self._planner, self._template = store, planner, template
         self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
         self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
@@ -152,8 +159,12 @@ class BatchLoader:
         self._look_up = look_up
 
     @classmethod
-    def from_config(cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> BatchLoader:
-        """The loader of one rank of a run whose `auto` values are resolved. Raises ConfigError where a teacher's scores are missing."""
+    def from_config(
+        cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World
+    ) -> BatchLoader:
+        """The loader of one rank of a run whose `auto` values are resolved. Raises ConfigError where a teacher's scores
+        are missing.
+        """
         asks = config.loss.distils or config.loss.teacher_margin is not None
         if asks and (store.positive_scores is None or store.negative_scores is None):
             raise ConfigError(
@@ -182,13 +193,19 @@ class BatchLoader:
         """This rank's batch of optimizer step `step`, counted from 0."""
         whole = self._planner.plan(step)
         mine = slice_for_rank(
-            whole, self._lengths("query", whole.queries), self._lengths("passage", whole.passages), self._rank, self._world_size
+            whole,
+            self._lengths("query", whole.queries),
+            self._lengths("passage", whole.passages),
+            self._rank,
+            self._world_size,
         )
         known, groups = known_positives(self._store, mine, self._masked), None
         if self._teacher_margin is not None:
             known = false_negatives(self._store, mine, whole.passages, self._teacher_margin, known)
         if self._teacher_groups:
-            groups = Groups(*map(torch.from_numpy, scored_groups(self._store, mine, whole.passages, self._teacher_margin)))
+            groups = Groups(
+                *map(torch.from_numpy, scored_groups(self._store, mine, whole.passages, self._teacher_margin))
+            )
         targets = Targets(
             torch.from_numpy(mine.targets),
             torch.from_numpy(mine.passages),
@@ -201,13 +218,16 @@ class BatchLoader:
         if self._device.type == "cuda":
             targets = targets.pinned()
         counts = self._most_chunks(whole) if self._even_chunks else (0, 0)
-        builders = self._builders("query", mine.queries, counts[0]) + self._builders("passage", mine.passages, counts[1])
+        builders = self._builders("query", mine.queries, counts[0]) + self._builders(
+            "passage", mine.passages, counts[1]
+        )
         tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())
         chunks = Chunks(builders, self._device)
         return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
 
     def batches(self, first: int, last: int) -> Generator[Batch, None, None]:
-        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in threads meanwhile.
+        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in
+        threads meanwhile.
 
         Whoever may leave the loop early closes it, for ending its threads takes waiting for them.
         """
@@ -238,7 +258,10 @@ class BatchLoader:
         """Chunks of queries and of passages, each on the rank that has most of them."""
         sides = self._lengths("query", whole.queries), self._lengths("passage", whole.passages)
         queries, passages = (
-            max(len(plan_chunks(lengths[owner == rank], self._tokens_per_chunk, packed=self._packed)) for rank in range(self._world_size))
+            max(
+                len(plan_chunks(lengths[owner == rank], self._tokens_per_chunk, packed=self._packed))
+                for rank in range(self._world_size)
+            )
             for lengths, owner in zip(sides, owners(whole, *sides, self._world_size), strict=True)
         )
         return queries, passages
@@ -257,7 +280,11 @@ class BatchLoader:
 
 
 def _known_pairs(mine: RankSlice, known: Csr, rank: int) -> KnownPairs:
-    """Looks up the passages `known` to each query of the slice among all ranks': ids are enough for it, and the host has them."""
-    exclusions = Exclusions(*(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (mine.every_passage, known.ptr, known.ids)))
+    """Looks up the passages `known` to each query of the slice among all ranks': ids are enough for it, and the host
+    has them.
+    """
+    exclusions = Exclusions(
+        *(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (mine.every_passage, known.ptr, known.ids))
+    )
     targets = torch.from_numpy(mine.targets + sum(mine.counts[:rank]))
     return KnownPairs(further_pairs(exclusions, targets), mine.counts)

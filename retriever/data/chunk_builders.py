@@ -15,20 +15,36 @@ from retriever.data.tokens import Side, TokenTemplate
 
 
 def chunk_builders(
-    side: Side, texts: TokenRows, rows: np.ndarray, template: TokenTemplate, *, max_tokens: int, tokens_per_chunk: int, packed: bool
+    side: Side,
+    texts: TokenRows,
+    rows: np.ndarray,
+    template: TokenTemplate,
+    *,
+    max_tokens: int,
+    tokens_per_chunk: int,
+    packed: bool,
 ) -> list[Callable[[], Chunk]]:
-    """One function a chunk of the texts in `rows` [n] int64, longest first (`plan_chunks`), which reads and lays it out.
+    """One function a chunk of the texts in `rows` [n] int64, longest first (`plan_chunks`), which reads and lays it
+    out.
 
     Texts are cut to `max_tokens`, special tokens included; a chunk's own `rows` are positions in `rows`.
     Raises ValueError where a single text is longer than `tokens_per_chunk`.
     """
     lengths = template.lengths(texts.lengths_of(rows), max_tokens)
     plan = plan_chunks(lengths, tokens_per_chunk, packed=packed)
-    return [partial(_build, side, texts, positions, rows[positions], template, max_tokens, packed) for positions in plan]
+    return [
+        partial(_build, side, texts, positions, rows[positions], template, max_tokens, packed) for positions in plan
+    ]
 
 
 def _build(
-    side: Side, texts: TokenRows, positions: np.ndarray, rows: np.ndarray, template: TokenTemplate, max_tokens: int, packed: bool
+    side: Side,
+    texts: TokenRows,
+    positions: np.ndarray,
+    rows: np.ndarray,
+    template: TokenTemplate,
+    max_tokens: int,
+    packed: bool,
 ) -> Chunk:
     tokens, counts = texts.gather(rows, max_tokens - template.special_tokens, keep_end=template.keep_end)
     layout: Padded | Packed

@@ -1,8 +1,8 @@
 """Chunks: length-sorted slices of a batch, each at most `tokens_per_chunk` tokens, padding included where there is any.
 
 Background threads read, wrap and lay out the next chunks (pinned where there is a GPU) while the encoder works on
-this one; a chunk goes to the device when its turn comes, so that the device holds the tokens of one chunk (and of those whose
-products the gradient cache keeps).
+this one; a chunk goes to the device when its turn comes, so that the device holds the tokens of one chunk (and of those
+whose products the gradient cache keeps).
 """
 
 from __future__ import annotations
@@ -57,16 +57,18 @@ def filler(side: Side, *, packed: bool) -> Chunk:
 def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = False) -> list[np.ndarray]:
     """Positions [n_c] int64 of each chunk: sorted by length, longest first, at most `tokens_per_chunk` tokens each.
 
-    Padded, a chunk of n rows has n × its longest tokens. Packed, the fewest chunks share the tokens evenly: a small one would leave a
-    GPU waiting for the host. The longest chunk comes first so that a run that does not fit in memory fails at once. A function of the
-    lengths alone: both passes of the gradient cache see the same bounds and the same widths.
-    Raises ValueError where a single text is longer than the budget.
+    Padded, a chunk of n rows has n × its longest tokens. Packed, the fewest chunks share the tokens evenly: a small one
+    would leave a GPU waiting for the host. The longest chunk comes first so that a run that does not fit in memory
+    fails at once. A function of the lengths alone: both passes of the gradient cache see the same bounds and the same
+    widths. Raises ValueError where a single text is longer than the budget.
     """
     if len(lengths) == 0:
         return []
     order = np.argsort(-lengths, kind="stable")
     if lengths[order[0]] > tokens_per_chunk:
-        raise ValueError(f"batch.tokens_per_chunk={tokens_per_chunk} is below the longest text of {lengths[order[0]]} tokens")
+        raise ValueError(
+            f"batch.tokens_per_chunk={tokens_per_chunk} is below the longest text of {lengths[order[0]]} tokens"
+        )
     before = np.concatenate([[0], lengths[order].cumsum()])  # tokens that stand before each place of the order
     fewest = max(1, -(-before[-1] // tokens_per_chunk))
     share = min(tokens_per_chunk, before[-1] // fewest + lengths[order[0]])  # a text more, so that no chunk falls short
@@ -82,7 +84,9 @@ def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = Fa
 
 
 class Chunks:
-    """The chunks of one rank's batch, to be iterated as often as needed: the same chunks, in the same order, each time."""
+    """The chunks of one rank's batch, to be iterated as often as needed: the same chunks, in the same order, each
+    time.
+    """
 
     def __init__(self, builders: Sequence[Callable[[], Chunk]], device: torch.device) -> None:
         self._builders = builders
@@ -128,7 +132,9 @@ class _Ahead:
         self._pin = pin
         self._coming = iter(builders)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="chunks")
-        self._pending = deque(self._pool.submit(self._build, builder) for builder in islice(self._coming, _CHUNKS_AHEAD))
+        self._pending = deque(
+            self._pool.submit(self._build, builder) for builder in islice(self._coming, _CHUNKS_AHEAD)
+        )
         self.waited_s = 0.0  # for the last chunk
 
     def chunks(self) -> Iterator[Chunk]:

@@ -1,4 +1,6 @@
-"""Corpora, queries and judgments of a retrieval collection: BEIR, MS MARCO, TREC and Tevatron files, and where they stand in a folder."""
+"""Corpora, queries and judgments of a retrieval collection: BEIR, MS MARCO, TREC and Tevatron files, and where they
+stand in a folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ PASSAGE_TEXTS = ("text", "contents", "passage")
 QUERY_IDS = ("_id", "query_id", "qid", "id")
 QUERY_TEXTS = ("text", "query_text", "query")
 SPLITS = ("train", "dev", "test", "validation", "valid", "val", "eval")
-_TRACKS = dict.fromkeys(("2019qrels", "2020qrels", "dl19", "dl20"), "test")  # TREC's judgments of MS MARCO passages, by their file names
+_TRACKS = dict.fromkeys(
+    ("2019qrels", "2020qrels", "dl19", "dl20"), "test"
+)  # TREC's judgments of MS MARCO passages, by their file names
 _IDS_AT_ONCE = 1 << 16
 _CORPUS_STEMS = ("corpus", "collection")
 _QUERY_STEMS = ("queries", "topics")
@@ -31,15 +35,17 @@ _GRADE_NAMES = ("score", "grade", "relevance", "rel", "label")
 def read_corpus(path: str | Path) -> Iterator[Passage]:
     """Passages of a corpus file, or of a folder that holds one (corpus.* or collection.*, or a folder of that name).
 
-    JSONL and Parquet with an id (`_id`, `docid`, `pid`, `id`), `text` and perhaps `title`; TSV of id, text or id, title, text,
-    or with a header; DPR's, of id, text, title, has its fields in quotation marks. Raises DataError naming file, line and field.
+    JSONL and Parquet with an id (`_id`, `docid`, `pid`, `id`), `text` and perhaps `title`; TSV of id, text or id,
+    title, text, or with a header; DPR's, of id, text, title, has its fields in quotation marks. Raises DataError naming
+    file, line and field.
     """
     for table in corpus_tables(Path(path)):
         yield from passages_of(table)
 
 
 def read_queries(path: str | Path, split: str | None = None) -> Iterator[tuple[str, str]]:
-    """(query id, text) from a file (JSONL, Parquet, or TSV of id, text), or from a folder's queries.<split>.* or queries.*.
+    """(query id, text) from a file (JSONL, Parquet, or TSV of id, text), or from a folder's queries.<split>.* or
+    queries.*.
 
     Raises DataError naming file, line and field.
     """
@@ -51,9 +57,9 @@ def read_queries(path: str | Path, split: str | None = None) -> Iterator[tuple[s
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """Judgments {query id: {passage id: grade}} as they stand in the file, negative grades included.
 
-    Reads BEIR's three columns with a header, which may name them in any order; TREC's and MS MARCO's `qid 0 pid grade` (any second
-    column; tabs or spaces); and Parquet, JSON and CSV with BEIR's columns. Raises DataError for a malformed line, for two different
-    grades of one pair, and where there are no judgments.
+    Reads BEIR's three columns with a header, which may name them in any order; TREC's and MS MARCO's `qid 0 pid grade`
+    (any second column; tabs or spaces); and Parquet, JSON and CSV with BEIR's columns. Raises DataError for a malformed
+    line, for two different grades of one pair, and where there are no judgments.
     """
     path = Path(path)
     if kind_of(path) in (".parquet", ".jsonl", ".json", ".csv"):
@@ -74,9 +80,13 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
                 continue
             columns = (0, -2, -1)
         if len(row) not in widths:
-            expected = "'qid 0 pid grade' or 'qid pid grade'" if len(widths) > 1 else f"{widths[0]} columns as in the header"
+            expected = (
+                "'qid 0 pid grade' or 'qid pid grade'" if len(widths) > 1 else f"{widths[0]} columns as in the header"
+            )
             raise DataError(f"expected {expected}, received {line[:60]!r}", path, number)
-        record = Record(dict(zip(("query-id", "corpus-id", "score"), (row[i] for i in columns), strict=True)), str(path), number)
+        record = Record(
+            dict(zip(("query-id", "corpus-id", "score"), (row[i] for i in columns), strict=True)), str(path), number
+        )
         _judge(qrels, record)
     return _not_empty(qrels, str(path))
 
@@ -96,9 +106,11 @@ def passages_of(table: Table) -> Iterator[Passage]:
 
 
 def check_corpus(tables: Iterable[Table]) -> str | None:
-    """Reads a corpus once for what a search could not use; in memory are 8 bytes a passage. Returns a note on blank passages, if any.
+    """Reads a corpus once for what a search could not use; in memory are 8 bytes a passage. Returns a note on blank
+    passages, if any.
 
-    Raises DataError where an id stands twice or holds white space, which a run file separates its fields by, and at a malformed record.
+    Raises DataError where an id stands twice or holds white space, which a run file separates its fields by, and at a
+    malformed record.
     """
     tables, hashes, blank = list(tables), array("q"), 0
     for table in tables:
@@ -114,7 +126,9 @@ def check_corpus(tables: Iterable[Table]) -> str | None:
 
 
 def once(texts: Iterable[tuple[str, str]], path: Path) -> Iterator[tuple[str, str]]:
-    """The (id, text) pairs. Raises DataError where an id comes twice, at the latest _IDS_AT_ONCE texts later; holds 8 bytes a text."""
+    """The (id, text) pairs. Raises DataError where an id comes twice, at the latest _IDS_AT_ONCE texts later; holds 8
+    bytes a text.
+    """
     seen, stream = np.empty(0, np.int64), iter(texts)
     while pairs := list(islice(stream, _IDS_AT_ONCE)):
         hashes = [hash(text_id) for text_id, _ in pairs]
@@ -133,12 +147,17 @@ def _refuse_repeated(tables: Iterable[Table], hashes: Container[int]) -> None:
             same = first.text(*PASSAGE_TEXTS) == record.text(*PASSAGE_TEXTS)
             before = f"{first.unit} {first.line}" + (f" of {first.file}" if first.file != record.file else "")
             raise record.error(
-                record.name_of(PASSAGE_IDS), f"an id once; {before} has it, {'' if same else 'with another text'}".strip(" ,"), passage_id
+                record.name_of(PASSAGE_IDS),
+                f"an id once; {before} has it, {'' if same else 'with another text'}".strip(" ,"),
+                passage_id,
             )
 
 
-def query_texts(tables: Iterable[Table], wanted: Container[str] | None = None, *, for_run: bool = False) -> dict[str, str]:
-    """Query id -> text in the tables' order, of those in `wanted`, or of all that have a text. `for_run`: their ids go into a run file.
+def query_texts(
+    tables: Iterable[Table], wanted: Container[str] | None = None, *, for_run: bool = False
+) -> dict[str, str]:
+    """Query id -> text in the tables' order, of those in `wanted`, or of all that have a text. `for_run`: their ids go
+    into a run file.
 
     Raises DataError for an id of two texts, a wanted query whose text is blank, and an id that a run file cannot hold.
     """
@@ -173,16 +192,22 @@ def query_tables(path: Path, split: str | None = None) -> list[Table]:
 
 
 def find_qrels(folder: Path, split: str) -> Path:
-    """The judgments of one split: `qrels/<split>.*` (BEIR) or `qrels.<split>.*` (MS MARCO). Raises DataError listing what is there."""
+    """The judgments of one split: `qrels/<split>.*` (BEIR) or `qrels.<split>.*` (MS MARCO). Raises DataError listing
+    what is there.
+    """
     found = data_files(folder / "qrels", split) or data_files(folder, f"qrels.{split}")
     if len(found) == 1:
         return found[0]
-    there = ", ".join(f.relative_to(folder).as_posix() for f in found or [*data_files(folder / "qrels"), *data_files(folder, "qrels")])
+    there = ", ".join(
+        f.relative_to(folder).as_posix() for f in found or [*data_files(folder / "qrels"), *data_files(folder, "qrels")]
+    )
     raise DataError(f"expected one file qrels/{split}.tsv or qrels.{split}.tsv, found {there or 'no qrels'}", folder)
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's name speaks of: `train` for qidpidtriples.train.full.2.tsv; None where it speaks of none."""
+    """The split that a file's name speaks of: `train` for qidpidtriples.train.full.2.tsv; None where it speaks of
+    none.
+    """
     words = stem_of(path).lower().replace("-", ".").replace("_", ".").split(".")
     return next((_TRACKS.get(word, word) for word in words if word in SPLITS or word in _TRACKS), None)
 
@@ -200,7 +225,8 @@ def _qrels_header(row: Sequence[str]) -> tuple[int, int, int] | None:
     """Where the columns of query, passage and grade are, if the row names all three."""
     names = [name.strip().lower() for name in row]
     found = [
-        next((names.index(name) for name in known if name in names), None) for known in (_QUERY_COLUMNS, _PASSAGE_COLUMNS, _GRADE_NAMES)
+        next((names.index(name) for name in known if name in names), None)
+        for known in (_QUERY_COLUMNS, _PASSAGE_COLUMNS, _GRADE_NAMES)
     ]
     query, passage, grade = found
     return None if query is None or passage is None or grade is None else (query, passage, grade)
@@ -227,14 +253,19 @@ def _find(folder: Path, stems: Sequence[str], what: str) -> list[Path]:
         files = data_files(folder, stem)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise DataError(f"expected one {what} file, found {names}; name the file itself (data.train.<n>.{what}, or the path)", folder)
+            raise DataError(
+                f"expected one {what} file, found {names}; name the file itself (data.train.<n>.{what}, or the path)",
+                folder,
+            )
         if files := files or data_files(folder / stem):
             return files
     raise DataError(f"expected a {what} file ({' or '.join(f'{stem}.*' for stem in stems)})", folder)
 
 
 def data_files(folder: Path, stem: str | None = None) -> list[Path]:
-    """Data files of a folder by name; with `stem`, those so named, else those whose name goes on after it (`queries.dev.small`)."""
+    """Data files of a folder by name; with `stem`, those so named, else those whose name goes on after it
+    (`queries.dev.small`).
+    """
     if not folder.is_dir():
         return []
     files = sorted(f for f in folder.iterdir() if f.is_file() and kind_of(f) in KINDS)

@@ -38,8 +38,9 @@ def csv_records(path: Path) -> Iterator[Record]:
 def tsv_records(path: Path, columns: Sequence[str] | None, quoted: bool) -> Iterator[Record]:
     """Rows split at tabs, under `columns` or else under a header.
 
-    Quotation marks in a text are part of it, with two exceptions: where all fields are `quoted` (DPR's passages); and under a
-    header, where a whole field is quoted and doubles the marks inside or holds nothing else, as only a table's writer does.
+    Quotation marks in a text are part of it, with two exceptions: where all fields are `quoted` (DPR's passages); and
+    under a header, where a whole field is quoted and doubles the marks inside or holds nothing else, as only a table's
+    writer does.
     """
     unquoted = _unquoted if quoted else _unquoted_if_doubled if columns is None else None
     for number, line in read_lines(path):
@@ -48,7 +49,9 @@ def tsv_records(path: Path, columns: Sequence[str] | None, quoted: bool) -> Iter
             check_columns(columns, path)
         elif line:
             row = line.split("\t")
-            yield _row_record(columns, [unquoted(field) for field in row] if unquoted and '"' in line else row, path, number)
+            yield _row_record(
+                columns, [unquoted(field) for field in row] if unquoted and '"' in line else row, path, number
+            )
 
 
 def check_columns(columns: Sequence[str], path: Path) -> None:
@@ -68,5 +71,7 @@ def _unquoted_if_doubled(field: str) -> str:
 
 def _row_record(columns: Sequence[str], row: Sequence[str], path: Path, line: int) -> Record:
     if len(row) != len(columns):
-        raise DataError(f"expected {len(columns)} columns ({', '.join(columns)}), received {len(row)}: {str(row)[:80]}", path, line)
+        raise DataError(
+            f"expected {len(columns)} columns ({', '.join(columns)}), received {len(row)}: {str(row)[:80]}", path, line
+        )
     return Record(dict(zip(columns, row, strict=True)), str(path), line)

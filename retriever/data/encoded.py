@@ -1,4 +1,6 @@
-"""Texts that are one text to the encoder: their tokens are equal once white space, capitals, prompts and length limits took effect."""
+"""Texts that are one text to the encoder: their tokens are equal once white space, capitals, prompts and length limits
+took effect.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,15 @@ class EqualRows(NamedTuple):
 def write_encoded(folder: Path, equal: EqualRows, relations: Mapping[str, tuple[Csr, np.ndarray | None]]) -> None:
     """Writes the relations (positives, known, negatives; with scores) of a store with equal passages as one passage.
 
-    Queries that are equal share what they know: the row of the first holds it all. Where no row is equal to another, only that is written.
+    Queries that are equal share what they know: the row of the first holds it all. Where no row is equal to another,
+    only that is written.
     """
     with replace_folder(folder) as building:
         if any(equal.counts.values()):
-            found = {name: Pairs.distinct(keys_of_csr(rows, equal.passages), scores) for name, (rows, scores) in relations.items()}
+            found = {
+                name: Pairs.distinct(keys_of_csr(rows, equal.passages), scores)
+                for name, (rows, scores) in relations.items()
+            }
             known = Pairs.distinct(of_queries(found["known"].keys, equal.queries), None)
             negatives = found["negatives"].kept(absent(of_queries(found["negatives"].keys, equal.queries), known.keys))
             write_relations(building, len(equal.queries), found["positives"], known, negatives)
@@ -50,7 +56,8 @@ def write_encoded(folder: Path, equal: EqualRows, relations: Mapping[str, tuple[
 def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray:
     """For each of n texts the row of the first whose tokens, cut to `room`, equal its own: [n] int64.
 
-    The cut keeps the first tokens, or with `keep_end` the last. Rows are hashed in 64 bits, and those of one hash are compared.
+    The cut keeps the first tokens, or with `keep_end` the last. Rows are hashed in 64 bits, and those of one hash are
+    compared.
     """
     hashes = np.empty(len(texts), np.uint64)
 
@@ -81,7 +88,9 @@ def _row_hashes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[n] uint64: the sum, over the tokens of each row, of a hash of token and position."""
     ends = np.cumsum(counts)
     position = np.arange(len(tokens), dtype=np.uint64) - np.repeat(ends - counts, counts).astype(np.uint64)
-    mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + (position + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+    mixed = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + (position + np.uint64(1)) * np.uint64(
+        0xD1B54A32D192ED03
+    )
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     sums = np.zeros(len(tokens) + 1, np.uint64)

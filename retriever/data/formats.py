@@ -83,9 +83,14 @@ def open_source(config: SourceConfig) -> Source:
     """
     if config.name is not None:
         whole = ":" not in config.name  # name:subset is one table
-        if config.format == "beir" or (config.format == "auto" and whole and hub_tables.is_collection(config.name, config.revision)):
+        if config.format == "beir" or (
+            config.format == "auto" and whole and hub_tables.is_collection(config.name, config.revision)
+        ):
             corpus, queries, judgments = hub_tables.collection_tables(config.name, config.revision, config.split)
-            own_corpus, own_queries = _side_tables(config.corpus, config, corpus_tables), _side_tables(config.queries, config, query_tables)
+            own_corpus, own_queries = (
+                _side_tables(config.corpus, config, corpus_tables),
+                _side_tables(config.queries, config, query_tables),
+            )
             return _judged(config, own_corpus or [corpus], own_queries or [queries], judgments)
         return _inline(config, [hub_tables.named_table(config.name, config.revision, config.split)])
     path = _path_of(config)
@@ -93,7 +98,10 @@ def open_source(config: SourceConfig) -> Source:
         return _inline(config, [hub_tables.saved_table(path, config.split)])
     kind = config.format if config.format != "auto" else detect_format(path, config.split)
     if kind == "beir":
-        texts = corpus_tables(_expanded(config.corpus, path)), query_tables(_expanded(config.queries, path), config.split)
+        texts = (
+            corpus_tables(_expanded(config.corpus, path)),
+            query_tables(_expanded(config.queries, path), config.split),
+        )
         return _judged(config, *texts, FileTable(find_qrels(path, config.split)))
     if kind == "msmarco":
         return _msmarco(config, path)
@@ -126,14 +134,19 @@ def _judged(config: SourceConfig, corpus: Sequence[Table], queries: Sequence[Tab
 
 
 def _msmarco(config: SourceConfig, path: Path) -> Source:
-    """MS MARCO: judgments, triples and hard negatives; collection and queries stand beside them or where the config says."""
+    """MS MARCO: judgments, triples and hard negatives; collection and queries stand beside them or where the config
+    says.
+    """
     folder = path if path.is_dir() else path.parent
     files = readers_by_id.relation_files(path, config.split)
     corpus: list[Table] = []
     queries: list[Table] = []
     if readers_by_id.needs_corpus(files):
         split = (split_of(path) if path.is_file() else None) or config.split
-        corpus, queries = corpus_tables(_expanded(config.corpus, folder)), query_tables(_expanded(config.queries, folder), split)
+        corpus, queries = (
+            corpus_tables(_expanded(config.corpus, folder)),
+            query_tables(_expanded(config.queries, folder), split),
+        )
 
     def examples() -> Iterator[Example]:
         return readers_by_id.msmarco_examples(files, query_texts(queries))
@@ -143,10 +156,14 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
 
 
 def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = None) -> Source:
-    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids, with a corpus to look them up in."""
+    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids, with a corpus to look
+    them up in.
+    """
     kind = kind or (config.format if config.format != "auto" else detect_record_format(tables[0]))
     if kind not in ("columns", *_INLINE):
-        raise DataError(f"format {kind!r} is read from its own files or folder; here are records of one table", tables[0].label)
+        raise DataError(
+            f"format {kind!r} is read from its own files or folder; here are records of one table", tables[0].label
+        )
     corpus, queries = _side_corpus(config, tables[0], kind), _side_tables(config.queries, config, query_tables)
 
     def records() -> Iterator[Record]:
@@ -154,10 +171,14 @@ def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = No
 
     def examples() -> Iterator[Example]:
         if kind == "columns":
-            return readers_inline.column_examples(records(), config.columns, query_texts(queries) if queries else None, by_id=bool(corpus))
+            return readers_inline.column_examples(
+                records(), config.columns, query_texts(queries) if queries else None, by_id=bool(corpus)
+            )
         return _INLINE[kind](records())
 
-    return Source(_name_of(config), kind, (*tables, *queries, *corpus), tuple(corpus), examples, config.limit, config.columns)
+    return Source(
+        _name_of(config), kind, (*tables, *queries, *corpus), tuple(corpus), examples, config.limit, config.columns
+    )
 
 
 _INLINE: dict[str, Callable[[Iterator[Record]], Iterator[Example]]] = {
@@ -168,7 +189,9 @@ _INLINE: dict[str, Callable[[Iterator[Record]], Iterator[Example]]] = {
 
 
 def _side_corpus(config: SourceConfig, table: Table, kind: str) -> list[Table]:
-    """The corpus that passage ids are looked up in: the configured one, or, for Tevatron's version 2, the one in the same folder."""
+    """The corpus that passage ids are looked up in: the configured one, or, for Tevatron's version 2, the one in the
+    same folder.
+    """
     if config.corpus is not None or kind != "tevatron" or config.path is None:
         return _side_tables(config.corpus, config, corpus_tables)
     first = next(table.records(), None)

@@ -1,4 +1,6 @@
-"""Tables from Hugging Face `datasets`: by name, or from a folder written by `save_to_disk`. No code of a data set is ever run."""
+"""Tables from Hugging Face `datasets`: by name, or from a folder written by `save_to_disk`. No code of a data set is
+ever run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from retriever.data.records import DataError, Record
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")  # endings of WebDataset's members that some versions of `datasets` unpickle
+_PICKLED = (
+    "pyd",
+    "pickle",
+    "pkl",
+    "pt",
+    "pth",
+)  # endings of WebDataset's members that some versions of `datasets` unpickle
 
 
 class DatasetTable:
@@ -41,7 +49,9 @@ class DatasetTable:
 
         hasher = hashlib.blake2b(digest_size=16)
         for batch in self.dataset.with_format("arrow").iter(BATCH_ROWS):
-            table = batch.take(pa.array(range(len(batch)))).combine_chunks()  # a copy: a slice's buffers hold more than its rows
+            table = batch.take(
+                pa.array(range(len(batch)))
+            ).combine_chunks()  # a copy: a slice's buffers hold more than its rows
             table = table.replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -69,7 +79,9 @@ def saved_table(path: Path, split: str) -> DatasetTable:
 
 
 def named_table(name: str, revision: str | None = None, split: str | None = None) -> DatasetTable:
-    """The data set `name`, or `name:subset`; `split` None takes its only split. Raises DataError where it cannot be loaded."""
+    """The data set `name`, or `name:subset`; `split` None takes its only split. Raises DataError where it cannot be
+    loaded.
+    """
     import datasets
 
     repository, _, subset = name.partition(":")
@@ -89,7 +101,9 @@ def is_collection(name: str, revision: str | None) -> bool:
 
 
 def collection_tables(name: str, revision: str | None, split: str) -> tuple[DatasetTable, DatasetTable, DatasetTable]:
-    """(corpus, queries, judgments of `split`) of a BEIR data set, its judgments in its own subset or in `<name>-qrels`."""
+    """(corpus, queries, judgments of `split`) of a BEIR data set, its judgments in its own subset or in
+    `<name>-qrels`.
+    """
     own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
     judgments = named_table(f"{name}:{own}", revision, split) if own else named_table(f"{name}-qrels", None, split)
     return named_table(f"{name}:corpus", revision), named_table(f"{name}:queries", revision), judgments

@@ -16,7 +16,9 @@ _CUT_OFF = 64  # characters before the end of a piece within which an error may 
 
 
 class JsonError(ValueError):
-    """JSON that cannot be read; `position` in characters, None where it is not known. `cut_off`: more text may mend it."""
+    """JSON that cannot be read; `position` in characters, None where it is not known. `cut_off`: more text may mend
+    it.
+    """
 
     def __init__(self, message: str, position: int | None = None, cut_off: bool = False) -> None:
         super().__init__(message)
@@ -80,7 +82,8 @@ def is_list(path: Path) -> bool:
 
 
 def list_records(path: Path) -> Iterator[Record]:
-    """The objects of the JSON list that a file holds (DPR's are of many GB), decoded from a window that moves over the file.
+    """The objects of the JSON list that a file holds (DPR's are of many GB), decoded from a window that moves over the
+    file.
 
     Raises DataError naming the line that cannot be read.
     """
@@ -139,7 +142,11 @@ class _Window:
     def error(self, expected: str) -> DataError:
         """A DataError at this place."""
         received = self._text[self._at : self._at + 60]
-        return DataError(f"expected {expected}, received {received!r}" if received else f"expected {expected}", self._path, self._line)
+        return DataError(
+            f"expected {expected}, received {received!r}" if received else f"expected {expected}",
+            self._path,
+            self._line,
+        )
 
     def _move(self, to: int) -> None:
         self._line += self._text.count("\n", self._at, to)

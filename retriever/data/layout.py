@@ -58,5 +58,8 @@ def pack_rows(rows: Sequence[np.ndarray]) -> Packed:
     tokens = np.concatenate([np.empty(0, dtype=np.int64), *rows])
     positions = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
     return Packed(
-        torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(starts.astype(np.int32)), int(lengths.max(initial=0))
+        torch.from_numpy(tokens),
+        torch.from_numpy(positions),
+        torch.from_numpy(starts.astype(np.int32)),
+        int(lengths.max(initial=0)),
     )

@@ -20,8 +20,8 @@ _PIECE_BYTES = 1 << 20
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) of a UTF-8 file, gzipped or not. Only a newline ends a line.
 
-    Raises DataError for a file that cannot be opened, a line that is not UTF-8 or longer than LONGEST_RECORD_BYTES, and a damaged
-    or truncated gzip file.
+    Raises DataError for a file that cannot be opened, a line that is not UTF-8 or longer than LONGEST_RECORD_BYTES, and
+    a damaged or truncated gzip file.
     """
     number = 0
     with readable(path) as stream:
@@ -29,7 +29,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, raw in enumerate(iter(partial(stream.readline, LONGEST_RECORD_BYTES + 1), b""), start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if len(raw) > LONGEST_RECORD_BYTES:
-                    raise DataError(f"expected a line of at most {LONGEST_RECORD_BYTES:,} bytes, received a longer one", path, number)
+                    raise DataError(
+                        f"expected a line of at most {LONGEST_RECORD_BYTES:,} bytes, received a longer one",
+                        path,
+                        number,
+                    )
                 yield number, line.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise DataError(f"expected UTF-8 text, received {_bytes_at(error)}", path, number) from error
@@ -38,7 +42,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, gzipped or not, in pieces of about 1 MiB. Raises DataError as `read_lines`, without a line."""
+    """The text of a UTF-8 file, gzipped or not, in pieces of about 1 MiB. Raises DataError as `read_lines`, without a
+    line.
+    """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with readable(path) as stream:
         try:

@@ -1,4 +1,5 @@
-"""The global batch of every step, as a pure function of (seed, step, store): which queries, which passages, on which rank.
+"""The global batch of every step, as a pure function of (seed, step, store): which queries, which passages, on which
+rank.
 
 Nothing is drawn from a stateful generator. Orders and draws come from hashes of (seed, store, what, index), so any
 step can be planned at once, on any rank, and a run resumes at step k without replaying k steps.
@@ -46,12 +47,19 @@ class Planner:
     """Plans the batches of a run.
 
     `weights` are each source's passes per epoch. A source's batches in an epoch differ by at most one query and none
-    exceeds `queries`; with `one_source` false, sources are mixed within every batch. Where a fractional weight lets two passes
-    over a source meet in a batch, a query may stand in it twice.
+    exceeds `queries`; with `one_source` false, sources are mixed within every batch. Where a fractional weight lets two
+    passes over a source meet in a batch, a query may stand in it twice.
     """
 
     def __init__(
-        self, store: Store, *, queries: int, negatives: int, seed: int, weights: Sequence[float] | None = None, one_source: bool = True
+        self,
+        store: Store,
+        *,
+        queries: int,
+        negatives: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        one_source: bool = True,
     ) -> None:
         self._store = store
         self._negatives = negatives
@@ -74,7 +82,9 @@ class Planner:
 
     @classmethod
     def from_config(cls, store: Store, config: Config) -> Planner:
-        """The planner of a run. Raises ConfigError where a source would give batches in which a query has no negative: no loss."""
+        """The planner of a run. Raises ConfigError where a source would give batches in which a query has no negative:
+        no loss.
+        """
         planner = cls(
             store,
             queries=config.batch.queries,
@@ -87,14 +97,19 @@ class Planner:
         return planner
 
     def _check_negatives(self, negatives: int) -> None:
-        """Raises ConfigError where a query may stand in a batch without a negative: alone there, and without any of its own."""
+        """Raises ConfigError where a query may stand in a batch without a negative: alone there, and without any of its
+        own.
+        """
         ranges = [(source.name, source.first, source.last) for source in self._store.sources]
         taken = self._per_epoch
         if not self._one_source:
             ranges, taken = [("the mixture of all sources", 0, ranges[-1][2])], [sum(taken)]
         positives, without = self._store.positives, np.diff(self._store.negatives.ptr) == 0
         for (name, first, last), queries, parts in zip(ranges, taken, self._batches, strict=True):
-            texts, passages = self._store.same_text[first:last], positives.ids[positives.ptr[first] : positives.ptr[last]]
+            texts, passages = (
+                self._store.same_text[first:last],
+                positives.ids[positives.ptr[first] : positives.ptr[last]],
+            )
             alone = "one query" if queries // parts < 2 or texts.min() == texts.max() else ""
             alone = alone or ("one passage" if passages.min() == passages.max() else "")
             lacking = int(without[first:last].sum()) if negatives else last - first
@@ -142,7 +157,9 @@ class Planner:
         return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
 
     def _at(self, source: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Query rows, and the pass over the source that each belongs to, at `positions` of its endless shuffled sequence."""
+        """Query rows, and the pass over the source that each belongs to, at `positions` of its endless shuffled
+        sequence.
+        """
         turns, places = np.divmod(positions, self._sizes[source])
         rows = np.empty_like(positions)
         for turn in np.unique(turns):
@@ -165,7 +182,9 @@ class Planner:
         return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """At most `negatives` of each query's, without replacement: a window of its shuffled list that moves with every pass."""
+        """At most `negatives` of each query's, without replacement: a window of its shuffled list that moves with every
+        pass.
+        """
         if self._negatives == 0:
             return np.empty(0, dtype=np.int64)
         ptr, ids = self._store.negatives.take(queries)
@@ -180,20 +199,27 @@ class Planner:
         return ids[order[chosen]]
 
 
-def slice_for_rank(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, rank: int, world_size: int) -> RankSlice:
+def slice_for_rank(
+    batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, rank: int, world_size: int
+) -> RankSlice:
     """The rank's slice of `batch`, balanced by tokens over the ranks.
 
-    query_lengths [b], passage_lengths [n]: tokens that `batch.queries` and `batch.passages` take in the encoder. A passage
-    and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down, to and fro.
+    query_lengths [b], passage_lengths [n]: tokens that `batch.queries` and `batch.passages` take in the encoder. A
+    passage and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down,
+    to and fro.
     """
     of_query, of_passage = owners(batch, query_lengths, passage_lengths, world_size)
     passages, mine = batch.passages[of_passage == rank], of_query == rank
     every_passage = batch.passages[np.argsort(of_passage, kind="stable")]
     counts = tuple(np.bincount(of_passage, minlength=world_size).tolist())
-    return RankSlice(batch.queries[mine], passages, np.searchsorted(passages, batch.targets[mine]), every_passage, counts)
+    return RankSlice(
+        batch.queries[mine], passages, np.searchsorted(passages, batch.targets[mine]), every_passage, counts
+    )
 
 
-def owners(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+def owners(
+    batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, world_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The rank of each query [b] and of each passage [n] of `batch`, int64; see `slice_for_rank`."""
     target = np.searchsorted(batch.passages, batch.targets)
     cost = passage_lengths + np.bincount(target, weights=query_lengths, minlength=len(batch.passages))
@@ -205,9 +231,11 @@ def owners(batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.nd
 
 
 def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
-    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its target alone.
+    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its
+    target alone.
 
-    Where a text has very many positives, only those in the batch are listed: every query of the text would list all of them.
+    Where a text has very many positives, only those in the batch are listed: every query of the text would list all of
+    them.
     """
     if masked:
         texts, text_of = np.unique(store.same_text[rank_slice.queries], return_inverse=True)

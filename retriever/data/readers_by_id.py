@@ -30,7 +30,8 @@ def judged_examples(qrels: Mapping[str, Mapping[str, int]], queries: Queries, la
 
 
 def relation_files(path: Path, split: str) -> list[Path]:
-    """What relates queries to passages: `path` itself, or a folder's judgments, hard negatives and id triples of `split`.
+    """What relates queries to passages: `path` itself, or a folder's judgments, hard negatives and id triples of
+    `split`.
 
     Text triples are taken from a folder only where there is nothing else: they carry no ids to merge with the rest.
     """
@@ -78,7 +79,11 @@ def _relation_examples(file: Path, queries: Queries) -> Iterator[Example]:
         return judged_examples(read_qrels(file), queries, str(file))
     if _kind(file) == _HARD_NEGATIVES:
         return _hard_negative_examples(FileTable(file), queries)
-    return _id_triples(file, queries) if triples_by_id(file) else _text_triples(FileTable(file, ("query", "positive", "negative")))
+    return (
+        _id_triples(file, queries)
+        if triples_by_id(file)
+        else _text_triples(FileTable(file, ("query", "positive", "negative")))
+    )
 
 
 def _id_triples(file: Path, queries: Queries) -> Iterator[Example]:
@@ -87,7 +92,9 @@ def _id_triples(file: Path, queries: Queries) -> Iterator[Example]:
         if len(row) != 3:
             raise DataError(f"expected 'qid pid+ pid-', received {line[:60]!r}", file, number)
         query_id, positive, negative = row
-        yield Example(query_id, _query_text(queries, query_id, str(file), number), (Passage(positive),), (Passage(negative),))
+        yield Example(
+            query_id, _query_text(queries, query_id, str(file), number), (Passage(positive),), (Passage(negative),)
+        )
 
 
 def _text_triples(table: FileTable) -> Iterator[Example]:
@@ -118,8 +125,6 @@ def _hard_negative_examples(table: Table, queries: Queries) -> Iterator[Example]
 def _query_text(queries: Queries, query_id: str, file: str, line: int | None = None) -> str:
     text = queries.get(query_id)
     if text is None:
-        message = (
-            f"query id {query_id!r} is not among the {len(queries):,} queries that have a text; data.train.<n>.queries names their file"
-        )
-        raise DataError(message, file, line)
+        message = f"query id {query_id!r} is not among the {len(queries):,} queries that have a text"
+        raise DataError(f"{message}; data.train.<n>.queries names their file", file, line)
     return text

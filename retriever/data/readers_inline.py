@@ -1,4 +1,6 @@
-"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, sentence-transformers columns."""
+"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, sentence-transformers
+columns.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,27 @@ from retriever.data.records import DataError, Example, Passage, Record
 
 # A table of text that has a header names one of these; a pair of texts does not.
 HEADER_NAMES = {
-    *("anchor", "query", "question", "prompt", "instruction", "input", "source", "premise", "query_id", "title", "summary", "docstring"),
+    *(
+        "anchor",
+        "query",
+        "question",
+        "prompt",
+        "instruction",
+        "input",
+        "source",
+        "premise",
+        "query_id",
+        "title",
+        "summary",
+        "docstring",
+    ),
     *("positive", "passage", "document", "text", "body", "context", "abstract", "description", "code"),
     *("answer", "response", "completion", "output", "target", "hypothesis"),
     *(f"{noun}{number}" for noun in ("sentence", "sentence_", "text", "text_", "question") for number in (0, 1)),
 }
-_ID_COLUMN = re.compile(r"(.*[-_ ])?(id|idx|index|qid|pid|docid|uuid)|unnamed: \d+|")  # the last two: a table's row numbers
+_ID_COLUMN = re.compile(
+    r"(.*[-_ ])?(id|idx|index|qid|pid|docid|uuid)|unnamed: \d+|"
+)  # the last two: a table's row numbers
 
 
 def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
@@ -86,11 +103,13 @@ class ColumnRoles:
 
 
 def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = False) -> ColumnRoles:
-    """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of negatives.
+    """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of
+    negatives.
 
-    `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else their
-    order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold labels, or by
-    their names ids, unless they are asked for or texts are looked up `by_id`; and for CSV and TSV whose first line is no header.
+    `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else
+    their order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold
+    labels, or by their names ids, unless they are asked for or texts are looked up `by_id`; and for CSV and TSV whose
+    first line is no header.
     """
     there = list(record.values)
     query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
@@ -101,7 +120,11 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
     if asked is None and not by_id:
         labels += [name for name in names if _ID_COLUMN.fullmatch(name.lower())]
     problem = next((f"no column {name!r}" for name in names if name not in there), None)
-    if asked is None and kind_of(Path(record.file)) in (".csv", ".tsv", ".txt") and not HEADER_NAMES & {name.lower() for name in names}:
+    if (
+        asked is None
+        and kind_of(Path(record.file)) in (".csv", ".tsv", ".txt")
+        and not HEADER_NAMES & {name.lower() for name in names}
+    ):
         problem = problem or "expected a header with anchor and positive on the first line"
     problem = problem or ("expected an anchor and a positive column" if len(names) < 2 else None)
     problem = problem or (f"column {labels[0]!r} is no passage" if labels else None)
@@ -112,12 +135,15 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
 
 
 def column_examples(
-    records: Iterable[Record], asked: Sequence[str] | None, queries: Mapping[str, str] | None = None, by_id: bool = False
+    records: Iterable[Record],
+    asked: Sequence[str] | None,
+    queries: Mapping[str, str] | None = None,
+    by_id: bool = False,
 ) -> Iterator[Example]:
     """Rows of anchor, positive[, negatives...]; a cell is a text or a list of texts, and an empty negative is none.
 
-    With `queries`, anchors are query ids; with `by_id`, the other cells are passage ids. Otherwise every row is a query of
-    its own and its number the id, unless a query_id column says which. JSON rows may differ in their columns.
+    With `queries`, anchors are query ids; with `by_id`, the other cells are passage ids. Otherwise every row is a query
+    of its own and its number the id, unless a query_id column says which. JSON rows may differ in their columns.
     """
     known: dict[tuple[str, ...], ColumnRoles] = {}
     for number, record in enumerate(records):
@@ -143,7 +169,9 @@ def _cell(record: Record, name: str, by_id: bool) -> list[Passage]:
     if value is None or value == "":
         return []
     if by_id:
-        return [Passage(id=p) for p in (record.identifiers(name) if isinstance(value, list) else [record.identifier(name)])]
+        return [
+            Passage(id=p) for p in (record.identifiers(name) if isinstance(value, list) else [record.identifier(name)])
+        ]
     return [Passage(None, text) for text in (record.texts(name) if isinstance(value, list) else [record.text(name)])]
 
 

@@ -45,8 +45,12 @@ class Example:
 class DataError(RefusedError):
     """Data that cannot be read as asked. The message begins with the file and the line (or row), where known."""
 
-    def __init__(self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line") -> None:
-        place = ", ".join([*([str(file)] if file is not None else []), *([f"{unit} {line}"] if line is not None else [])])
+    def __init__(
+        self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line"
+    ) -> None:
+        place = ", ".join(
+            [*([str(file)] if file is not None else []), *([f"{unit} {line}"] if line is not None else [])]
+        )
         super().__init__(f"{place}: {message}" if place else message)
         self.reason = message
         self.file = file
@@ -88,7 +92,9 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file with its place; the accessors return a checked value or raise a DataError naming the field."""
+    """One record of a file with its place; the accessors return a checked value or raise a DataError naming the
+    field.
+    """
 
     values: Mapping[str, Any]
     file: str
@@ -99,7 +105,9 @@ class Record:
     def error(self, field: str, expected: str, received: Any) -> DataError:
         """A DataError: `file, line n: field f: expected ..., received ...`."""
         name = f"{self.within}.{field}" if self.within else field
-        return DataError(f"field {name!r}: expected {expected}, received {shown(received)}", self.file, self.line, self.unit)
+        return DataError(
+            f"field {name!r}: expected {expected}, received {shown(received)}", self.file, self.line, self.unit
+        )
 
     def has(self, field: str) -> bool:
         """Whether the field is there and not null."""
@@ -119,13 +127,19 @@ class Record:
     def identifier(self, *names: str) -> str:
         """The id under the first of `names` that is there: text or a whole number."""
         value = self._first(names)
-        return value if type(value) is str and value and value.isascii() else self._as_identifier(self.name_of(names), value)
+        return (
+            value
+            if type(value) is str and value and value.isascii()
+            else self._as_identifier(self.name_of(names), value)
+        )
 
     def word(self, *names: str) -> str:
         """An id as `identifier`, without white space, which separates the fields of a run file."""
         value = self.identifier(*names)
         if len(value.split()) != 1 or value != value.strip():
-            raise self.error(self.name_of(names), "an id without white space, which separates the fields of a run file", value)
+            raise self.error(
+                self.name_of(names), "an id without white space, which separates the fields of a run file", value
+            )
         return value
 
     def whole_number(self, *names: str) -> int:
@@ -162,7 +176,9 @@ class Record:
         """A list of `count` finite numbers; a missing or empty list is an empty tuple."""
         values = self._list(name)
         for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX:  # NaN is not either
+            if (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX
+            ):  # NaN is not either
                 raise self.error(f"{name}[{i}]", "a finite number", value)
         if values and len(values) != count:
             raise self.error(name, f"{count} numbers, one for each passage", values)
@@ -187,12 +203,17 @@ class Record:
         place = f" in {self.within}" if self.within else ""
         expected, received = " or ".join(map(repr, names)), ", ".join(map(str, self.values))
         return DataError(
-            f"field {names[0]!r} is missing{place}: expected {expected}, received fields {received}", self.file, self.line, self.unit
+            f"field {names[0]!r} is missing{place}: expected {expected}, received fields {received}",
+            self.file,
+            self.line,
+            self.unit,
         )
 
     def name_of(self, names: tuple[str, ...]) -> str:
         """The first of `names` that is there and not null, else the first that is there, else the first of all."""
-        return next((name for name in names if self.has(name)), next((name for name in names if name in self.values), names[0]))
+        return next(
+            (name for name in names if self.has(name)), next((name for name in names if name in self.values), names[0])
+        )
 
     def _as_identifier(self, field: str, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
@@ -200,7 +221,9 @@ class Record:
         return self._unicode(field, str(value))
 
     def _text(self, field: str, value: str) -> str:
-        """The text, checked; of one longer than LONGEST_TEXT its beginning and its end, since tokenizers truncate on either side."""
+        """The text, checked; of one longer than LONGEST_TEXT its beginning and its end, since tokenizers truncate on
+        either side.
+        """
         if len(value) > LONGEST_TEXT:
             _SHORTENED.add((self.file, self.line, f"{self.within}.{field}" if self.within else field))
             value = value[: LONGEST_TEXT // 2] + value[-LONGEST_TEXT // 2 :]

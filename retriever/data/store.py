@@ -1,7 +1,7 @@
 """The token store: every text of the training data tokenised once, and which passages belong to which queries.
 
-`build_or_open` builds it where it is missing and opens it memory-mapped; the folder's name is a fingerprint of the sources'
-content, the tokenizer and the settings, so a store is never stale.
+`build_or_open` builds it where it is missing and opens it memory-mapped; the folder's name is a fingerprint of the
+sources' content, the tokenizer and the settings, so a store is never stale.
 """
 
 from __future__ import annotations
@@ -46,15 +46,19 @@ class StoredSource:
 
 
 class Store:
-    """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct final text.
+    """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct
+    final text.
 
-    `positives`, `negatives` and `known` are Csr over query rows. Queries of equal tokens share what they know: `same_text` [queries] is
-    the row of the first of them, in which `known` holds the positives of all and any passage whose text is theirs. `negatives` holds none
-    of the known. Scores are float32, aligned with the Csr's ids, NaN where there is none.
+    `positives`, `negatives` and `known` are Csr over query rows. Queries of equal tokens share what they know:
+    `same_text` [queries] is the row of the first of them, in which `known` holds the positives of all and any passage
+    whose text is theirs. `negatives` holds none of the known. Scores are float32, aligned with the Csr's ids, NaN where
+    there is none.
     """
 
     def __init__(self, folder: Path, encoded: Path | None = None) -> None:
-        """`encoded`: a folder of `write_encoded`, whose relations take passages of equal tokens for one; None: none are equal."""
+        """`encoded`: a folder of `write_encoded`, whose relations take passages of equal tokens for one; None: none are
+        equal.
+        """
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
@@ -84,8 +88,8 @@ class Store:
 def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> Store:
     """The store of `config.data` under `config.data.cache_dir`, built first if it is not there.
 
-    Safe to call in several processes at once: one builds, the others say that they wait. Call it before any process group
-    exists, since building can take longer than a collective may. Raises DataError for data that cannot be used.
+    Safe to call in several processes at once: one builds, the others say that they wait. Call it before any process
+    group exists, since building can take longer than a collective may. Raises DataError for data that cannot be used.
     """
     sources = [open_source(source) for source in config.data.train]
     fingerprint = store_fingerprint(config, tokenizer, sources)
@@ -104,7 +108,9 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
 
 
 def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's lengths."""
+    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's
+    lengths.
+    """
     template = TokenTemplate.from_tokenizer(tokenizer)
     limits = config.model.query_max_tokens, config.model.passage_max_tokens
     rooms = [max(1, limit - template.special_tokens) for limit in limits]
@@ -115,9 +121,14 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
             if not _is_whole(encoded, config.data.verify):
                 store = Store(folder)
                 tables = (store.queries, store.passages)
-                equal = (first_of_equal(table, room, keep_end=template.keep_end) for table, room in zip(tables, rooms, strict=True))
+                equal = (
+                    first_of_equal(table, room, keep_end=template.keep_end)
+                    for table, room in zip(tables, rooms, strict=True)
+                )
                 relations = {"positives": (store.positives, store.positive_scores), "known": (store.known, None)}
-                write_encoded(encoded, EqualRows(*equal), relations | {"negatives": (store.negatives, store.negative_scores)})
+                write_encoded(
+                    encoded, EqualRows(*equal), relations | {"negatives": (store.negatives, store.negative_scores)}
+                )
     return encoded
 
 
@@ -127,7 +138,10 @@ def _is_whole(encoded: Path, again: bool) -> bool:
 
 def store_fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
     """32 hexadecimal digits of all that the store's content depends on: sources, tokenizer, prompts, title policy."""
-    settings = _settings(config) | {"sources": [s.fingerprint() for s in sources], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    settings = _settings(config) | {
+        "sources": [s.fingerprint() for s in sources],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
     return _hash(settings)
 
 
@@ -137,7 +151,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         described |= {"truncation": None, "padding": None}
     else:
-        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "special": str(tokenizer.special_tokens_map)}
+        described = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "special": str(tokenizer.special_tokens_map),
+        }
     return _hash(described)
 
 
@@ -157,20 +175,31 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _build(
-    folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], fingerprint: str, progress: bool
+    folder: Path,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    fingerprint: str,
+    progress: bool,
 ) -> None:
     """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
     _remove_abandoned(folder.parent)
     if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
         print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
     described = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in config.data.train]
-    manifest = _settings(config) | {"fingerprint": fingerprint, "tokenizer": tokenizer_fingerprint(tokenizer), "train": described}
+    manifest = _settings(config) | {
+        "fingerprint": fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "train": described,
+    }
     with replace_folder(folder) as building:
         StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
 
 
 def _problem(folder: Path, again: bool) -> str | None:
-    """What is wrong with a store, the file first; None where every file is as it was written. `again`: as `damaged` has it."""
+    """What is wrong with a store, the file first; None where every file is as it was written. `again`: as `damaged` has
+    it.
+    """
     try:
         files: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, size in files.items():

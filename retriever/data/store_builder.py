@@ -1,4 +1,5 @@
-"""Builds a token store in a folder: reads every source once for its examples, then its corpus for the passages they name.
+"""Builds a token store in a folder: reads every source once for its examples, then its corpus for the passages they
+name.
 
 Texts stream through; what stays in memory is one 16-byte digest a passage, the ids that are referred to, and the pairs.
 """
@@ -32,7 +33,9 @@ BLANK, _MISSING = -1, -2  # instead of a passage's row
 
 @dataclass
 class _SourceReading:
-    """What is gathered from one source before its rows are known. Queries and passage ids are numbered as they appear."""
+    """What is gathered from one source before its rows are known. Queries and passage ids are numbered as they
+    appear.
+    """
 
     source: Source
     queries: dict[str, int] = field(default_factory=dict)
@@ -62,7 +65,11 @@ class StoreBuilder:
         self._write_relations()
         if note := shortened_note():
             print(note, flush=True)
-        files = {p.relative_to(self._folder).as_posix(): p.stat().st_size for p in sorted(self._folder.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(self._folder).as_posix(): p.stat().st_size
+            for p in sorted(self._folder.rglob("*"))
+            if p.is_file()
+        }
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
         write_checksums(self._folder)
 
@@ -81,7 +88,13 @@ class StoreBuilder:
         self._positives.append(reading.positives.resolved(query_rows, passage_rows))
         self._negatives.append(reading.negatives.resolved(query_rows, passage_rows))
         last = len(self._query_digests)
-        return {"name": source.name, "format": source.format, "first": first, "last": last, "left_out": len(query_rows) - (last - first)}
+        return {
+            "name": source.name,
+            "format": source.format,
+            "first": first,
+            "last": last,
+            "left_out": len(query_rows) - (last - first),
+        }
 
     def _read_example(self, reading: _SourceReading, example: Example) -> bool:
         """Adds the example's pairs; returns whether its query is new."""
@@ -91,13 +104,20 @@ class StoreBuilder:
         if new:
             reading.query_digests.append(digest)
         elif reading.query_digests[number] != digest:
-            raise DataError(f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}")
+            raise DataError(
+                f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}"
+            )
         self._add_pairs(reading, reading.positives, number, example.positives, example.positive_scores)
         self._add_pairs(reading, reading.negatives, number, example.negatives, example.negative_scores)
         return new
 
     def _add_pairs(
-        self, reading: _SourceReading, pairs: PairBuffer, number: int, passages: Sequence[Passage], scores: Sequence[float]
+        self,
+        reading: _SourceReading,
+        pairs: PairBuffer,
+        number: int,
+        passages: Sequence[Passage],
+        scores: Sequence[float],
     ) -> None:
         rows = [self._passage(reading, passage) for passage in passages]
         if BLANK in rows:
@@ -114,7 +134,9 @@ class StoreBuilder:
         return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
 
     def _row(self, reading: _SourceReading, passage: Passage) -> int:
-        """The row of the passage's final text, written to the store when it is met for the first time; BLANK where there is none."""
+        """The row of the passage's final text, written to the store when it is met for the first time; BLANK where
+        there is none.
+        """
         data, model = self._config.data, self._config.model
         text = final_text(passage, data.title, data.title_separator)
         if is_blank(text):
@@ -128,7 +150,9 @@ class StoreBuilder:
         return row
 
     def _look_up(self, reading: _SourceReading) -> np.ndarray:
-        """The rows [references] int64 of the passages that were given by id. Raises DataError for an id the corpus lacks."""
+        """The rows [references] int64 of the passages that were given by id. Raises DataError for an id the corpus
+        lacks.
+        """
         source, references = reading.source, reading.references
         rows = np.full(len(references), _MISSING, np.int64)
         if not references:
@@ -140,7 +164,9 @@ class StoreBuilder:
                     continue
                 row = self._row(reading, passage)
                 if rows[number] not in (_MISSING, row):
-                    raise DataError(f"source {source.name!r}: passage id {passage.id!r} stands for two texts in the corpus")
+                    raise DataError(
+                        f"source {source.name!r}: passage id {passage.id!r} stands for two texts in the corpus"
+                    )
                 rows[number] = row
                 bar.update()
         missing = np.flatnonzero(rows == _MISSING)
@@ -161,7 +187,9 @@ class StoreBuilder:
         return f"source {name!r}: {len(missing):,} passage ids are not in {where}; the first is {first}"
 
     def _write_queries(self, reading: _SourceReading, spool: Path, passage_rows: np.ndarray) -> np.ndarray:
-        """Writes the queries that have a positive; returns the row of every query [queries] int64, -1 for those left out."""
+        """Writes the queries that have a positive; returns the row of every query [queries] int64, -1 for those left
+        out.
+        """
         source, count, before = reading.source, len(reading.queries), len(self._query_digests)
         kept = reading.positives.queries(count, passage_rows)
         if not kept.any():
@@ -178,7 +206,9 @@ class StoreBuilder:
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
 
     def _write_relations(self) -> None:
-        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the known)."""
+        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the
+        known).
+        """
         positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
         rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
         own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
@@ -194,4 +224,6 @@ def _digest(text: str, what: str) -> bytes:
     try:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
     except UnicodeEncodeError as error:
-        raise DataError(f"{what}: expected Unicode text, received a lone surrogate {text[error.start]!r} at {error.start}") from error
+        raise DataError(
+            f"{what}: expected Unicode text, received a lone surrogate {text[error.start]!r} at {error.start}"
+        ) from error

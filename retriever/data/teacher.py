@@ -1,4 +1,6 @@
-"""A teacher's scores in a batch: each query's scored passages, and the negatives that the teacher takes for relevant."""
+"""A teacher's scores in a batch: each query's scored passages, and the negatives that the teacher takes for
+relevant.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ class _Scored(NamedTuple):
 def scored_groups(store: Store, rank_slice: RankSlice, passages: np.ndarray, margin: float | None) -> ScoredGroups:
     """The groups that a teacher is distilled from.
 
-    passages [n]: those of the global batch, ascending. With a `margin`, a negative scored above the target's score less it is left out.
-    A negative that another query brought into the batch counts as one that this query drew: no score that is there is wasted.
+    passages [n]: those of the global batch, ascending. With a `margin`, a negative scored above the target's score less
+    it is left out. A negative that another query brought into the batch counts as one that this query drew: no score
+    that is there is wasted.
     """
     found = _scored_negatives(store, rank_slice, passages, margin)
     kept = ~np.isnan(found.targets)[found.rows] & ~found.false
@@ -54,7 +57,9 @@ def false_negatives(store: Store, rank_slice: RankSlice, passages: np.ndarray, m
 
 
 def _scored_negatives(store: Store, rank_slice: RankSlice, passages: np.ndarray, margin: float | None) -> _Scored:
-    assert store.positive_scores is not None and store.negative_scores is not None  # asked of the loader before the first batch
+    assert (
+        store.positive_scores is not None and store.negative_scores is not None
+    )  # asked of the loader before the first batch
     queries, (ptr, ids) = rank_slice.queries, store.negatives.take(rank_slice.queries)
     rows = np.repeat(np.arange(len(queries)), np.diff(ptr))
     scores = _scores_of(store.negatives, store.negative_scores, queries)
@@ -62,7 +67,9 @@ def _scored_negatives(store: Store, rank_slice: RankSlice, passages: np.ndarray,
     here = (passages[place] == ids) & ~np.isnan(scores)
     rows, ids, scores = rows[here], ids[here], scores[here]
     targets = _target_scores(store, rank_slice)
-    false = scores > targets[rows] - margin if margin is not None else np.zeros(len(rows), dtype=bool)  # never where a score is NaN
+    false = (
+        scores > targets[rows] - margin if margin is not None else np.zeros(len(rows), dtype=bool)
+    )  # never where a score is NaN
     return _Scored(rows, ids, scores, false, targets)
 
 
@@ -71,7 +78,9 @@ def _target_scores(store: Store, rank_slice: RankSlice) -> np.ndarray:
     ptr, ids = store.positives.take(rank_slice.queries)
     scores = _scores_of(store.positives, store.positive_scores, rank_slice.queries)
     rows = np.repeat(np.arange(len(rank_slice.queries)), np.diff(ptr))
-    is_target = ids == rank_slice.passages[rank_slice.targets][rows]  # one in each row: a target is a positive of its query
+    is_target = (
+        ids == rank_slice.passages[rank_slice.targets][rows]
+    )  # one in each row: a target is a positive of its query
     return scores[is_target]
 
 

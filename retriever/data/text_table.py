@@ -1,4 +1,6 @@
-"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, memory-mapped ever after."""
+"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, memory-mapped ever
+after.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every text, special tokens not counted: [n] int64, made anew each time; `lengths_of` is for a few."""
+        """Tokens of every text, special tokens not counted: [n] int64, made anew each time; `lengths_of` is for a
+        few.
+        """
         return np.diff(self._offsets)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
@@ -46,12 +50,16 @@ class TokenRows:
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each has [n]."""
+        """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each
+        has [n].
+        """
         first, last = self._offsets[rows], self._offsets[rows + 1]
         kept = np.minimum(last - first, limit)  # [n]
         if keep_end:
             first = last - kept
-        places = np.repeat(first - (np.cumsum(kept) - kept), kept)  # [sum]: a token's place less its place in the result
+        places = np.repeat(
+            first - (np.cumsum(kept) - kept), kept
+        )  # [sum]: a token's place less its place in the result
         places += np.arange(len(places))
         return self._tokens[places], kept
 
@@ -116,7 +124,9 @@ class TextTableWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._pending.append((self._ids, self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype)))
+        self._pending.append(
+            (self._ids, self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype))
+        )
         self._ids, self._texts, self._characters = [], [], 0
         if len(self._pending) > _WORKERS:
             self._write_first()
@@ -158,7 +168,9 @@ class _GrowingArray:
     def finish(self) -> None:
         self._stream.seek(0)
         if self._write_header() != self._header_bytes:
-            raise RuntimeError(f"numpy's header for {self.count} values does not fit into the {self._header_bytes} bytes left for it")
+            raise RuntimeError(
+                f"numpy's header for {self.count} values does not fit into the {self._header_bytes} bytes left for it"
+            )
         self.close()
 
     def close(self) -> None:
@@ -166,7 +178,9 @@ class _GrowingArray:
 
     def _write_header(self) -> int:
         """Writes the header; returns its size, the same for every count since numpy pads it for growth."""
-        np.lib.format.write_array_header_1_0(self._stream, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)})
+        np.lib.format.write_array_header_1_0(
+            self._stream, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
+        )
         return self._stream.tell()
 
 

@@ -42,9 +42,11 @@ def tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pro
 def tokenize_flat(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: npt.DTypeLike = np.uint32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of many texts one behind another [sum of counts] in `dtype`, and how many each has [n] int64; as `tokenize_batch`.
+    """Token ids of many texts one behind another [sum of counts] in `dtype`, and how many each has [n] int64; as
+    `tokenize_batch`.
 
-    A fast tokenizer uses all cores and lets go of the interpreter's lock meanwhile, so that a second thread can read its previous result.
+    A fast tokenizer uses all cores and lets go of the interpreter's lock meanwhile, so that a second thread can read
+    its previous result.
     """
     if not is_plain(tokenizer):
         rows = tokenize_batch(tokenizer, texts)
@@ -68,7 +70,11 @@ def tokenize_flat(
 def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer is a fast one whose call does no more than its backend's."""
     kind = type(tokenizer)
-    own = [method for method in ("__call__", "_encode_plus") if getattr(kind, method) is not getattr(PreTrainedTokenizerFast, method)]
+    own = [
+        method
+        for method in ("__call__", "_encode_plus")
+        if getattr(kind, method) is not getattr(PreTrainedTokenizerFast, method)
+    ]
     return tokenizer.is_fast and not own
 
 
@@ -95,7 +101,9 @@ class TokenTemplate:
                 )
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
-            raise ConfigError(f"model.name_or_path: {name} adds different special tokens to different texts: {sorted(found)}")
+            raise ConfigError(
+                f"model.name_or_path: {name} adds different special tokens to different texts: {sorted(found)}"
+            )
         prefix, suffix = found.pop()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
@@ -134,7 +142,8 @@ class TokenTemplate:
         return input_ids, (column < (end + len(self.suffix))[:, None]).astype(np.int64)
 
     def pack_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """input_ids [T] int64, starts [n + 1] int32, positions [T] int64: as `wrap`, for many texts at once, one behind another.
+        """input_ids [T] int64, starts [n + 1] int32, positions [T] int64: as `wrap`, for many texts at once, one behind
+        another.
 
         tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n]. Text i is
         input_ids[starts[i] : starts[i + 1]], and its positions count from 0.

@@ -14,7 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from retriever.config import ConfigError
 
 ENCODERS = frozenset(
-    {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta"}
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "modernbert",
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+    }
 )
 DECODERS = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 
@@ -64,10 +76,14 @@ def longest_input(config: Any) -> int | None:
 
 
 def check_lengths(config: Any, query_max_tokens: int, passage_max_tokens: int) -> None:
-    """Raises ConfigError where a text may become longer than the model's positions reach, or keeps hardly a token of its own."""
+    """Raises ConfigError where a text may become longer than the model's positions reach, or keeps hardly a token of
+    its own.
+    """
     longest = longest_input(config)
     for key, value in (("model.query_max_tokens", query_max_tokens), ("model.passage_max_tokens", passage_max_tokens)):
         if value < 4:
             raise ConfigError(f"{key}: expected at least 4, special tokens included; received {value}")
         if longest is not None and value > longest:
-            raise ConfigError(f"{key}: {value} tokens, but the model has positions for {longest}; set it to at most {longest}")
+            raise ConfigError(
+                f"{key}: {value} tokens, but the model has positions for {longest}; set it to at most {longest}"
+            )

@@ -88,23 +88,30 @@ class EncoderBundle:
         tokens_per_chunk: int | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one slab ahead.
+        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one
+        slab ahead.
 
-        A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most `tokens_per_chunk` tokens.
-        Dropout is off while this runs; a text without any token gets the zero vector.
+        A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
+        `tokens_per_chunk` tokens. Dropout is off while this runs; a text without any token gets the zero vector.
         """
         budget = tokens_per_chunk or (131_072 if self.encoder.device.type == "cuda" else 8_192)
-        encoder = SlabEncoder(self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget)
+        encoder = SlabEncoder(
+            self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget
+        )
         return encoder.encode(slabs, progress)
 
     def model_hash(self) -> str:
-        """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture, tokenizer, pooling."""
+        """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture,
+        tokenizer, pooling.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         for tower in (self.encoder.query_tower, self.encoder.passage_tower):
-            digest.update(_canonical(tower.config.to_diff_dict(), leave_out=("transformers_version", "_name_or_path", "dtype")))
+            digest.update(
+                _canonical(tower.config.to_diff_dict(), leave_out=("transformers_version", "_name_or_path", "dtype"))
+            )
         digest.update(_tokenizer_bytes(self.tokenizer))
         pooled = {"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}
         cut = {} if self.encoder.truncate_dim is None else {"truncate_dim": self.encoder.truncate_dim}
@@ -128,10 +135,11 @@ def load_encoder(
 ) -> EncoderBundle:
     """An encoder in eval mode from a Hugging Face name, a sentence-transformers folder or an export of ours.
 
-    What is not given is what the model says of itself (`read_settings`). Default device: the first GPU where there is one.
-    `attention: auto` packs texts on a GPU where the architecture can; an encoder that packs takes packed chunks only. Its layers run
-    fused on a GPU where `fused_layers` knows them; `compiled` compiles the others, which takes about a minute of the first chunk.
-    Raises ConfigError where there is no such model, it is not supported, or has fewer positions than asked for.
+    What is not given is what the model says of itself (`read_settings`). Default device: the first GPU where there is
+    one. `attention: auto` packs texts on a GPU where the architecture can; an encoder that packs takes packed chunks
+    only. Its layers run fused on a GPU where `fused_layers` knows them; `compiled` compiles the others, which takes
+    about a minute of the first chunk. Raises ConfigError where there is no such model, it is not supported, or has
+    fewer positions than asked for.
     """
     name = str(name_or_path)
     if precision not in AUTOCAST_DTYPES:
@@ -167,7 +175,9 @@ def load_encoder(
 
 
 def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padded"], compiled: bool) -> None:
-    """Packs, and puts in the layers that encode fastest; raises ConfigError where packed texts have other embeddings."""
+    """Packs, and puts in the layers that encode fastest; raises ConfigError where packed texts have other
+    embeddings.
+    """
     gpu = encoder.device.type == "cuda"
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
     fused = packed and gpu and encoder.can_fuse

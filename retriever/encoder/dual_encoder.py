@@ -25,8 +25,8 @@ from retriever.encoder.settings import read_model_config, read_settings, read_tr
 class DualEncoder(nn.Module):
     """Embeddings of queries and passages.
 
-    Parameters stay as they were loaded (fp32 masters); with `autocast_dtype` the transformer computes in that precision, while
-    pooling and normalisation never go below fp32.
+    Parameters stay as they were loaded (fp32 masters); with `autocast_dtype` the transformer computes in that
+    precision, while pooling and normalisation never go below fp32.
     """
 
     def __init__(
@@ -53,10 +53,12 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
-        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `auto` of pooling and truncate_dim is what the folder says.
+        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `auto` of pooling and truncate_dim is
+        what the folder says.
 
-        A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from the same weights.
-        Raises ConfigError where the model cannot be trained exactly, or has fewer positions than `config` asks for.
+        A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from
+        the same weights. Raises ConfigError where the model cannot be trained exactly, or has fewer positions than
+        `config` asks for.
         """
         name = config.name_or_path
         model_config = read_model_config(name)
@@ -65,9 +67,13 @@ class DualEncoder(nn.Module):
         truncate_dim = read_truncate_dim(name) if config.truncate_dim == "auto" else config.truncate_dim
         if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > model_config.hidden_size:
             whole = model_config.hidden_size
-            raise ConfigError(f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}")
+            raise ConfigError(
+                f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}"
+            )
         if config.tied and tower_folder(name, "query") != tower_folder(name, "passage"):
-            raise ConfigError(f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder")
+            raise ConfigError(
+                f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder"
+            )
         passage_tower = load_tower(name, "passage")
         query_tower = passage_tower if config.tied else load_tower(name, "query")
         modes: dict[str, Any] = {"pooling": pooling, "normalize": config.normalize, "truncate_dim": truncate_dim}
@@ -102,18 +108,25 @@ class DualEncoder(nn.Module):
     def forward(self, side: Side, tokens: Padded | Packed, saved: deque[SavedActivations] | None = None) -> Tensor:
         """Embeddings [n, D] float32 (float64 after `.double()`) of n texts of one side, each of at least one token.
 
-        After `pack` the texts come `Packed`, before it `Padded`. Where the encoder `keeps_products`, a call without a graph puts those of
-        each layer into `saved`, and a later call for the same texts with a graph takes them out of it instead of computing them.
-        Raises ValueError for the other layout, a chunk without a token, or `saved` of layers that keep none.
+        After `pack` the texts come `Packed`, before it `Padded`. Where the encoder `keeps_products`, a call without a
+        graph puts those of each layer into `saved`, and a later call for the same texts with a graph takes them out of
+        it instead of computing them. Raises ValueError for the other layout, a chunk without a token, or `saved` of
+        layers that keep none.
         """
         if tokens.input_ids.numel() == 0:
-            raise ValueError(f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text")
+            raise ValueError(
+                f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text"
+            )
         if isinstance(tokens, Packed) != self.packed:
-            raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}")
+            raise ValueError(
+                f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}"
+            )
         if saved is not None and not self.keeps_products:
             raise ValueError("products of layers are kept by fused layers only; call fuse_layers first")
         tower = self.query_tower if side == "query" else self.passage_tower
-        with torch.autocast(tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        with torch.autocast(
+            tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
             if isinstance(tokens, Packed):
                 kept = {} if saved is None else {"packed_products": saved}
                 hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, H]
@@ -131,7 +144,9 @@ class DualEncoder(nn.Module):
         return all(tower.config.model_type in PACKED for tower in self.each_tower)
 
     def pack(self) -> None:
-        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the architecture cannot."""
+        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the
+        architecture cannot.
+        """
         for tower in self.each_tower:
             if tower.config.model_type not in PACKED:
                 raise ConfigError(
@@ -147,10 +162,14 @@ class DualEncoder(nn.Module):
         return all(can_fuse(tower) for tower in self.each_tower)
 
     def fuse_layers(self) -> None:
-        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for other towers."""
+        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for
+        other towers.
+        """
         for tower in self.each_tower:
             if not can_fuse(tower):
-                raise ConfigError(f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto")
+                raise ConfigError(
+                    f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto"
+                )
             fuse(tower)
 
     @property
@@ -168,13 +187,16 @@ class DualEncoder(nn.Module):
                 layer.compile(dynamic=True, options={"fallback_random": True})
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG state.
+        """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG
+        state.
 
         Raises ConfigError where the architecture has no such layers.
         """
         for tower in self.each_tower:
             if not tower.supports_gradient_checkpointing:
-                raise ConfigError(f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false")
+                raise ConfigError(
+                    f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false"
+                )
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
@@ -190,19 +212,25 @@ def repeated_layers(tower: nn.Module) -> list[nn.Module]:
 def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
     if is_decoder(tower.config):
-        inputs |= {"position_ids": (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0), "use_cache": False}  # [n, width]
+        inputs |= {
+            "position_ids": (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+            "use_cache": False,
+        }  # [n, width]
     return inputs
 
 
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     """One side's transformer in fp32, in train mode.
 
-    Raises ConfigError where its weights cannot be read, one that embeddings depend on is missing, or a module couples a batch's rows.
+    Raises ConfigError where its weights cannot be read, one that embeddings depend on is missing, or a module couples a
+    batch's rows.
     """
     name = str(name_or_path)
     model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
-        raise ConfigError(f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all")
+        raise ConfigError(
+            f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all"
+        )
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     check_modules(model, name)
@@ -210,7 +238,9 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
 
 
 def _detach_pooler(tower: Any) -> dict[str, Tensor]:
-    """Takes the head off a BERT-like model and returns its weights: no embedding depends on it, so it would never get a gradient."""
+    """Takes the head off a BERT-like model and returns its weights: no embedding depends on it, so it would never get a
+    gradient.
+    """
     pooler = getattr(tower, "pooler", None)
     if not isinstance(pooler, nn.Module):
         return {}

@@ -1,4 +1,6 @@
-"""BERT's embeddings on packed texts in one pass over memory: same weights, same names, same mathematics as the library's."""
+"""BERT's embeddings on packed texts in one pass over memory: same weights, same names, same mathematics as the
+library's.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ _NAMES = {"word_embeddings", "position_embeddings", "token_type_embeddings", "La
 
 
 def knows_embeddings(tower: PreTrainedModel) -> bool:
-    """Whether `tower` adds a word's, a position's and a segment's row and hands their norm to its layers, as BERT and RoBERTa do."""
+    """Whether `tower` adds a word's, a position's and a segment's row and hands their norm to its layers, as BERT and
+    RoBERTa do.
+    """
     module: Any = tower.embeddings
-    tables = [getattr(module, name, None) for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")]
+    tables = [
+        getattr(module, name, None) for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    ]
     plain = {name for name, _ in module.named_children()} == _NAMES and type(module.LayerNorm) is nn.LayerNorm
     plain = plain and all(type(table) is nn.Embedding and table.max_norm is None for table in tables)
     plain = plain and not any(table.sparse or table.scale_grad_by_freq for table in tables if table is not None)
@@ -28,7 +34,9 @@ def knows_embeddings(tower: PreTrainedModel) -> bool:
 
 
 class FusedEmbeddings(nn.Module):
-    """Stands where a tower's embeddings stood, with its modules under their names; takes packed texts, whose tokens are of segment 0."""
+    """Stands where a tower's embeddings stood, with its modules under their names; takes packed texts, whose tokens are
+    of segment 0.
+    """
 
     word_embeddings: nn.Embedding
     position_embeddings: nn.Embedding
@@ -54,4 +62,6 @@ class FusedEmbeddings(nn.Module):
         """The parameters, the segment's row out of its table."""
         words, places, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
         segment = self.token_type_embeddings.weight[0]
-        return Tables(words.weight, places.weight, segment, norm.weight, norm.bias, words.padding_idx, places.padding_idx)
+        return Tables(
+            words.weight, places.weight, segment, norm.weight, norm.bias, words.padding_idx, places.padding_idx
+        )

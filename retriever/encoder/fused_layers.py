@@ -1,6 +1,7 @@
 """The layers of the BERT family on packed texts, in few passes over memory: same weights, same names, same mathematics.
 
-Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the one with it.
+Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the
+one with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
-from kernels.layers.post_norm import Factors, Layer, Parameters, SavedActivations, factors, post_norm_layer, without_graph
+from kernels.layers.post_norm import (
+    Factors,
+    Layer,
+    Parameters,
+    SavedActivations,
+    factors,
+    post_norm_layer,
+    without_graph,
+)
 from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
@@ -26,18 +35,26 @@ FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 
 
 def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers and norms nobody replaced."""
+    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers and norms
+    nobody replaced.
+    """
     config: Any = tower.config
     if config.model_type not in FAMILY:
         return False
     encoder: Any = tower.encoder
     plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
     fits = config.hidden_size <= WIDEST_ROW
-    return plain and fits and all(type(module) in (nn.Linear, nn.LayerNorm) for layer in encoder.layer for module in _holders(layer))
+    return (
+        plain
+        and fits
+        and all(type(module) in (nn.Linear, nn.LayerNorm) for layer in encoder.layer for module in _holders(layer))
+    )
 
 
 def fuse(tower: PreTrainedModel) -> None:
-    """Puts fused layers, and fused embeddings where they are plain ones, into `tower`, which from then on takes packed texts only."""
+    """Puts fused layers, and fused embeddings where they are plain ones, into `tower`, which from then on takes packed
+    texts only.
+    """
     encoder: Any = tower.encoder
     tower.encoder = FusedLayers(encoder.layer)
     if knows_embeddings(tower):
@@ -45,7 +62,9 @@ def fuse(tower: PreTrainedModel) -> None:
 
 
 class _LayerSpec(NamedTuple):
-    """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than a product."""
+    """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than
+    a product.
+    """
 
     holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
     dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
@@ -54,7 +73,9 @@ class _LayerSpec(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """A layer's factors, and what they were made of: `sources` keep the memory, so that no other weights can come to lie there."""
+    """A layer's factors, and what they were made of: `sources` keep the memory, so that no other weights can come to
+    lie there.
+    """
 
     state: tuple[object, ...]
     factors: Factors
@@ -62,11 +83,12 @@ class _Rounded(NamedTuple):
 
 
 class FusedLayers(nn.Module):
-    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is not.
+    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is
+    not.
 
-    Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every operation in
-    place and, from here on, for every step of an optimizer, or by another place in memory. Writing through `weight.data` in place is seen
-    by neither. Graphs kept from before a change cannot be differentiated after it.
+    Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every
+    operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
+    `weight.data` in place is seen by neither. Graphs kept from before a change cannot be differentiated after it.
     """
 
     def __init__(self, layer: nn.ModuleList) -> None:
@@ -88,8 +110,12 @@ class FusedLayers(nn.Module):
 
         Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
         """
-        if packed_products is not None and len(packed_products) != (expected := len(self._specs) * torch.is_grad_enabled()):
-            raise ValueError(f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}")
+        if packed_products is not None and len(packed_products) != (
+            expected := len(self._specs) * torch.is_grad_enabled()
+        ):
+            raise ValueError(
+                f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}"
+            )
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
@@ -100,7 +126,9 @@ class FusedLayers(nn.Module):
             seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
             for i, spec in enumerate(self._specs):
-                layer = Layer(spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3])
+                layer = Layer(
+                    spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3]
+                )
                 parameters = _read_parameters(spec.holders)
                 given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """Low-rank adaptation: beside each frozen linear layer a product of two narrow matrices is trained.
 
-y = W x + b + (α / r) · B A x, with A [r, in] random and B [out, r] zero at the start (Hu et al. 2021, arXiv:2106.09685).
+y = W x + b + (α / r) · B A x, with A [r, in] random and B [out, r] zero at the start (Hu et al. 2021,
+arXiv:2106.09685).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class LoraLinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.scale, self.dropout = config.alpha / config.r, config.dropout
-        drawn = torch.empty(config.r, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(base.in_features)
+        drawn = torch.empty(config.r, base.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(
+            base.in_features
+        )
         self.lora_a = nn.Parameter(drawn.to(base.weight))  # [r, in]
         self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, config.r))  # [out, r]
 
@@ -37,10 +40,11 @@ class LoraLinear(nn.Linear):
 
 
 def adapt(towers: nn.ModuleDict, config: LoraConfig, seed: int) -> None:
-    """Freezes `towers` and puts a LoraLinear in the place of each linear layer that `config.targets` names, of all where it is empty.
+    """Freezes `towers` and puts a LoraLinear in the place of each linear layer that `config.targets` names, of all
+    where it is empty.
 
-    A layer's A is a function of `seed` and its name, so that ranks and devices agree. Raises ConfigError where a name of
-    `targets` is no linear layer's.
+    A layer's A is a function of `seed` and its name, so that ranks and devices agree. Raises ConfigError where a name
+    of `targets` is no linear layer's.
     """
     towers.requires_grad_(False)
     for tower_name, tower in towers.items():
@@ -48,17 +52,25 @@ def adapt(towers: nn.ModuleDict, config: LoraConfig, seed: int) -> None:
         for target in config.targets:
             if not any(_is_called(name, target) for name in linear):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
-                raise ConfigError(f"model.lora.targets: {target!r} is no linear layer of this model; expected some of: {known}")
+                raise ConfigError(
+                    f"model.lora.targets: {target!r} is no linear layer of this model; expected some of: {known}"
+                )
         if not linear:
             raise ConfigError(f"model.lora: a {type(tower).__name__} has no torch.nn.Linear to adapt; set it to null")
         for name, module in linear.items():
             if not config.targets or any(_is_called(name, target) for target in config.targets):
-                tower.set_submodule(name, LoraLinear(module, config, _generator(f"{seed} {tower_name}.{name}")).train(module.training))
+                tower.set_submodule(
+                    name, LoraLinear(module, config, _generator(f"{seed} {tower_name}.{name}")).train(module.training)
+                )
 
 
 def merged_state(tower: nn.Module) -> dict[str, Tensor]:
     """The state of `tower` as a model without low-rank parts has it: merged weights under the names they always had."""
-    state = {name: tensor for name, tensor in tower.state_dict().items() if name.rpartition(".")[2] not in ("lora_a", "lora_b")}
+    state = {
+        name: tensor
+        for name, tensor in tower.state_dict().items()
+        if name.rpartition(".")[2] not in ("lora_a", "lora_b")
+    }
     adapted = ((name, module) for name, module in tower.named_modules() if isinstance(module, LoraLinear))
     return state | {f"{name}.weight": module.merged().detach() for name, module in adapted}
 

@@ -25,7 +25,8 @@ Fields = TypeVar("Fields")
 
 
 def read_fields(kind: type[Fields], name: str, file: str) -> Fields | None:
-    """The fields of the dataclass `kind` from an object in JSON; other keys are ignored. None where the model has no such file.
+    """The fields of the dataclass `kind` from an object in JSON; other keys are ignored. None where the model has no
+    such file.
 
     Raises ConfigError where a field is missing or of another type.
     """
@@ -48,7 +49,9 @@ def fields_of(kind: type[Fields], found: Any, where: str) -> Fields:
 
 
 def read_json(name: str, file: str) -> Any | None:
-    """The content of a file, or None where the model has no such file. Raises ConfigError where it is not JSON, or there is no model."""
+    """The content of a file, or None where the model has no such file. Raises ConfigError where it is not JSON, or
+    there is no model.
+    """
     if Path(name).exists():
         path: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -75,7 +78,8 @@ def check_number(what: str, value: float | None, least: int, most: int | None = 
 def one_line(message: str) -> Iterator[None]:
     """Raises ConfigError(`message: reason`), in one line, for whatever a library raises on a file that it cannot use.
 
-    Such an error may be of any kind: malformed files lead libraries to TypeError, KeyError, RuntimeError and bare Exceptions.
+    Such an error may be of any kind: malformed files lead libraries to TypeError, KeyError, RuntimeError and bare
+    Exceptions.
     """
     try:
         yield
@@ -88,9 +92,11 @@ def one_line(message: str) -> Iterator[None]:
 
 @cache
 def _hub_file(name: str, file: str) -> str | None:
-    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked once a process.
+    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked
+    once a process.
 
-    Where the hub is not reached, a model in the cache has the files that lie there, which is said. Raises ConfigError for any other model.
+    Where the hub is not reached, a model in the cache has the files that lie there, which is said. Raises ConfigError
+    for any other model.
     """
     try:
         return hf_hub_download(name, file)
@@ -99,7 +105,10 @@ def _hub_file(name: str, file: str) -> str | None:
             reason = "the hub was not reached, and the model is not in the cache"
             raise ConfigError(f"model {name!r} is no folder, and cannot be fetched: {reason} ({_SAID_BY})") from error
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none", file=sys.stderr)
+            print(
+                f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none",
+                file=sys.stderr,
+            )
         return None
     except EntryNotFoundError:
         return None

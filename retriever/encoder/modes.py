@@ -1,4 +1,6 @@
-"""How the towers compute: packed or padded, by fused, compiled or the library's own layers; and a check that it changes no embedding."""
+"""How the towers compute: packed or padded, by fused, compiled or the library's own layers; and a check that it changes
+no embedding.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def _embeddings(encoder: DualEncoder) -> list[Tensor]:
     most = longest_input(config) or max(_LENGTHS)
     generator = np.random.default_rng(0)
     rows = [generator.integers(config.vocab_size // 8, config.vocab_size, min(n, most)) for n in _LENGTHS]
-    tokens = (pack_rows(rows) if encoder.packed else pad_rows(rows, config.pad_token_id or 0)).map(lambda t: t.to(encoder.device))
+    tokens = (pack_rows(rows) if encoder.packed else pad_rows(rows, config.pad_token_id or 0)).map(
+        lambda t: t.to(encoder.device)
+    )
     embeddings = [encoder("query", tokens), encoder("passage", tokens)]
     encoder.train(training)
     return embeddings

@@ -1,7 +1,7 @@
 """Texts one behind another through Hugging Face models: attention that stays inside each text.
 
-transformers looks its attention up by name; under ours a model runs on one row [1, T] of packed texts without a mask, whose
-boundaries arrive as keyword arguments that the layers hand through.
+transformers looks its attention up by name; under ours a model runs on one row [1, T] of packed texts without a mask,
+whose boundaries arrive as keyword arguments that the layers hand through.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def _positions(config: Any, texts: Packed) -> Tensor:
     first = first_position(config)
     if first == 0:
         return texts.positions
-    padding = texts.input_ids == first - 1  # a text may spell the padding token out: it keeps this position, and the others' count skips it
+    padding = (
+        texts.input_ids == first - 1
+    )  # a text may spell the padding token out: it keeps this position, and the others' count skips it
     seen = padding.cumsum(0)
     begins = torch.arange(len(padding), device=padding.device) - texts.positions
     skipped = seen - seen[begins] + padding[begins]  # of the same text
@@ -50,7 +52,9 @@ def _positions(config: Any, texts: Packed) -> Tensor:
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """[count] int64 from the device's generator, whose state a chunk's second pass restores: dropout masks are functions of them."""
+    """[count] int64 from the device's generator, whose state a chunk's second pass restores: dropout masks are
+    functions of them.
+    """
     return torch.randint(_SEEDS, (count,), device=device)
 
 

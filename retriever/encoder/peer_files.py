@@ -12,7 +12,11 @@ from retriever.encoder.model_files import check_number, fields_of, read_fields, 
 
 _DESCRIBED = "config_sentence_transformers.json"
 _POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers' names -> ours
-_POOLING |= {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}  # before version 6
+_POOLING |= {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}  # before version 6
 _MODULES = (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
 
 
@@ -25,13 +29,17 @@ class Module:
 
     @property
     def kind(self) -> str:
-        """The class that sentence-transformers has for it, wherever its versions keep it; other classes keep their whole name."""
+        """The class that sentence-transformers has for it, wherever its versions keep it; other classes keep their
+        whole name.
+        """
         return self.type.rpartition(".")[2] if self.type.startswith("sentence_transformers.") else self.type
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompts in config_sentence_transformers.json that belong to a side; a passage's in the order that it is looked for."""
+    """The prompts in config_sentence_transformers.json that belong to a side; a passage's in the order that it is
+    looked for.
+    """
 
     query: str | None = None
     document: str | None = None
@@ -44,7 +52,9 @@ class Described:
     """config_sentence_transformers.json."""
 
     prompts: dict[str, Any] | None = None
-    similarity_fn_name: Literal["cosine", "dot"] | None = None  # where it says nothing, sentence-transformers takes the cosine
+    similarity_fn_name: Literal["cosine", "dot"] | None = (
+        None  # where it says nothing, sentence-transformers takes the cosine
+    )
     truncate_dim: int | None = None
 
 
@@ -84,7 +94,9 @@ def read_modules(name: str) -> list[Module] | None:
     modules = [fields_of(Module, module, f"{where}: module {i}") for i, module in enumerate(found)]
     for i, module in enumerate(modules):
         if PurePosixPath(module.path).is_absolute() or ".." in PurePosixPath(module.path).parts or "\\" in module.path:
-            raise ConfigError(f"{where}: module {i}: path: expected a folder inside the model's, received {module.path!r}")
+            raise ConfigError(
+                f"{where}: module {i}: path: expected a folder inside the model's, received {module.path!r}"
+            )
     return modules
 
 
@@ -99,11 +111,15 @@ def described_settings(name: str, modules: Sequence[Module], longest: int) -> di
     """The fields of `EncoderSettings` that the folder of these modules gives, for a model of `longest` positions."""
     if tuple(module.kind for module in modules) not in _MODULES:
         expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
-        raise ConfigError(f"{name}/modules.json: expected the modules {expected}; received {', '.join(m.type for m in modules) or 'none'}")
+        raise ConfigError(
+            f"{name}/modules.json: expected the modules {expected}; received {', '.join(m.type for m in modules) or 'none'}"
+        )
     folder, normalizes, where = modules[0].path, len(modules) == 3, f"{name}/{_DESCRIBED}"
     described = read_described(name)
     if described.truncate_dim is not None and normalizes and described.similarity_fn_name == "dot":
-        raise ConfigError(f"{where}: similarity_fn_name: dot of unit vectors cut at truncate_dim is not supported; expected cosine")
+        raise ConfigError(
+            f"{where}: similarity_fn_name: dot of unit vectors cut at truncate_dim is not supported; expected cosine"
+        )
     prompts = fields_of(_Prompts, described.prompts or {}, f"{where}: prompts")
     passage_prompts = (prompts.document, prompts.passage, prompts.corpus)
 
@@ -137,7 +153,9 @@ def _pooling(name: str, path: str) -> str:
     active = [key for key, value in found.items() if key.startswith("pooling_mode_") and value is True]
     chosen = [pooling.pooling_mode] if pooling.pooling_mode is not None else active
     if len(chosen) != 1 or chosen[0] not in _POOLING:
-        raise ConfigError(f"{where}: pooling_mode: expected one of {', '.join(list(_POOLING)[:3])}; received {', '.join(chosen) or 'none'}")
+        raise ConfigError(
+            f"{where}: pooling_mode: expected one of {', '.join(list(_POOLING)[:3])}; received {', '.join(chosen) or 'none'}"
+        )
     if not pooling.include_prompt:
         raise ConfigError(f"{where}: include_prompt: false (the prompt is left out of the pooling) is not supported")
     return _POOLING[chosen[0]]

@@ -1,7 +1,7 @@
 """What a model folder says about itself beyond its weights: pooling, normalisation, prompts, lengths, title policy.
 
-Read from `bigbatch.json` where a training run of ours wrote the folder, else from the files of sentence-transformers, else
-defaults that fit the architecture.
+Read from `bigbatch.json` where a training run of ours wrote the folder, else from the files of sentence-transformers,
+else defaults that fit the architecture.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _DEFAULT_MAX_TOKENS = 512
 class EncoderSettings:
     """How texts become embeddings. Lengths are in tokens, the prompt's and special ones included.
 
-    Scores are dot products of the embeddings; `similarity` is the name that says so elsewhere: `cosine` for unit vectors.
+    Scores are dot products of the embeddings; `similarity` is the name that says so elsewhere: `cosine` for unit
+    vectors.
     """
 
     pooling: PoolingMode
@@ -82,7 +83,8 @@ def settings_of(config: Config, pooling: PoolingMode, truncate_dim: int | None =
 def read_settings(name_or_path: str | Path) -> EncoderSettings:
     """The settings of a model folder or Hugging Face name.
 
-    Raises ConfigError where there is no such model, a file of it is malformed, or it needs what this project does not compute.
+    Raises ConfigError where there is no such model, a file of it is malformed, or it needs what this project does not
+    compute.
     """
     name = str(name_or_path)
     config = read_model_config(name)
@@ -97,7 +99,9 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
 
 
 def read_truncate_dim(name_or_path: str | Path) -> int | None:
-    """How many dimensions of a model's embeddings the folder keeps, also where its other settings are not supported; None: all."""
+    """How many dimensions of a model's embeddings the folder keeps, also where its other settings are not supported;
+    None: all.
+    """
     name = str(name_or_path)
     if read_json(name, SETTINGS_FILE) is not None:
         return read_settings(name).truncate_dim
@@ -111,7 +115,9 @@ def describes_itself(name_or_path: str | Path) -> bool:
 
 
 def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
-    """One tower's transformers config. Raises ConfigError where there is none, it is malformed, or of an unverified architecture."""
+    """One tower's transformers config. Raises ConfigError where there is none, it is malformed, or of an unverified
+    architecture.
+    """
     name = str(name_or_path)
     folder = tower_folder(name, side)
     file = str(PurePosixPath(folder) / "config.json")

@@ -1,7 +1,8 @@
 """Texts to embeddings, one slab of texts after another, without a wait between them.
 
-Threads read and tokenise the next slab while this one is encoded, sorted by length, and the one before it travels back from the
-device. A slab is as large as its texts' lengths have to be sorted well, and no larger: nothing is encoded before the first is tokenised.
+Threads read and tokenise the next slab while this one is encoded, sorted by length, and the one before it travels back
+from the device. A slab is as large as its texts' lengths have to be sorted well, and no larger: nothing is encoded
+before the first is tokenised.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class SlabEncoder:
     ) -> Generator[tuple[Key, Arriving], None, None]:
         """Each slab's key and the embeddings of its texts, in the slabs' order; `slabs` is read in a thread, one ahead.
 
-        Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts that were just queued.
+        Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts
+        that were just queued.
         """
         template = TokenTemplate.from_tokenizer(self.tokenizer)
         pool = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
@@ -123,7 +125,9 @@ def _joined(parts: Sequence[Future[_Tokens]]) -> TokenRows:
 
 
 def mode_of(encoder: DualEncoder) -> Literal["padded", "packed", "fused"]:
-    """How `encoder` computes within `inference`; in half precision the embeddings of one mode are not those of another."""
+    """How `encoder` computes within `inference`; in half precision the embeddings of one mode are not those of
+    another.
+    """
     if any(isinstance(getattr(tower, "encoder", None), FusedLayers) for tower in encoder.each_tower):
         return "fused"
     return "packed" if encoder.packed else "padded"

@@ -19,14 +19,19 @@ _PROBE = "retrieval, \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-6C34}"  # a vocabulary
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an encoder's folder or Hugging Face name; both towers of a folder share one. Raises ConfigError."""
-    return pretrained_tokenizer(read_model_config(name_or_path), str(name_or_path), tower_folder(name_or_path, "passage"))
+    """The tokenizer of an encoder's folder or Hugging Face name; both towers of a folder share one. Raises
+    ConfigError.
+    """
+    return pretrained_tokenizer(
+        read_model_config(name_or_path), str(name_or_path), tower_folder(name_or_path, "passage")
+    )
 
 
 def training_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that a run trains with and exports. Raises ConfigError where a prompt leaves no room for a text.
 
-    `append_eos: auto` appends where the last token is pooled, the model is a plain language model and its tokenizer appends nothing.
+    `append_eos: auto` appends where the last token is pooled, the model is a plain language model and its tokenizer
+    appends nothing.
     """
     name = model.name_or_path
     tokenizer = load_tokenizer(name)
@@ -43,7 +48,9 @@ def training_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model of `config`. Raises ConfigError where it cannot be loaded or the embedding table has no row for a token."""
+    """The tokenizer of a model of `config`. Raises ConfigError where it cannot be loaded or the embedding table has no
+    row for a token.
+    """
     where = "/".join(part for part in (name, folder) if part)
     try:
         with one_line(f"{where}/tokenizer.json: no tokenizer that can be loaded"), quiet_transformers():
@@ -55,7 +62,9 @@ def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrained
         raise
     # Without any tokenizer file transformers makes up an empty tokenizer of the architecture's class.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f"{where}: has no tokenizer that knows a word; expected its tokenizer files beside the weights")
+        raise ConfigError(
+            f"{where}: has no tokenizer that knows a word; expected its tokenizer files beside the weights"
+        )
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= getattr(config, "vocab_size", last + 1):
         raise ConfigError(
@@ -67,7 +76,9 @@ def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrained
 
 def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its end-of-text token behind every text."""
-    return tokenizer.eos_token_id is not None and TokenTemplate.from_tokenizer(tokenizer).suffix[-1:] == (tokenizer.eos_token_id,)
+    return tokenizer.eos_token_id is not None and TokenTemplate.from_tokenizer(tokenizer).suffix[-1:] == (
+        tokenizer.eos_token_id,
+    )
 
 
 def check_prompt(tokenizer: PreTrainedTokenizerBase, side: Side, prompt: str, max_tokens: int) -> None:
@@ -87,7 +98,9 @@ def _set_end(tokenizer: PreTrainedTokenizerBase, appends: bool) -> None:
     backend, eos = getattr(tokenizer, "backend_tokenizer", None), tokenizer.eos_token_id
     if backend is None or eos is None:
         reason = "has no eos_token" if eos is None else "is no fast tokenizer"
-        raise ConfigError(f"model.append_eos: {appends}, but the {type(tokenizer).__name__} of this model {reason}; set it to auto")
+        raise ConfigError(
+            f"model.append_eos: {appends}, but the {type(tokenizer).__name__} of this model {reason}; set it to auto"
+        )
     template = TokenTemplate.from_tokenizer(tokenizer)
     suffix = (*template.suffix, eos) if appends else template.suffix[:-1]
     tokens = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in (*template.prefix, *suffix)}
@@ -95,5 +108,7 @@ def _set_end(tokenizer: PreTrainedTokenizerBase, appends: bool) -> None:
     single = [*(tokens[token] for token in template.prefix), "$A", *behind]
     # What else a post-processor does, such as trimming offsets, moves no token.
     backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, "$B:1", *(f"{token}:1" for token in behind)], special_tokens=[(text, i) for i, text in tokens.items()]
+        single=single,
+        pair=[*single, "$B:1", *(f"{token}:1" for token in behind)],
+        special_tokens=[(text, i) for i, text in tokens.items()],
     )

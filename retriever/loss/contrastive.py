@@ -1,13 +1,14 @@
 """The objective: in-batch-negative InfoNCE over the passages of all ranks, value and gradient.
 
-With s_ij = ⟨q_i, p_j⟩, scale = 1/temperature, t the target of query i and neg(i) the columns that are no known positive of i:
+With s_ij = ⟨q_i, p_j⟩, scale = 1/temperature, t the target of query i and neg(i) the columns that are no known positive
+of i:
 
     row_i    = log(exp(scale·s_it) + Σ_{j ∈ neg(i)} exp(scale·s_ij)) − scale·s_it
     column_i = log(exp(scale·s_it) + Σ_{k : t ∈ neg(k)} exp(scale·s_kt)) − scale·s_it
     loss     = Σ_i row_i / global queries,     symmetric: Σ_i ½(row_i + column_i) / global queries
 
-summed over several leading dimensions of the embeddings where `loss.dims` names them. A teacher's terms (`retriever.loss.distill`)
-are added to contrastive_weight · loss, divided by the global queries too.
+summed over several leading dimensions of the embeddings where `loss.dims` names them. A teacher's terms
+(`retriever.loss.distill`) are added to contrastive_weight · loss, divided by the global queries too.
 
 A loss is this rank's part of it: the loss of the batch is the sum over ranks, and so is every parameter's gradient.
 """
@@ -34,13 +35,16 @@ _LARGEST_LOG_SCALE = 80.0  # beyond it, temperature or scale has no float32
 
 
 def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Tensor:
-    """[B]: a passage more similar to query i than this is no negative of its; queries and their targets [B, D], the margin in similarity.
+    """[B]: a passage more similar to query i than this is no negative of its; queries and their targets [B, D], the
+    margin in similarity.
 
-    It lies above the target's similarity by more than rounding even where the margin is 0, so that a passage with the target's own
-    embedding is a negative in whichever block and on whichever rank its similarity is computed.
+    It lies above the target's similarity by more than rounding even where the margin is 0, so that a passage with the
+    target's own embedding is a negative in whichever block and on whichever rank its similarity is computed.
     """
     similarity = (queries * targets).sum(dim=1)
-    rounding = torch.finfo(similarity.dtype).eps ** (2 / 3) * queries.norm(dim=1) * targets.norm(dim=1)  # 2.4e-5 of unit vectors in float32
+    rounding = (
+        torch.finfo(similarity.dtype).eps ** (2 / 3) * queries.norm(dim=1) * targets.norm(dim=1)
+    )  # 2.4e-5 of unit vectors in float32
     return similarity + rounding.clamp(min=margin)
 
 
@@ -48,7 +52,8 @@ class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
     def __init__(self, config: LossConfig, *, unit: bool, block_rows: int | None = None) -> None:
-        """`unit`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks for them.
+        """`unit`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks
+        for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
         """
@@ -64,10 +69,14 @@ class ContrastiveObjective(nn.Module):
         return math.exp(-self.log_scale.item()) if self.log_scale.requires_grad else self._config.temperature
 
     def temperature_at(self, step: int) -> float:
-        """`temperature`, for step `step`, counted from 0. Raises FloatingPointError where a learned one has left all bounds."""
+        """`temperature`, for step `step`, counted from 0. Raises FloatingPointError where a learned one has left all
+        bounds.
+        """
         log_scale = self.log_scale.item() if self.log_scale.requires_grad else 0.0
         if not abs(log_scale) < _LARGEST_LOG_SCALE:
-            raise FloatingPointError(f"step {step + 1}: the learned temperature has left all bounds (e^{-log_scale:.3g}); lower optim.lr")
+            raise FloatingPointError(
+                f"step {step + 1}: the learned temperature has left all bounds (e^{-log_scale:.3g}); lower optim.lr"
+            )
         return self.temperature
 
     @property
@@ -85,11 +94,12 @@ class ContrastiveObjective(nn.Module):
         gradient_scale: float = 1.0,
         temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's loss [], dqueries [B, D] and dpassages [N, D], of the dtype of queries [B, D] and passages [N, D].
+        """This rank's loss [], dqueries [B, D] and dpassages [N, D], of the dtype of queries [B, D] and passages [N,
+        D].
 
-        Where the temperature is learned, this rank's part of its gradient is added to `log_scale.grad`. Gradients, not the
-        loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16. `temperature`: the present one; None: it is
-        read here, and where it is learned the host waits for it.
+        Where the temperature is learned, this rank's part of its gradient is added to `log_scale.grad`. Gradients, not
+        the loss, are multiplied by `gradient_scale`, which keeps them inside the range of fp16. `temperature`: the
+        present one; None: it is read here, and where it is learned the host waits for it.
         """
         targets, temperature = targets.to(queries.device), self.temperature if temperature is None else temperature
         if not self._config.dims:
@@ -102,7 +112,13 @@ class ContrastiveObjective(nn.Module):
         return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit)
 
     def _contrast(
-        self, queries: Tensor, passages: Tensor, targets: Targets, world: World, gradient_scale: float, temperature: float
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        targets: Targets,
+        world: World,
+        gradient_scale: float,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = self._problem(queries, passages, targets, gradient_scale, temperature)
         row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
@@ -118,17 +134,25 @@ class ContrastiveObjective(nn.Module):
         """Per-row losses [B], dqueries and dpassages of the weighted sum of the contrastive and the teacher's terms."""
         config, weight = self._config, self._config.contrastive_weight
         if not config.distils:
-            losses, dqueries, dpassages = STRATEGIES[config.strategy](replace(problem, weight=weight * problem.weight), world)
+            losses, dqueries, dpassages = STRATEGIES[config.strategy](
+                replace(problem, weight=weight * problem.weight), world
+            )
             return weight * losses, dqueries, dpassages
         if groups is None:
-            raise ValueError("loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher")
+            raise ValueError(
+                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher"
+            )
         taught = distill(problem, groups, config, world)
         if weight == 0:
             return taught
-        losses, dqueries, dpassages = STRATEGIES[config.strategy](replace(problem, weight=weight * problem.weight), world)
+        losses, dqueries, dpassages = STRATEGIES[config.strategy](
+            replace(problem, weight=weight * problem.weight), world
+        )
         return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
 
-    def _problem(self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float, temperature: float) -> Problem:
+    def _problem(
+        self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float, temperature: float
+    ) -> Problem:
         # Positive and negative similarities come from the same rounded vectors: a loss is never below zero.
         queries, passages = rounded(queries, self._config.precision), rounded(passages, self._config.precision)
         threshold = None
@@ -138,7 +162,9 @@ class ContrastiveObjective(nn.Module):
         elif targets.ignores:
             threshold = queries.new_full((len(queries),), torch.inf)
         if threshold is not None:
-            threshold = threshold.masked_fill(targets.positives < 0, -torch.inf)  # no column of an ignored row takes part
+            threshold = threshold.masked_fill(
+                targets.positives < 0, -torch.inf
+            )  # no column of an ignored row takes part
         exclusions = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids, threshold)
         return Problem(
             queries,

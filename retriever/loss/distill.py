@@ -1,11 +1,15 @@
 """Distillation from a teacher's scores of each query's group: its target and its own scored negatives.
 
-With s_ij = scale·⟨q_i, p_j⟩ and t_ij the teacher's score over its temperature, for j in the group G_i, whose first entry is the target 0:
+With s_ij = scale·⟨q_i, p_j⟩ and t_ij the teacher's score over its temperature, for j in the group G_i, whose first
+entry is the target 0:
 
-    kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)          (Hinton et al. 2015, arXiv:1503.02531)
-    margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²               (Hofstätter et al. 2020, arXiv:2010.02666)
+    kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)          (Hinton et al. 2015,
+    arXiv:1503.02531)
+    margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²               (Hofstätter et al. 2020,
+    arXiv:2010.02666)
 
-A query lives on its target's rank, its negatives anywhere: passages are gathered, and their gradients summed over ranks.
+A query lives on its target's rank, its negatives anywhere: passages are gathered, and their gradients summed over
+ranks.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ _PAIRS_AT_ONCE = 65_536  # whose embeddings are held beside one another
 def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], and `problem.weight` times their gradients dqueries [B, D] and dpassages [N, D].
 
-    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse; 0 where the row is ignored or its group has no negative.
-    Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
+    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse; 0 where the row is ignored or its group has no
+    negative. Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
     """
     passages = world.gather_rows(problem.passages.to(problem.wire_dtype))  # [n, D]
     columns = _columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
@@ -33,7 +37,9 @@ def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) 
     rows = torch.repeat_interleave(torch.arange(len(sizes), device=columns.device), sizes)  # [G]
     pairs = torch.arange(len(rows), device=columns.device).split(_PAIRS_AT_ONCE)
     q, p = problem.queries, passages.rows
-    students = torch.cat([q.new_empty(0), *((q[rows[part]] * p[columns[part]]).sum(dim=1) for part in pairs)]) * problem.scale  # [G]
+    students = (
+        torch.cat([q.new_empty(0), *((q[rows[part]] * p[columns[part]]).sum(dim=1) for part in pairs)]) * problem.scale
+    )  # [G]
     teachers = groups.scores.to(students.dtype) / config.teacher_temperature  # [G]
 
     losses, dstudents = torch.zeros_like(q[:, 0]), torch.zeros_like(students)
@@ -82,5 +88,7 @@ def _columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
     place = torch.searchsorted(ordered, ids).clamp(max=len(ordered) - 1)
     missing = ordered[place] != ids
     if bool(missing.any()):
-        raise ValueError(f"passage {int(ids[missing][0])} of a teacher's group is in no rank's batch; expected each group inside the batch")
+        raise ValueError(
+            f"passage {int(ids[missing][0])} of a teacher's group is in no rank's batch; expected each group inside the batch"
+        )
     return order[place]

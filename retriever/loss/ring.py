@@ -1,8 +1,9 @@
 """The tiled loss over a ring: passages pass by block by block, and no rank ever holds those of all.
 
-Sweep 1 adds up each row's log-sum-exp over the blocks; where symmetric, the columns' sums travel with them. With these known, sweep 2
-takes the same blocks in reverse order and gives the gradient: the queries' adds up here, the passages' travels home in float32.
-8·b²·d operations over all ranks, against 6·b²·d where passages are gathered and the loss is one-directional.
+Sweep 1 adds up each row's log-sum-exp over the blocks; where symmetric, the columns' sums travel with them. With these
+known, sweep 2 takes the same blocks in reverse order and gives the gradient: the queries' adds up here, the passages'
+travels home in float32. 8·b²·d operations over all ranks, against 6·b²·d where passages are gathered and the loss is
+one-directional.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def ring(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D] and dpassages [N, D], float32 (float64 for float64 problems).
 
-    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks. `lse` and `gradient`
-    work on one block; others than the tiled ones serve comparisons. (Cheng et al. 2024, arXiv:2410.17243)
+    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks. `lse`
+    and `gradient` work on one block; others than the tiled ones serve comparisons. (Cheng et al. 2024,
+    arXiv:2410.17243)
     """
     queries, passages = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
     targets, precision = problem.columns, problem.precision
@@ -47,7 +49,15 @@ def ring(
     row_lse, column_lse = lse_of_sweep(problem, world, counts, queries, sweep, masks.of_block, lse)
     terms = Terms.of(problem, positive, row_lse, column_lse)
     dqueries, dpassages = gradient_of_sweep(
-        problem, world, counts, queries, blocks.back(), terms.row_log_weights, terms.column_log_weights, masks.of_block, gradient=gradient
+        problem,
+        world,
+        counts,
+        queries,
+        blocks.back(),
+        terms.row_log_weights,
+        terms.column_log_weights,
+        masks.of_block,
+        gradient=gradient,
     )
     add_target_gradient(dqueries, dpassages, queries, passages, targets, terms.target_gradient, precision=precision)
     return terms.losses, dqueries, dpassages
@@ -62,7 +72,8 @@ def lse_of_sweep(
     masks: Callable[[int], MaskTables],
     lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sweep 1, `forth`: row_lse of `queries` over every (owner, block) and, where symmetric, column_lse of own passages over all ranks'.
+    """Sweep 1, `forth`: row_lse of `queries` over every (owner, block) and, where symmetric, column_lse of own passages
+    over all ranks'.
 
     `masks` gives the tables of an owner's block, `counts` its rows; of `problem` only settings are read.
     """
@@ -89,7 +100,9 @@ def gradient_of_sweep(
     dqueries: Tensor | None = None,
     gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
 ) -> tuple[Tensor, Tensor]:
-    """Sweep 2, `back`: the negatives' part of dqueries, added to what is given, and of own dpassages over all ranks' queries."""
+    """Sweep 2, `back`: the negatives' part of dqueries, added to what is given, and of own dpassages over all ranks'
+    queries.
+    """
     column_weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
     dpassages = TravellingSum(world, counts, step=-1)
     for owner, block in sweep:
@@ -105,7 +118,9 @@ def gradient_of_sweep(
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """The pairs of own queries and every block's passages that are no negatives: all known pairs, whatever the number of ranks."""
+    """The pairs of own queries and every block's passages that are no negatives: all known pairs, whatever the number
+    of ranks.
+    """
 
     pairs: dict[int, tuple[Tensor, Tensor]]  # owner -> rows, columns of the block; without the rows' own targets
     targets: Tensor  # [B] int32, −1 where a row is ignored
@@ -115,7 +130,9 @@ class BlockMasks:
 
     @staticmethod
     def of(problem: Problem, ids: Iterable[tuple[int, Tensor]], counts: tuple[int, ...], rank: int) -> BlockMasks:
-        """Finds the pairs of every block's (owner, passage ids). How many there are the host asks here, not in a sweep."""
+        """Finds the pairs of every block's (owner, passage ids). How many there are the host asks here, not in a
+        sweep.
+        """
         own, targets = problem.exclusions, problem.positives
         pairs = {}
         for owner, passage_ids in ids:

@@ -80,8 +80,12 @@ STRATEGIES: dict[str, Callable[[Problem, World], tuple[Tensor, Tensor, Tensor]]]
 }
 
 
-def _rows_against_all(problem: Problem, world: World, q: Tensor, p: Tensor, every_q: Tensor | None, every_p: Tensor) -> Tensor:
-    """Losses [B] of this rank's rows: own queries against every passage, and own positives against every query if given."""
+def _rows_against_all(
+    problem: Problem, world: World, q: Tensor, p: Tensor, every_q: Tensor | None, every_p: Tensor
+) -> Tensor:
+    """Losses [B] of this rank's rows: own queries against every passage, and own positives against every query if
+    given.
+    """
     every_id = world.gather_rows(problem.exclusions.passage_ids).rows
     rows = _masked_logits(q, every_p, replace(problem.exclusions, passage_ids=every_id), problem.scale)  # [B, n]
     positive = replace(problem, queries=q, passages=p).positive_logits()
@@ -116,7 +120,9 @@ def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor)
     counts = world.gather_rows(own.known_ptr.diff()).rows
     known_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     threshold = own.threshold
-    if world.max(torch.tensor(float(threshold is not None), device=problem.queries.device)) > 0:  # some ranks may have none
+    if (
+        world.max(torch.tensor(float(threshold is not None), device=problem.queries.device)) > 0
+    ):  # some ranks may have none
         threshold = threshold if threshold is not None else problem.queries.new_full((len(problem.queries),), torch.inf)
         threshold = world.gather_rows(threshold).rows
     return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold)

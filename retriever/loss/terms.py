@@ -17,16 +17,20 @@ class Terms:
     """What follows from the rows' and columns' log-sum-exps; a row that is ignored has no weight."""
 
     losses: Tensor  # [B], 0 for an ignored row
-    row_log_weights: Tensor  # [B]: log of what exp(scale · s_ij) is multiplied with in row i's part of the gradient at the logits
+    row_log_weights: (
+        Tensor  # [B]: log of what exp(scale · s_ij) is multiplied with in row i's part of the gradient at the logits
+    )
     column_log_weights: Tensor | None  # [N]: likewise for the columns of own passages, where symmetric
     target_gradient: Tensor  # [B]: −scale · the gradient at the target's logit
 
     @staticmethod
     def of(problem: Problem, positive: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Terms:
-        """positive [B]: scale · s_it with the target t; row_lse [B] over the negatives of the row; column_lse [N] of own passages or None.
+        """positive [B]: scale · s_it with the target t; row_lse [B] over the negatives of the row; column_lse [N] of
+        own passages or None.
 
-        With z = positive, w the weight of a row's direction: loss = log(1 + e^{lse − z}), gradient at z −w·σ(lse − z), at a negative's
-        logit s w·e^{s − log(e^z + e^lse)} = w·σ(lse − z)·e^{s − lse}; nothing cancels where the positive dominates.
+        With z = positive, w the weight of a row's direction: loss = log(1 + e^{lse − z}), gradient at z −w·σ(lse − z),
+        at a negative's logit s w·e^{s − log(e^z + e^lse)} = w·σ(lse − z)·e^{s − lse}; nothing cancels where the
+        positive dominates.
         """
         active, columns = problem.active, problem.columns
         weight = problem.weight if column_lse is None else problem.weight / 2

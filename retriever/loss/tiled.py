@@ -17,9 +17,11 @@ from retriever.parallel.world import Gathered, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.infonce.api`. (Cheng et al. 2024, arXiv:2410.17243)
+    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.infonce.api`. (Cheng et al. 2024,
+    arXiv:2410.17243)
 
-    `problem.exchange` says how ranks see each other's passages, `problem.block_rows` that rows are in host memory; the result is the same.
+    `problem.exchange` says how ranks see each other's passages, `problem.block_rows` that rows are in host memory; the
+    result is the same.
     """
     if problem.block_rows is not None:
         return offloaded(problem, world)
@@ -27,14 +29,17 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a reduce-scatter.
+    """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a
+    reduce-scatter.
 
     Where the batch comes without its known pairs, passages are on their way while those are looked up.
     """
     queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
     counts, known = _counts(problem, world), problem.known_pairs
     start = sum(counts[: world.rank])
-    ids = world.begin_gather(problem.exclusions.passage_ids, counts) if known is None else None  # few bytes, and needed first
+    ids = (
+        world.begin_gather(problem.exclusions.passage_ids, counts) if known is None else None
+    )  # few bytes, and needed first
     arriving = world.begin_gather(own, counts)
     targets = torch.where(problem.active, problem.positives + start, -1) if start else problem.positives
     if ids is not None:
@@ -51,7 +56,9 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         targets,
         problem.scale,
         exclusions=masks,
-        weights=queries.new_full((len(queries),), problem.weight, dtype=torch.promote_types(problem.queries.dtype, torch.float32)),
+        weights=queries.new_full(
+            (len(queries),), problem.weight, dtype=torch.promote_types(problem.queries.dtype, torch.float32)
+        ),
         symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
@@ -77,7 +84,9 @@ def _counts(problem: Problem, world: World) -> tuple[int, ...]:
 def _symmetric_over_ranks(
     problem: Problem, queries: Tensor, passages: Gathered, masks: MaskTables, world: World
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gathered` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been seen."""
+    """`gathered` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been
+    seen.
+    """
     own = passages.rows[passages.own]
     positive = problem.scale * target_similarities(queries, own, problem.columns, precision=problem.precision)
     row_lse, column_lse = negatives_lse(
@@ -98,5 +107,7 @@ def _symmetric_over_ranks(
         largest=problem.largest,
     )
     dpassages = world.reduce_rows(dpassages, passages.counts)
-    add_target_gradient(dqueries, dpassages, queries, own, problem.columns, terms.target_gradient, precision=problem.precision)
+    add_target_gradient(
+        dqueries, dpassages, queries, own, problem.columns, terms.target_gradient, precision=problem.precision
+    )
     return terms.losses, dqueries, dpassages

@@ -1,13 +1,17 @@
-"""What an exchange of passages costs, from bytes, hops and bandwidths; `loss.exchange: auto` takes the cheaper one that fits.
+"""What an exchange of passages costs, from bytes, hops and bandwidths; `loss.exchange: auto` takes the cheaper one that
+fits.
 
-With W ranks, B = b/W queries and N = n/W passages a rank, dimension D, s bytes a number on the way and R operations a second and rank:
+With W ranks, B = b/W queries and N = n/W passages a rank, dimension D, s bytes a number on the way and R operations a
+second and rank:
 
-    gather   6·B·n·D operations (8 where symmetric, or where the workspace holds few rows of n columns), between an all-gather of
+    gather   6·B·n·D operations (8 where symmetric, or where the workspace holds few rows of n columns), between an
+    all-gather of
              (n − N)·D·s bytes and a reduce-scatter of (n − N)·D·4; what of these is hidden is not counted
-    ring     2·B·N·D operations a block in sweep 1, with a transfer of N·D·s bytes under way, and 6·B·N·D in sweep 2, with N·D·(s + 4)
+    ring     2·B·N·D operations a block in sweep 1, with a transfer of N·D·s bytes under way, and 6·B·N·D in sweep 2,
+    with N·D·(s + 4)
 
-A hop is exposed as far as it takes longer than the work on a block. Between nodes a ring has one rank's network card for a hop, a
-collective has the cards of all ranks of a node.
+A hop is exposed as far as it takes longer than the work on a block. Between nodes a ring has one rank's network card
+for a hop, a collective has the cards of all ranks of a node.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ _SLOWER = {"bf16": 1.0, "high": 2.7, "fp32": 12.0}  # than bf16, on the matrix u
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's share of the hardware. Defaults are measured on H200s joined by NVLink; `between_gb_s` is a 400 Gb/s card."""
+    """One rank's share of the hardware. Defaults are measured on H200s joined by NVLink; `between_gb_s` is a 400 Gb/s
+    card.
+    """
 
     ranks_per_node: int = 8
     tflops: float = 590.0  # of the loss's tile passes and matrix products, bf16
@@ -80,7 +86,9 @@ class Estimate:
 
 
 def gathered_operations(rows: float, columns: int, symmetric: bool, precision: str, workspace_mib: float) -> int:
-    """Operations for a number of a query and a passage, of `rows` queries and `columns` passages at hand: 8 in two passes, 6 in one."""
+    """Operations for a number of a query and a passage, of `rows` queries and `columns` passages at hand: 8 in two
+    passes, 6 in one.
+    """
     in_slab = workspace_mib * 2**20 / (columns * (2 if precision == "bf16" else 4))
     return RING_OPERATIONS if symmetric or in_slab < min(rows, _ONE_PASS_ROWS) else 6
 
@@ -96,7 +104,12 @@ def gather_cost(work: Workload, machine: Machine) -> Estimate:
     between = (columns - columns / nodes) * work.dim * wide / machine.between_gb_s / machine.ranks_per_node
     transfer = max(inside, between) / 1e6
     received = columns * work.dim * wide if work.ranks > 1 else 0.0
-    return Estimate(compute, transfer, transfer, (received + (rows + columns / work.ranks) * work.dim * 4) / 2**20 + work.workspace_mib)
+    return Estimate(
+        compute,
+        transfer,
+        transfer,
+        (received + (rows + columns / work.ranks) * work.dim * 4) / 2**20 + work.workspace_mib,
+    )
 
 
 def ring_cost(work: Workload, machine: Machine) -> Estimate:
@@ -104,8 +117,14 @@ def ring_cost(work: Workload, machine: Machine) -> Estimate:
     rows, columns = work.queries / work.ranks, work.passages / work.ranks
     narrow = _BYTES[work.precision]
     hops = work.ranks - 1
-    bandwidth = machine.inside_gb_s if work.ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
-    sweeps = [(2, narrow, hops), (6, 4, min(hops, 1)), (6, narrow + 4, hops - 1)]  # sweep 2 begins with the block sweep 1 ended on
+    bandwidth = (
+        machine.inside_gb_s if work.ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
+    )
+    sweeps = [
+        (2, narrow, hops),
+        (6, 4, min(hops, 1)),
+        (6, narrow + 4, hops - 1),
+    ]  # sweep 2 begins with the block sweep 1 ended on
     a_block = _compute_ms(RING_OPERATIONS * rows * columns * work.dim, work, machine) + 2 * machine.block_ms
     compute = work.ranks * a_block + machine.call_ms
     transfer = exposed = 0.0
@@ -119,14 +138,18 @@ def ring_cost(work: Workload, machine: Machine) -> Estimate:
 
 def hiding_queries(machine: Machine, ranks: int, precision: str = "bf16") -> int:
     """The global number of queries from which a ring hides its transfers; neither N nor D plays a part."""
-    bandwidth = machine.inside_gb_s if ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
+    bandwidth = (
+        machine.inside_gb_s if ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
+    )
     narrow = _BYTES[precision]
     per_rank = max(narrow / 2, (narrow + 4) / 6) * machine.tflops / _SLOWER[precision] * 1e3 / bandwidth
     return ranks * int(-(-per_rank // 1))
 
 
 def choose(work: Workload, machine: Machine, budget_mib: float) -> Exchange:
-    """The faster exchange of those whose memory stays within the budget; the ring, which needs least, where none does."""
+    """The faster exchange of those whose memory stays within the budget; the ring, which needs least, where none
+    does.
+    """
     gather = gather_cost(work, machine)
     return "gather" if gather.mib <= budget_mib and gather.total_ms <= ring_cost(work, machine).total_ms else "ring"
 
@@ -138,7 +161,9 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
     """
     loss = config.loss
     if loss.exchange == "ring" and loss.strategy != "tiled":
-        raise ConfigError(f"loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy={loss.strategy}, which gathers")
+        raise ConfigError(
+            f"loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy={loss.strategy}, which gathers"
+        )
     if loss.exchange != "auto":
         return loss.exchange
     if config.batch.offload:

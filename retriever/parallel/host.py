@@ -1,7 +1,8 @@
 """Rows in host memory that pass over the device block by block: a ring whose hops are copies.
 
-The device holds two blocks, one that is worked on and the next one, on its way. All copies of a call, in and out, go through one stream, in
-the order in which they are begun: a block that is written back and comes again needs no other care.
+The device holds two blocks, one that is worked on and the next one, on its way. All copies of a call, in and out, go
+through one stream, in the order in which they are begun: a block that is written back and comes again needs no other
+care.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ def host_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 
 
 class CopyStream:
-    """Copies between host and `device`, one after the other, beside what the device computes; on a CPU, plain copies."""
+    """Copies between host and `device`, one after the other, beside what the device computes; on a CPU, plain
+    copies.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin(self, *copies: tuple[Tensor, Tensor]) -> torch.cuda.Event | None:
-        """Begins to copy each (destination, source), once all that is queued on the device is done; the host waits for nothing."""
+        """Begins to copy each (destination, source), once all that is queued on the device is done; the host waits for
+        nothing.
+        """
         if self._stream is None:
             for destination, source in copies:
                 destination.copy_(source)
@@ -48,7 +53,9 @@ class CopyStream:
 
 
 class HostRows:
-    """One side's rows [n, D] and the sums of their gradient, in host memory; of each the device holds two blocks of `size` rows."""
+    """One side's rows [n, D] and the sums of their gradient, in host memory; of each the device holds two blocks of
+    `size` rows.
+    """
 
     def __init__(self, rows: Tensor, size: int, blocks: int, copies: CopyStream) -> None:
         """Cuts the rows into `blocks`, at least as many as they fill; further ones are empty."""
@@ -56,8 +63,12 @@ class HostRows:
         self._rows, self._copies = rows, copies
         self.sums = host_rows((n, dimension), torch.promote_types(rows.dtype, torch.float32), copies.device)
         self.places = [slice(min(k * size, n), min((k + 1) * size, n)) for k in range(blocks)]
-        # Explicit buffers, written in turn: the stream that copies knows nothing of what the allocator gives away again.
-        room = [torch.empty(min(size, n), dimension, dtype=host.dtype, device=copies.device) for host in (rows, rows, self.sums, self.sums)]
+        # Explicit buffers, written in turn: the stream that copies knows nothing of what the allocator gives away
+        # again.
+        room = [
+            torch.empty(min(size, n), dimension, dtype=host.dtype, device=copies.device)
+            for host in (rows, rows, self.sums, self.sums)
+        ]
         self._row_buffers, self._sum_buffers = room[:2], room[2:]
         self._zero = torch.zeros((), dtype=self.sums.dtype, device=copies.device)
 
@@ -66,7 +77,9 @@ class HostRows:
         return ((number, rows) for number, rows, _ in self._sweep(sums=False, fresh=False))
 
     def accumulate(self, *, fresh: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number, rows, sums) of every block in turn; what the caller adds to the sums in place goes back. `fresh`: they begin at zero."""
+        """(number, rows, sums) of every block in turn; what the caller adds to the sums in place goes back. `fresh`:
+        they begin at zero.
+        """
         return self._sweep(sums=True, fresh=fresh)
 
     def _sweep(self, *, sums: bool, fresh: bool) -> Iterator[tuple[int, Tensor, Tensor]]:

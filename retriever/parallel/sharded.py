@@ -1,7 +1,8 @@
 """An encoder that no rank holds whole: torch's `fully_shard` (FSDP2), and whole tensors out of shards and back.
 
-Each tower's repeated layers are gathered one after another as a chunk passes through, and let go of behind it; their gradients are
-summed into the shards chunk by chunk, not once a step. Ranks must therefore encode equally many chunks: see `data.chunks.filler`.
+Each tower's repeated layers are gathered one after another as a chunk passes through, and let go of behind it; their
+gradients are summed into the shards chunk by chunk, not once a step. Ranks must therefore encode equally many chunks:
+see `data.chunks.filler`.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ class PlacedEncoder:
             encoder.to(world.device)
 
     def whole(self, device: torch.device) -> DualEncoder:
-        """The encoder as an ordinary module of its present weights: itself, or where it is in shards a copy on `device`.
+        """The encoder as an ordinary module of its present weights: itself, or where it is in shards a copy on
+        `device`.
 
         Every rank calls it, as shards come from all.
         """
         return self._copy(device, keep=True) if self._sharded else self._encoder
 
     def copy(self, *, keep: bool = True) -> DualEncoder:
-        """A copy of the present weights in host memory, computed by the library's own layers; without weights where `keep` is false.
+        """A copy of the present weights in host memory, computed by the library's own layers; without weights where
+        `keep` is false.
 
         Where the encoder is in shards every rank calls it.
         """
@@ -73,7 +76,9 @@ def whole_tensors(tensors: Mapping[str, Tensor], device: torch.device, *, keep: 
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, the same on every rank, in shards as `like` is where the two have one shape; otherwise itself. Nothing is sent."""
+    """`tensor`, the same on every rank, in shards as `like` is where the two have one shape; otherwise itself. Nothing
+    is sent.
+    """
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -84,7 +89,9 @@ def _shard(encoder: DualEncoder, world: World) -> None:
     for tower in encoder.each_tower:
         for layer in repeated_layers(tower):
             fully_shard(layer, mesh=mesh)
-        fully_shard(tower, mesh=mesh, reshard_after_forward=True)  # by default the outermost would stay whole until a backward pass
+        fully_shard(
+            tower, mesh=mesh, reshard_after_forward=True
+        )  # by default the outermost would stay whole until a backward pass
         for module in tower.modules():
             if isinstance(module, FSDPModule):
                 # A sum over ranks: the loss is divided by the global number of queries already.
@@ -100,5 +107,8 @@ def _shard(encoder: DualEncoder, world: World) -> None:
 
 def _outline(encoder: DualEncoder) -> DualEncoder:
     """A copy whose parameters take no memory."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in encoder.parameters()}
+    empty = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in encoder.parameters()
+    }
     return copy.deepcopy(encoder, empty)

@@ -1,7 +1,8 @@
 """Ranks look after one another: one that dies, fails or hangs ends the run with its number instead of an endless wait.
 
-Each rank counts the collectives it enters. A thread of it publishes that count and a beat in the ranks' common store, and looks at the
-next rank's: O(1) work a rank and second, however many ranks there are. The first to find something wrong writes a verdict; all end on it.
+Each rank counts the collectives it enters. A thread of it publishes that count and a beat in the ranks' common store,
+and looks at the next rank's: O(1) work a rank and second, however many ranks there are. The first to find something
+wrong writes a verdict; all end on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SLOWEST_INTERVAL_S = 1.0
 
 
 class Watch:
-    """Rank `rank`'s eye on rank `rank + 1`; a rank may keep the others waiting in a collective for `timeout_s` at most."""
+    """Rank `rank`'s eye on rank `rank + 1`; a rank may keep the others waiting in a collective for `timeout_s` at
+    most.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
         self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
@@ -38,7 +41,9 @@ class Watch:
         self._entered = self._beat = 0
         self._stopped, self._closing = threading.Event(), False
         self._known: Verdict | None = None  # once read, it needs no store
-        self.before_leaving: Callable[[], None] = lambda: None  # called before the process ends in the middle of whatever it does
+        self.before_leaving: Callable[[], None] = lambda: (
+            None
+        )  # called before the process ends in the middle of whatever it does
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._publish()
 
@@ -68,19 +73,33 @@ class Watch:
             return verdict
 
     def blame(self, error: RuntimeError) -> RankError:
-        """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped meanwhile."""
+        """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped
+        meanwhile.
+        """
         still, verdict = self._still(), self._verdict()
         if verdict is None:
-            reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])  # gloo begins with its own file and line
-            lost = f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
-            verdict = self.announce(Verdict(still[0] if still else self._rank, self._rank, f"{lost}, and a collective failed ({reason})"))
+            reason = re.sub(
+                r"^\[.*?\] ", "", str(error).strip().splitlines()[0]
+            )  # gloo begins with its own file and line
+            lost = (
+                f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
+            )
+            verdict = self.announce(
+                Verdict(still[0] if still else self._rank, self._rank, f"{lost}, and a collective failed ({reason})")
+            )
         return RankError(verdict, self._rank)
 
     def tell(self, error: BaseException) -> BaseException:
-        """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led to it."""
+        """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led
+        to it.
+        """
         cause = error
         # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
-        led = error if isinstance(error, RuntimeError) and not isinstance(error, (RankError, torch.OutOfMemoryError)) else None
+        led = (
+            error
+            if isinstance(error, RuntimeError) and not isinstance(error, (RankError, torch.OutOfMemoryError))
+            else None
+        )
         if isinstance(error, KeyboardInterrupt):
             self.announce(Verdict(self._rank, self._rank, f"interrupted: {RESUMES}", INTERRUPTED))
         elif led and (self._still() or self._verdict()):
@@ -116,7 +135,9 @@ class Watch:
             if self._known is None and self._store.check([_VERDICT]):
                 self._known = Verdict(**json.loads(self._store.get(_VERDICT)))
         except dist.DistError:
-            self._known = Verdict(0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it")
+            self._known = Verdict(
+                0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it"
+            )
         return self._known
 
     def _look(self) -> None:
@@ -139,15 +160,23 @@ class Watch:
                 behind = now
             beat, entered = state, theirs
             if now - beating > self._limit_s:
-                self._accuse(following, f"gives no sign of life since {now - beating:.0f} s: it was killed or stopped, or its node is gone")
+                self._accuse(
+                    following,
+                    f"gives no sign of life since {now - beating:.0f} s: it was killed or stopped, or its node is gone",
+                )
             elif now - behind > self._limit_s:
-                self._accuse(following, f"hangs, or works on something too long: the others have waited for it for {now - behind:.0f} s")
+                self._accuse(
+                    following,
+                    f"hangs, or works on something too long: the others have waited for it for {now - behind:.0f} s",
+                )
 
     def _accuse(self, rank: int, what: str) -> None:
         self.announce(Verdict(rank, self._rank, f"rank {rank} {what} (run.timeout_s={self._timeout_s:g})"))
 
     def _leave(self, verdict: Verdict | None) -> None:
-        """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no more."""
+        """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no
+        more.
+        """
         if verdict is None or self._stopped.wait(2 * self._interval_s):
             return
         self.before_leaving()
@@ -167,8 +196,8 @@ class Watch:
 def watched(world: World, timeout_s: float) -> Iterator[None]:
     """Inside, a rank that is lost ends the run on all ranks within `timeout_s` of their waiting for it.
 
-    The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's sake; where the
-    main thread is stuck, the process prints the same message and exits with the verdict's status.
+    The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's
+    sake; where the main thread is stuck, the process prints the same message and exits with the verdict's status.
     """
     if world.size == 1:
         yield

@@ -1,6 +1,7 @@
 """The ranks of a run and the few collectives that training needs. With one rank every call is the identity.
 
-Ranks may hold unequal numbers of rows, zero included; rows travel as they are, into their place and without a copy in between.
+Ranks may hold unequal numbers of rows, zero included; rows travel as they are, into their place and without a copy in
+between.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Transfer:
 
 
 class World:
-    """`size` ranks of torch's default process group, this being `rank`, computing on `device`; `sharded`: none holds the encoder whole."""
+    """`size` ranks of torch's default process group, this being `rank`, computing on `device`; `sharded`: none holds
+    the encoder whole.
+    """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
         if size > 1 and not dist.is_initialized():
@@ -131,7 +134,9 @@ class World:
             return tuple(every.tolist())
 
     def gather_rows(self, x: Tensor, counts: Sequence[int] | None = None) -> Gathered:
-        """All ranks' rows of `x` [n, ...], n free on each rank; `counts`, where they are known already, spare asking for them."""
+        """All ranks' rows of `x` [n, ...], n free on each rank; `counts`, where they are known already, spare asking
+        for them.
+        """
         if self.size == 1:
             return Gathered(x, (len(x),), 0)
         counts = self.counts(len(x)) if counts is None else tuple(counts)
@@ -166,9 +171,11 @@ class World:
         return own
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
-        """Begins to send `x` to the rank `step` places on and to receive into `arriving` from the rank `step` places back.
+        """Begins to send `x` to the rank `step` places on and to receive into `arriving` from the rank `step` places
+        back.
 
-        Every rank calls it, in the same order. Both are contiguous, unchanged until `wait`, and may have unequal numbers of rows.
+        Every rank calls it, in the same order. Both are contiguous, unchanged until `wait`, and may have unequal
+        numbers of rows.
         """
         after, before = (self.rank + step) % self.size, (self.rank - step) % self.size
         ends = [(dist.isend, x, after), (dist.irecv, arriving, before)]
@@ -179,8 +186,8 @@ class World:
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Σ over ranks of every parameter's gradient, in flat buckets: a step's only parameter collective.
 
-        A parameter that has no gradient here enters as zeros; one that has none on any rank keeps none. Gradients of parameters in
-        shards are sums already.
+        A parameter that has no gradient here enters as zeros; one that has none on any rank keeps none. Gradients of
+        parameters in shards are sums already.
         """
         if self.size == 1:
             return

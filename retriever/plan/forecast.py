@@ -1,4 +1,6 @@
-"""A step's seconds and bytes from those of its parts, and how many of its chunks can keep something between the passes."""
+"""A step's seconds and bytes from those of its parts, and how many of its chunks can keep something between the
+passes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from retriever.retention import NOTHING, Budget, Keeps, Retention
 
 @dataclass(frozen=True)
 class Workload:
-    """One rank's part of a step: the lengths of its texts, cut into chunks in the order in which the encoder sees them."""
+    """One rank's part of a step: the lengths of its texts, cut into chunks in the order in which the encoder sees
+    them.
+    """
 
     queries: int  # of the global batch
     lengths: dict[Side, np.ndarray]  # [B] and [N] int64: of all of this rank's texts of a side
@@ -29,7 +33,9 @@ class Workload:
     @cached_property
     def chunks(self) -> dict[Side, list[np.ndarray]]:
         """Lengths [n_c] of each chunk's texts."""
-        plans = {side: plan_chunks(own, self.tokens_per_chunk, packed=self.packed) for side, own in self.lengths.items()}
+        plans = {
+            side: plan_chunks(own, self.tokens_per_chunk, packed=self.packed) for side, own in self.lengths.items()
+        }
         return {side: [self.lengths[side][rows] for rows in plan] for side, plan in plans.items()}
 
     @property
@@ -38,14 +44,17 @@ class Workload:
         return sum(int(own.sum()) for own in self.lengths.values())
 
     def measured_places(self, side: Side) -> tuple[int, ...]:
-        """Which chunks of a side, if it has any, stand for all: that of the longest texts, the middle one, and the last, often small."""
+        """Which chunks of a side, if it has any, stand for all: that of the longest texts, the middle one, and the
+        last, often small.
+        """
         count = len(self.chunks[side])
         return (0, (count - 1) // 2, count - 1) if count else ()
 
     def costs(self, measured: Mapping[Side, Mapping[int, ChunkCost]]) -> np.recarray:
         """Every chunk's cost from those at `measured_places`, as an array [chunks] with the fields of ChunkCost.
 
-        Costs a token change linearly from the first chunk to the middle one, and then no more; the last chunk stands for itself alone.
+        Costs a token change linearly from the first chunk to the middle one, and then no more; the last chunk stands
+        for itself alone.
         """
         rows = []
         for side in SIDES:
@@ -145,10 +154,13 @@ class Forecast:
         return np.select([self.keeps == "graph", self.keeps == "products"], [graph, products], nothing)
 
 
-def most_retained(forecast: Forecast, usable_bytes: float, given: tuple[int | None, int | None], world: World) -> Retention:
+def most_retained(
+    forecast: Forecast, usable_bytes: float, given: tuple[int | None, int | None], world: World
+) -> Retention:
     """Tokens of graphs and of products: those `given`, or else as many as fit into `usable_bytes` on every rank.
 
-    Products, which mostly spare more time by the byte, come before graphs; or there are none, where the slowest rank is faster so.
+    Products, which mostly spare more time by the byte, come before graphs; or there are none, where the slowest rank is
+    faster so.
     """
     plans = []
     for products in [None, 0] if given[1] is None else [given[1]]:
@@ -163,7 +175,8 @@ def most_retained(forecast: Forecast, usable_bytes: float, given: tuple[int | No
 
 
 def _most(forecast: Forecast, usable_bytes: float, kind: Literal["graphs", "products"], beside: Retention) -> int:
-    """Tokens of a kind that there is room for beside what `beside` keeps of the other; 0 where not even one chunk's fit.
+    """Tokens of a kind that there is room for beside what `beside` keeps of the other; 0 where not even one chunk's
+    fit.
 
     Half of the room that is left then is for more of them, up to a chunk's, as batches differ a little.
     """

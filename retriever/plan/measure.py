@@ -1,6 +1,7 @@
 """What a chunk, the loss and the update take on this device, measured before step 1: seconds, and on a GPU bytes.
 
-Everything here leaves the run as it found it: the state of the generators, no gradients, no memory, the peak counted from zero.
+Everything here leaves the run as it found it: the state of the generators, no gradients, no memory, the peak counted
+from zero.
 """
 
 from __future__ import annotations
@@ -118,12 +119,17 @@ def measure_chunk(encoder: DualEncoder, side: Side, lengths: np.ndarray) -> Chun
             products_bytes = allocated_bytes(device) - before
             again = _measured(device, encode, True, saved)[0]
         seconds = first.seconds, forward.seconds, again.seconds, backward.seconds
-        rounds.append((*seconds, products_bytes, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes))
+        rounds.append(
+            (*seconds, products_bytes, kept, first.peak_bytes, forward.peak_bytes, kept + backward.peak_bytes)
+        )
     return ChunkCost(tokens.input_ids.numel(), *np.median(rounds, axis=0).tolist())
 
 
-def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, dimension: int, device: torch.device) -> Cost:
-    """The loss and its gradients over `queries` random unit vectors and `passages` of them, on this rank alone; call it `undisturbed`.
+def measure_loss(
+    objective: ContrastiveObjective, queries: int, passages: int, dimension: int, device: torch.device
+) -> Cost:
+    """The loss and its gradients over `queries` random unit vectors and `passages` of them, on this rank alone; call it
+    `undisturbed`.
 
     Both are in host memory where the objective takes them from there.
     Raises torch.cuda.OutOfMemoryError where it does not fit.
@@ -135,15 +141,21 @@ def measure_loss(objective: ContrastiveObjective, queries: int, passages: int, d
     groups = Groups(ptr, positives, torch.ones(queries))  # a teacher's, where one is distilled
     none = torch.empty(0, dtype=torch.int64)
     known = KnownPairs(Pairs(none, none), (passages,))  # but the targets
-    targets = Targets(positives, torch.arange(passages), ptr, positives, queries, groups, known_pairs=known, ignores=False)
+    targets = Targets(
+        positives, torch.arange(passages), ptr, positives, queries, groups, known_pairs=known, ignores=False
+    )
     targets = targets.pinned() if device.type == "cuda" else targets
     alone = World(device)
-    costs = [_measured(device, objective, *sides, targets, alone)[0] for _ in range(1 + _REPEATS)][1:]  # the first tunes
+    costs = [_measured(device, objective, *sides, targets, alone)[0] for _ in range(1 + _REPEATS)][
+        1:
+    ]  # the first tunes
     return Cost(float(np.median([cost.seconds for cost in costs])), max(cost.peak_bytes for cost in costs))
 
 
 def measure_update(config: OptimConfig, parameters: Sequence[nn.Parameter], device: torch.device) -> float:
-    """Seconds of clipping and updating parameters of these shapes, on stand-ins of at most a few hundred MiB in proportion."""
+    """Seconds of clipping and updating parameters of these shapes, on stand-ins of at most a few hundred MiB in
+    proportion.
+    """
     sizes = np.cumsum([p.numel() for p in parameters])
     count = max(1, int(np.searchsorted(sizes, _SCRATCH_PARAMETERS, side="right")))
     scratch = nn.ParameterList(torch.zeros_like(p) for p in parameters[:count])

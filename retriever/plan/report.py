@@ -9,7 +9,13 @@ from retriever.wording import counted
 
 def layers_of(model: ModelConfig) -> str:
     """Whose layers compute."""
-    return "fused layers" if model.fused is True else "compiled layers" if model.compile is True else "the library's layers"
+    return (
+        "fused layers"
+        if model.fused is True
+        else "compiled layers"
+        if model.compile is True
+        else "the library's layers"
+    )
 
 
 def plan_lines(forecast: Forecast, total: int) -> str:
@@ -29,10 +35,18 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
     workload, memory, padding = forecast.workload, forecast.memory, forecast.computed - forecast.workload.tokens
     rows = [
         *(
-            (name, f"{len(workload.lengths[side]):,}", f"{workload.lengths[side].sum():,} tokens in {counted(len(chunks), 'chunk')}")
+            (
+                name,
+                f"{len(workload.lengths[side]):,}",
+                f"{workload.lengths[side].sum():,} tokens in {counted(len(chunks), 'chunk')}",
+            )
             for (side, chunks), name in zip(workload.chunks.items(), ("queries", "passages"), strict=True)
         ),
-        ("tokens in a chunk", f"{workload.tokens_per_chunk:,}", f"at most; {config.model.attention}, {layers_of(config.model)}"),
+        (
+            "tokens in a chunk",
+            f"{workload.tokens_per_chunk:,}",
+            f"at most; {config.model.attention}, {layers_of(config.model)}",
+        ),
         ("padding", f"{padding:,}", f"{padding / forecast.computed:.0%} of what is computed"),
         (
             "encoded once",
@@ -50,7 +64,11 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         ("second pass", f"{forecast.second_pass_s:.3f} s", ""),
         ("update", f"{forecast.update_s:.3f} s", ""),
         ("a step", f"{forecast.step_s:.3f} s", f"{forecast.pairs_per_s:,.0f} pairs/s"),
-        ("the run", _duration(total * forecast.step_s), f"{counted(total, 'step')}; evaluations and checkpoints not counted"),
+        (
+            "the run",
+            _duration(total * forecast.step_s),
+            f"{counted(total, 'step')}; evaluations and checkpoints not counted",
+        ),
         ("", "", ""),
         ("weights", _size(memory.weights), "and what else is there before step 1"),
         ("gradients", _size(memory.gradients), ""),

@@ -21,7 +21,15 @@ from retriever.loss.offload import host_bytes
 from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast, Memory, Workload, most_retained
-from retriever.plan.measure import Cost, allocated_bytes, measure_chunk, measure_loss, measure_update, undisturbed, usable_bytes
+from retriever.plan.measure import (
+    Cost,
+    allocated_bytes,
+    measure_chunk,
+    measure_loss,
+    measure_update,
+    undisturbed,
+    usable_bytes,
+)
 from retriever.retention import Retention, given_tokens
 
 _LARGEST_SIZE, _SMALLEST_USUAL = 131_072, 16_384  # tokens of a chunk that are tried on a GPU, halving
@@ -64,12 +72,13 @@ class StepPlanner:
         )
 
     def decide(self) -> tuple[Config, Forecast | None]:
-        """The configuration without `auto` in `batch`, the same on every rank, and the step it makes where that was measured.
+        """The configuration without `auto` in `batch`, the same on every rank, and the step it makes where that was
+        measured.
 
-        A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing is measured of
-        an encoder in shards, of which no rank can work alone.
-        Raises ConfigError where no chunk fits, where all graphs or products are to be kept and do not fit or the layers keep none, or
-        where representations are more than the host holds.
+        A GPU is measured unless everything is given and `run.preflight` is off, a CPU for `run.preflight=only`. Nothing
+        is measured of an encoder in shards, of which no rank can work alone. Raises ConfigError where no chunk fits,
+        where all graphs or products are to be kept and do not fit or the layers keep none, or where representations are
+        more than the host holds.
         """
         self._check()
         batch, preflight, usable = self._config.batch, self._config.run.preflight, self._usable
@@ -83,7 +92,9 @@ class StepPlanner:
                 batch = replace(batch, tokens_per_chunk=int(self._world.least(self._chunk_size(given))))
             if batch.tokens_per_chunk == 0:
                 least = max(_LEAST_SIZE, self._longest)
-                raise ConfigError(f"batch.tokens_per_chunk: not even chunks of {least:,} tokens fit beside the model on a GPU")
+                raise ConfigError(
+                    f"batch.tokens_per_chunk: not even chunks of {least:,} tokens fit beside the model on a GPU"
+                )
             if preflight == "only" or (usable is not None and (open_ends or preflight == "auto")):
                 forecast = self._forecast(int(batch.tokens_per_chunk))
         if forecast is not None:
@@ -95,7 +106,10 @@ class StepPlanner:
                 if getattr(batch, key) is True and room < 0:
                     more = f"{-room / _GIB:.1f} GiB more than a GPU has for it"
                     raise ConfigError(f"batch.{key}: true, but keeping all {what} takes {more}; set it to auto")
-        kept = (tokens if x == "auto" else x for x, tokens in zip((batch.retain, batch.retain_products), retention, strict=True))
+        kept = (
+            tokens if x == "auto" else x
+            for x, tokens in zip((batch.retain, batch.retain_products), retention, strict=True)
+        )
         graphs, products = kept
         return replace(self._config, batch=replace(batch, retain=graphs, retain_products=products)), forecast
 
@@ -106,7 +120,10 @@ class StepPlanner:
             raise ConfigError(
                 f"batch.retain_products: {str(products).lower()}, but only fused layers (model.fused=true) keep products; set it to auto"
             )
-        ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        ranks, there = (
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
         if (taken := ranks * self._memory.host) > there:
             raise ConfigError(
                 f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} GiB of host memory, "
@@ -118,12 +135,16 @@ class StepPlanner:
         if self._usable is None:
             return max(_UNMEASURED_SIZE[self._world.device.type], self._longest)
         longer: Side = max(SIDES, key=lambda side: int(self._lengths[side].sum()))
-        seconds: dict[int, float] = {}  # of a token, by size, where all chunks are like the middle one and what fits is kept
+        seconds: dict[
+            int, float
+        ] = {}  # of a token, by size, where all chunks are like the middle one and what fits is kept
         size = max(_LARGEST_SIZE, self._longest)
         while size >= max(_LEAST_SIZE, self._longest) and (size >= _SMALLEST_USUAL or not seconds):
             workload = self._workload(size)
             try:
-                cost = measure_chunk(self._encoder, longer, workload.chunks[longer][workload.measured_places(longer)[1]])
+                cost = measure_chunk(
+                    self._encoder, longer, workload.chunks[longer][workload.measured_places(longer)[1]]
+                )
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
             else:
@@ -143,22 +164,32 @@ class StepPlanner:
         workload, device = self._workload(size), self._world.device
         try:
             measured = {
-                side: {place: measure_chunk(self._encoder, side, workload.chunks[side][place]) for place in dict.fromkeys(places)}
+                side: {
+                    place: measure_chunk(self._encoder, side, workload.chunks[side][place])
+                    for place in dict.fromkeys(places)
+                }
                 for side, places in ((side, workload.measured_places(side)) for side in SIDES)
             }
             loss, update_s = self._loss(), measure_update(self._config.optim, self._parameters, device)
         except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto") from error
+            raise ConfigError(
+                f"batch.tokens_per_chunk: {size:,} tokens do not fit beside the model; set it to auto"
+            ) from error
         # What the encoder made for itself at its first chunk (rounded weights, workspaces) stays for the whole run.
         made = allocated_bytes(device) - sum(p.grad.nbytes for p in self._parameters if p.grad is not None)
         memory = replace(self._memory, weights=max(self._memory.weights, made))
         return Forecast(workload, workload.costs(measured), loss, update_s, memory)
 
     def _loss(self) -> Cost:
-        """The loss over this rank's queries and the passages they see: time by pairs and operations, memory by rows where tiled."""
+        """The loss over this rank's queries and the passages they see: time by pairs and operations, memory by rows
+        where tiled.
+        """
         config, ranks = self._config.loss, self._world.size
         tiled, device = config.strategy == "tiled", self._world.device
-        whole = len(self._lengths["query"]), len(self._lengths["passage"]) * (1 if config.strategy == "local" else ranks)
+        whole = (
+            len(self._lengths["query"]),
+            len(self._lengths["passage"]) * (1 if config.strategy == "local" else ranks),
+        )
         share = min(1.0, sqrt(_MEASURED_PAIRS[device.type, tiled] / prod(whole)))
         part = max(1, int(share * whole[0])), max(1, int(share * whole[1]))
         seconds, peak_bytes = measure_loss(self._objective, *part, self._encoder.dimension, device)
@@ -168,7 +199,9 @@ class StepPlanner:
         if not tiled:
             return Cost(seconds * pairs, peak_bytes * pairs)
         workspace_mib = float(config.workspace_mib)
-        measured, operations = (gathered_operations(*n, config.symmetric, config.precision, workspace_mib) for n in (part, whole))
+        measured, operations = (
+            gathered_operations(*n, config.symmetric, config.precision, workspace_mib) for n in (part, whole)
+        )
         if config.exchange == "ring" and ranks > 1:
             operations = RING_OPERATIONS
         fixed = min(workspace_mib * 2**20, peak_bytes)
@@ -182,7 +215,10 @@ def _step_lengths(
 
     def lengths(batch: GlobalBatch | RankSlice) -> dict[Side, np.ndarray]:
         query = template.lengths(store.queries.lengths_of(batch.queries), config.model.query_max_tokens)
-        return {"query": query, "passage": template.lengths(store.passages.lengths_of(batch.passages), config.model.passage_max_tokens)}
+        return {
+            "query": query,
+            "passage": template.lengths(store.passages.lengths_of(batch.passages), config.model.passage_max_tokens),
+        }
 
     whole = planner.plan(0)
     every = lengths(whole)

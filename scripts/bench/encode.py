@@ -2,9 +2,10 @@
 
     python -m scripts.bench.encode --output docs/bench/encode.json
 
-BERT-base of random weights, mean pooling, unit vectors, bf16; passages of MS MARCO's lengths (`passages`). `ids`: from token ids to
-embeddings in host memory. `text`: from text to shards on disk, tokenised here; sentence-transformers ends in host memory. A way whose
-embeddings are not those of the padded fp32 encoder is not timed. sentence-transformers comes first. `scripts.bench.report` makes the page.
+BERT-base of random weights, mean pooling, unit vectors, bf16; passages of MS MARCO's lengths (`passages`). `ids`: from
+token ids to embeddings in host memory. `text`: from text to shards on disk, tokenised here; sentence-transformers ends
+in host memory. A way whose embeddings are not those of the padded fp32 encoder is not timed. sentence-transformers
+comes first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ def save_model(folder: Path, layers: int) -> None:
 
 def load(folder: Path, mode: str, precision: str, device: torch.device) -> EncoderBundle:
     """The encoder in one of MODES."""
-    bundle = load_encoder(folder, passage_max_tokens=_MAX_TOKENS, attention="padded", precision=precision, device=device)  # type: ignore[arg-type]
+    bundle = load_encoder(
+        folder,
+        passage_max_tokens=_MAX_TOKENS,
+        attention="padded",
+        precision=precision,  # type: ignore[arg-type]
+        device=device,
+    )
     for change in MODES[mode]:
         change(bundle.encoder)
     return bundle
@@ -104,12 +111,16 @@ def measured(table: Table, device: torch.device, case: str, method: str, texts: 
         table.add(case, method, "peak_gib", peak, "GiB")
 
 
-def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: np.ndarray, args: argparse.Namespace) -> None:
+def measure(
+    table: Table, folder: Path, mode: str, texts: list[str], reference: np.ndarray, args: argparse.Namespace
+) -> None:
     """One way to run the encoder: its cosine to `reference`, then its rate from ids and from text."""
     device = torch.device(args.device)
     bundle = load(folder, mode, "bf16", device)
     case = f"texts={args.texts},{mode}"
-    found = cosines(bundle.encode(texts[: len(reference)], "passage", tokens_per_chunk=args.tokens_per_chunk), reference)
+    found = cosines(
+        bundle.encode(texts[: len(reference)], "passage", tokens_per_chunk=args.tokens_per_chunk), reference
+    )
     table.add(case, "bigbatch", "cosine_min", float(found.min()), "", f"to padded fp32, {len(reference)} passages")
     if not found.min() > _WRONG:
         table.add(case, "bigbatch", "passages_per_s", None, "passages/s", "not timed: wrong")
@@ -124,7 +135,13 @@ def measure(table: Table, folder: Path, mode: str, texts: list[str], reference: 
     pairs = ((str(row), texts[row % len(texts)]) for row in range(args.texts))
     with tempfile.TemporaryDirectory() as shards, measured(table, device, f"{case},text", "bigbatch", args.texts):
         encode_to_shards(
-            bundle, pairs, "passage", shards, texts_fingerprint="random", tokens_per_chunk=args.tokens_per_chunk, progress=False
+            bundle,
+            pairs,
+            "passage",
+            shards,
+            texts_fingerprint="random",
+            tokens_per_chunk=args.tokens_per_chunk,
+            progress=False,
         )
 
 
@@ -147,18 +164,29 @@ def sentence_transformers(
     device = torch.device(args.device)
 
     def encode(some: list[str], size: int) -> np.ndarray:
-        return model.encode(some, batch_size=size, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
+        return model.encode(some, batch_size=size, normalize_embeddings=True, show_progress_bar=False).astype(
+            np.float32
+        )
 
     some = texts[: args.peer_texts]
     for size in args.peer_batches:
         found = cosines(encode(texts[: len(reference)], size), reference)
-        table.add(f"{case},batch={size}", method, "cosine_min", float(found.min()), "", f"to our padded fp32, {len(reference)} passages")
+        table.add(
+            f"{case},batch={size}",
+            method,
+            "cosine_min",
+            float(found.min()),
+            "",
+            f"to our padded fp32, {len(reference)} passages",
+        )
         with measured(table, device, f"{case},batch={size},text", method, len(some), note):
             encode(some, size)
 
 
 def _encode(args: argparse.Namespace) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it spends long on a plan for every new shape of padded texts, the peer's
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it spends long on a plan for every new shape of padded texts, the peer's
     table = Table.begin(args.command, _PACKAGES)
     texts = random_passages(min(args.distinct, args.texts))[0]
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,6 @@
-"""FlashAttention-2 for sentence-transformers: the installed package, or a stand-in that calls the same kernels in torch."""
+"""FlashAttention-2 for sentence-transformers: the installed package, or a stand-in that calls the same kernels in
+torch.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
     python -m scripts.bench.loss --output docs/bench/loss.json
     python -m scripts.bench.loss --sizes 1048576 --accuracy-sizes --methods bigbatch --output /tmp/million.json
 
-One NVIDIA GPU; `pip install -e .[bench]` for the peers. A method that is wrong is not timed, one that does not run is named with
-the reason. Times are medians of calls queued one after the other, between CUDA events; memory is what a call adds to its inputs,
-gradients and cuBLAS's workspaces included. `scripts.bench.report` makes the page and the plot from the JSON.
+One NVIDIA GPU; `pip install -e .[bench]` for the peers. A method that is wrong is not timed, one that does not run is
+named with the reason. Times are medians of calls queued one after the other, between CUDA events; memory is what a call
+adds to its inputs, gradients and cuBLAS's workspaces included. `scripts.bench.report` makes the page and the plot from
+the JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _TIERS = {"bf16": 0, "high": 4}  # of `methods`
 
 
 def accuracy(bench: LossBench, sizes: Sequence[int]) -> None:
-    """Errors of the tiers against float64 at several temperatures and cosines of the pairs, and whether a repeat gives the same bits."""
+    """Errors of the tiers against float64 at several temperatures and cosines of the pairs, and whether a repeat gives
+    the same bits.
+    """
     tiers = {name: methods()[place] for name, place in _TIERS.items()}
     for b in sizes:
         for temperature in (0.01, 0.02, 0.05):
@@ -39,7 +42,9 @@ def accuracy(bench: LossBench, sizes: Sequence[int]) -> None:
                 for precision, method in tiers.items():
                     case = bench.case(b, f"t={temperature},cosine={cosine},{precision}")
                     first, second = (method.run(problem, True) for _ in range(2))
-                    same = all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None and y is not None)
+                    same = all(
+                        torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None and y is not None
+                    )
                     note = f"mean loss {float(truth[0]):.3g}" + ("" if same else "; the repeat differs")
                     for metric, value in zip(("loss_error", "gradient_error"), errors(first, truth), strict=True):
                         bench.add(case, "bigbatch", metric, value, "relative", note)

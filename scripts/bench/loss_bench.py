@@ -48,9 +48,13 @@ class LossBench:
         return random_problem(self.world, b, self.dim)
 
     def run(self, methods: Sequence[Method], names: Sequence[str], sizes: Sequence[int]) -> None:
-        """Checks and times those methods whose name, or name and condition, is among `names`; all where there are none."""
+        """Checks and times those methods whose name, or name and condition, is among `names`; all where there are
+        none.
+        """
         for method in methods:
-            if (not names or method.name in names or f"{method.name} {method.condition}" in names) and self._is_right(method):
+            if (not names or method.name in names or f"{method.name} {method.condition}" in names) and self._is_right(
+                method
+            ):
                 for b in sizes:
                     if b <= method.largest:
                         self._measure(method, b)
@@ -61,7 +65,14 @@ class LossBench:
         try:
             found = errors(method.run(problem, True), truth)
         except Exception as error:  # a peer may fail in any way, and the table says how
-            self.add(case, method.name, "gradient_error", None, "", f"does not run: {type(error).__name__}: {str(error)[:160]}")
+            self.add(
+                case,
+                method.name,
+                "gradient_error",
+                None,
+                "",
+                f"does not run: {type(error).__name__}: {str(error)[:160]}",
+            )
             return False
         for metric, value in zip(("loss_error", "gradient_error"), found, strict=True):
             self.add(case, method.name, metric, value, "relative", method.note)
@@ -77,14 +88,25 @@ class LossBench:
         call, gpu = partial(method.run, problem, True), self.world.device.type == "cuda"
         try:
             if gpu:
-                self.add(case, method.name, "mb_per_rank" if self.several else "peak_extra_mb", peak_extra_mb(call), "MiB")
+                self.add(
+                    case, method.name, "mb_per_rank" if self.several else "peak_extra_mb", peak_extra_mb(call), "MiB"
+                )
             self.add(case, method.name, "forward_backward_ms", median_ms(self.world, call), "ms")
             if not self.several:
-                self.add(case, method.name, "forward_ms", median_ms(self.world, partial(method.run, problem, False)), "ms")
+                self.add(
+                    case, method.name, "forward_ms", median_ms(self.world, partial(method.run, problem, False)), "ms"
+                )
         except Exception as error:
             if self.world.size > 1:  # the other ranks wait for this one
                 raise
-            self.add(case, method.name, "forward_backward_ms", None, "ms", f"fails: {type(error).__name__}: {str(error)[:120]}")
+            self.add(
+                case,
+                method.name,
+                "forward_backward_ms",
+                None,
+                "ms",
+                f"fails: {type(error).__name__}: {str(error)[:120]}",
+            )
         if self.several and method.name == "bigbatch" and method.condition != "offload":
             self._predict(b, method.condition)
         del problem, call

@@ -1,4 +1,6 @@
-"""The losses that `scripts.bench.loss` and `scripts.bench.ring` compare, from one rank's rows to (mean loss, dqueries, dpassages)."""
+"""The losses that `scripts.bench.loss` and `scripts.bench.ring` compare, from one rank's rows to (mean loss, dqueries,
+dpassages).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _ROWS_DRAWN = 65_536
 
 @dataclass(frozen=True)
 class Problem:
-    """One rank's rows: query i's positive is passage i, every other passage of any rank is its negative. All ranks have equally many."""
+    """One rank's rows: query i's positive is passage i, every other passage of any rank is its negative. All ranks have
+    equally many.
+    """
 
     queries: Tensor  # [B, D] bf16 unit vectors
     passages: Tensor  # [B, D]
@@ -63,22 +67,32 @@ class Problem:
         copies = [host_rows(side.shape, torch.float32, self.world.device).copy_(side) for side in sides]
         return copies[0], copies[1]
 
-    def for_strategy(self, *, dtype: torch.dtype = torch.bfloat16, symmetric: bool = False, **more: Any) -> strategy.Problem:
-        """What the project's strategies are given in training: the loader has looked up that no pair but the targets is known."""
+    def for_strategy(
+        self, *, dtype: torch.dtype = torch.bfloat16, symmetric: bool = False, **more: Any
+    ) -> strategy.Problem:
+        """What the project's strategies are given in training: the loader has looked up that no pair but the targets is
+        known.
+        """
         B, none = len(self.queries), self.at.new_empty(0)
         exclusions = Exclusions(self.ids, torch.arange(B + 1, device=self.queries.device), self.ids)
         known = KnownPairs(Pairs(none, none), (B,) * self.world.size)
         more |= {"known_pairs": known, "ignores": False, "largest": 1.0}  # of unit vectors
         queries, passages, weight = self.queries.to(dtype), self.passages.to(dtype), 1 / (B * self.world.size)
-        return strategy.Problem(queries, passages, self.at, exclusions, 1 / self.temperature, weight, symmetric, "bf16", **more)
+        return strategy.Problem(
+            queries, passages, self.at, exclusions, 1 / self.temperature, weight, symmetric, "bf16", **more
+        )
 
 
-def random_problem(world: World, b: int, dim: int, *, cosine: float = 0.3, temperature: float = 0.02, seed: int = 0) -> Problem:
+def random_problem(
+    world: World, b: int, dim: int, *, cosine: float = 0.3, temperature: float = 0.02, seed: int = 0
+) -> Problem:
     """This rank's rows of a batch of `b`: random unit queries, passages with a cosine of `cosine` to theirs."""
     generator = torch.Generator(world.device).manual_seed(seed + world.rank)
     sides = [torch.empty(b // world.size, dim, dtype=torch.bfloat16, device=world.device) for _ in range(2)]
     for queries, passages in zip(*(side.split(_ROWS_DRAWN) for side in sides), strict=True):
-        q, noise = (normalize(torch.randn(queries.shape, device=world.device, generator=generator), dim=1) for _ in range(2))
+        q, noise = (
+            normalize(torch.randn(queries.shape, device=world.device, generator=generator), dim=1) for _ in range(2)
+        )
         queries.copy_(q)
         passages.copy_(normalize(cosine * q + math.sqrt(1 - cosine**2) * noise, dim=1))
     return Problem(sides[0], sides[1], temperature, world)
@@ -143,13 +157,20 @@ def ring_methods() -> list[Method]:
         Method("bigbatch", "ring", partial(_tiled, **ring), 2**22, ring_note),
         Method("bigbatch", "gather,symmetric", partial(_tiled, symmetric=True), note=note, symmetric=True),
         Method("bigbatch", "ring,symmetric", partial(_tiled, symmetric=True, **ring), note=ring_note, symmetric=True),
-        Method("bigbatch", "offload", _offloaded, 2**20, "rows and gradients in host memory, whose part is in the time"),
+        Method(
+            "bigbatch", "offload", _offloaded, 2**20, "rows and gradients in host memory, whose part is in the time"
+        ),
         Method("dense", "", partial(_strategy, name="dense"), 32_768, f"b × b {logits} on every rank"),
         Method("local", "", partial(_strategy, name="local"), 65_536, f"B × b {logits}"),
         Method("disco", "", partial(_strategy, name="disco"), 65_536, f"B × b {logits}"),
         Method("dense", "bf16 logits", _dense_bf16, note="passages gathered, autocast, bf16 gradients"),
         Method("inf-cl", "ring", _inf_cl_ring, note="its ring, fp32 inputs, tf32 products"),
-        Method("memeff", "ring", partial(_memeff, loss="DistributedMemoryEfficientQwen3Loss"), note="its ring, bf16 gradients"),
+        Method(
+            "memeff",
+            "ring",
+            partial(_memeff, loss="DistributedMemoryEfficientQwen3Loss"),
+            note="its ring, bf16 gradients",
+        ),
     ]
 
 
@@ -179,7 +200,9 @@ def _mean(problem: Problem, result: Result) -> Found:
 
 
 def _offloaded(problem: Problem, gradients: bool) -> Found:
-    """The objective as training calls it over rows in host memory: blocks of training's size, several of them in a small batch."""
+    """The objective as training calls it over rows in host memory: blocks of training's size, several of them in a
+    small batch.
+    """
     B = len(problem.queries)
     config = LossConfig(temperature=problem.temperature, precision="bf16", workspace_mib=1024)
     block_rows = BLOCK_ROWS if B > BLOCK_ROWS else max(1, 3 * B // 10)
@@ -205,11 +228,15 @@ def _with_autograd(
 
 def _dense(problem: Problem, gradients: bool) -> Found:
     with float32_products("tf32"):
-        return _with_autograd(problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.at), torch.float32)
+        return _with_autograd(
+            problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.at), torch.float32
+        )
 
 
 def _dense_bf16(problem: Problem, gradients: bool) -> Found:
-    """All passages beside one another, cross-entropy over bf16 logits by autograd, gradients home by a reduce-scatter."""
+    """All passages beside one another, cross-entropy over bf16 logits by autograd, gradients home by a
+    reduce-scatter.
+    """
     world = problem.world
     gathered = world.gather_rows(problem.passages)
     every = gathered.rows.detach().requires_grad_(gradients)
@@ -223,30 +250,48 @@ def _dense_bf16(problem: Problem, gradients: bool) -> Found:
 def _inf_cl(problem: Problem, gradients: bool) -> Found:
     cal_flash_loss = import_module("inf_cl").cal_flash_loss
     scale = 1 / problem.temperature
-    return _with_autograd(problem, gradients, lambda q, p: cal_flash_loss(q, p, problem.at, scale=scale).mean(), torch.float32)
+    return _with_autograd(
+        problem, gradients, lambda q, p: cal_flash_loss(q, p, problem.at, scale=scale).mean(), torch.float32
+    )
 
 
 def _inf_cl_ring(problem: Problem, gradients: bool) -> Found:
     cal_inf_loss = import_module("inf_cl").cal_inf_loss
     size = problem.world.size
-    return _with_autograd(problem, gradients, lambda q, p: cal_inf_loss(q / problem.temperature, p) / size, torch.float32)
+    return _with_autograd(
+        problem, gradients, lambda q, p: cal_inf_loss(q / problem.temperature, p) / size, torch.float32
+    )
 
 
 def _memeff(problem: Problem, gradients: bool, *, loss: str = "MemoryEfficientQwen3Loss") -> Found:
-    settings = {"margin": 2.0, "use_qq_negatives": False, "use_dd_negatives": False, "normalized_inputs": True, "stable": False}
-    return _with_autograd(problem, gradients, getattr(import_module("memeff"), loss)(temperature=problem.temperature, **settings))
+    settings = {
+        "margin": 2.0,
+        "use_qq_negatives": False,
+        "use_dd_negatives": False,
+        "normalized_inputs": True,
+        "stable": False,
+    }
+    return _with_autograd(
+        problem, gradients, getattr(import_module("memeff"), loss)(temperature=problem.temperature, **settings)
+    )
 
 
 def _cce(problem: Problem, gradients: bool) -> Found:
     linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
-    return _with_autograd(problem, gradients, lambda q, p: linear_cross_entropy(q / problem.temperature, p, problem.at, filter_eps=None))
+    return _with_autograd(
+        problem, gradients, lambda q, p: linear_cross_entropy(q / problem.temperature, p, problem.at, filter_eps=None)
+    )
 
 
 def _liger(problem: Problem, gradients: bool, *, chunks: int) -> Found:
     ops = import_module("liger_kernel.ops.fused_linear_cross_entropy")
     if not gradients:  # its autograd function computes gradients in the forward; this is the loss alone
         scaled = problem.queries / problem.temperature
-        return ops.fused_linear_cross_entropy_forward(scaled, problem.passages, problem.at, chunk_mem_const=chunks)[0], None, None
+        return (
+            ops.fused_linear_cross_entropy_forward(scaled, problem.passages, problem.at, chunk_mem_const=chunks)[0],
+            None,
+            None,
+        )
 
     def loss_of(q: Tensor, p: Tensor) -> Tensor:
         scaled = q / problem.temperature
@@ -261,7 +306,9 @@ class _LigerChunks(torch.autograd.Function):
     """Liger's forward with larger chunks, which its autograd function has no argument for."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, queries: Tensor, passages: Tensor, targets: Tensor, chunks: int) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, queries: Tensor, passages: Tensor, targets: Tensor, chunks: int
+    ) -> Tensor:
         ops = import_module("liger_kernel.ops.fused_linear_cross_entropy")
         results = ops.fused_linear_cross_entropy_forward(
             queries, passages, targets, chunk_mem_const=chunks, compute_gradients=True, weight_requires_grad=True

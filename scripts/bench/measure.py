@@ -27,11 +27,15 @@ def now(device: torch.device) -> float:
 
 
 def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, most: int = 30) -> float:
-    """The median time of calls queued one after the other, after one that is not counted; of one call where that takes longer."""
+    """The median time of calls queued one after the other, after one that is not counted; of one call where that takes
+    longer.
+    """
     call()
     started = now(world.device)
     call()
-    each = float(world.max(torch.tensor(now(world.device) - started, device=world.device)))  # as many calls on every rank
+    each = float(
+        world.max(torch.tensor(now(world.device) - started, device=world.device))
+    )  # as many calls on every rank
     if each > seconds:
         return 1e3 * each
     moments = [_moment(world.device)]
@@ -44,7 +48,9 @@ def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, mo
 
 
 def _moment(device: torch.device) -> Any:
-    """When everything is done that was queued before: an event on the device's own time line, or seconds of the clock."""
+    """When everything is done that was queued before: an event on the device's own time line, or seconds of the
+    clock.
+    """
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -93,7 +99,9 @@ def peak_extra_mb(call: Callable[[], object]) -> float:
 
 
 def add_matmul_rate(table: Table, device: torch.device) -> float | None:
-    """TFLOP/s of an 8192³ bf16 product of N(0, 1) matrices, the best of five medians, which becomes a row; None on a CPU."""
+    """TFLOP/s of an 8192³ bf16 product of N(0, 1) matrices, the best of five medians, which becomes a row; None on a
+    CPU.
+    """
     if device.type != "cuda":
         return None
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -111,7 +119,9 @@ def errors(result: tuple[Tensor, Tensor | None, Tensor | None], truth: Result) -
 
 
 class Silent(World):
-    """Ranks that hear nothing of one another: local copies of the same size stand in for every transfer. All hold equally many rows."""
+    """Ranks that hear nothing of one another: local copies of the same size stand in for every transfer. All hold
+    equally many rows.
+    """
 
     def counts(self, n: int) -> tuple[int, ...]:
         """As many on every rank."""

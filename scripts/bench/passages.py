@@ -1,4 +1,6 @@
-"""Passages of MS MARCO's lengths made of random tokens, as ids and as text, and the tokenizer that goes between the two."""
+"""Passages of MS MARCO's lengths made of random tokens, as ids and as text, and the tokenizer that goes between the
+two.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def word_tokenizer(max_tokens: int = 256, vocabulary: int = VOCABULARY) -> PreTr
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=max_tokens,
@@ -50,4 +54,6 @@ def random_passages(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tupl
 def _words(count: int) -> list[str]:
     """Distinct words, spread over the alphabet."""
     step = len(ascii_lowercase) ** _LETTERS // count
-    return ["".join(letters) for place, letters in enumerate(product(ascii_lowercase, repeat=_LETTERS)) if place % step == 0][:count]
+    return [
+        "".join(letters) for place, letters in enumerate(product(ascii_lowercase, repeat=_LETTERS)) if place % step == 0
+    ][:count]

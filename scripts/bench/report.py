@@ -2,7 +2,8 @@
 
     python -m scripts.bench.report docs/bench/*.json
 
-Page and plot go beside the JSON. A section has a line for each case and method that has its first figure, or the reason why not.
+Page and plot go beside the JSON. A section has a line for each case and method that has its first figure, or the reason
+why not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ MATMUL = ("8192x8192x8192", "floor", "matmul_tflops")
 
 @dataclass(frozen=True)
 class Section:
-    """A table of a page: the metrics that are its columns, each with its heading and format; the first one is what rows are chosen by."""
+    """A table of a page: the metrics that are its columns, each with its heading and format; the first one is what rows
+    are chosen by.
+    """
 
     title: str
     text: str
@@ -53,7 +56,16 @@ PAGES = {
         "shares may exceed 100%. MiB: what a call adds to its inputs at its peak, gradients and cuBLAS's workspaces\n"
         "included. Bigbatch is so many times as fast as the method.",
         (
-            Section("", "", {**_TIME, "share": ("share", ".0%"), "forward_ms": ("forward, ms", ",.2f"), "peak_extra_mb": ("MiB", ",.0f")}),
+            Section(
+                "",
+                "",
+                {
+                    **_TIME,
+                    "share": ("share", ".0%"),
+                    "forward_ms": ("forward, ms", ",.2f"),
+                    "peak_extra_mb": ("MiB", ",.0f"),
+                },
+            ),
             _ERRORS,
         ),
     ),
@@ -112,7 +124,15 @@ PAGES = {
         "of a sample against the padded fp32 encoder. Padded attention goes without cuDNN, which builds a plan for every\n"
         "new shape.",
         (
-            Section("", "", {"passages_per_s": ("passages/s", ",.0f"), "lead": ("Bigbatch is", ".2f"), "peak_gib": ("peak GiB", ".1f")}),
+            Section(
+                "",
+                "",
+                {
+                    "passages_per_s": ("passages/s", ",.0f"),
+                    "lead": ("Bigbatch is", ".2f"),
+                    "peak_gib": ("peak GiB", ".1f"),
+                },
+            ),
             Section("Exactness", "", {"cosine_min": ("worst cosine", ".6f")}),
         ),
     ),
@@ -130,7 +150,12 @@ def markdown(table: Table) -> str:
         lines += ["", text] if text else []
     for section in page.sections:
         if found := _lines(table, section):
-            lines += ["", *([f"## {section.title}", ""] if section.title else []), *([section.text, ""] if section.text else []), found]
+            lines += [
+                "",
+                *([f"## {section.title}", ""] if section.title else []),
+                *([section.text, ""] if section.text else []),
+                found,
+            ]
     if not page.sections:
         for case in dict.fromkeys(row.case for row in table.rows):
             rows = [[row.method, row.metric, _number(row), row.note] for row in table.rows if row.case == case]
@@ -140,12 +165,23 @@ def markdown(table: Table) -> str:
 
 def _lines(table: Table, section: Section) -> str:
     first = next(iter(section.columns))
-    keys = sorted(dict.fromkeys((row.case, row.method) for row in table.rows if row.metric == first), key=lambda key: _size(key[0]))
-    shown = {metric: form for metric, form in section.columns.items() if any(_value(table, *key, metric) is not None for key in keys)}
+    keys = sorted(
+        dict.fromkeys((row.case, row.method) for row in table.rows if row.metric == first),
+        key=lambda key: _size(key[0]),
+    )
+    shown = {
+        metric: form
+        for metric, form in section.columns.items()
+        if any(_value(table, *key, metric) is not None for key in keys)
+    }
     rows = []
     for case, method in keys:
         cells = [_cell(table, case, method, metric, style) for metric, (_, style) in shown.items()]
-        notes = dict.fromkeys(r.note for r in table.rows if (r.case, r.method) == (case, method) and r.metric in section.columns and r.note)
+        notes = dict.fromkeys(
+            r.note
+            for r in table.rows
+            if (r.case, r.method) == (case, method) and r.metric in section.columns and r.note
+        )
         rows.append([case, method, *cells, "; ".join(notes)])
     return markdown_table(["case", "method", *(name for name, _ in shown.values()), ""], rows) if shown else ""
 
@@ -154,21 +190,33 @@ def _cell(table: Table, case: str, method: str, metric: str, style: str) -> str:
     value, predicted = _value(table, case, method, metric), table.get(case, method, f"predicted_{metric}")
     if value is None:
         return "—"
-    return format(value, style) + ("×" if metric == "lead" else "") + (f" ({predicted:{style}})" if predicted is not None else "")
+    return (
+        format(value, style)
+        + ("×" if metric == "lead" else "")
+        + (f" ({predicted:{style}})" if predicted is not None else "")
+    )
 
 
 def _value(table: Table, case: str, method: str, metric: str) -> float | None:
-    """A figure, or one that follows from others: the share of the matmul rate, and how many times as fast the best of ours is."""
+    """A figure, or one that follows from others: the share of the matmul rate, and how many times as fast the best of
+    ours is.
+    """
     ms, rate = table.get(case, method, "forward_backward_ms"), table.get(*MATMUL)
     if metric == "share":
         dim = re.search(r"--dim (\d+)", table.command)
-        return None if ms is None or rate is None else 8 * _size(case) ** 2 * int(dim[1] if dim else 768) / ms / 1e9 / rate
+        return (
+            None if ms is None or rate is None else 8 * _size(case) ** 2 * int(dim[1] if dim else 768) / ms / 1e9 / rate
+        )
     if metric != "lead":
         return table.get(case, method, metric)
     others = {"forward_backward_ms": min, "pairs_per_s": max, "passages_per_s": max}
     for name, best in others.items():
         value = table.get(case, method, name)
-        ours = [r.value for r in table.rows if r.method == "bigbatch" and r.metric == name and _group(r.case) == _group(case) and r.value]
+        ours = [
+            r.value
+            for r in table.rows
+            if r.method == "bigbatch" and r.metric == name and _group(r.case) == _group(case) and r.value
+        ]
         if value and ours and method != "bigbatch":
             return value / best(ours) if best is min else best(ours) / value
     return None
@@ -203,7 +251,9 @@ def plot(table: Table, path: Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     memory = "mb_per_rank" if _kind(table) == "ring" else "peak_extra_mb"
-    for panel, metric, label in zip(panels, ("forward_backward_ms", memory), ("forward + backward, ms", "extra memory, MiB"), strict=True):
+    for panel, metric, label in zip(
+        panels, ("forward_backward_ms", memory), ("forward + backward, ms", "extra memory, MiB"), strict=True
+    ):
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in table.rows:
             condition = ",".join(part for part in row.case.split(",")[1:] if not part.startswith("W="))
@@ -211,7 +261,14 @@ def plot(table: Table, path: Path) -> None:
                 lines.setdefault(f"{row.method} {condition}".strip(), []).append((_size(row.case), row.value))
         for name, points in lines.items():
             ours = name.startswith("bigbatch")
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=2.6 if ours else 1.3, ls="-" if ours else "--", label=name)
+            panel.plot(
+                *zip(*sorted(points), strict=True),
+                marker="o",
+                ms=4,
+                lw=2.6 if ours else 1.3,
+                ls="-" if ours else "--",
+                label=name,
+            )
         panel.set(xscale="log", yscale="log", xlabel="pairs in the batch", ylabel=label)
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")

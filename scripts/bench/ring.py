@@ -1,12 +1,15 @@
-"""The loss over several GPUs: time, memory, exposed transfers and error, beside other implementations and the cost model.
+"""The loss over several GPUs: time, memory, exposed transfers and error, beside other implementations and the cost
+model.
 
     python -m scripts.bench.ring --output docs/bench/ring.json                 # one process for each GPU here
     torchrun --nproc-per-node 2 -m scripts.bench.ring --output docs/bench/ring.json
-    python -m scripts.bench.ring --ranks 1 --parts methods --methods "bigbatch gather" "bigbatch offload" --sizes 131072 262144 524288
+    python -m scripts.bench.ring --ranks 1 --parts methods --methods "bigbatch gather" "bigbatch offload" --sizes 131072
+    262144 524288
 
-A method that is wrong is not timed. Times are medians of calls queued one after the other, those of the slowest rank; memory is what a
-call adds to its inputs, gradients included, on the rank that needs most. A share of exposed transfers is (time − time of the same work
-with local copies in place of transfers) / time, both those of the slowest rank. `scripts.bench.report` makes the page and the plot.
+A method that is wrong is not timed. Times are medians of calls queued one after the other, those of the slowest rank;
+memory is what a call adds to its inputs, gradients included, on the rank that needs most. A share of exposed transfers
+is (time − time of the same work with local copies in place of transfers) / time, both those of the slowest rank.
+`scripts.bench.report` makes the page and the plot.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--exposed-sizes", type=int, nargs="+", default=[131072, 262144]),
         option("--check", type=int, default=4096, help="global batch of the comparison with float64"),
         option("--dim", type=int, default=768),
-        option("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes to start, where none are yet"),
+        option(
+            "--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes to start, where none are yet"
+        ),
     )
     return run(parser, arguments, _ring)
 

@@ -1,7 +1,9 @@
-"""Search at corpus scale: exact streaming search of random unit vectors, checked in float64; approximate indexes on clustered ones.
+"""Search at corpus scale: exact streaming search of random unit vectors, checked in float64; approximate indexes on
+clustered ones.
 
-python -m scripts.bench.search                      # 8,841,823 passages of dimension 768; one GPU, 16 cores, 14 GB of memory or disk
-python -m scripts.bench.search --passages 20000 --queries 50 --dimension 32 --k 100 --ann-passages 12000 --ann-queries 50
+python -m scripts.bench.search                      # 8,841,823 passages of dimension 768; one GPU, 16 cores, 14 GB of
+memory or disk python -m scripts.bench.search --passages 20000 --queries 50 --dimension 32 --k 100 --ann-passages 12000
+--ann-queries 50
 """
 
 from __future__ import annotations
@@ -59,14 +61,19 @@ def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: to
     return open_shards(folder)
 
 
-def disagreement(queries: np.ndarray, found: list[Ranking], passages: EmbeddingShards, device: torch.device) -> tuple[float, float]:
+def disagreement(
+    queries: np.ndarray, found: list[Ranking], passages: EmbeddingShards, device: torch.device
+) -> tuple[float, float]:
     """(share of the true k best that `found` has, ties at the k-th place counting as equal; largest error of a score).
 
-    The truth is every product in float64, by a matrix product; it is told from the search's float32 scores by one part in 2^23.
+    The truth is every product in float64, by a matrix product; it is told from the search's float32 scores by one part
+    in 2^23.
     """
     k = len(found[0].passage_ids)
     wide = torch.from_numpy(queries).to(device).double()  # [S, D]
-    scores = torch.cat([wide @ torch.from_numpy(np.array(part)).to(device).double().T for part, _ in passages], dim=1)  # [S, N]
+    scores = torch.cat(
+        [wide @ torch.from_numpy(np.array(part)).to(device).double().T for part, _ in passages], dim=1
+    )  # [S, N]
     kth = scores.topk(k, dim=1).values[:, -1:]  # [S, 1]
     positions = torch.tensor([[int(i) for i in ranking.passage_ids] for ranking in found], device=device)  # [S, k]
     of_found = scores.gather(1, positions)
@@ -77,7 +84,9 @@ def disagreement(queries: np.ndarray, found: list[Ranking], passages: EmbeddingS
 
 
 def measure_exact(table: Table, args: argparse.Namespace, device: torch.device) -> None:
-    """Time, memory and exactness of the search at the size that `args` asks for. Raises ArithmeticError where it is not exact."""
+    """Time, memory and exactness of the search at the size that `args` asks for. Raises ArithmeticError where it is not
+    exact.
+    """
     case = f"{args.passages:,} × {args.dimension} {args.dtype}, {args.queries:,} queries, k {args.k:,}"
     with tempfile.TemporaryDirectory(prefix="search-", dir=args.folder or _roomy(args)) as folder:
         started = time.perf_counter()
@@ -88,27 +97,46 @@ def measure_exact(table: Table, args: argparse.Namespace, device: torch.device) 
         reset_peak(device)
         for repeat in range(args.repeats):
             started = time.perf_counter()
-            run = search(queries, query_ids, passages, args.k, world=World(device), engine="torch", memory_gib=args.memory_gib)
-            table.add(case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings")
+            run = search(
+                queries, query_ids, passages, args.k, world=World(device), engine="torch", memory_gib=args.memory_gib
+            )
+            table.add(
+                case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings"
+            )
         table.add(case, "exact, torch", "device memory", peak_gib(device), "GiB", f"--memory-gib {args.memory_gib:g}")
-        table.add(case, "exact, torch", "host memory, peak", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
-        table.add(case, "exact, torch", "host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards")
+        table.add(
+            case,
+            "exact, torch",
+            "host memory, peak",
+            _status_gib("VmHWM"),
+            "GiB",
+            "of the process, mapped shards included",
+        )
+        table.add(
+            case, "exact, torch", "host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards"
+        )
         sample = np.linspace(0, args.queries - 1, min(args.sample, args.queries)).astype(int)
         right, error = disagreement(queries[sample], [run[str(i)] for i in sample], passages, device)
     table.add(case, "exact, torch", "agreement with fp64", 100 * right, "%", f"{len(sample)} queries, up to ties")
     table.add(case, "exact, torch", "largest score error", error, "")
     if right < 1.0 or error > 2.0**-23:
-        raise ArithmeticError(f"the search is not exact: {100 * right}% of the float64 result, scores off by up to {error}")
+        raise ArithmeticError(
+            f"the search is not exact: {100 * right}% of the float64 result, scores off by up to {error}"
+        )
 
 
 def _roomy(args: argparse.Namespace) -> Path | None:
-    """The memory's file system where the shards fit into half of what is free there; None: the system's temporary folder."""
+    """The memory's file system where the shards fit into half of what is free there; None: the system's temporary
+    folder.
+    """
     needed = args.passages * args.dimension * np.dtype(args.dtype).itemsize
     return _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free > 2 * needed else None
 
 
 class Clustered:
-    """Unit vectors around random centres, a hundred a centre on average, and queries around the same ones, in memory."""
+    """Unit vectors around random centres, a hundred a centre on average, and queries around the same ones, in
+    memory.
+    """
 
     def __init__(self, rows: int, queries: int, dimension: int, device: torch.device) -> None:
         """Noise is as long as the centre."""
@@ -116,7 +144,11 @@ class Clustered:
         centres = unit_vectors(max(1, rows // 100), dimension, 1, device)
         generator = torch.Generator(device).manual_seed(2)
         chosen = torch.randint(len(centres), (rows + queries,), generator=generator, device=device)
-        every = torch.nn.functional.normalize(centres[chosen] + unit_vectors(rows + queries, dimension, 3, device)).cpu().numpy()
+        every = (
+            torch.nn.functional.normalize(centres[chosen] + unit_vectors(rows + queries, dimension, 3, device))
+            .cpu()
+            .numpy()
+        )
         self.passages, self.queries = every[:rows], every[rows:]  # [N, D], [Q, D] float32
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
@@ -127,9 +159,15 @@ def measure_indexes(table: Table, args: argparse.Namespace, device: torch.device
     """Recall@100 against exact search and queries/s of FAISS's indexes on the CPU, each at several depths of search."""
     data = Clustered(args.ann_passages, args.ann_queries, args.ann_dimension, device)
     case = f"{data.rows:,} × {data.dimension} clustered, {len(data.queries):,} queries"
-    run = search(data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch")
+    run = search(
+        data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch"
+    )
     exact = np.array([[int(i) for i in ranking.passage_ids] for ranking in run.values()])  # [Q, 100]
-    plan = [("Flat", [""]), ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]), ("ivfpq", [f"nprobe={n}" for n in (64, 256)])]
+    plan = [
+        ("Flat", [""]),
+        ("ivf", [f"nprobe={n}" for n in (16, 64, 256)]),
+        ("ivfpq", [f"nprobe={n}" for n in (64, 256)]),
+    ]
     plan.append((f"hnsw efConstruction={args.ef_construction}", [f"efSearch={n}" for n in (128, 256, 512)]))
     for name, depths in plan:
         started = time.perf_counter()
@@ -181,7 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--memory-gib", type=float, default=16.0, help="of the device"),
         option("--repeats", type=int, default=2),
         option("--sample", type=int, default=20, help="queries checked in float64"),
-        option("--folder", type=Path, help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)"),
+        option(
+            "--folder",
+            type=Path,
+            help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)",
+        ),
         option("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out"),
         option("--ann-queries", type=int, default=1_000),
         option("--ann-dimension", type=int, default=128),

@@ -1,13 +1,14 @@
-"""The whole training step: ours in every form, its single-pass floor, sentence-transformers' cached loss and the published gradient cache.
+"""The whole training step: ours in every form, its single-pass floor, sentence-transformers' cached loss and the
+published gradient cache.
 
     python -m scripts.bench.step --output docs/bench/step.json
     python -m scripts.bench.step --sizes 1048576 --peers-at 0 --recomputing-at 0 --forms --methods bigbatch \\
         --output docs/bench/step_million.json
     python -m scripts.bench.step --tiny --output /tmp/step.json           # on a CPU, to see that it runs
 
-BertConfig's defaults with random weights, pairs of MS MARCO's lengths from a token store, bf16 autocast, dropout 0.1, AdamW. A form whose
-gradient is wrong, or whose replayed chunks differ from kept ones, is not timed. What is measured is saved as it comes, our default form,
-the floor and the peers first. `scripts.bench.report` makes the page.
+BertConfig's defaults with random weights, pairs of MS MARCO's lengths from a token store, bf16 autocast, dropout 0.1,
+AdamW. A form whose gradient is wrong, or whose replayed chunks differ from kept ones, is not timed. What is measured is
+saved as it comes, our default form, the floor and the peers first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -33,13 +34,21 @@ from scripts.bench.step_peers import MINI_BATCHES, PEERS
 from scripts.bench.tables import Table
 
 _PACKAGES = ("torch", "triton", "transformers", "sentence-transformers")
-_TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 1000}
+_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 1000,
+}
 _METHODS = ("bigbatch", "floor", *PEERS)
 _USUAL_FORMS = ("unretained", "compiled", "padded")
 
 
 def rows(bench: Bench, args: argparse.Namespace) -> Iterator[Callable[[], None]]:
-    """What measures a row, one after another: at `--peers-at` our default form, the floor and the peers; the other sizes; other forms."""
+    """What measures a row, one after another: at `--peers-at` our default form, the floor and the peers; the other
+    sizes; other forms.
+    """
     ours, peers_at = "bigbatch" in args.methods, args.peers_at
     for queries in sorted({*args.sizes, peers_at} - {0}, key=lambda n: (n != peers_at, n)):
         if ours:
@@ -50,7 +59,9 @@ def rows(bench: Bench, args: argparse.Namespace) -> Iterator[Callable[[], None]]
             for name in args.methods:
                 for by_length in MINI_BATCHES.get(name, ()):
                     yield partial(bench.measure_peer, name, queries, by_length=by_length)
-    for queries, form in [(peers_at, FORMS[name]) for name in args.forms] + [(args.recomputing_at, form) for form in RECOMPUTING]:
+    for queries, form in [(peers_at, FORMS[name]) for name in args.forms] + [
+        (args.recomputing_at, form) for form in RECOMPUTING
+    ]:
         if ours and queries:
             yield partial(bench.measure_form, queries, form)
 
@@ -76,9 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m scripts.bench.step",
         __doc__,
         option("--output", type=Path, default=Path("docs/bench/step.json")),
-        option("--sizes", type=int, nargs="*", default=[1024, 16384, 65536], help="pairs in a batch (default: %(default)s)"),
+        option(
+            "--sizes", type=int, nargs="*", default=[1024, 16384, 65536], help="pairs in a batch (default: %(default)s)"
+        ),
         option("--peers-at", type=int, default=16384, help="where peers and other forms run; 0: nowhere"),
-        option("--forms", nargs="*", choices=FORMS, default=list(_USUAL_FORMS), help="other forms of ours (default: %(default)s)"),
+        option(
+            "--forms",
+            nargs="*",
+            choices=FORMS,
+            default=list(_USUAL_FORMS),
+            help="other forms of ours (default: %(default)s)",
+        ),
         option("--recomputing-at", type=int, default=4096, help="checkpointing against the cache; 0: not"),
         option("--methods", nargs="*", choices=_METHODS, default=list(_METHODS)),
         option("--seconds", type=float, default=4.0, help="of each timing"),

@@ -48,7 +48,8 @@ FORMS = {
     "packed": Form("packed", PLAIN),
     "padded": Form("padded", PADDED),
 }
-# The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all kept.
+# The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all
+# kept.
 RECOMPUTING = (
     Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), ALL_GRAPHS),
     Form("cache", PLAIN),
@@ -78,7 +79,9 @@ class Bench:
             self._add(case, "bigbatch", queries, found, _modes(trainer))
             graphs = min(1.0, trainer.retention.graphs / found.tokens)
             self.table.add(case, "bigbatch", "retained", graphs, "of tokens")
-            self.table.add(case, "bigbatch", "products", min(1.0 - graphs, trainer.retention.products / found.tokens), "of tokens")
+            self.table.add(
+                case, "bigbatch", "products", min(1.0 - graphs, trainer.retention.products / found.tokens), "of tokens"
+            )
             if (forecast := trainer.forecast) is not None:
                 self.table.add(case, "bigbatch", "predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
                 if forecast.working_bytes:
@@ -114,7 +117,9 @@ class Bench:
         """Whether the form computes the right gradient, seen once for each way to run the encoder."""
         if form.settings not in self._checked:
             pairs = min(_CHECKED_PAIRS, trainer.config.batch.queries)
-            exact, usual = (self._reference(pairs, *more) for more in (("optim.precision=fp32", "loss.precision=fp32"), ()))
+            exact, usual = (
+                self._reference(pairs, *more) for more in (("optim.precision=fp32", "loss.precision=fp32"), ())
+            )
             allowed = max(_ROUNDING, _WRONG * gradient_error(usual, exact, pairs))
             error, replayed = gradient_error(trainer, exact, pairs), replays_bitwise(trainer, pairs)
             note = f"against fp32; allowed {allowed:.2g}; " + ("replayed bitwise" if replayed else "the replay differs")

@@ -24,7 +24,8 @@ def query_lengths(n: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def random_store(folder: Path, pairs: int, vocabulary: int, seed: int = 0) -> Store:
-    """Writes and opens a store of `pairs` queries, each with one passage of its own, of token ids below `vocabulary` ≤ 65,536.
+    """Writes and opens a store of `pairs` queries, each with one passage of its own, of token ids below `vocabulary` ≤
+    65,536.
 
     A query's tokens are drawn from its passage, a fifth of them from anywhere: there is something to learn.
     """
@@ -43,7 +44,11 @@ def random_store(folder: Path, pairs: int, vocabulary: int, seed: int = 0) -> St
         (folder / name).mkdir(parents=True)
         np.save(folder / name / "tokens.npy", tokens)
         np.save(folder / name / "offsets.npy", offsets[name])
-    for name, ptr in (("positives", np.arange(pairs + 1)), ("known", np.arange(pairs + 1)), ("negatives", np.zeros(pairs + 1, np.int64))):
+    for name, ptr in (
+        ("positives", np.arange(pairs + 1)),
+        ("known", np.arange(pairs + 1)),
+        ("negatives", np.zeros(pairs + 1, np.int64)),
+    ):
         np.save(folder / f"{name}.ptr.npy", ptr)
         np.save(folder / f"{name}.ids.npy", np.arange(ptr[-1]))
     source = {"name": "random", "format": "columns", "first": 0, "last": pairs, "left_out": 0}

@@ -1,4 +1,6 @@
-"""Our own training step in every form that `scripts.bench.step` times, its single pass (the floor), and the checks that go before."""
+"""Our own training step in every form that `scripts.bench.step` times, its single pass (the floor), and the checks that
+go before.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ def settle_torch() -> None:
     """What holds for all methods of a process; to be called before anything is on the device.
 
     Segments of memory grow, as in `retriever/train.py`. Padded attention goes without cuDNN: on Hopper torch prefers
-    cuDNN wherever a mask is given, and that spends up to a second on a plan for each new number and length of texts, which is most of the
-    time of a short run whose chunks all have another shape.
+    cuDNN wherever a mask is given, and that spends up to a second on a plan for each new number and length of texts,
+    which is most of the time of a short run whose chunks all have another shape.
     """
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -102,9 +104,9 @@ class Trainer:
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
         """Batches of `queries` pairs through the run's own planner and threads."""
         config = replace(self.config, batch=replace(self.config.batch, queries=queries))
-        return BatchLoader.from_config(self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world).batches(
-            0, last
-        )
+        return BatchLoader.from_config(
+            self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world
+        ).batches(0, last)
 
     def first_batch(self, queries: int) -> Batch:
         """The first of `batches`."""
@@ -116,16 +118,22 @@ class Trainer:
         return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retention)
 
     def single_pass(self, batch: Batch) -> None:
-        """What a cache adds to: every chunk encoded once, with its graph, given gradients pulled back through it, and the update."""
+        """What a cache adds to: every chunk encoded once, with its graph, given gradients pulled back through it, and
+        the update.
+        """
         generator = torch.Generator(self.world.device).manual_seed(_SEED)
         shapes = {side: (n, self.encoder.dimension) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
-        given = {side: torch.randn(s, device=self.world.device, generator=generator) * 1e-3 for side, s in shapes.items()}
+        given = {
+            side: torch.randn(s, device=self.world.device, generator=generator) * 1e-3 for side, s in shapes.items()
+        }
         for chunk in batch.chunks:
             self.encoder(chunk.side, chunk.tokens).backward(given[chunk.side][chunk.rows])
         self.optimizer.clip_and_step(batch.step)
 
     def gradients(self, batch: Batch, retention: Retention, *, tables: bool = True) -> Tensor:
-        """All parameters' gradients of one batch, in one vector; without `tables` those of the embedding tables are left out."""
+        """All parameters' gradients of one batch, in one vector; without `tables` those of the embedding tables are
+        left out.
+        """
         seed_step(_SEED, 0, 0)
         representations, passes = encode_without_graph(self.encoder, batch, retention)
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
@@ -145,7 +153,9 @@ class Sample(NamedTuple):
     peak_gib: float | None
 
 
-def sample(step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1) -> Sample:
+def sample(
+    step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1
+) -> Sample:
     """The mean of the steps that `timed` makes in about `seconds`, after `warm` unmeasured."""
     for _ in range(warm):
         step(next(batches))
@@ -173,9 +183,11 @@ def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:
 
 
 def replays_bitwise(trainer: Trainer, queries: int) -> bool:
-    """Whether chunks that are encoded again, wholly or in part, give the gradient of kept ones to the last bit, with dropout on.
+    """Whether chunks that are encoded again, wholly or in part, give the gradient of kept ones to the last bit, with
+    dropout on.
 
-    Embedding tables are left out: on a GPU torch adds up their rows in any order, so that no two runs give the same bits.
+    Embedding tables are left out: on a GPU torch adds up their rows in any order, so that no two runs give the same
+    bits.
     """
     others = [NOTHING, Retention(products=EVERYTHING)] if trainer.encoder.keeps_products else [NOTHING]
     kept, *replayed = (trainer.gradients(trainer.first_batch(queries), r, tables=False) for r in (ALL_GRAPHS, *others))

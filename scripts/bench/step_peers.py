@@ -1,4 +1,6 @@
-"""The peers of `scripts.bench.step` on the same pairs: sentence-transformers' cached loss, and the gradient cache as it was published."""
+"""The peers of `scripts.bench.step` on the same pairs: sentence-transformers' cached loss, and the gradient cache as it
+was published.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLA
 from scripts.bench.step_methods import Sample, Work
 
 Texts = list[np.ndarray]  # token ids of each text, special tokens included
-Features = dict[str, Any]  # of n texts: input_ids and attention_mask [n, width], or what sentence-transformers' own collator gives
+Features = dict[
+    str, Any
+]  # of n texts: input_ids and attention_mask [n, width], or what sentence-transformers' own collator gives
 
 
 class MiniBatch(NamedTuple):
@@ -94,10 +98,11 @@ def padded_features(work: Work, texts: Texts) -> Features:
 def best_sample(
     work: Work, peer: Peer, queries: int, sizes: Sequence[MiniBatch], *, by_length: bool, seconds: float
 ) -> tuple[Sample, MiniBatch]:
-    """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it, similarities in TF32.
+    """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it, similarities
+    in TF32.
 
-    The whole is timed for `seconds`, at least twice where one step takes less; the fastest step counts. A size that does not fit loses.
-    Raises torch.cuda.OutOfMemoryError where none fits.
+    The whole is timed for `seconds`, at least twice where one step takes less; the fastest step counts. A size that
+    does not fit loses. Raises torch.cuda.OutOfMemoryError where none fits.
     """
     part = peer.pair(*pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length))
     texts = pairs_of(work, queries, by_length=by_length)
@@ -107,12 +112,16 @@ def best_sample(
         for size in sizes:
             # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
             first = peer.pair(texts[0][: size.texts], texts[1][: size.texts])
-            if _seconds(work, partial(peer.step, *first, size)) and (taken := _seconds(work, partial(peer.step, *part, size))):
+            if _seconds(work, partial(peer.step, *first, size)) and (
+                taken := _seconds(work, partial(peer.step, *part, size))
+            ):
                 times[size] = taken[0]
         for best in sorted(times, key=lambda size: times[size]):
             reset_peak(work.device)
             if taken := _seconds(work, partial(peer.step, *whole, best), seconds):
-                return Sample(min(taken), sum(len(text) for side in texts for text in side), None, peak_gib(work.device)), best
+                return Sample(
+                    min(taken), sum(len(text) for side in texts for text in side), None, peak_gib(work.device)
+                ), best
     raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
 
 
@@ -127,7 +136,8 @@ def _seconds(work: Work, call: Callable[[], object], seconds: float = 0.0) -> li
 
 
 def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
-    """CachedMultipleNegativesRankingLoss in bf16, and AdamW; with `flash` as its documentation recommends: flash attention, nothing padded.
+    """CachedMultipleNegativesRankingLoss in bf16, and AdamW; with `flash` as its documentation recommends: flash
+    attention, nothing padded.
 
     Raises ImportError where the package, or (flash attention) CUDA, is missing.
     """
@@ -150,7 +160,9 @@ def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=work.device.type == "cuda")
 
     def step(queries: Features, passages: Features, size: MiniBatch) -> None:
-        budget: dict[str, Any] = {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}  # unknown to versions before 6.1
+        budget: dict[str, Any] = (
+            {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}
+        )  # unknown to versions before 6.1
         loss = CachedMultipleNegativesRankingLoss(model, scale=_SCALE, mini_batch_size=size.texts, **budget)
         no_labels = torch.empty(0)  # a query's own passage is its positive
         loss([dict(queries), dict(passages)], no_labels).backward()
@@ -167,8 +179,9 @@ def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
 
 
 def gradient_cache(work: Work) -> Peer:
-    """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: chunks of so many texts in the batch's order, each padded to its
-    longest, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and AdamW."""
+    """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: chunks of so many texts in the batch's order,
+    each padded to its longest, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and
+    AdamW."""
     tower = work.tower()
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=work.device.type == "cuda")
 
@@ -183,7 +196,9 @@ def gradient_cache(work: Work) -> Peer:
                 with torch.no_grad():
                     found.append(_embed(tower, chunk))
             representations.append(torch.cat(found).requires_grad_())
-        logits = _SCALE * representations[0] @ representations[1].T  # 2: the loss and its gradient at the representations
+        logits = (
+            _SCALE * representations[0] @ representations[1].T
+        )  # 2: the loss and its gradient at the representations
         cross_entropy(logits, torch.arange(len(logits), device=work.device)).backward()
         del logits
         remembered = iter(states)

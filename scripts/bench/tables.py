@@ -47,7 +47,9 @@ class Table:
     def add(self, case: str, method: str, metric: str, value: float | None, unit: str, note: str = "") -> None:
         """Appends a row and prints it."""
         self.rows.append(Row(case, method, metric, None if value is None else float(f"{value:.6g}"), unit, note))
-        print(f"{case:32s} {method:22s} {metric:20s} {'—' if value is None else f'{value:.4g}'} {unit} {note}", flush=True)
+        print(
+            f"{case:32s} {method:22s} {metric:20s} {'—' if value is None else f'{value:.4g}'} {unit} {note}", flush=True
+        )
 
     def get(self, case: str, method: str, metric: str) -> float | None:
         """The value of a row, None where there is none."""
@@ -55,7 +57,9 @@ class Table:
 
     @contextmanager
     def attempt(self, case: str, method: str, metric: str, unit: str) -> Iterator[None]:
-        """What fails inside becomes a row with the reason: one method that does not run must not lose the figures of the others."""
+        """What fails inside becomes a row with the reason: one method that does not run must not lose the figures of
+        the others.
+        """
         try:
             yield
         except Exception as error:

@@ -31,7 +31,8 @@ class Function:
 
 
 def documented_functions(source: str, module: str) -> Iterator[Function]:
-    """Functions at module and class level with a summary in words, which the code does not repeat, and a body that does something.
+    """Functions at module and class level with a summary in words, which the code does not repeat, and a body that does
+    something.
 
     Functions inside functions belong to their parent's code. Raises SyntaxError, and ValueError for null bytes.
     """
@@ -46,9 +47,15 @@ def documented_functions(source: str, module: str) -> Iterator[Function]:
             continue
         summary, details = _paragraphs(docstring)
         code = _code_without_docstring(node, lines)
-        if code is None or len(re.findall(r"[A-Za-z]{2,}", summary)) < MIN_SUMMARY_WORDS or summary.startswith(_NOT_PROSE):
+        if (
+            code is None
+            or len(re.findall(r"[A-Za-z]{2,}", summary)) < MIN_SUMMARY_WORDS
+            or summary.startswith(_NOT_PROSE)
+        ):
             continue
-        if _spoken(summary) in _spoken(code):  # the query stands in the passage: repeated in a comment, a string or a message
+        if _spoken(summary) in _spoken(
+            code
+        ):  # the query stands in the passage: repeated in a comment, a string or a message
             continue
         seen[name] = seen.get(name, 0) + 1  # a property's setter and an `else:` branch bear the same name
         suffix = f"~{seen[name]}" if seen[name] > 1 else ""
@@ -56,9 +63,13 @@ def documented_functions(source: str, module: str) -> Iterator[Function]:
 
 
 def without_name(function: Function) -> Function:
-    """The function with its own name replaced by `_` wherever it stands in the code as a word. A ligature is its letters, as in Python."""
+    """The function with its own name replaced by `_` wherever it stands in the code as a word. A ligature is its
+    letters, as in Python.
+    """
     name = re.split(r"[.:]", function.id)[-1].partition("~")[0]
-    code = re.sub(r"\w+", lambda word: "_" if unicodedata.normalize("NFKC", word[0]) == name else word[0], function.code)
+    code = re.sub(
+        r"\w+", lambda word: "_" if unicodedata.normalize("NFKC", word[0]) == name else word[0], function.code
+    )
     return replace(function, code=code)
 
 
@@ -87,11 +98,15 @@ def _does_something(node: _Definition) -> bool:
 def _does_nothing(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.Raise | ast.Return):
         return "NotImplemented" in ast.unparse(statement)
-    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
 
 
 def _paragraphs(docstring: str) -> tuple[str, str]:
-    """The first paragraph on one line, without a leading signature line, and the rest; "" for what isn't worth reading."""
+    """The first paragraph on one line, without a leading signature line, and the rest; "" for what isn't worth
+    reading.
+    """
     first, *rest = _PARAGRAPH_END.split(inspect.cleandoc(docstring), maxsplit=1)
     first = _SIGNATURE_LINE.sub("", first)
     details = rest[0].strip() if rest else ""

@@ -18,7 +18,9 @@ class Collection:
     """A BEIR collection in the making."""
 
     corpus: dict[str, tuple[str, str]] = field(default_factory=dict)  # normalised text -> (id, text)
-    queries: dict[str, tuple[str, str]] = field(default_factory=dict)  # id -> (text, module it is held out or trained with)
+    queries: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # id -> (text, module it is held out or trained with)
     qrels: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # split -> (query id, passage id)
 
     def passage(self, passage_id: str, text: str) -> str:
@@ -26,9 +28,14 @@ class Collection:
         return self.corpus.setdefault(normal(text), (passage_id, text))[0]
 
     def bounded(self, name: str, passages: int, seed: int) -> Collection:
-        """The split `name` with all its passages, and others up to `passages` in all, drawn by the seed whatever side they are on."""
+        """The split `name` with all its passages, and others up to `passages` in all, drawn by the seed whatever side
+        they are on.
+        """
         judged = {passage for _, passage in self.qrels[name]}
-        others = sorted((passage for passage, _ in self.corpus.values() if passage not in judged), key=lambda passage: drawn(seed, passage))
+        others = sorted(
+            (passage for passage, _ in self.corpus.values() if passage not in judged),
+            key=lambda passage: drawn(seed, passage),
+        )
         kept = judged.union(others[: max(0, passages - len(judged))])
         corpus = {key: passage for key, passage in self.corpus.items() if passage[0] in kept}
         return Collection(corpus, self.queries, {name: self.qrels[name]})
@@ -36,10 +43,15 @@ class Collection:
     def files(self) -> dict[str, str]:
         """File name -> content, in BEIR's formats; a query's module goes into its metadata."""
         corpus = ({"_id": passage_id, "title": "", "text": text} for passage_id, text in self.corpus.values())
-        queries = ({"_id": query_id, "text": text, "metadata": {"module": module}} for query_id, (text, module) in self.queries.items())
+        queries = (
+            {"_id": query_id, "text": text, "metadata": {"module": module}}
+            for query_id, (text, module) in self.queries.items()
+        )
         texts = {"corpus.jsonl": _lines(map(json.dumps, corpus)), "queries.jsonl": _lines(map(json.dumps, queries))}
         for split, pairs in self.qrels.items():
-            texts[f"qrels/{split}.tsv"] = _lines(["query-id\tcorpus-id\tscore", *(f"{query}\t{passage}\t1" for query, passage in pairs)])
+            texts[f"qrels/{split}.tsv"] = _lines(
+                ["query-id\tcorpus-id\tscore", *(f"{query}\t{passage}\t1" for query, passage in pairs)]
+            )
         return texts
 
     def write(self, folder: Path) -> None:
@@ -47,8 +59,11 @@ class Collection:
         for name, text in self.files().items():
             write_text(folder / name, text)
 
-    def judge(self, name: str, asked: Sequence[Sequence[Member]], split: Split, passage: Callable[[Function], tuple[str, str]]) -> None:
-        """Adds a split: a query for each list of members, their first paragraph. `passage` gives the id and text of a function's positive.
+    def judge(
+        self, name: str, asked: Sequence[Sequence[Member]], split: Split, passage: Callable[[Function], tuple[str, str]]
+    ) -> None:
+        """Adds a split: a query for each list of members, their first paragraph. `passage` gives the id and text of a
+        function's positive.
 
         A function whose text is "" has no positive, a query without positives is left out.
         """
@@ -64,7 +79,9 @@ class Collection:
 
 
 def code_collection(split: Split, seed: int, max_test_per_module: int) -> Collection:
-    """First paragraph -> code. Every function of every side is a passage; a shared docstring is one query with several positives."""
+    """First paragraph -> code. Every function of every side is a passage; a shared docstring is one query with several
+    positives.
+    """
     collection = Collection()
     for name, members in (("train", split.train), ("dev", split.dev), ("test", split.test)):
         for member in members:
@@ -82,7 +99,9 @@ def details_collection(split: Split) -> Collection:
     A collection of its own: prose among the code would turn the held-out search into telling prose from code.
     """
     collection = Collection()
-    collection.judge("train", _by_summary(split.train), split, lambda function: (f"{function.id}#details", function.details))
+    collection.judge(
+        "train", _by_summary(split.train), split, lambda function: (f"{function.id}#details", function.details)
+    )
     return collection
 
 
@@ -98,7 +117,9 @@ def _by_summary(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def _at_most(limit: int, asked: list[list[Member]], split: Split, seed: int) -> list[list[Member]]:
-    """Queries in an order drawn by the seed while their functions stay within `limit` a family; in source order again."""
+    """Queries in an order drawn by the seed while their functions stay within `limit` a family; in source order
+    again.
+    """
     functions: Counter[str] = Counter()
     kept = []
     for position in sorted(range(len(asked)), key=lambda i: drawn(seed, asked[i][0].function.id)):

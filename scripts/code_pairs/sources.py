@@ -65,7 +65,11 @@ def python_files(package: str) -> Iterator[SourceFile]:
         found = []
         for path in root.rglob("*.py"):
             *folders, name = path.relative_to(root).with_suffix("").parts
-            if any(_is_skipped(folder) for folder in folders) or name.startswith(("test_", "conftest")) or name.endswith("_test"):
+            if (
+                any(_is_skipped(folder) for folder in folders)
+                or name.startswith(("test_", "conftest"))
+                or name.endswith("_test")
+            ):
                 continue
             found.append(SourceFile(".".join([package, *folders] + ([] if name == "__init__" else [name])), path))
         yield from sorted(found, key=lambda file: (file.module, str(file.path)))

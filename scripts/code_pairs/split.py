@@ -41,10 +41,12 @@ class Split:
 def split_by_family(
     members: Sequence[Member], seed: int, test_queries: int, dev_queries: int, max_per_family: int, max_family_size: int
 ) -> Split:
-    """Whole families, in an order drawn by `seed`, to test until it can hold `test_queries`, then to dev, the rest to train.
+    """Whole families, in an order drawn by `seed`, to test until it can hold `test_queries`, then to dev, the rest to
+    train.
 
-    A family of more than `max_family_size` functions trains: held out, it would cost many pairs for the `max_per_family` queries it may
-    give. A held-out function whose summary or code also stands on another side is left out.
+    A family of more than `max_family_size` functions trains: held out, it would cost many pairs for the
+    `max_per_family` queries it may give. A held-out function whose summary or code also stands on another side is left
+    out.
     """
     family = _families(members)
     sizes = Counter(family[member.unit] for member in members)
@@ -82,7 +84,9 @@ def normal(text: str) -> str:
 
 
 def _families(members: Sequence[Member]) -> dict[str, str]:
-    """unit -> the first unit, by name, of those tied to it by twin names, by a copied function or by a copied docstring."""
+    """unit -> the first unit, by name, of those tied to it by twin names, by a copied function or by a copied
+    docstring.
+    """
     tied = DisjointSet()
     for member in members:
         for tie in _ties(member):

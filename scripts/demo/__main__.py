@@ -1,10 +1,12 @@
-"""The whole path in one command: pairs from installed code, BM25, the model before, training, the model after, your own queries.
+"""The whole path in one command: pairs from installed code, BM25, the model before, training, the model after, your own
+queries.
 
     python -m scripts.demo               # as large as suits the machine: --small on a CPU, --large on a GPU
     python -m scripts.demo --smallest    # a few steps, to see that every part works
 
-A query is the first paragraph of a docstring, and the passage to find is the function's code without docstring and name.
-Modules asked about are not trained on. The interval is a bootstrap over those modules of the difference, query by query.
+A query is the first paragraph of a docstring, and the passage to find is the function's code without docstring and
+name. Modules asked about are not trained on. The interval is a bootstrap over those modules of the difference, query by
+query.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Form:
-    """One size of the demo: the pairs, how many functions are searched (None: all), settings that replace the configuration's."""
+    """One size of the demo: the pairs, how many functions are searched (None: all), settings that replace the
+    configuration's.
+    """
 
     pairs: Settings
     searched: int | None
@@ -44,7 +48,13 @@ def form_called(name: str) -> Form:
         return Form(Settings(), 2000)
     large = Settings(packages=tuple(installed()), test_queries=2000, dev_queries=500)
     lengths = ("model.query_max_tokens=64", "model.passage_max_tokens=128")
-    steps = ("batch.queries=4096", "batch.tokens_per_chunk=auto", "train.max_steps=60", "optim.lr=2e-4", "optim.precision=bf16")
+    steps = (
+        "batch.queries=4096",
+        "batch.tokens_per_chunk=auto",
+        "train.max_steps=60",
+        "optim.lr=2e-4",
+        "optim.precision=bf16",
+    )
     return Form(large, None, lengths + steps)
 
 
@@ -55,14 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "small": "the standard library, batches of 64; the default without a GPU",
         "large": "every well-known package found, batches of 4,096; the default with a GPU",
     }
-    sizes = (option(f"--{name}", dest="form", action="store_const", const=name, help=meaning) for name, meaning in told.items())
+    sizes = (
+        option(f"--{name}", dest="form", action="store_const", const=name, help=meaning)
+        for name, meaning in told.items()
+    )
     parser = command_parser(
         "python -m scripts.demo",
         __doc__,
         one_of(*sizes, required=False),
-        option("--config", type=Path, default=ROOT / "configs" / "demo.yaml", help="of the training run (default: %(default)s)"),
+        option(
+            "--config",
+            type=Path,
+            default=ROOT / "configs" / "demo.yaml",
+            help="of the training run (default: %(default)s)",
+        ),
         option("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s"),
-        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the configuration's and the form's"),
+        option(
+            "overrides",
+            nargs="*",
+            metavar="key.sub=value",
+            help="settings that replace the configuration's and the form's",
+        ),
     )
     return run(parser, arguments, _demo, lower="batch.tokens_per_chunk")
 

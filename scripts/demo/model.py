@@ -20,10 +20,14 @@ class StartingModelError(RefusedError):
 
 
 def starting_model() -> Path:
-    """The folder with the model, its weights checked by SHA-256; the package's own code is not imported. Raises StartingModelError."""
+    """The folder with the model, its weights checked by SHA-256; the package's own code is not imported. Raises
+    StartingModelError.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise StartingModelError(f"the package {DISTRIBUTION} with the starting weights is not installed: run `{_INSTALL}`")
+        raise StartingModelError(
+            f"the package {DISTRIBUTION} with the starting weights is not installed: run `{_INSTALL}`"
+        )
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file():
@@ -31,5 +35,7 @@ def starting_model() -> Path:
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WEIGHTS_SHA256:
-        raise StartingModelError(f"{weights} has SHA-256 {digest}, expected {WEIGHTS_SHA256}: run `{_INSTALL} --force-reinstall`")
+        raise StartingModelError(
+            f"{weights} has SHA-256 {digest}, expected {WEIGHTS_SHA256}: run `{_INSTALL} --force-reinstall`"
+        )
     return folder

@@ -1,4 +1,6 @@
-"""The parts of the demo that call the project: BM25, an encoder's evaluation, the exactness check, the training command."""
+"""The parts of the demo that call the project: BM25, an encoder's evaluation, the exactness check, the training
+command.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +41,27 @@ def load_bundle(folder: Path, config: Config) -> EncoderBundle:
     """The model of a folder with the lengths and the precision of the training run."""
     model = config.model
     return load_encoder(
-        folder, query_max_tokens=model.query_max_tokens, passage_max_tokens=model.passage_max_tokens, precision=config.optim.precision
+        folder,
+        query_max_tokens=model.query_max_tokens,
+        passage_max_tokens=model.passage_max_tokens,
+        precision=config.optim.precision,
     )
 
 
 def evaluate_encoder(bundle: EncoderBundle, test: Collection, shards: Path) -> Scores:
     """The encoder's measures on the test split; its embeddings stay in `shards`."""
     tokens_per_chunk = _CPU_TOKENS_PER_CHUNK if bundle.encoder.device.type == "cpu" else None
-    result = evaluate_collection(bundle, test, METRICS, _DEPTH, shards, tokens_per_chunk=tokens_per_chunk, progress=True)
+    result = evaluate_collection(
+        bundle, test, METRICS, _DEPTH, shards, tokens_per_chunk=tokens_per_chunk, progress=True
+    )
     assert result is not None  # only ranks other than the first get none
     return result.scores
 
 
 def exactness(config: Config, bundle: EncoderBundle) -> GradientCheck:
-    """The cached, chunked gradient against the whole batch's on pairs of the training data, which are tokenised on the way."""
+    """The cached, chunked gradient against the whole batch's on pairs of the training data, which are tokenised on the
+    way.
+    """
     store = build_or_open(config, bundle.tokenizer)
     return verify(config, bundle.encoder, store, TokenTemplate.from_tokenizer(bundle.tokenizer))
 
@@ -77,9 +86,18 @@ def train(config_file: Path, overrides: Sequence[str], output: Path) -> dict[str
 
 
 def _launch_options() -> list[str]:
-    """What accelerate would otherwise guess, and warn that it guesses; on a CPU it would leave all but one core idle."""
+    """What accelerate would otherwise guess, and warn that it guesses; on a CPU it would leave all but one core
+    idle.
+    """
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.cuda.is_available():
-        return [*options, "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", str(torch.get_num_threads())]
+        return [
+            *options,
+            "--cpu",
+            "--num_processes",
+            "1",
+            "--num_cpu_threads_per_process",
+            str(torch.get_num_threads()),
+        ]
     devices = torch.cuda.device_count()
     return [*options, *(["--multi_gpu"] if devices > 1 else []), "--num_processes", str(devices)]

@@ -18,10 +18,14 @@ HEADLINE = "nDCG@10"
 
 
 def outcome(scores: Mapping[str, Scores], modules: Mapping[str, str]) -> dict[str, Any]:
-    """Means of every row; and of `HEADLINE`, after − before: its mean and its 95% interval over `modules` (query id -> module)."""
+    """Means of every row; and of `HEADLINE`, after − before: its mean and its 95% interval over `modules` (query id ->
+    module).
+    """
     before, after = scores["before training"], scores["after training"]
     if before.query_ids != after.query_ids:
-        raise ValueError("before and after training were measured on different queries: expected the same, in the same order")
+        raise ValueError(
+            "before and after training were measured on different queries: expected the same, in the same order"
+        )
     differences = after.per_query[HEADLINE] - before.per_query[HEADLINE]  # [Q]
     clusters = [modules[query_id] for query_id in after.query_ids]
     return {
@@ -68,6 +72,12 @@ def cluster_interval(
     of_clusters = np.bincount(members, weights=values), np.bincount(members)  # [C], [C]
     rng = np.random.default_rng(seed)
     drawn = stats.bootstrap(
-        of_clusters, mean, paired=True, n_resamples=samples, method="percentile", confidence_level=level, random_state=rng
+        of_clusters,
+        mean,
+        paired=True,
+        n_resamples=samples,
+        method="percentile",
+        confidence_level=level,
+        random_state=rng,
     )
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)

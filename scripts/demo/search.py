@@ -42,8 +42,12 @@ class Searcher:
 
 
 def sample_queries(queries: Mapping[str, str], count: int, seed: int) -> list[str]:
-    """Ids of `count` queries of eight words or more (of any, where there are too few), drawn by the seed and by nothing else."""
-    order = sorted(queries, key=lambda query_id: (len(queries[query_id].split()) < _SAMPLE_WORDS, drawn(seed, query_id)))
+    """Ids of `count` queries of eight words or more (of any, where there are too few), drawn by the seed and by nothing
+    else.
+    """
+    order = sorted(
+        queries, key=lambda query_id: (len(queries[query_id].split()) < _SAMPLE_WORDS, drawn(seed, query_id))
+    )
     return order[:count]
 
 

@@ -17,11 +17,13 @@ from retriever.config_tree import build, require
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """One training. `mine`: options of scripts.mine_negatives, for negatives from the model of the round before; null: the source as it is.
+    """One training. `mine`: options of scripts.mine_negatives, for negatives from the model of the round before; null:
+    the source as it is.
 
-    `train` replaces keys of the shared training configuration, section by section. `start: first` trains from the first model again.
-    `variants` are trainings that replace further keys, one each; the best on the split `evaluate.choose` is the round's model.
-    `teacher`: options of scripts.train_cross_encoder, for a teacher of `mine` made from the negatives that the round before mined.
+    `train` replaces keys of the shared training configuration, section by section. `start: first` trains from the first
+    model again. `variants` are trainings that replace further keys, one each; the best on the split `evaluate.choose`
+    is the round's model. `teacher`: options of scripts.train_cross_encoder, for a teacher of `mine` made from the
+    negatives that the round before mined.
     """
 
     name: str = ""
@@ -32,15 +34,19 @@ class RoundConfig:
     start: Literal["first", "previous"] = "first"
 
     def training(self, variant: int) -> list[dict[str, Any]]:
-        """What replaces keys of the shared training configuration, the later going before the earlier; `variant` counts from 0."""
+        """What replaces keys of the shared training configuration, the later going before the earlier; `variant` counts
+        from 0.
+        """
         return [self.train, *self.variants[variant : variant + 1]]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The evaluation of every model: `command` is eval.beir or eval.msmarco, `options` its own beside --model and --output-dir.
+    """The evaluation of every model: `command` is eval.beir or eval.msmarco, `options` its own beside --model and
+    --output-dir.
 
-    `choose`: the split among `options.split` on which a round's variants are compared, by the first of `options.metrics`.
+    `choose`: the split among `options.split` on which a round's variants are compared, by the first of
+    `options.metrics`.
     """
 
     command: Literal["eval.beir", "eval.msmarco"] = "eval.beir"
@@ -51,7 +57,9 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """A loop. `launch` is put in front of its commands, as [accelerate, launch, --multi_gpu]; empty: they run in this process."""
+    """A loop. `launch` is put in front of its commands, as [accelerate, launch, --multi_gpu]; empty: they run in this
+    process.
+    """
 
     output_dir: str = "runs/loop"
     launch: tuple[str, ...] = ()
@@ -85,7 +93,9 @@ class LoopConfig:
 
 
 def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
-    """The loop of a YAML file, `key.sub=value` overrides applied, every round's configuration checked. Raises ConfigError."""
+    """The loop of a YAML file, `key.sub=value` overrides applied, every round's configuration checked. Raises
+    ConfigError.
+    """
     tree = read_tree(path, overrides, LoopConfig, Config)
     config: LoopConfig = build(LoopConfig, tree)
     _check(config)
@@ -93,7 +103,9 @@ def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as a command line: {first_rank: 3} -> --first-rank 3; a list gives several words, true the flag alone, null nothing."""
+    """Options as a command line: {first_rank: 3} -> --first-rank 3; a list gives several words, true the flag alone,
+    null nothing.
+    """
     words = []
     for name, value in options.items():
         if value is not None and value is not False:

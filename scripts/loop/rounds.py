@@ -30,7 +30,8 @@ Table = dict[str, dict[str, float]]  # model, and split where there are several 
 
 
 class Loop:
-    """One loop in its folder: <round>/{teacher, mine, train, evaluate}, `work` with what mining uses again, result.json.
+    """One loop in its folder: <round>/{teacher, mine, train, evaluate}, `work` with what mining uses again,
+    result.json.
 
     A round's variants have folders of their own for the last two: <round>/variant-1/{train, evaluate}, ...
     """
@@ -39,7 +40,8 @@ class Loop:
         self._config, self._root = config, Path(config.output_dir)
 
     def run(self) -> Table:
-        """Runs what is not done yet; prints the measures of all models so far after each round and returns the last table.
+        """Runs what is not done yet; prints the measures of all models so far after each round and returns the last
+        table.
 
         result.json holds that of the rounds done so far, and the folder of each one's evaluation.
         """
@@ -51,7 +53,9 @@ class Loop:
             if described.mine is not None:
                 teacher = self._teach(number, mined) if mined is not None and described.teacher is not None else None
                 data = mined = self._mine(number, model, teacher)
-            model, found, folder = self._best(number, model if described.start == "previous" else config.first_model, data)
+            model, found, folder = self._best(
+                number, model if described.start == "previous" else config.first_model, data
+            )
             folders[described.name] = folder.as_posix()
             table |= _rows(described.name, found)
             print(f"\n{format_table(table)}\n", flush=True)
@@ -59,7 +63,9 @@ class Loop:
         return table
 
     def _best(self, number: int, model: str, data: Path | None) -> tuple[str, Splits, Path]:
-        """(export, measures, folder of its evaluation) of the variant that is best on the split to choose by; the first of equals."""
+        """(export, measures, folder of its evaluation) of the variant that is best on the split to choose by; the first
+        of equals.
+        """
         described, evaluate = self._config.rounds[number], self._config.evaluate
         found = []
         for variant in range(max(1, len(described.variants))):
@@ -73,20 +79,34 @@ class Loop:
         measure = evaluate.options["metrics"][0]
         values = [splits[evaluate.choose][measure] for _, splits, _ in found]
         best = values.index(max(values))
-        print(f"{described.name}: variant {best + 1} of {measure} {', '.join(f'{v:.4f}' for v in values)} on {evaluate.choose}", flush=True)
+        print(
+            f"{described.name}: variant {best + 1} of {measure} {', '.join(f'{v:.4f}' for v in values)} on {evaluate.choose}",
+            flush=True,
+        )
         return found[best]
 
     def _teach(self, number: int, data: Path) -> Path:
         """The cross-encoder trained on mined `data`, from the first model."""
         described, model = self._config.rounds[number], self._config.first_model
         folder = Path(described.name, "teacher")
-        inputs = {"model": model_fingerprint(model), "data": file_fingerprint(data / DATA), "options": described.teacher}
-        options = {"data": data, "model": model, "output_dir": self._root / folder / "model", **(described.teacher or {})}
+        inputs = {
+            "model": model_fingerprint(model),
+            "data": file_fingerprint(data / DATA),
+            "options": described.teacher,
+        }
+        options = {
+            "data": data,
+            "model": model,
+            "output_dir": self._root / folder / "model",
+            **(described.teacher or {}),
+        }
         self._stage(f"{described.name}: teacher", folder, inputs, _TRAIN_TEACHER, options, "model/**/*")
         return self._root / folder / "model"
 
     def _mine(self, number: int, model: str, teacher: Path | None) -> Path:
-        """The folder of training data whose negatives `model` found in the source; `teacher` scores beside the teachers of the options."""
+        """The folder of training data whose negatives `model` found in the source; `teacher` scores beside the teachers
+        of the options.
+        """
         described, source = self._config.rounds[number], self._config.source
         options = dict(described.mine or {})
         named = options.pop("teacher", None) or []
@@ -100,10 +120,29 @@ class Loop:
             "options": options,
         }
         folder = Path(described.name, "mine")
-        read = {"data": source.path, **{key: value for key, value in asdict(source).items() if key not in ("path", "weight")}}
-        asked = {"title": policy.title, "title_separator": policy.title_separator, **options, "teacher": teachers or None}
-        places = {"model": model, "output_dir": self._root / folder / "data", "work_dir": self._root / "work" / described.name}
-        self._stage(f"{described.name}: mine", folder, inputs, "scripts.mine_negatives", {**read, **asked, **places}, f"data/{DATA}")
+        read = {
+            "data": source.path,
+            **{key: value for key, value in asdict(source).items() if key not in ("path", "weight")},
+        }
+        asked = {
+            "title": policy.title,
+            "title_separator": policy.title_separator,
+            **options,
+            "teacher": teachers or None,
+        }
+        places = {
+            "model": model,
+            "output_dir": self._root / folder / "data",
+            "work_dir": self._root / "work" / described.name,
+        }
+        self._stage(
+            f"{described.name}: mine",
+            folder,
+            inputs,
+            "scripts.mine_negatives",
+            {**read, **asked, **places},
+            f"data/{DATA}",
+        )
         return self._root / folder / "data"
 
     def _train(self, number: int, variant: int, label: str, folder: Path, model: str, data: Path | None) -> str:
@@ -114,15 +153,26 @@ class Loop:
         trained_on = open_source(config.data.train[0]).fingerprint()
         inputs = {"model": model_fingerprint(model), "data": trained_on, "config": _without_places(config)}
         begin = partial(write_text, settings, to_yaml(config))
-        self._stage(f"{label}: train", folder, inputs, "retriever.train", {"config": settings}, "run/export/**/*", begin)
+        self._stage(
+            f"{label}: train", folder, inputs, "retriever.train", {"config": settings}, "run/export/**/*", begin
+        )
         return str(run / "export")
 
     def _evaluate(self, label: str, folder: Path, model: str) -> Splits:
         """The measures of `model` on every split that the evaluation names."""
         evaluate, folder = self._config.evaluate, folder / "evaluate"
         asked = {key: value for key, value in asdict(evaluate).items() if key != "choose"}
-        inputs = {"model": model_fingerprint(model), "data": _collection_fingerprint(Path(evaluate.data)), "evaluate": asked}
-        options = {"model": model, "data": evaluate.data, "output_dir": self._root / folder / "results", **evaluate.options}
+        inputs = {
+            "model": model_fingerprint(model),
+            "data": _collection_fingerprint(Path(evaluate.data)),
+            "evaluate": asked,
+        }
+        options = {
+            "model": model,
+            "data": evaluate.data,
+            "output_dir": self._root / folder / "results",
+            **evaluate.options,
+        }
         outputs = self._stage(f"{label}: evaluate", folder, inputs, evaluate.command, options, "results/*.json")
         read = {Path(file).stem: (self._root / folder / file).read_text(encoding="utf-8") for file in outputs}
         return {split: loads(text)["metrics"] for split, text in read.items()}
@@ -137,9 +187,11 @@ class Loop:
         outputs: str,
         begin: Callable[[], None] = lambda: None,
     ) -> Outputs:
-        """A stage that is a command: `begin`, then `module` with `options` to its end; `outputs` is the pattern of its output files.
+        """A stage that is a command: `begin`, then `module` with `options` to its end; `outputs` is the pattern of its
+        output files.
 
-        Raises SystemExit with the status of a command that failed and has said why, CalledProcessError where it was launched.
+        Raises SystemExit with the status of a command that failed and has said why, CalledProcessError where it was
+        launched.
         """
 
         def work(folder: Path) -> list[str]:

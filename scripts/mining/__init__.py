@@ -1,1 +1,3 @@
-"""Hard negatives for training data: candidates from retrievers, scores from a teacher, filters, and the file that is trained on."""
+"""Hard negatives for training data: candidates from retrievers, scores from a teacher, filters, and the file that is
+trained on.
+"""

@@ -1,4 +1,6 @@
-"""Which passages may become a query's negatives: what the retrievers rank inside the window, in the order they are judged in."""
+"""Which passages may become a query's negatives: what the retrievers rank inside the window, in the order they are
+judged in.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ _BM25_QUERIES = 4_096
 
 
 def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens_per_chunk: int | None) -> list[str]:
-    """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there already are kept.
+    """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there
+    already are kept.
 
     Returns the names of their manifests.
     """
@@ -54,23 +57,33 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens
     return ["query/manifest.json", "passage/manifest.json"]
 
 
-def search_model(queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, world: World) -> list[str]:
+def search_model(
+    queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, world: World
+) -> list[str]:
     """Writes the numbers of the `depth` passages nearest to each query, in parts as `write_parts` does."""
     embeddings, ids = load_queries(queries)
 
     def numbers(part: slice) -> np.ndarray:
-        run = search(embeddings[part], ids[part], passages, depth, index=index, world=World(world.device))  # this rank alone
+        run = search(
+            embeddings[part], ids[part], passages, depth, index=index, world=World(world.device)
+        )  # this rank alone
         return np.stack([_row(run[query_id], depth) for query_id in ids[part]])
 
     return write_parts(folder, len(ids), _QUERIES_AT_ONCE, numbers, world, "search by model")
 
 
-def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, world: World, threads: int | None = None) -> list[str]:
-    """As `search_model`, by BM25, each query in one of `threads`; the ranks divide the cores of their machine among them by default."""
+def search_bm25(
+    pool: Pool, index: Bm25, depth: int, folder: Path, world: World, threads: int | None = None
+) -> list[str]:
+    """As `search_model`, by BM25, each query in one of `threads`; the ranks divide the cores of their machine among
+    them by default.
+    """
 
     def numbers(part: slice) -> np.ndarray:
         texts = [query.text for query in pool.queries[part]]
-        found = in_threads(lambda text: _row(index.rank(text, depth, str), depth), texts, threads or max(1, cores() // world.size))
+        found = in_threads(
+            lambda text: _row(index.rank(text, depth, str), depth), texts, threads or max(1, cores() // world.size)
+        )
         return np.stack(list(found))
 
     return write_parts(folder, len(pool.queries), _BM25_QUERIES, numbers, world, "search by bm25")
@@ -79,9 +92,9 @@ def search_bm25(pool: Pool, index: Bm25, depth: int, folder: Path, world: World,
 def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettings) -> list[list[int]]:
     """The candidates of each query that are judged: at most `settings.candidates`, in the order they are preferred in.
 
-    Candidates are those inside the rank window of any of `searched` [Q, depth], without what the query, or another one of the same
-    text, knows as positive and without blank passages. `top` prefers the smaller rank, a retriever named earlier before one named
-    later; `random` an order drawn by the seed, the query and the passage's text.
+    Candidates are those inside the rank window of any of `searched` [Q, depth], without what the query, or another one
+    of the same text, knows as positive and without blank passages. `top` prefers the smaller rank, a retriever named
+    earlier before one named later; `random` an order drawn by the seed, the query and the passage's text.
     """
     window = slice(settings.first_rank - 1, settings.last_rank)
     same_text = defaultdict[str, list[int]](list)

@@ -1,4 +1,6 @@
-"""Training of a cross-encoder: groups of a query, a positive and negatives, and the cross entropy of the positive among them."""
+"""Training of a cross-encoder: groups of a query, a positive and negatives, and the cross entropy of the positive among
+them.
+"""
 
 from __future__ import annotations
 
@@ -44,31 +46,44 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("negatives", "queries", "epochs", "max_tokens"):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0; received {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: expected a number above 0; received {getattr(self, name)!r}"
+                )
 
 
 def read_groups(path: str, title: Literal["join", "drop"], separator: str, limit: int | None = None) -> list[Group]:
-    """The queries of training data that carries its passages' texts and has negatives. Raises DataError where none has."""
+    """The queries of training data that carries its passages' texts and has negatives. Raises DataError where none
+    has.
+    """
     groups = []
     for example in open_source(SourceConfig(path=path, limit=limit)).examples():
         positives, negatives = (
-            tuple(final_text(passage, title, separator) for passage in found) for found in (example.positives, example.negatives)
+            tuple(final_text(passage, title, separator) for passage in found)
+            for found in (example.positives, example.negatives)
         )
         if positives and negatives:
             groups.append(Group(example.query, positives, negatives))
     if not groups:
-        raise DataError("no query has both a positive and a negative; expected mined negatives (scripts.mine_negatives)", path)
+        raise DataError(
+            "no query has both a positive and a negative; expected mined negatives (scripts.mine_negatives)", path
+        )
     return groups
 
 
 def train_cross_encoder(
-    name_or_path: str, groups: Sequence[Group], training: Training, optim: OptimConfig, output: Path, device: torch.device
+    name_or_path: str,
+    groups: Sequence[Group],
+    training: Training,
+    optim: OptimConfig,
+    output: Path,
+    device: torch.device,
 ) -> tuple[float, float]:
     """Trains from the body of an encoder and writes the model with its tokenizer to `output`.
 
-    Returns, over the last tenth of the steps and before each one's update, the mean loss and the share of queries whose positive scored
-    highest: within the first epoch both are of queries not trained on yet. Deterministic in `training.seed` up to the device's own sums.
-    Raises ConfigError where the model cannot be read, its body lacks a weight or `output` exists.
+    Returns, over the last tenth of the steps and before each one's update, the mean loss and the share of queries whose
+    positive scored
+    highest: within the first epoch both are of queries not trained on yet. Deterministic in `training.seed` up to the
+    device's own sums. Raises ConfigError where the model cannot be read, its body lacks a weight or `output` exists.
     """
     if output.exists():
         raise ConfigError(f"--output-dir {output}: exists already; expected a new folder")
@@ -97,7 +112,9 @@ def train_cross_encoder(
 
 
 def first_among(scores: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax of each group's first score [G] and whether it is the highest [G], 0 or 1; scores [Σ sizes], group after group."""
+    """−log softmax of each group's first score [G] and whether it is the highest [G], 0 or 1; scores [Σ sizes], group
+    after group.
+    """
     padded = scores.new_full((len(sizes), int(sizes.max())), -torch.inf)
     padded[torch.arange(padded.shape[1], device=sizes.device) < sizes[:, None]] = scores  # [G, largest]
     return padded.logsumexp(dim=1) - padded[:, 0], (padded.argmax(dim=1) == 0).to(scores.dtype)
@@ -112,7 +129,9 @@ def _steps(count: int, training: Training) -> Iterator[np.ndarray]:
 
 
 def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple[dict[str, Tensor], list[int]]:
-    """Tokens of each query with a drawn positive and then drawn negatives, padded; and how many pairs each query has."""
+    """Tokens of each query with a drawn positive and then drawn negatives, padded; and how many pairs each query
+    has.
+    """
     queries, passages, sizes = [], [], []
     for group in groups:
         positive = group.positives[int(torch.randint(len(group.positives), ()))]
@@ -120,4 +139,6 @@ def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple
         sizes.append(1 + len(negatives))
         queries += [group.query] * sizes[-1]
         passages += [positive, *negatives]
-    return dict(tokenizer(queries, passages, truncation=True, max_length=training.max_tokens, padding=True, return_tensors="pt")), sizes
+    return dict(
+        tokenizer(queries, passages, truncation=True, max_length=training.max_tokens, padding=True, return_tensors="pt")
+    ), sizes

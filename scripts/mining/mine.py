@@ -36,7 +36,9 @@ _DIGITS = 9  # name a float32 uniquely
 
 @dataclass
 class Mining:
-    """One mining: what it reads, what it asks, and where it works. `output` gets the data, `work` what can be used again."""
+    """One mining: what it reads, what it asks, and where it works. `output` gets the data, `work` what can be used
+    again.
+    """
 
     pool: Pool
     settings: MiningSettings
@@ -52,14 +54,30 @@ class Mining:
     counts: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> Outputs:
-        """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and manifest.json."""
+        """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and
+        manifest.json.
+        """
         retrievers = {name: self._description(name) for name in self.settings.retrievers}
-        inputs = dict(zip(_INPUTS, (self.pool.fingerprint, asdict(self.settings), retrievers, self._judge_inputs()), strict=True))
-        return run_stage("mine", self.output, inputs, self._mine, writes=[DATA], world=self.world, facts=lambda: {"counts": self.counts})
+        inputs = dict(
+            zip(_INPUTS, (self.pool.fingerprint, asdict(self.settings), retrievers, self._judge_inputs()), strict=True)
+        )
+        return run_stage(
+            "mine",
+            self.output,
+            inputs,
+            self._mine,
+            writes=[DATA],
+            world=self.world,
+            facts=lambda: {"counts": self.counts},
+        )
 
-    def _stage(self, name: str, folder: str, inputs: Mapping[str, Any], work: Callable[[Path], Sequence[str]]) -> Outputs:
+    def _stage(
+        self, name: str, folder: str, inputs: Mapping[str, Any], work: Callable[[Path], Sequence[str]]
+    ) -> Outputs:
         """A stage whose outputs other minings of the same data can use."""
-        return run_stage(name, self.work / folder, {"data": self.pool.fingerprint, **inputs}, work, writes=_WORK, world=self.world)
+        return run_stage(
+            name, self.work / folder, {"data": self.pool.fingerprint, **inputs}, work, writes=_WORK, world=self.world
+        )
 
     def _description(self, judge: CrossEncoder | Retriever) -> Any:
         """What rankings or scores depend on besides the data."""
@@ -77,7 +95,10 @@ class Mining:
 
     def _judge_inputs(self) -> Any:
         if self.teachers:
-            return {"teachers": [self._description(t) for t in self.teachers], "tokens_per_batch": self.tokens_per_batch}
+            return {
+                "teachers": [self._description(t) for t in self.teachers],
+                "tokens_per_batch": self.tokens_per_batch,
+            }
         return self._description("model") if self.settings.filters else None
 
     def _mine(self, folder: Path) -> list[str]:
@@ -85,7 +106,9 @@ class Mining:
         shortlists = shortlist(self.pool, [numbers for numbers, _ in searched], self.settings)
         scores = self._score(shortlists, [outputs for _, outputs in searched])
         if self.world.is_first:
-            write_lines(folder / DATA, (json.dumps(record, ensure_ascii=False) for record in self._records(shortlists, scores)))
+            write_lines(
+                folder / DATA, (json.dumps(record, ensure_ascii=False) for record in self._records(shortlists, scores))
+            )
         return [DATA]
 
     @cached_property
@@ -95,7 +118,10 @@ class Mining:
         assert bundle is not None
         model = {key: value for key, value in self._description("model").items() if key != "index"}
         self._stage(
-            "encode", folder.name, {"model": model}, lambda aside: encode(self.pool, bundle, aside, self.world, self.tokens_per_chunk)
+            "encode",
+            folder.name,
+            {"model": model},
+            lambda aside: encode(self.pool, bundle, aside, self.world, self.tokens_per_chunk),
         )
         return open_shards(folder / "query"), open_shards(folder / "passage")
 
@@ -118,14 +144,18 @@ class Mining:
                 return search_bm25(self.pool, self._bm25, depth, folder, self.world, self.threads)
             return search_model(*self._shards, depth, self.index, folder, self.world)
 
-        outputs = self._stage(f"search by {name}", f"search-{name}", {"retriever": self._description(name), "depth": depth}, work)
+        outputs = self._stage(
+            f"search by {name}", f"search-{name}", {"retriever": self._description(name), "depth": depth}, work
+        )
         found = read_parts(self.work / f"search-{name}", outputs)
         if self.world.is_first and (found == NONE).all():
             print(f"warning: search by {name}: no query finds a passage", flush=True)
         return found, outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], searched: Sequence[Outputs]) -> np.ndarray:
-        """The scores of each query's positives, then of its shortlist, query behind query; all 0 where nobody is asked."""
+        """The scores of each query's positives, then of its shortlist, query behind query; all 0 where nobody is
+        asked.
+        """
         if not self.teachers and not self.settings.filters:
             return np.zeros(sum(len(query.positives) for query in self.pool.queries) + sum(map(len, shortlists)))
 
@@ -149,7 +179,11 @@ class Mining:
 
     def _records(self, shortlists: Sequence[Sequence[int]], scores: np.ndarray) -> Iterator[dict[str, Any]]:
         """What is written of each query; counts what is kept and what is dropped."""
-        self.counts = {"queries": len(self.pool.queries), "without a positive": self.pool.left_out, "passages": len(self.pool.passages)}
+        self.counts = {
+            "queries": len(self.pool.queries),
+            "without a positive": self.pool.left_out,
+            "passages": len(self.pool.passages),
+        }
         self.counts |= {"negatives": 0, "dropped by score": 0, "queries without negatives": 0}
         end = 0
         for query, numbers in zip(self.pool.queries, shortlists, strict=True):

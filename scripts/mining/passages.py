@@ -18,7 +18,9 @@ _SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.st
 
 
 def write_passages(path: Path, passages: Iterable[Passage]) -> None:
-    """Writes passages whose texts are known to an Arrow file; the memory that it takes does not grow with their number."""
+    """Writes passages whose texts are known to an Arrow file; the memory that it takes does not grow with their
+    number.
+    """
     rows = ({"id": passage.id, "title": passage.title, "text": passage.text} for passage in passages)
     with replace_file(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as arrow:
         while batch := list(islice(rows, _BATCH_ROWS)):
@@ -52,6 +54,8 @@ def digest(text: str) -> bytes:
 
 
 def numbered(digests: bytes | bytearray) -> np.ndarray:
-    """A number for each of n digests, laid end to end: [n]. Equal ones have the same; they count from 0 in the order they first occur."""
+    """A number for each of n digests, laid end to end: [n]. Equal ones have the same; they count from 0 in the order
+    they first occur.
+    """
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests) // 16, [None, pa.py_buffer(digests)])
     return column.dictionary_encode().indices.to_numpy()

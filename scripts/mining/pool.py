@@ -1,4 +1,6 @@
-"""What is mined: all passages of a training source, each distinct final text once, and its queries with what they know as positive."""
+"""What is mined: all passages of a training source, each distinct final text once, and its queries with what they know
+as positive.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,18 @@ class MinedQuery:
 class Pool:
     """The passages [N] that negatives are taken from, and the queries [Q] that have a positive among them.
 
-    Passages stay in a file of `folder`, numbered as the source gives them, its corpus first. The queries are held in memory.
+    Passages stay in a file of `folder`, numbered as the source gives them, its corpus first. The queries are held in
+    memory.
     """
 
-    def __init__(self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, world: World) -> None:
-        """Reads the corpus of the source, if it has one, then its examples, whose own passages join the pool; rank 0 does, once.
+    def __init__(
+        self, source: Source, title: Literal["join", "drop"], separator: str, folder: Path, world: World
+    ) -> None:
+        """Reads the corpus of the source, if it has one, then its examples, whose own passages join the pool; rank 0
+        does, once.
 
-        Raises DataError where the source cannot be read, names a passage that its corpus lacks, or has no query with a positive.
+        Raises DataError where the source cannot be read, names a passage that its corpus lacks, or has no query with a
+        positive.
         """
         self._final_text = partial(final_text, title=title, separator=separator)
         self.fingerprint = fingerprint([source.fingerprint(), title, separator])

@@ -24,7 +24,9 @@ PASSAGES, ROWS, QUERIES = "passages.arrow", "rows.npy", "queries.jsonl"
 class _Query:
     text: str
     prompt: str | None
-    positives: list[int | str] = field(default_factory=list)  # rows of the file, and ids of passages that come without their text
+    positives: list[int | str] = field(
+        default_factory=list
+    )  # rows of the file, and ids of passages that come without their text
 
 
 class PoolReader:
@@ -38,7 +40,9 @@ class PoolReader:
         self._queries: dict[str, _Query] = {}
 
     def write(self, folder: Path) -> list[str]:
-        """Writes the pool's files and returns their names. Raises DataError where the source cannot be read or lacks a positive."""
+        """Writes the pool's files and returns their names. Raises DataError where the source cannot be read or lacks a
+        positive.
+        """
         write_passages(folder / PASSAGES, self._passages())
         rows = len(self._texts) // 16
         numbers = numbered(self._texts + b"".join(digest(query.text) for query in self._queries.values()))  # [rows + Q]
@@ -83,13 +87,17 @@ class PoolReader:
         return passage
 
     def _look_up(self, numbers: np.ndarray, passages: Path) -> dict[str, int]:
-        """The numbers of the passages that were given by id. Raises DataError where an id is missing or stands for two texts."""
+        """The numbers of the passages that were given by id. Raises DataError where an id is missing or stands for two
+        texts.
+        """
         corpus, name = len(self._ids) // 16, self._source.name
         ids = numbered(self._ids + b"".join(map(digest, self._wanted)))  # [corpus + wanted]
         _, first = np.unique(ids[:corpus], return_index=True)  # the first row of each id
         twice = np.flatnonzero(numbers[:corpus] != numbers[first[ids[:corpus]]])
         if len(twice):
-            raise DataError(f"source {name!r}: passage id {Passages(passages, twice)[0].id!r} stands for two texts in the corpus")
+            raise DataError(
+                f"source {name!r}: passage id {Passages(passages, twice)[0].id!r} stands for two texts in the corpus"
+            )
         found = {}
         for (passage_id, query_id), at in zip(self._wanted.items(), ids[corpus:], strict=True):
             if at >= len(first):

@@ -1,4 +1,6 @@
-"""Scores of the positives and of the shortlisted candidates, by the teachers or by the model itself, in parts that are kept."""
+"""Scores of the positives and of the shortlisted candidates, by the teachers or by the model itself, in parts that are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +20,36 @@ from scripts.stages import write_parts
 
 _QUERIES_A_PART = 512
 
-Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]  # query rows [n] ascending, passage numbers [n] -> scores [n] float32
+Judge = Callable[
+    [np.ndarray, np.ndarray], np.ndarray
+]  # query rows [n] ascending, passage numbers [n] -> scores [n] float32
 
 
 def fused_judge(judges: Sequence[Judge]) -> Judge:
-    """The mean over `judges` of their scores, each brought to mean 0 and variance 1 among the pairs of a query that are judged together.
+    """The mean over `judges` of their scores, each brought to mean 0 and variance 1 among the pairs of a query that are
+    judged together.
 
     One judge alone keeps its own scores. Where a judge scores all pairs of a query alike, its part is 0.
     """
     if len(judges) == 1:
         return judges[0]
-    return lambda rows, numbers: np.mean([_standardised(judge(rows, numbers), rows) for judge in judges], axis=0).astype(np.float32)
+    return lambda rows, numbers: np.mean(
+        [_standardised(judge(rows, numbers), rows) for judge in judges], axis=0
+    ).astype(np.float32)
 
 
 def bm25_judge(pool: Pool, index: Bm25) -> Judge:
     """BM25's score of a pair, 0 where it shares no word."""
-    return lambda rows, numbers: np.concatenate([index.scores_of(pool.queries[r].text, numbers[rows == r]) for r in np.unique(rows)])
+    return lambda rows, numbers: np.concatenate(
+        [index.scores_of(pool.queries[r].text, numbers[rows == r]) for r in np.unique(rows)]
+    )
 
 
 def teacher_judge(pool: Pool, teacher: CrossEncoder, tokens_per_batch: int) -> Judge:
     """The cross-encoder's scores of a pair's texts."""
-    return lambda rows, numbers: teacher.score([pool.queries[r].text for r in rows], [pool.text(n) for n in numbers], tokens_per_batch)
+    return lambda rows, numbers: teacher.score(
+        [pool.queries[r].text for r in rows], [pool.text(n) for n in numbers], tokens_per_batch
+    )
 
 
 def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
@@ -67,8 +78,12 @@ def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.divide(centred, deviations, out=np.zeros_like(centred), where=deviations > 0)
 
 
-def write_scores(pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World) -> list[str]:
-    """Scores each query's positives, then its shortlist, in parts as `write_parts` does. Raises ConfigError where a score is not finite."""
+def write_scores(
+    pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World
+) -> list[str]:
+    """Scores each query's positives, then its shortlist, in parts as `write_parts` does. Raises ConfigError where a
+    score is not finite.
+    """
 
     def score(part: slice) -> np.ndarray:
         here = range(len(pool.queries))[part]

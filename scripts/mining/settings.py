@@ -14,8 +14,9 @@ Retriever = Literal["bm25", "model"]
 class MiningSettings:
     """Where candidates come from, how many are kept, and which are taken for false negatives.
 
-    Ranks count from 1 and are those of the search, positives included. A candidate is dropped where its score is above the lowest
-    score of its query's positives less `margin`, or above `percentage` of that score (a score below 0 is divided by it instead).
+    Ranks count from 1 and are those of the search, positives included. A candidate is dropped where its score is above
+    the lowest score of its query's positives less `margin`, or above `percentage` of that score (a score below 0 is
+    divided by it instead).
     """
 
     retrievers: tuple[Retriever, ...] = ("model",)
@@ -25,15 +26,32 @@ class MiningSettings:
     pick: Literal["random", "top"] = "random"
     margin: float | None = None
     percentage: float | None = None
-    judged: int | None = None  # candidates scored for each query; None: twice `negatives` where any is filtered, else as many
+    judged: int | None = (
+        None  # candidates scored for each query; None: twice `negatives` where any is filtered, else as many
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(1 <= self.first_rank <= self.last_rank, "--ranks", "FIRST LAST with 1 <= FIRST <= LAST", (self.first_rank, self.last_rank))
+        require(
+            1 <= self.first_rank <= self.last_rank,
+            "--ranks",
+            "FIRST LAST with 1 <= FIRST <= LAST",
+            (self.first_rank, self.last_rank),
+        )
         require(self.negatives >= 1, "--negatives", "at least 1", self.negatives)
-        require(self.percentage is None or 0 < self.percentage <= 1, "--percentage", "above 0 and at most 1", self.percentage)
+        require(
+            self.percentage is None or 0 < self.percentage <= 1,
+            "--percentage",
+            "above 0 and at most 1",
+            self.percentage,
+        )
         require(self.margin is None or self.margin >= 0, "--margin", "0 or more", self.margin)
-        require(self.judged is None or self.judged >= self.negatives, "--judged", f"at least --negatives, {self.negatives}", self.judged)
+        require(
+            self.judged is None or self.judged >= self.negatives,
+            "--judged",
+            f"at least --negatives, {self.negatives}",
+            self.judged,
+        )
 
     @property
     def filters(self) -> bool:

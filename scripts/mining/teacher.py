@@ -22,10 +22,18 @@ from scripts.stages import model_fingerprint
 
 
 class CrossEncoder:
-    """Reads a query and a passage together and gives their relevance as one number, unbounded, higher for the more relevant."""
+    """Reads a query and a passage together and gives their relevance as one number, unbounded, higher for the more
+    relevant.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int, precision: Precision, device: torch.device, name: str = ""
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        precision: Precision,
+        device: torch.device,
+        name: str = "",
     ) -> None:
         """`name` stands for the weights in `description`."""
         self.description = f"{name}, {precision}, {max_tokens} tokens"
@@ -33,7 +41,9 @@ class CrossEncoder:
         self._device, self._dtype = device, AUTOCAST_DTYPES[precision]
 
     @classmethod
-    def load(cls, name_or_path: str | Path, *, max_tokens: int = 512, precision: Precision = "fp32", device: torch.device) -> CrossEncoder:
+    def load(
+        cls, name_or_path: str | Path, *, max_tokens: int = 512, precision: Precision = "fp32", device: torch.device
+    ) -> CrossEncoder:
         """A sequence classifier with one label, or two: then the score is the second's logit less the first's.
 
         `max_tokens` cuts longer pairs, the longer text first. Raises ConfigError where there is no such model, it lacks
@@ -48,7 +58,8 @@ class CrossEncoder:
 
     @torch.no_grad()
     def score(self, queries: Sequence[str], passages: Sequence[str], tokens_per_batch: int) -> np.ndarray:
-        """The scores [n] float32 of the pairs (queries[i], passages[i]), sorted by length into batches of at most `tokens_per_batch`.
+        """The scores [n] float32 of the pairs (queries[i], passages[i]), sorted by length into batches of at most
+        `tokens_per_batch`.
 
         The same call gives the same bits on the same machine with the same number of threads.
         """
@@ -62,18 +73,26 @@ class CrossEncoder:
             tokens = pad_rows([np.asarray(pairs["input_ids"][i], dtype=np.int64) for i in rows], pad_id)
             inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
             if "token_type_ids" in pairs:
-                inputs["token_type_ids"] = pad_rows([np.asarray(pairs["token_type_ids"][i], dtype=np.int64) for i in rows], 0).input_ids
+                inputs["token_type_ids"] = pad_rows(
+                    [np.asarray(pairs["token_type_ids"][i], dtype=np.int64) for i in rows], 0
+                ).input_ids
             with torch.autocast(self._device.type, self._dtype) if self._dtype is not None else nullcontext():
-                logits = self._model(**{key: value.to(self._device) for key, value in inputs.items()}).logits.float()  # [n, labels]
+                logits = self._model(
+                    **{key: value.to(self._device) for key, value in inputs.items()}
+                ).logits.float()  # [n, labels]
             scores[rows] = (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).cpu().numpy()
         return scores
 
 
-def load_classifier(name: str, option: str, *, new_head: bool = False, **config: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A sequence classifier in fp32 with its tokenizer, from safetensors alone; `config` overrides entries of its configuration.
+def load_classifier(
+    name: str, option: str, *, new_head: bool = False, **config: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A sequence classifier in fp32 with its tokenizer, from safetensors alone; `config` overrides entries of its
+    configuration.
 
-    With `new_head` the head and the pooler may be missing and are drawn from torch's generator. Raises ConfigError, which names
-    `option` or the file, where there is no such model or tokenizer, or any other weight is missing or of another shape.
+    With `new_head` the head and the pooler may be missing and are drawn from torch's generator. Raises ConfigError,
+    which names `option` or the file, where there is no such model or tokenizer, or any other weight is missing or of
+    another shape.
     """
     settings = read_config(name, **config)
     tokenizer = pretrained_tokenizer(settings, name)
@@ -91,7 +110,9 @@ def load_classifier(name: str, option: str, *, new_head: bool = False, **config:
 
 
 def check_pair_length(option: str, max_tokens: int, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError, which names `option`, where a pair may be longer than the model's positions or its tokenizer's length."""
+    """Raises ConfigError, which names `option`, where a pair may be longer than the model's positions or its
+    tokenizer's length.
+    """
     positions = longest_input(model.config) or tokenizer.model_max_length
     longest = min(positions, tokenizer.model_max_length)  # a huge number where the tokenizer names none
     if max_tokens > longest:

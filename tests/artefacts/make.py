@@ -3,8 +3,8 @@
 The committed archive was written at commit 337befe and is not made again: it stands for what people have on disk.
 Where a format changes, add an archive beside it.
 
-Every path inside is relative to the archive's folder, so whatever opens it runs there. `recorded.json` says what the code
-that wrote the files read from them.
+Every path inside is relative to the archive's folder, so whatever opens it runs there. `recorded.json` says what the
+code that wrote the files read from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ INDEX, K = "IVF2,Flat nprobe=2", 5
 TEXTS = ("river storm", "the price of money", "a ship on the ocean, in winter")
 EMBEDDINGS, BM25 = "loop/work/mined/embeddings", "loop/work/mined/bm25"
 EXPORTS = ("run/export", "run/best", "adapted/export")
-_TINY: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16, "max_position_embeddings": 32}
+_TINY: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
 _SHARED = {
     "model": {"name_or_path": "model", "query_max_tokens": 12, "passage_max_tokens": 24, "query_prompt": "query: "},
     "loss": {"temperature": 0.1, "precision": "fp32", "learn_temperature": True},

@@ -49,7 +49,10 @@ def test_the_pages_commands_are_understood(command: str, monkeypatch: pytest.Mon
     assert (ROOT / arguments.training_script_args[arguments.training_script_args.index("--config") + 1]).is_file()
     kind, nodes, processes = MEANT[Path(arguments.config_file).stem]
     assert (arguments.num_machines, arguments.num_processes) == (nodes, processes)
-    assert (arguments.multi_gpu, arguments.use_fsdp) == (kind == DistributedType.MULTI_GPU, kind == DistributedType.FSDP)
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (
+        kind == DistributedType.MULTI_GPU,
+        kind == DistributedType.FSDP,
+    )
 
 
 def test_the_headers_name_their_own_files() -> None:

@@ -1,4 +1,6 @@
-"""A rank's batch: the tokens inference would see, targets that point at the right columns, the same from any number of ranks."""
+"""A rank's batch: the tokens inference would see, targets that point at the right columns, the same from any number of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     lines = []
     for i, text in enumerate(texts[:50]):
         positives = [f"{texts[50 + i - (i % 5 == 1)]} p", f"{text} second"][: 1 + i % 2]
-        lines.append({"query": f"{text} {i}", "pos": positives, "neg": [f"{t} n" for t in texts[100 + i : 101 + i + i % 2]]})
+        lines.append(
+            {"query": f"{text} {i}", "pos": positives, "neg": [f"{t} n" for t in texts[100 + i : 101 + i + i % 2]]}
+        )
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = SourceConfig(path=str(folder / "train.jsonl"), format="flagembedding")
     config = Config(model=MODEL, data=DataConfig(train=(source,), cache_dir=str(folder / "cache")))
@@ -41,7 +45,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def _loader(
-    store: Store, *, rank: int = 0, world_size: int = 1, masked: bool = True, even_chunks: bool = False, packed: bool = False
+    store: Store,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    masked: bool = True,
+    even_chunks: bool = False,
+    packed: bool = False,
 ) -> BatchLoader:
     planner = Planner(store, queries=16, negatives=2, seed=3)
     template = TokenTemplate.from_tokenizer(tiny_tokenizer())
@@ -67,7 +77,9 @@ def _rows(batch: Batch, side: str) -> list[list[int]]:
         assert chunk.tokens.input_ids.numel() <= BUDGET
         if chunk.side == side:
             assert isinstance(chunk.tokens, Padded)
-            for row, ids, mask in zip(chunk.rows.tolist(), chunk.tokens.input_ids, chunk.tokens.attention_mask, strict=True):
+            for row, ids, mask in zip(
+                chunk.rows.tolist(), chunk.tokens.input_ids, chunk.tokens.attention_mask, strict=True
+            ):
                 assert row not in found
                 found[row] = ids[mask.bool()].tolist()
     return [found[i] for i in range(len(found))]
@@ -83,7 +95,9 @@ def _pairs(batch: Batch) -> set[tuple[tuple[int, ...], tuple[int, ...], int]]:
 
 
 def test_chunks_hold_what_the_tokenizer_gives_at_inference(store: Store) -> None:
-    """Each query's and passage's row is tokenizer(prompt + text, truncation=True, max_length) of its side; sizes and tokens count them."""
+    """Each query's and passage's row is tokenizer(prompt + text, truncation=True, max_length) of its side; sizes and
+    tokens count them.
+    """
     tokenizer, cut, whole = tiny_tokenizer(), 0, 0
     sides = {"query": (store.queries, MODEL.query_max_tokens), "passage": (store.passages, MODEL.passage_max_tokens)}
     planner = Planner(store, queries=16, negatives=2, seed=3)
@@ -103,7 +117,9 @@ def test_chunks_hold_what_the_tokenizer_gives_at_inference(store: Store) -> None
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_ranks_batches_make_up_one_batch(store: Store, world_size: int) -> None:
-    """Over all ranks: the same pairs as on one rank, each passage id once, the same number of global queries everywhere."""
+    """Over all ranks: the same pairs as on one rank, each passage id once, the same number of global queries
+    everywhere.
+    """
     for step in range(STEPS):
         alone = _loader(store).load(step)
         parts = [_loader(store, rank=rank, world_size=world_size).load(step) for rank in range(world_size)]
@@ -120,7 +136,10 @@ def test_even_chunks_are_the_same_number_on_every_rank(store: Store, packed: boo
     filled = 0
     for step in range(STEPS):
         plain = [list(_loader(store, rank=rank, world_size=3, packed=packed).load(step).chunks) for rank in range(3)]
-        even = [list(_loader(store, rank=rank, world_size=3, packed=packed, even_chunks=True).load(step).chunks) for rank in range(3)]
+        even = [
+            list(_loader(store, rank=rank, world_size=3, packed=packed, even_chunks=True).load(step).chunks)
+            for rank in range(3)
+        ]
         for side in ("query", "passage"):
             own = [[chunk for chunk in chunks if chunk.side == side] for chunks in plain]
             most = max(map(len, own))
@@ -128,7 +147,9 @@ def test_even_chunks_are_the_same_number_on_every_rank(store: Store, packed: boo
                 found = [chunk for chunk in chunks if chunk.side == side]
                 assert len(found) == most
                 assert all(torch.equal(a.rows, b.rows) for a, b in zip(found, real, strict=False))
-                assert all(len(filler.rows) == 0 and filler.tokens.input_ids.numel() == 1 for filler in found[len(real) :])
+                assert all(
+                    len(filler.rows) == 0 and filler.tokens.input_ids.numel() == 1 for filler in found[len(real) :]
+                )
                 filled += most - len(real)
         assert [[chunk.side for chunk in chunks] for chunks in even] == [[chunk.side for chunk in even[0]]] * 3
     assert filled > 0, "the ranks have equally many chunks anyway: this proves little"
@@ -159,7 +180,9 @@ def test_known_pairs_are_looked_up_where_the_loss_reads_them(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_known_pairs_are_looked_up_among_all_ranks_passages(store: Store, world_size: int) -> None:
-    """Pair by pair: a row's known passages, its target aside, at their place when the ranks' passages stand one behind another."""
+    """Pair by pair: a row's known passages, its target aside, at their place when the ranks' passages stand one behind
+    another.
+    """
     found = 0
     for step in range(STEPS):
         parts = [_loader(store, rank=rank, world_size=world_size).load(step).targets for rank in range(world_size)]
@@ -187,7 +210,9 @@ def test_targets_know_whether_rows_are_ignored() -> None:
         assert moved.ignores is ignores and moved.to(torch.device("cpu")).ignores is ignores
     for wrong in (3, -2):
         with pytest.raises(ValueError, match="between -1 and 2 .*received"):
-            Targets(torch.tensor([0, wrong]), ids, torch.zeros(3, dtype=torch.int64), ids[:0], 2).to(torch.device("cpu"))
+            Targets(torch.tensor([0, wrong]), ids, torch.zeros(3, dtype=torch.int64), ids[:0], 2).to(
+                torch.device("cpu")
+            )
 
 
 def test_known_positives_of_a_batch(store: Store) -> None:

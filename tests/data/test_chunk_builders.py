@@ -1,4 +1,6 @@
-"""Chunks of stored tokens: each text wrapped, cut and laid out as the tokenizer would have it, whatever goes together."""
+"""Chunks of stored tokens: each text wrapped, cut and laid out as the tokenizer would have it, whatever goes
+together.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ def test_chunks_hold_every_text_once_as_the_tokenizer_gives_it(packed: bool, sid
     table = TokenRows(tokens, np.concatenate([[0], counts]).cumsum())
     rows = np.array([41, 3, 40, *range(10, 30), 3])
     builders = chunk_builders(
-        "passage", table, rows, TokenTemplate.from_tokenizer(tokenizer), max_tokens=30, tokens_per_chunk=100, packed=packed
+        "passage",
+        table,
+        rows,
+        TokenTemplate.from_tokenizer(tokenizer),
+        max_tokens=30,
+        tokens_per_chunk=100,
+        packed=packed,
     )
     found: dict[int, list[int]] = {}
     for chunk in (build() for build in builders):

@@ -21,7 +21,9 @@ LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(40, 200))
 def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: list[int], budget: int) -> None:
-    """The chunks are a permutation of all rows; rows × longest ≤ budget; lengths descend; no chunk could take its successor's first row."""
+    """The chunks are a permutation of all rows; rows × longest ≤ budget; lengths descend; no chunk could take its
+    successor's first row.
+    """
     array = np.array(lengths, dtype=np.int64)
     plan = plan_chunks(array, budget)
     rows = [int(row) for part in plan for row in part]
@@ -34,7 +36,9 @@ def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: l
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 300))
 def test_packed_chunks_share_the_tokens_evenly(lengths: list[int], budget: int) -> None:
-    """Every row once, longest first, within the budget; no more chunks than filled one by one; none but the last below its share."""
+    """Every row once, longest first, within the budget; no more chunks than filled one by one; none but the last below
+    its share.
+    """
     array = np.array(lengths, dtype=np.int64)
     plan = plan_chunks(array, budget, packed=True)
     rows = [int(row) for part in plan for row in part]
@@ -61,7 +65,9 @@ def test_a_text_longer_than_the_budget_is_refused() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=9), min_size=1, max_size=8), st.sampled_from([0, 1, 7]))
+@given(
+    st.lists(st.lists(st.integers(5, 99), min_size=1, max_size=9), min_size=1, max_size=8), st.sampled_from([0, 1, 7])
+)
 def test_padding_keeps_every_token_and_marks_the_rest(rows: list[list[int]], pad_id: int) -> None:
     """The mask recovers the rows, all else is the padding token, the width is the longest row's."""
     padded = pad_rows([np.array(row) for row in rows], pad_id)
@@ -105,7 +111,9 @@ def test_only_a_few_chunks_are_prepared_ahead() -> None:
 
 @pytest.mark.parametrize("fail_at", [0, 3, 29])
 def test_an_error_in_the_thread_is_raised_at_the_reader(fail_at: int) -> None:
-    """The reader gets the chunks before the failing one, then the builder's own exception; nothing hangs, no thread stays."""
+    """The reader gets the chunks before the failing one, then the builder's own exception; nothing hangs, no thread
+    stays.
+    """
     read = []
     with pytest.raises(OSError, match=f"chunk {fail_at} cannot be read"):
         for chunk in Chunks(_builders(30, [], fail_at), CPU):
@@ -122,7 +130,9 @@ def test_a_later_start_leaves_the_first_chunks_unbuilt() -> None:
 
 
 def test_prefetched_chunks_are_taken_once_or_dropped() -> None:
-    """The first iteration takes them, a later start or `close` drops them; no chunk is lost or doubled, no thread stays."""
+    """The first iteration takes them, a later start or `close` drops them; no chunk is lost or doubled, no thread
+    stays.
+    """
     built: list[int] = []
     chunks = Chunks(_builders(20, built), CPU)
     for _ in range(2):

@@ -14,14 +14,26 @@ import pytest
 
 from eval.collections.collection import read_beir
 from retriever.config import SourceConfig
-from retriever.data.formats import DataError, Example, Passage, Source, find_qrels, open_source, read_corpus, read_qrels, read_queries
+from retriever.data.formats import (
+    DataError,
+    Example,
+    Passage,
+    Source,
+    find_qrels,
+    open_source,
+    read_corpus,
+    read_qrels,
+    read_queries,
+)
 
 REAL = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 def real(name: str) -> Path:
     if not (REAL / name).is_dir():
-        pytest.skip(f"the real collection {REAL / name} is not there; BIGBATCH_TEST_DATA names the folder that holds it")
+        pytest.skip(
+            f"the real collection {REAL / name} is not there; BIGBATCH_TEST_DATA names the folder that holds it"
+        )
     return REAL / name
 
 
@@ -49,7 +61,10 @@ FROM_DOCUMENTS = [Passage("d1", "first", "One"), Passage("d2", "second\u2028stil
 
 def beir(folder: Path, ending: str = "") -> Path:
     write(folder / f"corpus.jsonl{ending}", lines(*DOCUMENTS))
-    write(folder / f"queries.jsonl{ending}", lines({"_id": "q1", "text": "what", "metadata": {}}, {"_id": "q2", "text": "why"}))
+    write(
+        folder / f"queries.jsonl{ending}",
+        lines({"_id": "q1", "text": "what", "metadata": {}}, {"_id": "q2", "text": "why"}),
+    )
     judged = "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td2\t1\nq2\td1\t-1\n"
     write(folder / f"qrels/train.tsv{ending}", judged)
     return folder
@@ -97,7 +112,12 @@ def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
 
 
 def test_dprs_passages_lose_the_quotation_marks_around_them(tmp_path: Path) -> None:
-    rows = ['1\t"Aaron ( or ; ""Ahärôn"") is"\tAaron', '2\t"He said ""no"""\t"""Weird Al"" Yankovic"', '3\t"A" and "B"\t"', '4\t""\tx']
+    rows = [
+        '1\t"Aaron ( or ; ""Ahärôn"") is"\tAaron',
+        '2\t"He said ""no"""\t"""Weird Al"" Yankovic"',
+        '3\t"A" and "B"\t"',
+        '4\t""\tx',
+    ]
     path = write(tmp_path / "psgs_w100.tsv.gz", "id\ttext\ttitle\n" + "\n".join(rows) + "\n")
     assert [(passage.text, passage.title) for passage in read_corpus(path)] == [
         ('Aaron ( or ; "Ahärôn") is', "Aaron"),
@@ -113,7 +133,9 @@ def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
     folder = beir(tmp_path)
     with (folder / "queries.jsonl").open("a") as file:
         file.write(lines({"_id": "q1", "text": "another text"}))
-    with pytest.raises(DataError, match=r"queries\.jsonl, line 3: query id 'q1' stands for two texts, the second 'another text'"):
+    with pytest.raises(
+        DataError, match=r"queries\.jsonl, line 3: query id 'q1' stands for two texts, the second 'another text'"
+    ):
         list(opened(folder).examples())
     with pytest.raises(DataError, match="query id 'q1' stands for two texts"):
         read_beir(folder, "train")
@@ -136,11 +158,15 @@ def test_msmarco_judgments_with_collection_and_queries_beside(tmp_path: Path) ->
     assert list(opened(tmp_path, split="dev").examples()) == [by_id("9", "dev query", "11")]
     assert list(opened(tmp_path / "qrels.dev.small.tsv").examples()) == [by_id("9", "dev query", "11")]
     assert list(read_queries(tmp_path, "dev")) == [("9", "dev query")]
-    with pytest.raises(DataError, match=r"expected one queries file, found queries\.dev\.small\.tsv, queries\.train\.tsv"):
+    with pytest.raises(
+        DataError, match=r"expected one queries file, found queries\.dev\.small\.tsv, queries\.train\.tsv"
+    ):
         list(read_queries(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["2019qrels-pass.txt", "2020qrels-pass.txt", "qrels.dl19-passage.txt", "qrels.dl20-passage.txt"])
+@pytest.mark.parametrize(
+    "name", ["2019qrels-pass.txt", "2020qrels-pass.txt", "qrels.dl19-passage.txt", "qrels.dl20-passage.txt"]
+)
 def test_judgments_to_evaluate_on_are_not_trained_on(tmp_path: Path, name: str) -> None:
     """eval.msmarco reads them from the folder that a training reads."""
     source = opened(msmarco(tmp_path))
@@ -186,7 +212,10 @@ def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dic
     ("text", "message"),
     [
         ("q 0 d one\n", r"line 1: field 'score': expected a whole number of at most 9 digits, received 'one'"),
-        ("q 0 d 1\nq 0 e 0.5\n", r"line 2: field 'score': expected a whole number of at most 9 digits, received '0\.5'"),
+        (
+            "q 0 d 1\nq 0 e 0.5\n",
+            r"line 2: field 'score': expected a whole number of at most 9 digits, received '0\.5'",
+        ),
         ("q 0 d 1\nq d\n", r"line 2: expected 'qid 0 pid grade' or 'qid pid grade', received 'q d'"),
         ("q 0 d 1\nq 0 d 2\n", r"line 2: query 'q', passage 'd': grade 2, but 1 before"),
     ],
@@ -207,7 +236,10 @@ def test_hard_negatives_of_another_project_are_read_as_what_they_are(tmp_path: P
     mined = {"query": "q", "pos": ["p"], "neg": ["n"]}
     assert opened(write(tmp_path / "train-hard-negatives.jsonl", lines(mined))).format == "flagembedding"
     mined = {"qid": "9", "pos": ["11"], "neg": []}
-    settings = {"queries": str(msmarco(tmp_path / "set") / "queries.dev.small.tsv"), "corpus": str(tmp_path / "set/collection.tsv")}
+    settings = {
+        "queries": str(msmarco(tmp_path / "set") / "queries.dev.small.tsv"),
+        "corpus": str(tmp_path / "set/collection.tsv"),
+    }
     source = opened(write(tmp_path / "renamed.jsonl", lines(mined)), **settings)
     assert (source.format, list(source.examples())) == ("msmarco", [by_id("9", "dev query", "11")])
 
@@ -243,11 +275,19 @@ def test_real_scifact_and_cranfield() -> None:
     assert (source.format, len(examples), len(passages), len(dict(read_queries(folder)))) == ("beir", 809, 5183, 1109)
     assert all(example.positives and all(p.id in passages for p in example.positives) for example in examples)
     assert len(read_qrels(find_qrels(folder, "test"))) == 300
-    assert sum(grade == 0 for judged in read_qrels(find_qrels(real("cranfield"), "test")).values() for grade in judged.values()) == 225
+    assert (
+        sum(
+            grade == 0
+            for judged in read_qrels(find_qrels(real("cranfield"), "test")).values()
+            for grade in judged.values()
+        )
+        == 225
+    )
 
 
 @pytest.mark.parametrize(
-    "order", ["query-id corpus-id score", "score corpus-id query-id", "corpus-id query-id score", "docid qid iteration rel"]
+    "order",
+    ["query-id corpus-id score", "score corpus-id query-id", "corpus-id query-id score", "docid qid iteration rel"],
 )
 @pytest.mark.parametrize("separator", ["\t", " "])
 def test_qrels_go_by_their_header(tmp_path: Path, order: str, separator: str) -> None:
@@ -262,7 +302,9 @@ def test_qrels_go_by_their_header(tmp_path: Path, order: str, separator: str) ->
 
 def test_qrels_as_csv_and_json_lines(tmp_path: Path) -> None:
     assert read_qrels(write(tmp_path / "q.csv", "corpus-id,query-id,score\n8,7,2\n")) == {"7": {"8": 2}}
-    assert read_qrels(write(tmp_path / "q.jsonl", lines({"query_id": 7, "docid": "8", "label": 2.0}))) == {"7": {"8": 2}}
+    assert read_qrels(write(tmp_path / "q.jsonl", lines({"query_id": 7, "docid": "8", "label": 2.0}))) == {
+        "7": {"8": 2}
+    }
 
 
 @pytest.mark.parametrize("grade", ["1_0", "1.0", "", " ", "\u0661", "1e1", "9" * 10, "9" * 5000, "--1", "0x1"])
@@ -296,11 +338,17 @@ def checked(folder: Path, corpus: str, queries: str = "", judged: str = "q1 0 d1
             {"corpus": lines({"_id": "a", "text": "x"}, {"_id": "a", "text": "x"})},
             r"corpus\.jsonl, line 2: field '_id': expected an id once; line 1 has it, received 'a'",
         ),
-        ({"corpus": lines({"_id": "a b", "text": "x"})}, "line 1: field '_id': expected an id without white space, which separates"),
+        (
+            {"corpus": lines({"_id": "a b", "text": "x"})},
+            "line 1: field '_id': expected an id without white space, which separates",
+        ),
         ({"corpus": lines({"_id": "a\u3000", "text": "x"})}, "line 1: field '_id': expected an id without white space"),
         ({"corpus": lines({"_id": "a", "text": None})}, "line 1: field 'text': expected text, received None"),
         ({"corpus": ""}, r"corpus\.jsonl: expected passages, found none"),
-        ({"queries": lines({"_id": "q1", "text": " "})}, r"queries\.jsonl, line 1: field 'text': expected text that is not blank"),
+        (
+            {"queries": lines({"_id": "q1", "text": " "})},
+            r"queries\.jsonl, line 1: field 'text': expected text that is not blank",
+        ),
         (
             {"queries": lines({"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"})},
             r"queries\.jsonl, line 2: query id 'q1' stands for two texts, the second 'b'",
@@ -309,13 +357,20 @@ def checked(folder: Path, corpus: str, queries: str = "", judged: str = "q1 0 d1
             {"queries": lines({"_id": "q 1", "text": "a"}), "judged": "q 1\td1\t1\n"},
             r"queries\.jsonl, line 1: field '_id': expected an id without white space",
         ),
-        ({"judged": "q1 0 d1 0\nq1 0 d2 -1\n"}, r"dev\.tsv: field 'score': expected a grade above 0 on some line, received none"),
+        (
+            {"judged": "q1 0 d1 0\nq1 0 d2 -1\n"},
+            r"dev\.tsv: field 'score': expected a grade above 0 on some line, received none",
+        ),
     ],
 )
-def test_evaluation_data_are_refused_before_anything_is_encoded(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_evaluation_data_are_refused_before_anything_is_encoded(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
     corpus = lines({"_id": "d1", "text": "x"}, {"_id": "d2", "text": "", "title": "y"}, {"_id": "d3", "text": " "})
     unjudged = lines({"_id": "q1", "text": "what"}, {"_id": "q 2", "text": ""})
-    assert checked(tmp_path / "whole", corpus, unjudged) == ("1 passage without a text and a title, encoded as blank texts",)
+    assert checked(tmp_path / "whole", corpus, unjudged) == (
+        "1 passage without a text and a title, encoded as blank texts",
+    )
     with pytest.raises(DataError, match=message):
         checked(tmp_path / "set", **{"corpus": corpus, "queries": "", **files})
 

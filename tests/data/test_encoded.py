@@ -1,4 +1,6 @@
-"""Texts that the encoder cannot tell apart are one text: no passage is a negative beside a positive of the same tokens."""
+"""Texts that the encoder cannot tell apart are one text: no passage is a negative beside a positive of the same
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ from retriever.data.text_table import TokenRows
 from tests.tiny import tiny_tokenizer
 
 
-def built(folder: Path, *sources: Sequence[Mapping[str, Any]], model: ModelConfig | None = None, title: Any = "join") -> Store:
+def built(
+    folder: Path, *sources: Sequence[Mapping[str, Any]], model: ModelConfig | None = None, title: Any = "join"
+) -> Store:
     """A store of the sources' records, under an uncased tokenizer."""
     paths = [folder / f"{number}.jsonl" for number in range(len(sources))]
     for path, records in zip(paths, sources, strict=True):
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = DataConfig(tuple(SourceConfig(path=str(path)) for path in paths), title=title, cache_dir=str(folder / "cache"))
+    data = DataConfig(
+        tuple(SourceConfig(path=str(path)) for path in paths), title=title, cache_dir=str(folder / "cache")
+    )
     return build_or_open(Config(model=model or ModelConfig(), data=data), tiny_tokenizer(), progress=False)
 
 
@@ -43,20 +49,34 @@ ROWS = st.lists(st.lists(st.integers(0, 2), max_size=4), max_size=40)
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=ROWS, room=st.integers(1, 4), keep_end=st.booleans(), block=st.sampled_from([1, 7, 1 << 15]), weak=st.booleans())
-def test_the_first_of_equal_rows_is_that_of_a_dictionary(rows: list[list[int]], room: int, keep_end: bool, block: int, weak: bool) -> None:
+@given(
+    rows=ROWS,
+    room=st.integers(1, 4),
+    keep_end=st.booleans(),
+    block=st.sampled_from([1, 7, 1 << 15]),
+    weak=st.booleans(),
+)
+def test_the_first_of_equal_rows_is_that_of_a_dictionary(
+    rows: list[list[int]], room: int, keep_end: bool, block: int, weak: bool
+) -> None:
     """Also where different rows have one hash."""
     offsets = np.cumsum([0, *map(len, rows)])
     texts = TokenRows(np.array([token for row in rows for token in row], np.uint16), offsets)
     seen: dict[tuple[int, ...], int] = {}
-    expected = [seen.setdefault(tuple(row[-room:] if keep_end else row[:room]), number) for number, row in enumerate(rows)]
+    expected = [
+        seen.setdefault(tuple(row[-room:] if keep_end else row[:room]), number) for number, row in enumerate(rows)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoded, "_BLOCK_ROWS", block)
         if weak:
             patch.setattr(encoded, "_row_hashes", lambda tokens, counts: counts.astype(np.uint64))
         found = first_of_equal(texts, room, keep_end=keep_end).tolist()
     # Among rows of one hash that are not all equal, each that is not the first's equal stands for itself.
-    assert found == expected if not weak else all(f in (e, i) for i, (f, e) in enumerate(zip(found, expected, strict=True)))
+    assert (
+        found == expected
+        if not weak
+        else all(f in (e, i) for i, (f, e) in enumerate(zip(found, expected, strict=True)))
+    )
 
 
 def test_a_passage_of_the_positives_tokens_is_no_negative(tmp_path: Path) -> None:
@@ -78,18 +98,32 @@ def test_a_passage_of_the_positives_tokens_is_no_negative(tmp_path: Path) -> Non
 
 def test_of_equal_passages_a_score_that_is_there_counts(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
-        {"query": "who", "pos": ["River"], "neg": ["storm", "a city", "A City"], "pos_scores": [9], "neg_scores": [1, 2, 3]},
+        {
+            "query": "who",
+            "pos": ["River"],
+            "neg": ["storm", "a city", "A City"],
+            "pos_scores": [9],
+            "neg_scores": [1, 2, 3],
+        },
         {"query": "why", "pos": ["A city", "a city"], "neg": ["river"]},
     ]
     store = built(tmp_path, records)
     assert store.negative_scores is not None and store.positive_scores is not None
-    found = dict(zip(map(tuple, map(store.passages.tokens, store.negatives.row(0))), store.negative_scores[:2].tolist(), strict=True))
+    found = dict(
+        zip(
+            map(tuple, map(store.passages.tokens, store.negatives.row(0))),
+            store.negative_scores[:2].tolist(),
+            strict=True,
+        )
+    )
     assert found == {ids("storm"): 1, ids("a city"): 2}
     assert store.positive_scores[0] == 9 and np.isnan(store.positive_scores[1:]).all()
 
 
 @pytest.mark.parametrize("many", [0, 64])
-def test_queries_of_one_text_know_the_positives_of_all_over_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int) -> None:
+def test_queries_of_one_text_know_the_positives_of_all_over_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
     """In formats without query ids, and whatever their source; a prompt of its own makes it another query."""
     monkeypatch.setattr(planner, "_MANY_KNOWN", many)
     pairs = [{"query": "who ", "pos": [f"river {i}"], "neg": ["river 1", "ocean", "storm"]} for i in range(3)]
@@ -119,7 +153,9 @@ def test_blank_passages_are_left_out_and_counted(tmp_path: Path, capsys: pytest.
     ]
     store = built(tmp_path, records)
     said = capsys.readouterr().out
-    assert "0.jsonl: 3 passages left out, without a text" in said and "1 of 2 queries left out, without a positive" in said
+    assert (
+        "0.jsonl: 3 passages left out, without a text" in said and "1 of 2 queries left out, without a positive" in said
+    )
     assert len(store.queries) == 1 and len(store.passages) == 2
     assert store.positive_scores is not None and store.negative_scores is not None
     assert (store.positive_scores.tolist(), store.negative_scores.tolist()) == ([2.0], [4.0])
@@ -131,9 +167,13 @@ def test_blank_passages_are_left_out_and_counted(tmp_path: Path, capsys: pytest.
 
 def test_blank_passages_of_a_corpus_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set" / "qrels").mkdir(parents=True)
-    (tmp_path / "set" / "corpus.jsonl").write_text('{"_id": "d1", "text": "river"}\n{"_id": "d2", "text": " ", "title": ""}\n')
+    (tmp_path / "set" / "corpus.jsonl").write_text(
+        '{"_id": "d1", "text": "river"}\n{"_id": "d2", "text": " ", "title": ""}\n'
+    )
     (tmp_path / "set" / "queries.jsonl").write_text('{"_id": "q1", "text": "who"}\n{"_id": "q2", "text": "what"}\n')
-    (tmp_path / "set" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t1\nq2\td2\t1\n")
+    (tmp_path / "set" / "qrels" / "train.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t1\nq2\td2\t1\n"
+    )
     data = DataConfig((SourceConfig(path=str(tmp_path / "set")),), cache_dir=str(tmp_path / "cache"))
     store = build_or_open(Config(data=data), tiny_tokenizer(), progress=False)
     assert "set: 1 passage left out, without a text" in capsys.readouterr().out

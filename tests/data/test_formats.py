@@ -1,4 +1,6 @@
-"""Every format, from files as their projects publish them, becomes the same kind of example; a wrong record is named by its place."""
+"""Every format, from files as their projects publish them, becomes the same kind of example; a wrong record is named by
+its place.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ def write(path: Path, content: str | list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(content), path)
         return path
-    text = content if isinstance(content, str) else "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+    text = (
+        content
+        if isinstance(content, str)
+        else "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+    )
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
 
@@ -44,7 +50,12 @@ TEVATRON_1 = [
         "positive_passages": [{"docid": "3", "title": "Song", "text": ODD}, {"docid": "4", "text": "the band"}],
         "negative_passages": [{"docid": "9", "title": None, "text": "a river"}],
     },
-    {"query_id": 8, "query": "where", "positive_passages": [{"docid": "3", "title": "Song", "text": ODD}], "negative_passages": []},
+    {
+        "query_id": 8,
+        "query": "where",
+        "positive_passages": [{"docid": "3", "title": "Song", "text": ODD}],
+        "negative_passages": [],
+    },
 ]
 FROM_TEVATRON_1 = [
     Example("7", "who sings", (Passage("3", ODD, "Song"), Passage("4", "the band")), (Passage("9", "a river"),)),
@@ -64,7 +75,13 @@ def test_tevatron_version_1(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("corpus", ["corpus.jsonl", "elsewhere/passages.jsonl.gz", "corpus/part-0.parquet"])
 def test_tevatron_version_2_looks_passages_up_in_its_corpus(tmp_path: Path, corpus: str) -> None:
-    record = {"query_id": "q", "query_text": "who", "positive_document_ids": ["a", 2], "negative_document_ids": ["c"], "answer": None}
+    record = {
+        "query_id": "q",
+        "query_text": "who",
+        "positive_document_ids": ["a", 2],
+        "negative_document_ids": ["c"],
+        "answer": None,
+    }
     write(tmp_path / "train.jsonl", [record])
     passages = [{"docid": name, "text": f"text {name}", "title": ""} for name in ("a", "2", "c", "d")]
     place = write(tmp_path / corpus, passages)
@@ -80,11 +97,17 @@ DPR = [
         "dataset": "nq",
         "question": "big little lies how many episodes",
         "answers": ["seven"],
-        "positive_ctxs": [{"title": "Big Little Lies", "text": "seven [episodes] {tv}", "score": 1000, "passage_id": "18768923"}],
+        "positive_ctxs": [
+            {"title": "Big Little Lies", "text": "seven [episodes] {tv}", "score": 1000, "passage_id": "18768923"}
+        ],
         "negative_ctxs": [{"title": "Cormac", "text": "no lies", "passage_id": 1}],
         "hard_negative_ctxs": [{"title": "Little", "text": "cast", "psg_id": "5"}],
     },
-    {"question": "second", "positive_ctxs": [{"title": "", "text": ODD}], "negative_ctxs": [{"title": "t", "text": "easy"}]},
+    {
+        "question": "second",
+        "positive_ctxs": [{"title": "", "text": ODD}],
+        "negative_ctxs": [{"title": "t", "text": "easy"}],
+    },
 ]
 FROM_DPR = [
     Example(
@@ -93,7 +116,9 @@ FROM_DPR = [
         (Passage("18768923", "seven [episodes] {tv}", "Big Little Lies"),),
         (Passage("5", "cast", "Little"),),
     ),
-    Example("1", "second", (Passage(None, ODD),), (Passage(None, "easy", "t"),)),  # no hard negatives: the plain ones serve
+    Example(
+        "1", "second", (Passage(None, ODD),), (Passage(None, "easy", "t"),)
+    ),  # no hard negatives: the plain ones serve
 ]
 
 
@@ -112,7 +137,9 @@ def test_dpr_json_list_through_a_window_of_any_size(
 def test_dpr_list_cut_off_is_an_error_and_not_a_shorter_list(tmp_path: Path) -> None:
     text = json.dumps(DPR, indent=1)
     path = write(tmp_path / "nq.json", text.rstrip("]\n "))
-    with pytest.raises(DataError, match=rf"nq\.json, line {len(text.splitlines()) - 1}: expected a comma or the end of the list"):
+    with pytest.raises(
+        DataError, match=rf"nq\.json, line {len(text.splitlines()) - 1}: expected a comma or the end of the list"
+    ):
         list(opened(path).examples())
     packed = gzip.compress(text.encode())
     (tmp_path / "nq.json.gz").write_bytes(packed[: len(packed) // 2])
@@ -122,7 +149,14 @@ def test_dpr_list_cut_off_is_an_error_and_not_a_shorter_list(tmp_path: Path) -> 
 
 def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
-        {"query": "q one", "pos": ["p1", "p2"], "neg": ["n1"], "pos_scores": [0.9, 1], "neg_scores": [0.25], "prompt": "find: "},
+        {
+            "query": "q one",
+            "pos": ["p1", "p2"],
+            "neg": ["n1"],
+            "pos_scores": [0.9, 1],
+            "neg_scores": [0.25],
+            "prompt": "find: ",
+        },
         {"query": "q two", "pos": ["p1"], "neg": []},
     ]
     source = opened(write(tmp_path / "toy.jsonl.gz", records))
@@ -137,12 +171,26 @@ def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("pairs.jsonl", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
-        ("pairs.parquet", [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}]),
+        (
+            "pairs.jsonl",
+            [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}],
+        ),
+        (
+            "pairs.parquet",
+            [{"anchor": "a", "positive": ODD, "negative": "n"}, {"anchor": "b", "positive": "p", "negative": None}],
+        ),
         ("pairs.tsv", f"anchor\tpositive\tnegative\r\na\t{ODD}\tn\r\nb\tp\t\r\n"),
-        ("bom.jsonl", "\ufeff" + json.dumps({"anchor": "a", "positive": ODD, "negative": "n"}) + '\n\n{"anchor": "b", "positive": "p"}\n'),
+        (
+            "bom.jsonl",
+            "\ufeff"
+            + json.dumps({"anchor": "a", "positive": ODD, "negative": "n"})
+            + '\n\n{"anchor": "b", "positive": "p"}\n',
+        ),
         ("pairs.csv.gz", 'anchor,positive,negative\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),
-        ("pairs.csv", 'label,negative,positive,anchor\n1,n,"{}",a\n0,,p,b\n'.format(ODD.replace('"', '""'))),  # by name, in any order
+        (
+            "pairs.csv",
+            'label,negative,positive,anchor\n1,n,"{}",a\n0,,p,b\n'.format(ODD.replace('"', '""')),
+        ),  # by name, in any order
         ("unnamed.csv", 'question,answer,wrong\na,"{}",n\nb,p,\n'.format(ODD.replace('"', '""'))),  # by order
     ],
 )
@@ -173,7 +221,9 @@ def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path
     assert list(source.examples()) == [Example("1", "who", (Passage("11"),), (Passage("12"), Passage("13")))]
     assert list(source.corpus()) == [Passage("11", "x"), Passage("12", "y"), Passage("13", "z")]
     by_order = write(tmp_path / "order.jsonl", [{"qid": "1", "pid": "11"}])
-    assert list(opened(by_order, corpus=str(corpus), queries=str(queries)).examples()) == [Example("1", "who", (Passage("11"),))]
+    assert list(opened(by_order, corpus=str(corpus), queries=str(queries)).examples()) == [
+        Example("1", "who", (Passage("11"),))
+    ]
     assert next(opened(by_order, columns=("qid", "pid")).examples()).query == "1", "asked for by name"
     with pytest.raises(DataError, match="'score' is no passage"):
         list(opened(path, format="columns").examples())
@@ -182,7 +232,10 @@ def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path
 def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_path: Path) -> None:
     for name in ("train-1.jsonl", "train-0.jsonl", "dev.jsonl"):
         write(tmp_path / name, [{"anchor": name, "positive": "p"}])
-    assert [(e.query_id, e.query) for e in opened(tmp_path).examples()] == [("0", "train-0.jsonl"), ("1", "train-1.jsonl")]
+    assert [(e.query_id, e.query) for e in opened(tmp_path).examples()] == [
+        ("0", "train-0.jsonl"),
+        ("1", "train-1.jsonl"),
+    ]
     assert [e.query for e in opened(tmp_path, split="dev").examples()] == ["dev.jsonl"]
     assert [e.query for e in opened(tmp_path, limit=1).examples()] == ["train-0.jsonl"]
     with pytest.raises(DataError, match="split 'test'"):
@@ -203,25 +256,53 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
             [{**TEVATRON_1[0], "negative_passages": [{"docid": "1", "text": ["x"]}]}],
             r"line 1: field 'negative_passages\[0\].text': expected text, received \['x'\]",
         ),
-        ("t.jsonl", [{**TEVATRON_1[0], "query_id": 1.5}], r"line 1: field 'query_id': expected an id .*, received 1\.5"),
+        (
+            "t.jsonl",
+            [{**TEVATRON_1[0], "query_id": 1.5}],
+            r"line 1: field 'query_id': expected an id .*, received 1\.5",
+        ),
         ("d.json", '[{"question": "q",\n "positive_ctxs": []},\n\n 3]', "line 4: expected a JSON object, received 3"),
         ("f.jsonl", [{"query": "q", "pos": "p"}], "line 1: field 'pos': expected a list, received 'p'"),
         ("f.jsonl", [{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}], "field 'pos_scores': expected 1 numbers"),
-        ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', r"'pos_scores\[0\]': expected a finite number, received nan"),
+        (
+            "f.jsonl",
+            '{"query": "q", "pos": ["p"], "pos_scores": [NaN]}',
+            r"'pos_scores\[0\]': expected a finite number, received nan",
+        ),
         ("f.jsonl", '{"query": "q", "pos": ["p"], "pos_scores": [-1e39]}', "expected a finite number, received -1e"),
-        ("f.jsonl", r'{"query": "half \ud83d", "pos": ["p"]}', "field 'query': expected Unicode text without the lone surrogate at 5"),
+        (
+            "f.jsonl",
+            r'{"query": "half \ud83d", "pos": ["p"]}',
+            "field 'query': expected Unicode text without the lone surrogate at 5",
+        ),
         ("f.jsonl", r'{"query": "q", "pos": ["p", "\ude00"]}', r"line 1: field 'pos\[1\]': expected Unicode text"),
-        ("t.jsonl", r'{"query_id": "\ud83d", "query": "q", "positive_passages": []}', "line 1: field 'query_id': expected Unicode text"),
+        (
+            "t.jsonl",
+            r'{"query_id": "\ud83d", "query": "q", "positive_passages": []}',
+            "line 1: field 'query_id': expected Unicode text",
+        ),
         (
             "f.jsonl",
             '{"query": "q", "pos": ["p"]}\n\n{"query": \n',
             "line 3: expected one JSON object on a line: .* received '{\"query\": '",
         ),
         ("c.csv", "anchor,positive\na,b\nc,d,e\n", r"line 3: expected 2 columns \(anchor, positive\), received 3"),
-        ("c.jsonl", [{"id": "q17", "question": "a", "answer": "b"}], "line 1: column 'id' is no passage: the columns are id, question,"),
+        (
+            "c.jsonl",
+            [{"id": "q17", "question": "a", "answer": "b"}],
+            "line 1: column 'id' is no passage: the columns are id, question,",
+        ),
         ("c.csv", ",question,answer\n0,a,b\n", "line 2: column '' is no passage"),
-        ("c.csv", "anchor,positive,negative,negative\na,b,c,d\n", "line 1: expected columns of different names, received 'neg"),
-        ("c.tsv", "anchor\tpositive\tpositive\na\tb\tc\n", "line 1: expected columns of different names, received 'positive' twice"),
+        (
+            "c.csv",
+            "anchor,positive,negative,negative\na,b,c,d\n",
+            "line 1: expected columns of different names, received 'neg",
+        ),
+        (
+            "c.tsv",
+            "anchor\tpositive\tpositive\na\tb\tc\n",
+            "line 1: expected columns of different names, received 'positive' twice",
+        ),
         ("c.csv", 'anchor,positive\na,"b\nc', "line 3: expected comma-separated values"),
         ("c.tsv", "anchor\tpositive\na\n", r"line 2: expected 2 columns \(anchor, positive\), received 1"),
         (
@@ -236,7 +317,9 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
         ),
     ],
 )
-def test_a_malformed_record_names_file_line_field_expected_and_received(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_a_malformed_record_names_file_line_field_expected_and_received(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message) as caught:
         list(opened(path).examples())
@@ -275,15 +358,27 @@ def test_the_fingerprint_follows_content_and_reading_and_nothing_else(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"anchor":"a","positive":"b"}]\n[{"anchor":"c","positive":"d"}]\n', r"line 2: expected the end of the file .*, received '\["),
+        (
+            '[{"anchor":"a","positive":"b"}]\n[{"anchor":"c","positive":"d"}]\n',
+            r"line 2: expected the end of the file .*, received '\[",
+        ),
         ('[{"anchor":"a","positive":"b"}][]', r"line 1: expected the end of the file after the list, received '\[\]'"),
         ('[{"anchor":"a","positive":"b"}]\n\n{"anchor":"c","positive":"d"}', "line 3: expected the end of the file"),
         ('[{"anchor":"a","positive":"b"}] {broken', "line 1: expected the end of the file"),
-        ('[{"anchor":"a","positive":"b"}\n{"anchor":"c","positive":"d"}]', "line 2: expected a comma or the end of the list"),
+        (
+            '[{"anchor":"a","positive":"b"}\n{"anchor":"c","positive":"d"}]',
+            "line 2: expected a comma or the end of the list",
+        ),
         ('[{"anchor":"a","positive":"b"},\n]', "line 2: expected a JSON list of objects: Expecting value"),
         ('[,{"anchor":"a","positive":"b"}]', "line 1: expected a JSON list of objects: Expecting value"),
-        ('[{"anchor":"a","positive":"b"},,{"anchor":"c","positive":"d"}]', "line 1: expected a JSON list of objects: Expecting value"),
-        ('[{"anchor":"a","positive":"b"},\n{"anchor":"c","anchor":"d"}]', "line 2: .* key 'anchor' stands twice in one object"),
+        (
+            '[{"anchor":"a","positive":"b"},,{"anchor":"c","positive":"d"}]',
+            "line 1: expected a JSON list of objects: Expecting value",
+        ),
+        (
+            '[{"anchor":"a","positive":"b"},\n{"anchor":"c","anchor":"d"}]',
+            "line 2: .* key 'anchor' stands twice in one object",
+        ),
         ("[" * 100_000, "line 1: expected a JSON list of objects: values nested too deeply"),
         ('[{"anchor":' + "9" * 5000 + "}]", "line 1: expected a JSON list of objects: a number of too many digits"),
         ('[{"anchor":"a" "b"}' + "x" * 4_000_000, "line 1: expected a JSON list of objects: Expecting ',' delimiter"),
@@ -291,7 +386,9 @@ def test_the_fingerprint_follows_content_and_reading_and_nothing_else(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("window", [1 << 6, 1 << 20])
-def test_a_json_list_is_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str, window: int) -> None:
+def test_a_json_list_is_read_strictly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str, window: int
+) -> None:
     monkeypatch.setattr(lines, "_PIECE_BYTES", window)
     path = write(tmp_path / "x.json", content)
     with pytest.raises(DataError, match=message):
@@ -315,7 +412,9 @@ def test_a_record_too_long_to_hold_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
-def test_an_overlong_text_keeps_both_ends_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_overlong_text_keeps_both_ends_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(records, "LONGEST_TEXT", 10)
     monkeypatch.setattr(records, "_SHORTENED", set())
     rows = [{"query": "q", "pos": ["a" * 10], "neg": ["b" * 11]}, {"query": "0123456789ab", "pos": ["p"], "neg": []}]
@@ -324,7 +423,9 @@ def test_an_overlong_text_keeps_both_ends_and_is_counted(tmp_path: Path, monkeyp
         first, second = source.examples()
     assert (first.positives[0].text, first.negatives[0].text, second.query) == ("a" * 10, "b" * 10, "01234789ab")
     note = records.shortened_note()
-    assert note is not None and note.startswith("2 texts of more than 10 characters cut in the middle to that length; the first: ")
+    assert note is not None and note.startswith(
+        "2 texts of more than 10 characters cut in the middle to that length; the first: "
+    )
     assert note.endswith("1, field 'neg[0]'")
 
 
@@ -339,7 +440,9 @@ def test_a_table_without_a_header_is_refused(tmp_path: Path, name: str, settings
     named = opened(path, columns=("how tall is it", "very tall"), format="columns")
     assert next(named.examples()).query == "and how wide", "asked for by name"
     write(tmp_path / f"a-{name}", f"Question{separator}Answer\nq{separator}a\n")
-    with pytest.raises(DataError, match=rf"{name}, line 2: expected a header with anchor and positive on the first line"):
+    with pytest.raises(
+        DataError, match=rf"{name}, line 2: expected a header with anchor and positive on the first line"
+    ):
         list(opened(tmp_path, **settings).examples())
 
 
@@ -361,11 +464,15 @@ def test_damaged_parquet_names_the_row_and_field(tmp_path: Path) -> None:
     whole = (tmp_path / "x.parquet").read_bytes()
     for place in (40, len(whole) // 3, len(whole) // 2):
         (tmp_path / "x.parquet").write_bytes(whole[:place] + b"\xff" * 200 + whole[place + 200 :])
-        with pytest.raises(DataError, match=r"x\.parquet, row \d+: (expected a Parquet file that is whole|field '\w+': expected UTF-8)"):
+        with pytest.raises(
+            DataError, match=r"x\.parquet, row \d+: (expected a Parquet file that is whole|field '\w+': expected UTF-8)"
+        ):
             list(opened(tmp_path / "x.parquet", format="columns").examples())
     binary = pa.array([b"good", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"anchor": ["a", "b"], "positive": binary}), tmp_path / "y.parquet")
-    with pytest.raises(DataError, match=r"y\.parquet, row 2: field 'positive': expected UTF-8 text, received byte 0xe9 at 3"):
+    with pytest.raises(
+        DataError, match=r"y\.parquet, row 2: field 'positive': expected UTF-8 text, received byte 0xe9 at 3"
+    ):
         list(opened(tmp_path / "y.parquet", format="columns").examples())
     (tmp_path / "x.parquet").write_bytes(whole[:-1000])
     with pytest.raises(DataError, match=r"x\.parquet, row 1: expected a Parquet file that is whole"):

@@ -1,4 +1,6 @@
-"""Hugging Face data sets by name and from save_to_disk folders read as their files would. A local folder stands for a repository."""
+"""Hugging Face data sets by name and from save_to_disk folders read as their files would. A local folder stands for a
+repository.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,17 @@ def check_tevatron(source: Source, count: int = 10) -> None:
     examples = list(source.examples())
     assert len(examples) == count
     assert examples[2] == Example(
-        "2", "query 2", (Passage("2p", "positive 2", "T"),), (Passage("2n0", "negative 2.0"), Passage("2n1", "negative 2.1"))
+        "2",
+        "query 2",
+        (Passage("2p", "positive 2", "T"),),
+        (Passage("2n0", "negative 2.0"), Passage("2n1", "negative 2.1")),
     )
 
 
 def test_by_name_subset_split_and_from_disk_with_one_fingerprint() -> None:
-    name = repository("acme", ("default", "train", RECORDS), ("small", "train", RECORDS[:4]), ("small", "dev", RECORDS[:3]))
+    name = repository(
+        "acme", ("default", "train", RECORDS), ("small", "train", RECORDS[:4]), ("small", "dev", RECORDS[:3])
+    )
     named = opened(name=name)
     check_tevatron(named)
     check_tevatron(opened(name=f"{name}:small"), 4)
@@ -85,7 +92,9 @@ def test_columns_and_version_2_with_a_corpus_by_name() -> None:
     assert list(opened(name=pairs).examples()) == [Example("0", "a", (Passage(None, "p"),))]
     record = {"query_id": "q", "query_text": "who", "positive_document_ids": ["1"], "negative_document_ids": ["2", "3"]}
     name = repository("version2", ("default", "train", [record]))
-    corpus = repository("version2-corpus", ("default", "train", [{"docid": str(i), "text": f"text {i}"} for i in range(4)]))
+    corpus = repository(
+        "version2-corpus", ("default", "train", [{"docid": str(i), "text": f"text {i}"} for i in range(4)])
+    )
     source = opened(name=name, corpus=corpus)
     assert list(source.examples()) == [Example("q", "who", (Passage("1"),), (Passage("2"), Passage("3")))]
     assert [passage.text for passage in source.corpus()] == ["text 0", "text 1", "text 2", "text 3"]
@@ -93,7 +102,10 @@ def test_columns_and_version_2_with_a_corpus_by_name() -> None:
 
 @pytest.mark.parametrize("own_judgments", [True, False])
 def test_beir_repositories(own_judgments: bool) -> None:
-    texts = ("corpus", "corpus", [{"_id": "d", "title": "T", "text": "x"}]), ("queries", "queries", [{"_id": "q", "text": "why"}])
+    texts = (
+        ("corpus", "corpus", [{"_id": "d", "title": "T", "text": "x"}]),
+        ("queries", "queries", [{"_id": "q", "text": "why"}]),
+    )
     judged = ("default", "train", [{"query-id": "q", "corpus-id": "d", "score": 1.0}])
     name = repository("set", *texts, *([judged] if own_judgments else []))
     if not own_judgments:

@@ -1,4 +1,6 @@
-"""The planner: which queries and passages a step holds, and on which rank, from (seed, step, store) and nothing else."""
+"""The planner: which queries and passages a step holds, and on which rank, from (seed, step, store) and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,28 @@ from retriever.data.store import Csr
 
 
 def _csr(rows: list[list[int]]) -> Csr:
-    return Csr(np.cumsum([0, *map(len, rows)]).astype(np.int64), np.array([p for row in rows for p in row], dtype=np.int64))
+    return Csr(
+        np.cumsum([0, *map(len, rows)]).astype(np.int64), np.array([p for row in rows for p in row], dtype=np.int64)
+    )
 
 
-def _store(*sizes: int, seed: int = 0, passages: int | None = None, most_negatives: int = 9, fingerprint: str = "0f" * 16) -> Any:
-    """What the planner reads of a store: sources of `sizes` queries with 1–3 positives and 0–9 negatives, passages shared freely."""
+def _store(
+    *sizes: int, seed: int = 0, passages: int | None = None, most_negatives: int = 9, fingerprint: str = "0f" * 16
+) -> Any:
+    """What the planner reads of a store: sources of `sizes` queries with 1–3 positives and 0–9 negatives, passages
+    shared freely.
+    """
     draw, total, first = np.random.default_rng(seed), sum(sizes), np.cumsum([0, *sizes])
     passages = passages or 2 * total + 12
-    rows = [draw.permutation(passages)[: draw.integers(1, 4) + draw.integers(0, most_negatives + 1)] for _ in range(total)]
+    rows = [
+        draw.permutation(passages)[: draw.integers(1, 4) + draw.integers(0, most_negatives + 1)] for _ in range(total)
+    ]
     split = [min(len(row), int(draw.integers(1, 4))) for row in rows]
     positives = _csr([sorted(row[:k].tolist()) for row, k in zip(rows, split, strict=True)])
     negatives = _csr([sorted(row[k:].tolist()) for row, k in zip(rows, split, strict=True)])
-    sources = tuple(SimpleNamespace(name=f"s{i}", first=int(first[i]), last=int(first[i + 1])) for i in range(len(sizes)))
+    sources = tuple(
+        SimpleNamespace(name=f"s{i}", first=int(first[i]), last=int(first[i + 1])) for i in range(len(sizes))
+    )
     relations = {"positives": positives, "negatives": negatives, "known": positives, "same_text": np.arange(total)}
     return SimpleNamespace(fingerprint=fingerprint, sources=sources, **relations)
 
@@ -51,9 +63,19 @@ def _same(a: GlobalBatch, b: GlobalBatch) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(2, 17), st.integers(0, 4), st.booleans(), st.integers(0, 2**63))
-def test_every_query_once_per_pass_in_even_batches(sizes: list[int], queries: int, negatives: int, one_source: bool, seed: int) -> None:
-    """An epoch at weight 1 is a permutation of all queries; a source's batches differ by at most one query and none exceeds `queries`."""
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(2, 17),
+    st.integers(0, 4),
+    st.booleans(),
+    st.integers(0, 2**63),
+)
+def test_every_query_once_per_pass_in_even_batches(
+    sizes: list[int], queries: int, negatives: int, one_source: bool, seed: int
+) -> None:
+    """An epoch at weight 1 is a permutation of all queries; a source's batches differ by at most one query and none
+    exceeds `queries`.
+    """
     store = _store(*sizes)
     planner = Planner(store, queries=queries, negatives=negatives, seed=seed, one_source=one_source)
     for epoch in range(2):
@@ -80,7 +102,9 @@ def test_sources_mix_in_proportion_where_asked() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 30), st.integers(2, 9), st.integers(0, 5), st.integers(0, 99))
 def test_targets_and_passages_of_a_batch(size: int, queries: int, negatives: int, seed: int) -> None:
-    """Each target is a positive of its query; the passages are the targets and at most `negatives` of each query's own, each once."""
+    """Each target is a positive of its query; the passages are the targets and at most `negatives` of each query's own,
+    each once.
+    """
     store = _store(size, seed=seed)
     planner = Planner(store, queries=queries, negatives=negatives, seed=seed)
     for batch in _epoch(planner, 3):
@@ -95,26 +119,39 @@ def test_targets_and_passages_of_a_batch(size: int, queries: int, negatives: int
 
 @pytest.mark.parametrize("negatives", [1, 2, 3, 20])
 def test_negatives_and_positives_rotate(negatives: int) -> None:
-    """min(k, c) different negatives of each query in every pass; after ceil(c / k) passes all were seen. Positives take turns alike."""
+    """min(k, c) different negatives of each query in every pass; after ceil(c / k) passes all were seen. Positives take
+    turns alike.
+    """
     disjoint = [[100 + 20 * q + i for i in range(c)] for q, c in enumerate([0, 1, 2, 3, 5, 7, 8])]
     store = _store(7)
-    store.negatives = _csr(disjoint)  # no two queries share a negative, and none is a positive: a batch shows who drew what
+    store.negatives = _csr(
+        disjoint
+    )  # no two queries share a negative, and none is a positive: a batch shows who drew what
     store.positives = _csr([[10 * q + i for i in range(1 + q % 3)] for q in range(7)])
     planner = Planner(store, queries=7, negatives=negatives, seed=2)
-    drawn = [[set(batch.passages.tolist()) & set(own) for own in disjoint] for batch in (planner.plan(step) for step in range(20))]
-    targets = [dict(zip(batch.queries.tolist(), batch.targets.tolist(), strict=True)) for batch in map(planner.plan, range(20))]
+    drawn = [
+        [set(batch.passages.tolist()) & set(own) for own in disjoint]
+        for batch in (planner.plan(step) for step in range(20))
+    ]
+    targets = [
+        dict(zip(batch.queries.tolist(), batch.targets.tolist(), strict=True)) for batch in map(planner.plan, range(20))
+    ]
     for query, own in enumerate(disjoint):
         assert all(len(step[query]) == min(negatives, len(own)) for step in drawn)
         turns = -(-len(own) // negatives)
         for start in range(20 - turns):
             assert set().union(*(step[query] for step in drawn[start : start + turns])) == set(own)
         positives = set(store.positives.row(query).tolist())
-        assert all({step[query] for step in targets[start : start + len(positives)]} == positives for start in range(17))
+        assert all(
+            {step[query] for step in targets[start : start + len(positives)]} == positives for start in range(17)
+        )
 
 
 @pytest.mark.parametrize(("one_source", "named"), [(True, "s0"), (False, "the mixture of all sources")])
 def test_batches_of_one_query_need_negatives(one_source: bool, named: str) -> None:
-    """Three queries in batches of at most two are a batch of two and one of one, whose loss without negatives would be nothing."""
+    """Three queries in batches of at most two are a batch of two and one of one, whose loss without negatives would be
+    nothing.
+    """
 
     def planner(drawn: int, *sizes: int, **relations: Any) -> Planner:
         sources = tuple(SourceConfig(path=str(i)) for i in range(len(sizes)))
@@ -179,7 +216,9 @@ def test_a_source_without_queries_is_refused_by_name() -> None:
         Planner(_store(5, 0), queries=4, negatives=1, seed=0)
 
 
-def _slices(batch: GlobalBatch, ranks: int, draw: np.random.Generator) -> tuple[list[RankSlice], np.ndarray, np.ndarray]:
+def _slices(
+    batch: GlobalBatch, ranks: int, draw: np.random.Generator
+) -> tuple[list[RankSlice], np.ndarray, np.ndarray]:
     query_lengths = np.clip(draw.lognormal(np.log(8), 0.35, len(batch.queries)), 4, 32).astype(np.int64)
     passage_lengths = np.clip(draw.lognormal(np.log(70), 0.42, len(batch.passages)), 16, 256).astype(np.int64)
     slices = [slice_for_rank(batch, query_lengths, passage_lengths, rank, ranks) for rank in range(ranks)]
@@ -189,12 +228,17 @@ def _slices(batch: GlobalBatch, ranks: int, draw: np.random.Generator) -> tuple[
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 40), st.sampled_from([1, 2, 3, 8]), st.integers(0, 99))
 def test_the_ranks_share_one_global_batch(size: int, passages: int, ranks: int, seed: int) -> None:
-    """For any number of ranks the slices are a partition of the same batch, and a query lives on the rank that holds its target."""
+    """For any number of ranks the slices are a partition of the same batch, and a query lives on the rank that holds
+    its target.
+    """
     batch = Planner(_store(size, seed=seed, passages=passages), queries=30, negatives=2, seed=seed).plan(0)
     slices, _, _ = _slices(batch, ranks, np.random.default_rng(seed))
     assert sorted(np.concatenate([s.passages for s in slices]).tolist()) == batch.passages.tolist()
     expected = sorted(zip(batch.queries.tolist(), batch.targets.tolist(), strict=True))
-    assert sorted((int(q), int(s.passages[t])) for s in slices for q, t in zip(s.queries, s.targets, strict=True)) == expected
+    assert (
+        sorted((int(q), int(s.passages[t])) for s in slices for q, t in zip(s.queries, s.targets, strict=True))
+        == expected
+    )
     assert all(np.all(np.diff(s.passages) > 0) for s in slices)
 
 
@@ -203,7 +247,9 @@ def _imbalance(pairs: int, negatives: int, seed: int) -> float:
     batch = Planner(_store(pairs, seed=seed), queries=pairs, negatives=negatives, seed=seed).plan(0)
     slices, query_lengths, passage_lengths = _slices(batch, 4, np.random.default_rng(seed))
     tokens = [
-        query_lengths[np.isin(batch.queries, s.queries)].sum() + passage_lengths[np.isin(batch.passages, s.passages)].sum() for s in slices
+        query_lengths[np.isin(batch.queries, s.queries)].sum()
+        + passage_lengths[np.isin(batch.passages, s.passages)].sum()
+        for s in slices
     ]
     return float(max(tokens) / np.mean(tokens))
 
@@ -222,8 +268,12 @@ def test_known_positives_follow_the_mask_setting() -> None:
     part = slice_for_rank(batch, np.ones(12), np.ones(len(batch.passages)), 1, 2)
     assert len(part.queries)
     masked, bare = known_positives(store, part, True), known_positives(store, part, False)
-    assert [masked.row(i).tolist() for i in range(len(part.queries))] == [store.known.row(q).tolist() for q in part.queries]
-    assert [bare.row(i).tolist() for i in range(len(part.queries))] == [[p] for p in part.passages[part.targets].tolist()]
+    assert [masked.row(i).tolist() for i in range(len(part.queries))] == [
+        store.known.row(q).tolist() for q in part.queries
+    ]
+    assert [bare.row(i).tolist() for i in range(len(part.queries))] == [
+        [p] for p in part.passages[part.targets].tolist()
+    ]
     assert len(masked.ids) > len(bare.ids)
 
 

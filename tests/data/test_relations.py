@@ -1,4 +1,6 @@
-"""Pairs collected in any order, with repetitions, by reference or by row, equal sets of pairs kept in plain dictionaries."""
+"""Pairs collected in any order, with repetitions, by reference or by row, equal sets of pairs kept in plain
+dictionaries.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ EXTENSIONS = st.lists(st.tuples(st.integers(0, QUERIES - 1), st.lists(PASSAGES, 
 @given(extensions=EXTENSIONS, scored=st.booleans())
 def test_a_buffer_equals_sets(compact_pairs: int, extensions: list[tuple[int, list[int]]], scored: bool) -> None:
     query_rows = np.array([10, -1, 11, 12, 13])  # query 1 is left out
-    passage_rows = np.array([0, ROWS, 7, 7, 8, 2])  # two references are one passage, two are rows that come without reference too
+    passage_rows = np.array(
+        [0, ROWS, 7, 7, 8, 2]
+    )  # two references are one passage, two are rows that come without reference too
     buffer, expected = PairBuffer(), dict[tuple[int, int], float]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relations, "_COMPACT_PAIRS", compact_pairs)

@@ -61,7 +61,9 @@ def beir(tmp_path: Path) -> Path:
     """40 queries on 60 documents, 20 of which nothing refers to; every third document has a title."""
     folder, texts = tmp_path / "beir", random_texts(100, longest=60, seed=3)
     titles = [["", "", "river storm"][i % 3] for i in range(60)]
-    write(folder / "corpus.jsonl", *({"_id": f"d{i}", "title": titles[i], "text": f"{texts[i]} {i}"} for i in range(60)))
+    write(
+        folder / "corpus.jsonl", *({"_id": f"d{i}", "title": titles[i], "text": f"{texts[i]} {i}"} for i in range(60))
+    )
     write(folder / "queries.jsonl", *({"_id": f"q{i}", "text": f"{texts[60 + i]} {i}"} for i in range(40)))
     (folder / "qrels").mkdir()
     judged = [f"q{i}\td{i}\t1\nq{i}\td{(i + 1) % 40}\t{i % 2}\n" for i in range(40)]
@@ -70,17 +72,25 @@ def beir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("title", ["join", "drop"])
-def test_tokens_equal_the_tokenizers_own(tmp_path: Path, beir: Path, title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_equal_the_tokenizers_own(
+    tmp_path: Path, beir: Path, title: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_table, "_BATCH_TEXTS", 7)  # many batches and a rest
     store = built(tmp_path, str(beir), title=title, title_separator=" - ")
     documents = {d["_id"]: d for d in map(json.loads, (beir / "corpus.jsonl").read_text().splitlines())}
     queries = {q["_id"]: q["text"] for q in map(json.loads, (beir / "queries.jsonl").read_text().splitlines())}
     assert (len(store.queries), len(store.passages)) == (40, 40)  # the 20 that nothing refers to are left out
     for row, tokens in enumerate(texts_of(store.queries)):
-        assert tokens == token_ids("find: " + queries[store.queries.id_of(row)]) == tuple(store.queries.tokens(row).tolist())
+        assert (
+            tokens
+            == token_ids("find: " + queries[store.queries.id_of(row)])
+            == tuple(store.queries.tokens(row).tolist())
+        )
     for row, tokens in enumerate(texts_of(store.passages)):
         document = documents[store.passages.id_of(row)]
-        joined = f"{document['title']} - {document['text']}" if title == "join" and document["title"] else document["text"]
+        joined = (
+            f"{document['title']} - {document['text']}" if title == "join" and document["title"] else document["text"]
+        )
         assert tokens == token_ids("text: " + joined)
     assert store.passages.lengths.tolist() == [len(tokens) for tokens in texts_of(store.passages)]
     some = np.array([39, 0, 7, 7])
@@ -114,9 +124,14 @@ def test_take_equals_row_by_row(tmp_path: Path, beir: Path) -> None:
 def test_equal_final_texts_are_one_passage_across_sources_and_formats(tmp_path: Path) -> None:
     columns = write(tmp_path / "c.jsonl", {"anchor": "who", "positive": "city river", "negative": "storm"})
     passage = {"docid": "77", "title": "city", "text": "river"}
-    tevatron = write(tmp_path / "t.jsonl", {"query_id": 0, "query": "who", "positive_passages": [passage], "negative_passages": []})
+    tevatron = write(
+        tmp_path / "t.jsonl", {"query_id": 0, "query": "who", "positive_passages": [passage], "negative_passages": []}
+    )
     joined = built(tmp_path, columns, tevatron)
-    assert [(s.name, s.format, s.first, s.last) for s in joined.sources] == [("c.jsonl", "columns", 0, 1), ("t.jsonl", "tevatron", 1, 2)]
+    assert [(s.name, s.format, s.first, s.last) for s in joined.sources] == [
+        ("c.jsonl", "columns", 0, 1),
+        ("t.jsonl", "tevatron", 1, 2),
+    ]
     assert set(texts_of(joined.passages)) == passages("city river", "storm")
     assert joined.positives.row(0).tolist() == joined.positives.row(1).tolist()
     dropped = built(tmp_path, columns, tevatron, title="drop")
@@ -157,7 +172,13 @@ def test_a_passage_that_is_the_querys_own_text_is_known_and_no_negative(tmp_path
 
 def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"query": "who", "pos": ["storm", "city"], "neg": ["ocean", "city", "river"], "pos_scores": [3, 2], "neg_scores": [1, 9, 0.5]},
+        {
+            "query": "who",
+            "pos": ["storm", "city"],
+            "neg": ["ocean", "city", "river"],
+            "pos_scores": [3, 2],
+            "neg_scores": [1, 9, 0.5],
+        },
         {"query": "who", "pos": ["city"], "neg": ["ocean"], "prompt": "search "},
     ]
     store = built(tmp_path, write(tmp_path / "f.jsonl", *rows))
@@ -174,11 +195,16 @@ def test_prompt_of_a_record_and_scores_follow_their_passages(tmp_path: Path) -> 
     assert built(tmp_path, write(tmp_path / "g.jsonl", rows[1])).positive_scores is None
 
 
-def test_queries_without_a_positive_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_queries_without_a_positive_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"query": "where", "pos": [], "neg": ["city"]}, {"query": "who", "pos": ["river"]}]
     store = built(tmp_path, write(tmp_path / "f.jsonl", *rows))
     said = capsys.readouterr().out
-    assert "f.jsonl: 1 of 2 queries left out, without a positive passage" in said and "with the text of an earlier one" not in said
+    assert (
+        "f.jsonl: 1 of 2 queries left out, without a positive passage" in said
+        and "with the text of an earlier one" not in said
+    )
     assert texts_of(store.queries) == [token_ids("find: who")] and store.sources[0].left_out == 1
     assert related(store.positives, store, 0) == passages("river") and len(store.negatives.ids) == 0
     with pytest.raises(DataError, match=r"none of its queries \(1\) has a positive"):
@@ -188,7 +214,9 @@ def test_queries_without_a_positive_are_left_out_and_counted(tmp_path: Path, cap
 def test_an_id_that_the_corpus_lacks_is_named(tmp_path: Path, beir: Path) -> None:
     with (beir / "qrels/train.tsv").open("a") as qrels:
         qrels.write("q3\tgone\t1\nq4\tlost\t0\n")
-    with pytest.raises(DataError, match=r"'beir': 2 passage ids are not in its corpus; the first is 'gone', a positive of query 'q3'"):
+    with pytest.raises(
+        DataError, match=r"'beir': 2 passage ids are not in its corpus; the first is 'gone', a positive of query 'q3'"
+    ):
         built(tmp_path, str(beir))
     assert not list((tmp_path / "cache").glob(".*"))
     record = {"query_id": 1, "query": "who", "positive_passages": [{"docid": "5", "title": ""}]}
@@ -242,7 +270,14 @@ def test_a_damaged_store_is_built_again(tmp_path: Path, beir: Path, capsys: pyte
     damages: dict[str, tuple[Callable[[bytes], bytes] | None, ...]] = {
         "passages/tokens.npy": (lambda c: c[:-2], flipped, lambda c: bytes(len(c)), None),
         "known.ids.npy": (flipped,),
-        "manifest.json": (lambda c: b"[]", lambda c: b"{}", lambda c: b"\xff", lambda c: b'{"files": 3}', flipped, None),
+        "manifest.json": (
+            lambda c: b"[]",
+            lambda c: b"{}",
+            lambda c: b"\xff",
+            lambda c: b'{"files": 3}',
+            flipped,
+            None,
+        ),
         "checksums.json": (lambda c: b"{",),
     }
     for name, how in ((name, how) for name, several in damages.items() for how in several):
@@ -279,7 +314,9 @@ def test_an_empty_text_under_a_tokenizer_without_special_tokens_is_refused(tmp_p
     with TextTableWriter(tmp_path / "wrapped", tokenizer) as writer:
         writer.add("p1", "")
     assert TextTable(tmp_path / "wrapped").lengths.tolist() == [0]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
     with pytest.raises(DataError, match="'p2' has no token"), TextTableWriter(tmp_path / "bare", tokenizer) as writer:
         writer.add("p1", "river")
         writer.add("p2", "")

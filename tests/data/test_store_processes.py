@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_pairs(path: Path) -> Path:
-    """40 pairs in one columns file, and beside it the tokenizer's folder: a process that loads it from there needs no torch."""
+    """40 pairs in one columns file, and beside it the tokenizer's folder: a process that loads it from there needs no
+    torch.
+    """
     tiny_tokenizer().save_pretrained(path.parent / "tokenizer")
     texts = random_texts(80, longest=60, seed=3)
     pairs = [{"anchor": f"{texts[i]} {i}", "positive": f"{texts[40 + i]} {i}"} for i in range(40)]
@@ -59,7 +61,9 @@ print("OPENED", store.fingerprint, len(store.passages), int(store.passages.lengt
 def start_build(pairs: Path, cache: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _BUILD, str(pairs), str(cache), str(pairs.parent / "tokenizer")]
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "READY\n"
     return process
 
@@ -76,7 +80,11 @@ def test_a_build_killed_at_any_moment_leaves_nothing_that_is_taken_for_finished(
     name = undisturbed.folder.name
     (cache / f"{name}.building").mkdir(parents=True)  # as an earlier version left it
     (cache / f"{name}.lock").touch()
-    for moment in ("BATCH\n", f".writing-{name}/.writing-manifest.json\n", f"/.writing-{name}\n"):  # tokenising, then the renames
+    for moment in (
+        "BATCH\n",
+        f".writing-{name}/.writing-manifest.json\n",
+        f"/.writing-{name}\n",
+    ):  # tokenising, then the renames
         with start_build(pairs, cache) as process:
             go(process)
             assert process.stdout is not None

@@ -1,4 +1,6 @@
-"""A teacher's scores in batches: groups and dropped false negatives against the records that the store was built from."""
+"""A teacher's scores in batches: groups and dropped false negatives against the records that the store was built
+from.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from retriever.config import BatchConfig, Config, ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig, SourceConfig
+from retriever.config import (
+    BatchConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+)
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
@@ -44,7 +55,9 @@ def _config(folder: Path, **loss: Any) -> Config:
     return Config(
         run=RunConfig(seed=2),
         model=ModelConfig(name_or_path="unused", query_max_tokens=16, passage_max_tokens=32),
-        data=DataConfig(train=(SourceConfig(path=str(folder / "train.jsonl")),), negatives=2, cache_dir=str(folder / "cache")),
+        data=DataConfig(
+            train=(SourceConfig(path=str(folder / "train.jsonl")),), negatives=2, cache_dir=str(folder / "cache")
+        ),
         batch=BatchConfig(queries=20, tokens_per_chunk=64),
         loss=LossConfig(**loss),
     )
@@ -54,7 +67,9 @@ def _loader(store: Store, folder: Path, rank: int = 0, ranks: int = 1, **loss: A
     config = _config(folder, **loss)
     world = World(torch.device("cpu"))
     world.rank, world.size = rank, ranks  # no collective is called
-    return BatchLoader.from_config(store, Planner.from_config(store, config), TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world)
+    return BatchLoader.from_config(
+        store, Planner.from_config(store, config), TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world
+    )
 
 
 def _groups(store: Store, loader: BatchLoader, step: int) -> dict[str, list[tuple[str, float]]]:
@@ -77,7 +92,9 @@ def _queries(store: Store, loader: BatchLoader, step: int) -> list[str]:
 
     whole = loader._planner.plan(step)
     lengths = loader._lengths("query", whole.queries), loader._lengths("passage", whole.passages)
-    return [str(store.queries.id_of(q)) for q in slice_for_rank(whole, *lengths, loader._rank, loader._world_size).queries]
+    return [
+        str(store.queries.id_of(q)) for q in slice_for_rank(whole, *lengths, loader._rank, loader._world_size).queries
+    ]
 
 
 def _scores(record: dict[str, Any], side: str) -> dict[str, float]:
@@ -85,8 +102,12 @@ def _scores(record: dict[str, Any], side: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("margin", [None, 0.3])
-def test_a_group_is_the_target_and_the_scored_negatives_in_the_batch(built: tuple[Store, Records, Path], margin: float | None) -> None:
-    """As the records say, whoever brought a negative into the batch; with a margin without those scored above the target less it."""
+def test_a_group_is_the_target_and_the_scored_negatives_in_the_batch(
+    built: tuple[Store, Records, Path], margin: float | None
+) -> None:
+    """As the records say, whoever brought a negative into the batch; with a margin without those scored above the
+    target less it.
+    """
     store, records, folder = built
     loader, empty, dropped = _loader(store, folder, kl_weight=1.0, teacher_margin=margin), 0, 0
     for step in range(3):

@@ -71,12 +71,17 @@ def test_what_the_writer_holds_does_not_grow_with_the_table(tmp_path: Path, monk
 
 
 def test_an_error_of_the_tokenizer_ends_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It happens in a thread, and is raised where the texts are added or the table is finished; no manifest calls the table whole."""
+    """It happens in a thread, and is raised where the texts are added or the table is finished; no manifest calls the
+    table whole.
+    """
 
     def fails(*_: object) -> None:
         raise RuntimeError("no such token")
 
     monkeypatch.setattr(text_table, "tokenize_flat", fails)
-    with pytest.raises(RuntimeError, match="no such token"), TextTableWriter(tmp_path / "table", tiny_tokenizer()) as writer:
+    with (
+        pytest.raises(RuntimeError, match="no such token"),
+        TextTableWriter(tmp_path / "table", tiny_tokenizer()) as writer,
+    ):
         writer.add("t0", "river")
     assert not (tmp_path / "table/manifest.json").exists()

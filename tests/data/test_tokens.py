@@ -20,7 +20,9 @@ PROMPTS = ["", "query: ", "find the passage that answers: "]
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -> None:
-    """wrap(tokenize(prompt + text)) == tokenizer(prompt + text, truncation=True, max_length), of the length that `lengths` foretells."""
+    """wrap(tokenize(prompt + text)) == tokenizer(prompt + text, truncation=True, max_length), of the length that
+    `lengths` foretells.
+    """
     tokenizer = tiny_tokenizer(architecture)
     tokenizer.truncation_side = side
     template = TokenTemplate.from_tokenizer(tokenizer)
@@ -31,7 +33,9 @@ def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -
         bare = [np.array(row, dtype=np.uint16) for row in tokenize_batch(tokenizer, TEXTS, prompt)]
         for limit in (4, 5, 12, 256):
             wrapped = [template.wrap(row, limit).tolist() for row in bare]
-            assert wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
+            assert (
+                wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
+            )
             lengths = template.lengths(np.array([len(row) for row in bare]), limit)
             assert lengths.tolist() == [len(row) for row in wrapped]
             assert _wrapped_together(template, bare, limit) == _packed_together(template, bare, limit) == wrapped
@@ -89,10 +93,16 @@ class _Shouting(PreTrainedTokenizerFast):
 
 
 def test_flat_tokens_are_those_of_the_tokenizers_own_call() -> None:
-    """Whatever its class does around its backend, and where a text writes a special token out: both ways of splitting it."""
+    """Whatever its class does around its backend, and where a text writes a special token out: both ways of splitting
+    it.
+    """
     plain = tiny_tokenizer()
     shouting = _Shouting(
-        tokenizer_object=plain.backend_tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
     )
     assert _flat(shouting, TEXTS) == plain([f"{text} river" for text in TEXTS], add_special_tokens=False)["input_ids"]
     texts, found = ["a river [SEP] storm", "", "[CLS]"], []
@@ -134,7 +144,9 @@ def test_tokenizers_without_a_template_are_refused() -> None:
 def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:
     """GPT-2 adds nothing to a text; its end-of-text token pads where it has no padding token."""
     tokenizer = tiny_tokenizer("gpt2")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
     tokenizer.pad_token = None
     template = TokenTemplate.from_tokenizer(tokenizer)
     assert (template.prefix, template.suffix, template.pad_id) == ((), (), tokenizer.eos_token_id)

@@ -18,8 +18,12 @@ from retriever.parallel.world import World
 from tests.determinism import make_strict
 
 
-def run_on_ranks(function: Callable[[World, Path], Any], world_size: int, folder: Path, *, cuda: bool = False) -> list[Any]:
-    """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank; gloo, or NCCL on `cuda`."""
+def run_on_ranks(
+    function: Callable[[World, Path], Any], world_size: int, folder: Path, *, cuda: bool = False
+) -> list[Any]:
+    """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank; gloo, or
+    NCCL on `cuda`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -27,7 +31,9 @@ def run_on_ranks(function: Callable[[World, Path], Any], world_size: int, folder
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, port: int, folder: Path, cuda: bool) -> None:
+def _work(
+    rank: int, function: Callable[[World, Path], Any], world_size: int, port: int, folder: Path, cuda: bool
+) -> None:
     make_strict()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -41,8 +47,9 @@ def _work(rank: int, function: Callable[[World, Path], Any], world_size: int, po
         result = function(World(device, rank, world_size), folder)
         dist.destroy_process_group()
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
-    # Not the interpreter's ordinary end: after a functional collective (DTensor's are) torch 2.13 keeps gloo's threads, and one that
-    # lets go of a tensor while the interpreter ends aborts the process: https://github.com/pytorch/pytorch/issues/190489
+    # Not the interpreter's ordinary end: after a functional collective (DTensor's are) torch 2.13 keeps gloo's threads,
+    # and one that lets go of a tensor while the interpreter ends aborts the process:
+    # https://github.com/pytorch/pytorch/issues/190489
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,6 @@
-"""Runs of an encoder in shards and of a whole one, trained, saved and resumed by either: what `tests.gpu.test_sharded` judges."""
+"""Runs of an encoder in shards and of a whole one, trained, saved and resumed by either: what `tests.gpu.test_sharded`
+judges.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from retriever import checkpoint
 from retriever.checkpoint import TrainingState
-from retriever.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
+from retriever.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from retriever.data.chunks import Chunks
 from retriever.data.layout import pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
@@ -34,7 +45,9 @@ class _Run:
 
     def __init__(self, model: Path, world: World, lora: bool) -> None:
         self.config = Config(
-            model=ModelConfig(str(model), tied=lora, query_max_tokens=32, passage_max_tokens=32, lora=LoraConfig() if lora else None),
+            model=ModelConfig(
+                str(model), tied=lora, query_max_tokens=32, passage_max_tokens=32, lora=LoraConfig() if lora else None
+            ),
             data=DataConfig(train=(SourceConfig(path="x"),)),
             loss=LossConfig(learn_temperature=True, precision="fp32", temperature=0.1),
             optim=OptimConfig(lr=1e-2, precision="fp32", max_grad_norm=0.1),
@@ -45,7 +58,9 @@ class _Run:
             adapt(self.encoder.towers, self.config.model.lora, seed=0)
         self.placed = PlacedEncoder(self.encoder, world)
         objective = ContrastiveObjective(self.config.loss, unit=True).double().to(world.device)
-        self.state = TrainingState(self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, world.device))
+        self.state = TrainingState(
+            self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, world.device)
+        )
         whole = random_batch(queries=7, passages=12, ranks=world.size)
         cut = partial(rank_batch, whole, tokens_per_chunk=BUDGET)
         most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if world.sharded else 0
@@ -75,10 +90,14 @@ class _Run:
 
 
 def _apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference of a tensor; a key's bias has no gradient but rounding, which Adam makes large."""
+    """The largest relative difference of a tensor; a key's bias has no gradient but rounding, which Adam makes
+    large.
+    """
     assert found.keys() == expected.keys()
     compared = [name for name in expected if "key.bias" not in name]
-    return max(float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in compared)
+    return max(
+        float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in compared
+    )
 
 
 def compare(world: World, folder: Path) -> dict[str, Any]:
@@ -110,7 +129,9 @@ def _compare_runs(world: World, folder: Path, lora: bool) -> dict[str, Any]:
         embeddings = [encoder(side, texts) for side in ("query", "passage") for encoder in (copy, sharded.encoder)]
     parameters = list(sharded.encoder.parameters())
     return {
-        "sharded": all(isinstance(p, DTensor) and p.to_local().numel() <= p.numel() // 2 + p[0].numel() for p in parameters),
+        "sharded": all(
+            isinstance(p, DTensor) and p.to_local().numel() <= p.numel() // 2 + p[0].numel() for p in parameters
+        ),
         "norms": max(abs(found / norm - 1) for found, norm in zip(norms, expected, strict=True)),
         "smallest norm": min(expected),
         "moved": _apart({name: after[name] for name in before}, before),

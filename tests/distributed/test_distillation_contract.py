@@ -1,4 +1,6 @@
-"""The gradient contract with a teacher: groups that cross ranks, ragged and empty ones, alone and beside the contrastive term."""
+"""The gradient contract with a teacher: groups that cross ranks, ragged and empty ones, alone and beside the
+contrastive term.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def _as_tensors(groups: list[list[tuple[int, float]]]) -> Groups:
 
 
 def _oracle(queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Tensor, case: Case) -> Tensor:
-    """The three terms of the whole batch by autograd; the teacher's are torch's own kl_div and mse_loss, query by query."""
+    """The three terms of the whole batch by autograd; the teacher's are torch's own kl_div and mse_loss, query by
+    query.
+    """
     total = case.contrastive * oracle_loss(queries, passages, whole, log_scale)
     logits, column = log_scale.exp() * queries @ passages.T, {i: c for c, i in enumerate(whole.passage_ids)}
     for row, group in enumerate(_groups(whole)):
@@ -121,7 +125,10 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     found, loss = _gradients(encoder, objective), world.sum(loss)
 
     exact, reference = _encoder(folder), ContrastiveObjective(case.config(), unit=True).double()
-    queries, passages = encode_whole(exact, whole.query_tokens, "query"), encode_whole(exact, whole.passage_tokens, "passage")
+    queries, passages = (
+        encode_whole(exact, whole.query_tokens, "query"),
+        encode_whole(exact, whole.passage_tokens, "passage"),
+    )
     cuts = [(normalize(queries[:, :d]), normalize(passages[:, :d])) for d in case.dims] or [(queries, passages)]
     expected_loss = torch.stack([_oracle(q, p, whole, reference.log_scale, case) for q, p in cuts]).sum()
     expected_loss.backward()

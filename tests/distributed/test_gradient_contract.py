@@ -1,4 +1,6 @@
-"""The gradient contract: on any number of ranks, in any chunks, loss and gradient are those of one process and one batch."""
+"""The gradient contract: on any number of ranks, in any chunks, loss and gradient are those of one process and one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ class Case:
     looked_up: bool = False  # known pairs beforehand, as a run's loader has them
 
     def __str__(self) -> str:
-        features = [name for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "looked_up") if getattr(self, name)]
+        features = [
+            name
+            for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "looked_up")
+            if getattr(self, name)
+        ]
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
         features += [f"dims={self.dims}"] if self.dims else []
@@ -64,7 +70,10 @@ def _cases(strategies: tuple[str, ...]) -> list[Case]:
     cases = []
     for strategy in strategies:
         plain = Case(strategy)
-        cases += [replace(plain, tokens_per_chunk=t, tied=tied) for t, tied in itertools.product((19, 57, 10**6), (True, False))]
+        cases += [
+            replace(plain, tokens_per_chunk=t, tied=tied)
+            for t, tied in itertools.product((19, 57, 10**6), (True, False))
+        ]
         cases += [
             replace(plain, layers="packed", tied=False),
             replace(plain, layers="fused"),
@@ -105,7 +114,9 @@ CASES = {
 
 
 def _encoder(folder: Path, case: Case) -> DualEncoder:
-    encoder = DualEncoder.from_pretrained(ModelConfig(name_or_path=str(folder), tied=case.tied, query_max_tokens=32, passage_max_tokens=32))
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(name_or_path=str(folder), tied=case.tied, query_max_tokens=32, passage_max_tokens=32)
+    )
     if not case.tied:  # towers that differ, so that a gradient on the wrong one is seen
         torch.manual_seed(7)
         with torch.no_grad():
@@ -139,10 +150,14 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     if case.sharded:
         world = World(world.device, world.rank, world.size, sharded=True)
         PlacedEncoder(encoder, world)
-    cut = partial(rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed, looked_up=case.looked_up)
+    cut = partial(
+        rank_batch, whole, tokens_per_chunk=case.tokens_per_chunk, packed=encoder.packed, looked_up=case.looked_up
+    )
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
-    representations, passes = encode_without_graph(encoder, batch, Retention(case.retain, case.products), offload=objective.offload)
+    representations, passes = encode_without_graph(
+        encoder, batch, Retention(case.retain, case.products), offload=objective.offload
+    )
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
@@ -171,19 +186,27 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
         "norm": total.item(),
         "loss": abs(loss.item() / expected_loss - 1),
         "together": (torch.stack(list(errors.values())).norm() / total).item(),
-        "worst": max((errors[name] / g.norm()).item() for name, g in expected.items() if g.norm() > 1e-12 * total and name in errors),
+        "worst": max(
+            (errors[name] / g.norm()).item()
+            for name, g in expected.items()
+            if g.norm() > 1e-12 * total and name in errors
+        ),
     }
 
 
 @cache
 def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole padded batch in one process; strategy, chunks and layers of `case` play no part."""
+    """Loss and gradients of the whole padded batch in one process; strategy, chunks and layers of `case` play no
+    part.
+    """
     whole = random_batch(ranks=ranks, ignored=case.ignored)
     encoder, objective = _encoder(folder, case), _objective(case)
     queries = encode_whole(encoder, whole.query_tokens, "query")
     passages = encode_whole(encoder, whole.passage_tokens, "passage")
     cuts = [(normalize(queries[:, :d]), normalize(passages[:, :d])) for d in case.dims] or [(queries, passages)]
-    losses = [oracle_loss(q, p, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin) for q, p in cuts]
+    losses = [
+        oracle_loss(q, p, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin) for q, p in cuts
+    ]
     loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
     loss.backward()
     return loss.item(), _named_gradients(encoder, objective)
@@ -204,12 +227,16 @@ def _objective(case: Case) -> ContrastiveObjective:
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
-def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[str, dict[str, Any]]]]:
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, list[dict[str, dict[str, Any]]]]:
     folder = save_tiny_model(tmp_path_factory.mktemp("model"))
     return request.param, run_on_ranks(_measure, request.param, folder)
 
 
-def test_loss_and_gradient_equal_one_process_over_the_whole_batch(measured: tuple[int, list[dict[str, dict[str, Any]]]]) -> None:
+def test_loss_and_gradient_equal_one_process_over_the_whole_batch(
+    measured: tuple[int, list[dict[str, dict[str, Any]]]],
+) -> None:
     world_size, ranks = measured
     failures = []
     for case in map(str, CASES[world_size]):

@@ -1,4 +1,6 @@
-"""Runs under accelerate's launcher end as a person expects: on Ctrl-C at once and with one line, without the others in good time."""
+"""Runs under accelerate's launcher end as a person expects: on Ctrl-C at once and with one line, without the others in
+good time.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,17 @@ def test_ctrl_c_ends_all_ranks_with_one_line(settings: list[str]) -> None:
     """The launcher gets the signal and passes it on; what was saved before is whole."""
     run = Path(settings[-1]).parent / "run"
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    command = [sys.executable, *launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *settings]
+    command = [
+        sys.executable,
+        *launcher,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        *settings,
+    ]
     log = run.parent / "log"
     with log.open("wb") as output, subprocess.Popen(command, cwd=run.parent, stdout=output, stderr=output) as process:
         deadline = time.monotonic() + 90
@@ -61,7 +73,13 @@ def test_a_rank_that_is_left_alone_says_so(settings: list[str]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    alone = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = os.environ | {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     ended = subprocess.run(
         [sys.executable, *settings, "run.output_dir=alone", "run.timeout_s=4"],
         cwd=Path(settings[-1]).parent,
@@ -71,4 +89,7 @@ def test_a_rank_that_is_left_alone_says_so(settings: list[str]) -> None:
         timeout=60,
     )
     assert ended.returncode == 2, ended.stderr
-    assert "error: rank 0 of 2 did not meet the others within run.timeout_s=4" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        "error: rank 0 of 2 did not meet the others within run.timeout_s=4" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )

@@ -1,4 +1,6 @@
-"""The gradient contract with low-rank adapters: their gradients are those of one process that trains the merged weights."""
+"""The gradient contract with low-rank adapters: their gradients are those of one process that trains the merged
+weights.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ CASES = list(itertools.product((True, False), ("tiled", "dense"), (57,)))
 
 
 def _encoder(folder: Path, tied: bool) -> DualEncoder:
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)).double()
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)
+    ).double()
     adapt(encoder.towers, LORA, seed=1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -40,10 +44,16 @@ def _objective(strategy: str) -> ContrastiveObjective:
 
 
 def _oracle(folder: Path, tied: bool, ranks: int) -> tuple[float, dict[str, Tensor]]:
-    """Autograd over the whole batch through plain layers of weight W' = W + s·B·A, then dA = s·Bᵀ·dW' and dB = s·dW'·Aᵀ."""
+    """Autograd over the whole batch through plain layers of weight W' = W + s·B·A, then dA = s·Bᵀ·dW' and dB =
+    s·dW'·Aᵀ.
+    """
     whole = random_batch(ranks=ranks)
     state = _encoder(folder, tied).state_dict()
-    plain = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)).double().eval()
+    plain = (
+        DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32))
+        .double()
+        .eval()
+    )
     adapted = [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]
     s = LORA.alpha / LORA.r
     weights = {name: tensor for name, tensor in state.items() if "lora_" not in name}
@@ -51,7 +61,8 @@ def _oracle(folder: Path, tied: bool, ranks: int) -> tuple[float, dict[str, Tens
         weights[f"{name}.weight"] = weights[f"{name}.weight"] + s * state[f"{name}.lora_b"] @ state[f"{name}.lora_a"]
     plain.load_state_dict(weights)
     queries, passages = (
-        encode_whole(plain, tokens, side) for tokens, side in ((whole.query_tokens, "query"), (whole.passage_tokens, "passage"))
+        encode_whole(plain, tokens, side)
+        for tokens, side in ((whole.query_tokens, "query"), (whole.passage_tokens, "passage"))
     )
     loss = oracle_loss(queries, passages, whole, _objective("dense").log_scale.detach())
     loss.backward()

@@ -1,4 +1,6 @@
-"""The gradient contract at the representations, over the ring and in blocks: any number of ranks, unequal and empty, every feature."""
+"""The gradient contract at the representations, over the ring and in blocks: any number of ranks, unequal and empty,
+every feature.
+"""
 
 from __future__ import annotations
 
@@ -67,17 +69,25 @@ CASES = [
     *(Case(symmetric=s, precision="bf16", dtype="float32", bound=1e-5) for s in (False, True)),
     *(Case(symmetric=s, precision="high", dtype="float32", bound=1e-5) for s in (False, True)),
     Case(exchange="gather", symmetric=True, margin=0.1, ignored=2, learn_temperature=True),
-    *(Case(block_rows=r, symmetric=s, margin=m, ignored=i) for r, (s, m, i) in zip((5, 5, 8, 20), FEATURES, strict=True)),
+    *(
+        Case(block_rows=r, symmetric=s, margin=m, ignored=i)
+        for r, (s, m, i) in zip((5, 5, 8, 20), FEATURES, strict=True)
+    ),
     *(Case(block_rows=9, symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
     *(Case(block_rows=6, symmetric=s, owners=owners) for s, owners in ((True, "equal"), (False, "one"))),
     Case(block_rows=100, symmetric=True, temperature=0.005),
     Case(block_rows=9, symmetric=True, temperature=0.02, unit=False),
-    *(Case(block_rows=7, symmetric=s, precision=p, dtype="float32", bound=1e-5) for s, p in ((False, "bf16"), (True, "high"))),
+    *(
+        Case(block_rows=7, symmetric=s, precision=p, dtype="float32", bound=1e-5)
+        for s, p in ((False, "bf16"), (True, "high"))
+    ),
 ]
 
 
 def _whole(case: Case, ranks: int) -> WholeBatch:
-    """One batch for all numbers of ranks; where unequal, the first rank holds most and the last of several passages only."""
+    """One batch for all numbers of ranks; where unequal, the first rank holds most and the last of several passages
+    only.
+    """
     whole, draw = random_batch(ignored=case.ignored), random.Random(ranks)
     n, targets = len(whole.owners), set(whole.positives)
     unequal = [draw.choice([0, 0, *range(max(1, ranks - 1) if c in targets else ranks)]) for c in range(n)]
@@ -88,7 +98,9 @@ def _whole(case: Case, ranks: int) -> WholeBatch:
 def _vectors(whole: WholeBatch, case: Case) -> tuple[Tensor, Tensor]:
     """Representations with the values that the precision tier computes from."""
     draw, dtype = torch.Generator().manual_seed(3), getattr(torch, case.dtype)
-    drawn = [torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids))]
+    drawn = [
+        torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids))
+    ]
     vectors = [normalize(v, dim=1) if case.unit else 2 * v for v in drawn]
     rounded = [v.bfloat16() if case.precision == "bf16" else v for v in vectors]
     return rounded[0].to(dtype), rounded[1].to(dtype)
@@ -118,7 +130,14 @@ def _compute_case(world: World, case: Case) -> dict[str, Any]:
     objective = ContrastiveObjective(case.config(), block_rows=case.block_rows, unit=True)
     loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
     dscale = torch.zeros(()) if objective.log_scale.grad is None else objective.log_scale.grad
-    return {"rows": rows, "columns": columns, "loss": loss.item(), "dq": dq.tolist(), "dp": dp.tolist(), "dscale": dscale.item()}
+    return {
+        "rows": rows,
+        "columns": columns,
+        "loss": loss.item(),
+        "dq": dq.tolist(),
+        "dp": dp.tolist(),
+        "dscale": dscale.item(),
+    }
 
 
 def _together(case: Case, ranks: list[dict[str, Any]]) -> list[Tensor]:
@@ -140,7 +159,9 @@ def test_loss_and_gradient_equal_one_process_over_the_whole_batch(world_size: in
     for index, case in enumerate(CASES):
         parts = [rank[index] for rank in ranks]
         if world_size > 1 and case.owners == "unequal":
-            assert len({(len(part["rows"]), len(part["columns"])) for part in parts}) > 1, f"{case}: the ranks are equal"
+            assert len({(len(part["rows"]), len(part["columns"])) for part in parts}) > 1, (
+                f"{case}: the ranks are equal"
+            )
         for found, expected in zip(_together(case, parts), _oracle(case), strict=False):
             assert expected.norm() > 1e-6, f"{case}: the oracle's gradient is zero"
             error = float((found - expected).norm() / expected.norm())

@@ -1,4 +1,6 @@
-"""The training command with an encoder in shards: killed and started again, it ends where one rank that holds it whole ends."""
+"""The training command with an encoder in shards: killed and started again, it ends where one rank that holds it whole
+ends.
+"""
 
 from __future__ import annotations
 
@@ -88,19 +90,33 @@ def _run(*command: str) -> str:
 def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: list[str]) -> None:
     folder = Path(settings[-1]).parent
     _start_and_kill(settings, folder / "sharded")
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml", "--num_processes", "2")
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/fsdp.yaml",
+        "--num_processes",
+        "2",
+    )
     said = _run(*launcher, *settings, f"run.output_dir={folder / 'sharded'}")
     assert "in shards on 2 ranks" in said and "resuming at step" in said
     assert "in shards" not in _run(*settings, f"run.output_dir={folder / 'whole'}")
 
-    logs = [[json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()] for run in ("sharded", "whole")]
-    losses, evaluated = ([[line[key] for line in log if key in line] for log in logs] for key in ("train/loss", "eval/MRR@10"))
+    logs = [
+        [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("sharded", "whole")
+    ]
+    losses, evaluated = (
+        [[line[key] for line in log if key in line] for log in logs] for key in ("train/loss", "eval/MRR@10")
+    )
     assert len(losses[1]) == STEPS and losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert evaluated[0] == pytest.approx(evaluated[1], abs=0.02) and 0 < evaluated[1][0] < 1
 
     found, expected = (load_file(folder / run / "export" / "model.safetensors") for run in ("sharded", "whole"))
     started = load_file(folder / "model" / "model.safetensors")
-    trained = [key for key in expected if not key.endswith("key.bias")]  # a key bias has no gradient but rounding, which Adam makes large
+    trained = [
+        key for key in expected if not key.endswith("key.bias")
+    ]  # a key bias has no gradient but rounding, which Adam makes large
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.05
     assert distance(found, expected) < 0.01 * distance(expected, started)
@@ -112,11 +128,19 @@ def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: l
         ({"FSDP_VERSION": "1"}, Config(), "fsdp_version: expected 2; received 1"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, Config(), "fsdp_offload_params: expected false; received true"),
         ({"FSDP_RESHARD_AFTER_FORWARD": "FALSE"}, Config(), "fsdp_reshard_after_forward: expected true"),
-        ({}, Config(optim=OptimConfig(precision="fp16")), "optim.precision: expected another value with FSDP; received 'fp16'"),
+        (
+            {},
+            Config(optim=OptimConfig(precision="fp16")),
+            "optim.precision: expected another value with FSDP; received 'fp16'",
+        ),
         ({}, Config(optim=OptimConfig(name="adafactor")), "optim.name"),
         ({}, Config(model=ModelConfig(fused=True)), "model.fused"),
         ({}, Config(batch=BatchConfig(retain=4096)), "batch.retain: expected auto or false with FSDP; received 4096"),
-        ({}, Config(batch=BatchConfig(retain_products=True)), "batch.retain_products: expected auto or false with FSDP; received True"),
+        (
+            {},
+            Config(batch=BatchConfig(retain_products=True)),
+            "batch.retain_products: expected auto or false with FSDP; received True",
+        ),
         ({}, Config(run=RunConfig(verify=True)), "run.verify"),
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, Config(), "DeepSpeed"),
     ],

@@ -1,4 +1,6 @@
-"""A rank that is killed, stops, fails or hangs ends the run on every rank within the time that was set, and is named."""
+"""A rank that is killed, stops, fails or hangs ends the run on every rank within the time that was set, and is
+named.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ CASES: dict[str, tuple[Callable[[int], None], int, int, str]] = {
     "first killed": (_signal(signal.SIGKILL), 0, LOST, "rank 0 or its launcher"),
     "stopped": (_signal(signal.SIGSTOP), 1, LOST, r"rank 1 gives no sign of life since \d+ s.*run.timeout_s=12"),
     "hangs": (lambda rank: time.sleep(120), 2, LOST, r"rank 2 hangs, .* waited for it for \d+ s \(run.timeout_s=12\)"),
-    "first hangs": (lambda rank: time.sleep(120), 0, LOST, r"rank 0 hangs, .* waited for it for \d+ s \(run.timeout_s=12\)"),
+    "first hangs": (
+        lambda rank: time.sleep(120),
+        0,
+        LOST,
+        r"rank 0 hangs, .* waited for it for \d+ s \(run.timeout_s=12\)",
+    ),
     "fails": (_fail, 2, LOST, "rank 2 ended with ValueError: no luck on 2. "),
     "interrupted": (_interrupt, 1, 130, ""),
     "ends well": (lambda rank: None, 1, 0, ""),
@@ -82,7 +89,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        running[case] = [context.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)]
+        running[case] = [
+            context.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)
+        ]
         for process in running[case]:
             process.start()
     results = {}
@@ -98,14 +107,18 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_rank_ends_and_names_the_one_that_is_lost(case: str, ended: dict[str, list[tuple[int | None, str]]]) -> None:
+def test_every_rank_ends_and_names_the_one_that_is_lost(
+    case: str, ended: dict[str, list[tuple[int | None, str]]]
+) -> None:
     _, culprit, status, message = CASES[case]
     others = [(found, said) for rank, (found, said) in enumerate(ended[case]) if rank != culprit]
     assert [found for found, _ in others] == [status] * len(others), ended[case]
     if message:
         errors = [said[said.index("error: ") :] for _, said in others if "error: " in said]
         assert errors, ended[case]
-        assert all(re.search(message, error) and "goes on from the last checkpoint" in error for error in errors), errors
+        assert all(re.search(message, error) and "goes on from the last checkpoint" in error for error in errors), (
+            errors
+        )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith("hangs")])

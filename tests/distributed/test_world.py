@@ -38,7 +38,11 @@ def _gather_rows(world: World) -> list[str]:
             own = _rows_of(world.rank, counts[world.rank], dtype)
             found = world.gather_rows(own)
             expected = torch.cat([_rows_of(rank, n, dtype) for rank, n in enumerate(counts)])
-            same = found.rows.dtype == dtype and torch.equal(found.rows, expected) and torch.equal(found.rows[found.own], own)
+            same = (
+                found.rows.dtype == dtype
+                and torch.equal(found.rows, expected)
+                and torch.equal(found.rows[found.own], own)
+            )
             if not same or found.counts != counts or found.rank != world.rank:
                 wrong.append(f"{counts} {dtype}")
     return wrong
@@ -53,14 +57,20 @@ def _reduce_rows(world: World) -> list[str]:
         mine = terms[world.rank].clone()
         found = world.reduce_rows(mine, counts)
         expected = torch.stack(terms).sum(0).split(counts)[world.rank]
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-14) or not torch.equal(mine, terms[world.rank]):
+        if (
+            found.shape != expected.shape
+            or not torch.allclose(found, expected, rtol=1e-14)
+            or not torch.equal(mine, terms[world.rank])
+        ):
             wrong.append(str(counts))
     return wrong
 
 
 def _sums(world: World) -> list[str]:
     """sum, max and logsumexp over ranks; −inf where every rank has −inf, without NaN; arguments stay as they are."""
-    x = torch.tensor([[1.0, -math.inf, 800.0, -math.inf], [2.0, -math.inf, 801.0, 5.0], [-1.0, -math.inf, -800.0, -math.inf]]).double()
+    x = torch.tensor(
+        [[1.0, -math.inf, 800.0, -math.inf], [2.0, -math.inf, 801.0, 5.0], [-1.0, -math.inf, -800.0, -math.inf]]
+    ).double()
     mine, every = x[world.rank].clone(), x[: world.size]
     wrong = [] if torch.allclose(world.logsumexp(mine), every.logsumexp(0), rtol=1e-14) else ["logsumexp"]
     wrong += [] if torch.equal(world.max(mine), every.amax(0)) else ["max"]
@@ -73,12 +83,21 @@ def _sum_gradients(world: World) -> list[str]:
     wrong = []
     for bucket_bytes in (1, 100, 2**20):
         world_module._BUCKET_BYTES = bucket_bytes
-        shapes = [((3, 4), torch.float32), ((5,), torch.float64), ((2, 2), torch.float32), ((), torch.float32), ((6,), torch.float32)]
+        shapes = [
+            ((3, 4), torch.float32),
+            ((5,), torch.float64),
+            ((2, 2), torch.float32),
+            ((), torch.float32),
+            ((6,), torch.float32),
+        ]
         parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
         expected: list[Tensor | None] = []
         for i, p in enumerate(parameters):
             with_gradient = {0: range(world.size), 1: [world.size - 1], 2: [], 3: [0], 4: range(world.size)}[i]
-            gradients = {r: torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * i + r)).to(p.dtype) for r in with_gradient}
+            gradients = {
+                r: torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * i + r)).to(p.dtype)
+                for r in with_gradient
+            }
             p.grad = gradients.get(world.rank)
             expected.append(sum(gradients.values()) if gradients else None)  # type: ignore[arg-type]
         frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
@@ -97,13 +116,16 @@ def _empty_rank(world: World) -> list[str]:
     """Where the last rank holds neither query nor passage, every strategy gives what one rank gives."""
     whole = random_batch(seed=10)
     draw = torch.Generator().manual_seed(0)
-    q, p = (torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids)))
+    q, p = (
+        torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids))
+    )
     owners = [c % max(1, world.size - 1) for c in range(len(p))]
     batch, rows, columns = rank_batch(replace(whole, owners=owners), world.rank, 10**6)
     alone, wrong = rank_batch(whole, 0, 10**6)[0], []
     for name in STRATEGIES:
         for symmetric in (False, True):
-            objective = ContrastiveObjective(LossConfig(strategy=name, symmetric=symmetric, precision="fp32"), unit=True)  # type: ignore[arg-type]
+            config = LossConfig(strategy=name, symmetric=symmetric, precision="fp32")  # type: ignore[arg-type]
+            objective = ContrastiveObjective(config, unit=True)
             loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
             whole_loss, whole_dq, whole_dp = objective(q, p, alone.targets, World(world.device))
             pairs = [(world.sum(loss), whole_loss), (dq, whole_dq[rows]), (dp, whole_dp[columns])]

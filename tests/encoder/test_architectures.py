@@ -1,4 +1,6 @@
-"""What puts an architecture on the allow-list: padding changes nothing, every parameter is trained, dropout replays bitwise."""
+"""What puts an architecture on the allow-list: padding changes nothing, every parameter is trained, dropout replays
+bitwise.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +66,12 @@ def test_every_parameter_receives_a_gradient(encoder: DualEncoder, rows: list[Te
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, rows: list[Tensor], pooling: PoolingMode) -> None:
-    """Embeddings and gradients of every parameter, in float64 (decoders' norms compute in float32): no text sees its neighbours."""
+def test_packed_texts_have_the_embeddings_of_padded_ones(
+    encoder: DualEncoder, rows: list[Tensor], pooling: PoolingMode
+) -> None:
+    """Embeddings and gradients of every parameter, in float64 (decoders' norms compute in float32): no text sees its
+    neighbours.
+    """
     tolerance = 1e-6 if encoder.passage_tower.config.model_type in DECODERS else 1e-11
     padded = DualEncoder(*[copy.deepcopy(encoder.passage_tower).double().eval()] * 2, pooling=pooling).eval()
     packed = copy.deepcopy(padded)
@@ -74,7 +80,10 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(encoder: DualEncoder, r
             packed.pack()
         return
     packed.pack()
-    expected, found = padded("passage", _padded(encoder, rows)), packed("passage", pack_rows([row.numpy() for row in rows]))
+    expected, found = (
+        padded("passage", _padded(encoder, rows)),
+        packed("passage", pack_rows([row.numpy() for row in rows])),
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for embeddings in (expected, found):
@@ -114,7 +123,9 @@ def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor], checkpointing: bool) -> None:
+def test_dropout_replays_bitwise_under_its_rng_state(
+    encoder: DualEncoder, rows: list[Tensor], checkpointing: bool
+) -> None:
     inputs = _padded(encoder, rows)
     with _gradient_checkpointing(encoder, checkpointing):
         state = torch.get_rng_state()
@@ -174,7 +185,13 @@ def _gradient_checkpointing(encoder: DualEncoder, enabled: bool) -> Iterator[Non
 
 
 def test_an_unverified_architecture_is_refused(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 99,
+    }
     config = AutoConfig.for_model("roformer", **sizes)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.name_or_path.*'roformer'.*expected one of albert"):
@@ -193,7 +210,9 @@ def test_lengths_beyond_the_positions_are_refused(architecture: str, tmp_path: P
     config = AutoConfig.from_pretrained(folder)
     assert longest_input(config) == MAX_POSITIONS
     check_lengths(config, MAX_POSITIONS, MAX_POSITIONS)
-    with pytest.raises(ConfigError, match=rf"model\.passage_max_tokens: {MAX_POSITIONS + 1} tokens.*at most {MAX_POSITIONS}"):
+    with pytest.raises(
+        ConfigError, match=rf"model\.passage_max_tokens: {MAX_POSITIONS + 1} tokens.*at most {MAX_POSITIONS}"
+    ):
         DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS + 1))
     # The limit is the true one: one token more fails in the model itself.
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder))).eval()

@@ -35,7 +35,9 @@ def _one_by_one(folder: Path, texts: list[str], prompt: str, max_tokens: int) ->
     """Normalised means by transformers alone, a text at a time."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        encoded = [tokenizer(prompt + text, truncation=True, max_length=max_tokens, return_tensors="pt") for text in texts]
+        encoded = [
+            tokenizer(prompt + text, truncation=True, max_length=max_tokens, return_tensors="pt") for text in texts
+        ]
         means = torch.cat([model(e["input_ids"], e["attention_mask"]).last_hidden_state.mean(dim=1) for e in encoded])
     return (means / means.norm(dim=1, keepdim=True)).numpy()
 
@@ -86,12 +88,16 @@ def test_a_live_encoder_is_evaluated_without_dropout_and_goes_on_training(folder
 
 def test_the_hash_follows_what_makes_the_embeddings(folder: Path, tmp_path: Path) -> None:
     first = load_encoder(folder)
-    assert first.model_hash() == load_encoder(folder, query_prompt="x", query_max_tokens=9, precision="bf16").model_hash()
+    assert (
+        first.model_hash() == load_encoder(folder, query_prompt="x", query_max_tokens=9, precision="bf16").model_hash()
+    )
     assert first.model_hash() != load_encoder(folder, pooling="cls").model_hash()
     assert first.model_hash() != load_encoder(folder, normalize=False).model_hash()
     assert first.model_hash() != load_encoder(save_tiny_model(tmp_path / "eps", layer_norm_eps=1e-5)).model_hash()
     before = first.model_hash()
-    first.tokenizer(["a", "the brain"], padding=True, truncation=True, max_length=3)  # leaves its settings in the tokenizer
+    first.tokenizer(
+        ["a", "the brain"], padding=True, truncation=True, max_length=3
+    )  # leaves its settings in the tokenizer
     assert first.model_hash() == before
     first.tokenizer.add_tokens(["zebra"])
     assert first.model_hash() != before
@@ -102,7 +108,9 @@ def test_the_hash_follows_what_makes_the_embeddings(folder: Path, tmp_path: Path
 
 
 def test_what_is_given_replaces_what_the_folder_says(folder: Path) -> None:
-    given = load_encoder(folder, pooling="last", normalize=False, passage_prompt="p: ", passage_max_tokens=9, precision="bf16")
+    given = load_encoder(
+        folder, pooling="last", normalize=False, passage_prompt="p: ", passage_max_tokens=9, precision="bf16"
+    )
     assert (given.settings.pooling, given.settings.normalize, given.settings.passage_prompt) == ("last", False, "p: ")
     assert (given.settings.passage_max_tokens, given.precision, given.encoder.pooling) == (9, "bf16", "last")
     assert not given.encoder.training
@@ -125,7 +133,11 @@ def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("modules", [True, False])
 def test_a_folder_that_sentence_transformers_truncates_gives_as_many_dimensions(tmp_path: Path, modules: bool) -> None:
     """With and without a module that normalises: the scores are its cosines."""
-    parts = [Transformer(str(save_tiny_model(tmp_path / "start"))), Pooling(32, "mean"), *([Normalize()] if modules else [])]
+    parts = [
+        Transformer(str(save_tiny_model(tmp_path / "start"))),
+        Pooling(32, "mean"),
+        *([Normalize()] if modules else []),
+    ]
     theirs = SentenceTransformer(modules=parts, device="cpu", truncate_dim=12)
     theirs.save(str(tmp_path / "truncated"))
     texts, ours = random_texts(20), load_encoder(tmp_path / "truncated", device="cpu")
@@ -144,6 +156,8 @@ def test_scores_are_those_of_sentence_transformers(tmp_path: Path) -> None:
     (tmp_path / "saved" / "config_sentence_transformers.json").unlink()
     texts, ours = random_texts(20), load_encoder(tmp_path / "saved", device="cpu")
     found, again = ours.encode(texts, "query"), SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    np.testing.assert_allclose(found @ found.T, again.similarity(again.encode(texts), again.encode(texts)), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        found @ found.T, again.similarity(again.encode(texts), again.encode(texts)), rtol=0, atol=1e-5
+    )
     assert ours.settings.similarity == again.similarity_fn_name == "cosine"
     assert np.abs(np.linalg.norm(again.encode(texts), axis=1) - 1).max() > 0.1

@@ -29,7 +29,11 @@ def batch() -> Padded:
 
 def test_embeddings_are_the_normalised_mean_of_automodel_outputs(bert: Path, batch: Padded) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(bert))).eval()
-    hidden = AutoModel.from_pretrained(bert).eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    hidden = (
+        AutoModel.from_pretrained(bert)
+        .eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        .last_hidden_state
+    )
     mean = torch.stack([hidden[i, : int(n)].mean(dim=0) for i, n in enumerate(batch.attention_mask.sum(dim=1))])
     torch.testing.assert_close(encoder("query", batch), mean / mean.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
     encoder.normalize = False
@@ -38,7 +42,10 @@ def test_embeddings_are_the_normalised_mean_of_automodel_outputs(bert: Path, bat
 
 
 def test_tied_towers_are_one_module_and_untied_ones_learn_apart(bert: Path, batch: Padded) -> None:
-    tied, untied = DualEncoder.from_pretrained(ModelConfig(str(bert))), DualEncoder.from_pretrained(ModelConfig(str(bert), tied=False))
+    tied, untied = (
+        DualEncoder.from_pretrained(ModelConfig(str(bert))),
+        DualEncoder.from_pretrained(ModelConfig(str(bert), tied=False)),
+    )
     assert tied.query_tower is tied.passage_tower and tied.tied
     assert untied.query_tower is not untied.passage_tower and not untied.tied
     assert len(list(untied.parameters())) == 2 * len(list(tied.parameters()))
@@ -91,7 +98,11 @@ def test_a_decoder_reads_padding_on_either_side_alike(architecture: str, tmp_pat
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder))).double().eval()
     assert encoder.pooling == "last"
     row = torch.randint(5, 198, (1, 6), generator=torch.Generator().manual_seed(0))
-    pad, zero, one = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 6, dtype=torch.int64)
+    pad, zero, one = (
+        torch.zeros(1, 4, dtype=torch.int64),
+        torch.zeros(1, 4, dtype=torch.int64),
+        torch.ones(1, 6, dtype=torch.int64),
+    )
     alone = encoder("query", Padded(row, one))
     right = encoder("query", Padded(torch.cat([row, pad], dim=1), torch.cat([one, zero], dim=1)))
     left = encoder("query", Padded(torch.cat([pad, row], dim=1), torch.cat([zero, one], dim=1)))
@@ -108,8 +119,14 @@ def test_a_missing_weight_is_refused_and_a_missing_pooler_is_not(bert: Path, tmp
     save_file(headless, tmp_path / "model.safetensors", metadata={"format": "pt"})
     encoder = DualEncoder.from_pretrained(ModelConfig(str(tmp_path)))
     assert encoder.unused_weights == {"shared": {}}
-    save_file({k: v for k, v in headless.items() if "layer.1.output.dense" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 2 weights of its passage tower, encoder\.layer\.1\.output\.dense\.bias first"):
+    save_file(
+        {k: v for k, v in headless.items() if "layer.1.output.dense" not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        ConfigError, match=r"lacks 2 weights of its passage tower, encoder\.layer\.1\.output\.dense\.bias first"
+    ):
         DualEncoder.from_pretrained(ModelConfig(str(tmp_path)))
 
 

@@ -59,7 +59,9 @@ def test_embeddings_and_gradients_are_the_library_s(folder: Path, tokens: Packed
         torch.testing.assert_close(named[1][name].grad, p.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
     assert any(isinstance(module, FusedLayers) for module in encoders[1].modules())
     fused = type(encoders[1].passage_tower.embeddings) is FusedEmbeddings
-    assert fused == (encoders[1].passage_tower.config.model_type != "electra")  # whose tables are narrower than its layers
+    assert fused == (
+        encoders[1].passage_tower.config.model_type != "electra"
+    )  # whose tables are narrower than its layers
 
 
 def test_dropout_draws_at_every_place_and_replays_bitwise(folder: Path, tokens: Packed) -> None:
@@ -99,16 +101,23 @@ def test_a_dropout_that_is_switched_off_by_hand_draws_nothing(folder: Path, toke
 
 @pytest.mark.parametrize("setting", [{"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}])
 def test_tables_that_are_no_plain_ones_stay_the_library_s(tmp_path: Path, setting: dict[str, object]) -> None:
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / "bert")), passage_max_tokens=MAX_POSITIONS))
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(str(save_tiny_model(tmp_path / "bert")), passage_max_tokens=MAX_POSITIONS)
+    )
     for name, value in setting.items():
         setattr(encoder.passage_tower.get_submodule("embeddings.word_embeddings"), name, value)
     encoder.pack()
     encoder.fuse_layers()
-    assert type(encoder.passage_tower.embeddings) is not FusedEmbeddings and type(encoder.passage_tower.encoder) is FusedLayers
+    assert (
+        type(encoder.passage_tower.embeddings) is not FusedEmbeddings
+        and type(encoder.passage_tower.encoder) is FusedLayers
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_tower_in_half_precision_encodes_with_a_graph_and_without(tmp_path: Path, tokens: Packed, dtype: torch.dtype) -> None:
+def test_a_tower_in_half_precision_encodes_with_a_graph_and_without(
+    tmp_path: Path, tokens: Packed, dtype: torch.dtype
+) -> None:
     encoder = _fused_bert(tmp_path, None).to(dtype)
     with torch.no_grad():
         without = encoder("passage", tokens)
@@ -133,8 +142,14 @@ def _fused_bert(tmp_path: Path, dtype: torch.dtype | None = torch.bfloat16) -> D
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_the_library_s(folder: Path, tokens: Packed, dtype: torch.dtype) -> None:
-    """Embeddings that a linear layer projects (electra's) come rounded; parameters get gradients in their own dtype all the same."""
-    exact, plain, fused = _packed(folder, fused=False).double(), _packed(folder, fused=False), _packed(folder, fused=True)
+    """Embeddings that a linear layer projects (electra's) come rounded; parameters get gradients in their own dtype all
+    the same.
+    """
+    exact, plain, fused = (
+        _packed(folder, fused=False).double(),
+        _packed(folder, fused=False),
+        _packed(folder, fused=True),
+    )
     plain.autocast_dtype = fused.autocast_dtype = dtype
     want, theirs, ours = (encoder.eval()("passage", tokens) for encoder in (exact, plain, fused))
     direction = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -142,7 +157,8 @@ def test_half_precision_is_near_the_library_s(folder: Path, tokens: Packed, dtyp
         (embeddings * direction).sum().backward()
     assert ours.dtype == torch.float32 and (ours - want).norm() <= 1.2 * (theirs - want).norm()
     errors = [
-        sum(float((gradient(p).double() - gradient(q)).square().sum()) for p, q in _pairs(encoder, exact)) for encoder in (fused, plain)
+        sum(float((gradient(p).double() - gradient(q)).square().sum()) for p, q in _pairs(encoder, exact))
+        for encoder in (fused, plain)
     ]
     assert all(gradient(p).dtype == p.dtype and bool(gradient(p).any()) for p in fused.parameters())
     assert errors[0] ** 0.5 <= 1.2 * errors[1] ** 0.5
@@ -168,7 +184,9 @@ def _layers(encoder: DualEncoder) -> FusedLayers:
 
 def _load(encoder: DualEncoder, *, assign: bool) -> None:
     for _ in range(2):  # twice: what was loaded first is freed, and its memory may be used again
-        encoder.load_state_dict({name: v + 0.1 * torch.randn_like(v) for name, v in encoder.state_dict().items()}, assign=assign)
+        encoder.load_state_dict(
+            {name: v + 0.1 * torch.randn_like(v) for name, v in encoder.state_dict().items()}, assign=assign
+        )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +203,9 @@ def _load(encoder: DualEncoder, *, assign: bool) -> None:
     ],
     ids=["fused AdamW", "AdamW", "SGD", "fused SGD", "load", "assign", "half and back", "to double"],
 )
-def test_a_change_of_weights_is_seen(tmp_path: Path, tokens: Packed, change: Callable[[DualEncoder, Packed], None]) -> None:
+def test_a_change_of_weights_is_seen(
+    tmp_path: Path, tokens: Packed, change: Callable[[DualEncoder, Packed], None]
+) -> None:
     encoder = _fused_bert(tmp_path)
     with torch.no_grad():
         before = encoder("passage", tokens)
@@ -237,7 +257,9 @@ def test_frozen_layers_and_embeddings_get_no_gradient(tmp_path: Path, tokens: Pa
         tower.get_submodule(name).requires_grad_(False)
     encoder("passage", tokens)[:, 0].sum().backward()
     trained = {id(p) for p in tower.get_submodule("encoder.layer.1").parameters()}
-    assert all((p.grad is not None and p.grad.any()) if id(p) in trained else p.grad is None for p in encoder.parameters())
+    assert all(
+        (p.grad is not None and p.grad.any()) if id(p) in trained else p.grad is None for p in encoder.parameters()
+    )
 
 
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:

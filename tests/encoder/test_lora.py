@@ -24,9 +24,13 @@ TEXTS = random_texts(8, seed=2)
 LORA = LoraConfig(r=4, alpha=6.0)
 
 
-def _encoder(folder: Path, lora: LoraConfig | None = LORA, *, trained: bool = True, tied: bool = True, seed: int = 0) -> DualEncoder:
+def _encoder(
+    folder: Path, lora: LoraConfig | None = LORA, *, trained: bool = True, tied: bool = True, seed: int = 0
+) -> DualEncoder:
     """An adapted encoder, as after some steps: its B no longer zero."""
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=tied, query_max_tokens=64, passage_max_tokens=64)).eval()
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(str(folder), tied=tied, query_max_tokens=64, passage_max_tokens=64)
+    ).eval()
     if lora is not None:
         adapt(encoder.towers, lora, seed)
     generator = torch.Generator().manual_seed(3)
@@ -42,7 +46,9 @@ def _embed(encoder: DualEncoder, folder: Path, side: str = "passage") -> np.ndar
     return EncoderBundle(encoder, load_tokenizer(folder), settings_of(config, encoder.pooling)).encode(TEXTS, side)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("architecture", ["bert", "albert", "deberta-v2", "distilbert", "llama", "modernbert", "mpnet", "nomic_bert"])
+@pytest.mark.parametrize(
+    "architecture", ["bert", "albert", "deberta-v2", "distilbert", "llama", "modernbert", "mpnet", "nomic_bert"]
+)
 def test_adapters_compute_what_their_merged_weights_compute(architecture: str, tmp_path: Path) -> None:
     """So no architecture reads a weight behind the adapter's back; untrained adapters change no bit."""
     folder = save_tiny_model(tmp_path / "model", architecture)
@@ -73,7 +79,9 @@ def test_only_adapters_are_trained_and_all_of_them_are(tmp_path: Path) -> None:
     linear = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     assert len(linear) == 12 and trained == {f"{name}.{part}" for name in linear for part in ("lora_a", "lora_b")}
     _embed_with_graph(encoder).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) == p.requires_grad for p in encoder.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and bool(p.grad.any()) == p.requires_grad for p in encoder.parameters() if p.requires_grad
+    )
     assert all(p.grad is None for p in encoder.parameters() if not p.requires_grad)
 
 
@@ -125,11 +133,17 @@ def test_an_export_is_an_ordinary_model_of_merged_weights(tied: bool, tmp_path: 
     encoder = _encoder(folder, tied=tied)
     config = Config(model=ModelConfig(str(folder), tied=tied, query_max_tokens=64, passage_max_tokens=64, lora=LORA))
     exported = export(
-        encoder, load_tokenizer(folder), config, tmp_path / "export", Probe.of(encoder, load_tokenizer(folder), config, TEXTS)
+        encoder,
+        load_tokenizer(folder),
+        config,
+        tmp_path / "export",
+        Probe.of(encoder, load_tokenizer(folder), config, TEXTS),
     )
     for side in ("query", "passage"):
         live, start = _embed(encoder, folder, side), _embed(_encoder(folder, None), folder, side)
-        assert np.abs(load_encoder(exported).encode(TEXTS, side) - live).max() < 1e-5 < 1e-2 < np.abs(live - start).max()
+        assert (
+            np.abs(load_encoder(exported).encode(TEXTS, side) - live).max() < 1e-5 < 1e-2 < np.abs(live - start).max()
+        )
         written = exported if tied else exported / side
         assert load_file(written / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
         assert type(AutoModel.from_pretrained(written).encoder.layer[0].output.dense) is nn.Linear

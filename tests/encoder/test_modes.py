@@ -40,7 +40,9 @@ def test_padded_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["one text", "positions"])
-def test_a_model_that_reads_packed_texts_wrongly_is_refused(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reads_packed_texts_wrongly_is_refused(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = _encoder(tmp_path)
     right = packed_attention.packed_inputs
 

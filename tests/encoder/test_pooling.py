@@ -15,7 +15,10 @@ WIDTH = 7
 def _batch(left: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, list[Tensor]]:
     """hidden [n, T, H] with NaN at the padding, its mask [n, T], and the real rows."""
     generator = torch.Generator().manual_seed(0)
-    hidden, mask = torch.full((len(LENGTHS), WIDTH, 3), torch.nan, dtype=dtype), torch.zeros(len(LENGTHS), WIDTH, dtype=torch.int64)
+    hidden, mask = (
+        torch.full((len(LENGTHS), WIDTH, 3), torch.nan, dtype=dtype),
+        torch.zeros(len(LENGTHS), WIDTH, dtype=torch.int64),
+    )
     rows = [torch.randn(n, 3, generator=generator, dtype=torch.float64).to(dtype) for n in LENGTHS]
     for i, row in enumerate(rows):
         place = slice(WIDTH - len(row), WIDTH) if left else slice(0, len(row))

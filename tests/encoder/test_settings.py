@@ -23,10 +23,13 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def _sentence_transformers(folder: Path, *kinds: str, pooling: dict[str, Any], described: dict[str, Any] | None = None) -> Path:
+def _sentence_transformers(
+    folder: Path, *kinds: str, pooling: dict[str, Any], described: dict[str, Any] | None = None
+) -> Path:
     paths = {"Transformer": ""} | {kind: f"{i}_{kind}" for i, kind in enumerate(kinds) if i}
     _write(
-        folder / "modules.json", [{"idx": i, "path": paths[k], "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)]
+        folder / "modules.json",
+        [{"idx": i, "path": paths[k], "type": f"sentence_transformers.models.{k}"} for i, k in enumerate(kinds)],
     )
     _write(folder / "sentence_bert_config.json", {"max_seq_length": 60, "do_lower_case": False})
     _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **pooling})
@@ -61,7 +64,11 @@ def test_sentence_transformers_files_are_read(folder: Path, pooling: dict[str, A
 
 def test_scores_are_cosines_where_a_module_says_so_or_nothing_says_otherwise(folder: Path) -> None:
     mean = {"pooling_mode_mean_tokens": True}
-    for described, expected in (({}, True), ({"similarity_fn_name": "dot"}, False), ({"similarity_fn_name": "cosine"}, True)):
+    for described, expected in (
+        ({}, True),
+        ({"similarity_fn_name": "dot"}, False),
+        ({"similarity_fn_name": "cosine"}, True),
+    ):
         _sentence_transformers(folder, "Transformer", "Pooling", pooling=mean, described=described)
         assert read_settings(folder).normalize is expected
     (folder / "config_sentence_transformers.json").unlink()
@@ -77,8 +84,12 @@ def test_scores_are_cosines_where_a_module_says_so_or_nothing_says_otherwise(fol
         ({"corpus": "c: ", "s2p_query": 7}, ("", "c: ")),  # prompts of other names are no side's
     ],
 )
-def test_prompts_are_those_of_the_first_name_that_is_there(folder: Path, prompts: dict[str, Any], expected: tuple[str, str]) -> None:
-    _sentence_transformers(folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"}, described={"prompts": prompts})
+def test_prompts_are_those_of_the_first_name_that_is_there(
+    folder: Path, prompts: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    _sentence_transformers(
+        folder, "Transformer", "Pooling", pooling={"pooling_mode": "mean"}, described={"prompts": prompts}
+    )
     settings = read_settings(folder)
     assert (settings.query_prompt, settings.passage_prompt) == expected
 
@@ -93,16 +104,38 @@ def test_each_side_has_the_length_that_the_folder_gives_it(folder: Path) -> None
 @pytest.mark.parametrize(
     ("kinds", "pooling", "message"),
     [
-        (("Transformer", "Pooling", "Dense"), {"pooling_mode": "mean"}, r"modules\.json: expected .*; received .*Dense"),
-        (("Transformer", "Normalize", "Pooling"), {"pooling_mode": "mean"}, r"modules\.json: expected the modules Transformer, Pooling"),
-        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, r"1_Pooling/config\.json: .*received pooling_mode_max_tokens"),
-        (("Transformer", "Pooling"), {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "received .*cls.*mean"),
-        (("Transformer", "Pooling"), {"pooling_mode": "weightedmean"}, "expected one of cls, mean, lasttoken; received weightedmean"),
+        (
+            ("Transformer", "Pooling", "Dense"),
+            {"pooling_mode": "mean"},
+            r"modules\.json: expected .*; received .*Dense",
+        ),
+        (
+            ("Transformer", "Normalize", "Pooling"),
+            {"pooling_mode": "mean"},
+            r"modules\.json: expected the modules Transformer, Pooling",
+        ),
+        (
+            ("Transformer", "Pooling"),
+            {"pooling_mode_max_tokens": True},
+            r"1_Pooling/config\.json: .*received pooling_mode_max_tokens",
+        ),
+        (
+            ("Transformer", "Pooling"),
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "received .*cls.*mean",
+        ),
+        (
+            ("Transformer", "Pooling"),
+            {"pooling_mode": "weightedmean"},
+            "expected one of cls, mean, lasttoken; received weightedmean",
+        ),
         (("Transformer", "Pooling"), {"pooling_mode": "mean", "include_prompt": False}, "include_prompt: false"),
         (("Transformer",), {}, "expected the modules Transformer, Pooling"),
     ],
 )
-def test_what_is_not_computed_is_refused(folder: Path, kinds: tuple[str, ...], pooling: dict[str, Any], message: str) -> None:
+def test_what_is_not_computed_is_refused(
+    folder: Path, kinds: tuple[str, ...], pooling: dict[str, Any], message: str
+) -> None:
     _sentence_transformers(folder, *kinds, pooling=pooling)
     with pytest.raises(ConfigError, match=message):
         read_settings(folder)
@@ -123,7 +156,10 @@ def test_the_transformer_may_lie_in_a_sub_folder(tmp_path: Path) -> None:
     save_tiny_model(folder / "0_Transformer")
     _write(
         folder / "modules.json",
-        [{"path": p, "type": f"sentence_transformers.models.{k}"} for p, k in (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"))],
+        [
+            {"path": p, "type": f"sentence_transformers.models.{k}"}
+            for p, k in (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"))
+        ],
     )
     _write(folder / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
     _write(folder / "0_Transformer" / "sentence_bert_config.json", {"max_seq_length": 40})
@@ -133,7 +169,9 @@ def test_the_transformer_may_lie_in_a_sub_folder(tmp_path: Path) -> None:
 
 def test_our_own_file_decides_over_all_others(folder: Path) -> None:
     config = Config(
-        model=ModelConfig(query_prompt="q ", passage_prompt="p ", query_max_tokens=17, passage_max_tokens=99, normalize=False),
+        model=ModelConfig(
+            query_prompt="q ", passage_prompt="p ", query_max_tokens=17, passage_max_tokens=99, normalize=False
+        ),
         data=DataConfig(title="drop", title_separator=" | "),
     )
     settings = settings_of(config, "cls")
@@ -182,7 +220,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_a_hub_that_is_not_reached_is_asked_once(asked: list[str]) -> None:
-    with pytest.raises(ConfigError, match="'some/model' is no folder, .*the hub was not reached, and the model is not in the cache"):
+    with pytest.raises(
+        ConfigError, match="'some/model' is no folder, .*the hub was not reached, and the model is not in the cache"
+    ):
         tower_folder("some/model", "passage")
     assert asked == ["bigbatch.json"], "every question takes half a minute of retries"
 

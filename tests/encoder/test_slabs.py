@@ -83,7 +83,9 @@ def test_the_encoder_is_as_it_was_when_encoding_ends_early(bundle: EncoderBundle
 
 
 def test_modes_set_by_hand_outlive_an_encoding(folder: Path) -> None:
-    """A dropout that was switched off by hand stays off, in fused embeddings and layers too, and no module is exchanged."""
+    """A dropout that was switched off by hand stays off, in fused embeddings and layers too, and no module is
+    exchanged.
+    """
     encoder = load_encoder(folder, attention="packed").encoder
     encoder.fuse_layers()
     encoder.train()

@@ -1,4 +1,6 @@
-"""What stands behind every text, in training, in the export and in sentence-transformers; and whether a text has room at all."""
+"""What stands behind every text, in training, in the export and in sentence-transformers; and whether a text has room
+at all.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_an_end_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
 def test_an_end_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
     folder = save_plain_model(tmp_path, eos_token=None)
     assert not ends_texts(training_tokenizer(_model(folder)))
-    with pytest.raises(ConfigError, match=r"model\.append_eos: True, but the \w+ of this model has no eos_token; set it to auto"):
+    with pytest.raises(
+        ConfigError, match=r"model\.append_eos: True, but the \w+ of this model has no eos_token; set it to auto"
+    ):
         training_tokenizer(_model(folder, append_eos=True))
 
 

@@ -44,11 +44,19 @@ def test_ascii_is_cut_into_the_same_words(text: str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four passages, three questions in DPR's csv, and a run."""
-    rows = ["id\ttext\ttitle", "1\tIt is Paris.\tTowers", "2\tNothing here\tParis", "3\tRome, or Roma\tCities", "4\tmore of nothing\tx"]
+    rows = [
+        "id\ttext\ttitle",
+        "1\tIt is Paris.\tTowers",
+        "2\tNothing here\tParis",
+        "3\tRome, or Roma\tCities",
+        "4\tmore of nothing\tx",
+    ]
     (tmp_path / "psgs_w100.tsv").write_text("\n".join(rows) + "\n")
     questions = [("where is it", ["Paris"]), ("and the other", ["Milan", "roma"]), ("what else", ["nobody knows"])]
     (tmp_path / "nq-test.qa.csv").write_text("".join(f'{q}\t"{answers!r}"\n' for q, answers in questions))
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": q, "answers": a}) + "\n" for q, a in questions))
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps({"question": q, "answers": a}) + "\n" for q, a in questions)
+    )
     run = [("0", "2", 3), ("0", "4", 2), ("0", "1", 1), ("1", "3", 2), ("1", "1", 1), ("2", "4", 1)]
     (tmp_path / "run.trec").write_text("".join(f"{q} Q0 {p} 1 {score} t\n" for q, p, score in run))
     return tmp_path
@@ -66,19 +74,43 @@ def test_the_share_of_questions_with_an_answer_among_the_best(folder: Path, ques
 
 def test_bm25_goes_all_the_way(folder: Path) -> None:
     (folder / "own.jsonl").write_text(json.dumps({"question": "rome", "answer": ["Roma"]}) + "\n")
-    main(["--bm25", "--data", str(folder), "--questions", str(folder / "own.jsonl"), "--output-dir", str(folder / "bm25")])
-    assert json.loads((folder / "bm25" / "own.json").read_text())["metrics"] == {f"Success@{k}": 1.0 for k in (1, 5, 20, 100)}
+    main(
+        [
+            "--bm25",
+            "--data",
+            str(folder),
+            "--questions",
+            str(folder / "own.jsonl"),
+            "--output-dir",
+            str(folder / "bm25"),
+        ]
+    )
+    assert json.loads((folder / "bm25" / "own.json").read_text())["metrics"] == {
+        f"Success@{k}": 1.0 for k in (1, 5, 20, 100)
+    }
 
 
 def test_answers_as_regular_expressions(folder: Path) -> None:
-    """As CuratedTREC's: a pattern is searched for in the text, capitals aside, lines by themselves, accents composed or not."""
+    """As CuratedTREC's: a pattern is searched for in the text, capitals aside, lines by themselves, accents composed or
+    not.
+    """
     (folder / "psgs_w100.tsv").write_text("id\ttext\ttitle\n1\ton FEB. 2nd\tx\n2\tFebruary\tx\n3\tCafe\u0301 Ole\tx\n")
     questions = [("when", [r"Feb(?:ruary)?\.? 2", r"\d{9}"]), ("where", ["^caf\u00e9 ol.$"]), ("why", [r"^ebr"])]
     (folder / "trec.csv").write_text("".join(f'{q}\t"{answers!r}"\n' for q, answers in questions))
-    (folder / "r.trec").write_text("".join(f"{q} Q0 {p} 1 {s} t\n" for q in range(3) for p, s in ((1, 3), (2, 2), (3, 1))))
+    (folder / "r.trec").write_text(
+        "".join(f"{q} Q0 {p} 1 {s} t\n" for q in range(3) for p, s in ((1, 3), (2, 2), (3, 1)))
+    )
     for flags, expected in ((["--regex"], [1 / 3, 2 / 3]), ([], [0, 0])):
         out = folder / f"out{len(flags)}"
-        arguments = ["--run", str(folder / "r.trec"), "--data", str(folder), "--questions", str(folder / "trec.csv"), *flags]
+        arguments = [
+            "--run",
+            str(folder / "r.trec"),
+            "--data",
+            str(folder),
+            "--questions",
+            str(folder / "trec.csv"),
+            *flags,
+        ]
         main([*arguments, "--metrics", "Success@1", "Success@3", "--output-dir", str(out)])
         assert list(json.loads((out / "trec.json").read_text())["metrics"].values()) == pytest.approx(expected)
 
@@ -109,5 +141,9 @@ def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str])
         read_answered(folder, folder / "none.csv")
     (folder / "other.trec").write_text("0 Q0 99 1 1.0 t\n")
     arguments = ["--data", str(folder), "--questions", str(folder / "test.jsonl")]
-    assert_refused(main, [*arguments, "--run", str(folder / "other.trec")], "1 passages of the run are not in the corpus, first '99'")
+    assert_refused(
+        main,
+        [*arguments, "--run", str(folder / "other.trec")],
+        "1 passages of the run are not in the corpus, first '99'",
+    )
     assert_refused(main, [*arguments, "--bm25", "--metrics", "Recall@20"], "expected Success@k or MRR")

@@ -1,4 +1,6 @@
-"""The evaluation commands on run files and on what no run file can hold: results side by side, BEIR's rule, errors in one line."""
+"""The evaluation commands on run files and on what no run file can hold: results side by side, BEIR's rule, errors in
+one line.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def texts() -> Texts:
     return help_texts()
 
 
-def test_runs_of_one_name_keep_results_of_their_own(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_name_keep_results_of_their_own(
+    texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every model's run of a split is called test.trec."""
     data = write_beir(tmp_path / "data", texts)
     monkeypatch.chdir(tmp_path)
@@ -34,9 +38,14 @@ def test_runs_of_one_name_keep_results_of_their_own(texts: Texts, tmp_path: Path
 
 
 @pytest.mark.parametrize(("option", "first"), [("--exclude-self", 1.0), ("--no-exclude-self", 0.5)])
-def test_a_passage_with_the_querys_id_is_left_out_of_runs(texts: Texts, tmp_path: Path, capsys: Any, option: str, first: float) -> None:
+def test_a_passage_with_the_querys_id_is_left_out_of_runs(
+    texts: Texts, tmp_path: Path, capsys: Any, option: str, first: float
+) -> None:
     data = write_beir(tmp_path / "own", texts)
-    lines = (f"{q} Q0 {q} 1 2.0 x\n{q} Q0 {max(grades, key=lambda p: grades[p])} 2 1.0 x\n" for q, grades in texts.qrels.items())
+    lines = (
+        f"{q} Q0 {q} 1 2.0 x\n{q} Q0 {max(grades, key=lambda p: grades[p])} 2 1.0 x\n"
+        for q, grades in texts.qrels.items()
+    )
     (tmp_path / "run.trec").write_text("".join(lines))
     beir.main(["--run", str(tmp_path / "run.trec"), "--data", str(data), "--output-dir", str(tmp_path / "out"), option])
     result = json.loads((tmp_path / "out" / "test.json").read_text(encoding="utf-8"))
@@ -54,18 +63,28 @@ def test_a_passage_with_the_querys_id_is_left_out_of_runs(texts: Texts, tmp_path
         ([{"_id": "two words", "text": "a text"}], "expected an id without white space, .*, received 'two words'"),
     ],
 )
-def test_ids_that_no_run_can_hold_are_told_in_one_line(texts: Texts, tmp_path: Path, records: list[dict[str, str]], message: str) -> None:
+def test_ids_that_no_run_can_hold_are_told_in_one_line(
+    texts: Texts, tmp_path: Path, records: list[dict[str, str]], message: str
+) -> None:
     data = write_beir(tmp_path / "odd", texts)
     with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     model = save_tiny_model(tmp_path / "model")
-    assert_refused(beir.main, ["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")], message)
+    assert_refused(
+        beir.main,
+        ["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")],
+        message,
+    )
 
 
 def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_path: Path) -> None:
     data = write_beir(tmp_path / "wordless", texts)
     (data / "corpus.jsonl").write_text('{"_id": "p", "text": "!"}\n', encoding="utf-8")
-    assert_refused(beir.main, ["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")], "1 passages without a single word")
+    assert_refused(
+        beir.main,
+        ["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")],
+        "1 passages without a single word",
+    )
 
 
 @pytest.mark.parametrize("option", ["--threads", "--batch"])

@@ -1,4 +1,6 @@
-"""The evaluation commands on a small real collection, against embeddings searched by brute force and measured by pytrec_eval."""
+"""The evaluation commands on a small real collection, against embeddings searched by brute force and measured by
+pytrec_eval.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def reference_run(model: Path, passages: dict[str, str], queries: dict[str, str]
     bundle = load_encoder(model, query_max_tokens=24, passage_max_tokens=48, device="cpu")
     q, p = bundle.encode(list(queries.values()), "query"), bundle.encode(list(passages.values()), "passage")
     scores = (q.astype(np.float64) @ p.astype(np.float64).T).astype(np.float32)
-    return {query_id: dict(zip(passages, map(float, row), strict=True)) for query_id, row in zip(queries, scores, strict=True)}
+    return {
+        query_id: dict(zip(passages, map(float, row), strict=True))
+        for query_id, row in zip(queries, scores, strict=True)
+    }
 
 
 def trec_mean(qrels: Any, run: Any, measure: str, name: str, level: int = 1) -> float:
@@ -61,18 +66,40 @@ def result_of(folder: Path, split: str) -> dict[str, Any]:
     return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
 
 
-def test_beir_measures_what_brute_force_gives(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+def test_beir_measures_what_brute_force_gives(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any
+) -> None:
     model, data, _ = folders
-    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), "--split", "test", "half", *LENGTHS]
+    arguments = [
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--output-dir",
+        str(tmp_path),
+        "--split",
+        "test",
+        "half",
+        *LENGTHS,
+    ]
     beir.main([*arguments, "--metrics", "nDCG@10", "Recall@20", "MAP"])
     titled = {i: f"{text[:20]} {text}" for i, text in texts.passages.items()}
     run = reference_run(model, titled, texts.queries)
     for split, qrels in (("test", texts.qrels), ("half", {q: texts.qrels[q] for q in list(texts.qrels)[::2]})):
         result = result_of(tmp_path, split)
-        assert result["metrics"]["nDCG@10"] == pytest.approx(trec_mean(qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9)
-        assert result["metrics"]["Recall@20"] == pytest.approx(trec_mean(qrels, run, "recall.20", "recall_20"), abs=1e-9)
+        assert result["metrics"]["nDCG@10"] == pytest.approx(
+            trec_mean(qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9
+        )
+        assert result["metrics"]["Recall@20"] == pytest.approx(
+            trec_mean(qrels, run, "recall.20", "recall_20"), abs=1e-9
+        )
         assert result["metrics"]["MAP"] == pytest.approx(trec_mean(qrels, run, "map", "map"), abs=1e-9)
-        assert result["data"] == {"name": "help", "split": split, "queries": len(qrels), "passages": len(texts.passages)}
+        assert result["data"] == {
+            "name": "help",
+            "split": split,
+            "queries": len(qrels),
+            "passages": len(texts.passages),
+        }
         assert result["per_query"]["nDCG@10"].keys() == qrels.keys()
         assert result["encoding"]["query"]["max_tokens"] == 24
         assert len(read_trec(tmp_path / f"{split}.trec")) == len(qrels)
@@ -126,7 +153,18 @@ def test_what_no_evaluation_wrote_is_refused_and_left_alone(
         entry.write_text('{"thesis": "years of work"}')
     else:
         side = "query" if name.startswith("queries") else "passage"
-        words = ["--model", str(model), "--input", str(data), "--side", side, "--output", str(entry), "--max-tokens", "10"]
+        words = [
+            "--model",
+            str(model),
+            "--input",
+            str(data),
+            "--side",
+            side,
+            "--output",
+            str(entry),
+            "--max-tokens",
+            "10",
+        ]
         assert encode.main(words) == 0
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     sides: list[str] = []
@@ -137,8 +175,16 @@ def test_what_no_evaluation_wrote_is_refused_and_left_alone(
         return encode_slabs(self, texts, side, *options, **more)
 
     monkeypatch.setattr(EncoderBundle, "encode_slabs", recorded)
-    message = "was not written by an evaluation" if "." in name else "holds embeddings of another job .*--output-dir.* or remove it"
-    assert_refused(beir.main, ["--model", str(model), "--data", str(data), "--output-dir", str(folder), *LENGTHS], f"{entry} {message}")
+    message = (
+        "was not written by an evaluation"
+        if "." in name
+        else "holds embeddings of another job .*--output-dir.* or remove it"
+    )
+    assert_refused(
+        beir.main,
+        ["--model", str(model), "--data", str(data), "--output-dir", str(folder), *LENGTHS],
+        f"{entry} {message}",
+    )
     assert "passage" not in sides
     assert {file: file.read_bytes() for file in before} == before
 
@@ -148,31 +194,61 @@ def test_one_evaluation_works_in_a_folder(folders: tuple[Path, Path, Path], tmp_
     with locked(tmp_path / ".lock", "it"):
         arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
         assert_refused(beir.main, arguments, f"{tmp_path} is in use by process {os.getpid()} on ")
-    assert encode.main(["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own")]) == 0
+    assert (
+        encode.main(["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own")])
+        == 0
+    )
     with locked(tmp_path / "own" / ".lock", "it"):
-        words = ["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own"), "--max-tokens", "10"]
+        words = [
+            "--model",
+            str(model),
+            "--input",
+            str(data),
+            "--side",
+            "query",
+            "--output",
+            str(tmp_path / "own"),
+            "--max-tokens",
+            "10",
+        ]
         assert_refused(encode.main, [*words, "--overwrite"], f"own is in use by process {os.getpid()} on ")
 
 
-def test_search_verifies_embeddings_on_request(folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_verifies_embeddings_on_request(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A changed bit that the file's time does not tell."""
     model, data, _ = folders
     for side in ("query", "passage"):
-        assert encode.main(["--model", str(model), "--input", str(data), "--side", side, "--output", str(tmp_path / side)]) == 0
-    arguments = ["--queries", str(tmp_path / "query"), "--passages", str(tmp_path / "passage"), "--output", str(tmp_path / "run.trec")]
+        assert (
+            encode.main(["--model", str(model), "--input", str(data), "--side", side, "--output", str(tmp_path / side)])
+            == 0
+        )
+    arguments = [
+        "--queries",
+        str(tmp_path / "query"),
+        "--passages",
+        str(tmp_path / "passage"),
+        "--output",
+        str(tmp_path / "run.trec"),
+    ]
     file = tmp_path / "passage" / "00000.npy"
     times, content = file.stat(), file.read_bytes()
     file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     monkeypatch.setattr(checksums, "_STARTED", time.time())
     assert search.main(arguments) == 0
-    assert_refused(search.main, [*arguments, "--verify"], r"00000\.npy is damaged \(its checksum .*writes that shard again")
+    assert_refused(
+        search.main, [*arguments, "--verify"], r"00000\.npy is damaged \(its checksum .*writes that shard again"
+    )
 
 
 def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, data, _ = folders
     beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "model"), *LENGTHS])
-    beir.main(["--run", str(tmp_path / "model" / "test.trec"), "--data", str(data), "--output-dir", str(tmp_path / "run")])
+    beir.main(
+        ["--run", str(tmp_path / "model" / "test.trec"), "--data", str(data), "--output-dir", str(tmp_path / "run")]
+    )
     made, measured = result_of(tmp_path / "model", "test"), result_of(tmp_path / "run", "test")
     assert measured["metrics"] == made["metrics"]
     assert measured["fingerprints"] == {key: made["fingerprints"][key] for key in ("run", "qrels")}
@@ -182,7 +258,16 @@ def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp
     model, data, _ = folders
     arguments = ["--model", str(model), "--data", str(data), *LENGTHS]
     beir.main([*arguments, "--output-dir", str(tmp_path / "one")])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [*launch, "-m", "eval.beir", *arguments, "--output-dir", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200, check=False)
@@ -194,7 +279,9 @@ def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp
     assert all(runs[0][q].passage_ids == runs[1][q].passage_ids for q in runs[0])
 
 
-def test_msmarco_files_give_the_official_measures(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+def test_msmarco_files_give_the_official_measures(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any
+) -> None:
     model, _, data = folders
     msmarco.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS])
     run = reference_run(model, texts.passages, texts.queries)
@@ -203,22 +290,33 @@ def test_msmarco_files_give_the_official_measures(folders: tuple[Path, Path, Pat
     reciprocal = []
     for query_id, answer in best.items():  # the official script: 1 / rank within the first ten, from the run file
         lines = [line.split("\t") for line in (tmp_path / "dev.msmarco.tsv").read_text().splitlines()]
-        reciprocal += [next((1 / int(rank) for q, p, rank in lines if (q, p) == (query_id, answer) and int(rank) <= 10), 0.0)]
+        reciprocal += [
+            next((1 / int(rank) for q, p, rank in lines if (q, p) == (query_id, answer) and int(rank) <= 10), 0.0)
+        ]
     assert dev["metrics"]["MRR@10"] == pytest.approx(np.mean(reciprocal), abs=1e-12)
     assert max(reciprocal) > 0
-    assert dl19["metrics"]["nDCG@10"] == pytest.approx(trec_mean(texts.qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9)
+    assert dl19["metrics"]["nDCG@10"] == pytest.approx(
+        trec_mean(texts.qrels, run, "ndcg_cut.10", "ndcg_cut_10"), abs=1e-9
+    )
     assert dl19["metrics"]["MAP"] == pytest.approx(trec_mean(texts.qrels, run, "map", "map", level=2), abs=1e-9)
     assert dl19["relevance"] == 2 and dev["relevance"] == 1
     assert {q: r.passage_ids for q, r in read_run(tmp_path / "dev.msmarco.tsv").items()} == {
         q: r.passage_ids for q, r in read_run(tmp_path / "dev.trec").items()
     }
     printed = capsys.readouterr().out
-    assert f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; {len(best)} judged queries, not 6,980" in printed
+    assert (
+        f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; {len(best)} judged queries, not 6,980"
+        in printed
+    )
 
 
-def test_msmarco_says_what_is_missing_and_where_it_is(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path) -> None:
+def test_msmarco_says_what_is_missing_and_where_it_is(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path
+) -> None:
     assert_refused(
-        msmarco.main, ["--bm25", "--data", str(tmp_path)], "no judgments of MS MARCO; expected one of these.*qrels.dev.small.tsv.*microsoft"
+        msmarco.main,
+        ["--bm25", "--data", str(tmp_path)],
+        "no judgments of MS MARCO; expected one of these.*qrels.dev.small.tsv.*microsoft",
     )
     data = write_msmarco(tmp_path / "marco", texts)
     (data / "collection.tsv").unlink()
@@ -232,7 +330,9 @@ def test_msmarco_says_what_is_missing_and_where_it_is(folders: tuple[Path, Path,
 
 def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, data, _ = folders
-    beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), "--metrics", "nDCG@10", *LENGTHS])
+    beir.main(
+        ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), "--metrics", "nDCG@10", *LENGTHS]
+    )
     bundle = load_encoder(model, query_max_tokens=24, passage_max_tokens=48, device="cpu")
     result = evaluate(bundle, data, "test", ["ndcg@10"])
     assert result is not None
@@ -242,7 +342,9 @@ def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path]
         evaluate(bundle, data, "test", ["nDCG@10"], world=RankAlone(0, 2))
 
 
-def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_is_measured_on_the_splits_it_is_about(
+    folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any
+) -> None:
     data = write_msmarco(tmp_path / "marco", texts)
     (data / "2019qrels-pass.txt").write_text("another Q0 1 3\n")
     query_id, grades = next(iter(texts.qrels.items()))
@@ -250,7 +352,10 @@ def test_a_run_is_measured_on_the_splits_it_is_about(folders: tuple[Path, Path, 
     msmarco.main(["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--output-dir", str(tmp_path / "out")])
     assert result_of(tmp_path / "out", "dev")["metrics"]["MRR@10"] == pytest.approx(0.5 / len(texts.queries))
     assert not (tmp_path / "out" / "dl19.json").exists()
-    assert f"{len(texts.queries) - 1} of {len(texts.queries)} judged queries not in the run, which count 0" in capsys.readouterr().out
+    assert (
+        f"{len(texts.queries) - 1} of {len(texts.queries)} judged queries not in the run, which count 0"
+        in capsys.readouterr().out
+    )
     assert_refused(
         msmarco.main,
         ["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--split", "dl19"],
@@ -304,21 +409,39 @@ def test_what_cannot_be_evaluated_stops_before_the_encoding(
     folders: tuple[Path, Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     model, data, _ = folders
-    assert_refused(beir.main, ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments], message)
+    assert_refused(
+        beir.main,
+        ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments],
+        message,
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_file_that_is_missing_is_named(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    assert_refused(beir.main, ["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])], r"none\.trec: no such file")
+    assert_refused(
+        beir.main, ["--run", str(tmp_path / "none.trec"), "--data", str(folders[1])], r"none\.trec: no such file"
+    )
 
 
-def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hugging_face_data_set_gives_the_figures_of_the_folder(
+    texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = write_beir(tmp_path / "help", texts)
-    rows = [json.dumps({"query-id": q, "corpus-id": p, "score": grade}) for q, grades in texts.qrels.items() for p, grade in grades.items()]
+    rows = [
+        json.dumps({"query-id": q, "corpus-id": p, "score": grade})
+        for q, grades in texts.qrels.items()
+        for p, grade in grades.items()
+    ]
     (data / "test.jsonl").write_text("\n".join(rows) + "\n")
-    parts = (("corpus", "corpus", "corpus.jsonl"), ("queries", "queries", "queries.jsonl"), ("default", "test", "test.jsonl"))
-    lines = [f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {file}\n" for name, split, file in parts]
+    parts = (
+        ("corpus", "corpus", "corpus.jsonl"),
+        ("queries", "queries", "queries.jsonl"),
+        ("default", "test", "test.jsonl"),
+    )
+    lines = [
+        f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {file}\n" for name, split, file in parts
+    ]
     (data / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
     for source, out in ((str(data), "folder"), (f"hf:{data}", "hub")):
         beir.main(["--bm25", "--data", source, "--output-dir", str(tmp_path / out)])
@@ -335,12 +458,16 @@ def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any
         write_beir(data / name, Texts(texts.passages, texts.queries, part))
     beir.main(["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out"), "--metrics", "nDCG@10", "MAP"])
     table = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
-    alone = {name: result_of(tmp_path / "out" / name, "test")["metrics"] for name in ("single", "forums/one", "forums/two")}
+    alone = {
+        name: result_of(tmp_path / "out" / name, "test")["metrics"] for name in ("single", "forums/one", "forums/two")
+    }
     assert {name: table[name] for name in alone} == alone
     for measure in ("nDCG@10", "MAP"):
         forums = (alone["forums/one"][measure] + alone["forums/two"][measure]) / 2
         assert table["forums (mean of 2)"][measure] == pytest.approx(forums, abs=1e-12)
-        assert table["mean of 2 collections"][measure] == pytest.approx((forums + alone["single"][measure]) / 2, abs=1e-12)
+        assert table["mean of 2 collections"][measure] == pytest.approx(
+            (forums + alone["single"][measure]) / 2, abs=1e-12
+        )
     assert len({row["MAP"] for row in alone.values()}) == 3
     assert f"mean of 2 collections   {table['mean of 2 collections']['nDCG@10']:.4f}" in capsys.readouterr().out
 
@@ -348,9 +475,15 @@ def test_a_folder_of_many_is_summed_up(texts: Texts, tmp_path: Path, capsys: Any
 def test_a_folder_of_many_is_refused_what_is_about_one(texts: Texts, tmp_path: Path) -> None:
     write_beir(tmp_path / "many" / "single", texts)
     write_beir(tmp_path / "many" / "other", texts)
-    assert_refused(beir.main, ["--run", "run.trec", "--data", str(tmp_path / "many")], "holds 2 collections; expected --model or --bm25")
+    assert_refused(
+        beir.main,
+        ["--run", "run.trec", "--data", str(tmp_path / "many")],
+        "holds 2 collections; expected --model or --bm25",
+    )
     (tmp_path / "many" / "other" / "qrels" / "test.tsv").unlink()
     assert_refused(
-        beir.main, ["--bm25", "--data", str(tmp_path / "many"), "--output-dir", str(tmp_path / "out")], "expected one file qrels/test.tsv"
+        beir.main,
+        ["--bm25", "--data", str(tmp_path / "many"), "--output-dir", str(tmp_path / "out")],
+        "expected one file qrels/test.tsv",
     )
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,9 @@ N = 30
 
 
 def reciprocal_ranks(first: int, second: int) -> list[float]:
-    """What `write_run` scores: the relevant passage stands first for the first queries, second for the next ones, else nowhere."""
+    """What `write_run` scores: the relevant passage stands first for the first queries, second for the next ones, else
+    nowhere.
+    """
     return [1.0] * first + [0.5] * second + [0.0] * (N - first - second)
 
 
@@ -38,16 +40,33 @@ def qrels(tmp_path: Path) -> Path:
     return path
 
 
-def test_runs_of_both_formats_against_the_first(tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_both_formats_against_the_first(
+    tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [write_run(tmp_path / "a" / "test.trec", 5, 10), write_run(tmp_path / "b" / "test.trec", 12, 8)]
     runs.append(write_run(tmp_path / "c.tsv", 5, 9, msmarco=True))
     output = tmp_path / "out" / "compared.json"
-    main([*map(str, runs), "--qrels", str(qrels), "--metrics", "MRR@10", "Success@1", "--output", str(output), "--moved", "3"])
+    main(
+        [
+            *map(str, runs),
+            "--qrels",
+            str(qrels),
+            "--metrics",
+            "MRR@10",
+            "Success@1",
+            "--output",
+            str(output),
+            "--moved",
+            "3",
+        ]
+    )
     content = json.loads(output.read_text())
     base, better, worse = (reciprocal_ranks(*counts) for counts in ((5, 10), (12, 8), (5, 9)))
     found = {(c["run"], c["measure"]): c for c in content["comparisons"]}
     assert content["baseline"] == "a/test.trec"
-    assert found.keys() == {(run, measure) for run in ("b/test.trec", f"{tmp_path.name}/c.tsv") for measure in ("MRR@10", "Success@1")}
+    assert found.keys() == {
+        (run, measure) for run in ("b/test.trec", f"{tmp_path.name}/c.tsv") for measure in ("MRR@10", "Success@1")
+    }
     b, c = found["b/test.trec", "MRR@10"], found[f"{tmp_path.name}/c.tsv", "MRR@10"]
     assert b["difference"] == pytest.approx((sum(better) - sum(base)) / N)
     assert b["t_p"] == pytest.approx(stats.ttest_rel(better, base).pvalue, rel=1e-8)
@@ -62,7 +81,9 @@ def test_runs_of_both_formats_against_the_first(tmp_path: Path, qrels: Path, cap
     assert "0.5000 -> 0.0000  q14" in printed and "12/18/0" in printed
 
 
-def test_the_same_run_does_not_differ_from_itself(tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_run_does_not_differ_from_itself(
+    tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [write_run(tmp_path / name, 4, 4) for name in ("a.trec", "b.trec")]
     main([*map(str, runs), "--qrels", str(qrels), "--metrics", "nDCG@10"])
     printed = capsys.readouterr().out
@@ -71,7 +92,9 @@ def test_the_same_run_does_not_differ_from_itself(tmp_path: Path, qrels: Path, c
 
 
 @pytest.mark.parametrize("layout", ["beir", "msmarco"])
-def test_a_collection_gives_judgments_and_texts(tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collection_gives_judgments_and_texts(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = help_texts()
     data = write_beir(tmp_path / "data", texts) if layout == "beir" else write_msmarco(tmp_path / "data", texts)
     query = next(iter(texts.queries))
@@ -92,7 +115,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys:
         assert_refused(main, [*words, "--qrels", str(qrels)], "expected at least two different runs")
     assert_refused(main, [run, other, "--qrels", str(qrels), "--metrics", "F1"], "measure 'F1': expected one of")
     assert_refused(
-        main, [run, other, "--qrels", str(qrels), "--relevance", "0"], "argument --relevance: expected a whole number of at least 1"
+        main,
+        [run, other, "--qrels", str(qrels), "--relevance", "0"],
+        "argument --relevance: expected a whole number of at least 1",
     )
     assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
     assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")

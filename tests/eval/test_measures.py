@@ -16,7 +16,9 @@ from eval.trec import Ranking, ranking, read_trec
 
 DATA = Path(os.environ.get("BIGBATCH_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 TREC_EVAL = DATA / "trec_eval" / "test"
-needs_trec_eval = pytest.mark.skipif(not TREC_EVAL.is_dir(), reason=f"no trec_eval test files in {TREC_EVAL}: set BIGBATCH_TEST_DATA")
+needs_trec_eval = pytest.mark.skipif(
+    not TREC_EVAL.is_dir(), reason=f"no trec_eval test files in {TREC_EVAL}: set BIGBATCH_TEST_DATA"
+)
 
 # Our names of what trec_eval prints; a trailing number is the cutoff.
 NAMES = {
@@ -53,7 +55,8 @@ def expected_values(path: Path) -> dict[tuple[str, str], float]:
     return {(name, row[1]): float(row[2]) for row in rows if len(row) == 3 and (name := our_name(row[0]))}
 
 
-# file of expected values, run, qrels, relevance, passages kept of each ranking, values expected: what trec_eval's own test suite runs.
+# file of expected values, run, qrels, relevance, passages kept of each ranking, values expected: what trec_eval's own
+# test suite runs.
 TREC_EVAL_CASES = [
     ("out.test", "results.test", "qrels.test", 1, None, 12),
     ("out.test.a", "results.test", "qrels.test", 1, None, 44),
@@ -68,8 +71,12 @@ TREC_EVAL_CASES = [
 
 @needs_trec_eval
 @pytest.mark.parametrize(("expected", "run", "qrels", "relevance", "kept", "count"), TREC_EVAL_CASES)
-def test_equals_every_value_trec_eval_expects(expected: str, run: str, qrels: str, relevance: int, kept: int | None, count: int) -> None:
-    found = {query_id: Ranking(r.passage_ids[:kept], r.scores[:kept]) for query_id, r in read_trec(TREC_EVAL / run).items()}
+def test_equals_every_value_trec_eval_expects(
+    expected: str, run: str, qrels: str, relevance: int, kept: int | None, count: int
+) -> None:
+    found = {
+        query_id: Ranking(r.passage_ids[:kept], r.scores[:kept]) for query_id, r in read_trec(TREC_EVAL / run).items()
+    }
     values = expected_values(TREC_EVAL / expected)
     assert len(values) == count
     judged = read_qrels_file(TREC_EVAL / qrels)
@@ -91,7 +98,9 @@ HITS = st.dictionaries(st.sampled_from([f"d{i}" for i in range(16)]), SCORE, max
 @settings(max_examples=150, deadline=None)
 @given(
     # trec_eval never returns where all of a query's grades are negative; test_negative_grades covers that.
-    qrels=st.dictionaries(st.sampled_from("abcd"), GRADES.filter(lambda grades: max(grades.values(), default=-1) >= 0), min_size=1),
+    qrels=st.dictionaries(
+        st.sampled_from("abcd"), GRADES.filter(lambda grades: max(grades.values(), default=-1) >= 0), min_size=1
+    ),
     hits=st.dictionaries(st.sampled_from("abcdef"), HITS.filter(bool)),
     relevance=st.integers(1, 3),
 )
@@ -108,7 +117,9 @@ def test_equals_pytrec_eval_with_ties_missing_and_extra_queries(qrels: dict, hit
         "Rprec": "Rprec",
     }
     oracle = pytrec_eval.RelevanceEvaluator(
-        qrels, {"map", "map_cut.3", "recip_rank", "ndcg", "ndcg_cut.5", "P.5", "recall.3", "success.2", "Rprec"}, relevance_level=relevance
+        qrels,
+        {"map", "map_cut.3", "recip_rank", "ndcg", "ndcg_cut.5", "P.5", "recall.3", "success.2", "Rprec"},
+        relevance_level=relevance,
     ).evaluate(hits)
     run = {query_id: ranking(list(scores), list(scores.values())) for query_id, scores in hits.items()}
     ours = measure_run(qrels, run, list(names.values()), relevance)
@@ -119,7 +130,9 @@ def test_equals_pytrec_eval_with_ties_missing_and_extra_queries(qrels: dict, hit
         assert ours.means[name] == pytest.approx(sum(wanted) / len(qrels), abs=1e-12)  # over all judged queries
 
 
-def scores_of(qrels: dict[str, dict[str, int]], run: dict[str, list[str]], *measures: str, relevance: int = 1) -> Scores:
+def scores_of(
+    qrels: dict[str, dict[str, int]], run: dict[str, list[str]], *measures: str, relevance: int = 1
+) -> Scores:
     rankings = {q: ranking(ids, list(range(len(ids), 0, -1))) for q, ids in run.items()}
     return measure_run(qrels, rankings, measures, relevance)
 
@@ -127,7 +140,12 @@ def scores_of(qrels: dict[str, dict[str, int]], run: dict[str, list[str]], *meas
 def test_mrr_counts_only_the_first_k_and_queries_without_hits() -> None:
     qrels = {"at 10": {"x": 1}, "at 11": {"x": 1}, "absent": {"x": 1}, "at 2 and 3": {"x": 1, "y": 1}}
     others = [f"other{i}" for i in range(20)]
-    run = {"at 10": [*others[:9], "x"], "at 11": [*others[:10], "x"], "at 2 and 3": ["other", "y", "x"], "unjudged": ["x"]}
+    run = {
+        "at 10": [*others[:9], "x"],
+        "at 11": [*others[:10], "x"],
+        "at 2 and 3": ["other", "y", "x"],
+        "unjudged": ["x"],
+    }
     scores = scores_of(qrels, run, "MRR@10", "MRR")
     assert scores.per_query["MRR@10"].tolist() == [0.1, 0, 0, 0.5]
     assert scores.means["MRR@10"] == pytest.approx(0.6 / 4)
@@ -146,19 +164,24 @@ def test_negative_grades_count_nothing_anywhere() -> None:
 
 def test_relevance_level_moves_binary_measures_and_not_ndcg() -> None:
     qrels, run = {"q": {"a": 1, "b": 2}}, {"q": ["a", "b"]}
-    low, high = scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10"), scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10", relevance=2)
+    low, high = (
+        scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10"),
+        scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10", relevance=2),
+    )
     assert (low.means["MRR@10"], high.means["MRR@10"]) == (1.0, 0.5)
     assert (low.means["Recall@1"], high.means["Recall@1"]) == (0.5, 0.0)
     assert low.means["nDCG@10"] == high.means["nDCG@10"] == pytest.approx((1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3)))
 
 
 def test_a_run_without_any_judged_query_scores_zero() -> None:
-    assert scores_of({"q": {"a": 1}}, {}, "nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec").means == dict.fromkeys(
-        ["nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec"], 0.0
-    )
+    assert scores_of(
+        {"q": {"a": 1}}, {}, "nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec"
+    ).means == dict.fromkeys(["nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec"], 0.0)
 
 
-@pytest.mark.parametrize(("given", "name"), [("ndcg@10", "nDCG@10"), (" MRR@10 ", "MRR@10"), ("map", "MAP"), ("RECALL@100", "Recall@100")])
+@pytest.mark.parametrize(
+    ("given", "name"), [("ndcg@10", "nDCG@10"), (" MRR@10 ", "MRR@10"), ("map", "MAP"), ("RECALL@100", "Recall@100")]
+)
 def test_names_are_read_whatever_their_capitals(given: str, name: str) -> None:
     assert str(parse_measure(given)) == name
 

@@ -37,20 +37,30 @@ class Parts:
 def brute_force(queries: np.ndarray, passages: np.ndarray, ids: list[str], k: int) -> list[list[str]]:
     """Every pair's float64 score as float32; sorted by score, then id, both descending."""
     scores = (queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32)
-    return [[ids[j] for j in sorted(range(len(ids)), key=lambda j: (row[j], ids[j]), reverse=True)[:k]] for row in scores]
+    return [
+        [ids[j] for j in sorted(range(len(ids)), key=lambda j: (row[j], ids[j]), reverse=True)[:k]] for row in scores
+    ]
 
 
 def same_rankings(a: dict[str, Ranking], b: dict[str, Ranking]) -> bool:
-    return a.keys() == b.keys() and all(a[q].passage_ids == b[q].passage_ids and a[q].scores.tobytes() == b[q].scores.tobytes() for q in a)
+    return a.keys() == b.keys() and all(
+        a[q].passage_ids == b[q].passage_ids and a[q].scores.tobytes() == b[q].scores.tobytes() for q in a
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None:
-    n, n_queries, dimension = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
+    n, n_queries, dimension = (
+        data.draw(st.integers(1, 400)),
+        data.draw(st.integers(1, 30)),
+        data.draw(st.integers(1, 9)),
+    )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     distinct = data.draw(st.integers(1, n))  # few distinct passages: many equal scores, at the k-th place too
-    passages = rng.integers(-3, 4, (distinct, dimension)).astype(np.float32)[rng.integers(0, distinct, n)]  # exact in float32
+    passages = rng.integers(-3, 4, (distinct, dimension)).astype(np.float32)[
+        rng.integers(0, distinct, n)
+    ]  # exact in float32
     queries = rng.integers(-3, 4, (n_queries, dimension)).astype(np.float32)
     ids = [str(i) for i in rng.permutation(n)]
     k = data.draw(st.integers(1, n + 5))
@@ -60,7 +70,9 @@ def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None
 
 
 def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More equal passages than the margin, in several blocks, near the k-th place; FAISS alone rounds them differently."""
+    """More equal passages than the margin, in several blocks, near the k-th place; FAISS alone rounds them
+    differently.
+    """
     monkeypatch.setattr(flat, "_QUERIES_AT_ONCE", 7)
     rng = np.random.default_rng(0)
     passages = rng.standard_normal((30_000, 24)).astype(np.float32)
@@ -81,7 +93,9 @@ def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.Monk
 
 
 def test_embeddings_that_are_all_the_same_do_not_take_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every passage of a collapsed model may be among the k best, so that every query is searched to the end of the block."""
+    """Every passage of a collapsed model may be among the k best, so that every query is searched to the end of the
+    block.
+    """
     most: list[int] = []
 
     class Watched(faiss.IndexFlatIP):
@@ -93,14 +107,19 @@ def test_embeddings_that_are_all_the_same_do_not_take_more_memory(monkeypatch: p
     monkeypatch.setattr(faiss, "IndexFlatIP", Watched)
     monkeypatch.setattr(flat, "_HITS_AT_ONCE", 4_000)
     ids = [f"{i:05d}" for i in range(3_000)]
-    run = search(np.ones((50, 8), np.float32), [f"q{i}" for i in range(50)], Parts(np.ones((3_000, 8), np.float32), ids, []), 10)
+    run = search(
+        np.ones((50, 8), np.float32), [f"q{i}" for i in range(50)], Parts(np.ones((3_000, 8), np.float32), ids, []), 10
+    )
     assert max(most) <= 4_000 and len(most) > 50
     assert all(found.passage_ids == ids[:-11:-1] for found in run.values())
 
 
 def test_threads_change_nothing() -> None:
     rng = np.random.default_rng(1)
-    passages, queries = rng.standard_normal((3_000, 16)).astype(np.float16), rng.standard_normal((40, 16)).astype(np.float32)
+    passages, queries = (
+        rng.standard_normal((3_000, 16)).astype(np.float16),
+        rng.standard_normal((40, 16)).astype(np.float32),
+    )
     parts, query_ids = Parts(passages, [f"p{i}" for i in range(3_000)], [700]), [f"q{i}" for i in range(40)]
     before = faiss.omp_get_max_threads()
     runs = []
@@ -111,7 +130,9 @@ def test_threads_change_nothing() -> None:
     finally:
         faiss.omp_set_num_threads(before)
     assert same_rankings(*runs)
-    assert [found.passage_ids for found in runs[0].values()] == brute_force(queries, passages, [f"p{i}" for i in range(3_000)], 50)
+    assert [found.passage_ids for found in runs[0].values()] == brute_force(
+        queries, passages, [f"p{i}" for i in range(3_000)], 50
+    )
 
 
 def test_excluding_the_query_itself_still_returns_k_passages() -> None:
@@ -145,11 +166,19 @@ def test_scores_are_summed_in_float64() -> None:
         ({"queries": np.full((2, 4), np.nan)}, "query embedding has a value that is not finite"),
         ({"queries": np.zeros((0, 4)), "query_ids": []}, "no queries"),
         ({"passages": Parts(np.zeros((2, 4)), ["p", "p"], [1])}, "passage id 'p' stands twice"),
-        ({"passages": Parts(np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]]), ["p", "r"], [1])}, "passage embedding 1 has a value that is not"),
+        (
+            {"passages": Parts(np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]]), ["p", "r"], [1])},
+            "passage embedding 1 has a value that is not",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused(change: dict, message: str) -> None:
-    good = {"queries": np.zeros((2, 4)), "query_ids": ["q", "r"], "passages": Parts(np.zeros((2, 4)), ["p", "s"], []), "k": 1}
+    good = {
+        "queries": np.zeros((2, 4)),
+        "query_ids": ["q", "r"],
+        "passages": Parts(np.zeros((2, 4)), ["p", "s"], []),
+        "k": 1,
+    }
     with pytest.raises(ValueError, match=message):
         search(**(good | change))
 
@@ -182,7 +211,14 @@ def test_the_command_turns_shards_into_a_run(tmp_path: Path, capsys: pytest.Capt
 def test_shards_of_the_other_side_are_not_searched(tmp_path: Path) -> None:
     write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"])
     write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"])
-    swapped = ["--queries", str(tmp_path / "passages"), "--passages", str(tmp_path / "queries"), "--output", str(tmp_path / "run.trec")]
+    swapped = [
+        "--queries",
+        str(tmp_path / "passages"),
+        "--passages",
+        str(tmp_path / "queries"),
+        "--output",
+        str(tmp_path / "run.trec"),
+    ]
     assert_refused(main, swapped, "passages holds embeddings of the passage side; expected the query side")
 
 
@@ -191,6 +227,13 @@ def test_shards_of_two_models_are_not_searched_together(tmp_path: Path) -> None:
     write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"], model="two")
     assert_refused(
         main,
-        ["--queries", str(tmp_path / "queries"), "--passages", str(tmp_path / "passages"), "--output", str(tmp_path / "run")],
+        [
+            "--queries",
+            str(tmp_path / "queries"),
+            "--passages",
+            str(tmp_path / "passages"),
+            "--output",
+            str(tmp_path / "run"),
+        ],
         "different models",
     )

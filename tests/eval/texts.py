@@ -1,4 +1,6 @@
-"""A small collection of real English: the paragraphs of Python's own help texts, each topic's first sentence as its query."""
+"""A small collection of real English: the paragraphs of Python's own help texts, each topic's first sentence as its
+query.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,18 @@ def write_beir(folder: Path, texts: Texts) -> Path:
     (folder / "queries.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for split, query_ids in (("test", list(texts.qrels)), ("half", list(texts.qrels)[::2])):
         lines = [f"{q}\t{p}\t{grade}" for q in query_ids for p, grade in texts.qrels[q].items()]
-        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8")
+        (folder / "qrels" / f"{split}.tsv").write_text(
+            "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8"
+        )
     return folder
 
 
 def write_msmarco(folder: Path, texts: Texts) -> Path:
     """The collection in MS MARCO's formats: dev small with one positive a query, and TREC DL 2019 with grades."""
     folder.mkdir(parents=True)
-    (folder / "collection.tsv").write_text("".join(f"{i}\t{text}\n" for i, text in texts.passages.items()), encoding="utf-8")
+    (folder / "collection.tsv").write_text(
+        "".join(f"{i}\t{text}\n" for i, text in texts.passages.items()), encoding="utf-8"
+    )
     queries = "".join(f"{i}\t{text}\n" for i, text in [*texts.queries.items(), ("7", "an unjudged query")])
     for name in ("queries.dev.small.tsv", "msmarco-test2019-queries.tsv"):
         (folder / name).write_text(queries, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Short CPU runs whose weights and losses are recorded: `python -m tests.golden.make` writes recorded.safetensors anew.
 
-Record again only where a change of the numbers is intended, and say so in the commit. The runs start from the model and the
-data of tests/artefacts, so that they depend on no library's initialisation.
+Record again only where a change of the numbers is intended, and say so in the commit. The runs start from the model and
+the data of tests/artefacts, so that they depend on no library's initialisation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ STEPS = 12
 _SETTINGS = {
     "run": {"seed": 5, "trackers": []},
     "model": {"name_or_path": "model", "query_max_tokens": 12, "passage_max_tokens": 24, "query_prompt": "query: "},
-    "data": {"train": [{"path": "data"}, {"path": "loop/mined/mine/data"}], "negatives": 2, "cache_dir": "golden-cache"},
+    "data": {
+        "train": [{"path": "data"}, {"path": "loop/mined/mine/data"}],
+        "negatives": 2,
+        "cache_dir": "golden-cache",
+    },
     "batch": {"queries": 8, "tokens_per_chunk": 72},
     "loss": {
         "temperature": 0.1,

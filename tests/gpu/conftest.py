@@ -1,4 +1,6 @@
-"""Each correctness test runs twice: on the CPU, where the references stand in for the kernels, and on a GPU, where it is marked `gpu`."""
+"""Each correctness test runs twice: on the CPU, where the references stand in for the kernels, and on a GPU, where it
+is marked `gpu`.
+"""
 
 from __future__ import annotations
 

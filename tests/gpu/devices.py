@@ -6,7 +6,8 @@ from typing import TypeVarTuple
 
 Sizes = TypeVarTuple("Sizes")
 
-# Tests that only a GPU can run, and why. All others take the fixture `device` and run on the CPU too, at toy size, by the references.
+# Tests that only a GPU can run, and why. All others take the fixture `device` and run on the CPU too, at toy size, by
+# the references.
 GPU_ONLY = {
     "test_attention.py::test_addresses_beyond_two_to_the_31": "memory: tensors of more than 2³¹ elements",
     "test_fused_layer.py::test_more_than_2_to_the_31_elements": "memory: tensors of more than 2³¹ elements",

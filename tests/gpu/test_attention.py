@@ -15,7 +15,8 @@ from tests.kernels.attention_oracle import Heads, each, errors, heads_of, texts
 from tests.kernels.oracle import relative_error
 
 SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
-# Every tile and setting once: each compiles kernels of its own, seconds a case, and other tests share those of the plain ones.
+# Every tile and setting once: each compiles kernels of its own, seconds a case, and other tests share those of the
+# plain ones.
 CASES: list[tuple[list[int], int, int, int, dict[str, Any]]] = [
     (SHORT, 12, 12, 64, {}),
     ([30, 20, 31, 9, 32], 12, 12, 64, {"window": 3}),
@@ -29,7 +30,13 @@ CASES: list[tuple[list[int], int, int, int, dict[str, Any]]] = [
 ]
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-6}
 VARIANTS = [(case, torch.bfloat16, 0.1) for case in range(len(CASES))]
-VARIANTS += [(0, torch.float16, 0.1), (0, torch.float32, 0.1), (6, torch.float32, 0.1), (4, torch.bfloat16, 0.0), (6, torch.bfloat16, 0.0)]
+VARIANTS += [
+    (0, torch.float16, 0.1),
+    (0, torch.float32, 0.1),
+    (6, torch.float32, 0.1),
+    (4, torch.bfloat16, 0.0),
+    (6, torch.bfloat16, 0.0),
+]
 
 
 def seed(device: str) -> Tensor:
@@ -59,11 +66,15 @@ def test_repeats_and_strides_give_the_same_bits(lengths: list[int], device: str)
     T = int(starts[-1])
     first = run(heads_of(T, *heads, 64, torch.bfloat16, device), starts, longest)
     for fused in (False, True):
-        for x, y in zip(first, run(heads_of(T, *heads, 64, torch.bfloat16, device, fused=fused), starts, longest), strict=True):
+        for x, y in zip(
+            first, run(heads_of(T, *heads, 64, torch.bfloat16, device, fused=fused), starts, longest), strict=True
+        ):
             assert x.any() and torch.equal(x, y)
     with torch.no_grad():
         inputs = heads_of(T, *heads, 64, torch.bfloat16, device)
-        assert torch.equal(first[0], packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(device)))
+        assert torch.equal(
+            first[0], packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(device))
+        )
 
 
 def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
@@ -111,7 +122,9 @@ def test_addresses_beyond_two_to_the_31(length: int) -> None:
     assert all(bool(x[-length:].isfinite().all()) for x in whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings(
+    "ignore:.*script_method. is deprecated:DeprecationWarning"
+)  # torch's own, while it compiles
 def test_compiled_with_dropout_is_the_same_call(device: str) -> None:
     starts, longest = texts([84, 40, 1, 30], device)
     inputs = heads_of(155, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)

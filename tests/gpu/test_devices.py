@@ -12,9 +12,16 @@ FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 
 
 def test_the_list_names_tests_that_exist() -> None:
-    functions = [(path.name, node) for path in FILES for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    functions = [
+        (path.name, node)
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert set(GPU_ONLY) <= {f"{file}::{node.name}" for file, node in functions if node.name.startswith("test_")}
-    assert all(re.match("(memory|stream|timing)( and (memory|stream|timing))?: ", reason) for reason in GPU_ONLY.values())
+    assert all(
+        re.match("(memory|stream|timing)( and (memory|stream|timing))?: ", reason) for reason in GPU_ONLY.values()
+    )
 
 
 def test_no_file_marks_tests_of_its_own() -> None:

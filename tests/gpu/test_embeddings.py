@@ -10,7 +10,9 @@ from tests.gpu.devices import toy
 from tests.kernels.test_embeddings import EPS, check, inputs
 
 
-@pytest.mark.parametrize(("T", "D", "dropout"), [(1, 32, 0.0), (37, 100, 0.1), (4097, 768, 0.0), (4097, 768, 0.1), (9, 4096, 0.1)])
+@pytest.mark.parametrize(
+    ("T", "D", "dropout"), [(1, 32, 0.0), (37, 100, 0.1), (4097, 768, 0.0), (4097, 768, 0.1), (9, 4096, 0.1)]
+)
 def test_the_definition_and_its_gradients(T: int, D: int, dropout: float, device: str) -> None:
     check(*inputs(*toy(device, T, D), torch.float32, device), dropout, 5e-6)
 

@@ -1,4 +1,6 @@
-"""A product with its GELU, on Hopper in one kernel: against float64, against itself, at sizes that fill no tile and beyond 2³¹ elements."""
+"""A product with its GELU, on Hopper in one kernel: against float64, against itself, at sizes that fill no tile and
+beyond 2³¹ elements.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from tests.kernels.oracle import relative_error
 from tests.kernels.test_gelu_product import check, draw
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the fused kernel is written for Hopper"
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="the fused kernel is written for Hopper",
 )
-# Relative errors of results and of the bias's gradient. One kernel rounds once; the CPU rounds the product and its GELU, and sums rounded
-# numbers.
+# Relative errors of results and of the bias's gradient. One kernel rounds once; the CPU rounds the product and its
+# GELU, and sums rounded numbers.
 BOUNDS = {
     ("cuda", torch.bfloat16): (2.5e-3, 5e-5),
     ("cuda", torch.float16): (3.5e-4, 5e-5),
@@ -54,14 +57,18 @@ def test_every_size_of_half_a_tile(device: str) -> None:
 
 
 def test_tails(device: str) -> None:
-    """u alone decides: an x of one column, a weight of one row's ones. Far below zero half precision has nothing left of it."""
+    """u alone decides: an x of one column, a weight of one row's ones. Far below zero half precision has nothing left
+    of it.
+    """
     u = torch.linspace(-12, 12, 4096, device=device).half()
     x, weight = torch.zeros(4096, 8, device=device).half(), torch.zeros(8, 8, device=device).half()
     x[:, 0], weight[0, 0] = u, 1
     kept, out = gelu_product(x, weight, torch.zeros(8, device=device).half(), keep=True)
     want = u.double() * torch.special.erfc(-u.double() / 2**0.5) / 2
     assert kept is not None and torch.equal(kept[:, 0], u)
-    torch.testing.assert_close(out[:, 0].double(), want, rtol=6e-4, atol=6e-8)  # half of float16's spacing, and of its smallest numbers
+    torch.testing.assert_close(
+        out[:, 0].double(), want, rtol=6e-4, atol=6e-8
+    )  # half of float16's spacing, and of its smallest numbers
     leaf = u.double().requires_grad_()
     (slope,) = torch.autograd.grad(gelu(leaf).sum(), leaf)
     x[:, 0] = 1
@@ -86,7 +93,13 @@ def test_more_than_2_to_the_31_elements() -> None:
     x[last] = torch.randn(50, 768, device="cuda")
     u, out = gelu_product(x, weight, bias, keep=True)
     few, few_out = gelu_product(x[last].contiguous(), weight, bias, keep=True)
-    assert u is not None and few is not None and torch.equal(u[last], few) and torch.equal(out[last], few_out) and few_out.any()
+    assert (
+        u is not None
+        and few is not None
+        and torch.equal(u[last], few)
+        and torch.equal(out[last], few_out)
+        and few_out.any()
+    )
     du, sums = gelu_product_backward(x, weight, u)
     few_du, few_sums = gelu_product_backward(x[last].contiguous(), weight, few)
     assert torch.equal(du[last], few_du) and few_du.any()

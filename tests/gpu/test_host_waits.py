@@ -75,7 +75,9 @@ def _between_the_passes(trainer: Trainer, batch: Batch, monkeypatch: pytest.Monk
     with no_waits(monkeypatch):
         representations, first = encode_without_graph(trainer.encoder, batch, trainer.retention)
         assert first.kept and first.begun and first.states
-        _, gradients = representation_gradients(trainer.objective, representations, batch, trainer.world, temperature=temperature)
+        _, gradients = representation_gradients(
+            trainer.objective, representations, batch, trainer.world, temperature=temperature
+        )
         backward_through_encoder(trainer.encoder, batch, gradients, first)
 
 
@@ -92,7 +94,9 @@ def test_nothing_is_waited_for_between_the_passes(work: Work, loss: str, monkeyp
 
 
 def test_an_update_is_queued_before_it_is_asked_for(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first wait of an update is for the gradient's norm, when all is queued; one that is not finite leaves all as it was."""
+    """The first wait of an update is for the gradient's norm, when all is queued; one that is not finite leaves all as
+    it was.
+    """
     trainer = Trainer(work, work.configuration(QUERIES))
     optimizer, made = trainer.optimizer, []
     monkeypatch.setattr(optimizer, "_check", lambda *_: made.append(1))
@@ -108,7 +112,8 @@ def test_an_update_is_queued_before_it_is_asked_for(work: Work, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("scale", "ignored", "symmetric"), [(50.0, True, False), (50.0, False, True), (100.0, False, False), (100.0, True, True)]
+    ("scale", "ignored", "symmetric"),
+    [(50.0, True, False), (50.0, False, True), (100.0, False, False), (100.0, True, True)],
 )
 def test_what_is_known_beforehand_changes_no_result(symmetric: bool, ignored: bool, scale: float, device: str) -> None:
     """`ignored`, `largest` and pairs looked up on the host: errors against float64 stay those of the tier."""
@@ -123,8 +128,20 @@ def test_what_is_known_beforehand_changes_no_result(symmetric: bool, ignored: bo
     tables = MaskTables(tables.rows.to(device), tables.columns.to(device), tables.targets.to(device), None, N)
     queries, passages, targets = queries.to(device).bfloat16(), passages.to(device).bfloat16(), targets.to(device)
     weights = torch.rand(B, device=device) / B
-    excluded = excluded_matrix(queries, passages, Exclusions(*(x.to(device) for x in (torch.arange(N), exclusions.known_ptr, known))))
+    excluded = excluded_matrix(
+        queries, passages, Exclusions(*(x.to(device) for x in (torch.arange(N), exclusions.known_ptr, known)))
+    )
     want = dense_infonce(queries, passages, targets, scale, weights, excluded, symmetric)
-    got = infonce(queries, passages, targets, scale, exclusions=tables, weights=weights, symmetric=symmetric, ignored=ignored, largest=1.0)
+    got = infonce(
+        queries,
+        passages,
+        targets,
+        scale,
+        exclusions=tables,
+        weights=weights,
+        symmetric=symmetric,
+        ignored=ignored,
+        largest=1.0,
+    )
     assert want[1].norm() > 0 and relative_error(got.loss, want[0]) <= 4e-4
     assert relative_error(got.dqueries, want[1]) <= 4e-3 and relative_error(got.dpassages, want[2]) <= 4e-3

@@ -59,7 +59,16 @@ def test_matches_float64(
     weights = torch.rand(B, device=device) / B
     exclusions = exclusions_for(device, B, N, most=12)
     excluded = excluded_matrix(queries, passages, exclusions)
-    got = infonce(queries, passages, targets, scale, exclusions=exclusions, weights=weights, symmetric=symmetric, precision=precision)  # type: ignore[arg-type]
+    got = infonce(
+        queries,
+        passages,
+        targets,
+        scale,
+        exclusions=exclusions,
+        weights=weights,
+        symmetric=symmetric,
+        precision=precision,  # type: ignore[arg-type]
+    )
     want = dense_infonce(queries, passages, targets, scale, weights, excluded, symmetric)
     if B == 1:
         assert all(x is not None and not x.any() for x in (got.loss, got.dqueries, got.dpassages))
@@ -125,7 +134,9 @@ def test_the_parts_of_the_ring_match_float64(device: str) -> None:
     torch.testing.assert_close(rows[finite].double(), logits.logsumexp(1)[finite], atol=1e-4, rtol=1e-5)
     row_weights = torch.where(finite, -rows, -torch.inf)
     column_weights = torch.where(columns > -torch.inf, -columns, -torch.inf)
-    dqueries, dpassages = negatives_gradient(queries, passages, 50.0, row_weights, column_weights, exclusions, precision="bf16")
+    dqueries, dpassages = negatives_gradient(
+        queries, passages, 50.0, row_weights, column_weights, exclusions, precision="bf16"
+    )
     dlogits = 50.0 * ((logits + row_weights[:, None]).exp() + (logits + column_weights).exp())
     assert relative_error(dqueries, dlogits @ passages.double()) <= 4e-3
     assert relative_error(dpassages, dlogits.T @ queries.double()) <= 4e-3

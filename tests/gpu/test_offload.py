@@ -43,7 +43,9 @@ def _vectors(device: str, queries: int, passages: int, dimension: int) -> tuple[
     return q, normalize(p, dim=1), Targets(positives, torch.arange(passages), ptr, known, queries)
 
 
-def _results(q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None) -> list[Tensor]:
+def _results(
+    q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None
+) -> list[Tensor]:
     """Loss, dqueries, dpassages and the temperature's gradient, on the device."""
     objective = ContrastiveObjective(config, block_rows=block_rows, unit=True).to(world.device)
     device = world.device.type
@@ -55,14 +57,18 @@ def _results(q: Tensor, p: Tensor, targets: Targets, world: World, config: LossC
 
 @pytest.mark.parametrize(("precision", "symmetric"), [("bf16", False), ("high", True)])
 def test_errors_are_those_of_resident_rows(world: World, device: str, precision: str, symmetric: bool) -> None:
-    """Against float64 of unrounded values, each gradient's is at most 1.1 times that of the resident loss; blocks divide neither side."""
+    """Against float64 of unrounded values, each gradient's is at most 1.1 times that of the resident loss; blocks
+    divide neither side.
+    """
     # The last blocks have as many tiles as the others: Triton's pass is compiled for every number of them.
     sizes, block_rows = ((2050, 2750), 700) if device == "cuda" else ((90, 150), 32)
     q, p, targets = _vectors(device, *sizes, 128)
     config = LossConfig(precision=precision, symmetric=symmetric, temperature=0.02, learn_temperature=True)  # type: ignore[arg-type]
     nothing = torch.zeros(len(q), len(p), dtype=torch.bool, device=device)
     weights = torch.full((len(q),), 1 / len(q), device=device)
-    loss, dq, dp, dscale = dense_infonce(q.double(), p.double(), targets.positives.to(device), 50.0, weights, nothing, symmetric)
+    loss, dq, dp, dscale = dense_infonce(
+        q.double(), p.double(), targets.positives.to(device), 50.0, weights, nothing, symmetric
+    )
     truth = [loss.sum() / len(q), dq, dp, 50.0 * dscale]
     resident = _results(q, p, targets, world, config, None)
     offloaded = _results(q, p, targets, world, config, block_rows)
@@ -75,18 +81,28 @@ def test_errors_are_those_of_resident_rows(world: World, device: str, precision:
 
 def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: str, tmp_path: Path) -> None:
     """With dropout on, chunk by chunk to the host and back; twice, so that page-locked memory is used again."""
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path)), query_max_tokens=32, passage_max_tokens=32))
+    encoder = DualEncoder.from_pretrained(
+        ModelConfig(str(save_tiny_model(tmp_path)), query_max_tokens=32, passage_max_tokens=32)
+    )
     encoder.to(world.device).train()
     queries, passages, rows = (300, 700, 128) if device == "cuda" else (30, 70, 16)
     batch, _, _ = rank_batch(random_batch(queries=queries, passages=passages), 0, 2 * passages)
     batch = replace(batch, chunks=Chunks(batch.chunks._builders, world.device))
     gradients = []
     for block_rows in (None, rows, rows):
-        objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows, unit=True).to(world.device)
+        objective = ContrastiveObjective(
+            LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows, unit=True
+        ).to(world.device)
         encoder.zero_grad()
         seed_step(0, 0, 0)
-        representations, first = encode_without_graph(encoder, batch, Retention(graphs=3 * passages), offload=objective.offload)
-        assert first.kept and first.states and representations.query.is_pinned() == (objective.offload and device == "cuda")
+        representations, first = encode_without_graph(
+            encoder, batch, Retention(graphs=3 * passages), offload=objective.offload
+        )
+        assert (
+            first.kept
+            and first.states
+            and representations.query.is_pinned() == (objective.offload and device == "cuda")
+        )
         _, found = representation_gradients(objective, representations, batch, world)
         backward_through_encoder(encoder, batch, found, first)
         gradients.append(torch.cat([x.grad.flatten() for x in encoder.parameters() if x.grad is not None]))
@@ -108,7 +124,9 @@ def test_memory_does_not_grow_with_the_batch(world: World, device: str) -> None:
         del q, p, resident
         peaks[pairs], found = _peak(*on_host, targets, world, config, 8192)
         for f, e in zip(found, expected, strict=True):
-            assert (f.cpu() - e).norm() < 5e-3 * e.norm()  # on the host: a copy on the device would count into the next peak
+            assert (
+                f.cpu() - e
+            ).norm() < 5e-3 * e.norm()  # on the host: a copy on the device would count into the next peak
     assert peaks[65_536] < 1.05 * peaks[32_768] and peaks[65_536] < 0.35 * peaks["resident"], peaks
 
 

@@ -28,7 +28,9 @@ def test_a_step_is_as_it_was_predicted(work: Work, graphs: str, products: str) -
     forecast = trainer.forecast
     assert forecast is not None
     with closing(trainer.batches(QUERIES)) as batches:  # type: ignore[type-var]
-        found = sample(trainer.step, batches, work.device, seconds=2.0, warm=2)  # kernels of new shapes are loaded first
+        found = sample(
+            trainer.step, batches, work.device, seconds=2.0, warm=2
+        )  # kernels of new shapes are loaded first
     assert found.peak_gib is not None
     assert forecast.peak_bytes / 2**30 == pytest.approx(found.peak_gib, rel=0.1)
     assert forecast.step_s == pytest.approx(found.seconds, rel=0.1)

@@ -37,9 +37,15 @@ def gelu_in_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("computing", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
 def test_results_and_gradients(computing: torch.dtype, bound: float, device: str) -> None:
     lengths = lengths_on(device)
-    layer, p = make_layer(ON, lengths, device=device), make_parameters(128, 512, torch.float32, scale=0.05, device=device)
+    layer, p = (
+        make_layer(ON, lengths, device=device),
+        make_parameters(128, 512, torch.float32, scale=0.05, device=device),
+    )
     stream = make_stream(sum(lengths), 128, torch.float32, device)
-    exact, exact_stream = Parameters(*(v.detach().double().requires_grad_() for v in p)), stream.detach().double().requires_grad_()
+    exact, exact_stream = (
+        Parameters(*(v.detach().double().requires_grad_() for v in p)),
+        stream.detach().double().requires_grad_(),
+    )
     out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
     assert relative_error(out.detach(), want.detach()) < bound
     dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).to(device)
@@ -54,7 +60,9 @@ def make_tower(device: str, dropout: float) -> Any:
     """Two layers of BERT-base on packed texts, their weights as wide as trained ones; on the CPU narrower."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = (
-        {} if device == "cuda" else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
+        {}
+        if device == "cuda"
+        else {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 100}
     )
     config = BertConfig(num_hidden_layers=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
     tower: Any = BertModel(config, add_pooling_layer=False)
@@ -85,7 +93,8 @@ def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None,
 
 @pytest.mark.parametrize("fused_from", [0, gelu_product.FUSED_FROM], ids=["GELU in the product", "GELU after it"])
 def test_as_exact_as_the_library_s_layers(fused_from: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors against float64, dropout off: at most 1.1 times those of transformers' layers under autocast, for each kind of parameter.
+    """Errors against float64, dropout off: at most 1.1 times those of transformers' layers under autocast, for each
+    kind of parameter.
 
     At toy size chance is larger: a bias is two vectors of 96 numbers.
     """
@@ -96,7 +105,9 @@ def test_as_exact_as_the_library_s_layers(fused_from: int, device: str, monkeypa
     theirs, ours = gradients(library, hidden, torch.bfloat16), gradients(fused, hidden, torch.bfloat16)
     exact = gradients(library.double(), hidden.detach().double().requires_grad_(), None)
     assert ours.keys() == exact.keys()
-    squares: dict[str, Tensor] = {}  # by kind: of our error, of the library's; a single vector's error is too much a matter of chance
+    squares: dict[
+        str, Tensor
+    ] = {}  # by kind: of our error, of the library's; a single vector's error is too much a matter of chance
     for name, want in exact.items():
         assert want.norm() > 0 or name.endswith("key.bias")
         errors = torch.stack([(found[name].double() - want).square().sum() for found in (ours, theirs)])
@@ -128,7 +139,10 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits(device: str) -> N
 
 
 def test_no_token_is_no_error(device: str) -> None:
-    layer, p = make_layer(ON, [0, 0], device=device)._replace(longest=1), make_parameters(128, 512, torch.float32, device=device)
+    layer, p = (
+        make_layer(ON, [0, 0], device=device)._replace(longest=1),
+        make_parameters(128, 512, torch.float32, device=device),
+    )
     stream = make_stream(0, 128, torch.float32, device)
     run(stream, layer, p, torch.bfloat16).sum().backward()
     assert all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))

@@ -1,4 +1,5 @@
-"""On several ranks: the gradient contract in mixed precision, against float64 and one rank, rows of unequal ranks, and fifty steps.
+"""On several ranks: the gradient contract in mixed precision, against float64 and one rank, rows of unequal ranks, and
+fifty steps.
 
 All of it runs in one set of processes, over NCCL or gloo, for starting them and compiling takes longer than the rest.
 """
@@ -77,13 +78,17 @@ def _whole(case: Case, world: World) -> WholeBatch:
 
 def _vectors(whole: WholeBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
-    q, p = (torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids)))
+    q, p = (
+        torch.randn(n, D, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids))
+    )
     p[torch.tensor(whole.positives).clamp(min=0)] += 0.15 * q  # queries find their positives more often than not
     return tuple(normalize(x, dim=1).float().to(device) for x in (q, p))  # type: ignore[return-value]
 
 
 def _truth(q: Tensor, p: Tensor, whole: WholeBatch, case: Case) -> tuple[Tensor, ...]:
-    """Loss, dqueries, dpassages and the gradient of log scale in float64; rounding to the precision tier counts as error."""
+    """Loss, dqueries, dpassages and the gradient of log scale in float64; rounding to the precision tier counts as
+    error.
+    """
     q, p = q.double(), p.double()
     targets = torch.tensor(whole.positives, device=q.device)
     column = {i: c for c, i in enumerate(whole.passage_ids)}
@@ -101,7 +106,9 @@ def _truth(q: Tensor, p: Tensor, whole: WholeBatch, case: Case) -> tuple[Tensor,
 def _measure(world: World, folder: Path) -> dict[str, Any]:
     """What this rank finds. Ranks begin by themselves, each with another case, so that they compile for one another."""
     alone = World(world.device)
-    own = {i: _errors(alone, CASES[i]) for i in sorted(range(len(CASES)), key=lambda i: (i - 2 * world.rank) % len(CASES))}
+    own = {
+        i: _errors(alone, CASES[i]) for i in sorted(range(len(CASES)), key=lambda i: (i - 2 * world.rank) % len(CASES))
+    }
     world.barrier()
     return {
         "collectives": _collectives(world),
@@ -166,12 +173,16 @@ def test_several_ranks_train_as_one(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_errors_are_those_of_one_rank(ranks: list[dict[str, Any]]) -> None:
-    """Each gradient's error against float64 is at most 1.1 times that of the whole batch on one rank in the same precision."""
+    """Each gradient's error against float64 is at most 1.1 times that of the whole batch on one rank in the same
+    precision.
+    """
     failures = []
     for index, case in enumerate(CASES):
         of_ranks = [rank["errors"][index][:4] for rank in ranks]
         together = [max(part) if i in (0, 3) else sum(part) for i, part in enumerate(zip(*of_ranks, strict=True))]
-        for name, found, alone in zip(("loss", "dqueries", "dpassages", "dscale"), together, ranks[0]["errors"][index][4:], strict=True):
+        for name, found, alone in zip(
+            ("loss", "dqueries", "dpassages", "dscale"), together, ranks[0]["errors"][index][4:], strict=True
+        ):
             floor = FLOOR[case.precision] * (10 if name in ("loss", "dscale") else 1)  # one number may be right by luck
             if not found**0.5 <= max(1.1 * alone**0.5, floor):
                 failures.append(f"{case} {name}: {found**0.5:.2g}, on one rank {alone**0.5:.2g}")

@@ -1,4 +1,6 @@
-"""An encoder in shards, over NCCL or gloo: it trains, saves and goes on as a whole one, in mixed precision too, in its share of memory."""
+"""An encoder in shards, over NCCL or gloo: it trains, saves and goes on as a whole one, in mixed precision too, in its
+share of memory.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def _allocated_mib(world: World) -> float:
     return torch.cuda.memory_allocated(world.device) / 2**20 if world.device.type == "cuda" else 0.0
 
 
-def _gradients(world: World, folder: Path, dtype: torch.dtype | None, *, sharded: bool) -> tuple[dict[str, Tensor], float]:
+def _gradients(
+    world: World, folder: Path, dtype: torch.dtype | None, *, sharded: bool
+) -> tuple[dict[str, Tensor], float]:
     """Gradients of packed texts, and MiB that the placed encoder takes."""
     config = ModelConfig(str(folder / "model"), query_max_tokens=32, passage_max_tokens=32)
     encoder = DualEncoder.from_pretrained(config, autocast_dtype=dtype)
@@ -43,16 +47,25 @@ def _gradients(world: World, folder: Path, dtype: torch.dtype | None, *, sharded
     taken = _allocated_mib(world) - before
     encoder.pack()
     queries, passages = (200, 500) if world.device.type == "cuda" else (20, 50)
-    cut = partial(rank_batch, random_batch(queries=queries, passages=passages, ranks=world.size), tokens_per_chunk=512, packed=True)
+    cut = partial(
+        rank_batch,
+        random_batch(queries=queries, passages=passages, ranks=world.size),
+        tokens_per_chunk=512,
+        packed=True,
+    )
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
-    batch = replace(batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu")))
+    batch = replace(
+        batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu"))
+    )
     objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit=True).to(world.device)
     representations, passes = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)
     world.sum_gradients(list(encoder.parameters()))
-    return whole_tensors({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, world.device), taken
+    return whole_tensors(
+        {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, world.device
+    ), taken
 
 
 def _measure(world: World, folder: Path) -> dict[str, Any]:
@@ -110,7 +123,9 @@ def test_a_checkpoint_goes_on_in_shards_and_whole(runs: list[dict[str, Any]], de
     """In shards bitwise (to rounding on a GPU, whose sums have no order); to rounding where the other kind goes on."""
     for run in runs:
         assert run["finished"] == [2, 2] and run["resumed from whole"] == 0, run
-        assert max(run["resumed apart"], run["resumed whole"]) < 1e-9 and (device == "cuda" or run["resumed"] == []), run
+        assert max(run["resumed apart"], run["resumed whole"]) < 1e-9 and (device == "cuda" or run["resumed"] == []), (
+            run
+        )
 
 
 def test_the_whole_copy_is_the_encoder(runs: list[dict[str, Any]]) -> None:

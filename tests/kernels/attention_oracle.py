@@ -27,7 +27,9 @@ def each(heads: Heads, change: Callable[[Tensor], Tensor]) -> Heads:
     return change(query), change(key), change(value)
 
 
-def heads_of(T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64, device: str = "cpu", fused: bool = False) -> Heads:
+def heads_of(
+    T: int, H: int, G: int, d: int, dtype: torch.dtype = torch.float64, device: str = "cpu", fused: bool = False
+) -> Heads:
     """Leaves that want gradients; `fused`: cut from one buffer."""
     generator = torch.Generator(device).manual_seed(T + H + d)
     buffer = torch.randn(T, H + 2 * G, d, generator=generator, device=device).to(dtype)
@@ -57,8 +59,13 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, m
 def errors(inputs: Heads, starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
     """Relative errors of `packed_attention` and its gradients against the definition in float64."""
     exact = each(inputs, lambda x: x.detach().double().requires_grad_())
-    output, want = packed_attention(*inputs, starts, longest, **options), dense_attention(*exact, starts, Mask(**options))
-    weights = torch.randn(output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device).to(output.dtype)
+    output, want = (
+        packed_attention(*inputs, starts, longest, **options),
+        dense_attention(*exact, starts, Mask(**options)),
+    )
+    weights = torch.randn(
+        output.shape, generator=torch.Generator(output.device).manual_seed(1), device=output.device
+    ).to(output.dtype)
     got = [output.detach(), *torch.autograd.grad(output, inputs, weights)]
     wanted = [want.detach(), *torch.autograd.grad(want, exact, weights.double())]
     assert all(y.norm() > 0 for y in wanted)

@@ -1,4 +1,6 @@
-"""Runs a program with the kernels in Triton's interpreter, which has to be chosen before Triton is imported: in a process of its own."""
+"""Runs a program with the kernels in Triton's interpreter, which has to be chosen before Triton is imported: in a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,5 +12,7 @@ import sys
 def interpret(program: str) -> None:
     """Fails with the program's last words where it fails."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]

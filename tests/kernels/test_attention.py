@@ -1,4 +1,6 @@
-"""Packed attention on a CPU: against its definition, its dropout mask against plain integers, and the operator's manners."""
+"""Packed attention on a CPU: against its definition, its dropout mask against plain integers, and the operator's
+manners.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ LENGTHS = [3, 0, 5, 7, 1, 9, 4, 0]
         (4, {"causal": True, "window": 1}),
     ],
 )
-def test_matches_its_definition(groups: int, options: dict[str, Any], scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_its_definition(
+    groups: int, options: dict[str, Any], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reference, "_SCORES", scores)
     starts, longest = texts(LENGTHS)
     found = errors(heads_of(int(starts[-1]), 4, groups, 8, fused=True), starts, longest, scale=0.3, **options)
@@ -80,7 +84,9 @@ def test_the_mask_is_a_hash_of_its_place(seed: int) -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_the_mask_is_as_good_as_random(dropout: float) -> None:
-    """Independent over rows, columns, heads and seeds; singular values, which any pattern left would raise, are a random matrix's."""
+    """Independent over rows, columns, heads and seeds; singular values, which any pattern left would raise, are a
+    random matrix's.
+    """
     n, heads = 400, 6
     at = torch.arange(n) + 31_000
 
@@ -111,7 +117,9 @@ def test_dropout_keeps_the_expected_output() -> None:
     starts, longest = texts([12, 9])
     inputs = each(heads_of(21, 2, 2, 8), Tensor.detach)
     plain = packed_attention(*inputs, starts, longest, scale=0.3)
-    drawn = [packed_attention(*inputs, starts, longest, scale=0.3, dropout=0.3, seed=torch.tensor([i])) for i in range(600)]
+    drawn = [
+        packed_attention(*inputs, starts, longest, scale=0.3, dropout=0.3, seed=torch.tensor([i])) for i in range(600)
+    ]
     assert not torch.equal(drawn[0], drawn[1])
     spread = torch.stack(drawn).std(0) / 600**0.5
     assert float(((torch.stack(drawn).mean(0) - plain) / spread).abs().max()) < 5
@@ -123,7 +131,9 @@ def test_the_operator_keeps_the_rules_of_operators() -> None:
     torch.library.opcheck(attention._forward, (*inputs, starts, longest, 0.3, 0.1, SEED, False, 3))
     weights = torch.randn(inputs[0].shape)
     plain = each(inputs, Tensor.detach)
-    torch.library.opcheck(attention._backward, (weights, *plain, None, torch.empty(0, 0), starts, longest, 0.3, 0.1, SEED, True, None))
+    torch.library.opcheck(
+        attention._backward, (weights, *plain, None, torch.empty(0, 0), starts, longest, 0.3, 0.1, SEED, True, None)
+    )
 
 
 def test_compiled_as_one_call_whatever_the_longest_text() -> None:
@@ -188,11 +198,17 @@ def _good() -> dict[str, Any]:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "two dimensions": ({"query": torch.zeros(6, 8)}, r"received \[\[6, 8\]"),
-    "other tokens": ({"key": torch.zeros(5, 2, 8).double(), "value": torch.zeros(5, 2, 8).double()}, r"key and value \[T, G, d\]"),
+    "other tokens": (
+        {"key": torch.zeros(5, 2, 8).double(), "value": torch.zeros(5, 2, 8).double()},
+        r"key and value \[T, G, d\]",
+    ),
     "too wide": ({name: torch.zeros(6, 2, 257) for name in ("query", "key", "value")}, r"d in 1..256"),
     "undivided heads": ({"query": torch.zeros(6, 3, 8).double()}, "that the 2 key heads divide, received 3"),
     "two dtypes": ({"key": torch.zeros(6, 2, 8)}, "one floating dtype on one device"),
-    "whole numbers": ({name: torch.zeros(6, 2, 8, dtype=torch.int64) for name in ("query", "key", "value")}, "one floating dtype"),
+    "whole numbers": (
+        {name: torch.zeros(6, 2, 8, dtype=torch.int64) for name in ("query", "key", "value")},
+        "one floating dtype",
+    ),
     "strided": ({"query": torch.zeros(6, 4, 16).double()[..., ::2]}, "contiguous last dimension"),
     "starts as int64": ({"starts": torch.tensor([0, 2, 6])}, r"starts \[n \+ 1\] int32"),
     "no longest": ({"longest": 0}, "longest of at least 1 token, received 0"),

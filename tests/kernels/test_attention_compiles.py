@@ -1,6 +1,8 @@
-"""The kernels of packed attention compile for Hopper as they are launched for bf16 and heads of 64 and 128, and fit its shared memory.
+"""The kernels of packed attention compile for Hopper as they are launched for bf16 and heads of 64 and 128, and fit its
+shared memory.
 
-None spills registers but the backward pass of texts of 65 to 128 tokens, whose tile does so for the sake of speed, within a bound.
+None spills registers but the backward pass of texts of 65 to 128 tokens, whose tile does so for the sake of speed,
+within a bound.
 """
 
 from __future__ import annotations
@@ -20,21 +22,35 @@ D = 64
 MOST_SPILLED = 1024  # bytes of a thread where its registers are bounded: 824 with the assembler of Triton 3.7
 
 
-def compiled(kernel: Any, warps: int, stages: int, registers: int | None = None, **constants: Any) -> tuple[int, int, str]:
+def compiled(
+    kernel: Any, warps: int, stages: int, registers: int | None = None, **constants: Any
+) -> tuple[int, int, str]:
     types = {name: POINTERS.get(name, "i32") for name in kernel.arg_names if name not in CONSTANTS and name != "window"}
     types |= {name: "fp32" for name in ("scale", "scale_log2") if name in types}
-    fixed = {"GROUP": 1, "CAUSAL": False, "DROP_BELOW": 429496730, "KEEP_SCALE": 1 / 0.9, "PRECISION": "ieee", "D": D, "BLOCK_D": D}
+    fixed = {
+        "GROUP": 1,
+        "CAUSAL": False,
+        "DROP_BELOW": 429496730,
+        "KEEP_SCALE": 1 / 0.9,
+        "PRECISION": "ieee",
+        "D": D,
+        "BLOCK_D": D,
+    }
     return compile_kernel(kernel, types, fixed | constants, 90, warps, stages, registers=registers)
 
 
-@pytest.mark.parametrize(("width", "longest", "texts"), [(64, 9, 8), (64, 64, 1), (64, 96, 1), (64, 128, 1), (128, 32, 1), (128, 64, 1)])
+@pytest.mark.parametrize(
+    ("width", "longest", "texts"), [(64, 9, 8), (64, 64, 1), (64, 96, 1), (64, 128, 1), (128, 32, 1), (128, 64, 1)]
+)
 def test_texts_in_a_tile(width: int, longest: int, texts: int) -> None:
     tile = short.tile_for(torch.empty(1, 12, width, dtype=torch.bfloat16), longest)
     for kernel, warps, registers in (
         (short._forward_tiles, tile.forward_warps, None),
         (short._backward_tiles, tile.backward_warps, tile.backward_registers),
     ):
-        shared, spilled, ptx = compiled(kernel, warps, 3, registers, TEXTS=texts, BLOCK=tile.block, D=width, BLOCK_D=width)
+        shared, spilled, ptx = compiled(
+            kernel, warps, 3, registers, TEXTS=texts, BLOCK=tile.block, D=width, BLOCK_D=width
+        )
         assert shared <= SHARED_LIMIT[90] and spilled <= (MOST_SPILLED if registers else 0), (kernel, shared, spilled)
         assert (f".maxnreg {registers}" in ptx) == (registers is not None)
         assert "wgmma.mma_async" in ptx or tile.block < 64  # a Hopper product has 64 rows at least

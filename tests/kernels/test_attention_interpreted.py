@@ -1,4 +1,6 @@
-"""The kernels of packed attention on a CPU, in fp32, through Triton's interpreter (which has to be chosen before Triton is imported)."""
+"""The kernels of packed attention on a CPU, in fp32, through Triton's interpreter (which has to be chosen before Triton
+is imported).
+"""
 
 from __future__ import annotations
 

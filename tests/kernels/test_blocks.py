@@ -1,4 +1,6 @@
-"""What a loss that sees its passages block by block asks of the kernels: on the reference, and on Triton's interpreter in fp32."""
+"""What a loss that sees its passages block by block asks of the kernels: on the reference, and on Triton's interpreter
+in fp32.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def _run(environment: dict[str, str], **values: object) -> None:
     for name, value in values.items():
         program = program.replace("{" + name + "}", str(value))
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=os.environ | threads | environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, env=os.environ | threads | environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

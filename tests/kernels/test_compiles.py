@@ -35,12 +35,29 @@ def test_tile_pass(variant: str, arch: int) -> None:
     tile = tiles.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
     store_columns = tile.store_columns or tile.columns
     types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
-    types |= {"queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>", "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>"}
     types |= {
-        name: f"tensordesc<{kind}[{tile.rows},{store_columns}]>" for name, kind in zip(("written", "residual"), written, strict=False)
+        "queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>",
+        "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>",
     }
-    fixed = {"FACTORED": False, "MAXIMUM": False, "CLAMP": False, "RAGGED_COLUMNS": False, "PRECISION": "ieee", "PROGRAMS": 132}
-    fixed |= {"BLOCK_B": tile.rows, "BLOCK_N": tile.columns, "BLOCK_D": tile.inner, "STORE_COLUMNS": store_columns, "GROUP": 16}
+    types |= {
+        name: f"tensordesc<{kind}[{tile.rows},{store_columns}]>"
+        for name, kind in zip(("written", "residual"), written, strict=False)
+    }
+    fixed = {
+        "FACTORED": False,
+        "MAXIMUM": False,
+        "CLAMP": False,
+        "RAGGED_COLUMNS": False,
+        "PRECISION": "ieee",
+        "PROGRAMS": 132,
+    }
+    fixed |= {
+        "BLOCK_B": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_D": tile.inner,
+        "STORE_COLUMNS": store_columns,
+        "GROUP": 16,
+    }
     shared, spilled, _ = compile_kernel(tiles._tile_pass, types, fixed | constants, arch, tile.warps, tile.stages)
     assert shared <= SHARED_LIMIT[arch]
     assert spilled == 0, f"{spilled} bytes"
@@ -64,7 +81,9 @@ def test_hopper_tile_pass(variant: str) -> None:
     if written:
         types["written"] = f"tensordesc<bf16[64, 128],{layout}>"
     fixed = {"FACTORED": False, "RAGGED_COLUMNS": False}
-    shared, spilled, ptx = compile_kernel(tiles_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True)
+    shared, spilled, ptx = compile_kernel(
+        tiles_hopper._tile_pass_hopper, types, fixed | constants, 90, 4, 3, gluon=True
+    )
     assert shared <= SHARED_LIMIT[90]
     assert spilled == 0, f"{spilled} bytes"
     assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
@@ -86,7 +105,9 @@ def test_gelu_product(variant: str, dtype: str) -> None:
 
 
 def test_gelu_product_does_the_same_arithmetic_whether_u_is_kept_or_not() -> None:
-    """The bits of the gradient cache's two passes depend on it: the compiler might make other operations of a product and a sum."""
+    """The bits of the gradient cache's two passes depend on it: the compiler might make other operations of a product
+    and a sum.
+    """
     layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
     square = f"tensordesc<bf16[64, 64],{layout}>"
     types = {"x": square, "weight": f"tensordesc<bf16[256, 64],{layout}>", "out": square, "T": "i32", "bias": "*bf16"}

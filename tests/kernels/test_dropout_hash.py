@@ -63,7 +63,9 @@ def test_an_element_depends_on_its_own_numbers_alone() -> None:
 
 
 def test_the_hash_is_the_documented_one() -> None:
-    """Against the formula in Python's integers: a checkpoint continued with another release must draw the same masks."""
+    """Against the formula in Python's integers: a checkpoint continued with another release must draw the same
+    masks.
+    """
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32

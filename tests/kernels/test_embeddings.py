@@ -1,4 +1,6 @@
-"""Embeddings as they are trained: by definition in float64, in Triton's interpreter, and compiled for a GPU that is not there."""
+"""Embeddings as they are trained: by definition in float64, in Triton's interpreter, and compiled for a GPU that is not
+there.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,18 @@ assert tables.words.grad[0].isnan().all() and tables.words.grad[1:].isfinite().a
 
 
 def inputs(T: int, D: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tables]:
-    """ids, positions and tables of 61 words and 23 places, first and last among them; word 3 and place 1 are padding."""
+    """ids, positions and tables of 61 words and 23 places, first and last among them; word 3 and place 1 are
+    padding.
+    """
     draw = torch.Generator().manual_seed(T)
     ids, positions = torch.randint(61, (T,), generator=draw), torch.randint(23, (T,), generator=draw)
     ids[: min(T, 3)] = torch.tensor([60, 0, 3])[:T]
     positions[: min(T, 3)] = torch.tensor([0, 22, 1])[:T]
     shapes = ((61, D), (23, D), (D,), (D,), (D,))
-    made = ((torch.randn(shape, generator=draw, dtype=torch.float64) + 1).to(device, dtype).requires_grad_() for shape in shapes)
+    made = (
+        (torch.randn(shape, generator=draw, dtype=torch.float64) + 1).to(device, dtype).requires_grad_()
+        for shape in shapes
+    )
     return ids.to(device), positions.to(device), Tables._make((*made, 3, 1))
 
 
@@ -90,7 +97,12 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("arch", "D"), [(90, 768), (80, 1024), (100, 384)])
 def test_the_kernels_compile_without_spilling(arch: int, D: int) -> None:
     tables = dict.fromkeys(("words", "places", "segment", "weight", "statistics"), "*fp32")
-    types = tables | dict.fromkeys(("ids", "positions", "seed"), "*i64") | dict.fromkeys(("T", "V", "P"), "i32") | {"inverse_keep": "fp32"}
+    types = (
+        tables
+        | dict.fromkeys(("ids", "positions", "seed"), "*i64")
+        | dict.fromkeys(("T", "V", "P"), "i32")
+        | {"inverse_keep": "fp32"}
+    )
     columns, warps = block(D)
     constants = {"D": D, "THRESHOLD": drop_below(0.1), "ROWS": embeddings_triton.ROWS, "BLOCK_D": columns}
     forward = types | {"bias": "*fp32", "out": "*fp32", "eps": "fp32"}
@@ -110,7 +122,12 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     ids, positions, tables = inputs(9, 24, torch.float64)
     frozen = tables._replace(words=tables.words.detach(), weight=tables.weight.detach())
     embeddings(ids, positions, frozen, None, eps=EPS, dropout=0.0).square().sum().backward()
-    assert frozen.words.grad is None and frozen.weight.grad is None and tables.places.grad is not None and gradient(tables.bias).any()
+    assert (
+        frozen.words.grad is None
+        and frozen.weight.grad is None
+        and tables.places.grad is not None
+        and gradient(tables.bias).any()
+    )
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -32,7 +32,9 @@ def norm_inputs(T: int, D: int, dtype: torch.dtype, bias: bool = True, device: s
 
 
 def norm_by_definition(inputs: NormInputs, dropout: float, seed: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """(y, leaves) of the same inputs in float64, by torch's operations; leaves: x, residual, weight, norm_bias and any bias."""
+    """(y, leaves) of the same inputs in float64, by torch's operations; leaves: x, residual, weight, norm_bias and any
+    bias.
+    """
     x, bias, residual, weight, norm_bias = (None if v is None else v.detach().double().requires_grad_() for v in inputs)
     assert x is not None and residual is not None and weight is not None and norm_bias is not None
     z = x if bias is None else x + bias
@@ -44,7 +46,9 @@ def norm_by_definition(inputs: NormInputs, dropout: float, seed: Tensor | None) 
 
 
 def check_norm(inputs: NormInputs, dropout: float, seed: Tensor | None, bound: float, sums_bound: float) -> None:
-    """Results, gradients from either and from both, dtypes and shapes: relative errors below the bounds (of x's dtype, of sums)."""
+    """Results, gradients from either and from both, dtypes and shapes: relative errors below the bounds (of x's dtype,
+    of sums).
+    """
     x, _, residual, *_ = inputs
     y, low, statistics = norm_forward(*inputs, seed, EPS, dropout)
     want, leaves = norm_by_definition(inputs, dropout, seed)
@@ -80,7 +84,9 @@ def check_gelu(u: Tensor, bound: float, sums_bound: float) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.4])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
+)
 def test_norm_matches_torch(dtype: torch.dtype, bound: float, dropout: float, bias: bool) -> None:
     check_norm(norm_inputs(41, 24, dtype, bias), dropout, torch.tensor([3]), bound, min(bound, 1e-6))
 
@@ -105,7 +111,12 @@ def test_no_row_and_one_row(T: int) -> None:
     y, low, statistics = norm_forward(*inputs, seed, EPS, 0.1)
     x, bias, residual, weight, _ = inputs
     dx, dresidual, sums = norm_backward(y, low, x, bias, residual, weight, statistics, seed, 0.1)
-    assert dx.shape == dresidual.shape == (T, 8) and sums.shape == (3, 8) and sums.isfinite().all() and sums[1].any() == (T > 0)
+    assert (
+        dx.shape == dresidual.shape == (T, 8)
+        and sums.shape == (3, 8)
+        and sums.isfinite().all()
+        and sums[1].any() == (T > 0)
+    )
     du, of_rows = gelu_backward(gelu_forward(x), x)
     assert du.shape == (T, 8) and of_rows.shape == (8,) and of_rows.any() == (T > 0)
 
@@ -113,10 +124,16 @@ def test_no_row_and_one_row(T: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"x": a["x"].T.contiguous().T}, r"x floating \[T, D\], D in 1..4096, contiguous, received torch.bfloat16 \[3, 8\]"),
+        (
+            lambda a: a | {"x": a["x"].T.contiguous().T},
+            r"x floating \[T, D\], D in 1..4096, contiguous, received torch.bfloat16 \[3, 8\]",
+        ),
         (lambda a: a | {"x": a["x"][None]}, r"x floating \[T, D\]"),
         (lambda a: a | {"x": a["x"].long()}, "x floating"),
-        (lambda a: a | {"residual": a["residual"][:2]}, r"residual floating \[3, 8\], contiguous, received torch.float32 \[2, 8\]"),
+        (
+            lambda a: a | {"residual": a["residual"][:2]},
+            r"residual floating \[3, 8\], contiguous, received torch.float32 \[2, 8\]",
+        ),
         (lambda a: a | {"residual": a["residual"].T.contiguous().T}, r"residual floating \[3, 8\], contiguous"),
         (lambda a: a | {"bias": a["bias"][:5]}, r"bias floating \[8\]"),
         (lambda a: a | {"bias": a["bias"].long()}, r"bias floating \[8\]"),
@@ -128,7 +145,11 @@ def test_no_row_and_one_row(T: int) -> None:
 )
 def test_what_does_not_fit_is_an_error(change: Callable[[dict], dict], message: str) -> None:
     names = ("x", "bias", "residual", "weight", "norm_bias")
-    arguments = dict(zip(names, norm_inputs(3, 8, torch.bfloat16), strict=True)) | {"seed": torch.tensor([3]), "eps": EPS, "dropout": 0.1}
+    arguments = dict(zip(names, norm_inputs(3, 8, torch.bfloat16), strict=True)) | {
+        "seed": torch.tensor([3]),
+        "eps": EPS,
+        "dropout": 0.1,
+    }
     norm_forward(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         norm_forward(**change(arguments))
@@ -139,7 +160,8 @@ def test_gradients_that_do_not_fit_are_errors() -> None:
     y, low, statistics = norm_forward(x, bias, residual, weight, norm_bias, None, EPS, 0.0)
     rest = (x, bias, residual, weight, statistics, None, 0.0)
     with pytest.raises(
-        ValueError, match=r"d_normed torch.float32 \[3, 8\], contiguous, received torch.float32 \[3, 8\] with strides \[0, 0\]"
+        ValueError,
+        match=r"d_normed torch.float32 \[3, 8\], contiguous, received torch.float32 \[3, 8\] with strides \[0, 0\]",
     ):
         norm_backward(torch.ones(()).expand(3, 8), None, *rest)
     with pytest.raises(ValueError, match=r"d_rounded torch.bfloat16 \[3, 8\]"):

@@ -1,4 +1,6 @@
-"""The Triton kernels of a layer's pointwise parts: their mathematics in Triton's interpreter, and that they compile without spilling."""
+"""The Triton kernels of a layer's pointwise parts: their mathematics in Triton's interpreter, and that they compile
+without spilling.
+"""
 
 from __future__ import annotations
 
@@ -57,14 +59,20 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "D", "rounded"), [(90, 768, "bf16"), (90, 4096, "bf16"), (90, 1024, None), (80, 768, "fp16"), (100, 384, "bf16")]
+    ("arch", "D", "rounded"),
+    [(90, 768, "bf16"), (90, 4096, "bf16"), (90, 1024, None), (80, 768, "fp16"), (100, 384, "bf16")],
 )
 def test_norm_compiles(arch: int, D: int, rounded: str | None) -> None:
     x = f"*{rounded or 'fp32'}"
     types = dict.fromkeys(("bias", "residual", "weight", "statistics"), "*fp32") | {"x": x, "seed": "*i64"}
     types |= {"T": "i32", "inverse_keep": "fp32"}
     forward = types | {"norm_bias": "*fp32", "normed": "*fp32", "eps": "fp32"} | ({"rounded": x} if rounded else {})
-    backward = types | dict.fromkeys(("d_normed", "dresidual", "partial"), "*fp32") | {"dx": x} | ({"d_rounded": x} if rounded else {})
+    backward = (
+        types
+        | dict.fromkeys(("d_normed", "dresidual", "partial"), "*fp32")
+        | {"dx": x}
+        | ({"d_rounded": x} if rounded else {})
+    )
     for kernel, signature, launch in (
         (norm._norm_forward, forward, norm.FORWARD),
         (norm._norm_backward, backward, norm.BACKWARD),
@@ -77,7 +85,9 @@ def test_norm_compiles(arch: int, D: int, rounded: str | None) -> None:
 
 
 def test_norm_compiles_for_a_float16_stream() -> None:
-    types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(("residual", "normed"), "*fp16")
+    types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(
+        ("residual", "normed"), "*fp16"
+    )
     types |= dict.fromkeys(("x", "rounded"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
     rows, block_d, warps = norm.block(norm.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d}

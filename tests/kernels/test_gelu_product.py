@@ -15,7 +15,9 @@ def draw(T: int, D: int, F: int, dtype: torch.dtype, device: str = "cpu") -> tup
     """x [T, D], weight [F, D] and bias [F] that give u a variance of about 3, and dy [T, D]."""
     generator = torch.Generator().manual_seed(T + D)
     shapes = ((T, D), 1.0), ((F, D), 1.5 * D**-0.5), ((F,), 1.0), ((T, D), 1.0)
-    x, weight, bias, dy = (size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape, size in shapes)
+    x, weight, bias, dy = (
+        size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape, size in shapes
+    )
     return x.to(device, dtype), weight.to(device, dtype), bias.to(device, dtype), dy.to(device, dtype)
 
 
@@ -37,7 +39,12 @@ def check(T: int, D: int, F: int, dtype: torch.dtype, bound: float, sums_bound: 
 
 @pytest.mark.parametrize(
     ("dtype", "bound", "sums_bound"),
-    [(torch.float64, 1e-14, 1e-14), (torch.float32, 1e-6, 1e-6), (torch.bfloat16, 8e-3, 8e-3), (torch.float16, 1e-3, 1e-3)],
+    [
+        (torch.float64, 1e-14, 1e-14),
+        (torch.float32, 1e-6, 1e-6),
+        (torch.bfloat16, 8e-3, 8e-3),
+        (torch.float16, 1e-3, 1e-3),
+    ],
 )
 def test_matches_float64(dtype: torch.dtype, bound: float, sums_bound: float) -> None:
     check(41, 24, 56, dtype, bound, sums_bound)

@@ -12,7 +12,9 @@ from kernels.infonce.api import Exclusions, infonce
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 
-def random_problem(seed: int, B: int, N: int, D: int, norm: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Exclusions]:
+def random_problem(
+    seed: int, B: int, N: int, D: int, norm: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Exclusions]:
     """Queries, passages, targets (some shared, some −1), weights, and exclusions of every kind, in float64."""
     generator = torch.Generator().manual_seed(seed)
     queries, passages = (norm * torch.randn(n, D, dtype=torch.float64, generator=generator) / D**0.5 for n in (B, N))
@@ -41,7 +43,9 @@ def random_problem(seed: int, B: int, N: int, D: int, norm: float = 1.0) -> tupl
     symmetric=st.booleans(),
     masked=st.booleans(),
 )
-def test_equals_the_definition(seed: int, B: int, N: int, D: int, scale: float, norm: float, symmetric: bool, masked: bool) -> None:
+def test_equals_the_definition(
+    seed: int, B: int, N: int, D: int, scale: float, norm: float, symmetric: bool, masked: bool
+) -> None:
     queries, passages, targets, weights, exclusions = random_problem(seed, B, N, D, norm)
     excluded = excluded_matrix(queries, passages, exclusions) if masked else torch.zeros(B, N, dtype=torch.bool)
     got = infonce(
@@ -55,12 +59,23 @@ def test_equals_the_definition(seed: int, B: int, N: int, D: int, scale: float, 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_gradient_is_that_of_the_value(symmetric: bool) -> None:
     queries, passages, targets, weights, exclusions = random_problem(3, 9, 14, 5)
-    exclusions = Exclusions(exclusions.passage_ids, exclusions.known_ptr, exclusions.known_ids)  # a threshold is no differentiable part
+    exclusions = Exclusions(
+        exclusions.passage_ids, exclusions.known_ptr, exclusions.known_ids
+    )  # a threshold is no differentiable part
 
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, p: Tensor, scale: Tensor) -> Tensor:
-            out = infonce(q, p, targets, float(scale), exclusions=exclusions, weights=weights, symmetric=symmetric, precision="fp32")
+            out = infonce(
+                q,
+                p,
+                targets,
+                float(scale),
+                exclusions=exclusions,
+                weights=weights,
+                symmetric=symmetric,
+                precision="fp32",
+            )
             ctx.save_for_backward(out.dqueries, out.dpassages, out.dscale)  # type: ignore[arg-type]
             return (weights * out.loss).sum()
 
@@ -120,6 +135,11 @@ def test_tiers_keep_their_bounds(precision: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_errors_name_what_was_received(change: dict[str, object], message: str) -> None:
-    arguments = {"queries": torch.randn(2, 8), "passages": torch.randn(4, 8), "targets": torch.tensor([0, 1]), "scale": 20.0}
+    arguments = {
+        "queries": torch.randn(2, 8),
+        "passages": torch.randn(4, 8),
+        "targets": torch.tensor([0, 1]),
+        "scale": 20.0,
+    }
     with pytest.raises(ValueError, match=message):
         infonce(**(arguments | change))  # type: ignore[arg-type]

@@ -22,7 +22,9 @@ EPS = 1e-5
 ON, OFF = (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)
 
 
-def make_parameters(D: int, F: int, dtype: torch.dtype = torch.float64, scale: float = 0.3, device: str = "cpu") -> Parameters:
+def make_parameters(
+    D: int, F: int, dtype: torch.dtype = torch.float64, scale: float = 0.3, device: str = "cpu"
+) -> Parameters:
     """Random ones that want gradients, weights of norms around 1."""
     generator = torch.Generator().manual_seed(D)
     square, vector, widened, norm = ((D, D), scale), ((D,), scale), ((F, D), scale), ((D,), 0.1)
@@ -32,13 +34,19 @@ def make_parameters(D: int, F: int, dtype: torch.dtype = torch.float64, scale: f
     return Parameters(*(v.to(device, dtype).requires_grad_() for v in shifted))
 
 
-def make_layer(dropouts: tuple[float, float, float], lengths: list[int] = LENGTHS, heads: int = HEADS, device: str = "cpu") -> Layer:
+def make_layer(
+    dropouts: tuple[float, float, float], lengths: list[int] = LENGTHS, heads: int = HEADS, device: str = "cpu"
+) -> Layer:
     starts, longest = texts(lengths, device)
     return Layer(heads, EPS, starts, longest, dropouts, torch.tensor([2**40 + 3, 4, 5], device=device).split(1))
 
 
 def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
-    return torch.randn(T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device, dtype).requires_grad_()
+    return (
+        torch.randn(T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+    )
 
 
 def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
@@ -55,16 +63,22 @@ def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
         linear(stream, weight, bias).view(T, layer.heads, -1)
         for weight, bias in ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
     )
-    context = dense_attention(query, key, value, layer.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0]))
+    context = dense_attention(
+        query, key, value, layer.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0])
+    )
     added = dropped(linear(context.flatten(1), p.attended_weight, p.attended_bias), 1)
     middle = layer_norm(stream + added, (D,), p.attended_norm_weight, p.attended_norm_bias, layer.eps)
-    added = dropped(linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2)
+    added = dropped(
+        linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2
+    )
     return layer_norm(middle + added, (D,), p.narrowed_norm_weight, p.narrowed_norm_bias, layer.eps)
 
 
 def run(stream: Tensor, layer: Layer, p: Parameters, dtype: torch.dtype) -> Tensor:
     """The layer computing in `dtype`, by the mean of its two results."""
-    out, low = post_norm_layer(stream, stream if dtype == stream.dtype else stream.to(dtype), layer, factors(p, dtype), p)
+    out, low = post_norm_layer(
+        stream, stream if dtype == stream.dtype else stream.to(dtype), layer, factors(p, dtype), p
+    )
     assert low.dtype == dtype and torch.equal(low, out.to(dtype))
     return (out + low.to(out.dtype)) / 2
 
@@ -79,9 +93,14 @@ def run(stream: Tensor, layer: Layer, p: Parameters, dtype: torch.dtype) -> Tens
     ],
 )
 @pytest.mark.parametrize("dropouts", [OFF, ON])
-def test_results_and_gradients(dtype: torch.dtype, computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]) -> None:
+def test_results_and_gradients(
+    dtype: torch.dtype, computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]
+) -> None:
     layer, p, stream = make_layer(dropouts), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
-    exact, exact_stream = Parameters(*(v.detach().double().requires_grad_() for v in p)), stream.detach().double().requires_grad_()
+    exact, exact_stream = (
+        Parameters(*(v.detach().double().requires_grad_() for v in p)),
+        stream.detach().double().requires_grad_(),
+    )
     out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
     assert out.dtype == dtype and relative_error(out.detach(), want.detach()) < bound
     dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -96,7 +115,9 @@ def test_results_and_gradients(dtype: torch.dtype, computing: torch.dtype, bound
 
 @pytest.mark.parametrize("dropouts", [OFF, ON])
 def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._PostNormLayer, "clear_saved_tensors_on_access", False)  # a graph serves gradcheck several times
+    monkeypatch.setattr(
+        module._PostNormLayer, "clear_saved_tensors_on_access", False
+    )  # a graph serves gradcheck several times
     layer, p = make_layer(dropouts, [3, 1]), make_parameters(4, 6)
 
     def outputs(stream: Tensor, *tensors: Tensor) -> Tensor:
@@ -115,12 +136,16 @@ def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pyt
     ],
 )
 @pytest.mark.parametrize("from_stream", [True, False])
-def test_frozen_parameters_cost_nothing(trained: set[str], products: int, from_stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_parameters_cost_nothing(
+    trained: set[str], products: int, from_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is trained has the gradient it always has, what is frozen has none, and its matrix product does not run."""
     layer, p, stream = make_layer(ON), make_parameters(D, F), make_stream(sum(LENGTHS), D)
     weights = torch.randn(stream.shape, dtype=torch.float64)
     (run(stream, layer, p, torch.float64) * weights).sum().backward()
-    some = Parameters(*(v.detach().requires_grad_(name in trained) for name, v in zip(Parameters._fields, p, strict=True)))
+    some = Parameters(
+        *(v.detach().requires_grad_(name in trained) for name, v in zip(Parameters._fields, p, strict=True))
+    )
     weight_gradient = Mock(wraps=module._weight_gradient)
     monkeypatch.setattr(module, "_weight_gradient", weight_gradient)
     beside = stream.detach().requires_grad_(from_stream)
@@ -155,7 +180,11 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
 @pytest.mark.parametrize("computing", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_pass_without_a_graph_has_the_bits_of_one_with_it(computing: torch.dtype) -> None:
     """Through three layers, in the stream and in what matrix products read of it."""
-    layer, p, stream = make_layer(ON), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32).detach()
+    layer, p, stream = (
+        make_layer(ON),
+        make_parameters(D, F, torch.float32),
+        make_stream(sum(LENGTHS), D, torch.float32).detach(),
+    )
     read, rounded = factors(p, computing), stream.to(computing)
     kept: tuple[Tensor, Tensor] = stream, rounded
     out = stream
@@ -195,7 +224,11 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
 @pytest.mark.parametrize("used", [0, 1])
 def test_either_result_alone_has_its_gradient(used: int) -> None:
     """An expanded gradient, as a sum has it, is no trap; nor is the other result's, which is None."""
-    layer, p, stream = make_layer(OFF), make_parameters(D, F, torch.float32), make_stream(sum(LENGTHS), D, torch.float32)
+    layer, p, stream = (
+        make_layer(OFF),
+        make_parameters(D, F, torch.float32),
+        make_stream(sum(LENGTHS), D, torch.float32),
+    )
     post_norm_layer(stream, stream.bfloat16(), layer, factors(p, torch.bfloat16), p)[used].sum().backward()
     assert p.narrowed_norm_bias.grad is not None  # Σ over rows of 1
     torch.testing.assert_close(p.narrowed_norm_bias.grad, torch.full((D,), float(len(stream))))
@@ -205,7 +238,9 @@ def test_no_token_is_no_error() -> None:
     layer, p, stream = make_layer(ON, [0, 0])._replace(longest=1), make_parameters(D, F), make_stream(0, D)
     out = run(stream, layer, p, torch.float64)
     out.sum().backward()
-    assert out.shape == (0, D) and all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))
+    assert out.shape == (0, D) and all(
+        v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p)
+    )
 
 
 def test_it_is_differentiable_once_and_before_its_parameters_change() -> None:

@@ -22,10 +22,15 @@ CPU = World(torch.device("cpu"))
 strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 
 
-def _problem(seed: int = 0, dtype: torch.dtype = torch.float64, dimension: int = 6) -> tuple[WholeBatch, Tensor, Tensor, Targets]:
+def _problem(
+    seed: int = 0, dtype: torch.dtype = torch.float64, dimension: int = 6
+) -> tuple[WholeBatch, Tensor, Tensor, Targets]:
     whole = random_batch(seed=seed)
     draw = torch.Generator().manual_seed(seed)
-    q, p = (torch.randn(n, dimension, generator=draw, dtype=torch.float64) for n in (len(whole.positives), len(whole.passage_ids)))
+    q, p = (
+        torch.randn(n, dimension, generator=draw, dtype=torch.float64)
+        for n in (len(whole.positives), len(whole.passage_ids))
+    )
     q, p = (torch.nn.functional.normalize(x, dim=1).to(dtype) for x in (q, p))
     return whole, q, p, rank_batch(whole, 0, 10**6)[0].targets
 
@@ -46,11 +51,15 @@ def _one_query(similarities: list[float]) -> tuple[Tensor, Tensor, Targets]:
 @strategy
 @pytest.mark.parametrize("temperature", [0.02, 1.0])
 def test_a_margin_is_in_similarity_units_before_temperature(strategy: str, temperature: float) -> None:
-    """Positive at 0.5, margin 0.1: the column at 0.65 is taken for a false negative and dropped, 0.55 stays, at any temperature."""
+    """Positive at 0.5, margin 0.1: the column at 0.65 is taken for a false negative and dropped, 0.55 stays, at any
+    temperature.
+    """
     q, p, targets = _one_query([0.5, 0.55, 0.65])
     losses = {}
     for margin, negatives in ((None, [0.55, 0.65]), (0.1, [0.55]), (0.0, []), (0.2, [0.55, 0.65])):
-        loss, dq, dp = _objective(strategy=strategy, temperature=temperature, false_negative_margin=margin)(q, p, targets, CPU)
+        loss, dq, dp = _objective(strategy=strategy, temperature=temperature, false_negative_margin=margin)(
+            q, p, targets, CPU
+        )
         losses[margin] = math.log1p(sum(math.exp((s - 0.5) / temperature) for s in negatives))
         assert loss.item() == pytest.approx(losses[margin], rel=1e-6, abs=1e-12)
         assert (dp[2].norm() > 0) == (0.65 in negatives) and (dq.norm() > 0) == bool(negatives)
@@ -60,10 +69,16 @@ def test_a_margin_is_in_similarity_units_before_temperature(strategy: str, tempe
 @strategy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dimension", [3, 64, 384])
-def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(strategy: str, dtype: torch.dtype, dimension: int) -> None:
-    """At margin 0 the rounding of a similarity must not decide: with every passage twice and the halves as blocks, all or none would."""
+def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(
+    strategy: str, dtype: torch.dtype, dimension: int
+) -> None:
+    """At margin 0 the rounding of a similarity must not decide: with every passage twice and the halves as blocks, all
+    or none would.
+    """
     draw = torch.Generator().manual_seed(0)
-    q, p = (torch.nn.functional.normalize(torch.randn(n, dimension, generator=draw, dtype=dtype), dim=1) for n in (64, 32))
+    q, p = (
+        torch.nn.functional.normalize(torch.randn(n, dimension, generator=draw, dtype=dtype), dim=1) for n in (64, 32)
+    )
     p = torch.cat([p, p])
     known = torch.arange(65), torch.arange(64)
     targets = Targets(torch.arange(64), torch.arange(64), *known, global_queries=64)
@@ -80,7 +95,9 @@ def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(strategy: str, dt
 
 @strategy
 def test_temperature_is_the_configured_one_exactly(strategy: str) -> None:
-    """The logits are similarities over the temperature that was asked for, to float64's precision where the vectors are float64."""
+    """The logits are similarities over the temperature that was asked for, to float64's precision where the vectors are
+    float64.
+    """
     q, p, targets = _one_query([0.5, 0.3])
     objective = _objective(strategy=strategy, temperature=0.02)
     assert objective.temperature == pytest.approx(0.02, rel=1e-12)
@@ -92,7 +109,9 @@ def test_temperature_is_the_configured_one_exactly(strategy: str) -> None:
 def test_the_gradient_of_a_learned_temperature_is_autograds(strategy: str, symmetric: bool) -> None:
     """d loss / d log(1/temperature), added to what already stands there; none where the temperature is fixed."""
     whole, q, p, targets = _problem(1)
-    objective = _objective(strategy=strategy, symmetric=symmetric, learn_temperature=True, false_negative_margin=0.3).double()
+    objective = _objective(
+        strategy=strategy, symmetric=symmetric, learn_temperature=True, false_negative_margin=0.3
+    ).double()
     log_scale = objective.log_scale.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(oracle_loss(q, p, whole, log_scale, symmetric=symmetric, margin=0.3), log_scale)
     assert abs(expected) > 1e-3
@@ -107,7 +126,9 @@ def test_the_gradient_of_a_learned_temperature_is_autograds(strategy: str, symme
 
 @strategy
 def test_the_gradient_scale_multiplies_gradients_and_not_the_loss(strategy: str) -> None:
-    """By a power of two, so exactly: dqueries, dpassages and the temperature's gradient, while the loss reads as ever."""
+    """By a power of two, so exactly: dqueries, dpassages and the temperature's gradient, while the loss reads as
+    ever.
+    """
     _, q, p, targets = _problem(2, torch.float32)
     plain, scaled = (_objective(strategy=strategy, learn_temperature=True) for _ in range(2))
     loss, dq, dp = plain(q, p, targets, CPU)
@@ -120,7 +141,9 @@ def test_the_gradient_scale_multiplies_gradients_and_not_the_loss(strategy: str)
 @strategy
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_bf16_tier_is_the_loss_of_the_rounded_vectors(strategy: str, symmetric: bool) -> None:
-    """Loss and gradients are those of bf16-rounded vectors, positives included, and so stay close to full precision's."""
+    """Loss and gradients are those of bf16-rounded vectors, positives included, and so stay close to full
+    precision's.
+    """
     _, q, p, targets = _problem(3, torch.float32, dimension=64)
     settings: dict[str, Any] = {"strategy": strategy, "symmetric": symmetric, "temperature": 0.05}
     found = _objective(precision="bf16", **settings)(q, p, targets, CPU)
@@ -134,13 +157,21 @@ def test_the_bf16_tier_is_the_loss_of_the_rounded_vectors(strategy: str, symmetr
 
 @strategy
 def test_a_loss_is_never_negative_in_bf16(strategy: str) -> None:
-    """Positive and negative logits come from the same rounded numbers: where they are equal, the loss is log 2, not a rounding's sign."""
+    """Positive and negative logits come from the same rounded numbers: where they are equal, the loss is log 2, not a
+    rounding's sign.
+    """
     q, p, targets = _one_query([0.73, 0.73])
     q, p = q.float(), p.float()
     loss, dq, _ = _objective(strategy=strategy, precision="bf16", temperature=0.005)(q, p, targets, CPU)
     assert loss.item() == pytest.approx(math.log(2), rel=1e-5) and dq.abs().max() < 1e-3
     far = _one_query([0.999, -0.999])
-    assert 0 <= _objective(strategy=strategy, precision="bf16", temperature=0.005)(far[0].float(), far[1].float(), far[2], CPU)[0] < 1e-6
+    assert (
+        0
+        <= _objective(strategy=strategy, precision="bf16", temperature=0.005)(
+            far[0].float(), far[1].float(), far[2], CPU
+        )[0]
+        < 1e-6
+    )
 
 
 @strategy
@@ -162,7 +193,9 @@ def test_the_loss_is_divided_by_the_global_number_of_queries() -> None:
     """A rank's part is its sum over the *global* count: nothing else depends on the number of ranks."""
     _, q, p, targets = _problem(5)
     loss, dq, _ = _objective()(q, p, targets, CPU)
-    quarter = Targets(targets.positives, targets.passage_ids, targets.known_ptr, targets.known_ids, 4 * targets.global_queries)
+    quarter = Targets(
+        targets.positives, targets.passage_ids, targets.known_ptr, targets.known_ids, 4 * targets.global_queries
+    )
     quarter_loss, quarter_dq, _ = _objective()(q, p, quarter, CPU)
     torch.testing.assert_close(quarter_loss * 4, loss)
     torch.testing.assert_close(quarter_dq * 4, dq)
@@ -175,5 +208,7 @@ def test_a_learned_temperature_out_of_bounds_names_the_step(log_scale: float) ->
     assert objective.temperature_at(6) == objective.temperature
     with torch.no_grad():
         objective.log_scale.fill_(log_scale)
-    with pytest.raises(FloatingPointError, match=r"step 7: the learned temperature has left all bounds .*; lower optim\.lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: the learned temperature has left all bounds .*; lower optim\.lr"
+    ):
         objective.temperature_at(6)

@@ -23,7 +23,11 @@ def _loss(scores: list[float] | None, **settings: Any) -> tuple[float, Tensor, T
     """Loss and gradients for one query at temperature 1, the contrastive term off."""
     p = torch.tensor([[s, math.sqrt(1 - s * s)] for s in SIMILARITIES], dtype=torch.float64)
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    groups = None if scores is None else Groups(torch.tensor([0, len(scores)]), torch.arange(5, 5 + len(scores)), torch.tensor(scores))
+    groups = (
+        None
+        if scores is None
+        else Groups(torch.tensor([0, len(scores)]), torch.arange(5, 5 + len(scores)), torch.tensor(scores))
+    )
     targets = Targets(torch.tensor([0]), torch.arange(5, 8), torch.tensor([0, 1]), torch.tensor([5]), 1, groups)
     config = replace(LossConfig(precision="fp32", temperature=1.0, contrastive_weight=0.0), **settings)
     loss, dq, dp = ContrastiveObjective(config, unit=True)(q, p, targets, CPU)
@@ -33,7 +37,9 @@ def _loss(scores: list[float] | None, **settings: Any) -> tuple[float, Tensor, T
 @pytest.mark.parametrize("term", ["kl_weight", "margin_mse_weight"])
 @pytest.mark.parametrize("shift", [0.0, 40.0])
 def test_a_student_who_agrees_with_the_teacher_loses_nothing(term: str, shift: float) -> None:
-    """Scores that are the student's own logits, or these plus a constant, or in another temperature: no loss, no gradient."""
+    """Scores that are the student's own logits, or these plus a constant, or in another temperature: no loss, no
+    gradient.
+    """
     loss, dq, dp = _loss([3 * (s + shift) for s in SIMILARITIES], teacher_temperature=3.0, **{term: 1.0})
     assert abs(loss) < 1e-9 and dq.norm() < 1e-4 and dp.norm() < 1e-4
     other, dq, dp = _loss([0.0, 1.0, 2.0], **{term: 1.0})
@@ -41,7 +47,9 @@ def test_a_student_who_agrees_with_the_teacher_loses_nothing(term: str, shift: f
 
 
 def test_values_by_hand() -> None:
-    """Margins of the student −(−0.4, 0.2)... are 0.4 and −0.2; the teacher's 2 and 1; a uniform teacher's divergence by its definition."""
+    """Margins of the student −(−0.4, 0.2)... are 0.4 and −0.2; the teacher's 2 and 1; a uniform teacher's divergence by
+    its definition.
+    """
     loss, _, _ = _loss([2.0, 0.0, 1.0], margin_mse_weight=3.0)
     assert loss == pytest.approx(3 * ((0.4 - 2) ** 2 + (-0.2 - 1) ** 2) / 2)
     total = sum(math.exp(s) for s in SIMILARITIES)
@@ -64,10 +72,14 @@ def test_extreme_teachers_stay_finite() -> None:
 
 
 def test_bf16_representations_give_the_loss_of_their_rounded_values() -> None:
-    """Under precision bf16 the terms are those of vectors rounded to bf16; gradients come in the representations' dtype."""
+    """Under precision bf16 the terms are those of vectors rounded to bf16; gradients come in the representations'
+    dtype.
+    """
     loss, dq, _ = _loss([2.0, 0.0, 1.0], margin_mse_weight=1.0, precision="bf16")
     rounded = [float(torch.tensor(s).bfloat16()) for s in SIMILARITIES]
-    assert loss == pytest.approx(((rounded[0] - rounded[1] - 2) ** 2 + (rounded[0] - rounded[2] - 1) ** 2) / 2, rel=1e-6)
+    assert loss == pytest.approx(
+        ((rounded[0] - rounded[1] - 2) ** 2 + (rounded[0] - rounded[2] - 1) ** 2) / 2, rel=1e-6
+    )
     assert dq.dtype == torch.float64
 
 

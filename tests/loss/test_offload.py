@@ -111,7 +111,9 @@ def test_any_sizes_make_whole_blocks_and_a_rest(sizes: tuple[int, int]) -> None:
     positives = torch.arange(queries) % passages
     targets = Targets(positives, torch.arange(passages), torch.arange(queries + 1), positives, queries)
     config = LossConfig(precision="fp32", temperature=0.1, symmetric=True)
-    found, expected = (ContrastiveObjective(config, block_rows=rows, unit=True)(q, p, targets, CPU) for rows in (ROWS, None))
+    found, expected = (
+        ContrastiveObjective(config, block_rows=rows, unit=True)(q, p, targets, CPU) for rows in (ROWS, None)
+    )
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-14)
 
@@ -129,7 +131,9 @@ def test_targets_follow_their_rows_into_another_order() -> None:
     targets, draw = _targets(whole), torch.Generator().manual_seed(4)
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (20, 33))
     rows, columns = torch.randperm(20, generator=draw), torch.randperm(33, generator=draw)
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3), unit=True)
+    objective = ContrastiveObjective(
+        LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3), unit=True
+    )
     loss, dq, dp = objective(q, p, targets, CPU)
     moved = objective(q[rows], p[columns], targets.reordered(rows, columns), CPU)
     assert dq.norm() > 1e-2

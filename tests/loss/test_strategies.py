@@ -1,4 +1,6 @@
-"""Every strategy computes the one loss that is written out pair by pair in tests/problems.py, whatever the batch looks like."""
+"""Every strategy computes the one loss that is written out pair by pair in tests/problems.py, whatever the batch looks
+like.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _targets(whole: WholeBatch) -> Targets:
     return rank_batch(whole, 0, 10**6)[0].targets
 
 
-def _oracle(q: Tensor, p: Tensor, whole: WholeBatch, temperature: float = 0.1, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _oracle(
+    q: Tensor, p: Tensor, whole: WholeBatch, temperature: float = 0.1, **settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     q, p = q.double().clone().requires_grad_(), p.double().clone().requires_grad_()
     loss = oracle_loss(q, p, whole, torch.tensor(-math.log(temperature), dtype=torch.float64), **settings)
     dq, dp = torch.autograd.grad(loss, (q, p))
@@ -78,7 +82,9 @@ def _compare(names: Iterable[str], whole: WholeBatch, q: Tensor, p: Tensor, boun
 def test_loss_and_gradients_equal_the_oracle(
     queries: int, passages: int, ignored: int, symmetric: bool, margin: float | None, seed: int
 ) -> None:
-    """In float64 to 1e-9 for any batch: shared and several positives, ignored rows, false-negative margin, symmetric."""
+    """In float64 to 1e-9 for any batch: shared and several positives, ignored rows, false-negative margin,
+    symmetric.
+    """
     whole = random_batch(queries=queries, passages=passages, ignored=ignored, seed=seed)
     q, p = _vectors(whole, seed)
     assume(_oracle(q, p, whole, symmetric=symmetric, margin=margin)[0] > 1e-4)  # the oracle itself cancels below
@@ -99,7 +105,9 @@ def test_loss_and_gradients_equal_the_oracle(
 def test_low_temperature_and_unnormalised_rows(
     symmetric: bool, temperature: float, unit: bool, length: float, dtype: torch.dtype, bound: float
 ) -> None:
-    """No exponential overflows and no difference of large numbers decides: logits of thousands keep the bound of their dtype."""
+    """No exponential overflows and no difference of large numbers decides: logits of thousands keep the bound of their
+    dtype.
+    """
     whole = random_batch(seed=1)
     q, p = (x.to(dtype) for x in _vectors(whole, 1, unit=unit, length=length))
     _compare(STRATEGIES, whole, q, p, bound, symmetric=symmetric, temperature=temperature)
@@ -107,7 +115,9 @@ def test_low_temperature_and_unnormalised_rows(
 
 @strategy
 def test_small_losses_keep_their_gradients(strategy: str) -> None:
-    """Where every positive wins by far, loss and gradient of size 1e-6 are right to 1e-3 in float32, not lost in rounding."""
+    """Where every positive wins by far, loss and gradient of size 1e-6 are right to 1e-3 in float32, not lost in
+    rounding.
+    """
     whole = random_batch(queries=4, passages=4, seed=3)
     whole = replace(whole, positives=[0, 1, 2, 3], known=[[i] for i in whole.passage_ids])
     q = p = torch.eye(4)
@@ -130,7 +140,9 @@ def test_duplicate_rows() -> None:
 @strategy
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_row_without_negatives_costs_nothing(strategy: str, symmetric: bool) -> None:
-    """Where all columns are masked, a row's own loss and gradient are exactly 0; a batch of such rows is all zeros, without NaN."""
+    """Where all columns are masked, a row's own loss and gradient are exactly 0; a batch of such rows is all zeros,
+    without NaN.
+    """
     whole = random_batch(seed=5)
     q, p = _vectors(whole, 5)
     objective = _objective(strategy=strategy, symmetric=symmetric)

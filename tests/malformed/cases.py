@@ -1,4 +1,6 @@
-"""Malformed inputs: which command reads them, the files that replace those of a sound workplace, and the line expected of it."""
+"""Malformed inputs: which command reads them, the files that replace those of a sound workplace, and the line expected
+of it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ File = str | bytes
 
 @dataclass(frozen=True)
 class Case:
-    """One input. In `options`, `{}` stands for the workplace; an empty file name in `files` makes a folder of the name."""
+    """One input. In `options`, `{}` stands for the workplace; an empty file name in `files` makes a folder of the
+    name.
+    """
 
     name: str
     command: str
@@ -31,7 +35,11 @@ def source(name: str, content: File, expected: str, *settings: str) -> Case:
     """Training on one file, a source of settings such as `format: columns`."""
     described = ", ".join((f"path: {{}}/{name}", *settings))
     return Case(
-        f"train {' '.join((name, *settings))}: {expected}", "train", expected, {name: content}, (f"data.train=[{{{{{described}}}}}]",)
+        f"train {' '.join((name, *settings))}: {expected}",
+        "train",
+        expected,
+        {name: content},
+        (f"data.train=[{{{{{described}}}}}]",),
     )
 
 
@@ -57,8 +65,20 @@ def json_syntax() -> Iterator[Case]:
         "text": ('"who"', "expected a JSON object, received 'who'"),
     }
     for name, (text, message) in broken.items():
-        yield Case(f"json lines: {name}", "train", f"x\\.jsonl, line 2: .*{message}", {"x.jsonl": f"{good}\n{text}\n"}, SOURCE_JSONL)
-        yield Case(f"json list: {name}", "train", f"x\\.json, line 2: .*{message}", {"x.json": f"[{good},\n{text}]"}, SOURCE_JSON)
+        yield Case(
+            f"json lines: {name}",
+            "train",
+            f"x\\.jsonl, line 2: .*{message}",
+            {"x.jsonl": f"{good}\n{text}\n"},
+            SOURCE_JSONL,
+        )
+        yield Case(
+            f"json list: {name}",
+            "train",
+            f"x\\.json, line 2: .*{message}",
+            {"x.json": f"[{good},\n{text}]"},
+            SOURCE_JSON,
+        )
     after = {
         "a second list": f"\n[{good}]",
         "json lines": f"\n{good}",
@@ -69,11 +89,21 @@ def json_syntax() -> Iterator[Case]:
     for name, text in after.items():
         expected = r"x\.json, line [12]: expected the end of the file after the list"
         yield Case(f"json list, then {name}", "train", expected, {"x.json": f"[{good}]{text}"}, SOURCE_JSON)
-    yield Case("json lines: a list", "train", r"x\.jsonl, line 1: expected a JSON object", {"x.jsonl": f"[{good}]"}, SOURCE_JSONL)
+    yield Case(
+        "json lines: a list",
+        "train",
+        r"x\.jsonl, line 1: expected a JSON object",
+        {"x.jsonl": f"[{good}]"},
+        SOURCE_JSONL,
+    )
     yield Case("json lines: two objects", "train", r"line 1: .*Extra data", {"x.jsonl": good + good}, SOURCE_JSONL)
     yield Case("json list: no comma", "train", r"line 1: expected a comma", {"x.json": f"[{good} {good}]"}, SOURCE_JSON)
-    yield Case("json list: comma at the end", "train", r"line 1: .*Expecting value", {"x.json": f"[{good},]"}, SOURCE_JSON)
-    yield Case("json list: not closed", "train", r"line 1: expected a comma or the end", {"x.json": f"[{good}"}, SOURCE_JSON)
+    yield Case(
+        "json list: comma at the end", "train", r"line 1: .*Expecting value", {"x.json": f"[{good},]"}, SOURCE_JSON
+    )
+    yield Case(
+        "json list: not closed", "train", r"line 1: expected a comma or the end", {"x.json": f"[{good}"}, SOURCE_JSON
+    )
 
 
 SOURCE_JSONL, SOURCE_JSON = ("data.train=[{{path: {}/x.jsonl}}]",), ("data.train=[{{path: {}/x.json}}]",)
@@ -82,15 +112,24 @@ SOURCE_JSONL, SOURCE_JSON = ("data.train=[{{path: {}/x.jsonl}}]",), ("data.train
 def encodings() -> Iterator[Case]:
     """Bytes that are no UTF-8 and files that are not what their name says."""
     text = lines(GOOD)
-    kinds = {"x.jsonl": text, "x.json": f"[{json.dumps(GOOD)}]", "x.csv": "anchor,positive\nwho,b\n", "x.tsv": "anchor\tpositive\nwho\tb\n"}
+    kinds = {
+        "x.jsonl": text,
+        "x.json": f"[{json.dumps(GOOD)}]",
+        "x.csv": "anchor,positive\nwho,b\n",
+        "x.tsv": "anchor\tpositive\nwho\tb\n",
+    }
     for name, content in kinds.items():
-        yield source(name, content.encode().replace(b"who", b"\xff"), rf"{name}.*: expected UTF-8 text, received byte 0xff")
+        yield source(
+            name, content.encode().replace(b"who", b"\xff"), rf"{name}.*: expected UTF-8 text, received byte 0xff"
+        )
         yield source(name, content.encode("utf-16"), rf"{name}.*: expected UTF-8 text, received byte 0xff")
         packed = gzip.compress(content.encode() * 1000)
         yield source(f"{name}.gz", packed[: len(packed) // 2], rf"{name}\.gz.*: expected a complete gzip file")
         yield source(f"{name}.gz", content.encode(), rf"{name}\.gz.*: expected a complete gzip file")
     yield source("x.parquet", b"", r"x\.parquet, row 1: expected a Parquet file that is whole")
-    yield source("x.parquet", b"PAR1" + b"\0" * 100 + b"PAR1", r"x\.parquet, row 1: expected a Parquet file that is whole")
+    yield source(
+        "x.parquet", b"PAR1" + b"\0" * 100 + b"PAR1", r"x\.parquet, row 1: expected a Parquet file that is whole"
+    )
     yield source("x.zip", b"PK", r"x\.zip: expected a file ending in \.jsonl")
     yield source("x.jsonl", "", r"x\.jsonl: expected at least one record, found none")
     yield source("x.json", "[]", r"x\.json: expected at least one record, found none")
@@ -141,33 +180,55 @@ def fields_of_formats() -> Iterator[Case]:
         "half a character": ("\ud800", "expected Unicode text without the lone surrogate at 0"),
     }
     for kind in FORMATS:
-        wrong = {f"query {name}": (kind.record(value, ["b"], ["c"]), kind.query, message) for name, (value, message) in texts.items()}
+        wrong = {
+            f"query {name}": (kind.record(value, ["b"], ["c"]), kind.query, message)
+            for name, (value, message) in texts.items()
+        }
         blank = "expected text that is not blank, received"
         wrong |= {
-            f"query {name}": (kind.record(text, ["b"], ["c"]), kind.query, blank) for name, text in (("empty", ""), ("blank", " \u3000"))
+            f"query {name}": (kind.record(text, ["b"], ["c"]), kind.query, blank)
+            for name, text in (("empty", ""), ("blank", " \u3000"))
         }
         wrong |= {
-            f"positive {name}": (kind.record("a", [value], ["c"]), kind.positive, message) for name, (value, message) in texts.items()
+            f"positive {name}": (kind.record("a", [value], ["c"]), kind.positive, message)
+            for name, (value, message) in texts.items()
         }
         wrong |= {
-            f"negative {name}": (kind.record("a", ["b"], [value]), kind.negative, message) for name, (value, message) in texts.items()
+            f"negative {name}": (kind.record("a", ["b"], [value]), kind.negative, message)
+            for name, (value, message) in texts.items()
         }
         if kind.name != "columns":
             field_name = kind.positive.partition("[")[0]
             wrong["positives a text"] = (kind.record("a", "b", ["c"]), field_name, "expected a list, received 'b'")
-            wrong["positives null"] = (kind.record("a", None, ["c"]), field_name, "expected a list of (texts|passages), received None")
+            wrong["positives null"] = (
+                kind.record("a", None, ["c"]),
+                field_name,
+                "expected a list of (texts|passages), received None",
+            )
         for name, (record, field_name, message) in wrong.items():
             records = [kind.record("what", ["ocean"], ["storm"]), record]
             content = lines(*records) if kind.file == "x.jsonl" else json.dumps(records, indent=0)
             expected = rf"{kind.file}, line \d+: field '{_escaped(field_name)}(\[0\])?': {message}"
-            yield Case(f"{kind.name}: {name}", "train", expected, {kind.file: content}, (f"data.train=[{{{{path: {{}}/{kind.file}}}}}]",))
+            yield Case(
+                f"{kind.name}: {name}",
+                "train",
+                expected,
+                {kind.file: content},
+                (f"data.train=[{{{{path: {{}}/{kind.file}}}}}]",),
+            )
         missing = kind.record("a", ["b"], ["c"])
         del missing[kind.query]
         records = [kind.record("what", ["ocean"], ["storm"]), missing]
         content = lines(*records) if kind.file == "x.jsonl" else json.dumps(records)
         if kind.name != "columns":
             expected = f"{kind.file}, line .*field '.*' is missing"
-            yield Case(f"{kind.name}: no query", "train", expected, {kind.file: content}, (f"data.train=[{{{{path: {{}}/{kind.file}}}}}]",))
+            yield Case(
+                f"{kind.name}: no query",
+                "train",
+                expected,
+                {kind.file: content},
+                (f"data.train=[{{{{path: {{}}/{kind.file}}}}}]",),
+            )
 
 
 def _escaped(name: str) -> str:
@@ -178,18 +239,24 @@ def other_fields() -> Iterator[Case]:
     """Ids, scores, titles and prompts."""
     passage = {"docid": "1", "text": "a"}
     tevatron = {"query_id": "1", "query": "who", "positive_passages": [passage], "negative_passages": []}
-    yield source("x.jsonl", lines(tevatron | {"query_id": None}), r"line 1: field 'query_id': expected an id .*, received None")
+    yield source(
+        "x.jsonl", lines(tevatron | {"query_id": None}), r"line 1: field 'query_id': expected an id .*, received None"
+    )
     yield source("x.jsonl", lines(tevatron | {"query_id": ""}), r"field 'query_id': expected an id .*, received ''")
     yield source("x.jsonl", lines(tevatron | {"query_id": 1.5}), r"field 'query_id': expected an id .*, received 1\.5")
     yield source("x.jsonl", lines(tevatron | {"query_id": True}), r"field 'query_id': expected an id .*, received True")
-    yield source("x.jsonl", lines(tevatron, tevatron | {"query": "what"}), "query id '1' stands for two texts, the second 'what'")
+    yield source(
+        "x.jsonl", lines(tevatron, tevatron | {"query": "what"}), "query id '1' stands for two texts, the second 'what'"
+    )
     yield source("x.jsonl", lines(tevatron | {"prompt": 5}), "field 'prompt': expected text, received 5")
     titled = tevatron | {"positive_passages": [passage | {"title": 5}]}
     yield source("x.jsonl", lines(titled), r"field 'positive_passages\[0\]\.title': expected text, received 5")
     named = tevatron | {"positive_passages": [{"docid": {}, "text": "a"}]}
     yield source("x.jsonl", lines(named), r"field 'positive_passages\[0\]\.docid': expected an id")
     yield source(
-        "x.jsonl", lines(tevatron | {"positive_passages": ["a"]}), r"'positive_passages\[0\]': expected a mapping with the passage"
+        "x.jsonl",
+        lines(tevatron | {"positive_passages": ["a"]}),
+        r"'positive_passages\[0\]': expected a mapping with the passage",
     )
     scores = {
         "[1, 2]": r"field 'pos_scores': expected 1 numbers, one for each passage, received \[1, 2\]",
@@ -204,7 +271,11 @@ def other_fields() -> Iterator[Case]:
     for value, message in scores.items():
         yield source("x.jsonl", f'{{"query": "who", "pos": ["a"], "pos_scores": {value}}}\n', message)
     yield source("x.jsonl", lines({"query": "q", "pos": [""]}), r"none of its queries \(1\) has a positive passage")
-    yield source("x.jsonl", lines({"url": 1, "body": 2}), r"x\.jsonl, line 1: expected a record of tevatron, .* received fields body, url")
+    yield source(
+        "x.jsonl",
+        lines({"url": 1, "body": 2}),
+        r"x\.jsonl, line 1: expected a record of tevatron, .* received fields body, url",
+    )
     version2 = {"query_id": "1", "query_text": "who", "positive_document_ids": ["1"], "negative_document_ids": []}
     yield source("x.jsonl", lines(version2), r"expected a corpus file \(corpus\.\* or collection\.\*\)")
     yield source("x.jsonl", lines(version2), r"corpus\.jsonl: no such file", "corpus: {}/corpus.jsonl")
@@ -212,28 +283,68 @@ def other_fields() -> Iterator[Case]:
 
 def tables_of_text() -> Iterator[Case]:
     """CSV and TSV."""
-    yield source("x.csv", "anchor,positive\na,b\nc,d,e\n", r"x\.csv, line 3: expected 2 columns \(anchor, positive\), received 3")
+    yield source(
+        "x.csv", "anchor,positive\na,b\nc,d,e\n", r"x\.csv, line 3: expected 2 columns \(anchor, positive\), received 3"
+    )
     yield source("x.csv", "anchor,positive\na\n", r"x\.csv, line 2: expected 2 columns")
     yield source("x.csv", 'anchor,positive\na,"b\nc\n', r"x\.csv, line 3: expected comma-separated values")
     yield source("x.csv", 'anchor,positive\na,"b"c\n', r"x\.csv, line 2: expected comma-separated values")
     yield source(
-        "x.csv", "anchor,positive,positive\na,b,c\n", r"x\.csv, line 1: expected columns of different names, received 'positive' twice"
+        "x.csv",
+        "anchor,positive,positive\na,b,c\n",
+        r"x\.csv, line 1: expected columns of different names, received 'positive' twice",
     )
-    yield source("x.csv", "how tall is it,very tall\nhow wide,wide\n", r"x\.csv, line 2: expected a header with anchor and positive")
-    yield source("x.csv", "how tall is it;very tall\nhow wide;wide\n", r"x\.csv, line 2: expected a header with anchor and positive")
+    yield source(
+        "x.csv",
+        "how tall is it,very tall\nhow wide,wide\n",
+        r"x\.csv, line 2: expected a header with anchor and positive",
+    )
+    yield source(
+        "x.csv",
+        "how tall is it;very tall\nhow wide;wide\n",
+        r"x\.csv, line 2: expected a header with anchor and positive",
+    )
     yield source("x.csv", "anchor\na\n", r"x\.csv, line 2: expected a record of|anchor and a positive column")
-    yield source("x.csv", "anchor,positive\n,b\n", r"x\.csv, line 2: field 'anchor': expected text that is not blank, received ''")
-    yield source("x.csv", "anchor,positive\na,\n", r"x\.csv, line 2: field 'positive': expected text or a list of texts, received ''")
-    yield source("x.csv", "id,question,answer\n1,a,b\n", r"x\.csv, line 2: column 'id' is no passage: the columns are id, question, answer")
+    yield source(
+        "x.csv",
+        "anchor,positive\n,b\n",
+        r"x\.csv, line 2: field 'anchor': expected text that is not blank, received ''",
+    )
+    yield source(
+        "x.csv",
+        "anchor,positive\na,\n",
+        r"x\.csv, line 2: field 'positive': expected text or a list of texts, received ''",
+    )
+    yield source(
+        "x.csv",
+        "id,question,answer\n1,a,b\n",
+        r"x\.csv, line 2: column 'id' is no passage: the columns are id, question, answer",
+    )
     yield source("x.csv", "question,answer,label\na,b,1\n", r"x\.csv, line 2: column 'label' is no passage")
     yield source(
-        "x.csv", "anchor,positive\na,b\n", r"x\.csv, line 2: no column 'text': the columns are anchor, positive", "columns: [anchor, text]"
+        "x.csv",
+        "anchor,positive\na,b\n",
+        r"x\.csv, line 2: no column 'text': the columns are anchor, positive",
+        "columns: [anchor, text]",
     )
-    yield source("x.tsv", "anchor\tpositive\na\tb\tc\n", r"x\.tsv, line 2: expected 2 columns \(anchor, positive\), received 3")
-    yield source("x.tsv", "anchor\tanchor\na\tb\n", r"x\.tsv, line 1: expected columns of different names, received 'anchor' twice")
+    yield source(
+        "x.tsv", "anchor\tpositive\na\tb\tc\n", r"x\.tsv, line 2: expected 2 columns \(anchor, positive\), received 3"
+    )
+    yield source(
+        "x.tsv",
+        "anchor\tanchor\na\tb\n",
+        r"x\.tsv, line 1: expected columns of different names, received 'anchor' twice",
+    )
     yield source("x.tsv", "how tall\tvery tall\n", r"x\.tsv, line 1: expected a header with anchor and positive")
-    yield source("x.tsv", "how tall\tvery tall\nb\tc\n", r"x\.tsv, line 2: expected a header with anchor and positive", "format: columns")
-    yield source("x.tsv", "anchor\tpositive\n \tb\n", r"x\.tsv, line 2: field 'anchor': expected text that is not blank")
+    yield source(
+        "x.tsv",
+        "how tall\tvery tall\nb\tc\n",
+        r"x\.tsv, line 2: expected a header with anchor and positive",
+        "format: columns",
+    )
+    yield source(
+        "x.tsv", "anchor\tpositive\n \tb\n", r"x\.tsv, line 2: field 'anchor': expected text that is not blank"
+    )
     yield source("triples.tsv", "q\tp\n", r"triples\.tsv, line 1: expected 3 columns \(query, positive, negative\)")
     yield source("triples.tsv", " \tp\tn\n", r"triples\.tsv, line 1: field 'query': expected text that is not blank")
     yield source("triples.tsv", "q\t \tn\n", r"none of its queries \(1\) has a positive passage")
@@ -241,11 +352,17 @@ def tables_of_text() -> Iterator[Case]:
 
 def configurations() -> Iterator[Case]:
     """Configuration files and overrides."""
-    yield Case("config not UTF-8", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": b"run: {seed: \xff}"})
-    yield Case("config UTF-16", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": "run: {}".encode("utf-16")})
+    yield Case(
+        "config not UTF-8", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": b"run: {seed: \xff}"}
+    )
+    yield Case(
+        "config UTF-16", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": "run: {}".encode("utf-16")}
+    )
     yield Case("config a list", "config", r"--config .*c\.yaml: expected a mapping of sections", {"c.yaml": "- 1\n"})
     yield Case("config a key twice", "config", r"--config .*c\.yaml: .*duplicate key", {"c.yaml": "run: {}\nrun: {}\n"})
-    yield Case("config digits", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": f"run: {{seed: {DIGITS}}}"})
+    yield Case(
+        "config digits", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": f"run: {{seed: {DIGITS}}}"}
+    )
     yield Case("config deep", "config", r"--config .*c\.yaml: expected YAML in UTF-8", {"c.yaml": "a: " + "[" * 3000})
     yield Case("config absent", "config", r"--config .*c\.yaml: No such file", {})
     yield Case("config a folder", "config", r"--config .*c\.yaml: ", {"c.yaml/x": ""})

@@ -22,12 +22,20 @@ def of_both(name: str, expected: str, files: Mapping[str, File], *, evaluated: s
     """Training and evaluation on the folder; `evaluated`: what an evaluation says, where it differs."""
     placed = {f"beir/{file}": content for file, content in files.items()}
     for command, options in BOTH.items():
-        yield Case(f"{command}: {name}", command, evaluated if evaluated and command == "beir" else expected, placed, options)
+        yield Case(
+            f"{command}: {name}", command, evaluated if evaluated and command == "beir" else expected, placed, options
+        )
 
 
 def evaluated(name: str, expected: str, files: Mapping[str, File], *options: str) -> Case:
     """Evaluation alone."""
-    return Case(f"beir: {name}", "beir", expected, {f"beir/{file}": content for file, content in files.items()}, (*EVAL, *options))
+    return Case(
+        f"beir: {name}",
+        "beir",
+        expected,
+        {f"beir/{file}": content for file, content in files.items()},
+        (*EVAL, *options),
+    )
 
 
 def judgments() -> Iterator[Case]:
@@ -40,22 +48,37 @@ def judgments() -> Iterator[Case]:
     other = {
         "too few columns": ("q1\td1\n", r"test\.tsv, line 1: expected 'qid 0 pid grade' or 'qid pid grade'"),
         "too many columns": ("q1 0 d1 1 x\n", r"test\.tsv, line 1: expected 'qid 0 pid grade'"),
-        "fewer columns than the header": (f"{HEADER}q1\td1\n", r"test\.tsv, line 2: expected 3 columns as in the header"),
+        "fewer columns than the header": (
+            f"{HEADER}q1\td1\n",
+            r"test\.tsv, line 2: expected 3 columns as in the header",
+        ),
         "an empty query id": (f"{HEADER}\td1\t1\n", r"test\.tsv, line 2: field 'query-id': expected an id"),
         "an empty passage id": (f"{HEADER}q1\t\t1\n", r"test\.tsv, line 2: field 'corpus-id': expected an id"),
-        "two grades": (f"{HEADER}q1\td1\t1\nq1\td1\t2\n", r"test\.tsv, line 3: query 'q1', passage 'd1': grade 2, but 1 before"),
+        "two grades": (
+            f"{HEADER}q1\td1\t1\nq1\td1\t2\n",
+            r"test\.tsv, line 3: query 'q1', passage 'd1': grade 2, but 1 before",
+        ),
     }
     for name, (text, expected) in other.items():
         yield from of_both(name, expected, {"qrels/test.tsv": text})
     unknown = r"test\.tsv: query id 'q9' is not among the 2 queries that have a text"
     missing = r"queries\.jsonl: 1 of 2 judged queries without a text, first 'q9'"
-    yield from of_both("an unknown query", unknown, {"qrels/test.tsv": f"{HEADER}q1\td1\t1\nq9\td1\t1\n"}, evaluated=missing)
+    yield from of_both(
+        "an unknown query", unknown, {"qrels/test.tsv": f"{HEADER}q1\td1\t1\nq9\td1\t1\n"}, evaluated=missing
+    )
     swapped = "corpus-id\tquery-id\tscore\nq1\td1\t1\n"
-    yield from of_both("swapped columns", "query id 'd1' is not among", {"qrels/test.tsv": swapped}, evaluated="without a text, first 'd1'")
+    yield from of_both(
+        "swapped columns",
+        "query id 'd1' is not among",
+        {"qrels/test.tsv": swapped},
+        evaluated="without a text, first 'd1'",
+    )
     zeros = r"test\.tsv: field 'score': expected a grade above 0 on some line"
     none = r"none of its queries \(1\) has a positive passage"
     for grade in ("0", "-1"):
-        yield from of_both(f"grades of {grade}", none, {"qrels/test.tsv": f"{HEADER}q1\td1\t{grade}\n"}, evaluated=zeros)
+        yield from of_both(
+            f"grades of {grade}", none, {"qrels/test.tsv": f"{HEADER}q1\td1\t{grade}\n"}, evaluated=zeros
+        )
     yield evaluated("no split", r"beir: expected one file qrels/dev\.tsv", {}, "--split", "dev")
     yield evaluated(
         "json",
@@ -77,12 +100,16 @@ def texts() -> Iterator[Case]:
         corpus = {"corpus.jsonl": lines(DOCUMENT | {"text": text})}
         yield from of_both(f"passage {name}", rf"corpus\.jsonl, line 1: field 'text': {message}", corpus)
         yield from of_both(
-            f"query {name}", rf"queries\.jsonl, line 1: field 'text': {message}", {"queries.jsonl": lines(QUERY | {"text": text})}
+            f"query {name}",
+            rf"queries\.jsonl, line 1: field 'text': {message}",
+            {"queries.jsonl": lines(QUERY | {"text": text})},
         )
     for name, text in (("empty", ""), ("blank", " \u3000")):
         blank = r"queries\.jsonl, line 1: field 'text': expected text that is not blank"
         untrained = "query id 'q1' is not among the 0 queries that have a text"
-        yield from of_both(f"query {name}", untrained, {"queries.jsonl": lines(QUERY | {"text": text})}, evaluated=blank)
+        yield from of_both(
+            f"query {name}", untrained, {"queries.jsonl": lines(QUERY | {"text": text})}, evaluated=blank
+        )
     ids: dict[str, Any] = {"null": None, "empty": "", "a list": [1], "a fraction": 1.5}
     for name, value in ids.items():
         expected = r"\.jsonl, line 1: field '_id': expected an id \(text or a whole number\)"
@@ -90,40 +117,64 @@ def texts() -> Iterator[Case]:
         yield from of_both(f"query id {name}", expected, {"queries.jsonl": lines(QUERY | {"_id": value})})
     without = {"title": "x"}
     yield from of_both(
-        "a passage without fields", r"corpus\.jsonl, line 1: field '_id' is missing: expected '_id' or", {"corpus.jsonl": lines(without)}
+        "a passage without fields",
+        r"corpus\.jsonl, line 1: field '_id' is missing: expected '_id' or",
+        {"corpus.jsonl": lines(without)},
     )
     yield from of_both(
-        "a title of a number", r"corpus\.jsonl, line 1: field 'title': expected text", {"corpus.jsonl": lines(DOCUMENT | {"title": 5})}
+        "a title of a number",
+        r"corpus\.jsonl, line 1: field 'title': expected text",
+        {"corpus.jsonl": lines(DOCUMENT | {"title": 5})},
     )
-    yield from of_both("no corpus", "expected a corpus file|expected passages, found none|2 passage ids are not in", {"corpus.jsonl": ""})
-    yield from of_both("broken corpus", r"corpus\.jsonl, line 2: expected one JSON object", {"corpus.jsonl": lines(DOCUMENT) + "{"})
+    yield from of_both(
+        "no corpus",
+        "expected a corpus file|expected passages, found none|2 passage ids are not in",
+        {"corpus.jsonl": ""},
+    )
+    yield from of_both(
+        "broken corpus", r"corpus\.jsonl, line 2: expected one JSON object", {"corpus.jsonl": lines(DOCUMENT) + "{"}
+    )
     yield from of_both("a deep corpus", r"corpus\.jsonl, line 1: .*nested too deeply", {"corpus.jsonl": DEEP})
-    yield from of_both("a corpus of digits", r"corpus\.jsonl, line 1: .*too many digits", {"corpus.jsonl": '{"_id": ' + DIGITS + "}"})
+    yield from of_both(
+        "a corpus of digits", r"corpus\.jsonl, line 1: .*too many digits", {"corpus.jsonl": '{"_id": ' + DIGITS + "}"}
+    )
     twice = lines(DOCUMENT, DOCUMENT | {"text": "another"})
     yield from of_both(
         "a passage of two texts", "passage id 'd1' stands for two texts in the corpus", {"corpus.jsonl": twice},
         evaluated=r"corpus\.jsonl, line 2: field '_id': expected an id once; line 1 has it, with another text",
     )  # fmt: skip
     queries = lines(QUERY, QUERY | {"text": "another"})
-    yield from of_both("a query of two texts", r"queries\.jsonl, line 2: query id 'q1' stands for two texts", {"queries.jsonl": queries})
+    yield from of_both(
+        "a query of two texts",
+        r"queries\.jsonl, line 2: query id 'q1' stands for two texts",
+        {"queries.jsonl": queries},
+    )
     repeated = r"corpus\.jsonl, line 2: field '_id': expected an id once; line 1 has it, received 'd1'"
     yield evaluated("a passage twice", repeated, {"corpus.jsonl": lines(DOCUMENT, DOCUMENT)})
     spaced = r"corpus\.jsonl, line 2: field '_id': expected an id without white space"
     yield evaluated("a passage id with a blank", spaced, {"corpus.jsonl": lines(DOCUMENT, DOCUMENT | {"_id": "d 2"})})
     asked = {"queries.jsonl": lines(QUERY | {"_id": "q 1"}), "qrels/test.tsv": f"{HEADER}q 1\td1\t1\n"}
-    yield evaluated("a query id with a blank", r"queries\.jsonl, line 1: field '_id': expected an id without white space", asked)
+    yield evaluated(
+        "a query id with a blank", r"queries\.jsonl, line 1: field '_id': expected an id without white space", asked
+    )
     yield evaluated("no passages", r"corpus\.jsonl: expected passages, found none", {"corpus.jsonl": "\n"})
 
 
 def evaluated_while_training() -> Iterator[Case]:
     """An evaluation that would fail is refused before step 1."""
     wrong: dict[str, tuple[dict[str, File], str]] = {
-        "a passage twice": ({"corpus.jsonl": lines(DOCUMENT, DOCUMENT)}, r"corpus\.jsonl, line 2: field '_id': expected an id once"),
+        "a passage twice": (
+            {"corpus.jsonl": lines(DOCUMENT, DOCUMENT)},
+            r"corpus\.jsonl, line 2: field '_id': expected an id once",
+        ),
         "a blank query": (
             {"queries.jsonl": lines(QUERY | {"text": " "})},
             r"queries\.jsonl, line 1: field 'text': expected text that is not",
         ),
-        "grades of 0": ({"qrels/test.tsv": f"{HEADER}q1\td1\t0\n"}, r"test\.tsv: field 'score': expected a grade above 0"),
+        "grades of 0": (
+            {"qrels/test.tsv": f"{HEADER}q1\td1\t0\n"},
+            r"test\.tsv: field 'score': expected a grade above 0",
+        ),
     }
     for name, (files, expected) in wrong.items():
         placed = {f"beir/{file}": content for file, content in files.items()}
@@ -141,7 +192,10 @@ def runs() -> Iterator[Case]:
         "score 1_0": ("q1 Q0 d1 1 1_0 t\n", "line 1: score '1_0'; expected a finite number"),
         "passage twice": ("q1 Q0 d1 1 2 t\nq1 Q0 d1 2 1 t\n", "line 2: passage 'd1' of query 'q1' stands twice"),
         "rank 0": ("q1\td1\t0\n", "line 1: rank '0'; expected a whole number from 1 on"),
-        "rank digits": (f"q1\td1\t{DIGITS}\n", "line 1: rank '9+\\.\\.\\.; expected a whole number from 1 on, of at most 9 digits"),
+        "rank digits": (
+            f"q1\td1\t{DIGITS}\n",
+            "line 1: rank '9+\\.\\.\\.; expected a whole number from 1 on, of at most 9 digits",
+        ),
         "rank left out": ("q1\td1\t2\n", "query 'q1' has no rank 1 but a later one"),
         "rank twice": ("q1\td1\t1\nq1\td2\t1\n", "line 2: rank 1 of query 'q1' stands twice"),
     }
@@ -151,7 +205,11 @@ def runs() -> Iterator[Case]:
         compared = ("{}/good.run", "{}/x.run", "--data", "{}/beir")
         yield Case(f"compare: {name}", "compare", rf"x\.run[,:].*{expected}", {"x.run": text}, compared)
     yield Case(
-        "beir --run: no UTF-8", "beir", r"x\.run, line 1: expected UTF-8", {"x.run": b"\xff"}, ("--run", "{}/x.run", "--data", "{}/beir")
+        "beir --run: no UTF-8",
+        "beir",
+        r"x\.run, line 1: expected UTF-8",
+        {"x.run": b"\xff"},
+        ("--run", "{}/x.run", "--data", "{}/beir"),
     )
     yield Case("beir --run: absent", "beir", r"x\.run: no such file", {}, ("--run", "{}/x.run", "--data", "{}/beir"))
 
@@ -175,22 +233,37 @@ def questions() -> Iterator[Case]:
         yield Case(f"answers: {name}", "answers", rf"q\.csv[,:].*{expected}", {"q.csv": text}, options)
     regex = r"q\.csv, line 1: field 'answers': expected a regular expression \(--regex\): missing \)"
     yield Case("answers: no expression", "answers", regex, {"q.csv": "who\t['(']\n"}, (*options, "--regex"))
-    for name, record in {"no answers": {"question": "who"}, "an empty list": {"question": "who", "answers": []}}.items():
+    for name, record in {
+        "no answers": {"question": "who"},
+        "an empty list": {"question": "who", "answers": []},
+    }.items():
         expected = r"q\.jsonl, line 1: field 'answer\w*': expected a list of answers"
-        yield Case(f"answers, json: {name}", "answers", expected, {"q.jsonl": json.dumps(record)}, (*options[:4], "{}/q.jsonl"))
+        yield Case(
+            f"answers, json: {name}", "answers", expected, {"q.jsonl": json.dumps(record)}, (*options[:4], "{}/q.jsonl")
+        )
 
 
 def other_commands() -> Iterator[Case]:
     """The same files as read by encoding, mining and dividing."""
     once = r"c\.jsonl: field 'id': expected an id once, received 'd1' again"
     yield Case("encode: an id twice", "encode", once, {"c.jsonl": lines(DOCUMENT, DOCUMENT)}, ENCODE)
-    yield Case("encode: null", "encode", r"c\.jsonl, line 1: field 'text'", {"c.jsonl": lines(DOCUMENT | {"text": None})}, ENCODE)
+    yield Case(
+        "encode: null",
+        "encode",
+        r"c\.jsonl, line 1: field 'text'",
+        {"c.jsonl": lines(DOCUMENT | {"text": None})},
+        ENCODE,
+    )
     yield Case("encode: nothing", "encode", r"c\.jsonl: no passage in it", {"c.jsonl": ""}, ENCODE)
     yield Case("encode: no file", "encode", r"c\.jsonl: no such file", {}, ENCODE)
     for name, text in {"key twice": '{"query": "a", "query": "b", "pos": ["c"]}', "deep": DEEP, "null": "null"}.items():
         yield Case(f"mine: {name}", "mine", r"x\.jsonl, line 1: ", {"x.jsonl": text}, MINE)
     yield Case(
-        "mine: blank positives", "mine", r"none of its queries \(1\) has a positive", {"x.jsonl": lines({"query": "a", "pos": [" "]})}, MINE
+        "mine: blank positives",
+        "mine",
+        r"none of its queries \(1\) has a positive",
+        {"x.jsonl": lines({"query": "a", "pos": [" "]})},
+        MINE,
     )
     for name, text in {"grade": f"{HEADER}q1\td1\t1_0\n", "nothing": HEADER}.items():
         yield Case(f"hold_out: {name}", "hold_out", r"test\.tsv", {"beir/qrels/test.tsv": text}, DIVIDE)
@@ -202,7 +275,14 @@ def numbers() -> Iterator[Case]:
     wrong = {
         "beir": (
             EVAL,
-            {"--k": whole, "--max-tokens": whole, "--batch": whole, "--threads": whole, "--memory-gib": above, "--relevance": whole},
+            {
+                "--k": whole,
+                "--max-tokens": whole,
+                "--batch": whole,
+                "--threads": whole,
+                "--memory-gib": above,
+                "--relevance": whole,
+            },
         ),
         "mine": (MINE, {"--limit": whole, "--negatives": whole, "--judged": whole, "--percentage": above}),
         "hold_out": (DIVIDE, {"--queries": whole}),
@@ -211,7 +291,13 @@ def numbers() -> Iterator[Case]:
     for command, (options, names) in wrong.items():
         for name, message in names.items():
             for value in ("-2", "0", "nan", "1_0") if message == whole else ("-2", "0", "nan", "inf"):
-                yield Case(f"{command} {name} {value}", command, f"argument {name}: {message} '{value}'", {}, (*options, f"{name}={value}"))
+                yield Case(
+                    f"{command} {name} {value}",
+                    command,
+                    f"argument {name}: {message} '{value}'",
+                    {},
+                    (*options, f"{name}={value}"),
+                )
     runs = ("{}/good.run", "{}/x.run", "--data", "{}/beir")
     for option, message in {
         "--permutations=1e30": "expected a whole number of at least 1; received '1e30'",
@@ -221,7 +307,9 @@ def numbers() -> Iterator[Case]:
         f"--seed={2**63}": f"expected a whole number of at most {2**63 - 1}",
         "--moved=-1": "expected a whole number of at least 0; received '-1'",
     }.items():
-        yield Case(f"compare {option[:30]}", "compare", f"argument {option.partition('=')[0]}: {message}", {}, (*runs, option))
+        yield Case(
+            f"compare {option[:30]}", "compare", f"argument {option.partition('=')[0]}: {message}", {}, (*runs, option)
+        )
     for value in ("-1", "inf", "nan"):
         expected = f"argument --margin: expected a number of at least 0; received '{value}'"
         yield Case(f"mine --margin {value}", "mine", expected, {}, (*MINE, f"--margin={value}"))
@@ -229,4 +317,8 @@ def numbers() -> Iterator[Case]:
 
 def rows() -> list[Case]:
     """Every case of these files."""
-    return [case for kind in (judgments, texts, evaluated_while_training, runs, questions, other_commands, numbers) for case in kind()]
+    return [
+        case
+        for kind in (judgments, texts, evaluated_while_training, runs, questions, other_commands, numbers)
+        for case in kind()
+    ]

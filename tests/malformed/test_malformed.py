@@ -22,7 +22,14 @@ def _mains() -> dict[str, Callable[[Sequence[str]], object]]:
     from retriever import encode, train
     from scripts import hold_out, mine_negatives
 
-    modules = {"beir": beir, "answers": answers, "compare": compare, "encode": encode, "hold_out": hold_out, "mine": mine_negatives}
+    modules = {
+        "beir": beir,
+        "answers": answers,
+        "compare": compare,
+        "encode": encode,
+        "hold_out": hold_out,
+        "mine": mine_negatives,
+    }
     return {name: module.main for name, module in modules.items()} | dict.fromkeys(("train", "config"), train.main)
 
 
@@ -32,7 +39,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
     save_tiny_model(folder / "model")
     (folder / "beir" / "qrels").mkdir(parents=True)
-    (folder / "beir" / "corpus.jsonl").write_text(cases.lines(collection_cases.DOCUMENT, {"_id": "d2", "text": "storm"}))
+    (folder / "beir" / "corpus.jsonl").write_text(
+        cases.lines(collection_cases.DOCUMENT, {"_id": "d2", "text": "storm"})
+    )
     (folder / "beir" / "queries.jsonl").write_text(cases.lines(collection_cases.QUERY, {"_id": "q2", "text": "storm"}))
     (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n")
     (folder / "good.run").write_text("q1 Q0 d1 1 1.0 t\nq2 Q0 d2 1 1.0 t\n")
@@ -42,9 +51,21 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The line that the command ends with. Fails where it ends in another way."""
-    settings = [f"model.name_or_path={folder}/model", f"run.output_dir={folder}/run", f"data.cache_dir={folder}/cache", "train.max_steps=1"]
-    data = [] if any(option.startswith("data.train=") for option in case.options) else [f"data.train=[{{path: {folder}/x.jsonl}}]"]
-    given = [option.replace("{{", "{").replace("}}", "}") if "{{" in option else option for option in _placed(case.options, folder)]
+    settings = [
+        f"model.name_or_path={folder}/model",
+        f"run.output_dir={folder}/run",
+        f"data.cache_dir={folder}/cache",
+        "train.max_steps=1",
+    ]
+    data = (
+        []
+        if any(option.startswith("data.train=") for option in case.options)
+        else [f"data.train=[{{path: {folder}/x.jsonl}}]"]
+    )
+    given = [
+        option.replace("{{", "{").replace("}}", "}") if "{{" in option else option
+        for option in _placed(case.options, folder)
+    ]
     if case.command == "train":
         given = [*settings, *data, *given]
     elif case.command == "config":
@@ -61,7 +82,9 @@ def _placed(options: Sequence[str], folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.encode("ascii", "replace").decode()[:80])
-def test_a_malformed_input_is_refused_in_one_line(case: Case, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_malformed_input_is_refused_in_one_line(
+    case: Case, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Naming what is wrong and where."""
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
     for name, content in case.files.items():

@@ -1,4 +1,6 @@
-"""Model folders that cannot be used: one line that names the file and the field, and exit status 2, from every command."""
+"""Model folders that cannot be used: one line that names the file and the field, and exit status 2, from every
+command.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ from tests.tiny import random_texts, save_tiny_model
 COMMANDS = ("train", "encode", "beir")
 Damage = Callable[[Path], object]
 WEIGHTS, OWN, MODULES, POOLING = "model.safetensors", "bigbatch.json", "modules.json", "1_Pooling/config.json"
-DESCRIBED, TRANSFORMER, INDEX = "config_sentence_transformers.json", "sentence_bert_config.json", "model.safetensors.index.json"
+DESCRIBED, TRANSFORMER, INDEX = (
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "model.safetensors.index.json",
+)
 
 
 def _text(file: str, text: str | bytes) -> Damage:
@@ -120,12 +126,21 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "own: deep": (_text(OWN, '{"a":' * 100_000), r"/bigbatch\.json: expected JSON"),
     "own: long number": (_text(OWN, f'{{"format_version": {"9" * 5000}}}'), r"/bigbatch\.json: expected JSON"),
     "own: no version": (_own(format_version=...), r"/bigbatch\.json: 'format_version' is missing"),
-    "own: version as text": (_own(format_version="1"), r"/bigbatch\.json: format_version: expected a whole number, received '1'"),
+    "own: version as text": (
+        _own(format_version="1"),
+        r"/bigbatch\.json: format_version: expected a whole number, received '1'",
+    ),
     "own: another version": (_own(format_version=2), r"/bigbatch\.json: format_version is 2; .* reads 1"),
-    "own: unknown pooling": (_own(pooling="max"), r"/bigbatch\.json: pooling: expected cls \| mean \| last, received 'max'"),
+    "own: unknown pooling": (
+        _own(pooling="max"),
+        r"/bigbatch\.json: pooling: expected cls \| mean \| last, received 'max'",
+    ),
     "own: pooling of a number": (_own(pooling=1), r"/bigbatch\.json: pooling: expected"),
     "own: no pooling": (_own(pooling=...), r"/bigbatch\.json: 'pooling' is missing"),
-    "own: normalize as text": (_own(normalize="yes"), r"/bigbatch\.json: normalize: expected true or false, received 'yes'"),
+    "own: normalize as text": (
+        _own(normalize="yes"),
+        r"/bigbatch\.json: normalize: expected true or false, received 'yes'",
+    ),
     "own: normalize a number": (_own(normalize=1), r"/bigbatch\.json: normalize: expected true or false"),
     "own: prompt null": (_own(passage_prompt=None), r"/bigbatch\.json: passage_prompt: expected text, received None"),
     "own: prompt a list": (_own(query_prompt=["q"]), r"/bigbatch\.json: query_prompt: expected text"),
@@ -135,9 +150,15 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "own: tied as text": (_own(tied="no"), r"/bigbatch\.json: tied: expected true or false, received 'no'"),
     "own: two towers that are not there": (_own(tied=False), r"has no passage/config\.json"),
     "own: length as text": (_own(query_max_tokens="24"), r"/bigbatch\.json: query_max_tokens: expected a whole number"),
-    "own: length 0": (_own(query_max_tokens=0), r"/bigbatch\.json: query_max_tokens: expected from 4 to 256, .*; received 0"),
+    "own: length 0": (
+        _own(query_max_tokens=0),
+        r"/bigbatch\.json: query_max_tokens: expected from 4 to 256, .*; received 0",
+    ),
     "own: length beyond": (_own(passage_max_tokens=99999), r"/bigbatch\.json: passage_max_tokens: .*; received 99999"),
-    "own: a broken length": (_own(query_max_tokens=24.5), r"/bigbatch\.json: query_max_tokens: expected a whole number"),
+    "own: a broken length": (
+        _own(query_max_tokens=24.5),
+        r"/bigbatch\.json: query_max_tokens: expected a whole number",
+    ),
     "own: truncate_dim 0": (_own(truncate_dim=0), r"/bigbatch\.json: truncate_dim: expected at least 1; received 0"),
     # modules.json
     "modules: cut": (_cut(MODULES, 0.5), r"/modules\.json: expected JSON"),
@@ -147,19 +168,46 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "modules: no type": (_modules({"path": ""}), r"/modules\.json: module 0: 'type' is missing"),
     "modules: type a number": (_modules({"type": 3}), r"/modules\.json: module 0: type: expected text, received 3"),
     "modules: path null": (_modules(_module("Transformer", None)), r"/modules\.json: module 0: path: expected text"),
-    "modules: path up": (_modules(_module("Transformer", "../x")), r"/modules\.json: module 0: path: expected a folder inside"),
-    "modules: path from the root": (_modules(_module("Transformer", "/x")), r"/modules\.json: module 0: path: expected a folder inside"),
-    "modules: a class of one's own": (_modules({"type": "custom.Transformer"}, _module("Pooling")), r"received custom\.Transformer"),
-    "modules: another module": (_modules(_module("Transformer"), _module("Pooling"), _module("Dense")), r"received .*Dense"),
-    "modules: two poolings": (_modules(_module("Transformer"), _module("Pooling"), _module("Pooling")), r"/modules\.json: expected the"),
-    "modules: no transformer there": (_modules(_module("Transformer", "0_T"), _module("Pooling", "1_Pooling")), r"has no 0_T/config\.json"),
+    "modules: path up": (
+        _modules(_module("Transformer", "../x")),
+        r"/modules\.json: module 0: path: expected a folder inside",
+    ),
+    "modules: path from the root": (
+        _modules(_module("Transformer", "/x")),
+        r"/modules\.json: module 0: path: expected a folder inside",
+    ),
+    "modules: a class of one's own": (
+        _modules({"type": "custom.Transformer"}, _module("Pooling")),
+        r"received custom\.Transformer",
+    ),
+    "modules: another module": (
+        _modules(_module("Transformer"), _module("Pooling"), _module("Dense")),
+        r"received .*Dense",
+    ),
+    "modules: two poolings": (
+        _modules(_module("Transformer"), _module("Pooling"), _module("Pooling")),
+        r"/modules\.json: expected the",
+    ),
+    "modules: no transformer there": (
+        _modules(_module("Transformer", "0_T"), _module("Pooling", "1_Pooling")),
+        r"has no 0_T/config\.json",
+    ),
     # other files of sentence-transformers
     "pooling: missing": (_without(POOLING), r"/1_Pooling/config\.json: is missing"),
     "pooling: a list": (_text(POOLING, "[]"), r"/1_Pooling/config\.json: expected an object"),
     "pooling: no mode": (_text(POOLING, "{}"), r"/1_Pooling/config\.json: pooling_mode: .*received none"),
-    "pooling: mode a list": (_set(POOLING, pooling_mode=["mean", "cls"]), r"/1_Pooling/config\.json: pooling_mode: expected"),
-    "pooling: unknown mode": (_set(POOLING, pooling_mode="max"), r"/1_Pooling/config\.json: pooling_mode: .*received max"),
-    "pooling: prompt": (_set(POOLING, include_prompt="no"), r"/1_Pooling/config\.json: include_prompt: expected true or false"),
+    "pooling: mode a list": (
+        _set(POOLING, pooling_mode=["mean", "cls"]),
+        r"/1_Pooling/config\.json: pooling_mode: expected",
+    ),
+    "pooling: unknown mode": (
+        _set(POOLING, pooling_mode="max"),
+        r"/1_Pooling/config\.json: pooling_mode: .*received max",
+    ),
+    "pooling: prompt": (
+        _set(POOLING, include_prompt="no"),
+        r"/1_Pooling/config\.json: include_prompt: expected true or false",
+    ),
     "described: a list": (_text(DESCRIBED, "[]"), r"/config_sentence_transformers\.json: expected an object"),
     "described: cut": (_text(DESCRIBED, "{"), r"/config_sentence_transformers\.json: expected JSON"),
     "described: prompts a list": (_set(DESCRIBED, prompts=["q"]), r"_transformers\.json: prompts: expected a mapping"),
@@ -167,14 +215,32 @@ ROWS: dict[str, tuple[Damage, str]] = {
         _set(DESCRIBED, prompts={"query": 1}),
         r"_transformers\.json: prompts: query: expected text, received 1",
     ),
-    "described: euclidean": (_set(DESCRIBED, similarity_fn_name="euclidean"), r"similarity_fn_name: expected .*, received 'euclidean'"),
-    "described: manhattan": (_set(DESCRIBED, similarity_fn_name="manhattan"), r"similarity_fn_name: expected .*, received 'manhattan'"),
+    "described: euclidean": (
+        _set(DESCRIBED, similarity_fn_name="euclidean"),
+        r"similarity_fn_name: expected .*, received 'euclidean'",
+    ),
+    "described: manhattan": (
+        _set(DESCRIBED, similarity_fn_name="manhattan"),
+        r"similarity_fn_name: expected .*, received 'manhattan'",
+    ),
     "described: similarity a number": (_set(DESCRIBED, similarity_fn_name=1), r"similarity_fn_name: expected"),
-    "described: truncate_dim 0": (_set(DESCRIBED, truncate_dim=0), r"_transformers\.json: truncate_dim: expected at least 1"),
-    "described: truncate_dim as text": (_set(DESCRIBED, truncate_dim="64"), r"_transformers\.json: truncate_dim: expected"),
+    "described: truncate_dim 0": (
+        _set(DESCRIBED, truncate_dim=0),
+        r"_transformers\.json: truncate_dim: expected at least 1",
+    ),
+    "described: truncate_dim as text": (
+        _set(DESCRIBED, truncate_dim="64"),
+        r"_transformers\.json: truncate_dim: expected",
+    ),
     "transformer: a list": (_text(TRANSFORMER, "[]"), r"/sentence_bert_config\.json: expected an object"),
-    "transformer: length as text": (_set(TRANSFORMER, max_seq_length="60"), r"/sentence_bert_config\.json: max_seq_length: expected"),
-    "transformer: length 0": (_set(TRANSFORMER, max_seq_length=0), r"/sentence_bert_config\.json: max_seq_length: expected at least 4"),
+    "transformer: length as text": (
+        _set(TRANSFORMER, max_seq_length="60"),
+        r"/sentence_bert_config\.json: max_seq_length: expected",
+    ),
+    "transformer: length 0": (
+        _set(TRANSFORMER, max_seq_length=0),
+        r"/sentence_bert_config\.json: max_seq_length: expected at least 4",
+    ),
     "transformer: lower-case": (
         _set(TRANSFORMER, do_lower_case=True),
         r"/sentence_bert_config\.json: do_lower_case: True is not supported",
@@ -188,15 +254,33 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "config: cut": (_cut("config.json", 0.5), r"/config\.json: expected JSON"),
     "config: a list": (_text("config.json", "[]"), r"/config\.json: expected an object, received list"),
     "config: empty object": (_text("config.json", "{}"), r"/config\.json: no configuration"),
-    "config: unknown architecture": (_set("config.json", model_type="nonesuch"), r"/config\.json: no configuration .*nonesuch"),
-    "config: architecture not verified": (_text("config.json", '{"model_type": "t5"}'), r"is a 't5' model, an architecture on which"),
+    "config: unknown architecture": (
+        _set("config.json", model_type="nonesuch"),
+        r"/config\.json: no configuration .*nonesuch",
+    ),
+    "config: architecture not verified": (
+        _text("config.json", '{"model_type": "t5"}'),
+        r"is a 't5' model, an architecture on which",
+    ),
     "config: architecture a number": (_set("config.json", model_type=3), r"/config\.json: no configuration"),
     "config: 63 dimensions": (_set("config.json", hidden_size=63), r"/config\.json: no bert model can be built"),
-    "config: 64 dimensions": (_set("config.json", hidden_size=64), rf"/{WEIGHTS}: .* has shape .*; expected .*64.*, by .*/config\.json"),
-    "config: 0 dimensions": (_set("config.json", hidden_size=0), r"/config\.json: no bert model can be built|has shape"),
+    "config: 64 dimensions": (
+        _set("config.json", hidden_size=64),
+        rf"/{WEIGHTS}: .* has shape .*; expected .*64.*, by .*/config\.json",
+    ),
+    "config: 0 dimensions": (
+        _set("config.json", hidden_size=0),
+        r"/config\.json: no bert model can be built|has shape",
+    ),
     "config: layers as text": (_set("config.json", num_hidden_layers="two"), r"/config\.json: .*num_hidden_layers"),
-    "config: a layer too many": (_set("config.json", num_hidden_layers=3), r"lacks 16 weights of its passage tower, encoder\.layer\.2"),
-    "config: a million layers": (_set("config.json", num_hidden_layers=10**6), r"/config\.json: num_hidden_layers: 1000000 layers, but"),
+    "config: a layer too many": (
+        _set("config.json", num_hidden_layers=3),
+        r"lacks 16 weights of its passage tower, encoder\.layer\.2",
+    ),
+    "config: a million layers": (
+        _set("config.json", num_hidden_layers=10**6),
+        r"/config\.json: num_hidden_layers: 1000000 layers, but",
+    ),
     "config: a large vocabulary": (
         _set("config.json", vocab_size=206),
         rf"/{WEIGHTS}: .*word_embeddings.* \[198, 32\]; expected \[206, 32\]",
@@ -207,13 +291,22 @@ ROWS: dict[str, tuple[Damage, str]] = {
         r"/tokenizer\.json: token .* has the id 197, but vocab_size .* is 100",
     ),
     "config: vocabulary as text": (_set("config.json", vocab_size="198"), r"/config\.json: .*vocab_size"),
-    "config: negative vocabulary": (_set("config.json", vocab_size=-1), r"vocab_size in config\.json is -1|/config\.json"),
-    "config: positions as text": (_set("config.json", max_position_embeddings="many"), r"/config\.json: .*max_position_embeddings"),
+    "config: negative vocabulary": (
+        _set("config.json", vocab_size=-1),
+        r"vocab_size in config\.json is -1|/config\.json",
+    ),
+    "config: positions as text": (
+        _set("config.json", max_position_embeddings="many"),
+        r"/config\.json: .*max_position_embeddings",
+    ),
     "config: fewer positions": (
         _set("config.json", max_position_embeddings=128),
         r"position_embeddings.* \[256, 32\]; expected \[128, 32\]",
     ),
-    "config: unknown activation": (_set("config.json", hidden_act="sine"), r"/config\.json: no bert model can be built from it: .*sine"),
+    "config: unknown activation": (
+        _set("config.json", hidden_act="sine"),
+        r"/config\.json: no bert model can be built from it: .*sine",
+    ),
     "config: attention of the hub": (
         _set("config.json", attn_implementation="user/code"),
         r"/config\.json: attn_implementation: .*user/code",
@@ -222,17 +315,32 @@ ROWS: dict[str, tuple[Damage, str]] = {
         _set("config.json", _attn_implementation={"": "user/code"}),
         r"_attn_implementation: .*user/code",
     ),
-    "config: other weights": (_set("config.json", transformers_weights="evil.bin"), r"/config\.json: transformers_weights: expected none"),
-    "config: quantised": (_set("config.json", quantization_config={"bits": 4}), r"/config\.json: quantization_config: expected none"),
+    "config: other weights": (
+        _set("config.json", transformers_weights="evil.bin"),
+        r"/config\.json: transformers_weights: expected none",
+    ),
+    "config: quantised": (
+        _set("config.json", quantization_config={"bits": 4}),
+        r"/config\.json: quantization_config: expected none",
+    ),
     # weights
     "weights: missing": (_without(WEIGHTS), r": there is no model\.safetensors$"),
-    "weights: pickled": (_pickled, r": there is no model\.safetensors; pytorch_model\.bin is pickled, which is not read"),
+    "weights: pickled": (
+        _pickled,
+        r": there is no model\.safetensors; pytorch_model\.bin is pickled, which is not read",
+    ),
     "weights: cut": (_cut(WEIGHTS, 0.5), rf"/{WEIGHTS}: no complete safetensors file"),
     "weights: cut in the header": (_cut(WEIGHTS, 0.01), rf"/{WEIGHTS}: no complete safetensors file"),
     "weights: empty": (_text(WEIGHTS, ""), rf"/{WEIGHTS}: no complete safetensors file"),
     "weights: garbage": (_text(WEIGHTS, b"\x93" * 4000), rf"/{WEIGHTS}: no complete safetensors file"),
-    "weights: a huge header": (_text(WEIGHTS, b"\xff" * 7 + b"\x7f" + b"{}"), rf"/{WEIGHTS}: no complete safetensors file"),
-    "weights: not finite": (_weights(lambda w: w["encoder.layer.1.output.dense.weight"][0].fill_(torch.nan)), r"layer\.1.* not finite"),
+    "weights: a huge header": (
+        _text(WEIGHTS, b"\xff" * 7 + b"\x7f" + b"{}"),
+        rf"/{WEIGHTS}: no complete safetensors file",
+    ),
+    "weights: not finite": (
+        _weights(lambda w: w["encoder.layer.1.output.dense.weight"][0].fill_(torch.nan)),
+        r"layer\.1.* not finite",
+    ),
     "weights: of another model": (_of_another_model, r"lacks \d+ weights of its passage tower"),
     "weights: a layer lost": (
         _weights(lambda w: w.pop("encoder.layer.0.output.dense.bias")),
@@ -241,18 +349,36 @@ ROWS: dict[str, tuple[Damage, str]] = {
     "index: a list": (_sharded([1]), rf"/{INDEX}: expected an object"),
     "index: no map": (_sharded({}), rf"/{INDEX}: 'weight_map' is missing"),
     "index: numbers": (_sharded({"weight_map": {"x": 3}}), rf"/{INDEX}: weight_map: expected files .*received '3'"),
-    "index: pickled": (_sharded({"weight_map": {"x": "evil.bin"}}), rf"/{INDEX}: weight_map: expected files .*received 'evil\.bin'"),
-    "index: outside": (_sharded({"weight_map": {"x": "../other.safetensors"}}), r"weight_map: .*received '\.\./other\.safetensors'"),
-    "index: a file that is not there": (_sharded({"weight_map": {"x": "model-2.safetensors"}}), r"/model-2\.safetensors: no complete"),
-    "adapters beside the model": (_text("adapter_config.json", "{}"), r"/adapter_config\.json: adapters beside a model are not read"),
+    "index: pickled": (
+        _sharded({"weight_map": {"x": "evil.bin"}}),
+        rf"/{INDEX}: weight_map: expected files .*received 'evil\.bin'",
+    ),
+    "index: outside": (
+        _sharded({"weight_map": {"x": "../other.safetensors"}}),
+        r"weight_map: .*received '\.\./other\.safetensors'",
+    ),
+    "index: a file that is not there": (
+        _sharded({"weight_map": {"x": "model-2.safetensors"}}),
+        r"/model-2\.safetensors: no complete",
+    ),
+    "adapters beside the model": (
+        _text("adapter_config.json", "{}"),
+        r"/adapter_config\.json: adapters beside a model are not read",
+    ),
     # the tokenizer
     "tokenizer: cut": (_cut("tokenizer.json", 0.5), r"/tokenizer\.json: expected JSON"),
     "tokenizer: a list": (_text("tokenizer.json", "[]"), r"/tokenizer\.json: no tokenizer that can be loaded"),
-    "tokenizer: another format": (_tokenizer(model={"type": "Nonesuch"}), r"/tokenizer\.json: no tokenizer that can be loaded"),
+    "tokenizer: another format": (
+        _tokenizer(model={"type": "Nonesuch"}),
+        r"/tokenizer\.json: no tokenizer that can be loaded",
+    ),
     "tokenizer: no unknown token": (_without_unknown, r"/tokenizer\.json: no tokenizer that can be loaded: .*UNK"),
     "tokenizer: its settings cut": (_cut("tokenizer_config.json", 0.5), r"/tokenizer_config\.json: expected JSON"),
     "tokenizer: its settings a list": (_text("tokenizer_config.json", "[]"), r"/tokenizer"),
-    "tokenizer: truncation": (_set("tokenizer_config.json", truncation_side="middle"), r"/tokenizer\.json: no tokenizer .*middle"),
+    "tokenizer: truncation": (
+        _set("tokenizer_config.json", truncation_side="middle"),
+        r"/tokenizer\.json: no tokenizer .*middle",
+    ),
     "tokenizer: tokens that the model does not know": (
         _added_token,
         r"/tokenizer\.json: token 'yak' has the id 199, but vocab_size .* 198",
@@ -269,7 +395,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _modules(_module("Transformer"), _module("Pooling", "1_Pooling"))(model)
     _text(POOLING, '{"pooling_mode": "mean"}')(model)
     texts = random_texts(6)
-    corpus, queries = [{"_id": f"p{i}", "text": text} for i, text in enumerate(texts)], {f"q{i}": text for i, text in enumerate(texts)}
+    corpus, queries = (
+        [{"_id": f"p{i}", "text": text} for i, text in enumerate(texts)],
+        {f"q{i}": text for i, text in enumerate(texts)},
+    )
     judged = {f"q{i}": {f"p{i}": 1} for i in range(6)}
     write_beir(folder / "data", corpus, queries, train=judged, test=judged)
     return folder
@@ -279,8 +408,18 @@ def _started(command: str, model: Path, folder: Path) -> list[str]:
     """The command's arguments to use `model` on the data, with outputs in `folder`."""
     data = model.parent / "data"
     if command == "train":
-        lengths = ("model.query_max_tokens=24", "model.passage_max_tokens=40", "batch.queries=4", "optim.precision=fp32")
-        places = (f"run.output_dir={folder}/run", f"data.cache_dir={folder}/cache", "run.trackers=[]", "train.max_steps=1")
+        lengths = (
+            "model.query_max_tokens=24",
+            "model.passage_max_tokens=40",
+            "batch.queries=4",
+            "optim.precision=fp32",
+        )
+        places = (
+            f"run.output_dir={folder}/run",
+            f"data.cache_dir={folder}/cache",
+            "run.trackers=[]",
+            "train.max_steps=1",
+        )
         return [f"model.name_or_path={model}", f"data.train=[{{path: {data}}}]", *places, *lengths]
     if command == "encode":
         return ["--model", str(model), "--input", str(data), "--side", "query", "--output", f"{folder}/shards"]

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from retriever.config import BatchConfig, Config, ConfigError, DataConfig, LossConfig
-from retriever.parallel.cost import Estimate, Machine, Workload, choose, exchange_for, gather_cost, hiding_queries, ring_cost
+from retriever.parallel.cost import (
+    Estimate,
+    Machine,
+    Workload,
+    choose,
+    exchange_for,
+    gather_cost,
+    hiding_queries,
+    ring_cost,
+)
 from retriever.parallel.world import World
 
 # 1 TFLOP/s, 1 GB/s inside and half between nodes of two ranks, no time for launches.
@@ -28,14 +37,18 @@ def _about(estimate: Estimate, compute_ms: float, transfer_ms: float, exposed_ms
 
 
 def test_gathering_in_a_node() -> None:
-    """6 · 2,000 · 8,000 · 100 operations; 4,000 rows of 600 bytes arrive; 8,000 of 600 are received, 6,000 of 400 result."""
+    """6 · 2,000 · 8,000 · 100 operations; 4,000 rows of 600 bytes arrive; 8,000 of 600 are received, 6,000 of 400
+    result.
+    """
     _about(gather_cost(WORK, MACHINE), 9.6, 2.4, 2.4, (4_800_000 + 2_400_000) / 2**20 + 40)
 
 
 def test_a_small_workspace_takes_two_passes() -> None:
     """8 operations instead of 6 where it holds fewer rows than a pass over slabs is worth."""
     assert gather_cost(replace(WORK, workspace_mib=10), MACHINE).compute_ms == pytest.approx(12.8)
-    assert gather_cost(replace(WORK, queries=1000, workspace_mib=10), MACHINE).compute_ms == pytest.approx(2.4), "all rows fit"
+    assert gather_cost(replace(WORK, queries=1000, workspace_mib=10), MACHINE).compute_ms == pytest.approx(2.4), (
+        "all rows fit"
+    )
 
 
 def test_a_ring_in_a_node() -> None:
@@ -90,7 +103,9 @@ def test_the_faster_exchange_that_fits_is_chosen() -> None:
 
 @pytest.mark.parametrize("direction", ["", ",symmetric"])
 def test_the_choice_is_what_was_measured_to_be_faster(direction: str) -> None:
-    """On the machine of the benchmark; within 3 % either will do. From 65,536 on, the model's times are within 7 % of the measured."""
+    """On the machine of the benchmark; within 3 % either will do. From 65,536 on, the model's times are within 7 % of
+    the measured.
+    """
     read = [row for path in MEASURED for row in json.loads(path.read_text())["rows"] if row["method"] == "bigbatch"]
     rows = {(row["case"], row["metric"]): row["value"] for row in read}
     compared = 0
@@ -103,7 +118,9 @@ def test_the_choice_is_what_was_measured_to_be_faster(direction: str) -> None:
         chosen = choose(work, Machine(ranks_per_node=2), budget_mib=1e9)
         assert times[chosen] <= 1.03 * min(times.values()), (b, times)
         costs = {"gather": gather_cost(work, Machine()), "ring": ring_cost(replace(work, workspace_mib=256), Machine())}
-        assert b < 65536 or all(cost.total_ms == pytest.approx(times[name], rel=0.07) for name, cost in costs.items()), (b, times, costs)
+        assert b < 65536 or all(
+            cost.total_ms == pytest.approx(times[name], rel=0.07) for name, cost in costs.items()
+        ), (b, times, costs)
         compared += 1
     assert compared >= 3
 
@@ -138,6 +155,10 @@ def test_the_setting_is_settled_before_step_1() -> None:
     for asked, ranks in (("ring", 2), ("gather", 2), ("ring", 1)):
         assert exchange_for(replace(config, loss=replace(config.loss, exchange=asked)), 768, _Ranks(ranks)) == asked  # type: ignore[arg-type]
     offload = replace(config, batch=replace(config.batch, offload=True))
-    assert {exchange_for(offload, 768, _Ranks(ranks)) for ranks in (1, 2)} == {"ring"}, "blocks in host memory are gathered nowhere"
-    with pytest.raises(ConfigError, match="loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy=dense"):
+    assert {exchange_for(offload, 768, _Ranks(ranks)) for ranks in (1, 2)} == {"ring"}, (
+        "blocks in host memory are gathered nowhere"
+    )
+    with pytest.raises(
+        ConfigError, match="loss.exchange: 'ring' is for loss.strategy=tiled; received loss.strategy=dense"
+    ):
         exchange_for(replace(config, loss=LossConfig(exchange="ring", strategy="dense")), 768, _Ranks(2))

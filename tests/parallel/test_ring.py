@@ -13,7 +13,9 @@ COUNTS = (3, 1, 4, 2)
 
 
 class _Log(World):
-    """Rank 1 of four, whose neighbours send rows filled with a number that tells the transfer; writes down what begins and arrives."""
+    """Rank 1 of four, whose neighbours send rows filled with a number that tells the transfer; writes down what begins
+    and arrives.
+    """
 
     def __init__(self) -> None:
         self.device, self.rank, self.size = torch.device("cpu"), 1, 4
@@ -51,7 +53,14 @@ def test_the_next_block_is_in_flight_while_one_is_worked_on() -> None:
     assert world.events == [*there, "begin 2 on: 2 out, 4 in", "work on 3", "arrived 2", "work on 2"]
     world.events.clear()
     _sweep(world, ring.back())
-    there = ["begin 3 back: 4 out, 2 in", "work on 2", "arrived 3", "begin 4 back: 2 out, 3 in", "work on 3", "arrived 4"]
+    there = [
+        "begin 3 back: 4 out, 2 in",
+        "work on 2",
+        "arrived 3",
+        "begin 4 back: 2 out, 3 in",
+        "work on 3",
+        "arrived 4",
+    ]
     assert world.events == [*there, "work on 0", "work on 1"]
 
 
@@ -80,7 +89,13 @@ def test_a_sum_is_under_way_while_the_next_term_is_worked_out() -> None:
         world.events.append(f"work on {owner}")
         total.add(owner, torch.full((COUNTS[owner], 2), 10.0))
     assert len(total.home()) == COUNTS[1] and total.home().eq(3).all()
-    assert world.events[:5] == ["work on 1", "begin 0 on: 1 out, 3 in", "work on 0", "arrived 0", "begin 1 on: 3 out, 2 in"]
+    assert world.events[:5] == [
+        "work on 1",
+        "begin 0 on: 1 out, 3 in",
+        "work on 0",
+        "arrived 0",
+        "begin 1 on: 3 out, 2 in",
+    ]
     assert world.events[-3:] == ["arrived 2", "begin 3 on: 4 out, 1 in", "arrived 3"]
     world, back = _Log(), None
     back = TravellingSum(world, COUNTS, step=-1)

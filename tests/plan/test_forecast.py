@@ -1,4 +1,6 @@
-"""The arithmetic of a plan: its chunks are the loader's, its retention the gradient cache's, its peak that of a step played through."""
+"""The arithmetic of a plan: its chunks are the loader's, its retention the gradient cache's, its peak that of a step
+played through.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ ALONE = World(torch.device("cpu"))
 WORKLOAD = Workload(16, {"query": np.arange(4, 20), "passage": np.arange(10, 60)}, 64, packed=True)
 
 
-def _forecast(seed: int = 0, products: float = 0.1, loss: float = 300.0, tokens: int | None = None, first: float = 50.0) -> Forecast:
-    """Seven random costs whose peaks hold what they must hold; products spare more than a graph, and take `products` times its memory."""
+def _forecast(
+    seed: int = 0, products: float = 0.1, loss: float = 300.0, tokens: int | None = None, first: float = 50.0
+) -> Forecast:
+    """Seven random costs whose peaks hold what they must hold; products spare more than a graph, and take `products`
+    times its memory.
+    """
     draw = random.Random(seed)
     costs = []
     for _ in range(7):
@@ -45,7 +51,9 @@ def _forecast(seed: int = 0, products: float = 0.1, loss: float = 300.0, tokens:
 def _keeping(forecast: Forecast, graphs: int, products: int = 0) -> Forecast:
     """The first `graphs` chunks keep their graphs, the next `products` their products."""
     sums = [0, *forecast.costs.tokens.cumsum().astype(int).tolist()]
-    return replace(forecast, retention=Retention(sums[graphs], sums[min(graphs + products, len(sums) - 1)] - sums[graphs]))
+    return replace(
+        forecast, retention=Retention(sums[graphs], sums[min(graphs + products, len(sums) - 1)] - sums[graphs])
+    )
 
 
 def _played_peak(forecast: Forecast) -> float:
@@ -69,7 +77,11 @@ def _played_peak(forecast: Forecast) -> float:
     alive["gradients"] = part.gradients
     for i, cost in enumerate(forecast.costs):
         alive.pop(f"kept {i}", None)  # they are part of the graph from here on
-        peak = max(peak, sum(alive.values()) + cost.backward_bytes, sum(alive.values()) + (0 if i in kept else cost.forward_bytes))
+        peak = max(
+            peak,
+            sum(alive.values()) + cost.backward_bytes,
+            sum(alive.values()) + (0 if i in kept else cost.forward_bytes),
+        )
     return peak
 
 
@@ -116,7 +128,9 @@ def test_as_much_is_retained_as_fits_and_no_more(seed: int, products: float) -> 
             assert graphs == 0 and _keeping(nothing, 0, begun + 1).peak_bytes > usable
         elif graphs < count:
             assert _keeping(nothing, graphs + 1, count if products else 0).peak_bytes > usable
-    assert seen == ({(False, False), (False, True), (True, True), (True, False)} if products else {(False, False), (True, False)})
+    assert seen == (
+        {(False, False), (False, True), (True, True), (True, False)} if products else {(False, False), (True, False)}
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -145,7 +159,10 @@ def test_what_is_given_stays_and_half_the_room_is_for_larger_batches() -> None:
         expected = [tokens + (fixed is None) for tokens, fixed in zip(kept.retention, given, strict=True)]
         assert list(most_retained(nothing, kept.peak_bytes + 3 * dearest, given, ALONE)) == expected
     assert most_retained(nothing, 1e9, (0, 0), ALONE) == NOTHING
-    assert most_retained(nothing, 1e9, (None, None), ALONE) == (sum(nothing.costs.tokens) + WORKLOAD.tokens_per_chunk, 0)
+    assert most_retained(nothing, 1e9, (None, None), ALONE) == (
+        sum(nothing.costs.tokens) + WORKLOAD.tokens_per_chunk,
+        0,
+    )
 
 
 def test_products_that_spare_no_time_are_not_kept() -> None:
@@ -166,7 +183,14 @@ def test_chunks_and_retention_are_those_of_the_run(tmp_path: Path, packed: bool)
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=1)
     config = ModelConfig(str(model), query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS)
     loader = BatchLoader(
-        store, planner, TEMPLATE, config, tokens_per_chunk=300, packed=packed, mask_known_positives=True, device=ALONE.device
+        store,
+        planner,
+        TEMPLATE,
+        config,
+        tokens_per_chunk=300,
+        packed=packed,
+        mask_known_positives=True,
+        device=ALONE.device,
     )
     batch, whole = loader.load(0), planner.plan(0)
     lengths: dict[Side, np.ndarray] = {"query": store.queries.lengths_of(whole.queries) + 2}
@@ -175,7 +199,9 @@ def test_chunks_and_retention_are_those_of_the_run(tmp_path: Path, packed: bool)
     one = ChunkCost(10, *[20.0] * 9)
     costs = workload.costs({side: dict.fromkeys(workload.measured_places(side), one) for side in SIDES})
     assert costs.tokens.tolist() == [chunk.tokens.input_ids.numel() for chunk in batch.chunks] and len(costs) > 6
-    assert [len(texts) for side in SIDES for texts in workload.chunks[side]] == [len(chunk.tokens) for chunk in batch.chunks]
+    assert [len(texts) for side in SIDES for texts in workload.chunks[side]] == [
+        len(chunk.tokens) for chunk in batch.chunks
+    ]
     assert workload.tokens == batch.tokens and costs.again_s == pytest.approx(2.0 * costs.tokens)
 
     encoder = DualEncoder.from_pretrained(config)

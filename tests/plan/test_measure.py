@@ -47,7 +47,11 @@ class SlowEncoder(nn.Module):
     def forward(self, side: str, tokens: Padded | Packed, products: deque[str] | None = None) -> Tensor:
         assert products is None or self.keeps_products
         lengths = tokens.starts.diff() if isinstance(tokens, Packed) else tokens.attention_mask.sum(dim=1)
-        assert isinstance(tokens, Packed) == self.packed and lengths.tolist() == [7, 7, 2] and 25 < int(tokens.input_ids.max()) < 50
+        assert (
+            isinstance(tokens, Packed) == self.packed
+            and lengths.tolist() == [7, 7, 2]
+            and 25 < int(tokens.input_ids.max()) < 50
+        )
         if not torch.is_grad_enabled():
             time.sleep(FIRST_S)
             if products is not None:
@@ -59,7 +63,9 @@ class SlowEncoder(nn.Module):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
-    return DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path_factory.mktemp("model"))), passage_max_tokens=64))
+    return DualEncoder.from_pretrained(
+        ModelConfig(str(save_tiny_model(tmp_path_factory.mktemp("model"))), passage_max_tokens=64)
+    )
 
 
 @pytest.mark.parametrize(("keeps_products", "packed"), [(False, False), (True, True)])
@@ -83,13 +89,18 @@ def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
         measure_loss(objective, 6, 8, 32, CPU)
         measure_update(OptimConfig(), list(encoder.parameters()), CPU)
         inside = torch.rand(4)
-        assert encoder.passage_tower.get_input_embeddings().weight.grad is not None and objective.log_scale.grad is not None
+        assert (
+            encoder.passage_tower.get_input_embeddings().weight.grad is not None
+            and objective.log_scale.grad is not None
+        )
     assert torch.equal(torch.rand(4), expected) and not torch.equal(inside, expected)
     assert all(p.grad is None for module in (encoder, objective) for p in module.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items()) and encoder.training
 
 
-@pytest.mark.parametrize("loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))])
+@pytest.mark.parametrize(
+    "loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))]
+)
 def test_every_objective_can_be_measured(loss: LossConfig) -> None:
     small, large = (measure_loss(ContrastiveObjective(loss, unit=True), n, 2 * n, 16, CPU).seconds for n in (4, 1024))
     assert 0 < small < large

@@ -47,10 +47,18 @@ class Run:
         self.store, self.encoder, self.patch = store, encoder, patch
 
     def decide(
-        self, queries: int = QUERIES, preflight: str = "auto", *, world: World = CPU, loss: dict[str, Any] | None = None, **batch: Any
+        self,
+        queries: int = QUERIES,
+        preflight: str = "auto",
+        *,
+        world: World = CPU,
+        loss: dict[str, Any] | None = None,
+        **batch: Any,
     ) -> tuple[BatchConfig, Forecast | None]:
         """The sizes where `batch` and `loss` are given, and their forecast."""
-        model = ModelConfig("tiny", query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS, attention="padded")
+        model = ModelConfig(
+            "tiny", query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS, attention="padded"
+        )
         run, loss_config = RunConfig(preflight=preflight), LossConfig(**{"workspace_mib": 1, **(loss or {})})  # type: ignore[arg-type]
         config = Config(run, model, batch=BatchConfig(queries, **batch), loss=loss_config)
         objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None, unit=True)
@@ -65,7 +73,15 @@ class Run:
         assert forecast is not None and forecast.retention == Retention.from_config(decided)
         return decided, forecast
 
-    def limit(self, usable: float, *, fits: int = 10**9, dearer_below: int = 0, dearer: float = 1.5, products: int | None = None) -> None:
+    def limit(
+        self,
+        usable: float,
+        *,
+        fits: int = 10**9,
+        dearer_below: int = 0,
+        dearer: float = 1.5,
+        products: int | None = None,
+    ) -> None:
         """Memory is limited to `usable` bytes; chunks cost by token what they are said to."""
 
         def measure(encoder: DualEncoder, side: str, lengths: np.ndarray) -> ChunkCost:
@@ -74,7 +90,9 @@ class Run:
                 raise torch.cuda.OutOfMemoryError(f"{n} tokens")
             second = 1e-6 * n * (dearer if n < dearer_below else 1.0)
             kept = (products or 0) * n
-            return ChunkCost(n, second, second, 0.7 * second, second, kept, KEPT * n, 100 * n, (KEPT + 100) * n, WORKING * n)
+            return ChunkCost(
+                n, second, second, 0.7 * second, second, kept, KEPT * n, 100 * n, (KEPT + 100) * n, WORKING * n
+            )
 
         self.patch.setattr(sizes, "usable_bytes", lambda device: usable)
         self.patch.setattr(sizes, "measure_chunk", measure)
@@ -101,7 +119,9 @@ def test_a_cpu_keeps_the_rule_and_measures_when_asked(run: Run) -> None:
     assert run.decide() == (BatchConfig(QUERIES, tokens_per_chunk=8192, retain=0, retain_products=0), None)
     batch, forecast = run.measured(queries=20, preflight="only", retain=700, tokens_per_chunk=400)
     assert (batch.tokens_per_chunk, batch.retain) == (400, 700)
-    assert forecast.step_s > 0 and forecast.workload.queries == 20 and 1 <= forecast.count("graph") < len(forecast.costs)
+    assert (
+        forecast.step_s > 0 and forecast.workload.queries == 20 and 1 <= forecast.count("graph") < len(forecast.costs)
+    )
     assert all(p.grad is None for p in run.encoder.parameters())
 
 
@@ -143,10 +163,16 @@ def test_what_memory_is_left_is_for_graphs(run: Run) -> None:
 
 
 def test_products_go_before_graphs(run: Run) -> None:
-    """Where there is room for products alone, for products and a few graphs, and where the configuration says otherwise."""
+    """Where there is room for products alone, for products and a few graphs, and where the configuration says
+    otherwise.
+    """
     run.limit(KEPT * 20_000, products=100)
     few, forecast = run.measured()
-    assert forecast.peak_bytes <= KEPT * 20_000 and few.retain == 0 and 0 < forecast.count("products") < len(forecast.costs)
+    assert (
+        forecast.peak_bytes <= KEPT * 20_000
+        and few.retain == 0
+        and 0 < forecast.count("products") < len(forecast.costs)
+    )
     run.limit(KEPT * 60_000, products=100)
     more, forecast = run.measured()
     assert forecast.peak_bytes <= KEPT * 60_000 and forecast.count("graph") > 0 and forecast.count("nothing") == 0
@@ -155,7 +181,9 @@ def test_products_go_before_graphs(run: Run) -> None:
     products, forecast = run.measured(retain=False, retain_products=True)
     assert products.retain_products is True and forecast.share("products") == 1
     run.limit(KEPT * 15_000, products=100)
-    with pytest.raises(ConfigError, match=r"batch\.retain_products: true, but keeping all products takes 0\.\d GiB more"):
+    with pytest.raises(
+        ConfigError, match=r"batch\.retain_products: true, but keeping all products takes 0\.\d GiB more"
+    ):
         run.measured(retain=False, retain_products=True)
 
 
@@ -172,7 +200,9 @@ def test_layers_that_keep_no_products_are_told(run: Run) -> None:
 
 
 def test_representations_in_host_memory_take_none_of_a_gpus(run: Run) -> None:
-    """4 bytes of each number, 4 of it rounded, 2 as it is copied and 4 of its gradient are in host memory; the loss does not grow."""
+    """4 bytes of each number, 4 of it rounded, 2 as it is copied and 4 of its gradient are in host memory; the loss
+    does not grow.
+    """
     run.limit(1e12)
     run.patch.setattr(sizes, "measure_loss", lambda *given: Cost(1.0, 2.0**24))
     run.patch.setitem(sizes._MEASURED_PAIRS, ("cpu", True), 2**16)
@@ -188,7 +218,8 @@ def test_representations_in_host_memory_take_none_of_a_gpus(run: Run) -> None:
     [({}, 8 / 6, 1), ({"workspace_mib": 64}, 1, 16), ({"symmetric": True}, 1, 1), ({"strategy": "dense"}, 1, None)],
 )
 def test_a_larger_loss_takes_more(run: Run, changes: dict[str, Any], operations: float, fixed_mib: int | None) -> None:
-    """Measured over 256 pairs, for which 1 MiB of exponentials does in one pass where both directions are not asked for.
+    """Measured over 256 pairs, for which 1 MiB of exponentials does in one pass where both directions are not asked
+    for.
 
     A larger one may take two. Its memory beyond the workspace grows by rows, that of a matrix of similarities by pairs.
     """

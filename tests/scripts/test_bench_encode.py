@@ -1,4 +1,6 @@
-"""The encoding benchmark's own parts: passages whose lengths are what they are said to be, and a row for each way to encode."""
+"""The encoding benchmark's own parts: passages whose lengths are what they are said to be, and a row for each way to
+encode.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def test_random_passages_have_the_lengths_they_are_said_to_have() -> None:
     rows = word_tokenizer()(texts)["input_ids"]
     assert [len(row) for row in rows] == lengths.tolist()
     assert lengths.min() >= 16 and lengths.max() <= 256
-    assert len({token for row in rows for token in row[1:-1]}) > 1000 and not any(1 in row for row in rows), "no unknown word"
+    assert len({token for row in rows for token in row[1:-1]}) > 1000 and not any(1 in row for row in rows), (
+        "no unknown word"
+    )
     assert random_passages(50, seed=3)[0] == texts
 
 
@@ -29,7 +33,22 @@ def test_ways_to_encode_and_peers_have_their_rows(tmp_path: Path) -> None:
     """On a CPU flash attention is named with the reason why it does not run."""
     output = tmp_path / "encode.json"
     sizes = ["--layers", "1", "--texts", "30", "--distinct", "20", "--peer-texts", "10", "--peer-batches", "4"]
-    assert main([*sizes, "--modes", "packed,fused", "--text-modes", "packed,fused", "--device", "cpu", "--output", str(output)]) == 0
+    assert (
+        main(
+            [
+                *sizes,
+                "--modes",
+                "packed,fused",
+                "--text-modes",
+                "packed,fused",
+                "--device",
+                "cpu",
+                "--output",
+                str(output),
+            ]
+        )
+        == 0
+    )
     table = Table.load(output)
     for case in ("texts=80,packed,fused,ids", "texts=30,packed,fused,text"):
         assert (table.get(case, "bigbatch", "passages_per_s") or 0) > 0

@@ -1,4 +1,6 @@
-"""The benchmarks of the loss, small and on CPUs: they run to the end, agree with float64, and time nothing that is wrong."""
+"""The benchmarks of the loss, small and on CPUs: they run to the end, agree with float64, and time nothing that is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ def _right(table: Table, case: str, method: str) -> bool:
 
 def test_every_loss_of_one_device(tmp_path: Path) -> None:
     output = tmp_path / "loss.json"
-    assert loss.main(["--sizes", "70", "130", "--accuracy-sizes", "33", "--check", "66", "--dim", "16", "--output", str(output)]) == 0
+    assert (
+        loss.main(
+            ["--sizes", "70", "130", "--accuracy-sizes", "33", "--check", "66", "--dim", "16", "--output", str(output)]
+        )
+        == 0
+    )
     table = Table.load(output)
     for method in methods():
         conditions = f",{method.condition}" if method.condition else ""
@@ -39,7 +46,9 @@ def test_every_loss_of_one_device(tmp_path: Path) -> None:
             continue
         assert _right(table, f"b=66{conditions}", method.name), method
         for b in (70, 130):
-            times = [table.get(f"b={b}{conditions}", method.name, metric) for metric in ("forward_backward_ms", "forward_ms")]
+            times = [
+                table.get(f"b={b}{conditions}", method.name, metric) for metric in ("forward_backward_ms", "forward_ms")
+            ]
             assert all(time is not None and time > 0 for time in times), method
     assert _right(table, "b=33,t=0.01,cosine=0.4,high", "bigbatch")
 

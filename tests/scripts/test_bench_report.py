@@ -15,7 +15,9 @@ PUBLISHED = sorted((Path(__file__).parents[2] / "docs" / "bench").glob("*.json")
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_published_page_is_that_of_its_figures(path: Path) -> None:
     expected = markdown(Table.load(path))
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == expected, "python -m scripts.bench.report docs/bench/*.json"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == expected, (
+        "python -m scripts.bench.report docs/bench/*.json"
+    )
 
 
 def test_a_page_has_leads_and_what_does_not_run(tmp_path: Path) -> None:
@@ -34,7 +36,10 @@ def test_a_page_has_leads_and_what_does_not_run(tmp_path: Path) -> None:
     table.save(tmp_path / "step.json")
     assert main([str(tmp_path / "step.json")]) == 0
     lines = (tmp_path / "step.md").read_text().splitlines()
-    assert "`python -m scripts.bench.step --tiny` at commit 000000000000, a machine; torch 2." in lines and "Stopped early." in lines
+    assert (
+        "`python -m scripts.bench.step --tiny` at commit 000000000000, a machine; torch 2." in lines
+        and "Stopped early." in lines
+    )
     rows = [line for line in lines if line.startswith("| b=")]
     assert rows == [
         "| b=8 | bigbatch | 90 | — | — |  |",

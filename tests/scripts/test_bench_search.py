@@ -19,7 +19,10 @@ def test_the_table_has_every_figure(tmp_path: Path) -> None:
     sizes = ["--passages", "3000", "--queries", "20", "--dimension", "16", "--k", "30", "--repeats", "1"]
     sizes += ["--ann-passages", "10000", "--ann-queries", "20", "--ann-dimension", "8"]
     assert main([*sizes, "--output", str(tmp_path / "search.json"), "--folder", str(tmp_path)]) == 0
-    rows = {(row["method"], row["metric"]): row["value"] for row in json.loads((tmp_path / "search.json").read_text())["rows"]}
+    rows = {
+        (row["method"], row["metric"]): row["value"]
+        for row in json.loads((tmp_path / "search.json").read_text())["rows"]
+    }
     assert rows["exact, torch", "agreement with fp64"] == 100
     assert rows["exact, torch", "time, run 1"] > 0
     assert rows["Flat (Flat)", "recall@100"] == 1

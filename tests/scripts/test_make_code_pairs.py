@@ -69,7 +69,10 @@ def test_functions_are_taken_apart_into_summary_details_and_code() -> None:
     assert (width.id, setter.id, load.id) == ("furniture:Shelf.width", "furniture:Shelf.width~2", "furniture:load")
     assert width.summary == "Width of the shelf in metres."
     assert width.details == "Measured between the inner sides of the two vertical boards."
-    assert width.code == "@property\ndef width(self):\n    # the boards are equally thick\n    return self.outer - 2 * self.board"
+    assert (
+        width.code
+        == "@property\ndef width(self):\n    # the boards are equally thick\n    return self.outer - 2 * self.board"
+    )
     assert load.summary == "Load a shelf from disk."  # the signature line is no description
     assert load.code.startswith("async def load(path):\n    def inner():") and '"""A function inside' in load.code
 
@@ -116,14 +119,18 @@ def _function(name: str, summary: str, *body: str) -> str:
 def _modules(count: int) -> dict[str, str]:
     """Modules of five functions that nothing ties together."""
     return {
-        f"module{m}": "".join(_function(f"f{m}_{i}", f"Adds number {m} to value {i}.", f"return a + {m} * b + {i}") for i in range(5))
+        f"module{m}": "".join(
+            _function(f"f{m}_{i}", f"Adds number {m} to value {i}.", f"return a + {m} * b + {i}") for i in range(5)
+        )
         for m in range(count)
     }
 
 
 @pytest.fixture
 def furniture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An importable package `furniture` of twelve unrelated modules, and `_vendor`, `tests` and a broken file to be passed over."""
+    """An importable package `furniture` of twelve unrelated modules, and `_vendor`, `tests` and a broken file to be
+    passed over.
+    """
     modules = _modules(12)
     modules["tests/test_module"] = modules["_vendor/copy"] = modules["module0"]
     modules["template"] = "def {{ name }}: pass"
@@ -145,7 +152,9 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, dict], dict[str, list
     for path in (folder / "qrels").iterdir():
         header, *lines = path.read_text().splitlines()
         assert header == "query-id\tcorpus-id\tscore"
-        qrels[path.stem] = [(query, passage) for query, passage, score in (line.split("\t") for line in lines) if score == "1"]
+        qrels[path.stem] = [
+            (query, passage) for query, passage, score in (line.split("\t") for line in lines) if score == "1"
+        ]
     return {passage: record["text"] for passage, record in corpus.items()}, queries, qrels
 
 
@@ -156,7 +165,11 @@ def test_the_folder_is_complete_and_whole_modules_are_held_out(furniture: Path) 
     assert len(corpus) == 60 and len(queries) == 60  # every function is a passage; vendored and test files are none
     assert {split: len(pairs) for split, pairs in qrels.items()} == {"train": 45, "dev": 5, "test": 10}
     modules = {split: {queries[query]["metadata"]["module"] for query, _ in pairs} for split, pairs in qrels.items()}
-    assert not modules["train"] & modules["test"] and not modules["train"] & modules["dev"] and not modules["dev"] & modules["test"]
+    assert (
+        not modules["train"] & modules["test"]
+        and not modules["train"] & modules["dev"]
+        and not modules["dev"] & modules["test"]
+    )
     for query, passage in qrels["test"]:
         assert query == f"{passage}#summary" and passage.rpartition(":")[2] not in corpus[passage]
 
@@ -165,17 +178,34 @@ def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> No
     build(furniture / "out", _small())
     files = sorted(path.relative_to(furniture / "out") for path in (furniture / "out").rglob("*") if path.is_file())
     for hash_seed in ("1", "2"):
-        command = [sys.executable, "-m", "scripts.make_code_pairs", "--output", str(furniture / hash_seed), "--packages", "furniture"]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.make_code_pairs",
+            "--output",
+            str(furniture / hash_seed),
+            "--packages",
+            "furniture",
+        ]
         command += ["--test-queries", "10", "--dev-queries", "5"]
         path = os.pathsep.join([str(furniture / "site"), str(Path(__file__).parents[2])])
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
-        assert all((furniture / hash_seed / file).read_bytes() == (furniture / "out" / file).read_bytes() for file in files)
+        subprocess.run(
+            command,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+        )
+        assert all(
+            (furniture / hash_seed / file).read_bytes() == (furniture / "out" / file).read_bytes() for file in files
+        )
     _, other = build(furniture / "other", _small(seed=1))
     assert other["content_sha256"] != json.loads((furniture / "out" / "manifest.json").read_text())["content_sha256"]
 
 
 def _members(modules: dict[str, str]) -> list[Member]:
-    return [Member(unit, function) for unit, source in modules.items() for function in documented_functions(source, unit)]
+    return [
+        Member(unit, function) for unit, source in modules.items() for function in documented_functions(source, unit)
+    ]
 
 
 COPY = _function("copied", "Weighs both boards.", "a = b", "b = a", "return a, b")
@@ -218,7 +248,9 @@ def test_nothing_identical_stands_on_two_sides() -> None:
 
 
 def test_a_shared_docstring_is_one_query_and_identical_code_one_passage(furniture: Path) -> None:
-    shared = _function("left", "Shifts to the left.", "return a << b") + _function("also_left", "Shifts to the left.", "return a * 2**b")
+    shared = _function("left", "Shifts to the left.", "return a << b") + _function(
+        "also_left", "Shifts to the left.", "return a * 2**b"
+    )
     shared += _function("twice", "Twice the left shift.", "return a << b")
     _package(furniture / "site", "furniture", {name: source + shared for name, source in _modules(1).items()})
     build(furniture / "out", _small(max_held_out_module=6))  # the module of eight trains
@@ -246,18 +278,25 @@ def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("corpus.jsonl", "mine"), ("details/queries.jsonl", "mine"), ("manifest.json", "{}"), ("manifest.json", "[]")]
+    ("name", "content"),
+    [("corpus.jsonl", "mine"), ("details/queries.jsonl", "mine"), ("manifest.json", "{}"), ("manifest.json", "[]")],
 )
-def test_a_persons_own_files_are_refused_and_left_alone(furniture: Path, tmp_path: Path, name: str, content: str) -> None:
+def test_a_persons_own_files_are_refused_and_left_alone(
+    furniture: Path, tmp_path: Path, name: str, content: str
+) -> None:
     file = tmp_path / "pairs" / name
     file.parent.mkdir(parents=True)
     file.write_text(content)
     with pytest.raises(RefusedError, match=f"pairs/{name} was not written by this command"):
         build(tmp_path / "pairs", _small())
-    assert [path for path in (tmp_path / "pairs").rglob("*") if path.is_file()] == [file] and file.read_text() == content
+    assert [path for path in (tmp_path / "pairs").rglob("*") if path.is_file()] == [
+        file
+    ] and file.read_text() == content
 
 
-def test_what_was_interrupted_is_written_again(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_interrupted_is_written_again(
+    furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build(tmp_path / "whole", _small())[1]
     with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
         interrupted.setattr(Collection, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -19,11 +19,15 @@ BERT = Model(pairs_per_s=5_000)
 
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
-    assert f"<!-- python -m scripts.plan_cluster -->\n{capsys.readouterr().out}<!-- end -->" in PAGE.read_text(encoding="utf-8")
+    assert f"<!-- python -m scripts.plan_cluster -->\n{capsys.readouterr().out}<!-- end -->" in PAGE.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_one_gpu_by_hand() -> None:
-    """65,536 pairs: 13.1 s of encoder; 6·65536²·768 operations at 590 TFLOP/s; weights, a chunk's activations, embeddings."""
+    """65,536 pairs: 13.1 s of encoder; 6·65536²·768 operations at 590 TFLOP/s; weights, a chunk's activations,
+    embeddings.
+    """
     step = predict(65_536, 1, BERT, Machine(), 75.0)
     assert step.encoder_s == pytest.approx(13.107, abs=1e-3) and step.gradients_s == 0
     assert step.loss_s == pytest.approx(6 * 65_536**2 * 768 / 590e12 + 0.1e-3, rel=1e-6)
@@ -40,7 +44,9 @@ def test_more_gpus_take_less_time_and_less_memory_each() -> None:
 
 
 def test_a_gather_that_does_not_fit_is_a_ring() -> None:
-    """262,144 gathered passages, their gradients and the workspace are 2.5 GiB: gathered where a quarter of the memory holds them."""
+    """262,144 gathered passages, their gradients and the workspace are 2.5 GiB: gathered where a quarter of the memory
+    holds them.
+    """
     assert predict(2**18, 8, BERT, Machine(), 9.0).exchange == "ring"
     assert predict(2**18, 8, BERT, Machine(), 11.0).exchange == "gather"
     assert predict(2**24, 64, BERT, Machine(), 75.0).gib < 75
@@ -48,7 +54,9 @@ def test_a_gather_that_does_not_fit_is_a_ring() -> None:
 
 def test_the_pages_figure_for_hidden_traffic_is_the_models() -> None:
     queries = hiding_queries(Machine(), 64) / 64
-    assert f"about {round(queries, -3):,.0f} queries a GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), queries
+    assert f"about {round(queries, -3):,.0f} queries a GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), (
+        queries
+    )
     assert math.isclose(queries, (2 + 4) / 6 * 590e3 / 45, rel_tol=1e-3)
 
 
@@ -57,9 +65,12 @@ _REAL = ("--pairs-per-s", "--parameters", "--memory-gib", "--tflops", "--inside-
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [*product(_WHOLE, ("0", "-3", "1.5", "many")), *product(_REAL, ("0", "-1", "nan", "inf", "many"))]
+    ("option", "value"),
+    [*product(_WHOLE, ("0", "-3", "1.5", "many")), *product(_REAL, ("0", "-1", "nan", "inf", "many"))],
 )
-def test_a_number_that_no_cluster_has_is_refused_by_its_option(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_that_no_cluster_has_is_refused_by_its_option(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert_refused(main, [option, value], f"argument {option}: expected .*received {value!r}")
     assert capsys.readouterr().out == ""
 

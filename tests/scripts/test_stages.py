@@ -1,4 +1,6 @@
-"""A stage is worked on once for its inputs: again after a change or a loss, from where it stopped after an interruption."""
+"""A stage is worked on once for its inputs: again after a change or a loss, from where it stopped after an
+interruption.
+"""
 
 from __future__ import annotations
 

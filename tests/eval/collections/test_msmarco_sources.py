@@ -1,10 +1,12 @@
-"""MS MARCO from ir_datasets (a module of its shape) and from Hugging Face data sets (folders of theirs): the figures of the files."""
+"""MS MARCO from ir_datasets (a module of its shape) and from Hugging Face data sets (folders of theirs): the figures of
+the files.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -64,12 +66,16 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for split, result in found.items():
         assert result["metrics"] == expected[split]["metrics"] and 0 < result["metrics"]["nDCG@10"] < 1
         assert result["data"] == expected[split]["data"] and result["relevance"] == expected[split]["relevance"]
-        assert all(result["fingerprints"][key] == expected[split]["fingerprints"][key] for key in ("run", "queries", "qrels"))
+        assert all(
+            result["fingerprints"][key] == expected[split]["fingerprints"][key] for key in ("run", "queries", "qrels")
+        )
 
 
 @pytest.fixture
 def fake_ir_datasets(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """ir_datasets with dev and TREC DL 2019 in its cache; 2020 cannot be downloaded. Counts how often the passages are read."""
+    """ir_datasets with dev and TREC DL 2019 in its cache; 2020 cannot be downloaded. Counts how often the passages are
+    read.
+    """
     reads = {"docs": 0}
 
     class Dataset:
@@ -88,9 +94,16 @@ def fake_ir_datasets(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> dict[str,
                 raise ConnectionError("no route to trec.nist.gov\nlong explanation")
             return (Judgment(q, p, grade, "0") for q, grades in self._qrels.items() for p, grade in grades.items())
 
-    known = {"dev/small": Dataset(_best(texts)), "trec-dl-2019/judged": Dataset(texts.qrels), "trec-dl-2020/judged": Dataset(None)}
+    known = {
+        "dev/small": Dataset(_best(texts)),
+        "trec-dl-2019/judged": Dataset(texts.qrels),
+        "trec-dl-2020/judged": Dataset(None),
+    }
     module = ModuleType("ir_datasets")
-    load: Callable[[str], Dataset] = lambda name: {f"msmarco-passage/{part}": found for part, found in known.items()}[name]  # noqa: E731
+
+    def load(name: str) -> Dataset:
+        return known[name.removeprefix("msmarco-passage/")]
+
     module.load = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ir_datasets", module)
     return reads
@@ -104,7 +117,9 @@ def test_ir_datasets_gives_the_figures_of_the_files(
     assert "a sample, not MS MARCO's dl19" in capsys.readouterr().out  # counts are checked as for files
 
 
-def test_a_run_is_measured_without_reading_passages(fake_ir_datasets: dict[str, int], texts: Texts, tmp_path: Path) -> None:
+def test_a_run_is_measured_without_reading_passages(
+    fake_ir_datasets: dict[str, int], texts: Texts, tmp_path: Path
+) -> None:
     lines = [f"{query_id} Q0 {next(iter(grades))} 1 1.0 x\n" for query_id, grades in _best(texts).items()]
     (tmp_path / "run.trec").write_text("".join(lines))
     run = ["--run", str(tmp_path / "run.trec"), "--output-dir", str(tmp_path / "out")]
@@ -112,7 +127,9 @@ def test_a_run_is_measured_without_reading_passages(fake_ir_datasets: dict[str, 
     assert _results(tmp_path / "out", "dev")["dev"]["metrics"]["MRR@10"] == 1 and fake_ir_datasets["docs"] == 0
 
 
-def test_what_ir_datasets_lacks_is_said_in_one_line(fake_ir_datasets: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ir_datasets_lacks_is_said_in_one_line(
+    fake_ir_datasets: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert_refused(
         msmarco.main,
         ["--bm25", "--source", "ir_datasets"],
@@ -156,18 +173,26 @@ def parts(texts: Texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
         "queries": [{"_id": i, "text": text} for i, text in [*texts.queries.items(), ("7", "an unjudged query")]],
     }
     for name, qrels in (("dev", _best(texts)), ("dl19", texts.qrels)):
-        rows[name] = [{"query-id": q, "corpus-id": p, "score": float(g)} for q, grades in qrels.items() for p, g in grades.items()]
+        rows[name] = [
+            {"query-id": q, "corpus-id": p, "score": float(g)} for q, grades in qrels.items() for p, g in grades.items()
+        ]
     return rows
 
 
 def test_hugging_face_gives_the_figures_of_the_files(
     parts: dict[str, list[dict[str, Any]]], folder_results: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Judgments inside (splits dev and test, as mteb/msmarco has them) and beside (validation and test, as BeIR/msmarco)."""
+    """Judgments inside (splits dev and test, as mteb/msmarco has them) and beside (validation and test, as
+    BeIR/msmarco).
+    """
     texts = {("corpus", "corpus"): parts["corpus"], ("queries", "queries"): parts["queries"]}
-    inside = _hub_folder(tmp_path / "inside", texts | {("default", "dev"): parts["dev"], ("default", "test"): parts["dl19"]})
+    inside = _hub_folder(
+        tmp_path / "inside", texts | {("default", "dev"): parts["dev"], ("default", "test"): parts["dl19"]}
+    )
     beside = _hub_folder(tmp_path / "beside", texts)
-    _hub_folder(tmp_path / "beside-qrels", {("default", "validation"): parts["dev"], ("default", "test"): parts["dl19"]})
+    _hub_folder(
+        tmp_path / "beside-qrels", {("default", "validation"): parts["dev"], ("default", "test"): parts["dl19"]}
+    )
     for data in (inside, beside):
         out = tmp_path / f"{data.name}-out"
         msmarco.main(["--bm25", "--source", "huggingface", "--data", str(data), "--output-dir", str(out)])
@@ -180,8 +205,12 @@ def test_hugging_face_gives_the_figures_of_the_files(
     )
 
 
-def test_passages_may_come_from_another_data_set(parts: dict[str, list[dict[str, Any]]], texts: Texts, tmp_path: Path) -> None:
-    """With the columns docid, title and text, as a corpus with titles has them; without it, a data set lacks its passages."""
+def test_passages_may_come_from_another_data_set(
+    parts: dict[str, list[dict[str, Any]]], texts: Texts, tmp_path: Path
+) -> None:
+    """With the columns docid, title and text, as a corpus with titles has them; without it, a data set lacks its
+    passages.
+    """
     data = _hub_folder(tmp_path / "data", {("queries", "queries"): parts["queries"], ("default", "dev"): parts["dev"]})
     titled = [{"docid": row["_id"], "title": "A title", "text": row["text"]} for row in parts["corpus"]]
     corpus = _hub_folder(tmp_path / "titled", {("default", "train"): titled})
@@ -202,7 +231,9 @@ def test_a_data_set_without_judgments_is_refused(parts: dict[str, list[dict[str,
         "expected one of the splits dev: dev or validation; dl19: .*; found train",
     )
     assert_refused(
-        msmarco.main, ["--bm25", "--source", "huggingface", "--data", str(tmp_path / "nowhere")], "Hugging Face data set .*/nowhere"
+        msmarco.main,
+        ["--bm25", "--source", "huggingface", "--data", str(tmp_path / "nowhere")],
+        "Hugging Face data set .*/nowhere",
     )
 
 

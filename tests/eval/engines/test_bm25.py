@@ -30,7 +30,9 @@ PASSAGES = [
 
 
 def test_scores_are_the_formulas() -> None:
-    """Lucene's BM25: idf·tf / (tf + k1(1 - b + b·length/average)), idf = ln(1 + (N - n + 0.5) / (n + 0.5)), k1 0.9, b 0.4."""
+    """Lucene's BM25: idf·tf / (tf + k1(1 - b + b·length/average)), idf = ln(1 + (N - n + 0.5) / (n + 0.5)), k1 0.9, b
+    0.4.
+    """
     average = (3 + 2 + 5 + 2 + 3) / 5
 
     def score(tf: int, n: int, length: int) -> float:
@@ -53,7 +55,10 @@ def test_ties_at_the_kth_place_exclusion_and_queries_without_hits() -> None:
 @pytest.mark.parametrize(
     ("passages", "queries"),
     [
-        (["北京是中华人民共和国的首都。", "上海位于长江入海口,人口众多。", "长城建于明代以前。"], ["中国首都北京", "长江入海口", "长城"]),
+        (
+            ["北京是中华人民共和国的首都。", "上海位于长江入海口,人口众多。", "长城建于明代以前。"],
+            ["中国首都北京", "长江入海口", "长城"],
+        ),
         (["東京は日本の首都である。", "ラーメンは麺料理です", "富士山は高い"], ["日本の首都", "ラーメン", "富士山"]),
         (["กรุงเทพมหานครเป็นเมืองหลวง", "ข้าวผัดเป็นอาหารไทย", "ช้างเป็นสัตว์ใหญ่"], ["เมืองหลวง", "ข้าวผัด", "ช้าง"]),
         (["mixed北京text", "水", "GPU用の行列"], ["北京 text", "水", "gpu行列"]),
@@ -61,7 +66,9 @@ def test_ties_at_the_kth_place_exclusion_and_queries_without_hits() -> None:
 )
 def test_scripts_without_spaces_are_searched_by_bigrams(passages: list[str], queries: list[str]) -> None:
     """The i-th query asks for the i-th passage."""
-    run = bm25_run(((str(i), text) for i, text in enumerate(passages)), {str(i): text for i, text in enumerate(queries)}, k=1)
+    run = bm25_run(
+        ((str(i), text) for i, text in enumerate(passages)), {str(i): text for i, text in enumerate(queries)}, k=1
+    )
     assert [run[str(i)].passage_ids for i in range(3)] == [["0"], ["1"], ["2"]]
 
 
@@ -132,6 +139,8 @@ def test_an_index_has_the_same_bytes_in_every_process(collection: tuple[list[str
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
         command = [sys.executable, "-c", code, str(tmp_path / "texts"), str(tmp_path / seed)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parents[3], env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60)
+        subprocess.run(
+            command, check=True, cwd=Path(__file__).parents[3], env={**os.environ, "PYTHONHASHSEED": seed}, timeout=60
+        )
     for name in FILES:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -31,10 +31,15 @@ def vectors() -> np.ndarray:
 
 
 def shards_of(folder: Path, vectors: np.ndarray, texts: str = "t") -> EmbeddingShards:
-    writer = ShardWriter(folder, ShardJob("passage", "m", "", 32, "mean", True, "fp32", "padded", vectors.shape[1], "float32", texts, 4000))
+    writer = ShardWriter(
+        folder,
+        ShardJob("passage", "m", "", 32, "mean", True, "fp32", "padded", vectors.shape[1], "float32", texts, 4000),
+    )
     writer.prepare()
     for shard, start in enumerate(range(0, len(vectors), 4000)):
-        writer.write(shard, vectors[start : start + 4000], [f"p{i}" for i in range(start, min(start + 4000, len(vectors)))])
+        writer.write(
+            shard, vectors[start : start + 4000], [f"p{i}" for i in range(start, min(start + 4000, len(vectors)))]
+        )
     writer.finish(len(vectors))
     return open_shards(folder)
 
@@ -132,7 +137,9 @@ def test_what_faiss_cannot_build_is_refused(index: str, message: str) -> None:
 
 
 def test_quantised_indexes_need_passages_to_learn_from() -> None:
-    with pytest.raises(ConfigError, match="flat or ivf for 500 passages: ivfpq learns from at least 9,984; received 'ivfpq'"):
+    with pytest.raises(
+        ConfigError, match="flat or ivf for 500 passages: ivfpq learns from at least 9,984; received 'ivfpq'"
+    ):
         index_spec("ivfpq", 500, D)
 
 
@@ -143,7 +150,9 @@ def test_a_build_of_faiss_that_cannot_do_it_is_told(monkeypatch: pytest.MonkeyPa
             check_faiss_build("shard")
     two = [SimpleNamespace(name=name, version="1.0") for name in ("numpy", "faiss-cpu", "faiss-gpu-cu12")]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: two)
-    with pytest.raises(ConfigError, match="exactly one build of FAISS; found faiss-cpu 1.0, faiss-gpu-cu12 1.0: uninstall"):
+    with pytest.raises(
+        ConfigError, match="exactly one build of FAISS; found faiss-cpu 1.0, faiss-gpu-cu12 1.0: uninstall"
+    ):
         check_faiss_build()
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: two[:1])
     with pytest.raises(ConfigError, match="found none: install one"):

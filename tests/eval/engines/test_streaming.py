@@ -30,7 +30,11 @@ def unit_vectors(n: int, dimension: int, seed: int) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObject) -> None:
-    n, n_queries, dimension = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 9))
+    n, n_queries, dimension = (
+        data.draw(st.integers(1, 400)),
+        data.draw(st.integers(1, 30)),
+        data.draw(st.integers(1, 9)),
+    )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     distinct = data.draw(st.integers(1, n))
     passages = rng.integers(-3, 4, (distinct, dimension)).astype(np.float32)[rng.integers(0, distinct, n)]
@@ -46,7 +50,9 @@ def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObje
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_equals_the_search_in_faiss_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
-    """Thousands of equal passages near the k-th place included; equal scores to the bit, and the same from every blocking."""
+    """Thousands of equal passages near the k-th place included; equal scores to the bit, and the same from every
+    blocking.
+    """
     passages: np.ndarray = unit_vectors(12_000, 25, 0).astype(dtype)
     rng = np.random.default_rng(1)
     for twin in range(3):
@@ -65,14 +71,18 @@ def test_equals_the_search_in_faiss_whatever_the_blocks(monkeypatch: pytest.Monk
 
 
 def test_the_bound_holds_for_truncated_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products as coarse as TF32 by cutting bits off lose no passage, though they alone would order many pairs wrongly."""
+    """Products as coarse as TF32 by cutting bits off lose no passage, though they alone would order many pairs
+    wrongly.
+    """
 
     def cut(x: torch.Tensor) -> torch.Tensor:
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
     exact_add = streaming._Search._add_to
 
-    def coarse(self: streaming._Search, part: slice, block: torch.Tensor, precedence: torch.Tensor, longest: torch.Tensor) -> None:
+    def coarse(
+        self: streaming._Search, part: slice, block: torch.Tensor, precedence: torch.Tensor, longest: torch.Tensor
+    ) -> None:
         approximate = cut(self._queries[part]) @ cut(block).T
         coarse.wrong += int((approximate.argmax(1) != (self._queries64[part] @ block.double().T).argmax(1)).sum())  # type: ignore[attr-defined]
         with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +115,9 @@ def test_sizes_fit_the_memory() -> None:
         assert 64 * pairs + 10 * 768 * size.block_rows + 24 * 768 * size.pairs <= memory * 2**30
         assert min(size.block_rows, size.queries) > 100
     assert sizes(3, 10, 8, 5, 1.0) == Sizes(10, 3, 131_072)
-    with pytest.raises(ConfigError, match="--memory-gib 0.01: too little for 6,980 queries of dimension 768 and k 1,000"):
+    with pytest.raises(
+        ConfigError, match="--memory-gib 0.01: too little for 6,980 queries of dimension 768 and k 1,000"
+    ):
         sizes(6_980, 8_841_823, 768, 1000, 0.01)
 
 
@@ -126,7 +138,14 @@ def _small_search(world: World | None) -> dict:
     passages = unit_vectors(2_000, 12, 6)
     passages[500:1_500] = passages[0]
     parts = Parts(passages, [f"p{i}" for i in np.random.default_rng(7).permutation(2_000)], [700])
-    return search(np.vstack([passages[:1], unit_vectors(16, 12, 8)]), [str(i) for i in range(17)], parts, 40, world=world, engine="torch")
+    return search(
+        np.vstack([passages[:1], unit_vectors(16, 12, 8)]),
+        [str(i) for i in range(17)],
+        parts,
+        40,
+        world=world,
+        engine="torch",
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +172,9 @@ def test_what_searches(device: str, engine: Engine, index: str, by: str, monkeyp
         monkeypatch.setattr(f"{place}.{name}", partial(stop, name))
     parts = Parts(unit_vectors(9, 4, 0), list("abcdefghi"), [])
     with pytest.raises(InterruptedError, match=by):
-        search(unit_vectors(2, 4, 1), ["p", "q"], parts, 3, index=index, world=World(torch.device(device)), engine=engine)
+        search(
+            unit_vectors(2, 4, 1), ["p", "q"], parts, 3, index=index, world=World(torch.device(device)), engine=engine
+        )
 
 
 def test_two_ranks_give_the_run_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""The loop on a tiny model: what it leaves, that it does nothing twice, and that interruptions anywhere change nothing."""
+"""The loop on a tiny model: what it leaves, that it does nothing twice, and that interruptions anywhere change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """Data and models, and loop.yaml: trained on the source, on mined negatives, and distilled from a teacher's scores."""
+    """Data and models, and loop.yaml: trained on the source, on mined negatives, and distilled from a teacher's
+    scores.
+    """
     found = make_workplace(tmp_path_factory.mktemp("loop"))
     mine = "ranks: [1, 40], negatives: 4"
     (found.folder / "loop.yaml").write_text(
@@ -68,8 +72,12 @@ def _manifests(root: Path) -> dict[str, dict[str, Any]]:
 def _assert_same(root: Path, other: Path) -> None:
     assert (root / "result.json").read_bytes() == (other / "result.json").read_bytes()
     for name in ("contrastive", "mined", "taught"):
-        found, expected = (load_file(folder / name / "train" / "run" / "export" / "model.safetensors") for folder in (root, other))
-        assert found.keys() == expected.keys() and all(found[key].tobytes() == expected[key].tobytes() for key in expected)
+        found, expected = (
+            load_file(folder / name / "train" / "run" / "export" / "model.safetensors") for folder in (root, other)
+        )
+        assert found.keys() == expected.keys() and all(
+            found[key].tobytes() == expected[key].tobytes() for key in expected
+        )
     for name in ("mined", "taught"):
         data = [folder / name / "mine" / "data" / "train.jsonl" for folder in (root, other)]
         assert data[0].read_bytes() == data[1].read_bytes()
@@ -77,26 +85,37 @@ def _assert_same(root: Path, other: Path) -> None:
 
 
 def test_every_round_leaves_its_data_model_and_measures(undisturbed: Path) -> None:
-    """Each round trains another model; mined data come from the model before; the table has the start and every round."""
+    """Each round trains another model; mined data come from the model before; the table has the start and every
+    round.
+    """
     table = json.loads((undisturbed / "result.json").read_text())["metrics"]
     assert list(table) == ["start", "contrastive", "mined", "taught"]
-    assert table["taught"]["nDCG@10"] > table["start"]["nDCG@10"], "training on these pairs made the model no better on them"
+    assert table["taught"]["nDCG@10"] > table["start"]["nDCG@10"], (
+        "training on these pairs made the model no better on them"
+    )
     manifests = _manifests(undisturbed)
     assert len(manifests) == 1 + 2 + 3 + 3
     mined, taught = (manifests[f"{name}: mine"]["inputs"] for name in ("mined", "taught"))
     assert mined["model"] != taught["model"] and taught["teachers"] and not mined["teachers"]
-    assert manifests["taught: train"]["inputs"]["model"] == taught["model"], "start: previous trains on from the model before"
+    assert manifests["taught: train"]["inputs"]["model"] == taught["model"], (
+        "start: previous trains on from the model before"
+    )
     assert manifests["mined: train"]["inputs"]["model"] == manifests["contrastive: train"]["inputs"]["model"]
     assert manifests["taught: train"]["inputs"]["config"]["loss"]["kl_weight"] == 1.0
     assert all("negative_scores" in record for record in read(undisturbed / "taught" / "mine" / "data"))
-    weights = [(undisturbed / name / "train/run/export/model.safetensors").read_bytes() for name in ("contrastive", "mined", "taught")]
+    weights = [
+        (undisturbed / name / "train/run/export/model.safetensors").read_bytes()
+        for name in ("contrastive", "mined", "taught")
+    ]
     assert len(set(weights)) == 3
 
 
 def test_a_finished_loop_is_reused_and_a_change_reaches_what_follows(
     workplace: Workplace, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Started again, every stage is reused; with another seed of the last mining, that mining and what comes after it are done again."""
+    """Started again, every stage is reused; with another seed of the last mining, that mining and what comes after it
+    are done again.
+    """
     before = _manifests(undisturbed)
     assert main([str(workplace.folder / "loop.yaml")]) == 0
     said = capsys.readouterr().out
@@ -111,8 +130,12 @@ def test_a_finished_loop_is_reused_and_a_change_reaches_what_follows(
     assert _manifests(undisturbed) == before
 
 
-def test_interrupted_at_every_stage_it_ends_the_same(workplace: Workplace, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped once right before each stage's manifest, those inside the mining included: restarts end with the same bytes."""
+def test_interrupted_at_every_stage_it_ends_the_same(
+    workplace: Workplace, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped once right before each stage's manifest, those inside the mining included: restarts end with the same
+    bytes.
+    """
     finish, stopped = stages.write_json, set()
 
     def interrupting(path: Path, values: dict[str, Any]) -> None:
@@ -127,7 +150,9 @@ def test_interrupted_at_every_stage_it_ends_the_same(workplace: Workplace, undis
         starts += 1
         assert starts < 40
     assert status == 0
-    inside = 5 + 6  # read, encode, index for BM25, search by one retriever or two, score where there is a teacher, the mined data
+    inside = (
+        5 + 6
+    )  # read, encode, index for BM25, search by one retriever or two, score where there is a teacher, the mined data
     assert starts == len(stopped) == 1 + 2 + 3 + 3 + inside
     _assert_same(workplace.folder / "stopped", undisturbed)
 
@@ -139,10 +164,14 @@ def test_killed_at_any_moment_it_ends_the_same(workplace: Workplace, undisturbed
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (root / "mined/train/run/checkpoints/step-00000002").exists():
-            assert process.poll() is None and time.monotonic() < deadline, "the loop ended or stalled before the moment to kill it"
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "the loop ended or stalled before the moment to kill it"
+            )
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
-    assert list(json.loads((root / "result.json").read_text())["metrics"]) == ["start", "contrastive"], "what is done so far"
+    assert list(json.loads((root / "result.json").read_text())["metrics"]) == ["start", "contrastive"], (
+        "what is done so far"
+    )
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert "contrastive: train: reused" in finished.stdout and "mined: train: goes on" in finished.stdout

@@ -44,17 +44,24 @@ evaluate: {{data: {found.data}, choose: dev, options: {{split: [train, dev], met
 
 
 def test_the_best_variant_goes_on_and_the_teacher_is_trained(loop: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """result.json names the best variant's evaluation, and the next mining is done with its model; a second start does nothing."""
+    """result.json names the best variant's evaluation, and the next mining is done with its model; a second start does
+    nothing.
+    """
     assert main([str(loop / "loop.yaml")]) == 0
     assert "mined: variant 2 of nDCG@10" in capsys.readouterr().out
     result = json.loads((loop / "run" / "result.json").read_text())
-    assert result["evaluations"] == {"start": "start/evaluate", "mined": "mined/variant-2/evaluate", "taught": "taught/evaluate"}
+    assert result["evaluations"] == {
+        "start": "start/evaluate",
+        "mined": "mined/variant-2/evaluate",
+        "taught": "taught/evaluate",
+    }
     table = result["metrics"]
     assert list(table) == [f"{name} {split}" for name in ("start", "mined", "taught") for split in ("dev", "train")]
     measured = json.loads((loop / "run/mined/variant-2/evaluate/results/dev.json").read_text())["metrics"]
     assert table["mined dev"] == measured and measured["nDCG@10"] > table["start dev"]["nDCG@10"]
     manifests = {
-        path: json.loads((loop / "run" / path / "manifest.json").read_text())["inputs"] for path in ("taught/mine", "taught/teacher")
+        path: json.loads((loop / "run" / path / "manifest.json").read_text())["inputs"]
+        for path in ("taught/mine", "taught/teacher")
     }
     evaluated = json.loads((loop / "run/mined/variant-2/evaluate/manifest.json").read_text())["inputs"]["model"]
     assert manifests["taught/mine"]["model"] == evaluated and len(manifests["taught/mine"]["teachers"]) == 2
@@ -75,7 +82,9 @@ def test_the_best_variant_goes_on_and_the_teacher_is_trained(loop: Path, capsys:
         ("rounds.0.mine=null", "rounds.1.teacher: expected a round that mines, after one that does"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(loop: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_said_before_anything_starts(
+    loop: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(loop / "loop.yaml"), f"output_dir={loop}/wrong", override]) == 2
     assert message in capsys.readouterr().err
     assert not (loop / "wrong").exists()

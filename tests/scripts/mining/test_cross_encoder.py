@@ -27,13 +27,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(60):
             record: dict[str, Any] = {"query_id": f"q{i}", "query": lines[i]}
             record["positive_passages"] = [{"docid": f"p{i}", "title": "", "text": lines[i]}]
-            record["negative_passages"] = [{"docid": f"n{i}-{j}", "title": "a title", "text": lines[(i + j) % 80]} for j in range(1, 6)]
+            record["negative_passages"] = [
+                {"docid": f"n{i}-{j}", "title": "a title", "text": lines[(i + j) % 80]} for j in range(1, 6)
+            ]
             stream.write(json.dumps(record) + "\n")
     return folder
 
 
 def _arguments(folder: Path, output: str, *more: str) -> list[str]:
-    places = ["--data", str(folder / "train.jsonl"), "--model", str(folder / "model"), "--output-dir", str(folder / output)]
+    places = [
+        "--data",
+        str(folder / "train.jsonl"),
+        "--model",
+        str(folder / "model"),
+        "--output-dir",
+        str(folder / output),
+    ]
     return [*places, "--max-tokens", "40", *more]
 
 
@@ -75,7 +84,9 @@ def test_the_same_command_gives_the_same_weights(folder: Path) -> None:
 
 
 def test_it_learns_to_prefer_positives(folder: Path) -> None:
-    """After training, the positive stands first among its group for nearly every query; before it, for about one in six."""
+    """After training, the positive stands first among its group for nearly every query; before it, for about one in
+    six.
+    """
     main(_arguments(folder, "first", "--epochs", "20", "--lr", "3e-3", "--queries", "10", "--negatives", "4"))
     groups, teacher = (
         read_groups(str(folder / "train.jsonl"), "join", " "),
@@ -104,6 +115,15 @@ def test_what_is_wrong_is_said_in_one_line(folder: Path, more: tuple[str, ...], 
 
 
 def test_data_without_negatives_teach_nothing(folder: Path, tmp_path: Path) -> None:
-    record = {"query_id": "q", "query": "a", "positive_passages": [{"docid": "p", "title": "", "text": "b"}], "negative_passages": []}
+    record = {
+        "query_id": "q",
+        "query": "a",
+        "positive_passages": [{"docid": "p", "title": "", "text": "b"}],
+        "negative_passages": [],
+    }
     (tmp_path / "train.jsonl").write_text(json.dumps(record) + "\n")
-    assert_refused(main, _arguments(folder, "none", "--data", str(tmp_path / "train.jsonl")), "no query has both a positive and a negative")
+    assert_refused(
+        main,
+        _arguments(folder, "none", "--data", str(tmp_path / "train.jsonl")),
+        "no query has both a positive and a negative",
+    )

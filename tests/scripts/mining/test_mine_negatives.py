@@ -1,4 +1,6 @@
-"""Mined data: what no negative may be, windows and filters against scores taken pair by pair, and the same bytes after interruptions."""
+"""Mined data: what no negative may be, windows and filters against scores taken pair by pair, and the same bytes after
+interruptions.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def similarities(workplace: Workplace) -> np.ndarray:
     """[QUERIES, passages] float64: the model's inner products, text by text."""
     bundle = load_encoder(workplace.folder / "model", device="cpu")
-    queries, passages = bundle.encode(list(workplace.queries.values()), "query"), bundle.encode(list(workplace.texts.values()), "passage")
+    queries, passages = (
+        bundle.encode(list(workplace.queries.values()), "query"),
+        bundle.encode(list(workplace.texts.values()), "passage"),
+    )
     return queries.astype(np.float64) @ passages.astype(np.float64).T
 
 
@@ -59,7 +64,9 @@ def _negatives(record: dict[str, Any]) -> list[str]:
 
 
 def test_no_negative_is_known_positive_repeated_or_the_query_itself(workplace: Workplace) -> None:
-    """With the window over the whole collection, texts that are a positive's (under any id) or the query's own stay out."""
+    """With the window over the whole collection, texts that are a positive's (under any id) or the query's own stay
+    out.
+    """
     records = mined(workplace, "all", "--retrievers", "model", "bm25", "--ranks", "1", "80", "--negatives", "80")
     assert [record["query_id"] for record in records] == list(workplace.queries)
     for record in records:
@@ -92,8 +99,12 @@ def test_bm25_candidates_are_bm25s(workplace: Workplace) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--margin", 0.05), ("--percentage", 0.9)])
-def test_filters_by_the_models_similarities(workplace: Workplace, similarities: np.ndarray, option: str, value: float) -> None:
-    """Kept negatives score at most the lowest positive's similarity less the margin (or the share of it); above it none is left."""
+def test_filters_by_the_models_similarities(
+    workplace: Workplace, similarities: np.ndarray, option: str, value: float
+) -> None:
+    """Kept negatives score at most the lowest positive's similarity less the margin (or the share of it); above it none
+    is left.
+    """
     records = mined(workplace, f"filtered{option}", option, str(value), "--negatives", "80", "--ranks", "1", "80")
     column, dropped = {text: i for i, text in enumerate(workplace.texts.values())}, 0
     for record, row in zip(records, similarities, strict=True):
@@ -108,8 +119,12 @@ def test_filters_by_the_models_similarities(workplace: Workplace, similarities: 
 
 
 def test_teacher_scores_are_written_and_read_into_the_store(workplace: Workplace, teacher_logit: Any) -> None:
-    """Scores equal the cross-encoder's of each pair alone, filter by them, and stand beside their passages in the token store."""
-    records = mined(workplace, "taught", "--teacher", str(workplace.folder / "teacher"), "--margin", "0.5", "--judged", "20")
+    """Scores equal the cross-encoder's of each pair alone, filter by them, and stand beside their passages in the token
+    store.
+    """
+    records = mined(
+        workplace, "taught", "--teacher", str(workplace.folder / "teacher"), "--margin", "0.5", "--judged", "20"
+    )
     spread = []
     for record in records:
         for side in ("positive", "negative"):
@@ -130,7 +145,9 @@ def test_teacher_scores_are_written_and_read_into_the_store(workplace: Workplace
 
 
 def test_several_teachers_are_standardised_and_averaged(workplace: Workplace) -> None:
-    """Each teacher's scores have mean 0 and variance 1 over a query's positives and candidates before their mean is taken."""
+    """Each teacher's scores have mean 0 and variance 1 over a query's positives and candidates before their mean is
+    taken.
+    """
     teachers = [str(workplace.folder / "teacher"), "bm25", "model"]
     options = ("--negatives", "6")
     alone = [mined(workplace, f"by{i}", "--teacher", name, *options) for i, name in enumerate(teachers)]
@@ -150,7 +167,9 @@ def test_bm25_as_a_teacher_gives_its_own_scores(workplace: Workplace) -> None:
     """As its run has them: the first rankings' scores of the same pairs, 0 for a passage that shares no word."""
     records = mined(workplace, "by-bm25", "--teacher", "bm25")
     texts = dict(enumerate(dict.fromkeys(workplace.texts.values())))
-    run = bm25_run(((str(n), text) for n, text in texts.items()), {r["query_id"]: r["query"] for r in records}, k=len(texts))
+    run = bm25_run(
+        ((str(n), text) for n, text in texts.items()), {r["query_id"]: r["query"] for r in records}, k=len(texts)
+    )
     for record in records:
         ranked = run[record["query_id"]]
         by_text = dict(zip((texts[int(n)] for n in ranked.passage_ids), ranked.scores.tolist(), strict=True))
@@ -160,8 +179,18 @@ def test_bm25_as_a_teacher_gives_its_own_scores(workplace: Workplace) -> None:
 
 
 def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped while it encodes, searches, scores and writes; each start does only what is left, and the data are those of one go."""
-    arguments = ("--teacher", str(workplace.folder / "teacher"), "--percentage", "0.95", "--retrievers", "model", "bm25")
+    """Stopped while it encodes, searches, scores and writes; each start does only what is left, and the data are those
+    of one go.
+    """
+    arguments = (
+        "--teacher",
+        str(workplace.folder / "teacher"),
+        "--percentage",
+        "0.95",
+        "--retrievers",
+        "model",
+        "bm25",
+    )
     monkeypatch.setattr(scores_module, "_QUERIES_A_PART", 7)
     mined(workplace, "whole", *arguments)
     scored: list[int] = []
@@ -194,8 +223,12 @@ def test_an_interrupted_mining_ends_with_the_same_bytes(workplace: Workplace, mo
     assert manifests[0] == manifests[1]
 
 
-def test_what_is_done_is_not_done_again(workplace: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command finds its output; another number of negatives uses the embeddings and the search; another seed differs."""
+def test_what_is_done_is_not_done_again(
+    workplace: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command finds its output; another number of negatives uses the embeddings and the search; another seed
+    differs.
+    """
     first = mined(workplace, "again")
     capsys.readouterr()
     with monkeypatch.context() as broken:
@@ -211,11 +244,18 @@ def test_what_is_done_is_not_done_again(workplace: Workplace, capsys: pytest.Cap
 
 
 def test_inline_sources_are_mined_from_their_own_passages(workplace: Workplace, tmp_path: Path) -> None:
-    """FlagEmbedding records: the pool is all their passages, prompts go along, old negatives are candidates like the rest."""
+    """FlagEmbedding records: the pool is all their passages, prompts go along, old negatives are candidates like the
+    rest.
+    """
     texts = list(workplace.texts.values())[:60]
-    lines = [{"query": workplace.queries[f"q{i}"], "pos": [texts[i]], "neg": [texts[i + 20]], "prompt": "find: "} for i in range(20)]
+    lines = [
+        {"query": workplace.queries[f"q{i}"], "pos": [texts[i]], "neg": [texts[i + 20]], "prompt": "find: "}
+        for i in range(20)
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = mined(workplace, "inline", "--data", str(tmp_path / "pairs.jsonl"), "--retrievers", "bm25", "--ranks", "1", "60")
+    records = mined(
+        workplace, "inline", "--data", str(tmp_path / "pairs.jsonl"), "--retrievers", "bm25", "--ranks", "1", "60"
+    )
     assert all(record["prompt"] == "find: " for record in records)
     assert {text for record in records for text in _negatives(record)} <= set(texts[:40])
     assert max(len(_negatives(record)) for record in records) == 5
@@ -252,14 +292,25 @@ def test_two_ranks_mine_what_one_mines(workplace: Workplace) -> None:
 
 def test_a_score_that_is_no_number_is_refused(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """An overflow would drop every candidate of its query in silence."""
-    monkeypatch.setattr(CrossEncoder, "score", lambda self, queries, *_: np.full(len(queries), np.nan, dtype=np.float32))
+    monkeypatch.setattr(
+        CrossEncoder, "score", lambda self, queries, *_: np.full(len(queries), np.nan, dtype=np.float32)
+    )
     arguments = words(workplace, "nan", "--teacher", str(workplace.folder / "teacher"))
     assert_refused(main, arguments, "the score of query 'q0' with passage 'p0' is not finite")
 
 
 def test_filters_need_scores(workplace: Workplace) -> None:
     """BM25's candidates have no score to be filtered by: a model or a teacher is asked for."""
-    arguments = ["--data", str(workplace.data), "--retrievers", "bm25", "--margin", "0.1", "--output-dir", str(workplace.folder / "none")]
+    arguments = [
+        "--data",
+        str(workplace.data),
+        "--retrievers",
+        "bm25",
+        "--margin",
+        "0.1",
+        "--output-dir",
+        str(workplace.folder / "none"),
+    ]
     assert_refused(main, arguments, "--model: expected a model")
 
 

@@ -1,4 +1,6 @@
-"""The pool of a mining: numbers, equal texts and positives against dictionaries, its errors, and the memory that reading and BM25 take."""
+"""The pool of a mining: numbers, equal texts and positives against dictionaries, its errors, and the memory that
+reading and BM25 take.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,18 @@ def _pool(folder: Path, work: Path, **options: Any) -> Pool:
 
 def test_passages_are_read_back_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages_module, "_BATCH_ROWS", 7)
-    written = [Passage(f"p{i}" if i % 3 else None, f"text {i} – {'é' * i}", "title" if i % 2 else "") for i in range(30)]
+    written = [
+        Passage(f"p{i}" if i % 3 else None, f"text {i} – {'é' * i}", "title" if i % 2 else "") for i in range(30)
+    ]
     write_passages(tmp_path / "passages.arrow", written)
     rows = np.array([29, 0, 6, 7, 13, 14])
     assert list(Passages(tmp_path / "passages.arrow", rows)) == [written[row] for row in rows]
 
 
 def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
-    """Numbers follow the corpus, a title and a text joined are compared; a query knows its own text even where it is no positive."""
+    """Numbers follow the corpus, a title and a text joined are compared; a query knows its own text even where it is no
+    positive.
+    """
     corpus = [
         {"_id": "a", "title": "red", "text": "fox"},
         {"_id": "b", "title": "", "text": "grey goose"},
@@ -51,14 +57,26 @@ def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:
     pool = _pool(folder, tmp_path / "pool")
     assert list(pool.texts()) == ["red fox", "grey goose", "blue whale"] == [pool.text(number) for number in range(3)]
     assert [passage.id for passage in pool.passages] == ["a", "b", "d"]
-    assert [(query.id, query.positives, query.own) for query in pool.queries] == [("x", [0], None), ("y", [1], 2), ("w", [2], None)]
+    assert [(query.id, query.positives, query.own) for query in pool.queries] == [
+        ("x", [0], None),
+        ("y", [1], 2),
+        ("w", [2], None),
+    ]
 
 
 def test_passages_of_examples_come_behind_the_corpus(tmp_path: Path) -> None:
-    """Their texts may be the corpus's under another id; a query whose examples lie apart; one without positives is left out."""
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"docid": f"p{i}", "text": f"passage {i}"}) + "\n" for i in range(3)))
+    """Their texts may be the corpus's under another id; a query whose examples lie apart; one without positives is left
+    out.
+    """
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"docid": f"p{i}", "text": f"passage {i}"}) + "\n" for i in range(3))
+    )
     with (tmp_path / "train.jsonl").open("w") as stream:
-        for query, positives, negatives in (("1", ["new"], ["passage 1", "old"]), ("2", [], ["old"]), ("1", ["passage 2"], [])):
+        for query, positives, negatives in (
+            ("1", ["new"], ["passage 1", "old"]),
+            ("2", [], ["old"]),
+            ("1", ["passage 2"], []),
+        ):
             sides = {"positive_passages": positives, "negative_passages": negatives}
             listed = {name: [{"docid": text, "text": text} for text in texts] for name, texts in sides.items()}
             stream.write(json.dumps({"query_id": query, "query": f"query {query}"} | listed) + "\n")
@@ -72,13 +90,22 @@ def test_passages_of_examples_come_behind_the_corpus(tmp_path: Path) -> None:
     ("corpus", "positives", "message"),
     [
         ([("a", "one"), ("b", "two"), ("a", "three")], ["b"], "passage id 'a' stands for two texts in the corpus"),
-        ([("a", "one"), ("b", "two"), ("a", "one")], ["b", "nowhere"], "passage 'nowhere', a positive of query 'q', is not"),
+        (
+            [("a", "one"), ("b", "two"), ("a", "one")],
+            ["b", "nowhere"],
+            "passage 'nowhere', a positive of query 'q', is not",
+        ),
         ([("a", "one")], ["a", "b", "c"], "passage 'b', a positive of query 'q', is not in its corpus"),
     ],
 )
-def test_a_corpus_that_does_not_fit_is_refused(tmp_path: Path, corpus: list[tuple[str, str]], positives: list[str], message: str) -> None:
+def test_a_corpus_that_does_not_fit_is_refused(
+    tmp_path: Path, corpus: list[tuple[str, str]], positives: list[str], message: str
+) -> None:
     folder = write_beir(
-        tmp_path / "data", [{"_id": i, "text": text} for i, text in corpus], {"q": "query"}, train={"q": dict.fromkeys(positives, 1)}
+        tmp_path / "data",
+        [{"_id": i, "text": text} for i, text in corpus],
+        {"q": "query"},
+        train={"q": dict.fromkeys(positives, 1)},
     )
     with pytest.raises(DataError, match=message):
         _pool(folder, tmp_path / "pool")
@@ -102,7 +129,9 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "data", corpus, queries, train={f"q{i}": {f"p{i}": 1} for i in range(64)})
     total = (folder / "corpus.jsonl").stat().st_size
     arguments = ["--data", str(folder), "--retrievers", "bm25", "--teacher", "bm25", "--threads", "1"]
-    main([*arguments, "--limit", "2", "--output-dir", str(tmp_path / "imports")])  # code that is loaded now is not counted
+    main(
+        [*arguments, "--limit", "2", "--output-dir", str(tmp_path / "imports")]
+    )  # code that is loaded now is not counted
     tracemalloc.start()
     try:
         main([*arguments, "--output-dir", str(tmp_path / "mined")])

@@ -1,4 +1,6 @@
-"""What is loaded as a cross-encoder: every weight comes from the folder, from safetensors; only a new head may be drawn."""
+"""What is loaded as a cross-encoder: every weight comes from the folder, from safetensors; only a new head may be
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_an_encoder_is_no_teacher(tmp_path: Path) -> None:
         _teach(tmp_path / "encoder")
 
 
-@pytest.mark.parametrize("lost", ["classifier.bias", "bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.weight"])
+@pytest.mark.parametrize(
+    "lost", ["classifier.bias", "bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.weight"]
+)
 def test_a_teacher_lacks_no_weight(tmp_path: Path, lost: str) -> None:
     folder = save_tiny_teacher(tmp_path / "teacher")
     _keep(folder, lambda key: key != lost)
@@ -88,7 +92,9 @@ def test_a_teacher_of_two_labels_gives_their_difference(tmp_path: Path) -> None:
     """Two logits: the second less the first; three labels are refused."""
     save_tiny_teacher(tmp_path / "two", labels=2)
     teacher = _teach(tmp_path / "two")
-    model, tokenizer = (kind.from_pretrained(tmp_path / "two") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "two") for kind in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
     query, passage = random_texts(2, shortest=6, longest=16, seed=2)
     with torch.no_grad():
         logits = model.eval()(**tokenizer(query, passage, return_tensors="pt")).logits[0]
@@ -109,10 +115,14 @@ def test_a_pair_is_no_longer_than_the_positions(tmp_path: Path, limit: int | Non
     """Whatever the tokenizer says of lengths, or where it says nothing."""
     folder = save_tiny_teacher(tmp_path / "teacher")
     _set(folder, "tokenizer_config.json", model_max_length=limit)
-    with pytest.raises(ConfigError, match=f"--teacher-max-tokens: expected at most {MAX_POSITIONS}, the model's length; received 512"):
+    with pytest.raises(
+        ConfigError, match=f"--teacher-max-tokens: expected at most {MAX_POSITIONS}, the model's length; received 512"
+    ):
         CrossEncoder.load(folder, device=torch.device("cpu"))
     long = " ".join(random_texts(40, shortest=20))
-    assert np.isfinite(CrossEncoder.load(folder, max_tokens=MAX_POSITIONS, device=torch.device("cpu")).score(["heart"], [long], 1000)).all()
+    assert np.isfinite(
+        CrossEncoder.load(folder, max_tokens=MAX_POSITIONS, device=torch.device("cpu")).score(["heart"], [long], 1000)
+    ).all()
 
 
 def test_the_tokenizers_own_length_counts_where_it_is_shorter(tmp_path: Path) -> None:
@@ -145,13 +155,18 @@ def test_a_decoder_pads_by_the_token_that_its_tokenizer_knows(tmp_path: Path) ->
     queries, passages = random_texts(6, longest=5), random_texts(6, shortest=2, longest=20, seed=1)
     model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
     with torch.no_grad():
-        alone = [model.eval()(**tokenizer(*pair, return_tensors="pt")).logits.item() for pair in zip(queries, passages, strict=True)]
+        alone = [
+            model.eval()(**tokenizer(*pair, return_tensors="pt")).logits.item()
+            for pair in zip(queries, passages, strict=True)
+        ]
     assert np.ptp(alone) > 0.1
     np.testing.assert_allclose(_teach(folder).score(queries, passages, 10_000), alone, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_that_cannot_pad_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--teacher .*decoder: expected a padding token; set pad_token in its tokenizer_config\.json"):
+    with pytest.raises(
+        ConfigError, match=r"--teacher .*decoder: expected a padding token; set pad_token in its tokenizer_config\.json"
+    ):
         _teach(_decoder(tmp_path / "decoder", pad_token=None))
 
 
@@ -160,7 +175,10 @@ def test_a_malformed_teacher_is_named(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ConfigError, match=r"teacher/tokenizer\.json: token 'zebra' has the id 198, but vocab_size in config\.json is 198"):
+    with pytest.raises(
+        ConfigError,
+        match=r"teacher/tokenizer\.json: token 'zebra' has the id 198, but vocab_size in config\.json is 198",
+    ):
         _teach(folder)
     _set(folder, "config.json", num_hidden_layers="two")
     with pytest.raises(ConfigError, match=r"teacher/config\.json: no configuration .*num_hidden_layers"):

@@ -1,4 +1,6 @@
-"""A small training source with tiny models: a BEIR folder with duplicates, several positives and a query that is a passage."""
+"""A small training source with tiny models: a BEIR folder with duplicates, several positives and a query that is a
+passage.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ class Workplace:
 
 
 def make_workplace(folder: Path) -> Workplace:
-    """Every query is words of its first positive; passages p80 to p89 repeat the texts of p0 to p9; q5 is the text of p40."""
+    """Every query is words of its first positive; passages p80 to p89 repeat the texts of p0 to p9; q5 is the text of
+    p40.
+    """
     draw, lines = random.Random(4), random_texts(PASSAGES - 10, shortest=6, longest=16, seed=2)
     texts = {f"p{i}": text for i, text in enumerate([*lines, *lines[:10]])}
     queries = {f"q{i}": " ".join(draw.sample(lines[i].split(), 4)) for i in range(QUERIES)} | {"q5": lines[40]}
     positives = {f"q{i}": [f"p{i}", *([f"p{i + 30}"] if i % 4 == 0 else [])] for i in range(QUERIES)}
     corpus = ({"_id": i, "title": "", "text": text} for i, text in texts.items())
-    write_beir(folder / "data", corpus, queries, train={query: dict.fromkeys(found, 1) for query, found in positives.items()})
+    write_beir(
+        folder / "data", corpus, queries, train={query: dict.fromkeys(found, 1) for query, found in positives.items()}
+    )
     save_tiny_model(folder / "model")
     save_tiny_teacher(folder / "teacher")
     return Workplace(folder, texts, queries, positives)
@@ -71,7 +77,14 @@ def mined(workplace: Workplace, output: str, *arguments: str) -> list[dict[str, 
 
 def words(workplace: Workplace, output: str, *arguments: str) -> list[str]:
     """The arguments of the command that `mined` calls."""
-    base = ["--data", str(workplace.data), "--output-dir", str(workplace.folder / output), "--model", str(workplace.folder / "model")]
+    base = [
+        "--data",
+        str(workplace.data),
+        "--output-dir",
+        str(workplace.folder / output),
+        "--model",
+        str(workplace.folder / "model"),
+    ]
     return [*base, "--ranks", "1", "30", "--negatives", "5", "--teacher-max-tokens", "64", *arguments]
 
 
