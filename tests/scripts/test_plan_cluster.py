@@ -54,7 +54,7 @@ def test_a_gather_that_does_not_fit_is_a_ring() -> None:
 
 def test_the_pages_figure_for_hidden_traffic_is_the_models() -> None:
     queries = hiding_queries(Machine(), 64) / 64
-    assert f"about {round(queries, -3):,.0f} queries a GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), (
+    assert f"about {round(queries, -3):,.0f} queries per GPU" in PAGE.read_text(encoding="utf-8").replace("\n", " "), (
         queries
     )
     assert math.isclose(queries, (2 + 4) / 6 * 590e3 / 45, rel_tol=1e-3)
