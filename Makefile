@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 DEMO_ARGUMENTS ?=
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,7 +27,7 @@ demo: $(MODEL_READY)
 	$(BIN)/python -m scripts.demo $(DEMO_ARGUMENTS)
 
 test: $(MODEL_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test-gpu: $(MODEL_READY)
 	$(BIN)/python -m pytest -m "gpu or multi_gpu" --durations 25
