@@ -20,7 +20,7 @@ import pyarrow as pa
 from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
-from retriever.files import clean, make_folder, replace_file, write_array, write_json
+from retriever.files import clean, make_folder, replace_file, sync, write_array, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
@@ -129,10 +129,10 @@ class ShardWriter:
             (self.folder / name).unlink(missing_ok=True)
         if same:
             return
-        (self.folder / _JOB).unlink(missing_ok=True)
         for file in self.folder.iterdir():
             if _SHARD_FILE.fullmatch(file.name):
                 file.unlink()
+        sync(self.folder)  # until here the job is that of the shards; a power cut must bring none of them back
         write_json(self.folder / _JOB, asdict(self.job) | ({_CACHE: True} if self._cache else {}))
 
     def _started_as(self) -> dict[str, Any] | None:

@@ -317,3 +317,24 @@ def test_ids_that_are_null_are_refused(tmp_path: Path) -> None:
     (tmp_path / "checksums.json").unlink()  # as in an earlier version's
     with pytest.raises(ShardError, match=rf"00000\.ids\.arrow: 1 of {count} ids are null"):
         list(open_shards(tmp_path))
+
+
+def test_a_kill_while_embeddings_are_replaced_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start of an evaluation goes on."""
+    _fill(tmp_path, cache=True)
+    other, unlink = ShardWriter(tmp_path, replace(JOB, prompt="passage: "), cache=True), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "00001.npy":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", killed)
+        other.prepare()
+    assert (tmp_path / "00001.npy").exists()
+    other.check()
+    other.prepare()
+    assert not list(tmp_path.glob("0*"))
