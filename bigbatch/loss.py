@@ -1,0 +1,81 @@
+"""InfoNCE as a differentiable function of embeddings, in linear memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.infonce import api
+from kernels.infonce.api import Precision
+
+
+def infonce(
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor | None = None,
+    *,
+    temperature: float = 0.02,
+    symmetric: bool = False,
+    precision: Precision | None = None,
+) -> Tensor:
+    """The mean over queries of log Σ_j exp(⟨q_i, p_j⟩ / temperature) − ⟨q_i, p_t⟩ / temperature, with t = targets_i.
+
+    queries [B, D] and passages [N, D] have one floating dtype and device; normalise them for cosine similarity.
+    targets [B] int64 are columns of `passages`, or −1 for a query to ignore; None means that passage i belongs to
+    query i. `symmetric` averages with the passage-to-query direction. Returns a scalar, float32 (float64 for float64
+    inputs), differentiable once in queries and passages. Value and gradients are computed together in the forward
+    pass; memory is O(B + N), and no similarity is stored. `precision` is that of the products: "bf16" (rounded inputs),
+    "high" (errors up to 1e-5) or "fp32"; None means bf16 under autocast and for half-precision inputs, else fp32.
+
+    Raises ValueError where shapes, dtypes, devices, targets or the temperature do not fit.
+    (Cheng et al. 2024, arXiv:2410.17243)
+    """
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature above 0, received {temperature}")
+    if targets is None:
+        if len(passages) < len(queries):
+            raise ValueError(f"expected at least {len(queries)} passages, one for each query, received {len(passages)}")
+        targets = torch.arange(len(queries), device=queries.device)
+    device = queries.device.type
+    if precision is None:
+        half = queries.dtype in (torch.bfloat16, torch.float16)
+        precision = "bf16" if half or torch.is_autocast_enabled(device) else "fp32"
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _InfoNCE.apply(queries, passages, targets, 1 / temperature, symmetric, precision)
+    return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        passages: Tensor,
+        targets: Tensor,
+        scale: float,
+        symmetric: bool,
+        precision: Precision,
+    ) -> Tensor:
+        weights = queries.new_full((len(queries),), 1 / max(1, len(queries)))
+        found = api.infonce(
+            queries,
+            passages,
+            targets,
+            scale,
+            weights=weights,
+            symmetric=symmetric,
+            precision=precision,
+            gradients=any(ctx.needs_input_grad[:2]),
+        )
+        if found.dqueries is not None and found.dpassages is not None:
+            ctx.save_for_backward(found.dqueries.to(queries.dtype), found.dpassages.to(passages.dtype))
+        return found.loss.mean() if len(queries) else found.loss.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dqueries, dpassages = ctx.saved_tensors
+        return gradient * dqueries, gradient * dpassages, None, None, None, None

@@ -1,0 +1,111 @@
+"""Bigbatch's loss for sentence-transformers' trainer: change one line of a training script.
+
+    loss = bigbatch.st.InfoNCELoss(model, scale=20.0, mini_batch_size=64)
+
+in place of `losses.CachedMultipleNegativesRankingLoss(model, …)`. Same arguments, same gradient. Embeddings are computed
+by their own gradient cache; the similarity matrix is never stored, and mini-batches hold texts of similar length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from bigbatch.loss import infonce
+from kernels.infonce.api import Precision
+
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
+_DIRECTIONS: dict[tuple[str, ...], bool] = {("query_to_doc",): False, ("query_to_doc", "doc_to_query"): True}
+
+
+class InfoNCELoss(CachedMultipleNegativesRankingLoss):
+    """Multiple-negatives ranking loss over a batch of any size, in memory linear in the batch.
+
+    Takes (anchor, positive, negative_1, …, negative_n) columns of texts, and the arguments of
+    `CachedMultipleNegativesRankingLoss` with the same meaning. `directions` may be ("query_to_doc",) or, with
+    partition_mode="per_direction", ("query_to_doc", "doc_to_query"); hardness is not available. `precision` is as
+    in `bigbatch.infonce`. Padded texts are sorted by length before they are cut into mini-batches, which
+    changes no gradient unless dropout draws other masks for it. Works inside MatryoshkaLoss.
+
+    Raises ValueError for an argument that is not available.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        *,
+        precision: Precision | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(model, scale, similarity_fct, **others)
+        if similarity_fct not in (cos_sim, dot_score):
+            raise ValueError(f"similarity_fct: expected util.cos_sim or util.dot_score, received {similarity_fct}")
+        if self.hardness_mode is not None:
+            raise ValueError(f"hardness_mode: expected None, received {self.hardness_mode!r}")
+        symmetric = _DIRECTIONS.get(tuple(self.directions))
+        if symmetric is None or symmetric != (self.partition_mode == "per_direction" and len(self.directions) > 1):
+            raise ValueError(
+                'directions: expected ("query_to_doc",), or ("query_to_doc", "doc_to_query") with '
+                f'partition_mode="per_direction"; received {self.directions} with {self.partition_mode!r}'
+            )
+        if symmetric and self.gather_across_devices:
+            raise ValueError("gather_across_devices: expected False with two directions, received True")
+        self.precision = precision
+        self._symmetric = symmetric
+        self._places: list[Tensor | None] = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss; its gradient is computed when it is differentiated."""
+        columns = [_sorted_by_length(features) for features in sentence_features]
+        self._places = [places for _, places in columns]
+        return super().forward([features for features, _ in columns], labels)  # type: ignore[arg-type]
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the mini-batches' embeddings `reps`, by column; backpropagated to them where `with_backward`."""
+        columns = [
+            torch.cat(parts) if places is None else torch.cat(parts)[places]
+            for parts, places in zip(reps, self._places, strict=True)
+        ]
+        if self.similarity_fct is cos_sim:
+            columns = [normalize(column, dim=1) for column in columns]
+        queries, documents = columns[0], columns[1:]  # [B, D] each
+        first = 0
+        if self.gather_across_devices:
+            documents = [all_gather_with_grad(column) for column in documents]  # [W B, D] each
+            first = get_rank() * len(queries)
+        targets = torch.arange(first, first + len(queries), device=queries.device)
+        loss = infonce(
+            queries,
+            torch.cat(documents).to(queries.dtype),
+            targets,
+            temperature=1 / self.scale,
+            symmetric=self._symmetric,
+            precision=self.precision,
+        )
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return super().get_config_dict() | {"precision": self.precision}
+
+
+def _sorted_by_length(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """The rows of `features` by length, longest first, and where each row has gone; padded texts only."""
+    tensors = {key for key, value in features.items() if isinstance(value, Tensor)}
+    if "attention_mask" not in tensors or not tensors <= _TEXT_KEYS:
+        return features, None
+    order = features["attention_mask"].sum(1).argsort(descending=True, stable=True)
+    return {key: value[order] if key in tensors else value for key, value in features.items()}, order.argsort()
