@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from retriever.config import Config, ConfigError, from_dict
 from retriever.config_rules import validate
+from retriever.environment import check_trackers
 
 _NOT_YAML = (
     OmegaConfBaseException,
@@ -26,7 +27,8 @@ _NOT_YAML = (
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of one run: the YAML at `path`, then `key.sub=value` overrides, then `validate`.
+    """The configuration of one run: the YAML at `path`, then `key.sub=value` overrides, then `validate` and
+    `check_trackers`.
 
     Raises ConfigError naming the key that is unknown, of a wrong type, impossible or not available.
     """
@@ -40,6 +42,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             tree["train"][other] = None
     config = from_dict(tree)
     validate(config)
+    check_trackers(config.run.trackers)
     return config
 
 

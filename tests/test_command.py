@@ -33,7 +33,7 @@ from tests.workplace import ROOT, make_workplace, training_command
 # what it reads.
 _SEARCHED = "--bm25 --data {data} --output-dir {out}"
 COMMANDS = {
-    "retriever.train": ("_train_as_told", "--config {run} run.output_dir={out}"),
+    "retriever.train": ("_train", "--config {run} run.output_dir={out}"),
     "retriever.encode": ("_encode_file", "--model {model} --input {data} --side query --output {out}"),
     "eval.beir": ("_evaluate", f"{_SEARCHED} --split dev"),
     "eval.msmarco": ("_evaluate", "--bm25 --data {marco} --output-dir {out}"),

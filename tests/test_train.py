@@ -279,7 +279,7 @@ def test_an_evaluation_that_fails_costs_no_training(
         raise OSError(5, "Input/output error", "corpus.jsonl")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.evaluate.evaluate", fail)
+        patch.setattr("retriever.run.evaluate", fail)
         assert main(training_command(workplace, "unevaluated")[2:]) == 2
     run = workplace / "unevaluated"
     assert max(folder.name for folder in (run / "checkpoints").iterdir()) == "step-00000010"
