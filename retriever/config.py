@@ -1,70 +1,105 @@
-"""The run's configuration: nested frozen dataclasses with every setting.
+"""The run's configuration: nested frozen dataclasses. The comment above a setting says what it means.
 
-`config_file.load` fills them from a YAML file and overrides; `config_tree` checks types, `config_rules` what can be run
-together.
+`config_file.load` fills them from a YAML file and overrides; `config_tree` checks types and ranges, `config_rules` what
+can be run together; `config_help` prints the comments (`retriever/train.py --help-settings`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 
-from retriever.config_tree import ConfigError, build, flatten, plain
+from retriever.config_tree import ConfigError, Range, build, flatten, plain
 
 __all__ = ["Config", "ConfigError"]
 
 Auto = Literal["auto"]
+Count = Annotated[int, Range(1)]
+CountOrNone = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1, below=True)]
+Temperature = Annotated[float, Range(1e-12)]  # of float32 similarities over it
+TextTokens = Annotated[int, Range(4, 1 << 20)]
+Weight = Annotated[float, Range(0, 10_000, above=True)]
+Seconds = Annotated[int, Range(1, 365 * 24 * 3600)]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes, how it resumes, how long a collective may wait (`timeout_s`)."""
+    """Where a run writes, how it resumes, and how long ranks wait for one another."""
 
+    # Folder of checkpoints, exports, metrics and the report. One run at a time works in it.
     output_dir: str = "runs/default"
-    seed: int = 0
-    resume: str = "auto"  # auto | never | a checkpoint folder
+    # Decides the order of the queries, the negatives drawn, dropout, and the start of new weights.
+    seed: CountOrNone = 0
+    # Which checkpoint to go on from. auto: the newest in output_dir, if there is one; never: none, and a folder that
+    # holds a run is refused; or a checkpoint's folder.
+    resume: str = "auto"
+    # Experiment trackers that accelerate logs to: tensorboard, wandb, mlflow, trackio, aim, clearml, comet_ml, dvclive,
+    # swanlab, or all that are installed.
     trackers: tuple[str, ...] = ("tensorboard",)
+    # Before step 1, compare the gradient with the whole batch's by autograd, in float64, on a small batch of the data.
     verify: bool = False
+    # auto: measure the step on a GPU and print the plan; only: print it and stop, leaving nothing behind; off: measure
+    # what other settings leave to auto, and print nothing.
     preflight: Literal["auto", "only", "off"] = "auto"
-    timeout_s: int = 1800
+    # Seconds that a rank may keep the others waiting in a collective. Then the run ends and names that rank.
+    timeout_s: Seconds = 1800
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: rank `r`, scale `alpha / r`, dropout on their input, and which linear layers get one."""
+    """Low-rank adapters, trained instead of the weights. An export has them merged."""
 
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()  # names of linear layers, such as query or q_proj; empty: all
+    # Rank of an adapter.
+    r: Count = 16
+    # An adapter's output is scaled by alpha / r.
+    alpha: Positive = 32.0
+    # Dropout on an adapter's input.
+    dropout: Share = 0.0
+    # Names of the linear layers that get an adapter, such as query or q_proj. Empty: all.
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder. Lengths are in tokens, prompt and special tokens included; `auto` of pooling and truncate_dim: as
-    the folder says.
-    """
+    """The encoder: its weights, how a text becomes a vector, and how the layers compute."""
 
+    # Model folder or Hugging Face name that training starts from. Required.
     name_or_path: str = ""
+    # One encoder for queries and passages; false: two, from the same weights.
     tied: bool = True
+    # Which tokens the embedding is made of. auto: as the model folder says, else mean for encoders, last for decoders.
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+    # Scale embeddings to length 1, so that similarities are cosines.
     normalize: bool = True
-    truncate_dim: int | Auto | None = "auto"  # leading dimensions that are kept, before normalisation; null: all
-    # The end-of-text token behind every text, in training and in the exported tokenizer. auto: as the tokenizer does,
-    # and where the last token of a plain language model is pooled, appended (as Qwen3-Embedding's own tokenizer does);
-    # an embedding model's is left alone.
+    # Leading dimensions that an embedding keeps, before normalisation. auto: as the model folder says; null: all.
+    truncate_dim: Count | Auto | None = "auto"
+    # Put the end-of-text token behind every text, here and in the exported tokenizer. auto: as the tokenizer does, and
+    # where the last token of a plain language model is pooled, yes. (Qwen3-Embedding's own tokenizer does so too.)
     append_eos: bool | Auto = "auto"
+    # Text put in front of every query, here and in the export.
     query_prompt: str = ""
+    # Text put in front of every passage, here and in the export.
     passage_prompt: str = ""
-    query_max_tokens: int = 32
-    passage_max_tokens: int = 144
+    # Tokens of a query at most, prompt and special tokens included; what is longer is cut.
+    query_max_tokens: TextTokens = 32
+    # Tokens of a passage at most, prompt and special tokens included; what is longer is cut.
+    passage_max_tokens: TextTokens = 144
+    # packed: texts of a chunk one behind another, nothing computed for padding. auto: on a GPU, if the architecture
+    # can; else padded.
     attention: Literal["auto", "packed", "padded"] = "auto"
-    fused: bool | Auto = "auto"  # our own layers of the BERT family, on packed texts
+    # Our own layers of the BERT family, on packed texts. auto: where they apply, on a GPU.
+    fused: bool | Auto = "auto"
+    # torch.compile, layer by layer. auto: on a GPU, where layers are not fused.
     compile: bool | Auto = "auto"
+    # Recompute each layer in the backward pass: less memory for a chunk, more time.
     gradient_checkpointing: bool = False
+    # Train low-rank adapters instead of all weights; null: all weights.
     lora: LoraConfig | None = None
 
 
@@ -72,69 +107,108 @@ class ModelConfig:
 class SourceConfig:
     """One training source: a file or folder (`path`) or a Hugging Face dataset (`name`)."""
 
+    # File or folder, .gz too. Exactly one of path and name is given.
     path: str | None = None
+    # Hugging Face dataset.
     name: str | None = None
+    # Commit, tag or branch of the dataset; null: its newest.
     revision: str | None = None
+    # How the files are laid out; auto: recognised by names and first lines.
     format: Literal["auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns"] = "auto"
+    # Split of the queries that is trained on.
     split: str = "train"
-    columns: tuple[str, ...] | None = None  # anchor, positive[, negative...]: which columns of a columns file
+    # Of the format columns: the names of the anchor, the positive and the negatives, in this order. null: columns of
+    # these names, else the first ones.
+    columns: tuple[str, ...] | None = None
+    # File or folder of the passages, where they are apart from the queries.
     corpus: str | None = None
+    # File of the queries' texts, where they are apart from the pairs.
     queries: str | None = None
-    weight: float = 1.0
-    limit: int | None = None  # the first so many queries
+    # Passes over the source in an epoch.
+    weight: Weight = 1.0
+    # Train on the first so many queries only; null: all.
+    limit: Count | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training sources, negatives per query, and how a title joins its text."""
+    """Training sources, negatives of a query, and how a title joins its text."""
 
+    # The sources. At least one.
     train: tuple[SourceConfig, ...] = ()
-    negatives: int = 7
+    # Hard negatives of a query in a batch. They rotate from pass to pass; a query that has fewer brings those it has.
+    negatives: CountOrNone = 7
+    # join: a passage is its title, title_separator and its text; drop: its text.
     title: Literal["join", "drop"] = "join"
+    # Text between a title and the text.
     title_separator: str = " "
+    # Folder of tokenised data, which runs share.
     cache_dir: str = "cache"
-    verify: bool = (
-        False  # read the whole token store and compare its checksums, though no file changed since that was last done
-    )
+    # Read all tokenised data and compare its checksums, though no file changed since that was last done.
+    verify: bool = False
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """The global batch of an optimizer step, and how it is cut to fit."""
 
-    queries: int = 1024  # global, per optimizer step
-    tokens_per_chunk: int | Auto = "auto"
-    retain: bool | int | Auto = "auto"  # graphs kept between the passes: all, none, or of so many tokens a rank
-    retain_products: bool | int | Auto = "auto"  # of the other chunks: the results of their fused layers that cost most
+    # Queries of one optimizer step over all ranks, at most: a source is divided into batches of equal size.
+    queries: Annotated[int, Range(2)] = 1024
+    # Tokens that the encoder sees at once. auto: measured on a GPU. The result does not change.
+    tokens_per_chunk: Count | Auto = "auto"
+    # Tokens a rank, of the first chunks, whose graphs are kept between the two passes: true all, false none, auto what
+    # fits. The result does not change.
+    retain: bool | CountOrNone | Auto = "auto"
+    # Tokens a rank, of the next chunks, that keep the costliest results of their fused layers: true all, false none,
+    # auto what fits. The result does not change.
+    retain_products: bool | CountOrNone | Auto = "auto"
+    # The queries of a batch come from one source; false: from all, in proportion.
     one_source: bool = True
-    offload: bool = False  # representations and their gradients in host memory, a few blocks of them on the device
+    # Representations and their gradients in host memory, a few blocks at a time on the device.
+    offload: bool = False
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective: contrastive, distilled from a teacher, or both; `false_negative_margin` is in similarity units,
-    before temperature.
+    """The objective: contrastive, distilled from a teacher, or both.
 
     The teacher's terms compare a query's own scored passages: similarities over `temperature` with scores over
     `teacher_temperature`.
     """
 
+    # tiled holds no matrix of similarities; dense, local and disco hold one and give the same gradient.
     strategy: Literal["tiled", "dense", "local", "disco"] = "tiled"
+    # What similarities are computed from. bf16: rounded representations; high: two bf16 halves of each number; fp32.
     precision: Literal["bf16", "high", "fp32"] = "bf16"
+    # How ranks see each other's passages: in a ring, or gathered. auto: what is expected to be faster and fits.
     exchange: Literal["auto", "ring", "gather"] = "auto"
-    temperature: float = 0.02
+    # Similarities are divided by it.
+    temperature: Temperature = 0.02
+    # Train the temperature, from `temperature` on.
     learn_temperature: bool = False
+    # Half the loss is that of finding a passage's query.
     symmetric: bool = False
+    # Another positive of a query is not its negative.
     mask_known_positives: bool = True
-    false_negative_margin: float | None = None
-    dims: tuple[int, ...] = ()  # leading dimensions to sum the loss over (Matryoshka); empty: all dimensions at once
-    dim_weights: tuple[float, ...] = ()  # of each of dims; empty: ones
-    workspace_mib: int | Auto = "auto"
-    contrastive_weight: float = 1.0
-    kl_weight: float = 0.0  # of the KL divergence from the teacher's distribution over a query's group
-    margin_mse_weight: float = 0.0  # of the squared error of the margins between positive and negatives
-    teacher_temperature: float = 1.0
-    teacher_margin: float | None = None  # a negative that the teacher scores above the positive less this is none
+    # A passage more similar to the query than the positive by more than this is no negative; in units of similarity,
+    # before temperature. null: all are.
+    false_negative_margin: NotNegative | None = None
+    # Matryoshka: leading dimensions, such as [768, 256, 64], whose losses are summed. Empty: all dimensions at once.
+    dims: tuple[Count, ...] = ()
+    # Weight of the loss of each of dims. Empty: 1 each.
+    dim_weights: tuple[Positive, ...] = ()
+    # MiB beside the representations that the tiled loss may take. auto: 1,024, or less where less is free.
+    workspace_mib: Count | Auto = "auto"
+    # Weight of the contrastive loss.
+    contrastive_weight: NotNegative = 1.0
+    # Weight of the KL divergence from the teacher's distribution over a query's scored passages.
+    kl_weight: NotNegative = 0.0
+    # Weight of the squared error of the margins between positive and negatives, against the teacher's.
+    margin_mse_weight: NotNegative = 0.0
+    # The teacher's scores are divided by it.
+    teacher_temperature: Temperature = 1.0
+    # A negative that the teacher scores above the positive less this is no negative. null: all are.
+    teacher_margin: float | None = None
 
     @property
     def distils(self) -> bool:
@@ -146,36 +220,55 @@ class LossConfig:
 class OptimConfig:
     """Optimizer, schedule and precision. Nothing is scaled by the batch size."""
 
+    # torch.optim.AdamW, or torch.optim.Adafactor, whose state is small.
     name: Literal["adamw", "adafactor"] = "adamw"
-    lr: float = 2.0e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
+    # Learning rate at the end of the warm-up.
+    lr: Positive = 2.0e-5
+    # AdamW's decay rates of the gradient's mean and of its square's.
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    # Decoupled weight decay, of matrices only: not of biases, norms and the temperature.
+    weight_decay: NotNegative = 0.01
+    # Decay of the learning rate to 0, after the warm-up.
     schedule: Literal["linear", "cosine"] = "linear"
-    warmup: float = 0.1  # a share of all steps, or a number of steps if >= 1
-    max_grad_norm: float = 1.0
+    # Linear warm-up: a share of all steps, or a number of steps where it is 1 or more.
+    warmup: NotNegative = 0.1
+    # The gradient is scaled down to this Euclidean norm where it is longer.
+    max_grad_norm: Positive = 1.0
+    # Of the encoder's products; weights and updates are fp32.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, and how often what is written."""
+    """How long a run is, and how often it logs, saves and evaluates."""
 
-    max_steps: int | None = None
-    epochs: float | None = None
-    log_every: int = 10
-    save_every: int = 500
-    keep_last: int = 2
-    eval_every: int = 0  # 0: only after the last step
+    # Optimizer steps of the run. Exactly one of max_steps and epochs is given; more of it extends a finished run.
+    max_steps: Count | None = None
+    # Passes over the sources.
+    epochs: Positive | None = None
+    # Steps between two lines of metrics.jsonl.
+    log_every: Count = 10
+    # Steps between two checkpoints.
+    save_every: Count = 500
+    # Checkpoints that are kept; older ones are removed.
+    keep_last: Count = 2
+    # Steps between two evaluations; 0: only after the last step. Each saves a checkpoint first.
+    eval_every: CountOrNone = 0
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """A BEIR folder to evaluate on while training; the first metric chooses `best/`."""
+    """A BEIR folder to evaluate on while training, and after the last step. null: none."""
 
+    # The folder: corpus.jsonl, queries.jsonl and qrels/. Required.
     path: str = ""
+    # Which judgements: qrels/<split>.tsv.
     split: str = "dev"
+    # Measures, such as nDCG@10, MRR@10 or Recall@100. The first chooses the model in best/.
     metrics: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@100")
-    k: int = 1000
+    # Passages a query that are ranked.
+    k: Count = 1000
+    # How passages are searched: flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string.
     index: str = "flat"
 
 

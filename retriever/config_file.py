@@ -18,12 +18,8 @@ from retriever.config import Config, ConfigError, from_dict
 from retriever.config_rules import validate
 from retriever.environment import check_trackers
 
-_NOT_YAML = (
-    OmegaConfBaseException,
-    YAMLError,
-    ValueError,
-    RecursionError,
-)  # ValueError: no UTF-8, or a number of thousands of digits
+# ValueError: no UTF-8, or a number of thousands of digits
+_NOT_YAML = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -33,13 +29,10 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError naming the key that is unknown, of a wrong type, impossible or not available.
     """
     tree = read_tree(path, overrides, Config)
-    named_keys = {override.partition("=")[0] for override in overrides}
-    for named, other in (
-        ("max_steps", "epochs"),
-        ("epochs", "max_steps"),
-    ):  # one on the command line replaces the file's other
-        if f"train.{named}" in named_keys and f"train.{other}" not in named_keys and tree["train"][named] is not None:
-            tree["train"][other] = None
+    named = {override.partition("=")[0] for override in overrides}
+    for asked, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if f"train.{asked}" in named and f"train.{other}" not in named and tree["train"][asked] is not None:
+            tree["train"][other] = None  # one on the command line replaces the file's other
     config = from_dict(tree)
     validate(config)
     check_trackers(config.run.trackers)
@@ -68,20 +61,22 @@ def read_tree(
         raise ConfigError(f"--config {path}: expected a mapping of sections, found a list")
     for override in overrides:
         try:
-            _apply(tree, override, schema, inner)
+            names, value = _parsed(override, schema, inner)
+            tree = _with(tree, names, value)
         except (*_NOT_YAML, TypeError) as error:
             shown = repr(override if len(override) <= 100 else f"{override[:97]}...")
             raise ConfigError(f"override {shown}: {_on_one_line(error)}") from error
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str, schema: type, inner: type | None) -> None:
+def _parsed(override: str, schema: type, inner: type | None) -> tuple[list[str], Any]:
+    """The names that lead to a setting, and its value."""
     override.encode()  # bytes of the command line that are no UTF-8 are lone surrogates here
     key, separator, value = override.partition("=")
     names = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
     if not separator or not all(names):
         raise ConfigError("expected key.sub=value")
-    _set(tree, names, _read(value, _type_of(schema, names, inner)))
+    return names, _read(value, _type_of(schema, names, inner))
 
 
 def _type_of(kind: Any, names: Sequence[str], inner: type | None) -> Any:
@@ -106,7 +101,8 @@ def _read(value: str, kind: Any) -> Any:
         return None
     if kind in (str, str | None) and not quoted:
         return value
-    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+    tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    parsed = tree["value"]
     if (isinstance(parsed, str) and not quoted) or (isinstance(parsed, Mapping) and value.lstrip()[:1] != "{"):
         return value
     if parsed == {}:
@@ -114,29 +110,20 @@ def _read(value: str, kind: Any) -> Any:
     return parsed
 
 
-def _set(tree: dict[str, Any], names: Sequence[str], value: Any) -> None:
-    node: Any = tree
-    for number, name in enumerate(names):
-        last, at = number == len(names) - 1, ".".join(names[:number])
-        if isinstance(node, list):
-            if not name.isdecimal() or int(name) >= len(node):
-                raise ConfigError(f"{at}: expected a position from 0 to {len(node) - 1}, received {name}")
-            key: Any = int(name)
-        elif isinstance(node, dict):
-            key = name
-            if not last and node.get(key) is None:
-                node[key] = {}
-        else:
-            raise ConfigError(f"{at}: expected a section, received {node!r}")
-        if last:
-            node[key] = _merged(node[key] if isinstance(node, list) else node.get(key), value)
-        node = node[key]
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+def _with(node: Any, names: Sequence[str], value: Any) -> Any:
+    """`node` with `value` where the names lead to; a section that is there keeps its other settings."""
+    if not names:
+        merges = isinstance(node, dict) and isinstance(value, dict)
+        return node | {name: _with(node.get(name), (), new) for name, new in value.items()} if merges else value
+    if isinstance(node, list):
+        if not names[0].isdecimal() or int(names[0]) >= len(node):
+            raise ConfigError(f"expected a position from 0 to {len(node) - 1}, received {names[0]}")
+        position = int(names[0])
+        return [*node[:position], _with(node[position], names[1:], value), *node[position + 1 :]]
+    if not isinstance(node, (dict, types.NoneType)):
+        raise ConfigError(f"expected a section before .{names[0]}, received {node!r}")
+    section = node or {}
+    return section | {names[0]: _with(section.get(names[0]), names[1:], value)}
 
 
 def _on_one_line(error: Exception) -> str:

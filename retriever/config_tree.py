@@ -7,13 +7,35 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from retriever.errors import RefusedError
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
 class ConfigError(RefusedError):
     """A configuration that cannot be run; the message names the key."""
+
+
+class Range(NamedTuple):
+    """The numbers that a setting takes, as in `Annotated[int, Range(1)]`; `above`, `below`: without the bound."""
+
+    least: float
+    most: float = float("inf")
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the number is in the range."""
+        outside = (self.above and value == self.least) or (self.below and value == self.most)
+        return self.least <= value <= self.most and not outside
+
+    def __str__(self) -> str:
+        least = f"{'above' if self.above else 'of at least'} {self.least:,}"
+        return (
+            least if self.most == float("inf") else f"{least} and {'below' if self.below else 'at most'} {self.most:,}"
+        )
 
 
 def require(holds: bool, key: str, expected: str, received: object) -> None:
@@ -23,12 +45,13 @@ def require(holds: bool, key: str, expected: str, received: object) -> None:
 
 
 def build(kind: type, tree: Any, prefix: str = "") -> Any:
-    """An instance of the dataclass `kind` from nested plain values. Raises ConfigError for unknown keys and wrong
-    types.
+    """An instance of the dataclass `kind` from nested plain values.
+
+    Raises ConfigError for an unknown key, a wrong type or a number out of its range.
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{prefix or 'config'}: expected a mapping, received {tree!r}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     names = [f.name for f in fields(kind)]
     values = {}
     for name, value in tree.items():
@@ -42,55 +65,57 @@ def build(kind: type, tree: Any, prefix: str = "") -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint` has it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(hint):
         return build(typing.cast(type, hint), value, key)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        for option in (a for a in arguments if a is not type(None)):
-            if is_dataclass(option) or len([a for a in arguments if a is not type(None)]) == 1:
-                return _convert(option, value, key)
-            try:
-                return _convert(option, value, key)
-            except ConfigError:
-                continue
-        raise ConfigError(f"{key}: expected {_spell(hint)}, received {value!r}")
-    if origin is Literal:
+        return _convert_any(hint, value, key)
+    if origin is Annotated:
+        number = _convert(arguments[0], value, key)
+        if arguments[1].holds(number):
+            return number
+    elif origin is Literal:
         if value is False and "off" in arguments:  # YAML reads a bare off as false
             return "off"
-        if value in arguments and not isinstance(value, bool):
+        if isinstance(value, str) and value in arguments:
             return value
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-            if len(inner) == len(value):
-                return tuple(_convert(h, v, f"{key}.{i}") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(value, hint):
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(inner) == len(value):
+            return tuple(_convert(h, v, f"{key}.{i}") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is (origin or hint):  # True is no whole number
         return value
-    raise ConfigError(f"{key}: expected {_spell(hint)}, received {value!r}")
+    raise ConfigError(f"{key}: expected {spell(hint)}, received {value!r}")
 
 
-def _spell(hint: Any) -> str:
+def _convert_any(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the first type of the union that takes it."""
+    options = [option for option in typing.get_args(hint) if (option is types.NoneType) == (value is None)]
+    if len(options) == 1:
+        return _convert(options[0], value, key)  # its error may name an inner key
+    for option in options:
+        try:
+            return _convert(option, value, key)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{key}: expected {spell(hint)}, received {value!r}")
+
+
+def spell(hint: Any) -> str:
+    """A type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{spell(arguments[0])} {arguments[1]}"
     if origin is Literal:
-        return " | ".join(str(a) for a in arguments)
+        return " | ".join(arguments)
     if origin in (types.UnionType, typing.Union):
-        return " | ".join("null" if a is type(None) else _spell(a) for a in arguments)
+        return " | ".join(map(spell, arguments))
     if origin is tuple:
-        return f"a list, each entry {_spell(arguments[0])}"
-    if is_dataclass(hint) or origin is dict:
-        return "a mapping"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+        return f"a list, each entry {spell(arguments[0])}"
+    return "a mapping" if is_dataclass(hint) or origin is dict else _NAMES.get(hint, str(hint))
 
 
 def plain(value: Any) -> Any:

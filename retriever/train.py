@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever import command
+from retriever import command, config_help
 from retriever.command import option
 from retriever.config_file import load
 from retriever.errors import RESUMES
@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "retriever/train.py",
         __doc__,
         option("--config", help="a YAML file; configs/ has examples"),
+        option(
+            "--help-settings",
+            nargs="?",
+            const="",
+            metavar="section",
+            help="print the settings with their meanings, of one section or all, and exit",
+        ),
         option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
     )
     lower = "batch.tokens_per_chunk, batch.retain or batch.retain_products"
@@ -29,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.help_settings is not None:
+        print(config_help.as_text(args.help_settings))
+        return
     config = load(args.config, args.overrides)  # what is wrong with it is told before torch is imported
     from retriever.run import Run
     from retriever.step import train_step

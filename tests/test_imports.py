@@ -26,6 +26,7 @@ FLOORS = (
         "config_tree",
         "config_rules",
         "config_file",
+        "config_help",
         "environment",
         "errors",
         "files",

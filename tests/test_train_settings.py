@@ -134,7 +134,7 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
             "model.query_prompt=" + "search " * 15,
             "model.query_prompt: 15 tokens and 2 special ones leave no room for a text in the 16",
         ),
-        ("model.truncate_dim=0", "model.truncate_dim: expected auto, null or at least 1; received 0"),
+        ("model.truncate_dim=0", "model.truncate_dim: expected a whole number of at least 1 | auto | null, received 0"),
         ("model.truncate_dim=true", "model.truncate_dim: expected "),
         ("model.append_eos=yes please", "model.append_eos: expected true or false | auto"),
     ],

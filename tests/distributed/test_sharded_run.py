@@ -131,7 +131,7 @@ def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: l
         (
             {},
             Config(optim=OptimConfig(precision="fp16")),
-            "optim.precision: expected another value with FSDP; received 'fp16'",
+            "optim.precision: expected bf16 or fp32 with FSDP; received 'fp16'",
         ),
         ({}, Config(optim=OptimConfig(name="adafactor")), "optim.name"),
         ({}, Config(model=ModelConfig(fused=True)), "model.fused"),
