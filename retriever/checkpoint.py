@@ -117,14 +117,14 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
     manifest = _manifest(folder)
     if manifest["store"] != store_fingerprint:
         raise ConfigError(
-            f"{folder} was trained on other data or another tokenisation (fingerprint {manifest['store']}, now {store_fingerprint}); "
-            "set run.resume=never and another run.output_dir to start afresh"
+            f"{folder} was trained on other data or another tokenisation (fingerprint {manifest['store']}, now "
+            f"{store_fingerprint}); set run.resume=never and another run.output_dir to start afresh"
         )
     frozen = state.frozen()
     if manifest.get("frozen", "") != _fingerprint(frozen):
         raise ConfigError(
-            f"{folder} was trained over other frozen weights than model.name_or_path holds now; bring those back, or set "
-            "run.resume=never and another run.output_dir to start afresh"
+            f"{folder} was trained over other frozen weights than model.name_or_path holds now; bring those back, or "
+            "set run.resume=never and another run.output_dir to start afresh"
         )
     modules = state.modules()
     with _fitting(folder):
@@ -181,13 +181,14 @@ def _find_named(run: RunConfig, root: Path, last: Path | None) -> Path:
         raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
     if another:
         raise ConfigError(
-            f"run.resume: {named} is of another run than the one in {run.output_dir}; run.resume=auto goes on with that, "
-            "or choose another run.output_dir"
+            f"run.resume: {named} is of another run than the one in {run.output_dir}; run.resume=auto goes on with "
+            "that, or choose another run.output_dir"
         )
     step = finished_steps(named)
     if later := [folder.name for folder in steps(root) if step_of(folder) > step]:
         raise ConfigError(
-            f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another run.output_dir"
+            f"run.resume: {named} is followed by {', '.join(later)} in the same run; remove those, or choose another "
+            "run.output_dir"
         )
     return named
 
@@ -227,7 +228,8 @@ def continued(config: Config, folder: Path) -> Config:
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(
-            f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n  {listed}"
+            f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n"
+            f"  {listed}"
         )
     return config
 

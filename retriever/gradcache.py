@@ -3,8 +3,8 @@
 (Gao et al. 2021, arXiv:2101.06983.) With representations r = f(x) and loss L(r), dL/dθ = Σ over chunks of (∂r/∂θ)ᵀ
 dL/dr. dL/dr is taken once over the whole batch; each chunk is then encoded again, with a graph, and its rows are pulled
 back. The sum is the big batch's gradient exactly, dropout included: the second pass restores the RNG state of the
-first. Chunks whose graphs fit in memory keep them and are encoded once; others may keep the results that cost most, and
-take them from there.
+first. Chunks whose graphs fit in memory keep them and are encoded once; others may keep their costliest results, which
+the second pass then reuses.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
-from retriever.representations import DeviceRoom, HostRoom, Place, Representations
+from retriever.representations import DeviceBuffer, HostBuffer, Representations, RowSlice
 from retriever.retention import NOTHING, Budget, Retention
 from retriever.rng import RngState
 
 
-class Begun(NamedTuple):
-    """A chunk whose second pass finds a part of its work done."""
+class PartialReplay(NamedTuple):
+    """A chunk that is encoded again in part: the second pass reuses what the first one saved."""
 
     chunk: Chunk
     state: RngState
-    saved: deque[SavedActivations]  # of each layer; the second pass takes them out
+    saved: deque[SavedActivations]  # one a layer; the second pass removes them as it goes
 
 
 class FirstPass(NamedTuple):
-    """What the first pass leaves for the second, of the chunks in their order."""
+    """What the first pass leaves for the second, in the order of the chunks."""
 
-    places: list[Place]  # of all of them
-    kept: list[Tensor]  # embeddings [n, D] of the first ones, with their graphs
-    begun: list[Begun]  # the next ones
-    states: list[RngState]  # that the others were encoded under
+    row_slices: list[RowSlice]  # one for each chunk
+    kept: list[Tensor]  # of the first chunks: embeddings [n, D] with their graphs
+    partial: list[PartialReplay]  # of the next chunks
+    states: list[RngState]  # of the other chunks: the RNG state they were encoded under
 
 
 def encode_without_graph(
     encoder: DualEncoder, batch: Batch, retention: Retention = NOTHING, *, offload: bool = False
 ) -> tuple[Representations, FirstPass]:
-    """The batch's representations, in host memory where `offload`, and what is needed to differentiate them.
+    """The batch's representations, in host memory if `offload`, and what the second pass needs.
 
-    The first chunks keep what `retention` allows: it is they whose memory is free again first.
+    The first chunks keep what `retention` allows: their memory is released first in the second pass.
     """
     parameter = next(encoder.parameters())  # embeddings come in its dtype, under autocast too
-    room = (HostRoom if offload else DeviceRoom)(batch.sizes, encoder.dimension, parameter)
+    buffer = (HostBuffer if offload else DeviceBuffer)(batch.sizes, encoder.dimension, parameter)
     first, budget = FirstPass([], [], [], []), Budget(retention)
     for chunk in batch.chunks:
         keeps = budget.take(chunk.tokens.input_ids.numel())
@@ -60,14 +60,14 @@ def encode_without_graph(
         state = RngState.capture(parameter.device)
         with torch.set_grad_enabled(keeps == "graph"):
             embeddings = _encode(encoder, chunk, saved)  # [n, D]
-        first.places.append(room.put(chunk, embeddings.detach()))
+        first.row_slices.append(buffer.put(chunk, embeddings.detach()))
         if keeps == "graph":
             first.kept.append(embeddings)
         elif saved is not None:
-            first.begun.append(Begun(chunk, state, saved))
+            first.partial.append(PartialReplay(chunk, state, saved))
         else:
             first.states.append(state)
-    return room.finished(), first
+    return buffer.finished(), first
 
 
 def representation_gradients(
@@ -80,8 +80,8 @@ def representation_gradients(
 ) -> tuple[Tensor, Representations]:
     """This rank's share of the loss over all ranks' passages, and `scale` times its gradient at the representations.
 
-    The gradient of a learned temperature is left on the objective's parameter, scaled alike. `temperature`: the present
-    one, if known.
+    The gradient of a learned temperature is left on the objective's parameter, with the same scale. `temperature`: its
+    present value, if the caller knows it.
     """
     targets = batch.targets if representations.order is None else batch.targets.reordered(*representations.order)
     loss, dqueries, dpassages = objective(
@@ -91,25 +91,25 @@ def representation_gradients(
 
 
 def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
-    """Backpropagates each chunk's rows of the gradient, through the graph it kept or one made by encoding it again."""
-    for place, embeddings in zip(first.places, _with_graphs(encoder, batch, first), strict=True):
-        rows = getattr(gradients, place.side)[place.rows]
+    """Backpropagates each chunk's rows of the gradient, through the graph it kept or a new one."""
+    for row_slice, embeddings in zip(first.row_slices, _with_graphs(encoder, batch, first), strict=True):
+        rows = getattr(gradients, row_slice.side)[row_slice.rows]
         embeddings.backward(rows.to(embeddings.device, non_blocking=True))
 
 
 def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterator[Tensor]:
     """Every chunk's embeddings [n, D], with a graph."""
     yield from first.kept
-    for chunk, state, saved in first.begun:
+    for chunk, state, saved in first.partial:
         with state.restored():
             embeddings = _encode(encoder, chunk, saved)
         yield embeddings
-    for chunk, state in zip(batch.chunks.starting_at(len(first.kept) + len(first.begun)), first.states, strict=True):
+    for chunk, state in zip(batch.chunks.starting_at(len(first.kept) + len(first.partial)), first.states, strict=True):
         with state.restored():
             embeddings = _encode(encoder, chunk)
         yield embeddings
 
 
 def _encode(encoder: DualEncoder, chunk: Chunk, saved: deque[SavedActivations] | None = None) -> Tensor:
-    """The chunk's rows of the representations [n, D]: none of a filler, whose backward pass then is one of zeros."""
+    """The chunk's embeddings [n, D]. A filler has no rows, and its backward pass gives zeros."""
     return encoder(chunk.side, chunk.tokens, saved)[: len(chunk.rows)]

@@ -59,7 +59,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
         accelerator.print(f"note: on most CPUs {config.optim.precision} is slower than fp32 (optim.precision=fp32)")
     if accumulation != "1":
         accelerator.print(
-            f"note: accelerate asks for {accumulation} accumulation steps; batch.queries={config.batch.queries} is one step"
+            f"note: accelerate asks for {accumulation} accumulation steps; "
+            f"batch.queries={config.batch.queries} is one step"
         )
     if accelerator.is_main_process:
         accelerator.init_trackers(
@@ -83,7 +84,8 @@ def agree(world: World, **values: object) -> None:
         extent = world.max(torch.tensor([digest, -digest], device=world.device))
         if int(extent[0]) != -int(extent[1]):
             raise ConfigError(
-                f"the ranks disagree on the {name} (rank {world.rank}: {value}): all nodes need the same run.output_dir and data"
+                f"the ranks disagree on the {name} (rank {world.rank}: {value}): all nodes need the same "
+                "run.output_dir and data"
             )
 
 

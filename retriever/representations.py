@@ -1,8 +1,8 @@
-"""Where a rank's representations are between the passes: on the device in the batch's order, or in host memory chunk
-behind chunk.
+"""Buffers for a rank's representations between the two passes: on the device in the batch's order, or in host memory
+in the order of the chunks.
 
-In host memory the rows of a chunk stand together, so that each chunk is one copy, out in the first pass and back (its
-gradient) in the second. The loss does not mind the order; the targets are brought into it.
+In host memory the rows of a chunk are contiguous, so that a chunk is one copy in each direction: its embeddings out in
+the first pass, its gradient back in the second. The loss does not depend on the order; the targets are reordered.
 """
 
 from __future__ import annotations
@@ -24,39 +24,35 @@ class Representations(NamedTuple):
 
     query: Tensor  # [B, D]
     passage: Tensor  # [N, D]
-    order: tuple[Tensor, Tensor] | None = (
-        None  # the batch's rows [B] and [N] that these are, where they stand in another order
-    )
+    order: tuple[Tensor, Tensor] | None = None  # the batch's rows, [B] and [N], if the order is another
 
 
-class Place(NamedTuple):
-    """Where the rows of a chunk stand in the representations and in their gradient."""
+class RowSlice(NamedTuple):
+    """The rows of a chunk, in the representations and in their gradient."""
 
     side: Side
     rows: Tensor | slice  # [n]
 
 
-class DeviceRoom:
-    """Room for a batch's representations on the device of `like`, in its dtype."""
+class DeviceBuffer:
+    """A buffer for a batch's representations on the device of `like`, in its dtype."""
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
         queries, passages = (torch.empty(n, dimension, dtype=like.dtype, device=like.device) for n in sizes)
         self._sides = Representations(queries, passages)
 
-    def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
+    def put(self, chunk: Chunk, embeddings: Tensor) -> RowSlice:
         """Stores the chunk's rows [n, D]."""
         getattr(self._sides, chunk.side)[chunk.rows] = embeddings
-        return Place(chunk.side, chunk.rows)
+        return RowSlice(chunk.side, chunk.rows)
 
     def finished(self) -> Representations:
         """All rows, in the batch's order."""
         return self._sides
 
 
-class HostRoom:
-    """Room for them in host memory, page-locked where `like` is on a GPU: kernels wait for a copy, the host does
-    not.
-    """
+class HostBuffer:
+    """A buffer in host memory, page-locked if `like` is on a GPU. Kernels wait for its copies, the host does not."""
 
     def __init__(self, sizes: tuple[int, int], dimension: int, like: Tensor) -> None:
         self._device = like.device
@@ -65,16 +61,16 @@ class HostRoom:
         self._order = {side: host_rows((n,), torch.int64, like.device) for side, n in rows.items()}
         self._filled = dict.fromkeys(rows, 0)
 
-    def put(self, chunk: Chunk, embeddings: Tensor) -> Place:
-        """Begins to copy the chunk's rows [n, D] behind those of its side that are there."""
+    def put(self, chunk: Chunk, embeddings: Tensor) -> RowSlice:
+        """Starts to copy the chunk's rows [n, D] behind the earlier rows of its side."""
         start = self._filled[chunk.side]
         self._filled[chunk.side] = stop = start + len(chunk.rows)
         self._rows[chunk.side][start:stop].copy_(embeddings, non_blocking=True)
         self._order[chunk.side][start:stop].copy_(chunk.rows, non_blocking=True)
-        return Place(chunk.side, slice(start, stop))
+        return RowSlice(chunk.side, slice(start, stop))
 
     def finished(self) -> Representations:
-        """All rows, which the host may read from now on, and their order."""
+        """All rows and their order, once every copy has arrived."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return Representations(

@@ -1,7 +1,7 @@
-"""What a step keeps of its chunks between the two passes, in tokens, so that the second has less to compute.
+"""How many tokens keep their graphs, or the costliest products of their layers, between the two passes of a step.
 
-A graph spares the second pass a chunk's whole encoding and takes ten times the memory of the products that cost most,
-which spare over a quarter of it. (Choosing by time and memory what to compute again: Korthikanti et al. 2022,
+A graph saves the second pass the whole encoding of a chunk. The products take a tenth of a graph's memory and save over
+a quarter of the encoding. (Choosing by time and memory what to compute again: Korthikanti et al. 2022,
 arXiv:2205.05198.)
 """
 
@@ -25,12 +25,12 @@ class Retention(NamedTuple):
 
     @classmethod
     def from_config(cls, batch: BatchConfig) -> Retention:
-        """What `batch` gives; of what it leaves `auto`, nothing."""
+        """As `batch` says; 0 for `auto`."""
         return cls(*(given_tokens(setting) or 0 for setting in (batch.retain, batch.retain_products)))
 
 
 def given_tokens(setting: bool | int | Auto) -> int | None:
-    """Tokens that `batch.retain` or `batch.retain_products` stands for; None of `auto`."""
+    """Tokens that `batch.retain` or `batch.retain_products` stands for; None for `auto`."""
     if setting == "auto":
         return None
     return EVERYTHING if setting is True else int(setting)
@@ -40,13 +40,13 @@ NOTHING = Retention()
 
 
 class Budget:
-    """What is left of a retention as the chunks of a step come, each in its turn."""
+    """The rest of a retention, as the chunks of a step take from it in turn."""
 
     def __init__(self, retention: Retention) -> None:
         self._graphs, self._products = retention
 
     def take(self, tokens: int) -> Keeps:
-        """What a chunk of so many tokens keeps."""
+        """What a chunk of `tokens` tokens keeps."""
         self._graphs -= tokens
         if self._graphs >= 0:
             return "graph"

@@ -145,7 +145,8 @@ def _cause(loss: float) -> str:
     """Why a gradient is exactly 0."""
     if loss == 0:
         return "no query of the batch has a negative (data.train, data.negatives, loss.false_negative_margin)"
-    return "all embeddings are equal: the texts are, once cut at their length, or the model has collapsed (optim.lr, model.*_max_tokens)"
+    equal = "all embeddings are equal: the texts are, once cut at their length, or the model has collapsed"
+    return f"{equal} (optim.lr, model.*_max_tokens)"
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:

@@ -42,8 +42,9 @@ class GradientCheck:
 
     def __str__(self) -> str:
         return (
-            f"{counted(self.queries, 'query')} and {counted(self.passages, 'passage')} in {counted(self.chunks, 'chunk')}: "
-            f"gradient equal to the whole batch's to {self.gradient_error:.1e}, loss to {self.loss_error:.1e}"
+            f"{counted(self.queries, 'query')} and {counted(self.passages, 'passage')} in "
+            f"{counted(self.chunks, 'chunk')}: gradient equal to the whole batch's to {self.gradient_error:.1e}, "
+            f"loss to {self.loss_error:.1e}"
         )
 
 

@@ -170,7 +170,7 @@ def test_in_host_memory_a_chunks_rows_stand_together(folder: Path) -> None:
     assert torch.equal(moved.query, resident.query[moved.order[0]]) and torch.equal(
         moved.passage, resident.passage[moved.order[1]]
     )
-    for place, chunk in zip(first.places, batch.chunks, strict=True):
+    for place, chunk in zip(first.row_slices, batch.chunks, strict=True):
         assert torch.equal(getattr(moved, place.side)[place.rows], getattr(resident, chunk.side)[chunk.rows])
 
 

@@ -97,10 +97,10 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
     assert (
-        [len(begun.saved) for begun in first.begun] == [1] * len(batch.chunks) and not first.kept and not first.states
+        [len(begun.saved) for begun in first.partial] == [1] * len(batch.chunks) and not first.kept and not first.states
     )
     _, gradients = representation_gradients(OBJECTIVE, representations, batch, CPU)
-    narrow = [weakref.ref(saved.ffn_out) for begun in first.begun for saved in begun.saved]
+    narrow = [weakref.ref(saved.ffn_out) for begun in first.partial for saved in begun.saved]
     alive: list[int] = []
     backward = torch.Tensor.backward
 
@@ -110,7 +110,7 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
     backward_through_encoder(encoder, batch, gradients, first)
-    assert not any(begun.saved for begun in first.begun)
+    assert not any(begun.saved for begun in first.partial)
     assert alive == list(range(len(narrow)))[::-1]
 
 

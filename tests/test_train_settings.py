@@ -56,7 +56,7 @@ def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkey
 
     def noted(*given: Any, **named: Any) -> Any:
         representations, first = begun(*given, **named)
-        kinds.add(tuple(len(kept) > 0 for kept in (first.kept, first.begun, first.states)))
+        kinds.add(tuple(len(kept) > 0 for kept in (first.kept, first.partial, first.states)))
         return representations, first
 
     monkeypatch.setattr("retriever.step.encode_without_graph", noted)

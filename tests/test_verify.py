@@ -90,7 +90,7 @@ def test_chunks_of_every_kind_are_checked(encoder: DualEncoder, monkeypatch: pyt
     kinds: list[tuple[int, int, int]] = []
 
     def noted(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
-        kinds.append((len(first.kept), len(first.begun), len(first.states)))
+        kinds.append((len(first.kept), len(first.partial), len(first.states)))
         backward_through_encoder(encoder, batch, gradients, first)
 
     monkeypatch.setattr(verify, "backward_through_encoder", noted)

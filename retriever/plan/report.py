@@ -20,7 +20,8 @@ def layers_of(model: ModelConfig) -> str:
 
 def plan_lines(forecast: Forecast, total: int) -> str:
     """What a step is expected to take, in two lines; of a run on one rank's figures."""
-    stages = f"{forecast.first_pass_s:.3g} + {forecast.loss.seconds:.2g} + {forecast.second_pass_s:.3g} + {forecast.update_s:.2g} s"
+    passes = forecast.first_pass_s, forecast.second_pass_s
+    stages = f"{passes[0]:.3g} + {forecast.loss.seconds:.2g} + {passes[1]:.3g} + {forecast.update_s:.2g} s"
     peak = f"; at most {_size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
     return (
         f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "

@@ -118,7 +118,8 @@ class StepPlanner:
         products = self._config.batch.retain_products
         if products not in ("auto", 0) and not self._encoder.keeps_products:
             raise ConfigError(
-                f"batch.retain_products: {str(products).lower()}, but only fused layers (model.fused=true) keep products; set it to auto"
+                f"batch.retain_products: {str(products).lower()}, but only fused layers (model.fused=true) keep "
+                "products; set it to auto"
             )
         ranks, there = (
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -126,8 +127,8 @@ class StepPlanner:
         )
         if (taken := ranks * self._memory.host) > there:
             raise ConfigError(
-                f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} GiB of host memory, "
-                f"and this machine has {there / _GIB:,.1f} GiB; lower batch.queries"
+                f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} "
+                f"GiB of host memory, and this machine has {there / _GIB:,.1f} GiB; lower batch.queries"
             )
 
     def _chunk_size(self, given: tuple[int | None, int | None]) -> int:

@@ -74,7 +74,7 @@ def _between_the_passes(trainer: Trainer, batch: Batch, monkeypatch: pytest.Monk
     temperature = trainer.objective.temperature
     with no_waits(monkeypatch):
         representations, first = encode_without_graph(trainer.encoder, batch, trainer.retention)
-        assert first.kept and first.begun and first.states
+        assert first.kept and first.partial and first.states
         _, gradients = representation_gradients(
             trainer.objective, representations, batch, trainer.world, temperature=temperature
         )

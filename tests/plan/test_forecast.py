@@ -213,7 +213,7 @@ def test_chunks_and_retention_are_those_of_the_run(tmp_path: Path, packed: bool)
     for graphs in (0, first, first + second - 1, 900, EVERYTHING):
         for products in (0, 500, EVERYTHING) if packed else (0,):
             _, passes = encode_without_graph(encoder, batch, Retention(graphs, products))
-            kept = ["graph"] * len(passes.kept) + ["products"] * len(passes.begun) + ["nothing"] * len(passes.states)
+            kept = ["graph"] * len(passes.kept) + ["products"] * len(passes.partial) + ["nothing"] * len(passes.states)
             assert kept == replace(forecast, retention=Retention(graphs, products)).keeps.tolist()
 
 
