@@ -1,4 +1,4 @@
-"""The settings with their meanings, as `retriever/config.py` has them: for a terminal, and as docs/settings.md.
+"""The settings with their meanings, as `retriever/config.py` has them: for a terminal, and for docs/settings.md.
 
 python -m retriever.config_help > docs/settings.md
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -16,14 +15,16 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from retriever.config import Config
-from retriever.config_tree import ConfigError, spell
+from retriever.config_tree import require, spell
 
+_WIDTH = 120  # columns
 _INTRODUCTION = """# Settings
 
 Every setting of a run, with its type, its default and its meaning. A YAML file gives them section by section
-(`--config`), and `key.sub=value` on the command line replaces them. Type `retriever/train.py --help-settings [section]`
-to read this page in a terminal. The page is printed by `python -m retriever.config_help` from the comments in
+(`--config`), and `key.sub=value` on the command line replaces them. `retriever/train.py --help-settings [section]` shows
+this list in a terminal. The page is printed by `python -m retriever.config_help` from the comments in
 [retriever/config.py](../retriever/config.py).
+
 """
 
 
@@ -61,41 +62,21 @@ def sections(kind: type = Config, prefix: str = "") -> Iterator[Section]:
         yield from sections(section, f"{prefix}{name}." + ("0." if name == "train" and prefix else ""))
 
 
-def as_text(section: str = "") -> str:
-    """The settings of a section and of those inside it, or of all, for a terminal.
+def settings_text(section: str = "") -> str:
+    """The settings of a section and of those inside it, or of all, as a list in Markdown that a terminal can show.
 
     Raises ConfigError where there is no such section.
     """
     every = list(sections())
     chosen = [found for found in every if f"{found.key}.".startswith(f"{section}." if section else "")]
-    if not chosen:
-        known = ", ".join(found.key for found in every)
-        raise ConfigError(f"--help-settings: expected a section among {known}; received {section}")
+    known = ", ".join(found.key for found in every)
+    require(chosen != [], "--help-settings", f"a section among {known}", section)
     lines = []
     for found in chosen:
-        lines += [f"{found.key}: {found.about}", ""]
+        lines += [f"## {found.key}", "", textwrap.fill(found.about, _WIDTH), ""]
         for setting in found.settings:
-            lines += [f"  {setting.key}   {setting.kind} (default: {setting.default})"]
-            lines += [textwrap.indent(textwrap.fill(setting.meaning, 94), " " * 6)]
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def as_markdown() -> str:
-    """docs/settings.md."""
-    lines = [_INTRODUCTION]
-    for section in sections():
-        lines += [
-            f"## {section.key}",
-            "",
-            section.about,
-            "",
-            "| setting | type | default | meaning |",
-            "|---|---|---|---|",
-        ]
-        for setting in section.settings:
-            cells = f"`{setting.key}`", setting.kind, f"`{setting.default}`", setting.meaning
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            text = f"- `{setting.key}` ({setting.kind}; default: {setting.default}). {setting.meaning}"
+            lines.append(textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False))
         lines.append("")
     return "\n".join(lines)
 
@@ -124,4 +105,4 @@ def _written(default: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(as_markdown())
+    print(_INTRODUCTION + settings_text())

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     if args.help_settings is not None:
-        print(config_help.as_text(args.help_settings))
+        print(config_help.settings_text(args.help_settings))
         return
     config = load(args.config, args.overrides)  # what is wrong with it is told before torch is imported
     from retriever.run import Run
