@@ -1,6 +1,6 @@
 """The settings with their meanings, as `retriever/config.py` has them: for a terminal, and for docs/settings.md.
 
-python -m retriever.config_help > docs/settings.md
+`python -m retriever.config_help > docs/settings.md` writes the page anew.
 """
 
 from __future__ import annotations

@@ -54,13 +54,8 @@ class Telemetry:
         self.applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
         self._told = False
         self._forecast, self._step_seconds = forecast, list[float]()
-        self._since, self._pairs, self._tokens, self._waited_s = (
-            time.perf_counter(),
-            0,
-            0,
-            0.0,
-        )  # of the steps not logged yet
-        self._step_started = self._since
+        self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
+        self._since = self._step_started = time.perf_counter()
         if self._first:
             _forget_after(self._metrics, finished)
 
@@ -69,18 +64,15 @@ class Telemetry:
         now = time.perf_counter()
         self._compare(now - self._step_started)
         self._step_started = now
-        self._pairs, self._tokens, self._waited_s = (
-            self._pairs + report.queries,
-            self._tokens + report.tokens,
-            self._waited_s + report.waited_s,
-        )
+        self._reports.append(report)
         done = report.step + 1
         self.applied = self.applied or math.isfinite(report.grad_norm)
         if report.grad_norm == 0 and not self._told and self._first:
             self._told = True
             self._bar.write(f"warning: step {done}: the gradient is 0, so nothing is learned: {_cause(report.loss)}")
         elapsed = now - self._since
-        speed, waited = self._pairs / elapsed, self._waited_s / elapsed
+        speed = sum(step.queries for step in self._reports) / elapsed
+        waited = sum(step.waited_s for step in self._reports) / elapsed
         self._bar.set_postfix_str(
             f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s, {waited:.1%} waiting for data",
             refresh=False,
@@ -94,13 +86,13 @@ class Telemetry:
             "lr": report.lr,
             "temperature": report.temperature,
             "pairs_per_s": speed,
-            "tokens_per_s": self._tokens / elapsed,  # of this rank
+            "tokens_per_s": sum(step.tokens for step in self._reports) / elapsed,  # of this rank
             "waited_share": waited,
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.log(done, {f"train/{name}": value for name, value in values.items()})
-        self._since, self._pairs, self._tokens, self._waited_s = time.perf_counter(), 0, 0, 0.0
+        self._since, self._reports = time.perf_counter(), []
 
     def _compare(self, seconds: float) -> None:
         """Says once, where the first settled steps took notably more or less than was forecast, by how much."""
