@@ -43,7 +43,6 @@ from retriever.loss.offload import BLOCK_ROWS
 from retriever.optim import Optimizer
 from retriever.outputs import Outputs
 from retriever.parallel.sharded import PlacedEncoder
-from retriever.parallel.watch import watched
 from retriever.plan.measure import usable_bytes
 from retriever.plan.report import plan_lines, plan_table
 from retriever.plan.sizes import StepPlanner
@@ -181,7 +180,7 @@ class Run:
         with held(self.config):
             self._prepare()
             self._accelerator, self.world = launch.join(self.config)
-            with watched(self.world, self.config.run.timeout_s):
+            with self.world.watched(self.config.run.timeout_s):
                 self._build()
                 if self.config.run.preflight == "only":
                     self._batches = iter(())

@@ -14,8 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -23,7 +22,6 @@ import torch.distributed as dist
 
 from retriever.errors import INTERRUPTED, LOST, RESUMES, RankError, Verdict
 from retriever.lock import release_all
-from retriever.parallel.world import World
 
 _VERDICT = "verdict"
 _SLOWEST_INTERVAL_S = 1.0
@@ -41,9 +39,7 @@ class Watch:
         self._entered = self._beat = 0
         self._stopped, self._closing = threading.Event(), False
         self._known: Verdict | None = None  # once read, it needs no store
-        self.before_leaving: Callable[[], None] = lambda: (
-            None
-        )  # called before the process ends in the middle of whatever it does
+        self.before_leaving: Callable[[], None] = lambda: None  # called before the process ends wherever it is
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._publish()
 
@@ -190,31 +186,3 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict.status)
-
-
-@contextmanager
-def watched(world: World, timeout_s: float) -> Iterator[None]:
-    """Inside, a rank that is lost ends the run on all ranks within `timeout_s` of their waiting for it.
-
-    The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's
-    sake; where the main thread is stuck, the process prints the same message and exits with the verdict's status.
-    """
-    if world.size == 1:
-        yield
-        return
-    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the thread's own connection
-    watch = world.watch = Watch(dist.PrefixStore("watch", store), world.rank, world.size, timeout_s)
-    world.barrier()
-    watch.start()
-    try:
-        yield
-        watch.close()
-        world.barrier()
-    except BaseException as error:
-        cause = watch.tell(error)
-        if cause is error:
-            raise
-        raise cause from error
-    finally:
-        watch.stop()
-        world.watch = None

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from retriever.errors import Verdict
+from retriever.parallel.watch import Watch
 
 _BUCKET_BYTES = 256 * 2**20
 # torch 2.13 renamed both.
@@ -39,21 +38,6 @@ class Gathered:
         """Where this rank's rows stand in `rows`."""
         start = sum(self.counts[: self.rank])
         return slice(start, start + self.counts[self.rank])
-
-
-class Watcher(Protocol):
-    """What wants to know of collectives: see `parallel.watch`."""
-
-    before_leaving: Callable[[], None]  # called before the process ends because of another rank
-
-    def enter(self) -> None:
-        """A collective begins."""
-
-    def blame(self, error: RuntimeError) -> RuntimeError:
-        """What to raise where a collective failed with `error`."""
-
-    def announce(self, verdict: Verdict) -> Verdict:
-        """Ends the run on every rank; returns the verdict that counts."""
 
 
 class Transfer:
@@ -80,7 +64,7 @@ class World:
         if size > 1 and not dist.is_initialized():
             raise ValueError(f"a world of {size} ranks needs torch.distributed to be initialised first")
         self.device, self.rank, self.size, self.sharded = device, rank, size, sharded
-        self.watch: Watcher | None = None
+        self.watch: Watch | None = None
 
     @property
     def is_first(self) -> bool:
@@ -98,6 +82,33 @@ class World:
             yield
         except RuntimeError as error:
             raise self.watch.blame(error) from error
+
+    @contextmanager
+    def watched(self, timeout_s: float) -> Iterator[None]:
+        """Inside, a rank that is lost ends the run on all ranks within `timeout_s` of their waiting for it.
+
+        The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's
+        sake; where the main thread is stuck, the process prints the same message and exits with the verdict's status.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the thread's own connection
+        watch = self.watch = Watch(dist.PrefixStore("watch", store), self.rank, self.size, timeout_s)
+        self.barrier()
+        watch.start()
+        try:
+            yield
+            watch.close()
+            self.barrier()
+        except BaseException as error:
+            cause = watch.tell(error)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            watch.stop()
+            self.watch = None
 
     def barrier(self) -> None:
         """Waits for all ranks."""

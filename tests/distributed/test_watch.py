@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from retriever.errors import LOST, RankError, Verdict
-from retriever.parallel.watch import Watch, watched
+from retriever.parallel.watch import Watch
 from retriever.parallel.world import World
 
 RANKS, TIMEOUT_S = 3, 12.0
@@ -65,7 +65,7 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=wait)
     world = World(torch.device("cpu"), rank, RANKS)
     try:
-        with watched(world, TIMEOUT_S):
+        with world.watched(TIMEOUT_S):
             for number in range(6):
                 if number == 3 and rank == CASES[case][1]:
                     CASES[case][0](rank)
