@@ -162,7 +162,7 @@ class BatchConfig:
     # Tokens a rank, of the next chunks, that keep the costliest results of their fused layers: true all, false none,
     # auto what fits. The result does not change.
     retain_products: bool | CountOrNone | Auto = "auto"
-    # The queries of a batch come from one source; false: from all, in proportion.
+    # The queries of a batch come from one source; false: sources are mixed in a batch.
     one_source: bool = True
     # Representations and their gradients in host memory, a few blocks at a time on the device.
     offload: bool = False
@@ -197,7 +197,7 @@ class LossConfig:
     dims: tuple[Count, ...] = ()
     # Weight of the loss of each of dims. Empty: 1 each.
     dim_weights: tuple[Positive, ...] = ()
-    # MiB beside the representations that the tiled loss may take. auto: 1,024, or less where less is free.
+    # MiB beside the representations that the tiled loss may take. auto: 1,024, or half of what is free if that is less.
     workspace_mib: Count | Auto = "auto"
     # Weight of the contrastive loss.
     contrastive_weight: NotNegative = 1.0

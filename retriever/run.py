@@ -1,15 +1,4 @@
-"""A training run. `retriever/train.py` loops over one; a loop of your own can take its place.
-
-    with Run(load("configs/msmarco.yaml")) as run:
-        for batch in run.batches():
-            report = train_step(
-                run.encoder, run.objective, batch, run.optimizer, run.world, run.config.run.seed, run.retention
-            )
-            run.log(report)
-            if run.due("save"):
-                run.save()
-            if run.due("evaluate"):
-                run.record(run.evaluate())
+"""A training run: everything that `retriever/train.py` loops over. docs/run.md shows a loop of your own.
 
 This is the only module of `retriever` that imports `eval`: a run evaluates while it trains.
 """
@@ -163,7 +152,7 @@ class Run:
 
         With those of `evaluate`, `best/` becomes the export of this step where it is the best one.
         """
-        with self._stop.between_steps(), self._telemetry.paused("evaluate"):
+        with self._stop.between_steps(), self._telemetry.paused("record"):
             self._telemetry.log(self.done, dict(values))
             if any(name.startswith("eval/") for name in values):
                 self._outputs.publish_best(self.done)
