@@ -22,14 +22,6 @@ class Exclusions:
     known_ids: Tensor  # [known_ptr[-1]] int64
     threshold: Tensor | None = None  # [B] in similarity units, before scale
 
-    def of_rows(self, index: Tensor) -> Exclusions:
-        """The exclusions of the rows `index` [n] int64."""
-        counts = self.known_ptr.diff()[index]
-        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        within = torch.arange(int(ptr[-1]), device=index.device) - ptr[:-1].repeat_interleave(counts)
-        known_ids = self.known_ids[self.known_ptr[:-1][index].repeat_interleave(counts) + within]
-        return Exclusions(self.passage_ids, ptr, known_ids, None if self.threshold is None else self.threshold[index])
-
 
 def known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
     """Every (row, column) with a known positive of the row, as two [E] int64, rows ascending; an id may stand in
@@ -91,6 +83,13 @@ class MaskTables:
         if threshold is not None:
             threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
         return MaskTables(*further, targets.int(), threshold, N)
+
+    def without_rows(self, left_out: Tensor) -> MaskTables:
+        """The tables with every pair of the rows `left_out` [B] bool excluded."""
+        threshold = self.threshold
+        if threshold is None:
+            threshold = torch.full(left_out.shape, torch.inf, device=left_out.device)
+        return replace(self, threshold=threshold.masked_fill(left_out, -torch.inf))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Every excluded (row, column), targets and further ones, as two [E] int64 in no order."""

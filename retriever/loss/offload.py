@@ -13,19 +13,19 @@ hide behind the work on a block, so they are the cheaper.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions, MaskTables
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.terms import Terms
+from kernels.infonce.two_pass import Passages, Step
 from retriever.loss.problem import Problem
-from retriever.loss.ring import BlockMasks, gradient_of_sweep, lse_of_sweep
-from retriever.loss.terms import Terms
+from retriever.loss.ring import BlockMasks
 from retriever.parallel.host import CopyStream, HostRows, host_rows
-from retriever.parallel.ring import Ring
+from retriever.parallel.ring import Ring, TravellingSum
 from retriever.parallel.world import World
 
 BLOCK_ROWS = (
@@ -42,60 +42,76 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16 (40 with several ranks) and the
     workspace. (Cheng et al. 2024, arXiv:2410.17243)
     """
-    here, cut = _without_rows(problem, world.device), _Cut.of(problem, world)
-    tables, copies = _Tables.of(here, cut, world), CopyStream(world.device)
-    queries = HostRows(_host_copy(problem.queries, problem, world), cut.size, cut.query_blocks, copies)
-    passages = HostRows(_host_copy(problem.passages, problem, world), cut.size, len(cut.counts), copies)
-    terms = _first_sweep(here, world, cut, tables, queries, passages)
-    _second_sweep(here, world, cut, tables, queries, passages, terms)
-    copies.finish()
-    return terms.losses, queries.sums, passages.sums
+    passages = HostPassages(problem, world)
+    losses = passages.problem.contrast(passages)
+    passages.copies.finish()
+    return losses, passages.queries.sums, passages.passages.sums
 
 
-def _first_sweep(
-    problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows
-) -> Terms:
-    """What follows from all log-sum-exps: of rows over their negatives and, where symmetric, of columns over all ranks'
-    queries.
-    """
-    positive = torch.zeros(len(problem.positives), dtype=queries.sums.dtype, device=world.device)  # [B]
-    row_lse = torch.full_like(positive, -torch.inf)
-    column_lse = positive.new_full((len(problem.exclusions.passage_ids),), -torch.inf) if problem.symmetric else None
-    for a, q in queries.read():
-        i = queries.places[a]
-        for k, p in passages.read():
-            j, counts = passages.places[k], cut.counts[k]
-            rows, columns = lse_of_sweep(
-                problem, world, counts, q, Ring(world, counts, p).forth(), partial(tables.masks, a, k)
-            )
-            row_lse[i] = torch.logaddexp(row_lse[i], rows)
-            if column_lse is not None and columns is not None:
-                column_lse[j] = torch.logaddexp(column_lse[j], columns)
-            at, targets = tables.targets_in(a, k)
-            positive[i][at] = problem.scale * target_similarities(q[at], p, targets, precision=problem.precision)
-    return Terms.of(problem, positive, row_lse, column_lse)
+class HostPassages(Passages):
+    """All ranks' passages in blocks from host memory, which go round the ring for each block of own queries."""
 
+    def __init__(self, problem: Problem, world: World) -> None:
+        self.problem, self._world = _without_rows(problem, world.device), world
+        self._cut = _Cut.of(problem, world)
+        self._tables, self.copies = _Tables.of(self.problem, self._cut, world), CopyStream(world.device)
+        size = self._cut.size
+        self.queries = HostRows(_host_copy(problem.queries, problem, world), size, self._cut.query_blocks, self.copies)
+        self.passages = HostRows(_host_copy(problem.passages, problem, world), size, len(self._cut.counts), self.copies)
+        self._logits = torch.zeros(len(problem.positives), dtype=self.queries.sums.dtype, device=world.device)  # [B]
+        self.row_lse = torch.full_like(self._logits, -torch.inf)
+        if problem.symmetric:
+            self.column_lse = self._logits.new_full((len(problem.passages),), -torch.inf)
 
-def _second_sweep(
-    problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows, terms: Terms
-) -> None:
-    """Leaves both gradients in the `sums` of their sides."""
-    for a, q, dq in queries.accumulate(fresh=True):
-        i = queries.places[a]
-        for k, p, dp in passages.accumulate(fresh=a == 0):
-            j, counts = passages.places[k], cut.counts[k]
-            column_log_weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
-            _, term = gradient_of_sweep(
-                problem, world, counts, q, Ring(world, counts, p).back(), terms.row_log_weights[i], column_log_weights,
-                partial(tables.masks, a, k), dqueries=dq,
-            )  # fmt: skip
-            at, targets = tables.targets_in(a, k)
-            dq_at = dq[at]
-            add_target_gradient(
-                dq_at, term, q[at], p, targets, terms.target_gradient[i][at], precision=problem.precision
-            )
-            dq[at] = dq_at
-            dp += term
+    def forward(self) -> Iterator[Step]:
+        for a, q in self.queries.read():
+            for k, p in self.passages.read():
+                counts, i, j = self._cut.counts[k], self.queries.places[a], self.passages.places[k]
+                self._columns = TravellingSum(self._world, counts, step=1, combine=torch.logaddexp)
+                yield from self._steps(a, k, q, Ring(self._world, counts, p).forth())
+                if self.column_lse is not None:
+                    self.column_lse[j] = torch.logaddexp(self.column_lse[j], self._columns.home())
+                at, targets = self._tables.targets_in(a, k)
+                if len(at):
+                    self._logits[i][at] = replace(self.own, queries=q[at]).target_logits(targets)
+
+    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
+        self.row_lse[step.rows] = torch.logaddexp(self.row_lse[step.rows], row_lse)
+        if column_lse is not None:
+            self._columns.add(step.owner, column_lse)
+
+    def target_logits(self) -> Tensor:
+        return self._logits
+
+    def backward(self, terms: Terms) -> Iterator[Step]:
+        for a, q, dq in self.queries.accumulate(fresh=True):
+            for k, p, dp in self.passages.accumulate(fresh=a == 0):
+                counts, i, j = self._cut.counts[k], self.queries.places[a], self.passages.places[k]
+                self._gradient, weights = TravellingSum(self._world, counts, step=-1), None
+                back = Ring(self._world, counts, p).back()
+                if terms.column_log_weights is not None:
+                    weights = Ring(self._world, counts, terms.column_log_weights[j]).back()
+                for step in self._steps(a, k, q, back):
+                    of_block = None if weights is None else next(weights)[1]
+                    yield step._replace(column_log_weights=of_block, dqueries=dq)
+                term = self._gradient.home()
+                at, targets = self._tables.targets_in(a, k)
+                if len(at):
+                    own, dq_at = replace(self.own, queries=q[at]), dq[at]
+                    own.add_target_gradient(dq_at, term, targets, terms.target_gradient[i][at])
+                    dq[at] = dq_at
+                dp += term
+
+    def add_gradients(self, step: Step, dqueries: Tensor, dpassages: Tensor) -> None:
+        self._gradient.add(step.owner, dpassages)
+
+    def _steps(self, a: int, k: int, queries: Tensor, blocks: Iterable[tuple[int, Tensor]]) -> Iterator[Step]:
+        """Own queries in block a against every rank's block k."""
+        for owner, passages in blocks:
+            block = self.problem.block(queries, passages, self._tables.masks(a, k, owner))
+            if owner == self._world.rank:
+                self.own = block
+            yield Step(block, self.queries.places[a], owner)
 
 
 def host_bytes(precision: str, *, dims: bool) -> int:

@@ -8,112 +8,77 @@ one-directional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, MaskTables, negatives_gradient, negatives_lse
+from kernels.infonce.api import Exclusions, MaskTables
 from kernels.infonce.exclusions import known_pairs
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.terms import Terms
+from kernels.infonce.two_pass import Passages, Step
 from retriever.loss.problem import Problem
-from retriever.loss.terms import Terms
 from retriever.parallel.ring import Ring, TravellingSum
 from retriever.parallel.world import World
 
 
-def ring(
-    problem: Problem,
-    world: World,
-    *,
-    lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
-    gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
-) -> tuple[Tensor, Tensor, Tensor]:
+def ring(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D] and dpassages [N, D], float32 (float64 for float64 problems).
 
-    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks. `lse`
-    and `gradient` work on one block; others than the tiled ones serve comparisons. (Cheng et al. 2024,
-    arXiv:2410.17243)
+    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks.
     """
-    queries, passages = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
-    targets, precision = problem.columns, problem.precision
-    counts = world.counts(len(passages))
-    # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
-    ids, blocks = Ring(world, counts, problem.exclusions.passage_ids).forth(), Ring(world, counts, passages)
-    sweep = blocks.forth()
-    masks = BlockMasks.of(problem, ids, counts, world.rank)
-    positive = problem.scale * target_similarities(queries, passages, targets, precision=precision)  # [B]
-
-    row_lse, column_lse = lse_of_sweep(problem, world, counts, queries, sweep, masks.of_block, lse)
-    terms = Terms.of(problem, positive, row_lse, column_lse)
-    dqueries, dpassages = gradient_of_sweep(
-        problem,
-        world,
-        counts,
-        queries,
-        blocks.back(),
-        terms.row_log_weights,
-        terms.column_log_weights,
-        masks.of_block,
-        gradient=gradient,
-    )
-    add_target_gradient(dqueries, dpassages, queries, passages, targets, terms.target_gradient, precision=precision)
-    return terms.losses, dqueries, dpassages
+    passages = RingPassages(problem, world)
+    losses = problem.contrast(passages)
+    return losses, passages.dqueries, passages.dpassages
 
 
-def lse_of_sweep(
-    problem: Problem,
-    world: World,
-    counts: Sequence[int],
-    queries: Tensor,
-    sweep: Iterable[tuple[int, Tensor]],
-    masks: Callable[[int], MaskTables],
-    lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
-) -> tuple[Tensor, Tensor | None]:
-    """Sweep 1, `forth`: row_lse of `queries` over every (owner, block) and, where symmetric, column_lse of own passages
-    over all ranks'.
+class RingPassages(Passages):
+    """Every rank's passages, a rank's after the other's; own ones stay at hand."""
 
-    `masks` gives the tables of an owner's block, `counts` its rows; of `problem` only settings are read.
-    """
-    row_lse = queries.new_full((len(queries),), -torch.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
-    column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
-    settings: Any = {"columns": problem.symmetric, "precision": problem.precision, "largest": problem.largest}
-    for owner, block in sweep:
-        rows, columns = lse(queries, block, problem.scale, masks(owner), **settings)
-        row_lse = torch.logaddexp(row_lse, rows)
-        if columns is not None:
-            column_sums.add(owner, columns)
-    return row_lse, column_sums.home() if problem.symmetric else None
+    def __init__(self, problem: Problem, world: World) -> None:
+        self._problem, self._world = problem, world
+        self._queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
+        self._counts = world.counts(len(own))
+        # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
+        ids = Ring(world, self._counts, problem.exclusions.passage_ids).forth()
+        self._ring = Ring(world, self._counts, own)
+        self._forth = self._ring.forth()
+        self._masks = BlockMasks.of(problem, ids, self._counts, world.rank)
+        super().__init__(problem.block(self._queries, own, self._masks.of_block(world.rank)), problem.columns)
 
+    def forward(self) -> Iterator[Step]:
+        columns = self._columns = TravellingSum(self._world, self._counts, step=1, combine=torch.logaddexp)
+        yield from self._steps(self._forth)
+        self.column_lse = columns.home() if self._problem.symmetric else None
 
-def gradient_of_sweep(
-    problem: Problem,
-    world: World,
-    counts: Sequence[int],
-    queries: Tensor,
-    sweep: Iterable[tuple[int, Tensor]],
-    row_log_weights: Tensor,
-    column_log_weights: Tensor | None,
-    masks: Callable[[int], MaskTables],
-    dqueries: Tensor | None = None,
-    gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
-) -> tuple[Tensor, Tensor]:
-    """Sweep 2, `back`: the negatives' part of dqueries, added to what is given, and of own dpassages over all ranks'
-    queries.
-    """
-    column_weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
-    dpassages = TravellingSum(world, counts, step=-1)
-    for owner, block in sweep:
-        weights = None if column_weights is None else next(column_weights)[1]  # [rows of block]
-        dqueries, term = gradient(
-            queries, block, problem.scale, row_log_weights, weights, masks(owner),
-            dqueries=dqueries, precision=problem.precision, workspace_mib=problem.workspace_mib, largest=problem.largest,
-        )  # fmt: skip
-        dpassages.add(owner, term)
-    assert dqueries is not None
-    return dqueries, dpassages.home()
+    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
+        own = step.owner == self._world.rank
+        self.row_lse = row_lse if own else torch.logaddexp(self.row_lse, row_lse)  # the own block comes first
+        if column_lse is not None:
+            self._columns.add(step.owner, column_lse)
+
+    def backward(self, terms: Terms) -> Iterator[Step]:
+        back, weights = self._ring.back(), None
+        if terms.column_log_weights is not None:
+            weights = Ring(self._world, self._counts, terms.column_log_weights).back()
+        self._gradient = TravellingSum(self._world, self._counts, step=-1)
+        dqueries = None
+        for step in self._steps(back):
+            of_block = None if weights is None else next(weights)[1]
+            yield step._replace(column_log_weights=of_block, dqueries=dqueries)
+            dqueries = self.dqueries
+        self.dpassages = self._gradient.home()
+        self.add_targets(terms)
+
+    def add_gradients(self, step: Step, dqueries: Tensor, dpassages: Tensor) -> None:
+        self.dqueries = dqueries
+        self._gradient.add(step.owner, dpassages)
+
+    def _steps(self, blocks: Iterable[tuple[int, Tensor]]) -> Iterator[Step]:
+        for owner, passages in blocks:
+            masks = self._masks.of_block(owner)
+            yield Step(self._problem.block(self._queries, passages, masks), owner=owner)
 
 
 @dataclass(frozen=True)

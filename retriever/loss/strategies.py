@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions
-from kernels.infonce.reference import known_pairs
+from kernels.infonce.exclusions import known_pairs
 from kernels.infonce.terms import log_one_plus_exp
 from retriever.loss.problem import Problem
 from retriever.loss.tiled import tiled
@@ -36,13 +36,9 @@ def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     positives = world.gather_rows(problem.positives + offset).rows
     with torch.enable_grad():
         q, p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
-        whole = replace(problem, queries=q, passages=p, positives=positives, exclusions=exclusions)
+        whole = replace(problem, queries=q, passages=p, positives=positives)
         logits = _masked_logits(q, p, exclusions, problem.scale)
-        positive = whole.positive_logits()
-        losses = log_one_plus_exp(logits.logsumexp(dim=1) - positive)
-        if problem.symmetric:
-            losses = 0.5 * (losses + log_one_plus_exp(logits.logsumexp(dim=0)[whole.columns] - positive))
-        losses = losses.where(whole.active, 0.0)
+        losses = _losses(whole, logits, logits)
         dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
     return losses.detach()[queries.own], dqueries[queries.own], dpassages[passages.own]
 
@@ -83,16 +79,24 @@ STRATEGIES: dict[str, Callable[[Problem, World], tuple[Tensor, Tensor, Tensor]]]
 def _rows_against_all(
     problem: Problem, world: World, q: Tensor, p: Tensor, every_q: Tensor | None, every_p: Tensor
 ) -> Tensor:
-    """Losses [B] of this rank's rows: own queries against every passage, and own positives against every query if
-    given.
+    """Losses [B] of this rank's rows: own queries against every passage and, where `every_q` is passed in, own positives
+    against every query.
     """
-    every_id = world.gather_rows(problem.exclusions.passage_ids).rows
-    rows = _masked_logits(q, every_p, replace(problem.exclusions, passage_ids=every_id), problem.scale)  # [B, n]
-    positive = replace(problem, queries=q, passages=p).positive_logits()
-    losses = log_one_plus_exp(rows.logsumexp(dim=1) - positive)
+    own = problem.exclusions
+    exclusions = replace(own, passage_ids=world.gather_rows(own.passage_ids).rows)
+    rows, columns = _masked_logits(q, every_p, exclusions, problem.scale), None  # [B, n]
     if every_q is not None:
-        exclusions = _exclusions_of_all_rows(problem, world, problem.exclusions.passage_ids)
+        exclusions = _exclusions_of_all_rows(problem, world, own.passage_ids)
         columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
+    return _losses(replace(problem, queries=q, passages=p), rows, columns)
+
+
+def _losses(problem: Problem, rows: Tensor, columns: Tensor | None) -> Tensor:
+    """Losses [B] from the negatives' logits: of every query in `rows`, of every passage in `columns`."""
+    positive = problem.scale * (problem.queries * problem.passages[problem.columns]).sum(dim=1)
+    losses = log_one_plus_exp(rows.logsumexp(dim=1) - positive)
+    if problem.symmetric:
+        assert columns is not None
         losses = 0.5 * (losses + log_one_plus_exp(columns.logsumexp(dim=0)[problem.columns] - positive))
     return losses.where(problem.active, 0.0)
 

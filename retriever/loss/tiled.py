@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import MaskTables, infonce, negatives_gradient, negatives_lse
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.api import Block, MaskTables, infonce
+from kernels.infonce.terms import Terms
+from kernels.infonce.two_pass import Passages, Step
 from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
-from retriever.loss.terms import Terms
 from retriever.parallel.world import Gathered, World
 
 
 def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.infonce.api`. (Cheng et al. 2024,
+    """Per-row losses [B], dqueries [B, D] and dpassages [N, D] through `kernels.infonce`. (Cheng et al. 2024,
     arXiv:2410.17243)
 
     `problem.exchange` says how ranks see each other's passages, `problem.block_rows` that rows are in host memory; the
@@ -37,9 +38,9 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
     counts, known = _counts(problem, world), problem.known_pairs
     start = sum(counts[: world.rank])
-    ids = (
-        world.begin_gather(problem.exclusions.passage_ids, counts) if known is None else None
-    )  # few bytes, and needed first
+    ids = None
+    if known is None:
+        ids = world.begin_gather(problem.exclusions.passage_ids, counts)  # few bytes, and needed first
     arriving = world.begin_gather(own, counts)
     targets = torch.where(problem.active, problem.positives + start, -1) if start else problem.positives
     if ids is not None:
@@ -49,16 +50,18 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         masks = MaskTables.of_pairs(known.pairs, targets, problem.exclusions.threshold, sum(counts))
     passages = Gathered(arriving.wait(), counts, world.rank)
     if problem.symmetric and world.size > 1:
-        return _symmetric_over_ranks(problem, queries, passages, masks, world)
+        at_hand = GatheredPassages(
+            problem.block(queries, passages.rows, masks), problem.columns + start, passages, world
+        )
+        return problem.contrast(at_hand), at_hand.dqueries, at_hand.dpassages
+    dtype = torch.promote_types(problem.queries.dtype, torch.float32)
     result = infonce(
         queries,
         passages.rows,
         targets,
         problem.scale,
         exclusions=masks,
-        weights=queries.new_full(
-            (len(queries),), problem.weight, dtype=torch.promote_types(problem.queries.dtype, torch.float32)
-        ),
+        weights=queries.new_full((len(queries),), problem.weight, dtype=dtype),
         symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
@@ -67,6 +70,24 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     )
     assert result.dqueries is not None and result.dpassages is not None
     return result.loss, result.dqueries, world.reduce_rows(result.dpassages, counts)
+
+
+class GatheredPassages(Passages):
+    """All ranks' passages in one block; a passage's column sum is known when all ranks' queries have been seen."""
+
+    def __init__(self, block: Block, targets: Tensor, gathered: Gathered, world: World) -> None:
+        super().__init__(block, targets)
+        self._own, self._counts, self._world = gathered.own, gathered.counts, world
+
+    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
+        assert column_lse is not None
+        super().add_lse(step, row_lse, self._world.logsumexp(column_lse)[self._own])
+
+    def backward(self, terms: Terms) -> Iterator[Step]:
+        assert terms.column_log_weights is not None
+        every = self._world.gather_rows(terms.column_log_weights, self._counts).rows
+        yield from super().backward(terms._replace(column_log_weights=every))
+        self.dpassages = self._world.reduce_rows(self.dpassages, self._counts)
 
 
 def _counts(problem: Problem, world: World) -> tuple[int, ...]:
@@ -79,35 +100,3 @@ def _counts(problem: Problem, world: World) -> tuple[int, ...]:
             f"expected known pairs of {world.size} ranks, of which rank {world.rank} has {own} passages; received counts {known.counts}"
         )
     return known.counts
-
-
-def _symmetric_over_ranks(
-    problem: Problem, queries: Tensor, passages: Gathered, masks: MaskTables, world: World
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`gathered` for the symmetric loss: a passage's column sum is known only after all ranks' queries have been
-    seen.
-    """
-    own = passages.rows[passages.own]
-    positive = problem.scale * target_similarities(queries, own, problem.columns, precision=problem.precision)
-    row_lse, column_lse = negatives_lse(
-        queries, passages.rows, problem.scale, masks, columns=True, precision=problem.precision, largest=problem.largest
-    )
-    assert column_lse is not None
-    terms = Terms.of(problem, positive, row_lse, world.logsumexp(column_lse)[passages.own])
-    assert terms.column_log_weights is not None
-    dqueries, dpassages = negatives_gradient(
-        queries,
-        passages.rows,
-        problem.scale,
-        terms.row_log_weights,
-        world.gather_rows(terms.column_log_weights, passages.counts).rows,
-        masks,
-        precision=problem.precision,
-        workspace_mib=problem.workspace_mib,
-        largest=problem.largest,
-    )
-    dpassages = world.reduce_rows(dpassages, passages.counts)
-    add_target_gradient(
-        dqueries, dpassages, queries, own, problem.columns, terms.target_gradient, precision=problem.precision
-    )
-    return terms.losses, dqueries, dpassages
