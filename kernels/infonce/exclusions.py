@@ -22,6 +22,14 @@ class Exclusions:
     known_ids: Tensor  # [known_ptr[-1]] int64
     threshold: Tensor | None = None  # [B] in similarity units, before scale
 
+    def of_rows(self, index: Tensor) -> Exclusions:
+        """The exclusions of the rows `index` [n] int64."""
+        counts = self.known_ptr.diff()[index]
+        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        within = torch.arange(int(ptr[-1]), device=index.device) - ptr[:-1].repeat_interleave(counts)
+        known_ids = self.known_ids[self.known_ptr[:-1][index].repeat_interleave(counts) + within]
+        return Exclusions(self.passage_ids, ptr, known_ids, None if self.threshold is None else self.threshold[index])
+
 
 def known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
     """Every (row, column) with a known positive of the row, as two [E] int64, rows ascending; an id may stand in
