@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.infonce.passes import INNER, LEAST_SLAB_ROWS, TiledBlock, Workspace, log_of, outside, slabs
+from kernels.infonce.passes import INNER, LEAST_SLAB_ROWS, TiledBlock, log_of, outside, slabs
 from kernels.infonce.rows import RowVectors, finish_passages, finish_queries, target_similarities, weigh_rows
 from kernels.infonce.terms import log_one_plus_exp
 from kernels.infonce.tiles import Pass
@@ -29,11 +29,11 @@ def infonce(block: TiledBlock, targets: Tensor, weights: Tensor) -> tuple[Tensor
     (B, D), N = queries.shape, len(passages)
     dqueries = queries.new_empty(B, D, dtype=torch.float32)
     dpassages = queries.new_empty(N, D, dtype=torch.float32)
-    workspace = Workspace(queries, block.precision, block.slab_rows(), N)
+    workspace = block.workspace(block.slab_rows(), N)
     rows = _row_vectors(target_similarities(queries, passages, targets), block.shifts.rows, weights)
     _sweep(block, rows, workspace, dqueries, dpassages, clamp=block.shifts.estimated)
     row_lse = log_of(rows.sum, rows.shift)
-    if not block.shifts.safe and len(again := outside(rows.sum)):
+    if block.shifts.constant is None and len(again := outside(rows.sum)):
         some, some_dqueries = block.select_rows(again), dqueries.new_empty(len(again), D)
         exact = _row_vectors(rows.similarity[again], some.exact_shifts(), weights[again])
         _sweep(some, exact, workspace, some_dqueries, dpassages, fresh=False)
@@ -54,7 +54,7 @@ def _row_vectors(similarity: Tensor, shift: Tensor, weights: Tensor) -> RowVecto
 def _sweep(
     block: TiledBlock,
     rows: RowVectors,
-    workspace: Workspace,
+    workspace: list[Tensor],
     dqueries: Tensor,
     dpassages: Tensor,
     *,
@@ -65,11 +65,11 @@ def _sweep(
     queries, inner = block.operands[0], INNER[block.precision]
     (B, D), N = queries.shape, len(block.passages)
     passages = parts_of(block.operands[1], block.precision)
-    weighted = [queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
+    weighted = [queries.new_empty(len(part), D, dtype=part.dtype) for part in workspace]
     asked = Pass(rows.shift, rows=True, clamp=clamp)
-    for i in slabs(B, workspace.rows):
+    for i in slabs(B, len(workspace[0])):
         n = i.stop - i.start
-        e, q = workspace.views(n, N), [part[:n] for part in weighted]
+        e, q = [part[:n, :N] for part in workspace], [part[:n] for part in weighted]
         partial, _ = block.tile_pass(asked, i, slice(0, N), e)
         assert partial is not None
         weigh_rows(queries[i], rows.of_rows(i), partial, block.scale, q)

@@ -49,28 +49,10 @@ class Shifts:
     estimated: bool  # rows are from a sample: exponentials may overflow
 
     @property
-    def safe(self) -> bool:
-        """Whether no sum can have lost terms; waits for a bound that was measured."""
-        return not (self.estimated or self.bound.get()[0] > _SAFE_BOUND)  # NaN is as good as any: the loss is NaN
-
-    @property
     def constant(self) -> float | None:
-        """The one shift that serves all logits, where that is safe."""
-        return self.bound.get()[0] - _HEADROOM if self.safe else None
-
-
-class Workspace:
-    """A slab of exponentials: a bf16 matrix, two of them (value and residual), or an fp32 one."""
-
-    def __init__(self, like: Tensor, precision: str, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        width = -(-columns // 64) * 64
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self.parts = [like.new_empty(rows, width, dtype=dtype) for _ in range(2 if precision == "high" else 1)]
-
-    def views(self, rows: int, columns: int) -> list[Tensor]:
-        """Its upper left corner."""
-        return [part[:rows, :columns] for part in self.parts]
+        """The one shift under which no sum loses terms; None: there is none. Waits for a bound that was measured."""
+        unsafe = self.estimated or self.bound.get()[0] > _SAFE_BOUND  # NaN is as good as any: the loss is NaN
+        return None if unsafe else self.bound.get()[0] - _HEADROOM
 
 
 @dataclass(frozen=True)
@@ -117,7 +99,7 @@ class TiledBlock(Block):
         row_lse, column_lse = log_of(row_sum, shifts.rows), None
         if column_sum is not None:
             column_lse = log_of(column_sum, shifts.rows[:1] if column_shift is None else column_shift)
-        if shifts.safe:
+        if shifts.constant is not None:
             return row_lse, column_lse
         if len(again := outside(row_sum)):
             some = self.select_rows(again)
@@ -162,11 +144,11 @@ class TiledBlock(Block):
         rows, columns = self.slab_rows(), N
         if rows < min(B, 2 * LEAST_SLAB_ROWS):  # square blocks: the fewest reads and writes of the sums
             rows = columns = max(256, int((self.workspace_bytes // self._bytes_each) ** 0.5) // 256 * 256)
-        workspace = Workspace(self.queries, self.precision, min(rows, B), min(columns, N))
+        workspace = self.workspace(min(rows, B), min(columns, N))
         asked = self._gradient_pass(row_log_weights, column_log_weights)
         for i in slabs(B, rows):
             for j in slabs(N, columns):
-                e = workspace.views(i.stop - i.start, j.stop - j.start)
+                e = [part[: i.stop - i.start, : j.stop - j.start] for part in workspace]
                 self.tile_pass(asked, i, j, e)
                 add_product(dqueries[i], e, [p[j] for p in passages], fresh=fresh and j.start == 0, inner=inner)
                 if dpassages is not None:
@@ -216,6 +198,12 @@ class TiledBlock(Block):
         if rows >= wave:
             return rows // wave * wave
         return max(256, rows // 256 * 256)
+
+    def workspace(self, rows: int, columns: int) -> list[Tensor]:
+        """Memory for exponentials: a bf16 matrix, two of them (value and residual), or an fp32 one; rows are padded."""
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        parts = 2 if self.precision == "high" else 1
+        return [self.queries.new_empty(rows, -(-columns // 64) * 64, dtype=dtype) for _ in range(parts)]
 
     @cached_property
     def workspace_bytes(self) -> int:

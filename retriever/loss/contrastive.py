@@ -133,21 +133,18 @@ class ContrastiveObjective(nn.Module):
     def _terms(self, problem: Problem, groups: Groups | None, world: World) -> tuple[Tensor, Tensor, Tensor]:
         """Per-row losses [B], dqueries and dpassages of the weighted sum of the contrastive and the teacher's terms."""
         config, weight = self._config, self._config.contrastive_weight
-        if not config.distils:
-            losses, dqueries, dpassages = STRATEGIES[config.strategy](
-                replace(problem, weight=weight * problem.weight), world
-            )
-            return weight * losses, dqueries, dpassages
-        if groups is None:
+        if config.distils and groups is None:
             raise ValueError(
                 "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher"
             )
-        taught = distill(problem, groups, config, world)
-        if weight == 0:
+        taught = distill(problem, groups, config, world) if groups is not None and config.distils else None
+        if taught is not None and weight == 0:
             return taught
         losses, dqueries, dpassages = STRATEGIES[config.strategy](
             replace(problem, weight=weight * problem.weight), world
         )
+        if taught is None:
+            return weight * losses, dqueries, dpassages
         return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
 
     def _problem(
