@@ -91,8 +91,7 @@ def infonce(
         terms = first_pass(at_hand, targets, weights, symmetric=symmetric)
         found = InfoNCE(terms.loss)
         if gradients:
-            second_pass(at_hand, terms)
-            found = InfoNCE(terms.loss, at_hand.dqueries, at_hand.dpassages, at_hand.along.sum() / scale)
+            found = InfoNCE(terms.loss, *second_pass(at_hand, terms), at_hand.along.sum() / scale)
     if extent is not None:
         _some_ignored(extent, N)
     return found if active is None else replace(found, loss=found.loss.where(active, 0.0))

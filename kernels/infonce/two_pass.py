@@ -2,12 +2,12 @@
 
 The first pass adds up the log-sum-exp of every query over its negatives and, where symmetric, of every passage. `terms`
 turns these into losses and weights. The second pass takes the blocks again and adds up the gradients. A `Passages` says
-where blocks come from and keeps the sums.
+where blocks come from, and adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -21,68 +21,71 @@ class Step(NamedTuple):
 
     block: Block
     rows: slice = slice(None)  # which of this rank's queries the block has
-    owner: int = 0  # the rank whose passages it has
     column_log_weights: Tensor | None = None  # [N] of the block; second pass of a symmetric loss
     dqueries: Tensor | None = None  # [B, D] of the block: what its part is added to; None: nothing yet
     takes_gradient: bool = True  # whether the gradient at its passages is wanted; a memory bank's is not
 
 
+# What a step is answered with, and what a pass returns; see `Passages`.
+FirstPass = Generator[Step, tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None, Tensor]]
+SecondPass = Generator[Step, tuple[Tensor, Any], tuple[Tensor, Tensor]]
+
+
 class Passages:
-    """Where passages come from, and the sums over their blocks: here all of them in one block. Others (a ring, host
-    memory) replace what they do otherwise. Own passages are those among which this rank's targets are.
+    """Where passages come from: here all of them in one block. Others (a ring, host memory) are subclasses.
+
+    Both passes are generators: each step is answered with what its block gives, and what they return are the sums over
+    blocks. Own passages are those among which this rank's targets are.
     """
 
-    row_lse: Tensor  # [B]; after the first pass
-    column_lse: Tensor | None = None  # [own passages]; after the first pass, where symmetric
-    dqueries: Tensor  # [B, D]; after the second pass
-    dpassages: Tensor  # [own passages, D]; after the second pass
-    along: Tensor  # [B]: ⟨q_i, dq_i⟩
+    along: Tensor  # [B]: ⟨q_i, dq_i⟩, where all passages are in one block
 
     def __init__(self, own: Block, targets: Tensor) -> None:
         """`own`: all queries and own passages; targets [B] int64 in 0..N−1: their columns in it."""
         self.own, self.targets = own, targets
 
-    def forward(self) -> Iterator[Step]:
-        """The blocks of the first pass."""
-        yield Step(self.own)
+    def forward(self) -> FirstPass:
+        """Steps of the first pass, answered with row_lse and column_lse of the block. Returns row_lse [B], column_lse
+        [own passages] (None: not symmetric) and the targets' logits [B].
+        """
+        row_lse, column_lse = yield Step(self.own)
+        return row_lse, column_lse, self.own.target_logits(self.targets)
 
-    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
-        """Takes the log-sum-exps of the step's block."""
-        self.row_lse, self.column_lse = row_lse, column_lse
-
-    def target_logits(self) -> Tensor:
-        """The logit [B] of every query and its target; after the first pass."""
-        return self.own.target_logits(self.targets)
-
-    def backward(self, terms: Terms) -> Iterator[Step]:
-        """The blocks of the second pass; then adds the targets' part to the gradients."""
-        yield Step(self.own, column_log_weights=terms.column_log_weights)
-        self.add_targets(terms)
-
-    def add_gradients(self, step: Step, dqueries: Tensor, dpassages: Tensor) -> None:
-        """Takes the step's `dqueries`, now with the block's part, and, where it takes one, the gradient at its passages."""
-        self.dqueries, self.dpassages = dqueries, dpassages
-
-    def add_targets(self, terms: Terms) -> None:
-        """Adds the targets' part to both gradients."""
-        weights = terms.target_gradient
-        self.along = self.own.add_target_gradient(self.dqueries, self.dpassages, self.targets, weights)
+    def backward(self, terms: Terms) -> SecondPass:
+        """Steps of the second pass, answered with the step's `dqueries`, now with the block's part, and dpassages of the
+        block (None: the step takes none). Returns dqueries [B, D] and dpassages [own passages, D].
+        """
+        dqueries, dpassages = yield Step(self.own, column_log_weights=terms.column_log_weights)
+        self.along = self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
+        return dqueries, dpassages
 
 
 def first_pass(passages: Passages, targets: Tensor, weights: Tensor, *, symmetric: bool) -> Terms:
     """The losses [B] and what the second pass needs; targets [B]: the column of each query's target among own passages,
     weights [B] ≥ 0: of its loss, 0 where it is ignored.
     """
-    for step in passages.forward():
-        passages.add_lse(step, *step.block.lse(symmetric))
-    return Terms.of(passages.row_lse, passages.column_lse, passages.target_logits(), targets, weights)
+    row_lse, column_lse, logits = _answered(passages.forward(), lambda step: step.block.lse(symmetric))
+    return Terms.of(row_lse, column_lse, logits, targets, weights)
 
 
-def second_pass(passages: Passages, terms: Terms) -> None:
-    """Leaves the gradients of Σ weights · loss with `passages`."""
-    for step in passages.backward(terms):
+def second_pass(passages: Passages, terms: Terms) -> tuple[Tensor, Tensor]:
+    """dqueries [B, D] and dpassages [own passages, D] of Σ weights · loss."""
+
+    def gradient(step: Step) -> tuple[Tensor, Any]:
         row_log_weights = terms.row_log_weights[step.rows]
-        gradients: Any = step.block.gradient(
+        return step.block.gradient(
             row_log_weights, step.column_log_weights, step.dqueries, of_passages=step.takes_gradient
         )
-        passages.add_gradients(step, *gradients)
+
+    dqueries, dpassages = _answered(passages.backward(terms), gradient)
+    return dqueries, dpassages
+
+
+def _answered(steps: Generator[Step, Any, Any], answer: Callable[[Step], Any]) -> Any:
+    """What `steps` returns, each step answered."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(answer(step))
+    except StopIteration as end:
+        return end.value

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, MaskTables
+from kernels.infonce.api import Block, Exclusions, MaskTables
 from kernels.infonce.terms import Terms
-from kernels.infonce.two_pass import Passages, Step
+from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.problem import Problem
-from retriever.loss.ring import BlockMasks
+from retriever.loss.ring import BlockMasks, gradient_of_round, lse_of_round
 from retriever.parallel.host import CopyStream, HostRows, host_rows
-from retriever.parallel.ring import Ring, TravellingSum
+from retriever.parallel.ring import Ring
 from retriever.parallel.world import World
 
 BLOCK_ROWS = (
@@ -43,9 +43,9 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     workspace. (Cheng et al. 2024, arXiv:2410.17243)
     """
     passages = HostPassages(problem, world)
-    losses = passages.problem.contrast(passages)
+    found = passages.problem.contrast(passages)
     passages.copies.finish()
-    return losses, passages.queries.sums, passages.passages.sums
+    return found
 
 
 class HostPassages(Passages):
@@ -56,62 +56,56 @@ class HostPassages(Passages):
         self._cut = _Cut.of(problem, world)
         self._tables, self.copies = _Tables.of(self.problem, self._cut, world), CopyStream(world.device)
         size = self._cut.size
-        self.queries = HostRows(_host_copy(problem.queries, problem, world), size, self._cut.query_blocks, self.copies)
-        self.passages = HostRows(_host_copy(problem.passages, problem, world), size, len(self._cut.counts), self.copies)
-        self._logits = torch.zeros(len(problem.positives), dtype=self.queries.sums.dtype, device=world.device)  # [B]
-        self.row_lse = torch.full_like(self._logits, -torch.inf)
-        if problem.symmetric:
-            self.column_lse = self._logits.new_full((len(problem.passages),), -torch.inf)
+        self._queries = HostRows(_host_copy(problem.queries, problem, world), size, self._cut.query_blocks, self.copies)
+        self._passages = HostRows(
+            _host_copy(problem.passages, problem, world), size, len(self._cut.counts), self.copies
+        )
 
-    def forward(self) -> Iterator[Step]:
-        for a, q in self.queries.read():
-            for k, p in self.passages.read():
-                counts, i, j = self._cut.counts[k], self.queries.places[a], self.passages.places[k]
-                self._columns = TravellingSum(self._world, counts, step=1, combine=torch.logaddexp)
-                yield from self._steps(a, k, q, Ring(self._world, counts, p).forth())
-                if self.column_lse is not None:
-                    self.column_lse[j] = torch.logaddexp(self.column_lse[j], self._columns.home())
+    def forward(self) -> FirstPass:
+        logits = torch.zeros(
+            len(self.problem.positives), dtype=self._queries.sums.dtype, device=self._world.device
+        )  # [B]
+        row_lse = torch.full_like(logits, -torch.inf)
+        column_lse = logits.new_full((len(self.problem.exclusions.passage_ids),), -torch.inf)  # [N]
+        for a, q in self._queries.read():
+            i = self._queries.places[a]
+            for k, p in self._passages.read():
+                j, counts = self._passages.places[k], self._cut.counts[k]
+                blocks = self._blocks(a, k, q, Ring(self._world, counts, p).forth())
+                rows, columns = yield from lse_of_round(self._world, counts, blocks, i)
+                row_lse[i] = torch.logaddexp(row_lse[i], rows)
+                if columns is not None:
+                    column_lse[j] = torch.logaddexp(column_lse[j], columns)
                 at, targets = self._tables.targets_in(a, k)
                 if len(at):
-                    self._logits[i][at] = replace(self.own, queries=q[at]).target_logits(targets)
+                    logits[i][at] = replace(self.own, queries=q[at]).target_logits(targets)
+        return row_lse, column_lse if self.problem.symmetric else None, logits
 
-    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
-        self.row_lse[step.rows] = torch.logaddexp(self.row_lse[step.rows], row_lse)
-        if column_lse is not None:
-            self._columns.add(step.owner, column_lse)
-
-    def target_logits(self) -> Tensor:
-        return self._logits
-
-    def backward(self, terms: Terms) -> Iterator[Step]:
-        for a, q, dq in self.queries.accumulate(fresh=True):
-            for k, p, dp in self.passages.accumulate(fresh=a == 0):
-                counts, i, j = self._cut.counts[k], self.queries.places[a], self.passages.places[k]
-                self._gradient, weights = TravellingSum(self._world, counts, step=-1), None
-                back = Ring(self._world, counts, p).back()
-                if terms.column_log_weights is not None:
-                    weights = Ring(self._world, counts, terms.column_log_weights[j]).back()
-                for step in self._steps(a, k, q, back):
-                    of_block = None if weights is None else next(weights)[1]
-                    yield step._replace(column_log_weights=of_block, dqueries=dq)
-                term = self._gradient.home()
+    def backward(self, terms: Terms) -> SecondPass:
+        for a, q, dq in self._queries.accumulate(fresh=True):
+            i = self._queries.places[a]
+            for k, p, dp in self._passages.accumulate(fresh=a == 0):
+                j, counts = self._passages.places[k], self._cut.counts[k]
+                weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
+                blocks = self._blocks(a, k, q, Ring(self._world, counts, p).back())
+                _, term = yield from gradient_of_round(self._world, counts, blocks, weights, i, dq)
                 at, targets = self._tables.targets_in(a, k)
                 if len(at):
                     own, dq_at = replace(self.own, queries=q[at]), dq[at]
                     own.add_target_gradient(dq_at, term, targets, terms.target_gradient[i][at])
                     dq[at] = dq_at
                 dp += term
+        return self._queries.sums, self._passages.sums
 
-    def add_gradients(self, step: Step, dqueries: Tensor, dpassages: Tensor) -> None:
-        self._gradient.add(step.owner, dpassages)
-
-    def _steps(self, a: int, k: int, queries: Tensor, blocks: Iterable[tuple[int, Tensor]]) -> Iterator[Step]:
-        """Own queries in block a against every rank's block k."""
-        for owner, passages in blocks:
-            block = self.problem.block(queries, passages, self._tables.masks(a, k, owner))
+    def _blocks(
+        self, a: int, k: int, queries: Tensor, passages: Iterable[tuple[int, Tensor]]
+    ) -> Iterator[tuple[int, Block]]:
+        """Own queries in block a against every owner's block k; `own` is the block of own passages among them."""
+        for owner, rows in passages:
+            block = self.problem.block(queries, rows, self._tables.masks(a, k, owner))
             if owner == self._world.rank:
                 self.own = block
-            yield Step(block, self.queries.places[a], owner)
+            yield owner, block
 
 
 def host_bytes(precision: str, *, dims: bool) -> int:

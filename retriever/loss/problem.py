@@ -56,11 +56,9 @@ class Problem:
             precision=self.precision, workspace_mib=self.workspace_mib, largest=self.largest,
         )  # fmt: skip
 
-    def contrast(self, passages: Passages) -> Tensor:
-        """Losses [B] in two passes; the gradients are left with `passages`. (Cheng et al. 2024, arXiv:2410.17243)"""
+    def contrast(self, passages: Passages) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [B] and both gradients in two passes. (Cheng et al. 2024, arXiv:2410.17243)"""
         weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
-        terms = first_pass(
-            passages, self.columns, weights.masked_fill_(self.active, self.weight), symmetric=self.symmetric
-        )
-        second_pass(passages, terms)
-        return terms.loss.where(self.active, 0.0)
+        weights.masked_fill_(self.active, self.weight)
+        terms = first_pass(passages, self.columns, weights, symmetric=self.symmetric)
+        return terms.loss.where(self.active, 0.0), *second_pass(passages, terms)

@@ -8,16 +8,17 @@ one-directional.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, MaskTables
+from kernels.infonce.api import Block, Exclusions, MaskTables
 from kernels.infonce.exclusions import known_pairs
 from kernels.infonce.terms import Terms
-from kernels.infonce.two_pass import Passages, Step
+from kernels.infonce.two_pass import FirstPass, Passages, SecondPass, Step
 from retriever.loss.problem import Problem
 from retriever.parallel.ring import Ring, TravellingSum
 from retriever.parallel.world import World
@@ -28,9 +29,7 @@ def ring(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
     A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks.
     """
-    passages = RingPassages(problem, world)
-    losses = problem.contrast(passages)
-    return losses, passages.dqueries, passages.dpassages
+    return problem.contrast(RingPassages(problem, world))
 
 
 class RingPassages(Passages):
@@ -47,38 +46,57 @@ class RingPassages(Passages):
         self._masks = BlockMasks.of(problem, ids, self._counts, world.rank)
         super().__init__(problem.block(self._queries, own, self._masks.of_block(world.rank)), problem.columns)
 
-    def forward(self) -> Iterator[Step]:
-        columns = self._columns = TravellingSum(self._world, self._counts, step=1, combine=torch.logaddexp)
-        yield from self._steps(self._forth)
-        self.column_lse = columns.home() if self._problem.symmetric else None
+    def forward(self) -> FirstPass:
+        row_lse, column_lse = yield from lse_of_round(self._world, self._counts, self._blocks(self._forth))
+        return row_lse, column_lse, self.own.target_logits(self.targets)
 
-    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
-        own = step.owner == self._world.rank
-        self.row_lse = row_lse if own else torch.logaddexp(self.row_lse, row_lse)  # the own block comes first
-        if column_lse is not None:
-            self._columns.add(step.owner, column_lse)
+    def backward(self, terms: Terms) -> SecondPass:
+        blocks, weights = self._blocks(self._ring.back()), terms.column_log_weights
+        dqueries, dpassages = yield from gradient_of_round(self._world, self._counts, blocks, weights)
+        self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
+        return dqueries, dpassages
 
-    def backward(self, terms: Terms) -> Iterator[Step]:
-        back, weights = self._ring.back(), None
-        if terms.column_log_weights is not None:
-            weights = Ring(self._world, self._counts, terms.column_log_weights).back()
-        self._gradient = TravellingSum(self._world, self._counts, step=-1)
-        dqueries = None
-        for step in self._steps(back):
-            of_block = None if weights is None else next(weights)[1]
-            yield step._replace(column_log_weights=of_block, dqueries=dqueries)
-            dqueries = self.dqueries
-        self.dpassages = self._gradient.home()
-        self.add_targets(terms)
+    def _blocks(self, passages: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Block]]:
+        for owner, rows in passages:
+            yield owner, self._problem.block(self._queries, rows, self._masks.of_block(owner))
 
-    def add_gradients(self, step: Step, dqueries: Tensor, dpassages: Tensor) -> None:
-        self.dqueries = dqueries
-        self._gradient.add(step.owner, dpassages)
 
-    def _steps(self, blocks: Iterable[tuple[int, Tensor]]) -> Iterator[Step]:
-        for owner, passages in blocks:
-            masks = self._masks.of_block(owner)
-            yield Step(self._problem.block(self._queries, passages, masks), owner=owner)
+def lse_of_round(
+    world: World, counts: Sequence[int], blocks: Iterable[tuple[int, Block]], rows: slice = slice(None)
+) -> Generator[Step, Any, tuple[Tensor, Tensor | None]]:
+    """A first pass over every owner's block, `forth`: the row_lse of the queries `rows` and, where symmetric, the
+    column_lse of own passages over all ranks'; `counts`: rows of every owner's block.
+    """
+    row_lse, columns = None, None
+    column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
+    for owner, block in blocks:
+        lse, columns = yield Step(block, rows)
+        row_lse = lse if row_lse is None else torch.logaddexp(row_lse, lse)
+        if columns is not None:
+            column_sums.add(owner, columns)
+    assert row_lse is not None
+    return row_lse, None if columns is None else column_sums.home()
+
+
+def gradient_of_round(
+    world: World,
+    counts: Sequence[int],
+    blocks: Iterable[tuple[int, Block]],
+    column_log_weights: Tensor | None,
+    rows: slice = slice(None),
+    dqueries: Tensor | None = None,
+) -> Generator[Step, Any, tuple[Tensor, Tensor]]:
+    """A second pass over every owner's block, `back`: the negatives' part of dqueries, added to what is passed in, and
+    of own dpassages over all ranks' queries.
+    """
+    weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
+    sums = TravellingSum(world, counts, step=-1)
+    for owner, block in blocks:
+        of_block = None if weights is None else next(weights)[1]  # [rows of block]
+        dqueries, dpassages = yield Step(block, rows, of_block, dqueries)
+        sums.add(owner, dpassages)
+    assert dqueries is not None
+    return dqueries, sums.home()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from kernels.infonce.api import Block, MaskTables, infonce
 from kernels.infonce.terms import Terms
-from kernels.infonce.two_pass import Passages, Step
+from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.offload import offloaded
 from retriever.loss.problem import Problem
 from retriever.loss.ring import ring
@@ -50,10 +49,8 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
         masks = MaskTables.of_pairs(known.pairs, targets, problem.exclusions.threshold, sum(counts))
     passages = Gathered(arriving.wait(), counts, world.rank)
     if problem.symmetric and world.size > 1:
-        at_hand = GatheredPassages(
-            problem.block(queries, passages.rows, masks), problem.columns + start, passages, world
-        )
-        return problem.contrast(at_hand), at_hand.dqueries, at_hand.dpassages
+        block = problem.block(queries, passages.rows, masks)
+        return problem.contrast(GatheredPassages(block, problem.columns + start, passages, world))
     dtype = torch.promote_types(problem.queries.dtype, torch.float32)
     result = infonce(
         queries,
@@ -77,17 +74,19 @@ class GatheredPassages(Passages):
 
     def __init__(self, block: Block, targets: Tensor, gathered: Gathered, world: World) -> None:
         super().__init__(block, targets)
-        self._own, self._counts, self._world = gathered.own, gathered.counts, world
+        self._gathered, self._world = gathered, world
 
-    def add_lse(self, step: Step, row_lse: Tensor, column_lse: Tensor | None) -> None:
+    def forward(self) -> FirstPass:
+        row_lse, column_lse, logits = yield from super().forward()
         assert column_lse is not None
-        super().add_lse(step, row_lse, self._world.logsumexp(column_lse)[self._own])
+        return row_lse, self._world.logsumexp(column_lse)[self._gathered.own], logits
 
-    def backward(self, terms: Terms) -> Iterator[Step]:
+    def backward(self, terms: Terms) -> SecondPass:
         assert terms.column_log_weights is not None
-        every = self._world.gather_rows(terms.column_log_weights, self._counts).rows
-        yield from super().backward(terms._replace(column_log_weights=every))
-        self.dpassages = self._world.reduce_rows(self.dpassages, self._counts)
+        counts = self._gathered.counts
+        weights = self._world.gather_rows(terms.column_log_weights, counts).rows
+        dqueries, dpassages = yield from super().backward(terms._replace(column_log_weights=weights))
+        return dqueries, self._world.reduce_rows(dpassages, counts)
 
 
 def _counts(problem: Problem, world: World) -> tuple[int, ...]:

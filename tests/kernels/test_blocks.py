@@ -49,34 +49,24 @@ for columns in (slice(0, 32), slice(32, N)):
 class WithBank(Passages):
 
     def forward(self):
-        yield Step(blocks[0])
-        yield Step(blocks[1], owner=1)
-
-    def add_lse(self, step, row_lse, column_lse):
-        self.row_lse = torch.logaddexp(self.row_lse, row_lse) if step.owner else row_lse
-        self.column_lse = None
+        own, _ = yield Step(blocks[0])
+        bank, _ = yield Step(blocks[1])
+        return torch.logaddexp(own, bank), None, self.own.target_logits(self.targets)
 
     def backward(self, terms):
-        yield Step(blocks[1], owner=1, takes_gradient=not frozen)
-        yield Step(blocks[0], dqueries=self.dqueries)
-        self.add_targets(terms)
-
-    def add_gradients(self, step, dqueries, dpassages):
-        assert step.dqueries is None or dqueries is step.dqueries, "blocks add up in place"
-        assert (dpassages is None) == (frozen and step.owner == 1)
-        self.dqueries = dqueries
-        if step.owner:
-            self.bank = dpassages
-        else:
-            self.dpassages = dpassages
+        dqueries, self.bank = yield Step(blocks[1], takes_gradient=not frozen)
+        again, dpassages = yield Step(blocks[0], dqueries=dqueries)
+        assert again is dqueries, "blocks add up in place"
+        self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
+        return dqueries, dpassages
 
 got = []
 for frozen in (False, True):
     passages = WithBank(blocks[0], targets)
     terms = first_pass(passages, targets, weights, symmetric=False)
-    second_pass(passages, terms)
-    of_bank = want[2][32:] if frozen else passages.bank
-    got.append((terms.loss, passages.dqueries, torch.cat([passages.dpassages, of_bank])))
+    dqueries, dpassages = second_pass(passages, terms)
+    assert (passages.bank is None) == frozen
+    got.append((terms.loss, dqueries, torch.cat([dpassages, want[2][32:] if frozen else passages.bank])))
 for x, y in zip(got[0] + got[1], want[:3] + want[:3]):
     assert y.norm() > 1e-3 and relative_error(x, y) < {bound}, relative_error(x, y)
 """
