@@ -125,30 +125,9 @@ def without_graph(
 
     Next to nothing is written that only a backward pass would read.
     """
-    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
-    return (
-        passed.out,
-        passed.out if passed.out_rounded is None else passed.out_rounded,
-        SavedActivations(passed.context, passed.lse, passed.ffn_out),
-    )
-
-
-class _Passed(NamedTuple):
-    """All that a forward pass computes, in its order."""
-
-    qkv: Tensor  # [T, 3, heads, d]
-    context: Tensor  # [T, heads, d]
-    lse: Tensor
-    attention_out: Tensor  # [T, D], before its bias
-    middle: Tensor  # [T, D]: the stream between the two parts
-    middle_rounded: Tensor | None  # the same rounded
-    statistics1: Tensor  # [2, T]
-    ffn_in: Tensor | None  # [T, F]; for the backward pass alone
-    activated: Tensor  # [T, F]
-    ffn_out: Tensor  # [T, D], before its bias
-    out: Tensor  # [T, D]
-    out_rounded: Tensor | None
-    statistics2: Tensor  # [2, T]
+    read_rounded = None if rounded is stream else rounded
+    out, out_rounded, saved, _ = _forward(stream, read_rounded, layer, read, parameters, None, keep=False)
+    return out, out if out_rounded is None else out_rounded, saved
 
 
 def _forward(
@@ -160,8 +139,10 @@ def _forward(
     known: SavedActivations | None,
     *,
     keep: bool,
-) -> _Passed:
-    """`keep`: with the result of the first product of the feed-forward part, which a backward pass reads."""
+) -> tuple[Tensor, Tensor | None, SavedActivations, tuple[Tensor | None, ...]]:
+    """The stream after the layer, the same rounded, `known` or what is like it, and the rest that a backward pass reads;
+    `keep`: with the result of the first product of the feed-forward part.
+    """
     x: Any = stream if rounded is None else rounded
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
@@ -181,9 +162,8 @@ def _forward(
     ffn_out = linear(activated, read.ffn_out) if known is None else known.ffn_out
     norm2 = Norm(ffn_out, p.ffn_out_bias, middle, p.ffn_norm_weight, layer.seeds[2], layer.dropouts[2])
     out, out_rounded, statistics2 = norm_forward(norm2, p.ffn_norm_bias, layer.eps)
-    return _Passed(
-        qkv, context, lse, attention_out, middle, middle_rounded, statistics1, ffn_in, activated, ffn_out, out, out_rounded, statistics2
-    )  # fmt: skip
+    rest = (qkv, attention_out, statistics1, middle, y, ffn_in, activated, statistics2)
+    return out, out_rounded, SavedActivations(context, lse, ffn_out), rest
 
 
 class _PostNormLayer(torch.autograd.Function):
@@ -200,16 +180,12 @@ class _PostNormLayer(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a: Any = _forward(stream, rounded, layer, read, p, saved, keep=True)
-        x, y = (stream, a.middle) if rounded is None else (rounded, a.middle_rounded)
+        out, out_rounded, saved, rest = _forward(stream, rounded, layer, read, p, saved, keep=True)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, rounded is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            stream, x, a.qkv, a.context, a.lse, a.attention_out, a.statistics1, a.middle, y, a.ffn_in, a.activated, a.ffn_out,
-            a.statistics2,
-            p.attention_out_bias, p.attention_norm_weight, p.ffn_out_bias, p.ffn_norm_weight,
-        )  # fmt: skip
-        return a.out, a.out_rounded
+        again = p.attention_out_bias, p.attention_norm_weight, p.ffn_out_bias, p.ffn_norm_weight
+        ctx.save_for_backward(stream, stream if rounded is None else rounded, *saved, *rest, *again)
+        return out, out_rounded
 
     @staticmethod
     @once_differentiable
@@ -218,7 +194,7 @@ class _PostNormLayer(torch.autograd.Function):
         needs_stream, needs_rounded, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
-            stream, x, qkv, context, lse, attention_out, statistics1, middle, y, ffn_in, activated, ffn_out, statistics2,
+            stream, x, context, lse, ffn_out, qkv, attention_out, statistics1, middle, y, ffn_in, activated, statistics2,
             attention_out_bias, attention_norm_weight, ffn_out_bias, ffn_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))
