@@ -127,10 +127,10 @@ def test_compiled_with_dropout_is_the_same_call(device: str) -> None:
     inputs = heads_of(155, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)
     word, backend = seed(device), "inductor" if device == "cuda" else "aot_eager"
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def twice(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query * 2, key, value, starts, longest, scale=0.125, dropout=0.1, seed=word) * 2
 
-    want, got = attend(*inputs), torch.compile(attend, fullgraph=True, backend=backend)(*inputs)
+    want, got = twice(*inputs), torch.compile(twice, fullgraph=True, backend=backend)(*inputs)
     assert torch.equal(got, want)
     for x, y in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
         assert torch.equal(x, y)

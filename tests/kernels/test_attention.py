@@ -143,11 +143,11 @@ def test_compiled_as_one_call_whatever_the_longest_text() -> None:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, longest: int) -> Tensor:
+    def twice(query: Tensor, key: Tensor, value: Tensor, longest: int) -> Tensor:
         return attend(2 * query, key, value, starts, longest, scale=0.3, dropout=0.2, seed=SEED).sin()
 
-    compiled = torch.compile(attend, backend=count, fullgraph=True)
-    want = attend(*inputs, 9)
+    compiled = torch.compile(twice, backend=count, fullgraph=True)
+    want = twice(*inputs, 9)
     gradients = torch.autograd.grad(want.sum(), inputs)
     for longest in (9, 12, 33, 150, 151):
         got = compiled(*inputs, longest)
