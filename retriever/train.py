@@ -136,7 +136,9 @@ def _train(
         adapt(encoder.towers, config.model.lora, config.run.seed)
     placed = PlacedEncoder(encoder, world)
     block_rows = BLOCK_ROWS if config.batch.offload else None
-    objective = ContrastiveObjective(config.loss, unit=config.model.normalize, block_rows=block_rows).to(world.device)
+    objective = ContrastiveObjective(config.loss, unit_norm=config.model.normalize, block_rows=block_rows).to(
+        world.device
+    )
     config = preflight.resolve(config, encoder, world)
     use(encoder, config.model)
     planner = Planner.from_config(store, config)

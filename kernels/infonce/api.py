@@ -55,7 +55,7 @@ def infonce(
 
     queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
     weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32
-    accumulation), "high" (error ≤ 1e-5), "fp32". On a GPU, slabs of exponentials take at most `workspace_mib` MiB,
+    accumulation), "high" (error ≤ 1e-5), "fp32". On a GPU, blocks of exponentials take at most `workspace_mib` MiB,
     None: up to 1 GiB of what is free; more makes fewer, larger matrix products. `MaskTables` are of the same targets.
     Results are float32 (float64 for float64 inputs), the same bits every time.
 

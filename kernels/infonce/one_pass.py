@@ -1,6 +1,6 @@
 """InfoNCE of one direction and its gradients in one pass over the tiles, 6·B·N·D operations.
 
-The pass writes a slab of rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
+The pass writes rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
 P, weighted by row, and dP += Eᵀ (weighted Q) are plain products.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.infonce.passes import INNER, LEAST_SLAB_ROWS, TiledBlock, log_of, outside, slabs
+from kernels.infonce.passes import INNER, LEAST_ROWS, TiledBlock, log_of, outside, slices
 from kernels.infonce.rows import RowVectors, finish_passages, finish_queries, target_similarities, weigh_rows
 from kernels.infonce.terms import log_one_plus_exp
 from kernels.infonce.tiles import Pass
@@ -18,7 +18,7 @@ from kernels.matmul import add_product, parts_of
 
 def has_room(block: TiledBlock) -> bool:
     """Whether the workspace holds enough rows for one pass to be the faster way."""
-    return block.slab_rows() >= min(len(block.queries), LEAST_SLAB_ROWS)
+    return block.rows_at_once() >= min(len(block.queries), LEAST_ROWS)
 
 
 def infonce(block: TiledBlock, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +29,7 @@ def infonce(block: TiledBlock, targets: Tensor, weights: Tensor) -> tuple[Tensor
     (B, D), N = queries.shape, len(passages)
     dqueries = queries.new_empty(B, D, dtype=torch.float32)
     dpassages = queries.new_empty(N, D, dtype=torch.float32)
-    workspace = block.workspace(block.slab_rows(), N)
+    workspace = block.workspace(block.rows_at_once(), N)
     rows = _row_vectors(target_similarities(queries, passages, targets), block.shifts.rows, weights)
     _sweep(block, rows, workspace, dqueries, dpassages, clamp=block.shifts.estimated)
     row_lse = log_of(rows.sum, rows.shift)
@@ -61,13 +61,13 @@ def _sweep(
     fresh: bool = True,
     clamp: bool = False,
 ) -> None:
-    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; `fresh` overwrites."""
+    """One pass over blocks of rows: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; `fresh` overwrites."""
     queries, inner = block.operands[0], INNER[block.precision]
     (B, D), N = queries.shape, len(block.passages)
     passages = parts_of(block.operands[1], block.precision)
     weighted = [queries.new_empty(len(part), D, dtype=part.dtype) for part in workspace]
     asked = Pass(rows.shift, rows=True, clamp=clamp)
-    for i in slabs(B, len(workspace[0])):
+    for i in slices(B, len(workspace[0])):
         n = i.stop - i.start
         e, q = [part[:n, :N] for part in workspace], [part[:n] for part in weighted]
         partial, _ = block.tile_pass(asked, i, slice(0, N), e)

@@ -1,6 +1,6 @@
-"""A block of queries and passages on the Triton kernels: passes over its tiles, a slab of rows at a time.
+"""A block of queries and passages on the Triton kernels: passes over its tiles, a block of rows at a time.
 
-The pass of `lse` sums rows and columns at once; that of `gradient` writes the gradient at the logits, slab by slab in a
+The pass of `lse` sums rows and columns at once; that of `gradient` writes the gradient at the logits, block by block in a
 bounded workspace, and matrix products go over it.
 
 A row's shift only has to bring its sum into the range of bf16, 2^±100 or so wide. Where the norms bound every logit to
@@ -30,8 +30,8 @@ _SAFE_BOUND = 78.0  # |logit| in base 2 below which the constant shift loses not
 _HEADROOM = 60.0  # how far a shift stays below the largest logit there may be
 _UNIT_SCALE = 105.0  # with unit vectors, the constant shift nearly always does up to here
 _SAMPLE = 256
-_SLAB_MULTIPLE = 256  # a multiple of every tile's rows and columns
-LEAST_SLAB_ROWS = 2048  # fewer rows a slab make reading and writing dP, slab by slab, the bulk of the work
+_ROW_MULTIPLE = 256  # a multiple of every tile's rows and columns
+LEAST_ROWS = 2048  # fewer rows at once make reading and writing dP, block by block, the bulk of the work
 # Of a tier's sums over the batch, how much goes through the accumulator at a time.
 INNER = {"bf16": None, "high": 2048, "fp32": None}
 _PARTIAL_ELEMENTS = 2**31  # logits of a pass whose partial sums are kept at a time
@@ -141,13 +141,13 @@ class TiledBlock(Block):
         fresh = dqueries is None
         dqueries = self.queries.new_empty(B, D, dtype=torch.float32) if dqueries is None else dqueries
         dpassages = self.passages.new_empty(N, D, dtype=torch.float32) if of_passages else None
-        rows, columns = self.slab_rows(), N
-        if rows < min(B, 2 * LEAST_SLAB_ROWS):  # square blocks: the fewest reads and writes of the sums
+        rows, columns = self.rows_at_once(), N
+        if rows < min(B, 2 * LEAST_ROWS):  # square blocks: the fewest reads and writes of the sums
             rows = columns = max(256, int((self.workspace_bytes // self._bytes_each) ** 0.5) // 256 * 256)
         workspace = self.workspace(min(rows, B), min(columns, N))
         asked = self._gradient_pass(row_log_weights, column_log_weights)
-        for i in slabs(B, rows):
-            for j in slabs(N, columns):
+        for i in slices(B, rows):
+            for j in slices(N, columns):
                 e = [part[: i.stop - i.start, : j.stop - j.start] for part in workspace]
                 self.tile_pass(asked, i, j, e)
                 add_product(dqueries[i], e, [p[j] for p in passages], fresh=fresh and j.start == 0, inner=inner)
@@ -186,8 +186,8 @@ class TiledBlock(Block):
         kernel = tiles_hopper if tiles_hopper.can_do(asked) and tiles_hopper.fits(queries) else tiles
         return kernel.tile_pass(queries[i], passages[j], self.scale, self.masks, asked)
 
-    def slab_rows(self) -> int:
-        """Rows of a slab over all columns that the workspace holds, whole waves of dQ's 128 × 256 tiles where it can."""
+    def rows_at_once(self) -> int:
+        """Rows over all columns that the workspace holds, whole waves of dQ's 128 × 256 tiles where it can."""
         (B, D), N = self.queries.shape, len(self.passages)
         rows = self.workspace_bytes // (self._bytes_each * -(-N // 64) * 64)
         if rows >= B:
@@ -207,7 +207,7 @@ class TiledBlock(Block):
 
     @cached_property
     def workspace_bytes(self) -> int:
-        """Bytes that slabs of exponentials may take."""
+        """Bytes that blocks of exponentials may take."""
         if self.workspace_mib is not None:
             return self.workspace_mib * 2**20
         if not self.queries.is_cuda:
@@ -224,14 +224,14 @@ class TiledBlock(Block):
         return 2 if self.precision == "bf16" else 4
 
     def _reduce(self, asked: Pass) -> tuple[Tensor | None, Tensor | None]:
-        """Sums (or maxima) of rows [B] and of columns [N], as asked, a slab of rows at a time."""
+        """Sums (or maxima) of rows [B] and of columns [N], as asked, a block of rows at a time."""
         B, N = len(self.queries), len(self.passages)
-        size = max(_SLAB_MULTIPLE, _PARTIAL_ELEMENTS // N // _SLAB_MULTIPLE * _SLAB_MULTIPLE)
+        size = max(_ROW_MULTIPLE, _PARTIAL_ELEMENTS // N // _ROW_MULTIPLE * _ROW_MULTIPLE)
         row_result = self.queries.new_empty(B, dtype=torch.float32) if asked.rows else None
         column_result = None
         if asked.columns:
             column_result = self.queries.new_full((N,), -torch.inf if asked.maximum else 0.0, dtype=torch.float32)
-        for i in slabs(B, size):
+        for i in slices(B, size):
             row_partial, column_partial = self.tile_pass(asked, i, slice(0, N))
             if row_result is not None and row_partial is not None:
                 row_result[i] = row_partial.amax(dim=0) if asked.maximum else row_partial.sum(dim=0)
@@ -245,7 +245,7 @@ class TiledBlock(Block):
     def _sampled_shifts(self, x: Tensor, others: Tensor, top: Tensor) -> Tensor:
         """A shift below the largest logit of each row of x with a sample of `others`, and at most `top`."""
         sample = others[:: max(1, len(others) // _SAMPLE)][:_SAMPLE]
-        largest = torch.cat([(x[i] @ sample.T).amax(dim=1).float() for i in slabs(len(x), 65536)])
+        largest = torch.cat([(x[i] @ sample.T).amax(dim=1).float() for i in slices(len(x), 65536)])
         return torch.minimum((largest * (self.scale * LOG2E)).add_(_HEADROOM / 2), top)
 
     def _gradient_pass(self, row_log_weights: Tensor, column_log_weights: Tensor | None) -> Pass:
@@ -259,7 +259,7 @@ class TiledBlock(Block):
         return Pass((rows + constant).exp2(), (columns + constant).exp2(), constant)
 
 
-def slabs(total: int, size: int) -> Iterator[slice]:
+def slices(total: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover range(total)."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))

@@ -51,14 +51,14 @@ def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Ten
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig, *, unit: bool, block_rows: int | None = None) -> None:
-        """`unit`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks
+    def __init__(self, config: LossConfig, *, unit_norm: bool, block_rows: int | None = None) -> None:
+        """`unit_norm`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks
         for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
         """
         super().__init__()
-        self._config, self._unit, self._block_rows = config, unit, block_rows
+        self._config, self._unit_norm, self._block_rows = config, unit_norm, block_rows
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )
@@ -109,7 +109,7 @@ class ContrastiveObjective(nn.Module):
         def contrast(q: Tensor, p: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
             return self._contrast(q, p, targets, world, gradient_scale * weight, temperature)
 
-        return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit)
+        return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit_norm)
 
     def _contrast(
         self,
@@ -176,6 +176,6 @@ class ContrastiveObjective(nn.Module):
             exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1
             known_pairs=targets.known_pairs,
             ignores=targets.ignores,
-            largest=1.0 if self._unit else None,
+            largest=1.0 if self._unit_norm else None,
             block_rows=self._block_rows,
         )
