@@ -108,8 +108,8 @@ def _forward(query, key, value, starts, longest, *mask):  # type: ignore[no-unty
 @torch.library.custom_op(
     "bigbatch::packed_attention_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse, Tensor starts, SymInt longest, "
-    f"{_MASK}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse, Tensor starts, "
+    f"SymInt longest, {_MASK}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(dout, query, key, value, *others):  # type: ignore[no-untyped-def]
     out, lse, starts, longest, *mask = others
@@ -201,7 +201,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_texts(query: Tensor, starts: Tensor, longest: int, seed: Tensor | None) -> None:
     if starts.dtype != torch.int32 or starts.ndim != 1 or starts.device != query.device or not starts.is_contiguous():
         raise ValueError(
-            f"expected starts [n + 1] int32 on {query.device}, received {starts.dtype} {list(starts.shape)} on {starts.device}"
+            f"expected starts [n + 1] int32 on {query.device}, received {starts.dtype} {list(starts.shape)} on "
+            f"{starts.device}"
         )
     if longest < 1:
         raise ValueError(f"expected longest of at least 1 token, received {longest}")

@@ -177,8 +177,8 @@ def _check(queries: Tensor, passages: Tensor, scale: float, precision: str, work
         )
     if queries.dtype != passages.dtype or queries.device != passages.device or not queries.is_floating_point():
         raise ValueError(
-            f"expected queries and passages of one floating dtype on one device, received {queries.dtype} on {queries.device} "
-            f"and {passages.dtype} on {passages.device}"
+            "expected queries and passages of one floating dtype on one device, received "
+            f"{queries.dtype} on {queries.device} and {passages.dtype} on {passages.device}"
         )
     if not scale > 0:
         raise ValueError(f"expected scale = 1/temperature above 0, received {scale}")

@@ -61,7 +61,7 @@ def _sweep(
     fresh: bool = True,
     clamp: bool = False,
 ) -> None:
-    """One pass over blocks of rows: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; `fresh` overwrites."""
+    """One pass: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; `fresh` overwrites dpassages."""
     queries, inner = block.operands[0], INNER[block.precision]
     (B, D), N = queries.shape, len(block.passages)
     passages = parts_of(block.operands[1], block.precision)

@@ -1,7 +1,7 @@
 """A block of queries and passages on the Triton kernels: passes over its tiles, a block of rows at a time.
 
-The pass of `lse` sums rows and columns at once; that of `gradient` writes the gradient at the logits, block by block in a
-bounded workspace, and matrix products go over it.
+The pass of `lse` sums rows and columns at once. That of `gradient` writes the gradient at the logits, block by block in
+a bounded workspace, and matrix products read it.
 
 A row's shift only has to bring its sum into the range of bf16, 2^±100 or so wide. Where the norms bound every logit to
 that range one constant does; else shifts are estimated from a sample of columns, and the rows whose sums fell outside
@@ -76,9 +76,8 @@ class TiledBlock(Block):
         """
         queries, passages = self.operands
         if self.largest is None:
-            norms = [
-                torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax(0, keepdim=True) for x in self.operands
-            ]
+            lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in self.operands)
+            norms = [length.amax(0, keepdim=True) for length in lengths]
             most = norms[0] * norms[1] * (self.scale * LOG2E)
             top, bound = most - _HEADROOM, Deferred(most)
         else:
@@ -138,10 +137,10 @@ class TiledBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         queries, passages = (parts_of(x, self.precision) for x in self.operands)
         (B, D), N, inner = self.queries.shape, len(self.passages), INNER[self.precision]
+        rows, columns = self.rows_at_once(), N
         fresh = dqueries is None
         dqueries = self.queries.new_empty(B, D, dtype=torch.float32) if dqueries is None else dqueries
         dpassages = self.passages.new_empty(N, D, dtype=torch.float32) if of_passages else None
-        rows, columns = self.rows_at_once(), N
         if rows < min(B, 2 * LEAST_ROWS):  # square blocks: the fewest reads and writes of the sums
             rows = columns = max(256, int((self.workspace_bytes // self._bytes_each) ** 0.5) // 256 * 256)
         workspace = self.workspace(min(rows, B), min(columns, N))
@@ -249,7 +248,7 @@ class TiledBlock(Block):
         return torch.minimum((largest * (self.scale * LOG2E)).add_(_HEADROOM / 2), top)
 
     def _gradient_pass(self, row_log_weights: Tensor, column_log_weights: Tensor | None) -> Pass:
-        """The pass that writes scale · 2^x · weight: with factors and an offset where that is safe, else with shifts."""
+        """The pass that writes scale · 2^x · weight, by factors and an offset where that is safe, else by shifts."""
         rows = row_log_weights.float() * LOG2E + math.log2(self.scale)
         if column_log_weights is None:
             return Pass(-rows)

@@ -33,8 +33,8 @@ class Block:
     matrix.
 
     With s_ij = ⟨q_i, p_j⟩ and neg the pairs that `masks` leave. A target is a known positive and so never a negative:
-    its own term is added by the caller. Results are float32 (float64 for float64 inputs). `kernels.infonce.api.block_of`
-    checks what a block is made of and chooses between this class and its subclass on Triton's kernels.
+    its own term is added by the caller. Results are float32 (float64 for float64 inputs). Blocks are made by
+    `kernels.infonce.api.block_of`, which checks what they are made of and takes the subclass on Triton's kernels.
     """
 
     queries: Tensor  # [B, D]
@@ -68,8 +68,8 @@ class Block:
     ) -> tuple[Tensor, Tensor | None]:
         """dqueries [B, D] = scale · G P and, where `of_passages`, dpassages [N, D] = scale · Gᵀ Q (else None).
 
-        G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else 0:
-        with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
+        G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else
+        0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
         these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A
         `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
         """

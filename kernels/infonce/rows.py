@@ -172,7 +172,7 @@ def _finish_passages(
 
 
 def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor) -> Tensor:
-    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as given; targets [B] in 0..N−1."""
+    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as they are; targets [B] in 0..N−1."""
     B, D = queries.shape
     out = queries.new_empty(B, dtype=torch.float32)
     _target_similarities[(triton.cdiv(B, 8),)](

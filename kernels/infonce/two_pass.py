@@ -52,8 +52,8 @@ class Passages:
         return row_lse, column_lse, self.own.target_logits(self.targets)
 
     def backward(self, terms: Terms) -> SecondPass:
-        """Steps of the second pass, answered with the step's `dqueries`, now with the block's part, and dpassages of the
-        block (None: the step takes none). Returns dqueries [B, D] and dpassages [own passages, D].
+        """Steps of the second pass, answered with the step's `dqueries`, now with the block's part, and dpassages of
+        the block (None: the step takes none). Returns dqueries [B, D] and dpassages [own passages, D].
         """
         dqueries, dpassages = yield Step(self.own, column_log_weights=terms.column_log_weights)
         self.along = self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)

@@ -26,7 +26,7 @@ from kernels.layers.gelu_product import gelu_product, gelu_product_backward, tra
 
 
 class Parameters(NamedTuple):
-    """The layer's own, as they are trained: W [out, in], b [out]; D the width of the stream, F of the feed-forward part."""
+    """The layer's own, as they are trained: W [out, in], b [out]; D the width of the stream, F the feed-forward one."""
 
     query_weight: Tensor  # [D, D]
     query_bias: Tensor
@@ -103,12 +103,12 @@ def post_norm_layer(
     """The stream after the layer [T, D], and the same rounded.
 
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or
-    `stream` itself: nothing is rounded); `read` the present `rounded_weights` of `parameters` in that dtype. To be called with
-    autocast off. One backward pass, without retain_graph, in stream, rounded and parameters; what needs no gradient
-    costs no matrix product. It uses `read` as the forward pass did, and raises where a parameter that it reads again
-    (attention_out_bias, ffn_out_bias, the norms' weights) was changed in between. `saved` of `without_graph` for the same
-    arguments are taken as they are and not computed again; every result keeps its bits. Raises ValueError where shapes
-    or dtypes do not fit.
+    `stream` itself: nothing is rounded); `read` the present `rounded_weights` of `parameters` in that dtype. To be
+    called with autocast off. One backward pass, without retain_graph, in stream, rounded and parameters; what needs no
+    gradient costs no matrix product. It uses `read` as the forward pass did, and raises where a parameter that it reads
+    again (attention_out_bias, ffn_out_bias, the norms' weights) was changed in between. `saved` of `without_graph` for
+    the same arguments are taken as they are and not computed again; every result keeps its bits. Raises ValueError
+    where shapes or dtypes do not fit.
     """
     stream, rounded = _PostNormLayer.apply(
         stream, None if rounded is stream else rounded, layer, read, saved, *parameters
@@ -140,8 +140,8 @@ def _forward(
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, SavedActivations, tuple[Tensor | None, ...]]:
-    """The stream after the layer, the same rounded, `known` or what is like it, and the rest that a backward pass reads;
-    `keep`: with the result of the first product of the feed-forward part.
+    """The stream after the layer, the same rounded, `known` or what is like it, and the rest that a backward pass
+    reads; `keep`: with the result of the first product of the feed-forward part.
     """
     x: Any = stream if rounded is None else rounded
     T, D = x.shape

@@ -52,8 +52,8 @@ class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
     def __init__(self, config: LossConfig, *, unit_norm: bool, block_rows: int | None = None) -> None:
-        """`unit_norm`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks
-        for them.
+        """`unit_norm`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims`
+        asks for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
         """
@@ -135,7 +135,7 @@ class ContrastiveObjective(nn.Module):
         config, weight = self._config, self._config.contrastive_weight
         if config.distils and groups is None:
             raise ValueError(
-                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher"
+                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups of a teacher"
             )
         taught = distill(problem, groups, config, world) if groups is not None and config.distils else None
         if taught is not None and weight == 0:

@@ -21,8 +21,8 @@ def over_leading_dimensions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_d w_d · L(q[:d], p[:d]) and its gradients, [], [B, D] and [N, D]. (Kusupati et al. 2022, arXiv:2205.13147)
 
-    `contrast(queries, passages, w)` gives a loss and w times its gradients. Slices are unit vectors again where `unit_norm`.
-    Raises ValueError where a dimension is larger than D.
+    `contrast(queries, passages, w)` gives a loss and w times its gradients. Slices are unit vectors again where
+    `unit_norm`. Raises ValueError where a dimension is larger than D.
     """
     if max(dims) > queries.shape[1]:
         raise ValueError(f"loss.dims: {max(dims)} is more than the {queries.shape[1]} dimensions of the embeddings")
