@@ -140,7 +140,7 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits(device: str) -> N
 
 def test_no_token_is_no_error(device: str) -> None:
     layer, p = (
-        make_layer(ON, [0, 0], device=device)._replace(longest=1),
+        make_layer(ON, [0, 0], device=device, longest=1),
         make_parameters(128, 512, torch.float32, device=device),
     )
     stream = make_stream(0, 128, torch.float32, device)

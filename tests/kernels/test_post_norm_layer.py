@@ -42,10 +42,15 @@ def make_parameters(
 
 
 def make_layer(
-    dropouts: tuple[float, float, float], lengths: list[int] = LENGTHS, heads: int = HEADS, device: str = "cpu"
+    dropouts: tuple[float, float, float],
+    lengths: list[int] = LENGTHS,
+    heads: int = HEADS,
+    device: str = "cpu",
+    longest: int | None = None,
 ) -> LayerSettings:
-    packed = Texts(*texts(lengths, device))
-    return LayerSettings(heads, EPS, packed, dropouts, torch.tensor([2**40 + 3, 4, 5], device=device).split(1))
+    starts, most = texts(lengths, device)
+    seeds = torch.tensor([2**40 + 3, 4, 5], device=device).split(1)
+    return LayerSettings(heads, EPS, Texts(starts, longest or most), dropouts, seeds)
 
 
 def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
@@ -220,7 +225,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     backward = Mock(wraps=module.attention_backward)
     monkeypatch.setattr(module, "attention_backward", backward)
     gradients(saved)
-    assert backward.call_args.args[5].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
+    assert backward.call_args.args[2][1].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
     for name in ("context", "ffn_out"):  # they are what the layer goes on with
         others = gradients(saved._replace(**{name: getattr(saved, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
@@ -240,7 +245,7 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
 
 
 def test_no_token_is_no_error() -> None:
-    layer, p, stream = make_layer(ON, [0, 0])._replace(longest=1), make_parameters(D, F), make_stream(0, D)
+    layer, p, stream = make_layer(ON, [0, 0], longest=1), make_parameters(D, F), make_stream(0, D)
     out = run(stream, layer, p, torch.float64)
     out.sum().backward()
     assert out.shape == (0, D) and all(
