@@ -74,8 +74,11 @@ def infonce(
     accumulated = torch.float64 if queries.dtype == torch.float64 else torch.float32
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
     if not len(queries) or not N:
-        zeros = [x.new_zeros(x.shape, dtype=accumulated) for x in (queries, passages)] if gradients else [None, None]
-        return InfoNCE(torch.zeros_like(weights), *zeros, weights.new_zeros(()) if gradients else None)
+        found = InfoNCE(torch.zeros_like(weights))
+        if gradients:
+            dqueries, dpassages = (x.new_zeros(x.shape, dtype=accumulated) for x in (queries, passages))
+            found = InfoNCE(found.loss, dqueries, dpassages, weights.new_zeros(()))
+        return found
     extent = Deferred(torch.stack(torch.aminmax(targets))) if ignored is None else None
     if extent is not None and symmetric:  # looked at first, since leaving rows out of the columns takes time
         ignored, extent = _some_ignored(extent, N), None
@@ -103,7 +106,7 @@ def _in_one_pass(block: Block, targets: Tensor, weights: Tensor) -> InfoNCE | No
         return None
     from kernels.infonce import one_pass
 
-    if not one_pass.has_room(block):
+    if not isinstance(block, one_pass.TiledBlock) or not one_pass.has_room(block):
         return None
     loss, dqueries, dpassages, along = one_pass.infonce(block, targets, weights)
     return InfoNCE(loss, dqueries, dpassages, along.sum() / block.scale)

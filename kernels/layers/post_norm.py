@@ -147,7 +147,8 @@ def _forward(
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
     if known is None:
-        context, lse = attention_forward(*qkv.unbind(1), layer.texts, layer.mask(qkv.shape[3]))
+        query, key, value = qkv.unbind(1)
+        context, lse = attention_forward(query, key, value, layer.texts, layer.mask(qkv.shape[3]))
     else:
         if known.ffn_out.shape != x.shape:
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.ffn_out.shape)}")
@@ -219,7 +220,8 @@ class _PostNormLayer(torch.autograd.Function):
         dcontext = (dattention_out @ read.attention_out).view(context.shape)
         del dattention_out
         dqkv, mask = torch.empty_like(qkv), layer.mask(qkv.shape[3])
-        attention_backward(dcontext, qkv.unbind(1), (context, lse), layer.texts, mask, dqkv.unbind(1))
+        dquery, dkey, dvalue = dqkv.unbind(1)
+        attention_backward(dcontext, qkv.unbind(1), (context, lse), layer.texts, mask, (dquery, dkey, dvalue))
         del dcontext, context, qkv
         dqkv = dqkv.flatten(1)  # [T, 3 D]
         weights = (

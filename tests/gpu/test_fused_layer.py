@@ -63,8 +63,8 @@ def test_a_half_precision_stream_is_computed_in_float32(device: str) -> None:
 
 def passes(T: int, D: int, rows: slice, inputs: tuple[Tensor, ...], seed: Tensor | None) -> list[Tensor]:
     """The last rows of all that the kernels compute, and the sums over all rows."""
-    *tensors, norm_bias = inputs
-    norm = Norm(*tensors, seed, 0.0 if seed is None else 0.1)
+    x, bias, residual, weight, norm_bias = inputs
+    norm = Norm(x, bias, residual, weight, seed, 0.0 if seed is None else 0.1)
     y, low, statistics = norm_forward(norm, norm_bias, EPS)
     assert low is not None and y.shape == (T, D)
     dx, dresidual, sums = norm_backward(y, low, norm, statistics)

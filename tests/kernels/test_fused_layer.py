@@ -145,8 +145,8 @@ def test_no_row_and_one_row(T: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_an_error(change: Callable[[dict], dict], message: str) -> None:
-    *tensors, norm_bias = norm_inputs(3, 8, torch.bfloat16)
-    norm = Norm(*tensors, torch.tensor([3]), 0.1)
+    x, bias, residual, weight, norm_bias = norm_inputs(3, 8, torch.bfloat16)
+    norm = Norm(x, bias, residual, weight, torch.tensor([3]), 0.1)
     norm_forward(norm, norm_bias, EPS)
     with pytest.raises(ValueError, match=message):
         norm_forward(Norm(**change(norm._asdict())), norm_bias, EPS)
