@@ -158,9 +158,9 @@ def test_the_watch_sees_waits(store: Store, launches: list[str]) -> None:
             ContrastiveObjective(LossConfig(**settings), unit_norm=True)(q, p, targets, world)
 
     loss(targets)
-    for unknown in (replace(targets, known_pairs=None), replace(targets, ignores=True)):
-        with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor|torch.nonzero|the host waits"):
-            loss(unknown, symmetric=True)
+    loss(replace(targets, ignores=True), symmetric=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor|torch.nonzero|the host waits"):
+        loss(replace(targets, known_pairs=None), symmetric=True)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor|torch.nonzero|the host waits"):
         loss(targets, temperature=0.01)  # a constant shift might lose terms: sums are looked at
     with pytest.raises(RuntimeError), _watched():

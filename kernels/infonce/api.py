@@ -74,11 +74,10 @@ def infonce(
     accumulated = torch.float64 if queries.dtype == torch.float64 else torch.float32
     weights = queries.new_ones(len(queries), dtype=accumulated) if weights is None else weights.to(accumulated)
     if not len(queries) or not N:
-        found = InfoNCE(torch.zeros_like(weights))
-        if gradients:
-            dqueries, dpassages = (x.new_zeros(x.shape, dtype=accumulated) for x in (queries, passages))
-            found = InfoNCE(found.loss, dqueries, dpassages, weights.new_zeros(()))
-        return found
+        if not gradients:
+            return InfoNCE(torch.zeros_like(weights))
+        dqueries, dpassages = (x.new_zeros(x.shape, dtype=accumulated) for x in (queries, passages))
+        return InfoNCE(torch.zeros_like(weights), dqueries, dpassages, weights.new_zeros(()))
     extent = Deferred(torch.stack(torch.aminmax(targets))) if ignored is None else None
     if extent is not None and symmetric:  # looked at first, since leaving rows out of the columns takes time
         ignored, extent = _some_ignored(extent, N), None
@@ -88,28 +87,25 @@ def infonce(
         weights, targets = weights * active, targets.clamp(0, N - 1)
         masks = masks.without_rows(~active) if symmetric else masks
     block = _block(queries, passages, scale, masks, precision, workspace_mib, largest)
-    found = _in_one_pass(block, targets, weights) if gradients and not symmetric else None
-    if found is None:
-        at_hand = Passages(block, targets)
-        terms = first_pass(at_hand, targets, weights, symmetric=symmetric)
-        found = InfoNCE(terms.loss)
-        if gradients:
-            found = InfoNCE(terms.loss, *second_pass(at_hand, terms), at_hand.along.sum() / scale)
+    found = _infonce(block, targets, weights, symmetric=symmetric, gradients=gradients)
     if extent is not None:
         _some_ignored(extent, N)
     return found if active is None else replace(found, loss=found.loss.where(active, 0.0))
 
 
-def _in_one_pass(block: Block, targets: Tensor, weights: Tensor) -> InfoNCE | None:
-    """`infonce` of one direction with targets in 0..N−1, where the workspace has room for it."""
-    if not on_kernels(block.queries):
-        return None
-    from kernels.infonce import one_pass
+def _infonce(block: Block, targets: Tensor, weights: Tensor, *, symmetric: bool, gradients: bool) -> InfoNCE:
+    """`infonce` of targets in 0..N−1, in one pass where that is possible and the workspace has room for it."""
+    if on_kernels(block.queries) and gradients and not symmetric:
+        from kernels.infonce import one_pass
 
-    if not isinstance(block, one_pass.TiledBlock) or not one_pass.has_room(block):
-        return None
-    loss, dqueries, dpassages, along = one_pass.infonce(block, targets, weights)
-    return InfoNCE(loss, dqueries, dpassages, along.sum() / block.scale)
+        if isinstance(block, one_pass.TiledBlock) and one_pass.has_room(block):
+            loss, dqueries, dpassages, along = one_pass.infonce(block, targets, weights)
+            return InfoNCE(loss, dqueries, dpassages, along.sum() / block.scale)
+    passages = Passages(block, targets)
+    terms = first_pass(passages, targets, weights, symmetric=symmetric)
+    if not gradients:
+        return InfoNCE(terms.loss)
+    return InfoNCE(terms.loss, *second_pass(passages, terms), passages.along.sum() / block.scale)
 
 
 def block_of(
