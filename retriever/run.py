@@ -220,7 +220,7 @@ class Run:
             adapt(self.encoder.towers, config.model.lora, config.run.seed)
         self._placed = PlacedEncoder(self.encoder, world)
         block_rows = BLOCK_ROWS if config.batch.offload else None
-        objective = ContrastiveObjective(config.loss, unit=config.model.normalize, block_rows=block_rows)
+        objective = ContrastiveObjective(config.loss, unit_norm=config.model.normalize, block_rows=block_rows)
         self.objective = objective.to(world.device)
         config = preflight.resolve(config, self.encoder, world)
         use(self.encoder, config.model)

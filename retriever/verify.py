@@ -65,7 +65,7 @@ def gradient_error(
     loss = replace(loss, precision="fp32", learn_temperature=False)
 
     with state.restored():
-        objective = ContrastiveObjective(loss, unit=exact.normalize, block_rows=block_rows)
+        objective = ContrastiveObjective(loss, unit_norm=exact.normalize, block_rows=block_rows)
         cached = []
         for retention in (
             NOTHING,

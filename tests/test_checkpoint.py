@@ -61,7 +61,7 @@ def config(folder: Path, tmp_path: Path) -> Config:
 
 def _state(config: Config) -> TrainingState:
     encoder = DualEncoder.from_pretrained(config.model)
-    objective = ContrastiveObjective(config.loss, unit=True)
+    objective = ContrastiveObjective(config.loss, unit_norm=True)
     return TrainingState(encoder, objective, Optimizer(config.optim, [encoder, objective], 8, CPU.device))
 
 
@@ -328,7 +328,7 @@ def test_a_fingerprint_sees_where_weights_stand(part: int, monkeypatch: pytest.M
 
 def _adapted(config: Config) -> TrainingState:
     """What `_state` gives, with adapters: they are in place before the optimizer looks for what to train."""
-    encoder, objective = DualEncoder.from_pretrained(config.model), ContrastiveObjective(config.loss, unit=True)
+    encoder, objective = DualEncoder.from_pretrained(config.model), ContrastiveObjective(config.loss, unit_norm=True)
     assert config.model.lora is not None
     adapt(encoder.towers, config.model.lora, seed=1)
     return TrainingState(encoder, objective, Optimizer(config.optim, [encoder, objective], 8, CPU.device))

@@ -33,7 +33,7 @@ from tests.problems import WholeBatch, encode_whole, random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 CPU = World(torch.device("cpu"))
-OBJECTIVE = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit=True)
+OBJECTIVE = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit_norm=True)
 WHOLE = random_batch(queries=8, passages=14)
 
 
@@ -152,7 +152,7 @@ def test_representations_in_host_memory_give_the_same_gradient(folder: Path, lay
         encoder.pack()
         encoder.fuse_layers()
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=encoder.packed, chunks_a_side=9)
-    offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5, unit=True)
+    offloaded = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), block_rows=5, unit_norm=True)
     expected, found = cached(encoder, batch), cached(encoder, batch, objective=offloaded)
     assert _error(found, expected) < 1e-12
     assert all(

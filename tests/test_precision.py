@@ -33,7 +33,7 @@ def _whole(encoder: DualEncoder, whole: WholeBatch, precision: str = "fp32") -> 
 
 def _cached(encoder: DualEncoder, whole: WholeBatch, precision: str) -> Tensor:
     batch, _, _ = rank_batch(whole, 0, 40)
-    objective = ContrastiveObjective(LossConfig(precision=precision, temperature=0.05), unit=True)  # type: ignore[arg-type]
+    objective = ContrastiveObjective(LossConfig(precision=precision, temperature=0.05), unit_norm=True)  # type: ignore[arg-type]
     representations, first = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(objective, representations, batch, World(torch.device("cpu")))
     backward_through_encoder(encoder, batch, gradients, first)

@@ -78,7 +78,7 @@ def test_kept_products_are_not_computed_again_and_give_the_same_bits(
     monkeypatch.setattr(post_norm_layer, "attention_forward", counted)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True, chunks_a_side=9)
     objective = ContrastiveObjective(
-        LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit=True
+        LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit_norm=True
     )
     sizes = [chunk.tokens.input_ids.numel() for chunk in batch.chunks]
     replayed = cached(encoder, batch, objective=objective)

@@ -37,7 +37,9 @@ class _Run:
     def __init__(self, folder: Path, optim_precision: str = "fp32", **loss: Any) -> None:
         model = ModelConfig(str(folder), query_max_tokens=32, passage_max_tokens=32)
         self.encoder = DualEncoder.from_pretrained(model, autocast_dtype=AUTOCAST[optim_precision])
-        self.objective = ContrastiveObjective(replace(LossConfig(temperature=0.1, precision="fp32"), **loss), unit=True)
+        self.objective = ContrastiveObjective(
+            replace(LossConfig(temperature=0.1, precision="fp32"), **loss), unit_norm=True
+        )
         config = OptimConfig(lr=3e-3, warmup=0, precision=optim_precision)  # type: ignore[arg-type]
         self.optimizer = Optimizer(config, [self.encoder, self.objective], 40, CPU.device)
 

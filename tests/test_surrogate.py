@@ -29,7 +29,7 @@ def test_the_accumulated_surrogate_has_the_gradient_of_the_cache_and_another_val
     batch, _, _ = rank_batch(whole, 0, 40)
 
     representations, first = encode_without_graph(encoder, batch)
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=TEMPERATURE), unit=True)
+    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=TEMPERATURE), unit_norm=True)
     loss, gradients = representation_gradients(objective, representations, batch, World(torch.device("cpu")))
     backward_through_encoder(encoder, batch, gradients, first)
     expected = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])

@@ -15,43 +15,30 @@ import torch
 from torch import Tensor
 
 from kernels.attention import reference
-from kernels.attention.reference import Mask
+from kernels.attention.reference import Heads, Mask, Texts
 from kernels.dispatch import on_kernels
 
-__all__ = ["packed_attention"]
+__all__ = ["Mask", "packed_attention"]
 
 _WIDEST = 256
 
 
-def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    longest: int,
-    *,
-    scale: float,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> Tensor:
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
     """out_i = Σ_j dropout(softmax_j(scale · ⟨q_i, k_j⟩)) v_j over the tokens j of i's text; [T, H, d] in the inputs'
     dtype.
 
     query [T, H, d], key and value [T, G, d]: one floating dtype and device, the last dimension contiguous, others may
     be strided; G divides H, and head h reads key head h // (H / G). starts int32 [n + 1] rises from 0 to T: text i has
     the tokens starts_i..starts_{i+1} − 1, none where they are equal. No text has more than `longest` tokens: a GPU
-    takes this on trust (it is never asked), a CPU checks it. `dropout` in 0..1 drops probabilities by the hash of
-    `seed` (int64 [1] on the same device, needed where dropout > 0). `causal`: j ≤ i. `window`: |i − j| ≤ window. Under
-    autocast inputs are cast to its dtype. Differentiable once in query, key and value; runs repeat bitwise. Raises
-    ValueError where shapes, dtypes, devices or numbers do not fit.
+    takes this on trust (it is never asked), a CPU checks it. Under autocast inputs are cast to its dtype.
+    Differentiable once in query, key and value; runs repeat bitwise. Raises ValueError where shapes, dtypes, devices or
+    numbers do not fit.
     """
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check_tensors(query, key, value)
-    _check_texts(query, starts, longest, seed if dropout > 0 else None)
+    scale, dropout, seed, causal, window = mask
     if not 0 <= dropout < 1 or (dropout > 0 and seed is None):
         raise ValueError(
             f"expected dropout in 0..1 (1 excluded) and a seed where it is above 0, received {dropout} and seed {seed}"
@@ -59,106 +46,99 @@ def packed_attention(
     if window is not None and window < 0:
         raise ValueError(f"expected a window of at least 0 tokens, received {window}")
     seed = seed if dropout > 0 else None
-    if (
-        torch.compiler.is_compiling()
-    ):  # one opaque call; outside torch.compile its dispatch would cost more than the kernels
+    _check_texts(query, starts, longest, seed)
+    if torch.compiler.is_compiling():  # one opaque call; elsewhere its dispatch would cost more than the kernels
         return _forward(query, key, value, starts, longest, scale, dropout, seed, causal, window)[0]
-    return _PackedAttention.apply(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
+    return _PackedAttention.apply(query, key, value, Texts(starts, longest), mask._replace(seed=seed))
 
 
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
-) -> tuple[Tensor, Tensor]:
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> tuple[Tensor, Tensor]:
     """The output [T, H, d], and on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
 
     Arguments as `packed_attention` has them, not checked here.
     """
     if not on_kernels(query):
-        return reference.forward(query, key, value, starts, longest, mask), _row_statistics(query)
-    if _in_blocks(query, key, longest):
+        return reference.forward(query, key, value, texts, mask), _row_statistics(query)
+    if _in_blocks(query, key, texts.longest):
         from kernels.attention import long
 
-        return long.forward(query, key, value, starts, longest, mask)
+        return long.forward(query, key, value, texts, mask)
     from kernels.attention import short
 
-    return short.forward(query, key, value, starts, longest, mask)
+    return short.forward(query, key, value, texts, mask)
 
 
 def attention_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    starts: Tensor,
-    longest: int,
-    mask: Mask,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, qkv: Heads, forward: tuple[Tensor, Tensor], texts: Texts, mask: Mask, into: Heads | None = None
+) -> Heads:
     """The gradients at query, key and value, written `into` tensors like them whose tokens' heads are contiguous (None:
     new ones).
 
-    `out` and `lse` as `attention_forward` gave them; what it does not need of them may be anything.
+    `forward`: what `attention_forward` gave; what it does not need of that may be anything.
     """
-    into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    query, key, _ = qkv
+    dquery, dkey, dvalue = into or [x.new_empty(x.shape) for x in qkv]
+    into = (dquery, dkey, dvalue)
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     if not on_kernels(query):
-        reference.backward(dout, query, key, value, into, starts, longest, mask)
-    elif _in_blocks(query, key, longest):
+        reference.backward(dout, qkv, into, texts, mask)
+    elif _in_blocks(query, key, texts.longest):
         from kernels.attention import long
 
-        long.backward(dout, query, key, value, out, lse, into, starts, longest, mask)
+        long.backward(dout, qkv, forward, into, texts, mask)
     else:
         from kernels.attention import short
 
-        short.backward(dout, query, key, value, lse, into, starts, longest, mask)
+        short.backward(dout, qkv, forward, into, texts, mask)
     return into
 
 
-@torch.library.custom_op("bigbatch::packed_attention", mutates_args=())
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int,
-    scale: float, dropout: float, seed: Tensor | None, causal: bool, window: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return attention_forward(query, key, value, starts, longest, Mask(scale, dropout, seed, causal, window))
+_MASK = "float scale, float dropout, Tensor? seed, bool causal, SymInt? window"
 
 
-@torch.library.custom_op("bigbatch::packed_attention_backward", mutates_args=())
-def _backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor | None, lse: Tensor, starts: Tensor, longest: int,
-    scale: float, dropout: float, seed: Tensor | None, causal: bool, window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@torch.library.custom_op(
+    "bigbatch::packed_attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, Tensor starts, SymInt longest, {_MASK}) -> (Tensor, Tensor)",
+)
+def _forward(query, key, value, starts, longest, *mask):  # type: ignore[no-untyped-def]
+    return attention_forward(query, key, value, Texts(starts, longest), Mask(*mask))
+
+
+@torch.library.custom_op(
+    "bigbatch::packed_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse, Tensor starts, "
+    f"SymInt longest, {_MASK}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(dout, query, key, value, *others):  # type: ignore[no-untyped-def]
+    out, lse, starts, longest, *mask = others
     out = dout if out is None else out  # short texts do not need it
-    return attention_backward(
-        dout, query, key, value, out, lse, starts, longest, Mask(scale, dropout, seed, causal, window)
-    )
+    return attention_backward(dout, (query, key, value), (out, lse), Texts(starts, longest), Mask(*mask))
 
 
 @_forward.register_fake
-def _(query, key, value, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
+def _(query, *_):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), _row_statistics(query)
 
 
 @_backward.register_fake
-def _(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, causal, window):  # type: ignore[no-untyped-def]
+def _(dout, query, key, value, *_):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, starts, *numbers = inputs
-    out = output[0] if _in_blocks(query, key, numbers[0]) else None
-    lse = output[1]
-    longest, scale, dropout, seed, causal, window = numbers
+    query, key, value, starts, longest, scale, dropout, seed, causal, window = inputs
+    out = output[0] if _in_blocks(query, key, longest) else None
     ctx.numbers = (longest, scale, dropout, causal, window)
-    ctx.save_for_backward(query, key, value, out, lse, starts, seed)
+    ctx.save_for_backward(query, key, value, out, output[1], starts, seed)
 
 
 def _differentiate(ctx, dout, _):  # type: ignore[no-untyped-def]
-    query, key, value, out, lse, starts, seed = ctx.saved_tensors
+    *saved, starts, seed = ctx.saved_tensors
     longest, scale, dropout, causal, window = ctx.numbers
-    gradients = _backward(dout, query, key, value, out, lse, starts, longest, scale, dropout, seed, causal, window)
-    return *gradients, None, None, None, None, None, None, None
+    gradients = _backward(dout, *saved, starts, longest, scale, dropout, seed, causal, window)
+    return *gradients, *[None] * 7
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
@@ -166,23 +146,18 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask
-    ) -> Tensor:
-        out, lse = attention_forward(query, key, value, starts, longest, mask)
-        ctx.longest, ctx.mask = longest, mask
-        ctx.save_for_backward(query, key, value, out if _in_blocks(query, key, longest) else starts, lse, starts)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> Tensor:
+        out, lse = attention_forward(query, key, value, texts, mask)
+        ctx.longest, ctx.mask = texts.longest, mask
+        kept = out if _in_blocks(query, key, texts.longest) else texts.starts
+        ctx.save_for_backward(query, key, value, kept, lse, texts.starts)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, starts = ctx.saved_tensors
-        return (
-            *attention_backward(gradients[0], query, key, value, out, lse, starts, ctx.longest, ctx.mask),
-            None,
-            None,
-            None,
-        )
+        texts = Texts(starts, ctx.longest)
+        return *attention_backward(gradients[0], (query, key, value), (out, lse), texts, ctx.mask), None, None
 
 
 def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
@@ -226,7 +201,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_texts(query: Tensor, starts: Tensor, longest: int, seed: Tensor | None) -> None:
     if starts.dtype != torch.int32 or starts.ndim != 1 or starts.device != query.device or not starts.is_contiguous():
         raise ValueError(
-            f"expected starts [n + 1] int32 on {query.device}, received {starts.dtype} {list(starts.shape)} on {starts.device}"
+            f"expected starts [n + 1] int32 on {query.device}, received {starts.dtype} {list(starts.shape)} on "
+            f"{starts.device}"
         )
     if longest < 1:
         raise ValueError(f"expected longest of at least 1 token, received {longest}")

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.elements import LOG2E, constants, head_key, kept, load_rows, store_rows
-from kernels.attention.reference import Mask
+from kernels.attention.reference import Heads, Mask, Texts
 
 
 @dataclass(frozen=True)
@@ -268,13 +268,7 @@ def _dkey_blocks(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    longest: int,
-    mask: Mask,
-    settings: Settings | None = None,
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask, settings: Settings | None = None
 ) -> tuple[Tensor, Tensor]:
     """The output [T, H, d] in the inputs' dtype and lse [H, T] float32; arguments as
     `kernels.attention.api.packed_attention` has them.
@@ -282,10 +276,10 @@ def forward(
     T, heads, width = query.shape
     out, lse = query.new_empty(query.shape), query.new_empty((heads, T), dtype=torch.float32)
     use = (settings or settings_for(query.dtype, width)).forward
-    blocks, n = triton.cdiv(longest, use.kept), len(starts) - 1
+    blocks, n = triton.cdiv(texts.longest, use.kept), len(texts.starts) - 1
     if n and T:
         _forward_blocks[(n * blocks * heads,)](
-            query, key, value, out, lse, starts, mask.seed, blocks, T, heads,
+            query, key, value, out, lse, texts.starts, mask.seed, blocks, T, heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited, num_warps=use.warps, num_stages=use.stages,
         )  # fmt: skip
@@ -293,27 +287,34 @@ def forward(
 
 
 def backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    into: tuple[Tensor, Tensor, Tensor], starts: Tensor, longest: int, mask: Mask, settings: Settings | None = None,
-) -> None:  # fmt: skip
-    """As `short.backward`; `out` and `lse` as forward gave them."""
+    dout: Tensor,
+    qkv: Heads,
+    forward: tuple[Tensor, Tensor],
+    into: Heads,
+    texts: Texts,
+    mask: Mask,
+    settings: Settings | None = None,
+) -> None:
+    """As `short.backward`; `forward`: output and lse, as the function of that name gave them."""
+    query, key, value = qkv
     T, heads, width = query.shape
+    out, lse = forward
     delta = torch.empty_like(lse)
-    settings, n = settings or settings_for(query.dtype, width), len(starts) - 1
+    settings, n = settings or settings_for(query.dtype, width), len(texts.starts) - 1
     strides = (*dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     numbers = (mask.scale, mask.scale * LOG2E, mask.window)
     if n and T:
         use = settings.dquery
-        blocks = triton.cdiv(longest, use.kept)
+        blocks = triton.cdiv(texts.longest, use.kept)
         _dquery_blocks[(n * blocks * heads,)](
-            dout, query, key, value, out, lse, delta, into[0], starts, mask.seed, blocks, T, heads, *strides,
+            dout, *qkv, out, lse, delta, into[0], texts.starts, mask.seed, blocks, T, heads, *strides,
             into[0].stride(0), *numbers, **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited,
             num_warps=use.warps, num_stages=use.stages,
         )  # fmt: skip
         use = settings.dkey
-        blocks = triton.cdiv(longest, use.kept)
+        blocks = triton.cdiv(texts.longest, use.kept)
         _dkey_blocks[(n * blocks * key.shape[1],)](
-            dout, query, key, value, lse, delta, into[1], into[2], starts, mask.seed, blocks, T, key.shape[1], *strides,
+            dout, *qkv, lse, delta, into[1], into[2], texts.starts, mask.seed, blocks, T, key.shape[1], *strides,
             into[1].stride(0), *numbers, **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited,
             num_warps=use.warps, num_stages=use.stages,
         )  # fmt: skip

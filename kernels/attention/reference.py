@@ -7,7 +7,7 @@ on the host.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,65 +33,65 @@ def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: fl
     return word >= drop_below(dropout)
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """What a token may look at in its own text, and the dropout of the probabilities."""
 
     scale: float
-    dropout: float = 0.0
-    seed: Tensor | None = None  # int64 [1]
-    causal: bool = False
-    window: int | None = None
+    dropout: float = 0.0  # in 0..1, of probabilities, by the hash of `seed`
+    seed: Tensor | None = None  # int64 [1] on the inputs' device, needed where dropout > 0
+    causal: bool = False  # j ≤ i
+    window: int | None = None  # |i − j| ≤ window
 
 
-@dataclass(frozen=True)
-class _Texts:
+class Texts(NamedTuple):
+    """Where packed texts lie."""
+
+    starts: Tensor  # int32 [n + 1]
+    longest: int  # no text has more tokens
+
+
+Heads = tuple[Tensor, Tensor, Tensor]  # query [T, H, d], key and value [T, G, d], or their gradients
+
+
+class _Padded(NamedTuple):
     """A few texts, padded: their tokens, and which of the padded places are tokens."""
 
     tokens: Tensor  # [m, L] int64; a filler place names some token of the chunk
     real: Tensor  # [m, L] bool
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> Tensor:
     """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.api.packed_attention` has
     them.
     """
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    for texts in _groups(starts, longest, *query.shape[:2]):
-        q, k, v = (_padded(x, texts, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
-        probabilities, factor = _probabilities(q, k, texts, mask)
-        out[texts.tokens[texts.real]] = _matmul(probabilities * factor, v).transpose(1, 2)[texts.real].to(out.dtype)
+    for group in _groups(texts, *query.shape[:2]):
+        q, k, v = (_padded(x, group, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
+        probabilities, factor = _probabilities(q, k, group, mask)
+        out[group.tokens[group.real]] = _matmul(probabilities * factor, v).transpose(1, 2)[group.real].to(out.dtype)
     return out
 
 
-def backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    into: tuple[Tensor, Tensor, Tensor],
-    starts: Tensor,
-    longest: int,
-    mask: Mask,
-) -> None:
+def backward(dout: Tensor, qkv: Heads, into: Heads, texts: Texts, mask: Mask) -> None:
     """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them."""
-    heads, groups = query.shape[1], key.shape[1]
+    heads, groups = qkv[0].shape[1], qkv[1].shape[1]
     dquery, dkey, dvalue = into
-    for texts in _groups(starts, longest, *query.shape[:2]):
-        q, k, v, do = (_padded(x, texts, heads) for x in (query, key, value, dout))  # [m, H, L, d]
-        do = do * texts.real[:, None, :, None]
-        probabilities, factor = _probabilities(q, k, texts, mask)  # [m, H, L, L]
+    for group in _groups(texts, *qkv[0].shape[:2]):
+        q, k, v, do = (_padded(x, group, heads) for x in (*qkv, dout))  # [m, H, L, d]
+        do = do * group.real[:, None, :, None]
+        probabilities, factor = _probabilities(q, k, group, mask)  # [m, H, L, L]
         dprobabilities = _matmul(do, v.mT) * factor
         delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
         dscores = mask.scale * probabilities * (dprobabilities - delta)
-        positions = texts.tokens[texts.real]
-        dquery[positions] = _matmul(dscores, k).transpose(1, 2)[texts.real].to(dquery.dtype)
+        positions = group.tokens[group.real]
+        dquery[positions] = _matmul(dscores, k).transpose(1, 2)[group.real].to(dquery.dtype)
         for out, padded in ((dkey, _matmul(dscores.mT, q)), (dvalue, _matmul((probabilities * factor).mT, do))):
             by_group = padded.unflatten(1, (groups, heads // groups)).sum(2)  # [m, G, L, d]
-            out[positions] = by_group.transpose(1, 2)[texts.real].to(out.dtype)
+            out[positions] = by_group.transpose(1, 2)[group.real].to(out.dtype)
 
 
-def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_Texts]:
+def _groups(texts: Texts, tokens: int, heads: int) -> Iterator[_Padded]:
+    starts, longest = texts
     bounds = starts.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
@@ -107,11 +107,11 @@ def _groups(starts: Tensor, longest: int, tokens: int, heads: int) -> Iterator[_
             width, last = max(width, lengths[last]), last + 1
         if width:
             at = starts[first:last].long()[:, None] + torch.arange(width, device=starts.device)  # [m, L]
-            yield _Texts(at.clamp(max=tokens - 1), at < starts[first + 1 : last + 1][:, None])
+            yield _Padded(at.clamp(max=tokens - 1), at < starts[first + 1 : last + 1][:, None])
         first = last
 
 
-def _padded(x: Tensor, texts: _Texts, heads: int) -> Tensor:
+def _padded(x: Tensor, texts: _Padded, heads: int) -> Tensor:
     """x [T, G, d] as [m, H, L, d], in float32 or float64, each of its heads as often as the queries have heads for
     it.
     """
@@ -125,7 +125,7 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
-def _probabilities(q: Tensor, k: Tensor, texts: _Texts, mask: Mask) -> tuple[Tensor, Tensor | float]:
+def _probabilities(q: Tensor, k: Tensor, texts: _Padded, mask: Mask) -> tuple[Tensor, Tensor | float]:
     """Softmax of the scores [m, H, L, L] and what dropout multiplies it with."""
     rows, columns = texts.tokens[:, :, None], texts.tokens[:, None, :]  # [m, L, 1], [m, 1, L]
     allowed = texts.real[:, None, :].expand(-1, rows.shape[1], -1)  # [m, L, L]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.elements import LOG2E, constants, head_key, kept, load_rows, store_rows
-from kernels.attention.reference import Mask
+from kernels.attention.reference import Heads, Mask, Texts
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,19 @@ def _backward_tiles(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, mask: Mask, tile: Tile | None = None
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
     """The output [T, H, d] in the inputs' dtype and lse [H, T] float32, in base 2.
 
     Arguments as `kernels.attention.api.packed_attention` has them; texts of at most `most_tokens`.
     """
     out, lse = query.new_empty(query.shape), query.new_empty((query.shape[1], len(query)), dtype=torch.float32)
-    tile, n = tile or tile_for(query, longest), len(starts) - 1
-    per = tile.block // longest
+    tile, n = tile or tile_for(query, texts.longest), len(texts.starts) - 1
+    per = tile.block // texts.longest
     heads = query.shape[1]
     if n and len(query):
         _forward_tiles[(triton.cdiv(n, per) * heads,)](
-            query, key, value, out, lse, starts, mask.seed, n, per, len(query), heads,
+            query, key, value, out, lse, texts.starts, mask.seed, n, per, len(query), heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block, num_warps=tile.forward_warps,
         )  # fmt: skip
@@ -211,26 +211,24 @@ def forward(
 
 def backward(
     dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    into: tuple[Tensor, Tensor, Tensor],
-    starts: Tensor,
-    longest: int,
+    qkv: Heads,
+    forward: tuple[Tensor, Tensor],
+    into: Heads,
+    texts: Texts,
     mask: Mask,
     tile: Tile | None = None,
 ) -> None:
     """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them.
 
-    `lse` as forward gave it. The gradients of key and value have one stride from token to token, and a token's heads
-    are contiguous.
+    `forward`: what the function of that name gave, of which only lse is read. The gradients of key and value have one
+    stride from token to token, and a token's heads are contiguous.
     """
-    tile, n = tile or tile_for(query, longest), len(starts) - 1
-    per = tile.block // longest
+    query, key, value = qkv
+    tile, n = tile or tile_for(query, texts.longest), len(texts.starts) - 1
+    per = tile.block // texts.longest
     if n and len(query):
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
-            dout, query, key, value, lse, *into, starts, mask.seed, n, per, len(query), key.shape[1],
+            dout, *qkv, forward[1], *into, texts.starts, mask.seed, n, per, len(query), key.shape[1],
             *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0), into[1].stride(0),
             mask.scale, mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,

@@ -78,10 +78,9 @@ class MaskTables:
     @staticmethod
     def of(exclusions: Exclusions | None, targets: Tensor, N: int) -> MaskTables:
         """Tables of `exclusions` and of every row's target [B] int64 (−1: none)."""
-        if exclusions is None:
-            nothing = targets.new_empty(0)
-            return MaskTables.of_pairs(Pairs(nothing, nothing), targets, None, N)
-        return MaskTables.of_pairs(further_pairs(exclusions, targets), targets, exclusions.threshold, N)
+        nothing = targets.new_empty(0)
+        further = Pairs(nothing, nothing) if exclusions is None else further_pairs(exclusions, targets)
+        return MaskTables.of_pairs(further, targets, None if exclusions is None else exclusions.threshold, N)
 
     @staticmethod
     def of_pairs(further: Pairs, targets: Tensor, threshold: Tensor | None, N: int) -> MaskTables:
@@ -91,6 +90,13 @@ class MaskTables:
         if threshold is not None:
             threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
         return MaskTables(*further, targets.int(), threshold, N)
+
+    def without_rows(self, left_out: Tensor) -> MaskTables:
+        """The tables with every pair of the rows `left_out` [B] bool excluded."""
+        threshold = self.threshold
+        if threshold is None:
+            threshold = torch.full(left_out.shape, torch.inf, device=left_out.device)
+        return replace(self, threshold=threshold.masked_fill(left_out, -torch.inf))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Every excluded (row, column), targets and further ones, as two [E] int64 in no order."""
@@ -116,18 +122,22 @@ class MaskTables:
 
     def select_rows(self, index: Tensor) -> MaskTables:
         """The tables of the rows `index` [n], ascending."""
-        renamed = torch.full((len(self.targets),), -1, device=index.device)
-        renamed[index] = torch.arange(len(index), device=index.device)
-        rows = renamed[self.rows]
+        rows = _places(index, len(self.targets))[self.rows]
         keep = rows >= 0
         threshold = None if self.threshold is None else self.threshold[index]
         return MaskTables(rows[keep], self.columns[keep], self.targets[index], threshold, self.N)
 
     def select_columns(self, index: Tensor) -> MaskTables:
         """The tables of the columns `index` [n], ascending."""
-        renamed = torch.full((self.N,), -1, device=index.device)
-        renamed[index] = torch.arange(len(index), device=index.device)
-        columns = renamed[self.columns]
+        places = _places(index, self.N)
+        columns = places[self.columns]
         keep = columns >= 0
-        targets = torch.where(self.targets >= 0, renamed[self.targets.clamp(min=0).long()], -1).int()
+        targets = torch.where(self.targets >= 0, places[self.targets.clamp(min=0).long()], -1).int()
         return replace(self, rows=self.rows[keep], columns=columns[keep], targets=targets, N=len(index))
+
+
+def _places(index: Tensor, count: int) -> Tensor:
+    """Where each of `count` numbers stands in `index`; −1: not there."""
+    places = torch.full((count,), -1, device=index.device)
+    places[index] = torch.arange(len(index), device=index.device)
+    return places

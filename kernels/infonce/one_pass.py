@@ -1,6 +1,6 @@
 """InfoNCE of one direction and its gradients in one pass over the tiles, 6·B·N·D operations.
 
-The pass writes a slab of rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
+The pass writes rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
 P, weighted by row, and dP += Eᵀ (weighted Q) are plain products.
 """
 
@@ -9,84 +9,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import MaskTables
-from kernels.infonce.rows import finish_passages, finish_queries, target_similarities, weigh_rows
+from kernels.infonce.passes import INNER, LEAST_ROWS, TiledBlock, log_of, outside, slices
+from kernels.infonce.rows import RowVectors, finish_passages, finish_queries, target_similarities, weigh_rows
 from kernels.infonce.terms import log_one_plus_exp
-from kernels.infonce.tile_pass import Pass, tile_pass
-from kernels.infonce.tiles import aligned
-from kernels.infonce.two_pass import (
-    INNER,
-    Operands,
-    Shifts,
-    Workspace,
-    estimate_shifts,
-    exact_row_shifts,
-    log_of,
-    outside,
-    slabs,
-)
+from kernels.infonce.tiles import Pass
 from kernels.matmul import add_product, parts_of
 
 
-def _one_direction(
-    x: Operands, similarity: Tensor, scale: float, masks: MaskTables, weights: Tensor, shifts: Shifts, workspace: Workspace,
-    dqueries: Tensor, dpassages: Tensor, fresh: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One pass over row slabs: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; returns (row_sum,
-    coefficient) [B].
+def has_room(block: TiledBlock) -> bool:
+    """Whether the workspace holds enough rows for one pass to be the faster way."""
+    return block.rows_at_once() >= min(len(block.queries), LEAST_ROWS)
+
+
+def infonce(block: TiledBlock, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], dqueries [B, D], dpassages [N, D], ⟨q_i, dq_i⟩ [B]) of the one-direction loss; targets [B] in 0..N−1,
+    weights [B] float32.
     """
-    (B, D), N = x.queries.shape, len(x.passages)
-    passages = parts_of(x.passages, x.precision)
-    weighted = [x.queries.new_empty(workspace.rows, D, dtype=part.dtype) for part in workspace.parts]
-    row_sum, coefficient = torch.empty_like(similarity), torch.empty_like(similarity)
-    for i in slabs(B, workspace.rows):
+    queries, passages = block.operands
+    (B, D), N = queries.shape, len(passages)
+    dqueries = queries.new_empty(B, D, dtype=torch.float32)
+    dpassages = queries.new_empty(N, D, dtype=torch.float32)
+    workspace = block.workspace(block.rows_at_once(), N)
+    rows = _row_vectors(target_similarities(queries, passages, targets), block.shifts.rows, weights)
+    _sweep(block, rows, workspace, dqueries, dpassages, clamp=block.shifts.estimated)
+    row_lse = log_of(rows.sum, rows.shift)
+    if block.shifts.constant is None and len(again := outside(rows.sum)):
+        some, some_dqueries = block.select_rows(again), dqueries.new_empty(len(again), D)
+        exact = _row_vectors(rows.similarity[again], some.exact_shifts(), weights[again])
+        _sweep(some, exact, workspace, some_dqueries, dpassages, fresh=False)
+        rows.coefficient[again] = exact.coefficient
+        row_lse[again] = log_of(exact.sum, exact.shift)
+        dqueries[again] = some_dqueries
+    against_target = row_lse - block.scale * rows.similarity
+    target_weight = block.scale * weights * against_target.sigmoid()
+    along = finish_queries(dqueries, queries, passages, targets, rows.coefficient, target_weight)
+    finish_passages(dpassages, queries, targets, target_weight)
+    return log_one_plus_exp(against_target), dqueries, dpassages, along
+
+
+def _row_vectors(similarity: Tensor, shift: Tensor, weights: Tensor) -> RowVectors:
+    return RowVectors(similarity, shift, weights, torch.empty_like(similarity), torch.empty_like(similarity))
+
+
+def _sweep(
+    block: TiledBlock,
+    rows: RowVectors,
+    workspace: list[Tensor],
+    dqueries: Tensor,
+    dpassages: Tensor,
+    *,
+    fresh: bool = True,
+    clamp: bool = False,
+) -> None:
+    """One pass: dqueries = E P and dpassages (+)= Eᵀ Q', Q' the weighted queries; `fresh` overwrites dpassages."""
+    queries, inner = block.operands[0], INNER[block.precision]
+    (B, D), N = queries.shape, len(block.passages)
+    passages = parts_of(block.operands[1], block.precision)
+    weighted = [queries.new_empty(len(part), D, dtype=part.dtype) for part in workspace]
+    asked = Pass(rows.shift, rows=True, clamp=clamp)
+    for i in slices(B, len(workspace[0])):
         n = i.stop - i.start
-        e, q = workspace.views(n, N), [part[:n] for part in weighted]
-        asked = Pass(
-            row_shift=shifts.rows[i], written=e[0], residual=e[1] if len(e) > 1 else None, rows=True, clamp=shifts.estimated,
-            accurate=x.accurate, row_start=i.start,
-        )  # fmt: skip
-        partial, _ = tile_pass(x.queries[i], x.passages, scale, masks, asked)
+        e, q = [part[:n, :N] for part in workspace], [part[:n] for part in weighted]
+        partial, _ = block.tile_pass(asked, i, slice(0, N), e)
         assert partial is not None
-        weigh_rows(
-            x.queries[i], similarity[i], partial, shifts.rows[i], weights[i], scale, row_sum[i], coefficient[i], q[0],
-            q[1] if len(q) > 1 else None,
-        )  # fmt: skip
-        inner = INNER[x.precision]
+        weigh_rows(queries[i], rows.of_rows(i), partial, block.scale, q)
         add_product(dpassages, [part.T for part in e], q, fresh=fresh, inner=inner)
         add_product(dqueries[i], e, passages, fresh=True, inner=inner)
         fresh = False
-    return row_sum, coefficient
-
-
-def infonce(
-    x: Operands, targets: Tensor, scale: float, masks: MaskTables, weights: Tensor, workspace: Workspace, largest: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [B], dqueries [B, D], dpassages [N, D], dscale []) of the one-direction loss, in one pass; targets in
-    0..N−1.
-    """
-    B, D = x.queries.shape
-    dqueries = x.queries.new_empty(B, D, dtype=torch.float32)
-    dpassages = x.queries.new_empty(len(x.passages), D, dtype=torch.float32)
-    shifts = estimate_shifts(x, scale, columns=False, largest=largest)
-    similarity = target_similarities(x.queries, x.passages, targets)
-    row_sum, coefficient = _one_direction(
-        x, similarity, scale, masks, weights, shifts, workspace, dqueries, dpassages, True
-    )
-    row_lse = log_of(row_sum, shifts.rows)
-    if not shifts.safe and len(again := outside(row_sum)):
-        some = Operands(aligned(x.queries[again]), x.passages, x.precision)
-        some_masks = masks.select_rows(again)
-        exact = exact_row_shifts(some, scale, some_masks)
-        some_dqueries = dqueries.new_empty(len(again), D)
-        row_sum, coefficient[again] = _one_direction(
-            some, similarity[again], scale, some_masks, weights[again], Shifts(exact, None, shifts.bound, False), workspace,
-            some_dqueries, dpassages, False,
-        )  # fmt: skip
-        row_lse[again] = log_of(row_sum, exact)
-        dqueries[again] = some_dqueries
-    against_target = row_lse - scale * similarity
-    target_weight = scale * weights * against_target.sigmoid()
-    along = finish_queries(dqueries, x.queries, x.passages, targets, coefficient, target_weight)
-    finish_passages(dpassages, x.queries, targets, target_weight)
-    return log_one_plus_exp(against_target), dqueries, dpassages, along.sum() / scale

@@ -1,21 +1,22 @@
-"""Torch reference of `kernels.infonce.api`, tile by tile: what a CPU run uses and what the kernels are compared
-with.
+"""A block of queries and passages in plain torch, tile by tile: what a CPU and float64 use, and what the kernels are
+compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import Exclusions, MaskTables, known_pairs
-from kernels.infonce.terms import Terms
+from kernels.infonce.exclusions import MaskTables
 
 Precision = Literal["bf16", "high", "fp32"]  # what similarities are computed from: see `kernels.infonce.api`
 
 _TILE_ROWS, _TILE_COLUMNS = 1024, 4096
+_TARGETS_AT_ONCE = 65_536  # rows whose targets' vectors are held beside their own
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:
@@ -26,109 +27,106 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     return x.to(accumulated)
 
 
-def negatives_lse(
-    queries: Tensor,
-    passages: Tensor,
-    scale: float,
-    exclusions: Exclusions | MaskTables | None = None,
-    *,
-    columns: bool = False,
-    precision: str = "fp32",
-) -> tuple[Tensor, Tensor | None]:
-    """See `kernels.infonce.api.negatives_lse`."""
-    queries, passages = rounded(queries, precision), rounded(passages, precision)
-    row_lse = queries.new_full((len(queries),), -torch.inf)
-    column_lse = queries.new_full((len(passages),), -torch.inf)
-    for i, j, logits in _tiles(queries, passages, scale, exclusions):  # [tile rows, tile columns]
-        row_lse[i] = torch.logaddexp(row_lse[i], logits.logsumexp(dim=1))
-        if columns:
-            column_lse[j] = torch.logaddexp(column_lse[j], logits.logsumexp(dim=0))
-    return row_lse, column_lse if columns else None
+@dataclass(frozen=True)
+class Block:
+    """Some queries against some passages: the log-sum-exp over their negatives and its gradient, without the similarity
+    matrix.
 
+    With s_ij = ⟨q_i, p_j⟩ and neg the pairs that `masks` leave. A target is a known positive and so never a negative:
+    its own term is added by the caller. Results are float32 (float64 for float64 inputs). Blocks are made by
+    `kernels.infonce.api.block_of`, which checks what they are made of and takes the subclass on Triton's kernels.
+    """
 
-def negatives_gradient(
-    queries: Tensor,
-    passages: Tensor,
-    scale: float,
-    row_log_weights: Tensor,
-    column_log_weights: Tensor | None = None,
-    exclusions: Exclusions | MaskTables | None = None,
-    *,
-    dqueries: Tensor | None = None,
-    precision: str = "fp32",
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.infonce.api.negatives_gradient`."""
-    queries, passages = rounded(queries, precision), rounded(passages, precision)
-    dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
-    dpassages = torch.zeros_like(passages)
-    for i, j, logits in _tiles(queries, passages, scale, exclusions):
-        dlogits = (logits + row_log_weights[i, None]).exp()
-        if column_log_weights is not None:
-            dlogits += (logits + column_log_weights[None, j]).exp()
-        dqueries[i] += scale * (dlogits @ passages[j])
-        dpassages[j] += scale * (dlogits.T @ queries[i])
-    return dqueries, dpassages
+    queries: Tensor  # [B, D]
+    passages: Tensor  # [N, D]
+    scale: float
+    masks: MaskTables
+    precision: Precision = "fp32"
+    workspace_mib: int | None = None
+    largest: float | None = None
 
+    def lse(self, columns: bool = False) -> tuple[Tensor, Tensor | None]:
+        """row_lse_i = log Σ_{j : (i,j) ∈ neg} exp(scale · s_ij), [B], and, where `columns`, the same over i, [N] (else
+        None); −inf where nothing is left to sum.
+        """
+        queries, passages = self._values()
+        row_lse = queries.new_full((len(queries),), -torch.inf)
+        column_lse = queries.new_full((len(passages),), -torch.inf)
+        for i, j, logits in self._tiles():  # [tile rows, tile columns]
+            row_lse[i] = torch.logaddexp(row_lse[i], logits.logsumexp(dim=1))
+            if columns:
+                column_lse[j] = torch.logaddexp(column_lse[j], logits.logsumexp(dim=0))
+        return row_lse, column_lse if columns else None
 
-def infonce(
-    queries: Tensor,
-    passages: Tensor,
-    targets: Tensor,
-    scale: float,
-    *,
-    exclusions: Exclusions | MaskTables | None = None,
-    weights: Tensor,
-    symmetric: bool = False,
-    precision: str = "fp32",
-    gradients: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """See `kernels.infonce.api.infonce`; every row has a target. Returns (loss, dqueries, dpassages, dscale)."""
-    if not isinstance(exclusions, MaskTables):  # whose targets are among its pairs
-        exclusions = with_targets(exclusions, targets, len(passages))
-    row_lse, column_lse = negatives_lse(queries, passages, scale, exclusions, columns=symmetric, precision=precision)
-    q, p = rounded(queries, precision), rounded(passages, precision)
-    logit = scale * (q * p[targets]).sum(dim=1)  # [B]
-    terms = Terms.of(row_lse, column_lse, logit, targets, weights)
-    if not gradients:
-        return terms.loss, None, None, None
-    dqueries, dpassages = negatives_gradient(
-        queries, passages, scale, terms.row_log_weights, terms.column_log_weights, exclusions, precision=precision
-    )
-    at_targets = scale * terms.target_gradient[:, None]
-    dqueries -= at_targets * p[targets]
-    dpassages.index_add_(0, targets, -at_targets * q)
-    return terms.loss, dqueries, dpassages, (q * dqueries).sum() / scale
+    def gradient(
+        self,
+        row_log_weights: Tensor,
+        column_log_weights: Tensor | None = None,
+        dqueries: Tensor | None = None,
+        *,
+        of_passages: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dqueries [B, D] = scale · G P and, where `of_passages`, dpassages [N, D] = scale · Gᵀ Q (else None).
 
+        G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else
+        0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
+        these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A
+        `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
+        """
+        queries, passages = self._values()
+        dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
+        dpassages = torch.zeros_like(passages)
+        for i, j, logits in self._tiles():
+            dlogits = (logits + row_log_weights[i, None]).exp()
+            if column_log_weights is not None:
+                dlogits += (logits + column_log_weights[None, j]).exp()
+            dqueries[i] += self.scale * (dlogits @ passages[j])
+            if of_passages:
+                dpassages[j] += self.scale * (dlogits.T @ queries[i])
+        return dqueries, dpassages if of_passages else None
 
-def with_targets(exclusions: Exclusions | None, targets: Tensor, N: int) -> Exclusions:
-    """`exclusions` by column, with every row's target among them."""
-    rows = torch.arange(len(targets), device=targets.device)
-    columns, threshold = targets, None
-    if exclusions is not None:
-        known_rows, known_columns = known_pairs(exclusions)
-        order = torch.cat([rows, known_rows]).sort(stable=True).indices
-        rows, columns = torch.cat([rows, known_rows])[order], torch.cat([columns, known_columns])[order]
-        threshold = exclusions.threshold
-    ptr = torch.searchsorted(rows, torch.arange(len(targets) + 1, device=targets.device))
-    return Exclusions(torch.arange(N, device=targets.device), ptr, columns, threshold)
+    def target_logits(self, targets: Tensor) -> Tensor:
+        """scale · ⟨q_i, p_t⟩ [B] with t = targets_i, of the values that `precision` computes from; targets [B] in
+        0..N−1.
+        """
+        queries, passages = self._values()
+        rows = torch.arange(len(queries), device=queries.device).split(_TARGETS_AT_ONCE)
+        return self.scale * torch.cat([(queries[i] * passages[targets[i]]).sum(dim=1) for i in rows])
 
+    def add_target_gradient(
+        self, dqueries: Tensor, dpassages: Tensor, targets: Tensor, target_gradient: Tensor
+    ) -> Tensor:
+        """dq_i −= scale · target_gradient_i · p_t and dp_t −= scale · target_gradient_i · q_i for every query i and its
+        target t, in place, in the order of i; returns ⟨q_i, dq_i⟩ [B].
 
-def _tiles(
-    queries: Tensor, passages: Tensor, scale: float, exclusions: Exclusions | MaskTables | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
-    rows, columns = None, None
-    if exclusions is not None:
-        rows, columns = exclusions.pairs() if isinstance(exclusions, MaskTables) else known_pairs(exclusions)
-    for r in range(0, len(queries), _TILE_ROWS):
-        i = slice(r, min(r + _TILE_ROWS, len(queries)))
-        for c in range(0, len(passages), _TILE_COLUMNS):
-            j = slice(c, min(c + _TILE_COLUMNS, len(passages)))
-            similarities = queries[i] @ passages[j].T
-            logits = scale * similarities
-            if exclusions is not None and rows is not None and columns is not None:
+        dqueries [B, D], dpassages [N, D] and target_gradient [B], 0 for an ignored row: float32 (float64 for float64
+        inputs), contiguous.
+        """
+        queries, passages = self._values()
+        weights = self.scale * target_gradient[:, None]
+        for i in torch.arange(len(queries), device=queries.device).split(_TARGETS_AT_ONCE):
+            dqueries[i] -= weights[i] * passages[targets[i]]
+            if dpassages.is_cuda:  # index_put_ sorts before it adds there: shared targets sum in one order every time
+                dpassages.index_put_((targets[i],), -weights[i] * queries[i], accumulate=True)
+            else:
+                dpassages.index_add_(0, targets[i], -weights[i] * queries[i])
+        return (queries * dqueries).sum(dim=1)
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        return rounded(self.queries, self.precision), rounded(self.passages, self.precision)
+
+    def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
+        queries, passages = self._values()
+        rows, columns = self.masks.pairs()
+        for r in range(0, len(queries), _TILE_ROWS):
+            i = slice(r, min(r + _TILE_ROWS, len(queries)))
+            for c in range(0, len(passages), _TILE_COLUMNS):
+                j = slice(c, min(c + _TILE_COLUMNS, len(passages)))
+                similarities = queries[i] @ passages[j].T
+                logits = self.scale * similarities
                 inside = (rows >= i.start) & (rows < i.stop) & (columns >= j.start) & (columns < j.stop)
                 logits[rows[inside] - i.start, columns[inside] - j.start] = -torch.inf
-                if exclusions.threshold is not None:
-                    logits.masked_fill_(similarities > exclusions.threshold[i, None], -torch.inf)
-            yield i, j, logits
+                if self.masks.threshold is not None:
+                    logits.masked_fill_(similarities > self.masks.threshold[i, None], -torch.inf)
+                yield i, j, logits

@@ -11,6 +11,9 @@ and passage j gets Σ_i E_ij · coefficient_i · q_i less target_weight_i · q_i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -169,7 +172,7 @@ def _finish_passages(
 
 
 def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor) -> Tensor:
-    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as given; targets [B] in 0..N−1."""
+    """⟨q_i, p_target⟩ [B] in fp32, of the vectors as they are; targets [B] in 0..N−1."""
     B, D = queries.shape
     out = queries.new_empty(B, dtype=torch.float32)
     _target_similarities[(triton.cdiv(B, 8),)](
@@ -188,48 +191,32 @@ def target_similarities(queries: Tensor, passages: Tensor, targets: Tensor) -> T
     return out
 
 
-def weigh_rows(
-    queries: Tensor,
-    similarity: Tensor,
-    partial: Tensor,
-    shift: Tensor,
-    weights: Tensor,
-    scale: float,
-    row_sum: Tensor,
-    coefficient: Tensor,
-    weighted: Tensor,
-    residual: Tensor | None,
-) -> None:
-    """Writes `row_sum` and `coefficient` [B] and coefficient · query to `weighted` (+ `residual`) [B, D].
+class RowVectors(NamedTuple):
+    """A one-direction row's numbers, [B] float32 each."""
 
-    similarity [B] with the targets; partial [column tiles, B] from `tile_pass`; shift [B] in base-2 units. A row whose
-    sum lost terms or is empty gets the coefficient 0.
+    similarity: Tensor  # with the target
+    shift: Tensor  # in base-2 units
+    weight: Tensor
+    sum: Tensor  # of the row's exponentials; `weigh_rows` writes it
+    coefficient: Tensor  # what they are multiplied with in the gradient; `weigh_rows` writes it
+
+    def of_rows(self, i: slice) -> RowVectors:
+        """Those of some rows."""
+        return RowVectors(*(vector[i] for vector in self))
+
+
+def weigh_rows(queries: Tensor, rows: RowVectors, partial: Tensor, scale: float, weighted: Sequence[Tensor]) -> None:
+    """Writes `rows.sum`, `rows.coefficient` and coefficient · query to `weighted` [B, D] (value, and residual where
+    there are two).
+
+    partial [column tiles, B] from a pass over the tiles. A row whose sum lost terms or is empty gets the coefficient 0.
     """
     B, D = queries.shape
     _weigh_rows[(triton.cdiv(B, 8),)](
-        queries,
-        similarity,
-        partial,
-        shift,
-        weights,
-        row_sum,
-        coefficient,
-        weighted,
-        residual,
-        B,
-        D,
-        len(partial),
-        queries.stride(0),
-        weighted.stride(0),
-        scale,
-        scale * LOG2E,
-        SMALLEST_SUM,
-        LARGEST_SUM,
-        BLOCK_T=64,
-        BLOCK_B=8,
-        BLOCK_D=256,
-        num_warps=4,
-    )
+        queries, rows.similarity, partial, rows.shift, rows.weight, rows.sum, rows.coefficient,
+        weighted[0], weighted[1] if len(weighted) > 1 else None, B, D, len(partial), queries.stride(0), weighted[0].stride(0),
+        scale, scale * LOG2E, SMALLEST_SUM, LARGEST_SUM, BLOCK_T=64, BLOCK_B=8, BLOCK_D=256, num_warps=4,
+    )  # fmt: skip
 
 
 def finish_queries(

@@ -17,6 +17,7 @@ Descriptors carry 64-bit addresses and return zeros outside of the matrix, so lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -57,8 +58,7 @@ def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
     return (_FLOAT_TILES if dtype == torch.float32 else _HALF_TILES)[min(max(capability_major, 8), 10)]
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """What one pass over the tiles computes, and where its block of rows and columns stands in the masks.
 
     With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential

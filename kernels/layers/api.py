@@ -1,6 +1,6 @@
 """The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + LayerNorm, and GELU.
 
-Forward and backward as plain functions, without a graph: `post_norm_layer` calls them. On a GPU they are Triton
+Forward and backward as plain functions, without a graph: `post_norm` calls them. On a GPU they are Triton
 kernels; a CPU and float64 take `reference`. Arithmetic is in float32. Dropout masks are a hash of the seed (`dropout`):
 the backward pass and a second forward pass draw them again, and runs repeat bitwise.
 """
@@ -13,66 +13,41 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
+from kernels.layers import reference
 from kernels.layers.reference import Norm
 
-__all__ = ["check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
+__all__ = ["Norm", "check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
 
 
-def norm_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """y = LayerNorm(z) · weight + norm_bias of z = dropout(x + bias) + residual: (y, y in x's dtype, statistics of z
     for the backward).
 
-    x and residual [T, D], D in 1..4096, weight and norm_bias [D], bias [D] or None: each of any floating dtype (float64
-    where x is), one device, all contiguous. Returns y [T, D] in the residual's dtype, the same rounded to x's (None
-    where that is y's own), and [2, T] float32 (float64 of float64): the mean and the reciprocal standard deviation of
-    each row of z. `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed where dropout
-    > 0), their row and their column: two uses need two seeds. Raises ValueError where shapes, dtypes, strides or
-    numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
+    norm_bias [D] as the weight of `norm`. Returns y [T, D] in the residual's dtype, the same rounded to x's (None where
+    that is y's own), and [2, T] float32 (float64 of float64): the mean and the reciprocal standard deviation of each
+    row of z. Raises ValueError where shapes, dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
     """
-    _check_rows(x, {"residual": residual}, None)
-    _check_vectors(x, bias=bias, weight=weight, norm_bias=norm_bias)
-    return _norm_kernels(x).norm_forward(
-        Norm(x, bias, residual, weight, check_dropout(dropout, seed), dropout), norm_bias, eps
-    )
+    norm = _checked(norm, norm_bias=norm_bias)
+    return _norm_kernels(norm.x).norm_forward(norm, norm_bias, eps)
 
 
 def norm_backward(
-    d_normed: Tensor | None,
-    d_rounded: Tensor | None,
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    seed: Tensor | None,
-    dropout: float,
+    d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dresidual, sums) from the gradients at both results of `norm_forward`, whose other arguments are as they
-    were.
+    """(dx, dresidual, sums) from the gradients at both results of `norm_forward`, whose `norm` is as it was.
 
     residual and d_normed [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be
     None, which is zero; `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype, dresidual [T, D] in
     the residual's, and [3, D] of that dtype: dweight, dnorm_bias and dbias ([2, D] without a bias). Raises ValueError
     as `norm_forward` does.
     """
-    _check_rows(x, {"residual": residual, "d_normed": d_normed}, _wide_dtype(x))
-    _check_rows(x, {"d_rounded": d_rounded}, x.dtype)
-    _check_vectors(x, bias=bias, weight=weight)
-    if statistics.shape != (2, len(x)) or not statistics.is_contiguous():
-        raise ValueError(f"expected statistics [2, {len(x)}], contiguous, received {list(statistics.shape)}")
-    seed = check_dropout(dropout, seed)
-    return _norm_kernels(x).norm_backward(
-        d_normed, d_rounded, Norm(x, bias, residual, weight, seed, dropout), statistics
-    )
+    norm = _checked(norm)
+    wide = torch.float64 if norm.x.dtype == torch.float64 else torch.float32
+    _check_rows(norm.x, {"residual": norm.residual, "d_normed": d_normed}, wide)
+    _check_rows(norm.x, {"d_rounded": d_rounded}, norm.x.dtype)
+    if statistics.shape != (2, len(norm.x)) or not statistics.is_contiguous():
+        raise ValueError(f"expected statistics [2, {len(norm.x)}], contiguous, received {list(statistics.shape)}")
+    return _norm_kernels(norm.x).norm_backward(d_normed, d_rounded, norm, statistics)
 
 
 def gelu_forward(u: Tensor) -> Tensor:
@@ -96,27 +71,28 @@ def gelu_backward(dout: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_kernels(x: Tensor) -> ModuleType:
-    if on_kernels(x):
-        from kernels.layers import norm
+    if not on_kernels(x):
+        return reference
+    from kernels.layers import norm
 
-        return norm
-    from kernels.layers import reference
-
-    return reference
+    return norm
 
 
 def _gelu_kernels(x: Tensor) -> ModuleType:
-    if on_kernels(x):
-        from kernels.layers import gelu
+    if not on_kernels(x):
+        return reference
+    from kernels.layers import gelu
 
-        return gelu
-    from kernels.layers import reference
-
-    return reference
+    return gelu
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _checked(norm: Norm, **vectors: Tensor) -> Norm:
+    _check_rows(norm.x, {"residual": norm.residual}, None)
+    for name, vector in {"bias": norm.bias, "weight": norm.weight, **vectors}.items():
+        D = norm.x.shape[1]
+        if vector is not None and not (vector.shape == (D,) and vector.is_contiguous() and vector.is_floating_point()):
+            raise ValueError(f"expected {name} floating [{D}], contiguous, received {_described(vector)}")
+    return norm._replace(seed=check_dropout(norm.dropout, norm.seed))
 
 
 def _check_rows(
@@ -126,34 +102,24 @@ def _check_rows(
     widest: int | None = WIDEST_ROW,
     name: str = "x",
 ) -> None:
-    """x [T, D], called `name`, is floating and contiguous, and so are others of its shape, of `dtype` where one is
-    given.
+    """x [T, D], called `name`, is floating and contiguous; so are the others, of its shape, and of `dtype` unless that
+    is None.
     """
-    if (
-        x.ndim != 2
-        or not 1 <= x.shape[1] <= (widest or x.shape[1])
-        or not x.is_floating_point()
-        or not x.is_contiguous()
-    ):
+    D = x.shape[1] if x.ndim == 2 else 0
+    if not (1 <= D <= (widest or D) and x.is_floating_point() and x.is_contiguous()):
         width = f"D in 1..{widest}" if widest else "D of at least 1"
         raise ValueError(f"expected {name} floating [T, D], {width}, contiguous, received {_described(x)}")
     for other_name, other in others.items():
-        fits = other is None or (
-            other.shape == x.shape and other.is_contiguous() and other.dtype == (dtype or other.dtype)
-        )
-        if other is not None and not (fits and other.is_floating_point()):
-            raise ValueError(
-                f"expected {other_name} {dtype or 'floating'} {list(x.shape)}, contiguous, received {_described(other)}"
-            )
-
-
-def _check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
-    D = x.shape[1]
-    for name, vector in vectors.items():
-        if vector is not None and (
-            vector.shape != (D,) or not vector.is_contiguous() or not vector.is_floating_point()
+        if other is None or (
+            other.shape == x.shape
+            and other.is_contiguous()
+            and other.is_floating_point()
+            and other.dtype == (dtype or other.dtype)
         ):
-            raise ValueError(f"expected {name} floating [{D}], contiguous, received {_described(vector)}")
+            continue
+        raise ValueError(
+            f"expected {other_name} {dtype or 'floating'} {list(x.shape)}, contiguous, received {_described(other)}"
+        )
 
 
 def check_dropout(dropout: float, seed: Tensor | None) -> Tensor | None:

@@ -60,8 +60,8 @@ def _check(ids: Tensor, positions: Tensor, tables: Tables) -> None:
     D = words.shape[-1]
     if ids.ndim != 1 or words.ndim != 2 or places.ndim != 2 or not 1 <= D <= WIDEST_ROW:
         raise ValueError(
-            f"expected ids [T], words [V, D] and places [P, D], D in 1..{WIDEST_ROW}, received {list(ids.shape)}, {list(words.shape)} and "
-            f"{list(places.shape)}"
+            f"expected ids [T], words [V, D] and places [P, D], D in 1..{WIDEST_ROW}, received {list(ids.shape)}, "
+            f"{list(words.shape)} and {list(places.shape)}"
         )
     vectors = {"segment": tables.segment, "weight": tables.weight, "bias": tables.bias}
     expected = {
@@ -76,8 +76,8 @@ def _check(ids: Tensor, positions: Tensor, tables: Tables) -> None:
         if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
             shape, kind = expected[name]
             raise ValueError(
-                f"expected {name} {list(shape)} {kind} on {ids.device}, contiguous, received {list(tensor.shape)} {tensor.dtype} "
-                f"on {tensor.device}"
+                f"expected {name} {list(shape)} {kind} on {ids.device}, contiguous, received {list(tensor.shape)} "
+                f"{tensor.dtype} on {tensor.device}"
             )
 
 

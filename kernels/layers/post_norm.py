@@ -2,8 +2,8 @@
 
 With x the residual stream, and everything between matrix products one pass over memory:
 
-    y = LayerNorm(x + dropout(attention(x W_qkv) W_attended)),    x' = LayerNorm(y + dropout(gelu(y W_widened)
-    W_narrowed))
+    y  = LayerNorm(x + dropout(attention(x W_qkv) W_attention_out))
+    x' = LayerNorm(y + dropout(gelu(y W_ffn_in) W_ffn_out))
 
 The stream is float32; matrix products read it rounded to the computing dtype, and the gradients of weights come out in
 float32. Dropout masks are hashes of seeds. One autograd node a layer: with a node for each operation the host would be
@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from kernels.attention.api import attention_backward, attention_forward
-from kernels.attention.reference import Mask
-from kernels.layers.api import norm_backward, norm_forward
+from kernels.attention.reference import Mask, Texts
+from kernels.layers.api import Norm, norm_backward, norm_forward
 from kernels.layers.gelu_product import gelu_product, gelu_product_backward, transposed
 
 
 class Parameters(NamedTuple):
-    """The layer's own, as they are trained: W [out, in], b [out]; D the width of the stream, F of the widened one."""
+    """The layer's own, as they are trained: W [out, in], b [out]; D the width of the stream, F the feed-forward one."""
 
     query_weight: Tensor  # [D, D]
     query_bias: Tensor
@@ -34,40 +34,37 @@ class Parameters(NamedTuple):
     key_bias: Tensor
     value_weight: Tensor
     value_bias: Tensor
-    attended_weight: Tensor  # [D, D]
-    attended_bias: Tensor
-    attended_norm_weight: Tensor
-    attended_norm_bias: Tensor
-    widened_weight: Tensor  # [F, D]
-    widened_bias: Tensor
-    narrowed_weight: Tensor  # [D, F]
-    narrowed_bias: Tensor
-    narrowed_norm_weight: Tensor
-    narrowed_norm_bias: Tensor
+    attention_out_weight: Tensor  # [D, D]
+    attention_out_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    ffn_in_weight: Tensor  # [F, D]
+    ffn_in_bias: Tensor
+    ffn_out_weight: Tensor  # [D, F]
+    ffn_out_bias: Tensor
+    ffn_norm_weight: Tensor
+    ffn_norm_bias: Tensor
 
 
-class Factors(NamedTuple):
+class RoundedWeights(NamedTuple):
     """What the matrix products read: the parameters in the computing dtype."""
 
     qkv: Tensor  # [3 D, D]
     qkv_bias: Tensor  # [3 D]
-    attended: Tensor  # [D, D]
-    widened: Tensor  # [F, D]
-    widened_bias: Tensor  # [F]
-    narrowed: Tensor  # [D, F]
-    narrowed_transposed: Tensor  # [F, D], as `gelu_product_backward` reads it
+    attention_out: Tensor  # [D, D]
+    ffn_in: Tensor  # [F, D]
+    ffn_in_bias: Tensor  # [F]
+    ffn_out: Tensor  # [D, F]
+    ffn_out_transposed: Tensor  # [F, D], as `gelu_product_backward` reads it
 
 
-class Layer(NamedTuple):
+class LayerSettings(NamedTuple):
     """What else a layer depends on: its shape, its dropouts and their seeds."""
 
     heads: int
     eps: float
-    starts: Tensor  # [n + 1] int32: of the texts
-    longest: int
-    dropouts: tuple[
-        float, float, float
-    ]  # of attention probabilities, of what attention adds, of what the widened part adds
+    texts: Texts
+    dropouts: tuple[float, float, float]  # of attention probabilities, of what attention and the feed-forward part add
     seeds: tuple[Tensor | None, Tensor | None, Tensor | None]  # [1] int64 each
 
     def mask(self, width: int) -> Mask:
@@ -83,37 +80,35 @@ class SavedActivations(NamedTuple):
 
     context: Tensor  # [T, heads, d]: what attention makes of the values
     lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
-    ffn_out: Tensor  # [T, D]: of the second product of the widened part, before its bias
+    ffn_out: Tensor  # [T, D]: of the second product of the feed-forward part, before its bias
 
 
-def factors(parameters: Parameters, dtype: torch.dtype) -> Factors:
+def rounded_weights(parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
     """`parameters` as matrix products in `dtype` read them; no gradient flows back through this."""
     p = Parameters(*(parameter.detach() for parameter in parameters))
     qkv = torch.cat([p.query_weight, p.key_weight, p.value_weight]).to(dtype)
     bias = torch.cat([p.query_bias, p.key_bias, p.value_bias]).to(dtype)
-    attended, widened, narrowed = (
-        weight.to(dtype) for weight in (p.attended_weight, p.widened_weight, p.narrowed_weight)
-    )
-    return Factors(qkv, bias, attended, widened, p.widened_bias.to(dtype), narrowed, transposed(narrowed))
+    attention_out, ffn_in, ffn_out = (w.to(dtype) for w in (p.attention_out_weight, p.ffn_in_weight, p.ffn_out_weight))
+    return RoundedWeights(qkv, bias, attention_out, ffn_in, p.ffn_in_bias.to(dtype), ffn_out, transposed(ffn_out))
 
 
 def post_norm_layer(
     stream: Tensor,
     rounded: Tensor,
-    layer: Layer,
-    read: Factors,
+    layer: LayerSettings,
+    read: RoundedWeights,
     parameters: Parameters,
     saved: SavedActivations | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and the same rounded.
 
     stream [T, D] float32 (float64), contiguous; rounded [T, D] the same in the computing dtype, bfloat16 or float16 (or
-    `stream` itself: nothing is rounded); `read` the present `factors` of `parameters` in that dtype. To be called with
-    autocast off. One backward pass, without retain_graph, in stream, rounded and parameters; what needs no gradient
-    costs no matrix product. It uses `read` as the forward pass did, and raises where a parameter that it reads again
-    (attended_bias, narrowed_bias, the norms' weights) was changed in between. `saved` of `without_graph` for the same
-    arguments are taken as they are and not computed again; every result keeps its bits. Raises ValueError where shapes
-    or dtypes do not fit.
+    `stream` itself: nothing is rounded); `read` the present `rounded_weights` of `parameters` in that dtype. To be
+    called with autocast off. One backward pass, without retain_graph, in stream, rounded and parameters; what needs no
+    gradient costs no matrix product. It uses `read` as the forward pass did, and raises where a parameter that it reads
+    again (attention_out_bias, ffn_out_bias, the norms' weights) was changed in between. `saved` of `without_graph` for
+    the same arguments are taken as they are and not computed again; every result keeps its bits. Raises ValueError
+    where shapes or dtypes do not fit.
     """
     stream, rounded = _PostNormLayer.apply(
         stream, None if rounded is stream else rounded, layer, read, saved, *parameters
@@ -123,85 +118,53 @@ def post_norm_layer(
 
 @torch.no_grad()
 def without_graph(
-    stream: Tensor, rounded: Tensor, layer: Layer, read: Factors, parameters: Parameters
+    stream: Tensor, rounded: Tensor, layer: LayerSettings, read: RoundedWeights, parameters: Parameters
 ) -> tuple[Tensor, Tensor, SavedActivations]:
     """The results of `post_norm_layer`, bit by bit, and the products that spare a later call with a graph the most
     work.
 
     Next to nothing is written that only a backward pass would read.
     """
-    passed = _forward(stream, None if rounded is stream else rounded, layer, read, parameters, None, keep=False)
-    return (
-        passed.out,
-        passed.out if passed.out_rounded is None else passed.out_rounded,
-        SavedActivations(passed.context, passed.lse, passed.ffn_out),
-    )
-
-
-class _Passed(NamedTuple):
-    """All that a forward pass computes, in its order."""
-
-    qkv: Tensor  # [T, 3, heads, d]
-    context: Tensor  # [T, heads, d]
-    lse: Tensor
-    attention_out: Tensor  # [T, D], before its bias
-    middle: Tensor  # [T, D]: the stream between the two parts
-    middle_rounded: Tensor | None  # the same rounded
-    statistics1: Tensor  # [2, T]
-    ffn_in: Tensor | None  # [T, F]; for the backward pass alone
-    activated: Tensor  # [T, F]
-    ffn_out: Tensor  # [T, D], before its bias
-    out: Tensor  # [T, D]
-    out_rounded: Tensor | None
-    statistics2: Tensor  # [2, T]
+    read_rounded = None if rounded is stream else rounded
+    out, out_rounded, saved, _ = _forward(stream, read_rounded, layer, read, parameters, None, keep=False)
+    return out, out if out_rounded is None else out_rounded, saved
 
 
 def _forward(
     stream: Tensor,
     rounded: Tensor | None,
-    layer: Layer,
-    read: Factors,
+    layer: LayerSettings,
+    read: RoundedWeights,
     p: Parameters,
     known: SavedActivations | None,
     *,
     keep: bool,
-) -> _Passed:
-    """`keep`: with the result of the first product of the widened part, which a backward pass reads."""
+) -> tuple[Tensor, Tensor | None, SavedActivations, tuple[Tensor | None, ...]]:
+    """The stream after the layer, the same rounded, `known` or what is like it, and the rest that a backward pass
+    reads; `keep`: with the result of the first product of the feed-forward part.
+    """
     x: Any = stream if rounded is None else rounded
     T, D = x.shape
     qkv = linear(x, read.qkv, read.qkv_bias).view(T, 3, layer.heads, D // layer.heads)
     if known is None:
         query, key, value = qkv.unbind(1)
-        context, lse = attention_forward(query, key, value, layer.starts, layer.longest, layer.mask(qkv.shape[3]))
+        context, lse = attention_forward(query, key, value, layer.texts, layer.mask(qkv.shape[3]))
     else:
         if known.ffn_out.shape != x.shape:
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.ffn_out.shape)}")
         context, lse = known.context, known.lse
-    attention_out = linear(context.view(T, D), read.attended)
-    middle, middle_rounded, statistics1 = norm_forward(
-        attention_out, p.attended_bias, stream, p.attended_norm_weight, p.attended_norm_bias, layer.seeds[1], layer.eps, layer.dropouts[1],
-    )  # fmt: skip
-    y: Any = middle if middle_rounded is None else middle_rounded
-    ffn_in, activated = gelu_product(y, read.widened, read.widened_bias, keep)
-    ffn_out = linear(activated, read.narrowed) if known is None else known.ffn_out
-    out, out_rounded, statistics2 = norm_forward(
-        ffn_out, p.narrowed_bias, middle, p.narrowed_norm_weight, p.narrowed_norm_bias, layer.seeds[2], layer.eps, layer.dropouts[2],
-    )  # fmt: skip
-    return _Passed(
-        qkv,
-        context,
-        lse,
-        attention_out,
-        middle,
-        middle_rounded,
-        statistics1,
-        ffn_in,
-        activated,
-        ffn_out,
-        out,
-        out_rounded,
-        statistics2,
+    attention_out = linear(context.view(T, D), read.attention_out)
+    norm1 = Norm(
+        attention_out, p.attention_out_bias, stream, p.attention_norm_weight, layer.seeds[1], layer.dropouts[1]
     )
+    middle, middle_rounded, statistics1 = norm_forward(norm1, p.attention_norm_bias, layer.eps)
+    y: Any = middle if middle_rounded is None else middle_rounded
+    ffn_in, activated = gelu_product(y, read.ffn_in, read.ffn_in_bias, keep)
+    ffn_out = linear(activated, read.ffn_out) if known is None else known.ffn_out
+    norm2 = Norm(ffn_out, p.ffn_out_bias, middle, p.ffn_norm_weight, layer.seeds[2], layer.dropouts[2])
+    out, out_rounded, statistics2 = norm_forward(norm2, p.ffn_norm_bias, layer.eps)
+    rest = (qkv, attention_out, statistics1, middle, y, ffn_in, activated, statistics2)
+    return out, out_rounded, SavedActivations(context, lse, ffn_out), rest
 
 
 class _PostNormLayer(torch.autograd.Function):
@@ -212,22 +175,18 @@ class _PostNormLayer(torch.autograd.Function):
         ctx: Any,
         stream: Tensor,
         rounded: Tensor | None,
-        layer: Layer,
-        read: Factors,
+        layer: LayerSettings,
+        read: RoundedWeights,
         saved: SavedActivations | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         p = Parameters(*tensors)
-        a: Any = _forward(stream, rounded, layer, read, p, saved, keep=True)
-        x, y = (stream, a.middle) if rounded is None else (rounded, a.middle_rounded)
+        out, out_rounded, saved, rest = _forward(stream, rounded, layer, read, p, saved, keep=True)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, rounded is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            stream, x, a.qkv, a.context, a.lse, a.attention_out, a.statistics1, a.middle, y, a.ffn_in, a.activated, a.ffn_out,
-            a.statistics2,
-            p.attended_bias, p.attended_norm_weight, p.narrowed_bias, p.narrowed_norm_weight,
-        )  # fmt: skip
-        return a.out, a.out_rounded
+        again = p.attention_out_bias, p.attention_norm_weight, p.ffn_out_bias, p.ffn_norm_weight
+        ctx.save_for_backward(stream, stream if rounded is None else rounded, *saved, *rest, *again)
+        return out, out_rounded
 
     @staticmethod
     @once_differentiable
@@ -236,52 +195,34 @@ class _PostNormLayer(torch.autograd.Function):
         needs_stream, needs_rounded, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
-            stream, x, qkv, context, lse, attention_out, statistics1, middle, y, ffn_in, activated, ffn_out, statistics2,
-            attended_bias, attended_norm_weight, narrowed_bias, narrowed_norm_weight,
+            stream, x, context, lse, ffn_out, qkv, attention_out, statistics1, middle, y, ffn_in, activated, statistics2,
+            attention_out_bias, attention_norm_weight, ffn_out_bias, ffn_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))
-        dffn_out, dmiddle, of_norm2 = norm_backward(
-            dout,
-            dout_rounded,
-            ffn_out,
-            narrowed_bias,
-            middle,
-            narrowed_norm_weight,
-            statistics2,
-            layer.seeds[2],
-            layer.dropouts[2],
-        )
-        del ffn_out, middle
-        dnarrowed = _weight_gradient(dffn_out, activated) if needs.narrowed_weight else None
+        norm2 = Norm(ffn_out, ffn_out_bias, middle, ffn_norm_weight, layer.seeds[2], layer.dropouts[2])
+        dffn_out, dmiddle, of_norm2 = norm_backward(dout, dout_rounded, norm2, statistics2)
+        del norm2, ffn_out, middle
+        dffn_out_weight = _weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
         del activated
-        dffn_in, dwidened_bias = gelu_product_backward(dffn_out, read.narrowed_transposed, ffn_in)
+        dffn_in, dffn_in_bias = gelu_product_backward(dffn_out, read.ffn_out_transposed, ffn_in)
         del dffn_out, ffn_in
-        dwidened = _weight_gradient(dffn_in, y) if needs.widened_weight else None
-        dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.widened, ctx.is_rounded)
+        dffn_in_weight = _weight_gradient(dffn_in, y) if needs.ffn_in_weight else None
+        dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.ffn_in, ctx.is_rounded)
         del dffn_in, y
-        dattention_out, dstream, of_norm1 = norm_backward(
-            dmiddle,
-            dmiddle_rounded,
-            attention_out,
-            attended_bias,
-            stream,
-            attended_norm_weight,
-            statistics1,
-            layer.seeds[1],
-            layer.dropouts[1],
+        norm1 = Norm(
+            attention_out, attention_out_bias, stream, attention_norm_weight, layer.seeds[1], layer.dropouts[1]
         )
-        del dmiddle, dmiddle_rounded, attention_out, stream
-        dattended = (
-            _weight_gradient(dattention_out, context.view(dattention_out.shape)) if needs.attended_weight else None
+        dattention_out, dstream, of_norm1 = norm_backward(dmiddle, dmiddle_rounded, norm1, statistics1)
+        del norm1, dmiddle, dmiddle_rounded, attention_out, stream
+        dattention_out_weight = (
+            _weight_gradient(dattention_out, context.view(dattention_out.shape)) if needs.attention_out_weight else None
         )
-        dcontext = (dattention_out @ read.attended).view(context.shape)
+        dcontext = (dattention_out @ read.attention_out).view(context.shape)
         del dattention_out
-        dqkv = torch.empty_like(qkv)
-        (query, key, value), (dquery, dkey, dvalue), mask = qkv.unbind(1), dqkv.unbind(1), layer.mask(qkv.shape[3])
-        attention_backward(
-            dcontext, query, key, value, context, lse, layer.starts, layer.longest, mask, (dquery, dkey, dvalue)
-        )
-        del dcontext, context, qkv, query, key, value
+        dqkv, mask = torch.empty_like(qkv), layer.mask(qkv.shape[3])
+        dquery, dkey, dvalue = dqkv.unbind(1)
+        attention_backward(dcontext, qkv.unbind(1), (context, lse), layer.texts, mask, (dquery, dkey, dvalue))
+        del dcontext, context, qkv
         dqkv = dqkv.flatten(1)  # [T, 3 D]
         weights = (
             _weight_gradient(dqkv, x).chunk(3)
@@ -299,9 +240,9 @@ class _PostNormLayer(torch.autograd.Function):
         return (
             dstream, drounded, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
-            dattended, of_norm1[2], of_norm1[0], of_norm1[1],
-            dwidened, dwidened_bias,
-            dnarrowed, of_norm2[2], of_norm2[0], of_norm2[1],
+            dattention_out_weight, of_norm1[2], of_norm1[0], of_norm1[1],
+            dffn_in_weight, dffn_in_bias,
+            dffn_out_weight, of_norm2[2], of_norm2[0], of_norm2[1],
         )  # fmt: skip
 
 
@@ -313,7 +254,7 @@ def _to_both(dstream: Tensor, dread: Tensor, is_rounded: bool) -> tuple[Tensor, 
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x [out, in], accumulated and kept in float32 where the factors are half precision."""
+    """dyᵀ x [out, in], accumulated and kept in float32 where dy and x are half precision."""
     if dy.dtype not in (torch.bfloat16, torch.float16):
         return dy.T @ x
     if dy.is_cuda:

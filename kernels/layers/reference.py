@@ -15,14 +15,17 @@ from kernels.dropout import keep_mask
 
 
 class Norm(NamedTuple):
-    """What a norm reads, forward and backward, as `kernels.layers.api.norm_forward` has it."""
+    """What a norm reads, forward and backward: each of any floating dtype (float64 where x is), one device, contiguous.
 
-    x: Tensor  # [T, D]
+    `dropout` drops elements by the hash of `seed`, their row and their column: two uses need two seeds.
+    """
+
+    x: Tensor  # [T, D], D in 1..4096
     bias: Tensor | None  # [D]
     residual: Tensor  # [T, D]
     weight: Tensor  # [D]
-    seed: Tensor | None  # [1] int64 where dropout is on
-    dropout: float
+    seed: Tensor | None = None  # [1] int64, needed where dropout > 0
+    dropout: float = 0.0  # in 0..1 (1 excluded)
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -17,14 +17,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from kernels.attention.reference import Texts
 from kernels.dispatch import WIDEST_ROW
 from kernels.layers.post_norm import (
-    Factors,
-    Layer,
+    LayerSettings,
     Parameters,
+    RoundedWeights,
     SavedActivations,
-    factors,
     post_norm_layer,
+    rounded_weights,
     without_graph,
 )
 from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
@@ -73,12 +74,12 @@ class _LayerSpec(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """A layer's factors, and what they were made of: `sources` keep the memory, so that no other weights can come to
-    lie there.
+    """A layer's rounded weights, and what they were made of: `sources` keep the memory, so that no other weights can
+    come to lie there.
     """
 
     state: tuple[object, ...]
-    factors: Factors
+    weights: RoundedWeights
     sources: tuple[Tensor, ...]
 
 
@@ -103,55 +104,53 @@ class FusedLayers(nn.Module):
         *,
         packed_starts: Tensor,
         packed_longest: int,
-        packed_products: deque[SavedActivations] | None = None,
+        saved_activations: deque[SavedActivations] | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
 
-        Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
+        Without a graph, the products of each layer are put into `saved_activations`; with one, they are taken out of it.
         """
-        if packed_products is not None and len(packed_products) != (
+        if saved_activations is not None and len(saved_activations) != (
             expected := len(self._specs) * torch.is_grad_enabled()
         ):
             raise ValueError(
-                f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}"
+                f"expected the products of {counted(expected, 'layer')}, received those of {len(saved_activations)}"
             )
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
-        dropouts = [self._dropouts(spec) for spec in self._specs]
+        texts, dropouts = Texts(packed_starts, packed_longest), [self._dropouts(spec) for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
         if any(map(any, dropouts)):
             seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
             for i, spec in enumerate(self._specs):
-                layer = Layer(
-                    spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3]
-                )
+                layer = LayerSettings(spec.heads, spec.eps, texts, dropouts[i], seeds[3 * i : 3 * i + 3])
                 parameters = _read_parameters(spec.holders)
-                given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
+                args = stream, rounded, layer, self._weights(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():
-                    stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
+                    stream, rounded = post_norm_layer(*args, saved_activations.popleft() if saved_activations else None)
                 else:
-                    stream, rounded, saved = without_graph(*given)
-                    if packed_products is not None:
-                        packed_products.append(saved)
+                    stream, rounded, saved = without_graph(*args)
+                    if saved_activations is not None:
+                        saved_activations.append(saved)
                     del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 
     def _dropouts(self, spec: _LayerSpec) -> tuple[float, float, float]:
-        attention, attended, narrowed = (dropout.p if dropout.training else 0.0 for dropout in spec.dropouts)
-        return attention, attended, narrowed
+        attention, attention_out, ffn_out = (dropout.p if dropout.training else 0.0 for dropout in spec.dropouts)
+        return attention, attention_out, ffn_out
 
-    def _factors(self, i: int, parameters: Parameters, dtype: torch.dtype) -> Factors:
+    def _weights(self, i: int, parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
         state = (dtype, *[(p.data_ptr(), p._version) for p in parameters])
         kept = self._rounded.get(i)
         if kept is None or kept.state != state:
             sources = tuple(p.detach() for p in parameters)
-            kept = self._rounded[i] = _Rounded(state, factors(parameters, dtype), sources)
-        return kept.factors
+            kept = self._rounded[i] = _Rounded(state, rounded_weights(parameters, dtype), sources)
+        return kept.weights
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies round their own weights."""
@@ -160,9 +159,9 @@ class FusedLayers(nn.Module):
 
 def _holders(layer: Any) -> tuple[nn.Linear | nn.LayerNorm, ...]:
     """The modules of `Parameters`, each with a weight and a bias."""
-    own, attended, narrowed = layer.attention.self, layer.attention.output, layer.output
-    norms = attended.LayerNorm, narrowed.LayerNorm
-    return own.query, own.key, own.value, attended.dense, norms[0], layer.intermediate.dense, narrowed.dense, norms[1]
+    own, attention_out, ffn_out = layer.attention.self, layer.attention.output, layer.output
+    ffn_in, norms = layer.intermediate, (attention_out.LayerNorm, ffn_out.LayerNorm)
+    return own.query, own.key, own.value, attention_out.dense, norms[0], ffn_in.dense, ffn_out.dense, norms[1]
 
 
 def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:

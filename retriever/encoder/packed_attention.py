@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kernels.attention.api import packed_attention
+from kernels.attention.api import Mask, packed_attention
 from retriever.data.layout import Packed
 from retriever.encoder.architectures import first_position, is_decoder
 
@@ -76,20 +76,15 @@ def _attend(
     """Attention of a transformers layer: query, key, value [1, heads, T, d] to [1, T, heads, d]."""
     if attention_mask is not None:
         raise ValueError(f"packed texts take no attention mask, received one of shape {list(attention_mask.shape)}")
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    output = packed_attention(
-        queries,
-        keys,
-        values,
-        packed_starts,
-        packed_longest,
+    mask = Mask(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         seed=draw_seeds(1, query.device) if dropout > 0 else None,
-        causal=causal,
+        causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
         window=None if sliding_window is None else sliding_window - 1,  # theirs counts the token itself
     )
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    output = packed_attention(queries, keys, values, packed_starts, packed_longest, mask)
     return output[None], None
 
 

@@ -51,14 +51,14 @@ def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Ten
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig, *, unit: bool, block_rows: int | None = None) -> None:
-        """`unit`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims` asks
-        for them.
+    def __init__(self, config: LossConfig, *, unit_norm: bool, block_rows: int | None = None) -> None:
+        """`unit_norm`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims`
+        asks for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
         """
         super().__init__()
-        self._config, self._unit, self._block_rows = config, unit, block_rows
+        self._config, self._unit_norm, self._block_rows = config, unit_norm, block_rows
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )
@@ -109,7 +109,7 @@ class ContrastiveObjective(nn.Module):
         def contrast(q: Tensor, p: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
             return self._contrast(q, p, targets, world, gradient_scale * weight, temperature)
 
-        return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit)
+        return over_leading_dimensions(contrast, queries, passages, self._config.dims, weights, self._unit_norm)
 
     def _contrast(
         self,
@@ -133,21 +133,18 @@ class ContrastiveObjective(nn.Module):
     def _terms(self, problem: Problem, groups: Groups | None, world: World) -> tuple[Tensor, Tensor, Tensor]:
         """Per-row losses [B], dqueries and dpassages of the weighted sum of the contrastive and the teacher's terms."""
         config, weight = self._config, self._config.contrastive_weight
-        if not config.distils:
-            losses, dqueries, dpassages = STRATEGIES[config.strategy](
-                replace(problem, weight=weight * problem.weight), world
-            )
-            return weight * losses, dqueries, dpassages
-        if groups is None:
+        if config.distils and groups is None:
             raise ValueError(
-                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups from a teacher"
+                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups of a teacher"
             )
-        taught = distill(problem, groups, config, world)
-        if weight == 0:
+        taught = distill(problem, groups, config, world) if groups is not None and config.distils else None
+        if taught is not None and weight == 0:
             return taught
         losses, dqueries, dpassages = STRATEGIES[config.strategy](
             replace(problem, weight=weight * problem.weight), world
         )
+        if taught is None:
+            return weight * losses, dqueries, dpassages
         return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
 
     def _problem(
@@ -179,6 +176,6 @@ class ContrastiveObjective(nn.Module):
             exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1
             known_pairs=targets.known_pairs,
             ignores=targets.ignores,
-            largest=1.0 if self._unit else None,
+            largest=1.0 if self._unit_norm else None,
             block_rows=self._block_rows,
         )

@@ -12,12 +12,17 @@ Contrast = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
 
 
 def over_leading_dimensions(
-    contrast: Contrast, queries: Tensor, passages: Tensor, dims: Sequence[int], weights: Sequence[float], unit: bool
+    contrast: Contrast,
+    queries: Tensor,
+    passages: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    unit_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_d w_d · L(q[:d], p[:d]) and its gradients, [], [B, D] and [N, D]. (Kusupati et al. 2022, arXiv:2205.13147)
 
-    `contrast(queries, passages, w)` gives a loss and w times its gradients. Slices are unit vectors again where `unit`.
-    Raises ValueError where a dimension is larger than D.
+    `contrast(queries, passages, w)` gives a loss and w times its gradients. Slices are unit vectors again where
+    `unit_norm`. Raises ValueError where a dimension is larger than D.
     """
     if max(dims) > queries.shape[1]:
         raise ValueError(f"loss.dims: {max(dims)} is more than the {queries.shape[1]} dimensions of the embeddings")
@@ -25,7 +30,7 @@ def over_leading_dimensions(
     for d, weight in zip(dims, weights, strict=True):
         with torch.enable_grad():
             whole = queries.detach().requires_grad_(), passages.detach().requires_grad_()
-            cut = [normalize(x[:, :d], dim=1) if unit else x[:, :d] for x in whole]
+            cut = [normalize(x[:, :d], dim=1) if unit_norm else x[:, :d] for x in whole]
         loss, *at_cut = contrast(cut[0].detach(), cut[1].detach(), weight)
         dq, dp = torch.autograd.grad(cut, whole, at_cut)
         total, dqueries, dpassages = total + weight * loss, dqueries + dq, dpassages + dp

@@ -13,17 +13,17 @@ hide behind the work on a block, so they are the cheaper.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, MaskTables
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.api import Block, Exclusions, MaskTables
+from kernels.infonce.terms import Terms
+from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.problem import Problem
-from retriever.loss.ring import BlockMasks, gradient_of_sweep, lse_of_sweep
-from retriever.loss.terms import Terms
+from retriever.loss.ring import BlockMasks, gradient_of_round, lse_of_round
 from retriever.parallel.host import CopyStream, HostRows, host_rows
 from retriever.parallel.ring import Ring
 from retriever.parallel.world import World
@@ -42,60 +42,70 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16 (40 with several ranks) and the
     workspace. (Cheng et al. 2024, arXiv:2410.17243)
     """
-    here, cut = _without_rows(problem, world.device), _Cut.of(problem, world)
-    tables, copies = _Tables.of(here, cut, world), CopyStream(world.device)
-    queries = HostRows(_host_copy(problem.queries, problem, world), cut.size, cut.query_blocks, copies)
-    passages = HostRows(_host_copy(problem.passages, problem, world), cut.size, len(cut.counts), copies)
-    terms = _first_sweep(here, world, cut, tables, queries, passages)
-    _second_sweep(here, world, cut, tables, queries, passages, terms)
-    copies.finish()
-    return terms.losses, queries.sums, passages.sums
+    passages = HostPassages(problem, world)
+    found = passages.problem.contrast(passages)
+    passages.copies.finish()
+    return found
 
 
-def _first_sweep(
-    problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows
-) -> Terms:
-    """What follows from all log-sum-exps: of rows over their negatives and, where symmetric, of columns over all ranks'
-    queries.
-    """
-    positive = torch.zeros(len(problem.positives), dtype=queries.sums.dtype, device=world.device)  # [B]
-    row_lse = torch.full_like(positive, -torch.inf)
-    column_lse = positive.new_full((len(problem.exclusions.passage_ids),), -torch.inf) if problem.symmetric else None
-    for a, q in queries.read():
-        i = queries.places[a]
-        for k, p in passages.read():
-            j, counts = passages.places[k], cut.counts[k]
-            rows, columns = lse_of_sweep(
-                problem, world, counts, q, Ring(world, counts, p).forth(), partial(tables.masks, a, k)
-            )
-            row_lse[i] = torch.logaddexp(row_lse[i], rows)
-            if column_lse is not None and columns is not None:
-                column_lse[j] = torch.logaddexp(column_lse[j], columns)
-            at, targets = tables.targets_in(a, k)
-            positive[i][at] = problem.scale * target_similarities(q[at], p, targets, precision=problem.precision)
-    return Terms.of(problem, positive, row_lse, column_lse)
+class HostPassages(Passages):
+    """All ranks' passages in blocks from host memory, which go round the ring for each block of own queries."""
 
+    def __init__(self, problem: Problem, world: World) -> None:
+        self.problem, self._world = _without_rows(problem, world.device), world
+        self._cut = _Cut.of(problem, world)
+        self._tables, self.copies = _Tables.of(self.problem, self._cut, world), CopyStream(world.device)
+        size = self._cut.size
+        self._queries = HostRows(_host_copy(problem.queries, problem, world), size, self._cut.query_blocks, self.copies)
+        self._passages = HostRows(
+            _host_copy(problem.passages, problem, world), size, len(self._cut.counts), self.copies
+        )
 
-def _second_sweep(
-    problem: Problem, world: World, cut: _Cut, tables: _Tables, queries: HostRows, passages: HostRows, terms: Terms
-) -> None:
-    """Leaves both gradients in the `sums` of their sides."""
-    for a, q, dq in queries.accumulate(fresh=True):
-        i = queries.places[a]
-        for k, p, dp in passages.accumulate(fresh=a == 0):
-            j, counts = passages.places[k], cut.counts[k]
-            column_log_weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
-            _, term = gradient_of_sweep(
-                problem, world, counts, q, Ring(world, counts, p).back(), terms.row_log_weights[i], column_log_weights,
-                partial(tables.masks, a, k), dqueries=dq,
-            )  # fmt: skip
-            at, targets = tables.targets_in(a, k)
-            dq_at = dq[at]
-            add_target_gradient(
-                dq_at, term, q[at], p, targets, terms.target_gradient[i][at], precision=problem.precision
-            )
-            dq[at] = dq_at
-            dp += term
+    def forward(self) -> FirstPass:
+        logits = torch.zeros(
+            len(self.problem.positives), dtype=self._queries.sums.dtype, device=self._world.device
+        )  # [B]
+        row_lse = torch.full_like(logits, -torch.inf)
+        column_lse = logits.new_full((len(self.problem.exclusions.passage_ids),), -torch.inf)  # [N]
+        for a, q in self._queries.read():
+            i = self._queries.places[a]
+            for k, p in self._passages.read():
+                j, counts = self._passages.places[k], self._cut.counts[k]
+                blocks = self._blocks(a, k, q, Ring(self._world, counts, p).forth())
+                rows, columns = yield from lse_of_round(self._world, counts, blocks, i)
+                row_lse[i] = torch.logaddexp(row_lse[i], rows)
+                if columns is not None:
+                    column_lse[j] = torch.logaddexp(column_lse[j], columns)
+                at, targets = self._tables.targets_in(a, k)
+                if len(at):
+                    logits[i][at] = replace(self.own, queries=q[at]).target_logits(targets)
+        return row_lse, column_lse if self.problem.symmetric else None, logits
+
+    def backward(self, terms: Terms) -> SecondPass:
+        for a, q, dq in self._queries.accumulate(fresh=True):
+            i = self._queries.places[a]
+            for k, p, dp in self._passages.accumulate(fresh=a == 0):
+                j, counts = self._passages.places[k], self._cut.counts[k]
+                weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
+                blocks = self._blocks(a, k, q, Ring(self._world, counts, p).back())
+                _, term = yield from gradient_of_round(self._world, counts, blocks, weights, i, dq)
+                at, targets = self._tables.targets_in(a, k)
+                if len(at):
+                    own, dq_at = replace(self.own, queries=q[at]), dq[at]
+                    own.add_target_gradient(dq_at, term, targets, terms.target_gradient[i][at])
+                    dq[at] = dq_at
+                dp += term
+        return self._queries.sums, self._passages.sums
+
+    def _blocks(
+        self, a: int, k: int, queries: Tensor, passages: Iterable[tuple[int, Tensor]]
+    ) -> Iterator[tuple[int, Block]]:
+        """Own queries in block a against every owner's block k; `own` is the block of own passages among them."""
+        for owner, rows in passages:
+            block = self.problem.block(queries, rows, self._tables.masks(a, k, owner))
+            if owner == self._world.rank:
+                self.own = block
+            yield owner, block
 
 
 def host_bytes(precision: str, *, dims: bool) -> int:

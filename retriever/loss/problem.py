@@ -1,14 +1,16 @@
-"""What every strategy is given: one rank's rows and columns, and which pairs count."""
+"""One rank's part of the loss, as every strategy takes it: its rows and columns, and which pairs count."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, Precision
+from kernels.infonce.api import Block, Exclusions, MaskTables, Precision, block_of
+from kernels.infonce.two_pass import Passages, first_pass, second_pass
 from retriever.data.batch import KnownPairs
 
 
@@ -32,12 +34,12 @@ class Problem:
     ignores: bool | None = None  # whether any row is ignored
     largest: float | None = None  # similarity that none exceeds, rounding apart
 
-    @property
+    @cached_property
     def active(self) -> Tensor:
         """Rows [B] that are not ignored."""
         return self.positives >= 0
 
-    @property
+    @cached_property
     def columns(self) -> Tensor:
         """Column [B] of each row's positive; column 0 stands in where the row is ignored."""
         return self.positives.clamp(min=0)
@@ -47,6 +49,16 @@ class Problem:
         """The dtype in which representations go to other ranks and to host memory: their values are exact in it."""
         return torch.bfloat16 if self.precision == "bf16" else self.passages.dtype
 
-    def positive_logits(self) -> Tensor:
-        """scale · s_it [B] for each row's positive t."""
-        return self.scale * (self.queries * self.passages[self.columns]).sum(dim=1)
+    def block(self, queries: Tensor, passages: Tensor, masks: MaskTables) -> Block:
+        """A block of some of the queries and of any rank's passages, under this problem's settings."""
+        return block_of(
+            queries, passages, self.scale, masks,
+            precision=self.precision, workspace_mib=self.workspace_mib, largest=self.largest,
+        )  # fmt: skip
+
+    def contrast(self, passages: Passages) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [B] and both gradients in two passes. (Cheng et al. 2024, arXiv:2410.17243)"""
+        weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
+        weights.masked_fill_(self.active, self.weight)
+        terms = first_pass(passages, self.columns, weights, symmetric=self.symmetric)
+        return terms.loss.where(self.active, 0.0), *second_pass(passages, terms)

@@ -8,112 +8,95 @@ one-directional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Exclusions, MaskTables, negatives_gradient, negatives_lse
+from kernels.infonce.api import Block, Exclusions, MaskTables
 from kernels.infonce.exclusions import known_pairs
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.terms import Terms
+from kernels.infonce.two_pass import FirstPass, Passages, SecondPass, Step
 from retriever.loss.problem import Problem
-from retriever.loss.terms import Terms
 from retriever.parallel.ring import Ring, TravellingSum
 from retriever.parallel.world import World
 
 
-def ring(
-    problem: Problem,
-    world: World,
-    *,
-    lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
-    gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
-) -> tuple[Tensor, Tensor, Tensor]:
+def ring(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D] and dpassages [N, D], float32 (float64 for float64 problems).
 
-    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks. `lse`
-    and `gradient` work on one block; others than the tiled ones serve comparisons. (Cheng et al. 2024,
-    arXiv:2410.17243)
+    A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks.
     """
-    queries, passages = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
-    targets, precision = problem.columns, problem.precision
-    counts = world.counts(len(passages))
-    # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
-    ids, blocks = Ring(world, counts, problem.exclusions.passage_ids).forth(), Ring(world, counts, passages)
-    sweep = blocks.forth()
-    masks = BlockMasks.of(problem, ids, counts, world.rank)
-    positive = problem.scale * target_similarities(queries, passages, targets, precision=precision)  # [B]
-
-    row_lse, column_lse = lse_of_sweep(problem, world, counts, queries, sweep, masks.of_block, lse)
-    terms = Terms.of(problem, positive, row_lse, column_lse)
-    dqueries, dpassages = gradient_of_sweep(
-        problem,
-        world,
-        counts,
-        queries,
-        blocks.back(),
-        terms.row_log_weights,
-        terms.column_log_weights,
-        masks.of_block,
-        gradient=gradient,
-    )
-    add_target_gradient(dqueries, dpassages, queries, passages, targets, terms.target_gradient, precision=precision)
-    return terms.losses, dqueries, dpassages
+    return problem.contrast(RingPassages(problem, world))
 
 
-def lse_of_sweep(
-    problem: Problem,
-    world: World,
-    counts: Sequence[int],
-    queries: Tensor,
-    sweep: Iterable[tuple[int, Tensor]],
-    masks: Callable[[int], MaskTables],
-    lse: Callable[..., tuple[Tensor, Tensor | None]] = negatives_lse,
-) -> tuple[Tensor, Tensor | None]:
-    """Sweep 1, `forth`: row_lse of `queries` over every (owner, block) and, where symmetric, column_lse of own passages
-    over all ranks'.
+class RingPassages(Passages):
+    """Every rank's passages, a rank's after the other's; own ones stay at hand."""
 
-    `masks` gives the tables of an owner's block, `counts` its rows; of `problem` only settings are read.
+    def __init__(self, problem: Problem, world: World) -> None:
+        self._problem, self._world = problem, world
+        self._queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
+        self._counts = world.counts(len(own))
+        # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
+        ids = Ring(world, self._counts, problem.exclusions.passage_ids).forth()
+        self._ring = Ring(world, self._counts, own)
+        self._forth = self._ring.forth()
+        self._masks = BlockMasks.of(problem, ids, self._counts, world.rank)
+        super().__init__(problem.block(self._queries, own, self._masks.of_block(world.rank)), problem.columns)
+
+    def forward(self) -> FirstPass:
+        row_lse, column_lse = yield from lse_of_round(self._world, self._counts, self._blocks(self._forth))
+        return row_lse, column_lse, self.own.target_logits(self.targets)
+
+    def backward(self, terms: Terms) -> SecondPass:
+        blocks, weights = self._blocks(self._ring.back()), terms.column_log_weights
+        dqueries, dpassages = yield from gradient_of_round(self._world, self._counts, blocks, weights)
+        self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
+        return dqueries, dpassages
+
+    def _blocks(self, passages: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Block]]:
+        for owner, rows in passages:
+            yield owner, self._problem.block(self._queries, rows, self._masks.of_block(owner))
+
+
+def lse_of_round(
+    world: World, counts: Sequence[int], blocks: Iterable[tuple[int, Block]], rows: slice = slice(None)
+) -> Generator[Step, Any, tuple[Tensor, Tensor | None]]:
+    """A first pass over every owner's block, `forth`: the row_lse of the queries `rows` and, where symmetric, the
+    column_lse of own passages over all ranks'; `counts`: rows of every owner's block.
     """
-    row_lse = queries.new_full((len(queries),), -torch.inf, dtype=torch.promote_types(queries.dtype, torch.float32))
+    row_lse, columns = None, None
     column_sums = TravellingSum(world, counts, step=1, combine=torch.logaddexp)
-    settings: Any = {"columns": problem.symmetric, "precision": problem.precision, "largest": problem.largest}
-    for owner, block in sweep:
-        rows, columns = lse(queries, block, problem.scale, masks(owner), **settings)
-        row_lse = torch.logaddexp(row_lse, rows)
+    for owner, block in blocks:
+        lse, columns = yield Step(block, rows)
+        row_lse = lse if row_lse is None else torch.logaddexp(row_lse, lse)
         if columns is not None:
             column_sums.add(owner, columns)
-    return row_lse, column_sums.home() if problem.symmetric else None
+    assert row_lse is not None
+    return row_lse, None if columns is None else column_sums.home()
 
 
-def gradient_of_sweep(
-    problem: Problem,
+def gradient_of_round(
     world: World,
     counts: Sequence[int],
-    queries: Tensor,
-    sweep: Iterable[tuple[int, Tensor]],
-    row_log_weights: Tensor,
+    blocks: Iterable[tuple[int, Block]],
     column_log_weights: Tensor | None,
-    masks: Callable[[int], MaskTables],
+    rows: slice = slice(None),
     dqueries: Tensor | None = None,
-    gradient: Callable[..., tuple[Tensor, Tensor]] = negatives_gradient,
-) -> tuple[Tensor, Tensor]:
-    """Sweep 2, `back`: the negatives' part of dqueries, added to what is given, and of own dpassages over all ranks'
-    queries.
+) -> Generator[Step, Any, tuple[Tensor, Tensor]]:
+    """A second pass over every owner's block, `back`: the negatives' part of dqueries, added to what is passed in, and
+    of own dpassages over all ranks' queries.
     """
-    column_weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
-    dpassages = TravellingSum(world, counts, step=-1)
-    for owner, block in sweep:
-        weights = None if column_weights is None else next(column_weights)[1]  # [rows of block]
-        dqueries, term = gradient(
-            queries, block, problem.scale, row_log_weights, weights, masks(owner),
-            dqueries=dqueries, precision=problem.precision, workspace_mib=problem.workspace_mib, largest=problem.largest,
-        )  # fmt: skip
-        dpassages.add(owner, term)
+    weights = None if column_log_weights is None else Ring(world, counts, column_log_weights).back()
+    sums = TravellingSum(world, counts, step=-1)
+    for owner, block in blocks:
+        of_block = None if weights is None else next(weights)[1]  # [rows of block]
+        dqueries, dpassages = yield Step(block, rows, of_block, dqueries)
+        sums.add(owner, dpassages)
     assert dqueries is not None
-    return dqueries, dpassages.home()
+    return dqueries, sums.home()
 
 
 @dataclass(frozen=True)

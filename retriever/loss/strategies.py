@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.infonce.api import Exclusions
-from kernels.infonce.reference import known_pairs
+from kernels.infonce.exclusions import known_pairs
 from kernels.infonce.terms import log_one_plus_exp
 from retriever.loss.problem import Problem
 from retriever.loss.tiled import tiled
-from retriever.parallel.world import World
+from retriever.parallel.world import Gathered, World
 
 
 def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,40 +35,31 @@ def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     positives = world.gather_rows(problem.positives + offset).rows
     with torch.enable_grad():
         q, p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
-        whole = replace(problem, queries=q, passages=p, positives=positives, exclusions=exclusions)
+        whole = replace(problem, queries=q, passages=p, positives=positives)
         logits = _masked_logits(q, p, exclusions, problem.scale)
-        positive = whole.positive_logits()
-        losses = log_one_plus_exp(logits.logsumexp(dim=1) - positive)
-        if problem.symmetric:
-            losses = 0.5 * (losses + log_one_plus_exp(logits.logsumexp(dim=0)[whole.columns] - positive))
-        losses = losses.where(whole.active, 0.0)
+        losses = _losses(whole, logits, logits)
         dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
     return losses.detach()[queries.own], dqueries[queries.own], dpassages[passages.own]
 
 
 def local(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], dqueries [B, D], dpassages [N, D]; autograd runs back through the gather."""
-    with torch.enable_grad():
-        q, p = problem.queries.detach().requires_grad_(), problem.passages.detach().requires_grad_()
-        every_q = _GatherRows.apply(q, world) if problem.symmetric else None
-        losses = _rows_against_all(problem, world, q, p, every_q, _GatherRows.apply(p, world))
-        dqueries, dpassages = torch.autograd.grad(problem.weight * losses.sum(), (q, p))
-    return losses.detach(), dqueries, dpassages
+    """Per-row losses [B], dqueries [B, D], dpassages [N, D]; gradients at what was gathered come home by a
+    reduce-scatter.
+    """
+    return _own_rows(problem, world, lambda gradient, gathered: world.reduce_rows(gradient, gathered.counts))
 
 
 def disco(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], dqueries [B, D], dpassages [N, D] from own-rank and cross-rank parts of the gradient."""
-    queries, passages = world.gather_rows(problem.queries), world.gather_rows(problem.passages)
-    with torch.enable_grad():
-        q, p = problem.queries.detach().requires_grad_(), problem.passages.detach().requires_grad_()
-        every_q, every_p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
-        losses = _rows_against_all(problem, world, q, p, every_q if problem.symmetric else None, every_p)
-        inputs = (q, p, every_p, every_q) if problem.symmetric else (q, p, every_p)
-        dqueries, dpassages, *crossing = torch.autograd.grad(problem.weight * losses.sum(), inputs)
-    dpassages = dpassages + _own_plus_crossing(crossing[0], passages.own, world)
-    if problem.symmetric:
-        dqueries = dqueries + _own_plus_crossing(crossing[1], queries.own, world)
-    return losses.detach(), dqueries, dpassages
+    """Per-row losses [B], dqueries [B, D], dpassages [N, D]; gradients at what was gathered come home by an all-reduce
+    of what crosses ranks.
+    """
+
+    def own_plus_crossing(gradient: Tensor, gathered: Gathered) -> Tensor:
+        kept = gradient[gathered.own].clone()
+        gradient[gathered.own] = 0
+        return kept + world.sum(gradient)[gathered.own]
+
+    return _own_rows(problem, world, own_plus_crossing)
 
 
 STRATEGIES: dict[str, Callable[[Problem, World], tuple[Tensor, Tensor, Tensor]]] = {
@@ -80,28 +70,39 @@ STRATEGIES: dict[str, Callable[[Problem, World], tuple[Tensor, Tensor, Tensor]]]
 }
 
 
-def _rows_against_all(
-    problem: Problem, world: World, q: Tensor, p: Tensor, every_q: Tensor | None, every_p: Tensor
-) -> Tensor:
-    """Losses [B] of this rank's rows: own queries against every passage, and own positives against every query if
-    given.
+def _own_rows(
+    problem: Problem, world: World, bring_home: Callable[[Tensor, Gathered], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and gradients from own queries against every passage and, where symmetric, own passages against every
+    query; `bring_home` makes a gradient at gathered rows that of own rows, summed over ranks.
     """
-    every_id = world.gather_rows(problem.exclusions.passage_ids).rows
-    rows = _masked_logits(q, every_p, replace(problem.exclusions, passage_ids=every_id), problem.scale)  # [B, n]
-    positive = replace(problem, queries=q, passages=p).positive_logits()
+    queries, passages = world.gather_rows(problem.queries), world.gather_rows(problem.passages)
+    own = problem.exclusions
+    exclusions = replace(own, passage_ids=world.gather_rows(own.passage_ids).rows)
+    with torch.enable_grad():
+        q, p = problem.queries.detach().requires_grad_(), problem.passages.detach().requires_grad_()
+        every_q, every_p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
+        rows, columns = _masked_logits(q, every_p, exclusions, problem.scale), None  # [B, n]
+        if problem.symmetric:
+            exclusions = _exclusions_of_all_rows(problem, world, own.passage_ids)
+            columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
+        losses = _losses(replace(problem, queries=q, passages=p), rows, columns)
+        inputs = (q, p, every_p, every_q) if problem.symmetric else (q, p, every_p)
+        dqueries, dpassages, *gathered = torch.autograd.grad(problem.weight * losses.sum(), inputs)
+    dpassages = dpassages + bring_home(gathered[0], passages)
+    if problem.symmetric:
+        dqueries = dqueries + bring_home(gathered[1], queries)
+    return losses.detach(), dqueries, dpassages
+
+
+def _losses(problem: Problem, rows: Tensor, columns: Tensor | None) -> Tensor:
+    """Losses [B] from the negatives' logits: of every query in `rows`, of every passage in `columns`."""
+    positive = problem.scale * (problem.queries * problem.passages[problem.columns]).sum(dim=1)
     losses = log_one_plus_exp(rows.logsumexp(dim=1) - positive)
-    if every_q is not None:
-        exclusions = _exclusions_of_all_rows(problem, world, problem.exclusions.passage_ids)
-        columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
+    if problem.symmetric:
+        assert columns is not None
         losses = 0.5 * (losses + log_one_plus_exp(columns.logsumexp(dim=0)[problem.columns] - positive))
     return losses.where(problem.active, 0.0)
-
-
-def _own_plus_crossing(gradient: Tensor, own: slice, world: World) -> Tensor:
-    """Own rows of Σ over ranks of `gradient`, of which only what crosses ranks is sent."""
-    kept = gradient[own].clone()
-    gradient[own] = 0
-    return kept + world.sum(gradient)[own]
 
 
 def _masked_logits(queries: Tensor, passages: Tensor, exclusions: Exclusions, scale: float) -> Tensor:
@@ -126,17 +127,3 @@ def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor)
         threshold = threshold if threshold is not None else problem.queries.new_full((len(problem.queries),), torch.inf)
         threshold = world.gather_rows(threshold).rows
     return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold)
-
-
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; the gradient of own rows is the sum over ranks, by a reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
-        gathered = world.gather_rows(x)
-        ctx.counts, ctx.world = gathered.counts, world
-        return gathered.rows.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.world.reduce_rows(gradients[0], ctx.counts), None

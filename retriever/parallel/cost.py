@@ -51,6 +51,10 @@ class Machine:
     block_ms: float = 0.1  # of launches and waits, for a block in a sweep
     call_ms: float = 1.5  # of a ring: the device waits for the host, which asks how many known pairs there are
 
+    def hop_gb_s(self, ranks: int) -> float:
+        """The bandwidth of a hop of a ring of `ranks`."""
+        return self.inside_gb_s if ranks <= self.ranks_per_node else min(self.inside_gb_s, self.between_gb_s)
+
     @staticmethod
     def here() -> Machine:
         """This launch's number of ranks a node, as torchrun and accelerate tell it."""
@@ -115,34 +119,23 @@ def gather_cost(work: Workload, machine: Machine) -> Estimate:
 def ring_cost(work: Workload, machine: Machine) -> Estimate:
     """Two sweeps over blocks, each with the next one in flight."""
     rows, columns = work.queries / work.ranks, work.passages / work.ranks
-    narrow = _BYTES[work.precision]
-    hops = work.ranks - 1
-    bandwidth = (
-        machine.inside_gb_s if work.ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
-    )
-    sweeps = [
-        (2, narrow, hops),
-        (6, 4, min(hops, 1)),
-        (6, narrow + 4, hops - 1),
-    ]  # sweep 2 begins with the block sweep 1 ended on
+    narrow, hops = _BYTES[work.precision], work.ranks - 1
     a_block = _compute_ms(RING_OPERATIONS * rows * columns * work.dim, work, machine) + 2 * machine.block_ms
     compute = work.ranks * a_block + machine.call_ms
     transfer = exposed = 0.0
-    for operations, width, times in sweeps:
-        hop = columns * work.dim * width / bandwidth / 1e6
-        transfer += max(0, times) * hop
-        exposed += max(0, times) * max(0.0, hop - _compute_ms(operations * rows * columns * work.dim, work, machine))
+    # Sweep 2 begins with the block that sweep 1 ended on.
+    for operations, width, times in ((2, narrow, hops), (6, 4, min(hops, 1)), (6, narrow + 4, max(0, hops - 1))):
+        hop = columns * work.dim * width / machine.hop_gb_s(work.ranks) / 1e6
+        transfer += times * hop
+        exposed += times * max(0.0, hop - _compute_ms(operations * rows * columns * work.dim, work, machine))
     held = columns * work.dim * (min(2, hops) * narrow + min(3, work.ranks + 1) * 4) + rows * work.dim * 4
     return Estimate(compute, transfer, exposed, held / 2**20 + work.workspace_mib)
 
 
 def hiding_queries(machine: Machine, ranks: int, precision: str = "bf16") -> int:
     """The global number of queries from which a ring hides its transfers; neither N nor D plays a part."""
-    bandwidth = (
-        machine.inside_gb_s if ranks <= machine.ranks_per_node else min(machine.inside_gb_s, machine.between_gb_s)
-    )
     narrow = _BYTES[precision]
-    per_rank = max(narrow / 2, (narrow + 4) / 6) * machine.tflops / _SLOWER[precision] * 1e3 / bandwidth
+    per_rank = max(narrow / 2, (narrow + 4) / 6) * machine.tflops / _SLOWER[precision] * 1e3 / machine.hop_gb_s(ranks)
     return ranks * int(-(-per_rank // 1))
 
 

@@ -206,7 +206,7 @@ def _offloaded(problem: Problem, gradients: bool) -> Found:
     B = len(problem.queries)
     config = LossConfig(temperature=problem.temperature, precision="bf16", workspace_mib=1024)
     block_rows = BLOCK_ROWS if B > BLOCK_ROWS else max(1, 3 * B // 10)
-    objective = ContrastiveObjective(config, unit=True, block_rows=block_rows).to(problem.world.device)
+    objective = ContrastiveObjective(config, unit_norm=True, block_rows=block_rows).to(problem.world.device)
     at, ids = problem.at.cpu(), problem.ids.cpu()
     loss, dqueries, dpassages = objective(
         *problem.on_host, Targets(at, ids, torch.arange(B + 1), ids, B * problem.world.size), problem.world

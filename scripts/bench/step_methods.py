@@ -94,7 +94,7 @@ class Trainer:
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()
         use(self.encoder, resolved.model)
-        self.objective = ContrastiveObjective(resolved.loss, unit=resolved.model.normalize).to(self.world.device)
+        self.objective = ContrastiveObjective(resolved.loss, unit_norm=resolved.model.normalize).to(self.world.device)
         planner = Planner.from_config(work.store, resolved)
         plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
         self.config, self.forecast = plan.decide()

@@ -57,7 +57,7 @@ class _Run:
         if self.config.model.lora is not None:
             adapt(self.encoder.towers, self.config.model.lora, seed=0)
         self.placed = PlacedEncoder(self.encoder, world)
-        objective = ContrastiveObjective(self.config.loss, unit=True).double().to(world.device)
+        objective = ContrastiveObjective(self.config.loss, unit_norm=True).double().to(world.device)
         self.state = TrainingState(
             self.encoder, objective, Optimizer(self.config.optim, [self.encoder, objective], STEPS, world.device)
         )

@@ -114,7 +114,7 @@ def _measure(world: World, folder: Path) -> list[dict[str, Any]]:
 
 def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     whole = random_batch(ranks=world.size, ignored=case.ignored)
-    encoder, objective = _encoder(folder), ContrastiveObjective(case.config(), unit=True).double()
+    encoder, objective = _encoder(folder), ContrastiveObjective(case.config(), unit_norm=True).double()
     batch, rows, columns = rank_batch(whole, world.rank, 57)
     groups = _groups(whole)
     batch = replace(batch, targets=replace(batch.targets, groups=_as_tensors([groups[row] for row in rows])))
@@ -124,7 +124,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
     found, loss = _gradients(encoder, objective), world.sum(loss)
 
-    exact, reference = _encoder(folder), ContrastiveObjective(case.config(), unit=True).double()
+    exact, reference = _encoder(folder), ContrastiveObjective(case.config(), unit_norm=True).double()
     queries, passages = (
         encode_whole(exact, whole.query_tokens, "query"),
         encode_whole(exact, whole.passage_tokens, "passage"),

@@ -223,7 +223,7 @@ def _objective(case: Case) -> ContrastiveObjective:
         dims=case.dims,
         dim_weights=DIM_WEIGHTS[: len(case.dims)],
     )
-    return ContrastiveObjective(config, block_rows=case.block_rows, unit=True).double()
+    return ContrastiveObjective(config, block_rows=case.block_rows, unit_norm=True).double()
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))

@@ -40,7 +40,8 @@ def _encoder(folder: Path, tied: bool) -> DualEncoder:
 
 
 def _objective(strategy: str) -> ContrastiveObjective:
-    return ContrastiveObjective(LossConfig(strategy=strategy, precision="fp32", temperature=0.1), unit=True).double()  # type: ignore[arg-type]
+    config = LossConfig(strategy=strategy, precision="fp32", temperature=0.1)  # type: ignore[arg-type]
+    return ContrastiveObjective(config, unit_norm=True).double()
 
 
 def _oracle(folder: Path, tied: bool, ranks: int) -> tuple[float, dict[str, Tensor]]:

@@ -127,7 +127,7 @@ def _compute_case(world: World, case: Case) -> dict[str, Any]:
     whole = _whole(case, world.size)
     q, p = _vectors(whole, case)
     batch, rows, columns = rank_batch(whole, world.rank, 10**6)
-    objective = ContrastiveObjective(case.config(), block_rows=case.block_rows, unit=True)
+    objective = ContrastiveObjective(case.config(), block_rows=case.block_rows, unit_norm=True)
     loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
     dscale = torch.zeros(()) if objective.log_scale.grad is None else objective.log_scale.grad
     return {

@@ -52,7 +52,7 @@ def losses_of(world: World, folder: Path, run: Run) -> list[float]:
         exchange=run.exchange,  # type: ignore[arg-type]
         precision=run.loss_precision,  # type: ignore[arg-type]
     )
-    objective = ContrastiveObjective(loss, unit=True).to(world.device)
+    objective = ContrastiveObjective(loss, unit_norm=True).to(world.device)
     optim = OptimConfig(lr=run.lr, warmup=5, precision=run.precision)  # type: ignore[arg-type]
     optimizer = Optimizer(optim, [encoder, objective], STEPS, world.device)
     batches = [_batch(world, run.queries, seed) for seed in range(BATCHES)]

@@ -125,7 +125,7 @@ def _empty_rank(world: World) -> list[str]:
     for name in STRATEGIES:
         for symmetric in (False, True):
             config = LossConfig(strategy=name, symmetric=symmetric, precision="fp32")  # type: ignore[arg-type]
-            objective = ContrastiveObjective(config, unit=True)
+            objective = ContrastiveObjective(config, unit_norm=True)
             loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
             whole_loss, whole_dq, whole_dp = objective(q, p, alone.targets, World(world.device))
             pairs = [(world.sum(loss), whole_loss), (dq, whole_dq[rows]), (dp, whole_dp[columns])]

@@ -218,13 +218,13 @@ def test_a_change_of_weights_is_seen(
 
 
 def test_weights_are_rounded_once_a_step(tmp_path: Path, tokens: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, factors = _fused_bert(tmp_path), Mock(wraps=fused_layers.factors)
-    monkeypatch.setattr(fused_layers, "factors", factors)
+    encoder, rounded = _fused_bert(tmp_path), Mock(wraps=fused_layers.rounded_weights)
+    monkeypatch.setattr(fused_layers, "rounded_weights", rounded)
     step = _step(torch.optim.AdamW, fused=True)
     step(encoder, tokens)
-    assert factors.call_count == 2  # layers, of two chunks
+    assert rounded.call_count == 2  # layers, of two chunks
     step(encoder, tokens)
-    assert factors.call_count == 4
+    assert rounded.call_count == 4
 
 
 def test_copies_have_their_own_weights(tmp_path: Path, tokens: Packed) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import short
-from kernels.attention.api import packed_attention
 from tests.gpu.devices import toy
-from tests.kernels.attention_oracle import Heads, each, errors, heads_of, texts
+from tests.kernels.attention_oracle import Heads, attend, each, errors, heads_of, texts
 from tests.kernels.oracle import relative_error
 
 SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
@@ -55,7 +54,7 @@ def test_matches_float64(case: int, dtype: torch.dtype, dropout: float, device: 
 
 
 def run(inputs: Heads, starts: Tensor, longest: int) -> list[Tensor]:
-    out = packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(inputs[0].device.type))
+    out = attend(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(inputs[0].device.type))
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out) * out.detach())]
 
 
@@ -72,9 +71,7 @@ def test_repeats_and_strides_give_the_same_bits(lengths: list[int], device: str)
             assert x.any() and torch.equal(x, y)
     with torch.no_grad():
         inputs = heads_of(T, *heads, 64, torch.bfloat16, device)
-        assert torch.equal(
-            first[0], packed_attention(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(device))
-        )
+        assert torch.equal(first[0], attend(*inputs, starts, longest, scale=0.125, dropout=0.1, seed=seed(device)))
 
 
 def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
@@ -83,11 +80,11 @@ def test_the_same_mask_in_every_tile_and_block(device: str) -> None:
     starts, longest = texts(lengths, device)
     query, key, value = each(heads_of(433, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device), Tensor.detach)
     options: dict[str, Any] = {"scale": 0.125, "dropout": 0.1, "seed": seed(device)}
-    few = packed_attention(query[:33], key[:33], value[:33], starts, longest, **options)
+    few = attend(query[:33], key[:33], value[:33], starts, longest, **options)
     for extra in (90, 120, 400):
         more, longest = texts([*lengths, extra], device)
         T = 33 + extra
-        got = packed_attention(query[:T], key[:T], value[:T], more, longest, **options)
+        got = attend(query[:T], key[:T], value[:T], more, longest, **options)
         assert relative_error(got[:33], few.double()) < 4e-3
 
 
@@ -97,8 +94,8 @@ def test_texts_of_every_length_fill_their_tiles(device: str, monkeypatch: pytest
         monkeypatch.setattr(short, "tile_for", lambda *_, tile=tile: tile)
         starts, _ = texts([longest, longest - 1, longest] * 11, device)
         inputs = each(heads_of(int(starts[-1]), 2, 2, 32, torch.float16, device), Tensor.detach)
-        got = packed_attention(*inputs, starts, longest, scale=0.2)
-        want = packed_attention(*each(inputs, Tensor.double), starts, longest, scale=0.2)
+        got = attend(*inputs, starts, longest, scale=0.2)
+        want = attend(*each(inputs, Tensor.double), starts, longest, scale=0.2)
         assert relative_error(got, want) < 1e-3, (block, longest)
 
 
@@ -112,10 +109,10 @@ def test_addresses_beyond_two_to_the_31(length: int) -> None:
     inputs = each((buffer, buffer, buffer), lambda x: x.clone().requires_grad_())
     whole = run(inputs, starts, length)
     # The last text alone has other token indices, and so another mask: compare without dropout.
-    out = packed_attention(*inputs, starts, length, scale=0.125)
+    out = attend(*inputs, starts, length, scale=0.125)
     gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
     last = each(inputs, lambda x: x.detach()[-length:].clone().requires_grad_())
-    alone = packed_attention(*last, starts[:2], length, scale=0.125)
+    alone = attend(*last, starts[:2], length, scale=0.125)
     assert torch.equal(out[-length:], alone)
     for x, y in zip(gradients, torch.autograd.grad(alone, last, torch.ones_like(alone)), strict=True):
         assert y.norm() > 0 and torch.equal(x[-length:], y)
@@ -130,10 +127,10 @@ def test_compiled_with_dropout_is_the_same_call(device: str) -> None:
     inputs = heads_of(155, *toy(device, 12, 12, most=2), 64, torch.bfloat16, device)
     word, backend = seed(device), "inductor" if device == "cuda" else "aot_eager"
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return packed_attention(query * 2, key, value, starts, longest, scale=0.125, dropout=0.1, seed=word) * 2
+    def twice(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query * 2, key, value, starts, longest, scale=0.125, dropout=0.1, seed=word) * 2
 
-    want, got = attend(*inputs), torch.compile(attend, fullgraph=True, backend=backend)(*inputs)
+    want, got = twice(*inputs), torch.compile(twice, fullgraph=True, backend=backend)(*inputs)
     assert torch.equal(got, want)
     for x, y in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
         assert torch.equal(x, y)

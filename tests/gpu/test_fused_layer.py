@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layers.api import gelu_backward, gelu_forward, norm_backward, norm_forward
+from kernels.layers.api import Norm, gelu_backward, gelu_forward, norm_backward, norm_forward
 from tests.gpu.devices import toy
 from tests.kernels.test_fused_layer import EPS, check_gelu, check_norm, norm_inputs
 
@@ -55,8 +55,8 @@ def test_gelu_is_accurate_in_the_tails(device: str) -> None:
 
 def test_a_half_precision_stream_is_computed_in_float32(device: str) -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(*toy(device, 1001, 768), torch.bfloat16, device=device)
-    y, low, statistics = norm_forward(x, bias, residual.half(), weight, norm_bias, None, EPS, 0.0)
-    want, want_low, _ = norm_forward(x, bias, residual.half().float(), weight, norm_bias, None, EPS, 0.0)
+    y, low, statistics = norm_forward(Norm(x, bias, residual.half(), weight), norm_bias, EPS)
+    want, want_low, _ = norm_forward(Norm(x, bias, residual.half().float(), weight), norm_bias, EPS)
     assert statistics.dtype == torch.float32 and torch.equal(y, want.half())
     assert low is not None and want_low is not None and torch.equal(low, want_low)
 
@@ -64,10 +64,10 @@ def test_a_half_precision_stream_is_computed_in_float32(device: str) -> None:
 def passes(T: int, D: int, rows: slice, inputs: tuple[Tensor, ...], seed: Tensor | None) -> list[Tensor]:
     """The last rows of all that the kernels compute, and the sums over all rows."""
     x, bias, residual, weight, norm_bias = inputs
-    dropout = 0.0 if seed is None else 0.1
-    y, low, statistics = norm_forward(x, bias, residual, weight, norm_bias, seed, EPS, dropout)
+    norm = Norm(x, bias, residual, weight, seed, 0.0 if seed is None else 0.1)
+    y, low, statistics = norm_forward(norm, norm_bias, EPS)
     assert low is not None and y.shape == (T, D)
-    dx, dresidual, sums = norm_backward(y, low, x, bias, residual, weight, statistics, seed, dropout)
+    dx, dresidual, sums = norm_backward(y, low, norm, statistics)
     found = [part[rows].clone() for part in (y, low, dx, dresidual)]
     del y, dx, dresidual
     activated = gelu_forward(low)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.infonce.api import Exclusions, infonce, negatives_gradient, negatives_lse
+from kernels.infonce.api import Exclusions, block_of, infonce
 from tests.gpu.devices import toy
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
@@ -128,15 +128,14 @@ def test_the_parts_of_the_ring_match_float64(device: str) -> None:
     exclusions = exclusions_for(device, B, N, most=3)
     excluded = excluded_matrix(queries, passages, exclusions)
     logits = (50.0 * queries.double() @ passages.double().T).masked_fill(excluded, -torch.inf)
-    rows, columns = negatives_lse(queries, passages, 50.0, exclusions, columns=True, precision="bf16")
+    block = block_of(queries, passages, 50.0, exclusions, precision="bf16")
+    rows, columns = block.lse(columns=True)
     finite = logits.logsumexp(1) > -torch.inf
     assert columns is not None and torch.equal(rows > -torch.inf, finite)
     torch.testing.assert_close(rows[finite].double(), logits.logsumexp(1)[finite], atol=1e-4, rtol=1e-5)
     row_weights = torch.where(finite, -rows, -torch.inf)
     column_weights = torch.where(columns > -torch.inf, -columns, -torch.inf)
-    dqueries, dpassages = negatives_gradient(
-        queries, passages, 50.0, row_weights, column_weights, exclusions, precision="bf16"
-    )
+    dqueries, dpassages = block.gradient(row_weights, column_weights)
     dlogits = 50.0 * ((logits + row_weights[:, None]).exp() + (logits + column_weights).exp())
     assert relative_error(dqueries, dlogits @ passages.double()) <= 4e-3
     assert relative_error(dpassages, dlogits.T @ queries.double()) <= 4e-3

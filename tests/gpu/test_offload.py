@@ -47,7 +47,7 @@ def _results(
     q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None
 ) -> list[Tensor]:
     """Loss, dqueries, dpassages and the temperature's gradient, on the device."""
-    objective = ContrastiveObjective(config, block_rows=block_rows, unit=True).to(world.device)
+    objective = ContrastiveObjective(config, block_rows=block_rows, unit_norm=True).to(world.device)
     device = world.device.type
     home = "cpu" if objective.offload else device
     found = objective(q.to(home), p.to(home), targets, world)
@@ -91,7 +91,7 @@ def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: st
     gradients = []
     for block_rows in (None, rows, rows):
         objective = ContrastiveObjective(
-            LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows, unit=True
+            LossConfig(precision="fp32", temperature=0.1), block_rows=block_rows, unit_norm=True
         ).to(world.device)
         encoder.zero_grad()
         seed_step(0, 0, 0)
@@ -134,7 +134,7 @@ def _peak(
     q: Tensor, p: Tensor, targets: Targets, world: World, config: LossConfig, block_rows: int | None
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Bytes on the GPU at the peak, the rows' own included, and the results."""
-    objective = ContrastiveObjective(config, block_rows=block_rows, unit=True).to(world.device)
+    objective = ContrastiveObjective(config, block_rows=block_rows, unit_norm=True).to(world.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = objective(q, p, targets, world)

@@ -53,7 +53,7 @@ class Case:
                 false_negative_margin=self.margin,
             ),
             block_rows=block_rows,
-            unit=True,
+            unit_norm=True,
         ).to(device)
 
 

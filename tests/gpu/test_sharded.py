@@ -58,7 +58,7 @@ def _gradients(
     batch = replace(
         batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu"))
     )
-    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit=True).to(world.device)
+    objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit_norm=True).to(world.device)
     representations, passes = encode_without_graph(encoder, batch)
     _, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)

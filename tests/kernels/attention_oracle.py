@@ -56,11 +56,16 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, m
     return torch.einsum("hij,jhd->ihd", probabilities, value.repeat_interleave(share, dim=1))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, **mask: Any) -> Tensor:
+    """`packed_attention` with the mask's fields as arguments."""
+    return packed_attention(query, key, value, starts, longest, Mask(**mask))
+
+
 def errors(inputs: Heads, starts: Tensor, longest: int, **options: Any) -> dict[str, float]:
     """Relative errors of `packed_attention` and its gradients against the definition in float64."""
     exact = each(inputs, lambda x: x.detach().double().requires_grad_())
     output, want = (
-        packed_attention(*inputs, starts, longest, **options),
+        attend(*inputs, starts, longest, **options),
         dense_attention(*exact, starts, Mask(**options)),
     )
     weights = torch.randn(

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from kernels.attention import api as attention
 from kernels.attention import reference
-from kernels.attention.api import packed_attention
 from kernels.attention.reference import kept
-from tests.kernels.attention_oracle import each, errors, heads_of, texts
+from tests.kernels.attention_oracle import attend, each, errors, heads_of, texts
 
 SEED = torch.tensor([-(2**40) - 7])
 LENGTHS = [3, 0, 5, 7, 1, 9, 4, 0]
@@ -50,7 +49,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, bound: float) -> Non
 def test_texts_do_not_see_one_another() -> None:
     starts, longest = texts([4, 6, 5])
     query, key, value = heads_of(15, 2, 2, 8)
-    packed = packed_attention(query, key, value, starts, longest, scale=0.3)
+    packed = attend(query, key, value, starts, longest, scale=0.3)
     for start, stop in zip(starts, starts[1:], strict=False):
         q, k, v = (x[start:stop].unsqueeze(0).transpose(1, 2) for x in (query, key, value))  # [1, H, L, d]
         want = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
@@ -116,10 +115,8 @@ def test_the_mask_is_as_good_as_random(dropout: float) -> None:
 def test_dropout_keeps_the_expected_output() -> None:
     starts, longest = texts([12, 9])
     inputs = each(heads_of(21, 2, 2, 8), Tensor.detach)
-    plain = packed_attention(*inputs, starts, longest, scale=0.3)
-    drawn = [
-        packed_attention(*inputs, starts, longest, scale=0.3, dropout=0.3, seed=torch.tensor([i])) for i in range(600)
-    ]
+    plain = attend(*inputs, starts, longest, scale=0.3)
+    drawn = [attend(*inputs, starts, longest, scale=0.3, dropout=0.3, seed=torch.tensor([i])) for i in range(600)]
     assert not torch.equal(drawn[0], drawn[1])
     spread = torch.stack(drawn).std(0) / 600**0.5
     assert float(((torch.stack(drawn).mean(0) - plain) / spread).abs().max()) < 5
@@ -146,11 +143,11 @@ def test_compiled_as_one_call_whatever_the_longest_text() -> None:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, longest: int) -> Tensor:
-        return packed_attention(2 * query, key, value, starts, longest, scale=0.3, dropout=0.2, seed=SEED).sin()
+    def twice(query: Tensor, key: Tensor, value: Tensor, longest: int) -> Tensor:
+        return attend(2 * query, key, value, starts, longest, scale=0.3, dropout=0.2, seed=SEED).sin()
 
-    compiled = torch.compile(attend, backend=count, fullgraph=True)
-    want = attend(*inputs, 9)
+    compiled = torch.compile(twice, backend=count, fullgraph=True)
+    want = twice(*inputs, 9)
     gradients = torch.autograd.grad(want.sum(), inputs)
     for longest in (9, 12, 33, 150, 151):
         got = compiled(*inputs, longest)
@@ -164,10 +161,10 @@ def test_modes_change_nothing_but_the_graph() -> None:
     starts, longest = texts(LENGTHS)
     inputs = heads_of(int(starts[-1]), 4, 4, 8)
     options: dict[str, Any] = {"scale": 0.3, "dropout": 0.2, "seed": SEED}
-    with_graph = packed_attention(*inputs, starts, longest, **options)
+    with_graph = attend(*inputs, starts, longest, **options)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            without = packed_attention(*inputs, starts, longest, **options)
+            without = attend(*inputs, starts, longest, **options)
         assert without.grad_fn is None and torch.equal(without, with_graph)
 
 
@@ -175,19 +172,19 @@ def test_autocast_computes_in_its_dtype() -> None:
     starts, longest = texts(LENGTHS)
     inputs = heads_of(int(starts[-1]), 4, 4, 8, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        got = packed_attention(*inputs, starts, longest, scale=0.3)
+        got = attend(*inputs, starts, longest, scale=0.3)
     halves = each(inputs, lambda x: x.detach().bfloat16())
-    assert got.dtype == torch.bfloat16 and torch.equal(got, packed_attention(*halves, starts, longest, scale=0.3))
+    assert got.dtype == torch.bfloat16 and torch.equal(got, attend(*halves, starts, longest, scale=0.3))
     assert all(g.dtype == torch.float32 and g.norm() > 0 for g in torch.autograd.grad(got.float().sin().sum(), inputs))
     doubles = each(inputs, lambda x: x.detach().double())
     with torch.autocast("cpu", torch.bfloat16):
-        under = packed_attention(*doubles, starts, longest, scale=0.3)
-    assert torch.equal(under, packed_attention(*doubles, starts, longest, scale=0.3))
+        under = attend(*doubles, starts, longest, scale=0.3)
+    assert torch.equal(under, attend(*doubles, starts, longest, scale=0.3))
 
 
 def test_no_text_at_all() -> None:
     starts = torch.zeros(1, dtype=torch.int32)
-    assert packed_attention(*heads_of(0, 2, 2, 8), starts, 5, scale=1.0).shape == (0, 2, 8)
+    assert attend(*heads_of(0, 2, 2, 8), starts, 5, scale=1.0).shape == (0, 2, 8)
 
 
 def _good() -> dict[str, Any]:
@@ -226,4 +223,4 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_errors_name_what_was_received(case: str) -> None:
     change, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
-        packed_attention(**(_good() | change))
+        attend(**(_good() | change))

@@ -13,8 +13,7 @@ from tests.kernels.interpreting import interpret
 PROGRAM = """
 import torch
 from kernels.attention import long, short
-from kernels.attention.api import packed_attention
-from tests.kernels.attention_oracle import errors, heads_of, texts
+from tests.kernels.attention_oracle import attend, errors, heads_of, texts
 
 launched = []
 for module, name in ((short, "_backward_tiles"), (long, "_dkey_blocks")):

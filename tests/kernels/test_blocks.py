@@ -13,15 +13,15 @@ import pytest
 import torch
 import triton
 
-from kernels.infonce.api import negatives_gradient, negatives_lse
+from kernels.infonce.api import block_of
 from kernels.infonce.exclusions import MaskTables
 
 PROGRAM = """
 import numpy, torch
 from kernels.infonce.exclusions import MaskTables, known_pairs
 from kernels.dispatch import on_kernels
-from kernels.infonce.api import Exclusions, negatives_gradient, negatives_lse
-from kernels.infonce.targets import add_target_gradient, target_similarities
+from kernels.infonce.api import Exclusions, block_of
+from kernels.infonce.two_pass import Passages, Step, first_pass, second_pass
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 numpy.seterr(over="ignore")
@@ -42,21 +42,32 @@ for columns in (slice(0, 32), slice(32, N)):
     own = targets if columns.start == 0 else torch.full_like(targets, -1)
     rows, at = known_pairs(ids)
     further = at != own[rows]
-    blocks.append((p[columns], MaskTables(rows[further], at[further], own.int(), exclusions.threshold, len(p[columns]))))
-lse = torch.full_like(weights, -torch.inf)
-for block, masks in blocks:
-    lse = torch.logaddexp(lse, negatives_lse(q, block, scale, masks)[0])
-z = scale * target_similarities(q, p, targets)
-log_weights = weights.log() - torch.logaddexp(z, lse)
-dq, parts = None, []
-for block, masks in blocks:
-    before = dq
-    dq, dp = negatives_gradient(q, block, scale, log_weights, None, masks, dqueries=dq)
-    assert before is None or dq is before, "blocks add up in place"
-    parts.append(dp)
-add_target_gradient(dq, parts[0], q, blocks[0][0], targets, scale * weights * torch.sigmoid(lse - z))
-got = torch.logaddexp(lse - z, torch.zeros_like(z)), dq, torch.cat(parts)
-for x, y in zip(got, want):
+    masks = MaskTables(rows[further], at[further], own.int(), exclusions.threshold, len(p[columns]))
+    blocks.append(block_of(q, p[columns], scale, masks))
+
+# The passages of the second block are remembered ones, whose gradient nobody wants where `frozen`.
+class WithBank(Passages):
+
+    def forward(self):
+        own, _ = yield Step(blocks[0])
+        bank, _ = yield Step(blocks[1])
+        return torch.logaddexp(own, bank), None, self.own.target_logits(self.targets)
+
+    def backward(self, terms):
+        dqueries, self.bank = yield Step(blocks[1], takes_gradient=not frozen)
+        again, dpassages = yield Step(blocks[0], dqueries=dqueries)
+        assert again is dqueries, "blocks add up in place"
+        self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
+        return dqueries, dpassages
+
+got = []
+for frozen in (False, True):
+    passages = WithBank(blocks[0], targets)
+    terms = first_pass(passages, targets, weights, symmetric=False)
+    dqueries, dpassages = second_pass(passages, terms)
+    assert (passages.bank is None) == frozen
+    got.append((terms.loss, dqueries, torch.cat([dpassages, want[2][32:] if frozen else passages.bank])))
+for x, y in zip(got[0] + got[1], want[:3] + want[:3]):
     assert y.norm() > 1e-3 and relative_error(x, y) < {bound}, relative_error(x, y)
 """
 
@@ -89,6 +100,4 @@ def test_tables_of_other_shapes_are_refused() -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     masks = MaskTables(nothing, nothing, torch.full((3,), -1, dtype=torch.int32), None, 4)
     with pytest.raises(ValueError, match="tables of 3 rows and 5 columns, received 3 rows and 4 columns"):
-        negatives_lse(torch.ones(3, 2), torch.ones(5, 2), 1.0, masks)
-    with pytest.raises(ValueError, match=r"dqueries: expected a contiguous \[3, 2\]"):
-        negatives_gradient(torch.ones(3, 2), torch.ones(4, 2), 1.0, torch.zeros(3), dqueries=torch.ones(2, 2))
+        block_of(torch.ones(3, 2), torch.ones(5, 2), 1.0, masks)

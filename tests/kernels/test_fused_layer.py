@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from kernels.dropout import keep_mask
-from kernels.layers.api import gelu_backward, gelu_forward, norm_backward, norm_forward
+from kernels.layers.api import Norm, gelu_backward, gelu_forward, norm_backward, norm_forward
 
 EPS = 1e-5
 
@@ -50,7 +50,8 @@ def check_norm(inputs: NormInputs, dropout: float, seed: Tensor | None, bound: f
     of sums).
     """
     x, _, residual, *_ = inputs
-    y, low, statistics = norm_forward(*inputs, seed, EPS, dropout)
+    norm = Norm(*inputs[:4], seed, dropout)
+    y, low, statistics = norm_forward(norm, inputs[4], EPS)
     want, leaves = norm_by_definition(inputs, dropout, seed)
     assert y.dtype == residual.dtype and relative_error(y, want) < sums_bound
     assert low is None if x.dtype == y.dtype else low is not None and torch.equal(low, y.to(x.dtype))
@@ -60,7 +61,7 @@ def check_norm(inputs: NormInputs, dropout: float, seed: Tensor | None, bound: f
     for pair in given:
         dout = torch.stack([d.double() for d in pair if d is not None]).sum(0)
         expected = torch.autograd.grad(want, leaves, dout, retain_graph=True)
-        dx, dresidual, sums = norm_backward(*pair, x, inputs[1], residual, inputs[3], statistics, seed, dropout)
+        dx, dresidual, sums = norm_backward(*pair, norm, statistics)
         assert dx.dtype == x.dtype and dresidual.dtype == residual.dtype and sums.shape == (len(leaves) - 2, x.shape[1])
         for got, target in zip((dx, dresidual, *sums), expected, strict=True):
             if x.shape[1] == 1:  # a row of one element is its own mean: little depends on it
@@ -99,8 +100,8 @@ def test_gelu_matches_torch(dtype: torch.dtype, bound: float) -> None:
 def test_a_half_precision_stream_is_computed_in_float32() -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(41, 24, torch.bfloat16)
     narrow = residual.half()
-    y, low, statistics = norm_forward(x, bias, narrow, weight, norm_bias, None, EPS, 0.0)
-    want, want_low, _ = norm_forward(x, bias, narrow.float(), weight, norm_bias, None, EPS, 0.0)
+    y, low, statistics = norm_forward(Norm(x, bias, narrow, weight), norm_bias, EPS)
+    want, want_low, _ = norm_forward(Norm(x, bias, narrow.float(), weight), norm_bias, EPS)
     assert statistics.dtype == torch.float32 and torch.equal(y, want.half())
     assert low is not None and want_low is not None and torch.equal(low, want_low)
 
@@ -108,9 +109,9 @@ def test_a_half_precision_stream_is_computed_in_float32() -> None:
 @pytest.mark.parametrize("T", [0, 1])
 def test_no_row_and_one_row(T: int) -> None:
     inputs, seed = norm_inputs(T, 8, torch.bfloat16), torch.tensor([1])
-    y, low, statistics = norm_forward(*inputs, seed, EPS, 0.1)
-    x, bias, residual, weight, _ = inputs
-    dx, dresidual, sums = norm_backward(y, low, x, bias, residual, weight, statistics, seed, 0.1)
+    norm, x = Norm(*inputs[:4], seed, 0.1), inputs[0]
+    y, low, statistics = norm_forward(norm, inputs[4], EPS)
+    dx, dresidual, sums = norm_backward(y, low, norm, statistics)
     assert (
         dx.shape == dresidual.shape == (T, 8)
         and sums.shape == (3, 8)
@@ -144,30 +145,26 @@ def test_no_row_and_one_row(T: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_an_error(change: Callable[[dict], dict], message: str) -> None:
-    names = ("x", "bias", "residual", "weight", "norm_bias")
-    arguments = dict(zip(names, norm_inputs(3, 8, torch.bfloat16), strict=True)) | {
-        "seed": torch.tensor([3]),
-        "eps": EPS,
-        "dropout": 0.1,
-    }
-    norm_forward(**arguments)  # type: ignore[arg-type]
+    x, bias, residual, weight, norm_bias = norm_inputs(3, 8, torch.bfloat16)
+    norm = Norm(x, bias, residual, weight, torch.tensor([3]), 0.1)
+    norm_forward(norm, norm_bias, EPS)
     with pytest.raises(ValueError, match=message):
-        norm_forward(**change(arguments))
+        norm_forward(Norm(**change(norm._asdict())), norm_bias, EPS)
 
 
 def test_gradients_that_do_not_fit_are_errors() -> None:
     x, bias, residual, weight, norm_bias = norm_inputs(3, 8, torch.bfloat16)
-    y, low, statistics = norm_forward(x, bias, residual, weight, norm_bias, None, EPS, 0.0)
-    rest = (x, bias, residual, weight, statistics, None, 0.0)
+    norm = Norm(x, bias, residual, weight)
+    y, low, statistics = norm_forward(norm, norm_bias, EPS)
     with pytest.raises(
         ValueError,
         match=r"d_normed torch.float32 \[3, 8\], contiguous, received torch.float32 \[3, 8\] with strides \[0, 0\]",
     ):
-        norm_backward(torch.ones(()).expand(3, 8), None, *rest)
+        norm_backward(torch.ones(()).expand(3, 8), None, norm, statistics)
     with pytest.raises(ValueError, match=r"d_rounded torch.bfloat16 \[3, 8\]"):
-        norm_backward(None, y, *rest)
+        norm_backward(None, y, norm, statistics)
     with pytest.raises(ValueError, match=r"statistics \[2, 3\]"):
-        norm_backward(y, None, *rest[:4], statistics[0], None, 0.0)
+        norm_backward(y, None, norm, statistics[0])
     with pytest.raises(ValueError, match=r"dout torch.bfloat16 \[3, 8\]"):
         gelu_backward(y, x)
     with pytest.raises(ValueError, match=r"u floating \[T, D\], D of at least 1"):

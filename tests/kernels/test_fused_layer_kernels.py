@@ -18,7 +18,7 @@ INTERPRETED = """
 import numpy, torch
 from kernels.layers import gelu
 from kernels.layers import norm
-from kernels.layers.api import gelu_forward, norm_backward, norm_forward
+from kernels.layers.api import Norm, gelu_forward, norm_backward, norm_forward
 from tests.kernels.test_fused_layer import EPS, check_gelu, check_norm, norm_inputs
 
 numpy.seterr(over="ignore")
@@ -34,8 +34,8 @@ for T, D, bias, dropout in ((11, 48, True, 0.3), (5, 100, False, 0.3), (1, 33, T
 norm.FORWARD = norm.BACKWARD = norm.Launch(4, 64, warps_per_sm=3)  # several rows at a time
 check_norm(norm_inputs(37, 48, torch.float32), 0.3, torch.tensor([5]), 2e-6, 2e-6)
 x, bias, residual, weight, norm_bias = norm_inputs(0, 32, torch.float32)
-y, low, statistics = norm_forward(x, bias, residual, weight, norm_bias, None, EPS, 0.0)
-dx, dresidual, sums = norm_backward(y, low, x, bias, residual, weight, statistics, None, 0.0)
+y, low, statistics = norm_forward(Norm(x, bias, residual, weight), norm_bias, EPS)
+dx, dresidual, sums = norm_backward(y, low, Norm(x, bias, residual, weight), statistics)
 assert y.shape == dx.shape == dresidual.shape == (0, 32) and not sums.any()
 
 x = torch.linspace(-13, 13, 37 * 700).view(37, 700)[:, torch.randperm(700)].contiguous()

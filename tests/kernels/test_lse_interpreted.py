@@ -9,8 +9,9 @@ import pytest
 import torch
 import triton
 
+from kernels.infonce.exclusions import MaskTables
+from kernels.infonce.passes import TiledBlock
 from kernels.infonce.tiles import LOG2E
-from kernels.infonce.two_pass import Operands, estimate_shifts
 from tests.kernels.interpreting import interpret
 
 CASES = [
@@ -31,7 +32,7 @@ CASES = [
 PROGRAM = """
 import numpy, torch
 from kernels.infonce import tiles
-from kernels.infonce.api import Exclusions, infonce, negatives_gradient, negatives_lse
+from kernels.infonce.api import Exclusions, block_of, infonce
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 launched = []
@@ -65,13 +66,13 @@ def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, 
 def matches_ring(B, N, D, scale, largest=None):
     q, p, exclusions = problem(B, N, D, 1.0, 3, True)
     x = (scale * q.double() @ p.double().T).masked_fill(excluded_matrix(q, p, exclusions), -torch.inf)
-    rows, columns = negatives_lse(q, p, scale, exclusions, columns=True, largest=largest)
+    rows, columns = block_of(q, p, scale, exclusions, largest=largest).lse(columns=True)
     torch.testing.assert_close(rows.double(), x.logsumexp(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(columns.double(), x.logsumexp(0), atol=1e-5, rtol=1e-5)
     weights = torch.where(rows > -torch.inf, -rows, -torch.inf)
     for other in (None, torch.where(columns > -torch.inf, -columns, -torch.inf)):
         g = (x + weights[:, None]).exp() + (0 if other is None else (x + other).exp())
-        dq, dp = negatives_gradient(q, p, scale, weights, other, exclusions, largest=largest)
+        dq, dp = block_of(q, p, scale, exclusions, largest=largest).gradient(weights, other)
         assert relative_error(dq, scale * g @ p.double()) < 2e-5 and relative_error(dp, scale * g.T @ q.double()) < 2e-5
 """
 
@@ -89,5 +90,5 @@ def test_unit_vectors_stay_below_what_they_are_taken_for() -> None:
     """Rounded to bf16 this one is longer by 0.4 %, as much as any can be."""
     x = torch.full((1, 254), 254**-0.5)
     product = float(x.bfloat16().double().square().sum())
-    shifts = estimate_shifts(Operands.of(x, x, "bf16"), 50.0, columns=False, largest=1.0)
-    assert product > 1.0077 and shifts.bound.get()[0] >= 50.0 * product * LOG2E
+    block = TiledBlock(x, x, 50.0, MaskTables.of(None, torch.zeros(1, dtype=torch.int64), 1), "bf16", largest=1.0)
+    assert product > 1.0077 and block.shifts.bound.get()[0] >= 50.0 * product * LOG2E

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
-from kernels.attention.reference import Mask
+from kernels.attention.reference import Mask, Texts
 from kernels.dropout import keep_mask
 from kernels.layers import post_norm as module
-from kernels.layers.post_norm import Layer, Parameters, SavedActivations, factors, post_norm_layer, without_graph
+from kernels.layers.post_norm import (
+    LayerSettings,
+    Parameters,
+    SavedActivations,
+    post_norm_layer,
+    rounded_weights,
+    without_graph,
+)
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import gradient, relative_error
 
@@ -35,10 +42,15 @@ def make_parameters(
 
 
 def make_layer(
-    dropouts: tuple[float, float, float], lengths: list[int] = LENGTHS, heads: int = HEADS, device: str = "cpu"
-) -> Layer:
-    starts, longest = texts(lengths, device)
-    return Layer(heads, EPS, starts, longest, dropouts, torch.tensor([2**40 + 3, 4, 5], device=device).split(1))
+    dropouts: tuple[float, float, float],
+    lengths: list[int] = LENGTHS,
+    heads: int = HEADS,
+    device: str = "cpu",
+    longest: int | None = None,
+) -> LayerSettings:
+    starts, most = texts(lengths, device)
+    seeds = torch.tensor([2**40 + 3, 4, 5], device=device).split(1)
+    return LayerSettings(heads, EPS, Texts(starts, longest or most), dropouts, seeds)
 
 
 def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
@@ -49,7 +61,7 @@ def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str 
     )
 
 
-def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
+def by_definition(stream: Tensor, layer: LayerSettings, p: Parameters) -> Tensor:
     """The stream after the layer, by torch's own operations."""
 
     def dropped(x: Tensor, place: int) -> Tensor:
@@ -64,20 +76,18 @@ def by_definition(stream: Tensor, layer: Layer, p: Parameters) -> Tensor:
         for weight, bias in ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
     )
     context = dense_attention(
-        query, key, value, layer.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0])
+        query, key, value, layer.texts.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0])
     )
-    added = dropped(linear(context.flatten(1), p.attended_weight, p.attended_bias), 1)
-    middle = layer_norm(stream + added, (D,), p.attended_norm_weight, p.attended_norm_bias, layer.eps)
-    added = dropped(
-        linear(gelu(linear(middle, p.widened_weight, p.widened_bias)), p.narrowed_weight, p.narrowed_bias), 2
-    )
-    return layer_norm(middle + added, (D,), p.narrowed_norm_weight, p.narrowed_norm_bias, layer.eps)
+    added = dropped(linear(context.flatten(1), p.attention_out_weight, p.attention_out_bias), 1)
+    middle = layer_norm(stream + added, (D,), p.attention_norm_weight, p.attention_norm_bias, layer.eps)
+    added = dropped(linear(gelu(linear(middle, p.ffn_in_weight, p.ffn_in_bias)), p.ffn_out_weight, p.ffn_out_bias), 2)
+    return layer_norm(middle + added, (D,), p.ffn_norm_weight, p.ffn_norm_bias, layer.eps)
 
 
-def run(stream: Tensor, layer: Layer, p: Parameters, dtype: torch.dtype) -> Tensor:
+def run(stream: Tensor, layer: LayerSettings, p: Parameters, dtype: torch.dtype) -> Tensor:
     """The layer computing in `dtype`, by the mean of its two results."""
     out, low = post_norm_layer(
-        stream, stream if dtype == stream.dtype else stream.to(dtype), layer, factors(p, dtype), p
+        stream, stream if dtype == stream.dtype else stream.to(dtype), layer, rounded_weights(p, dtype), p
     )
     assert low.dtype == dtype and torch.equal(low, out.to(dtype))
     return (out + low.to(out.dtype)) / 2
@@ -129,10 +139,10 @@ def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pyt
 @pytest.mark.parametrize(
     ("trained", "products"),
     [
-        ({"narrowed_norm_weight"}, 0),
-        ({"value_bias", "widened_weight"}, 1),
+        ({"ffn_norm_weight"}, 0),
+        ({"value_bias", "ffn_in_weight"}, 1),
         ({"key_weight"}, 1),
-        ({"attended_weight", "narrowed_weight", "query_bias"}, 2),
+        ({"attention_out_weight", "ffn_out_weight", "query_bias"}, 2),
     ],
 )
 @pytest.mark.parametrize("from_stream", [True, False])
@@ -185,7 +195,7 @@ def test_a_pass_without_a_graph_has_the_bits_of_one_with_it(computing: torch.dty
         make_parameters(D, F, torch.float32),
         make_stream(sum(LENGTHS), D, torch.float32).detach(),
     )
-    read, rounded = factors(p, computing), stream.to(computing)
+    read, rounded = rounded_weights(p, computing), stream.to(computing)
     kept: tuple[Tensor, Tensor] = stream, rounded
     out = stream
     for _ in range(3):
@@ -200,7 +210,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     dtype: torch.dtype, computing: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
-    given = stream, stream if dtype == computing else stream.to(computing), layer, factors(p, computing), p
+    given = stream, stream if dtype == computing else stream.to(computing), layer, rounded_weights(p, computing), p
     out, rounded, saved = without_graph(*given)
     assert not any(x.requires_grad for x in (out, rounded, *saved)) and saved.ffn_out.dtype == computing
 
@@ -215,7 +225,7 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     backward = Mock(wraps=module.attention_backward)
     monkeypatch.setattr(module, "attention_backward", backward)
     gradients(saved)
-    assert backward.call_args.args[5].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
+    assert backward.call_args.args[2][1].data_ptr() == saved.lse.data_ptr()  # the kernels of a GPU go on with it
     for name in ("context", "ffn_out"):  # they are what the layer goes on with
         others = gradients(saved._replace(**{name: getattr(saved, name) + 1}))
         assert not all(torch.equal(a, b) for a, b in zip(expected, others, strict=True)), name
@@ -229,13 +239,13 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
         make_parameters(D, F, torch.float32),
         make_stream(sum(LENGTHS), D, torch.float32),
     )
-    post_norm_layer(stream, stream.bfloat16(), layer, factors(p, torch.bfloat16), p)[used].sum().backward()
-    assert p.narrowed_norm_bias.grad is not None  # Σ over rows of 1
-    torch.testing.assert_close(p.narrowed_norm_bias.grad, torch.full((D,), float(len(stream))))
+    post_norm_layer(stream, stream.bfloat16(), layer, rounded_weights(p, torch.bfloat16), p)[used].sum().backward()
+    assert p.ffn_norm_bias.grad is not None  # Σ over rows of 1
+    torch.testing.assert_close(p.ffn_norm_bias.grad, torch.full((D,), float(len(stream))))
 
 
 def test_no_token_is_no_error() -> None:
-    layer, p, stream = make_layer(ON, [0, 0])._replace(longest=1), make_parameters(D, F), make_stream(0, D)
+    layer, p, stream = make_layer(ON, [0, 0], longest=1), make_parameters(D, F), make_stream(0, D)
     out = run(stream, layer, p, torch.float64)
     out.sum().backward()
     assert out.shape == (0, D) and all(
@@ -250,6 +260,6 @@ def test_it_is_differentiable_once_and_before_its_parameters_change() -> None:
         first.sum().backward()
     out = run(stream, layer, p, torch.float64)
     with torch.no_grad():
-        p.narrowed_norm_weight.mul_(2)
+        p.ffn_norm_weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

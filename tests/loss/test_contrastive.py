@@ -37,7 +37,7 @@ def _problem(
 
 def _objective(block_rows: int | None = None, **settings: Any) -> ContrastiveObjective:
     config = replace(LossConfig(precision="fp32", temperature=0.1), **settings)
-    return ContrastiveObjective(config, unit=True, block_rows=block_rows)
+    return ContrastiveObjective(config, unit_norm=True, block_rows=block_rows)
 
 
 def _one_query(similarities: list[float]) -> tuple[Tensor, Tensor, Targets]:
@@ -204,7 +204,7 @@ def test_the_loss_is_divided_by_the_global_number_of_queries() -> None:
 @pytest.mark.parametrize("log_scale", [800.0, -800.0, float("nan")])
 def test_a_learned_temperature_out_of_bounds_names_the_step(log_scale: float) -> None:
     """1/temperature is 0, or infinite, where the learning rate is far too high."""
-    objective = ContrastiveObjective(LossConfig(temperature=0.05, learn_temperature=True), unit=True)
+    objective = ContrastiveObjective(LossConfig(temperature=0.05, learn_temperature=True), unit_norm=True)
     assert objective.temperature_at(6) == objective.temperature
     with torch.no_grad():
         objective.log_scale.fill_(log_scale)

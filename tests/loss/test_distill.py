@@ -30,7 +30,7 @@ def _loss(scores: list[float] | None, **settings: Any) -> tuple[float, Tensor, T
     )
     targets = Targets(torch.tensor([0]), torch.arange(5, 8), torch.tensor([0, 1]), torch.tensor([5]), 1, groups)
     config = replace(LossConfig(precision="fp32", temperature=1.0, contrastive_weight=0.0), **settings)
-    loss, dq, dp = ContrastiveObjective(config, unit=True)(q, p, targets, CPU)
+    loss, dq, dp = ContrastiveObjective(config, unit_norm=True)(q, p, targets, CPU)
     return loss.item(), dq, dp
 
 

@@ -70,7 +70,7 @@ def _problem(symmetric: bool = False, block_rows: int | None = ROWS) -> Problem:
     draw = torch.Generator().manual_seed(2)
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (QUERIES, PASSAGES))
     objective = ContrastiveObjective(
-        LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2), unit=True
+        LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2), unit_norm=True
     )
     return replace(objective._problem(q, p, _targets(whole), 1.0, 0.1), block_rows=block_rows)
 
@@ -112,7 +112,7 @@ def test_any_sizes_make_whole_blocks_and_a_rest(sizes: tuple[int, int]) -> None:
     targets = Targets(positives, torch.arange(passages), torch.arange(queries + 1), positives, queries)
     config = LossConfig(precision="fp32", temperature=0.1, symmetric=True)
     found, expected = (
-        ContrastiveObjective(config, block_rows=rows, unit=True)(q, p, targets, CPU) for rows in (ROWS, None)
+        ContrastiveObjective(config, block_rows=rows, unit_norm=True)(q, p, targets, CPU) for rows in (ROWS, None)
     )
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-14)
@@ -132,7 +132,7 @@ def test_targets_follow_their_rows_into_another_order() -> None:
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (20, 33))
     rows, columns = torch.randperm(20, generator=draw), torch.randperm(33, generator=draw)
     objective = ContrastiveObjective(
-        LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3), unit=True
+        LossConfig(precision="fp32", temperature=0.1, symmetric=True, false_negative_margin=0.3), unit_norm=True
     )
     loss, dq, dp = objective(q, p, targets, CPU)
     moved = objective(q[rows], p[columns], targets.reordered(rows, columns), CPU)

@@ -28,7 +28,9 @@ strategy = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 
 
 def _objective(**settings: Any) -> ContrastiveObjective:
-    return ContrastiveObjective(replace(LossConfig(precision="fp32", temperature=0.1), **settings), unit=True).double()
+    return ContrastiveObjective(
+        replace(LossConfig(precision="fp32", temperature=0.1), **settings), unit_norm=True
+    ).double()
 
 
 def _vectors(whole: WholeBatch, seed: int, *, unit: bool = True, length: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,7 @@ def _compare(names: Iterable[str], whole: WholeBatch, q: Tensor, p: Tensor, boun
     config = replace(LossConfig(precision="fp32", temperature=0.1), **settings)
     expected = _oracle(q, p, whole, config.temperature, symmetric=config.symmetric, margin=config.false_negative_margin)
     for name in names:
-        found = ContrastiveObjective(replace(config, strategy=name), unit=True)(q, p, _targets(whole), CPU)  # type: ignore[arg-type]
+        found = ContrastiveObjective(replace(config, strategy=name), unit_norm=True)(q, p, _targets(whole), CPU)  # type: ignore[arg-type]
         assert [f.dtype for f in found[1:]] == [q.dtype, p.dtype]
         errors = [_error(f, e) for f, e in zip(found, expected, strict=True)]
         assert max(errors) <= bound, f"{name}: {errors}"

@@ -44,7 +44,7 @@ def test_gathering_in_a_node() -> None:
 
 
 def test_a_small_workspace_takes_two_passes() -> None:
-    """8 operations instead of 6 where it holds fewer rows than a pass over slabs is worth."""
+    """8 operations instead of 6 where it holds fewer rows than one pass is worth."""
     assert gather_cost(replace(WORK, workspace_mib=10), MACHINE).compute_ms == pytest.approx(12.8)
     assert gather_cost(replace(WORK, queries=1000, workspace_mib=10), MACHINE).compute_ms == pytest.approx(2.4), (
         "all rows fit"

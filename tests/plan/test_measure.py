@@ -79,7 +79,7 @@ def test_a_chunks_times_are_told_apart(keeps_products: bool, packed: bool) -> No
 
 def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
     """Weights, modes, gradients and random numbers are as they were, though dropout drew and gradients were made."""
-    objective = ContrastiveObjective(LossConfig(learn_temperature=True), unit=True)
+    objective = ContrastiveObjective(LossConfig(learn_temperature=True), unit_norm=True)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     torch.manual_seed(5)
     expected = torch.rand(4)
@@ -102,12 +102,14 @@ def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
     "loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))]
 )
 def test_every_objective_can_be_measured(loss: LossConfig) -> None:
-    small, large = (measure_loss(ContrastiveObjective(loss, unit=True), n, 2 * n, 16, CPU).seconds for n in (4, 1024))
+    small, large = (
+        measure_loss(ContrastiveObjective(loss, unit_norm=True), n, 2 * n, 16, CPU).seconds for n in (4, 1024)
+    )
     assert 0 < small < large
 
 
 def test_a_loss_in_host_memory_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = ContrastiveObjective(LossConfig(), block_rows=8, unit=True)
+    objective = ContrastiveObjective(LossConfig(), block_rows=8, unit_norm=True)
     given = []
     monkeypatch.setattr(objective, "forward", lambda *args: given.append(args))
     measure_loss(objective, 4, 8, 16, torch.device("meta"))

@@ -61,7 +61,7 @@ class Run:
         )
         run, loss_config = RunConfig(preflight=preflight), LossConfig(**{"workspace_mib": 1, **(loss or {})})  # type: ignore[arg-type]
         config = Config(run, model, batch=BatchConfig(queries, **batch), loss=loss_config)
-        objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None, unit=True)
+        objective = ContrastiveObjective(config.loss, block_rows=512 if config.batch.offload else None, unit_norm=True)
         planner = Planner(self.store, queries=queries, negatives=0, seed=0)
         decided, forecast = StepPlanner(config, self.encoder, objective, self.store, planner, TEMPLATE, world).decide()
         assert replace(decided, batch=config.batch) == config
