@@ -9,35 +9,26 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retriever.data.arrow_records import BATCH_ROWS, batch_records, first_line
 from retriever.data.records import DataError, Record
+from retriever.data.table_records import BATCH_ROWS, batch_records, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_PICKLED = (
-    "pyd",
-    "pickle",
-    "pkl",
-    "pt",
-    "pth",
-)  # endings of WebDataset's members that some versions of `datasets` unpickle
+# Endings of WebDataset's members that some versions of `datasets` unpickle.
+_PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")
 
 
+@dataclass(frozen=True)
 class DatasetTable:
     """The rows of one split as records."""
 
-    def __init__(self, dataset: Dataset, label: str) -> None:
-        self.dataset = dataset
-        self._label = label
-
-    @property
-    def label(self) -> str:
-        """The data set's name and split."""
-        return self._label
+    dataset: Dataset
+    label: str  # the data set's name and split
 
     def records(self) -> Iterator[Record]:
         """The rows, numbered from 1."""
@@ -49,10 +40,8 @@ class DatasetTable:
 
         hasher = hashlib.blake2b(digest_size=16)
         for batch in self.dataset.with_format("arrow").iter(BATCH_ROWS):
-            table = batch.take(
-                pa.array(range(len(batch)))
-            ).combine_chunks()  # a copy: a slice's buffers hold more than its rows
-            table = table.replace_schema_metadata(None)
+            copy = batch.take(pa.array(range(len(batch))))  # a slice's buffers hold more than its rows
+            table = copy.combine_chunks().replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
