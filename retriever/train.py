@@ -142,7 +142,7 @@ def _train(
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
-    loader = BatchLoader.from_config(store, planner, template, config, world)
+    loader = BatchLoader(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
     if config.run.preflight == "only" and forecast is not None:
         accelerator.print(plan_table(forecast, config, total, usable_bytes(world.device)))

@@ -104,7 +104,7 @@ class Trainer:
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
         """Batches of `queries` pairs through the run's own planner and threads."""
         config = replace(self.config, batch=replace(self.config.batch, queries=queries))
-        return BatchLoader.from_config(
+        return BatchLoader(
             self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world
         ).batches(0, last)
 
