@@ -98,15 +98,14 @@ class StoreBuilder:
 
     def _read_example(self, reading: _SourceReading, example: Example) -> bool:
         """Adds the example's pairs; returns whether its query is new."""
-        name, digest = reading.source.name, _digest(example.query, f"query {example.query_id!r}")
+        name, digest = reading.source.name, _digest(example.query)
         number = reading.queries.setdefault(example.query_id, len(reading.queries))
         new = number == len(reading.query_digests)
         if new:
             reading.query_digests.append(digest)
         elif reading.query_digests[number] != digest:
-            raise DataError(
-                f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}"
-            )
+            second = f"the second {example.query[:60]!r}"
+            raise DataError(f"source {name!r}: query id {example.query_id!r} stands for two texts, {second}")
         self._add_pairs(reading, reading.positives, number, example.positives, example.positive_scores)
         self._add_pairs(reading, reading.negatives, number, example.negatives, example.negative_scores)
         return new
@@ -129,8 +128,7 @@ class StoreBuilder:
         """The passage's row where its text is at hand, else a reference to be looked up."""
         if passage.text is not None:
             return self._row(reading, passage)
-        if passage.id is None:
-            raise DataError(f"source {reading.source.name!r}: a passage has neither text nor id")
+        assert passage.id is not None  # every reader gives a text or an id
         return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
 
     def _row(self, reading: _SourceReading, passage: Passage) -> int:
@@ -142,7 +140,7 @@ class StoreBuilder:
         if is_blank(text):
             reading.blank += 1
             return BLANK
-        digest = _digest(text, f"passage {passage.id!r}")
+        digest = _digest(text)
         row = self._passage_rows.get(digest)
         if row is None:
             row = self._passage_rows[digest] = len(self._passage_rows)
@@ -220,10 +218,9 @@ class StoreBuilder:
         return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
 
 
-def _digest(text: str, what: str) -> bytes:
+def _digest(text: str) -> bytes:
     try:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what}: expected Unicode text, received a lone surrogate {text[error.start]!r} at {error.start}"
-        ) from error
+    except UnicodeEncodeError as error:  # no reader lets it pass: it is of the configured separator
+        wrong = f"a lone surrogate {text[error.start]!r} at {error.start}"
+        raise DataError(f"text {text[:60]!r}: expected Unicode text, received {wrong}") from error
