@@ -107,8 +107,8 @@ def _train(
     from retriever.data.tokens import TokenTemplate
     from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle
     from retriever.encoder.dual_encoder import DualEncoder
+    from retriever.encoder.execution import apply_execution
     from retriever.encoder.lora import adapt
-    from retriever.encoder.modes import use
     from retriever.encoder.settings import settings_of
     from retriever.loss.contrastive import ContrastiveObjective
     from retriever.loss.offload import BLOCK_ROWS
@@ -138,7 +138,7 @@ def _train(
     block_rows = BLOCK_ROWS if config.batch.offload else None
     objective = ContrastiveObjective(config.loss, unit=config.model.normalize, block_rows=block_rows).to(world.device)
     config = preflight.resolve(config, encoder, world)
-    use(encoder, config.model)
+    apply_execution(encoder, config.model)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(tokenizer)
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()

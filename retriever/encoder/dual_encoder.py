@@ -17,7 +17,7 @@ from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
 from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
-from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
+from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.pretrained import load_model
 from retriever.encoder.settings import read_model_config, read_settings, read_truncate_dim, tower_folder
 
@@ -118,9 +118,8 @@ class DualEncoder(nn.Module):
                 f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text"
             )
         if isinstance(tokens, Packed) != self.packed:
-            raise ValueError(
-                f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}"
-            )
+            own = "packed" if self.packed else "padded"
+            raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {own}")
         if saved is not None and not self.keeps_products:
             raise ValueError("products of layers are kept by fused layers only; call fuse_layers first")
         tower = self.query_tower if side == "query" else self.passage_tower
@@ -136,7 +135,7 @@ class DualEncoder(nn.Module):
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
         if self.truncate_dim is not None:
             embeddings = embeddings[:, : self.truncate_dim].contiguous()  # [n, D]
-        return unit(embeddings) if self.normalize else embeddings
+        return unit_norm(embeddings) if self.normalize else embeddings
 
     @property
     def can_pack(self) -> bool:
@@ -150,8 +149,8 @@ class DualEncoder(nn.Module):
         for tower in self.each_tower:
             if tower.config.model_type not in PACKED:
                 raise ConfigError(
-                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of packed texts; "
-                    "set it to auto or padded"
+                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of "
+                    "packed texts; set it to auto or padded"
                 )
             use_packed_attention(tower)
         self.packed = True
@@ -167,9 +166,8 @@ class DualEncoder(nn.Module):
         """
         for tower in self.each_tower:
             if not can_fuse(tower):
-                raise ConfigError(
-                    f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto"
-                )
+                kind = f"a {tower.config.model_type!r} model"
+                raise ConfigError(f"model.fused: true, but the layers of {kind} are not known; set it to auto")
             fuse(tower)
 
     @property
@@ -194,9 +192,8 @@ class DualEncoder(nn.Module):
         """
         for tower in self.each_tower:
             if not tower.supports_gradient_checkpointing:
-                raise ConfigError(
-                    f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false"
-                )
+                lacks = f"{type(tower).__name__} does not support it"
+                raise ConfigError(f"model.gradient_checkpointing: true, but {lacks}; set it to false")
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
@@ -228,9 +225,8 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     name = str(name_or_path)
     model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
-        raise ConfigError(
-            f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all"
-        )
+        lacks = f"lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first"
+        raise ConfigError(f"model.name_or_path: {name} {lacks}; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     check_modules(model, name)

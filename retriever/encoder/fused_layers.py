@@ -1,4 +1,5 @@
-"""The layers of the BERT family on packed texts, in few passes over memory: same weights, same names, same mathematics.
+"""Layers and embeddings of the BERT family on packed texts, in few passes over memory: same weights, same names, same
+mathematics.
 
 Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the
 one with it.
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.dispatch import WIDEST_ROW
+from kernels.layers.embeddings import Tables, embeddings
 from kernels.layers.post_norm import (
     Factors,
     Layer,
@@ -27,7 +29,6 @@ from kernels.layers.post_norm import (
     post_norm_layer,
     without_graph,
 )
-from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
 
@@ -41,14 +42,11 @@ def can_fuse(tower: PreTrainedModel) -> bool:
     config: Any = tower.config
     if config.model_type not in FAMILY:
         return False
+    if config.hidden_act != "gelu" or config.is_decoder or config.chunk_size_feed_forward != 0:
+        return False
     encoder: Any = tower.encoder
-    plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
-    fits = config.hidden_size <= WIDEST_ROW
-    return (
-        plain
-        and fits
-        and all(type(module) in (nn.Linear, nn.LayerNorm) for layer in encoder.layer for module in _holders(layer))
-    )
+    holders = (module for layer in encoder.layer for module in _holders(layer))
+    return config.hidden_size <= WIDEST_ROW and all(type(module) in (nn.Linear, nn.LayerNorm) for module in holders)
 
 
 def fuse(tower: PreTrainedModel) -> None:
@@ -57,19 +55,31 @@ def fuse(tower: PreTrainedModel) -> None:
     """
     encoder: Any = tower.encoder
     tower.encoder = FusedLayers(encoder.layer)
-    if knows_embeddings(tower):
+    if _has_plain_embeddings(tower):
         tower.embeddings = FusedEmbeddings(tower.embeddings)  # type: ignore[arg-type]
 
 
 class _LayerSpec(NamedTuple):
-    """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than
-    a product.
+    """What a forward pass reads of a layer's modules, looked up once: finding a module by name costs the host more
+    than launching a product.
     """
 
     holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
     dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
     heads: int
     eps: float
+
+    @classmethod
+    def of(cls, layer: Any) -> _LayerSpec:
+        """The spec of a layer of transformers."""
+        attention = layer.attention.self
+        dropouts = attention.dropout, layer.attention.output.dropout, layer.output.dropout
+        return cls(_holders(layer), dropouts, attention.num_attention_heads, layer.output.LayerNorm.eps)
+
+    @property
+    def dropout_rates(self) -> tuple[float, float, float]:
+        attention, attended, output = (dropout.p if dropout.training else 0.0 for dropout in self.dropouts)
+        return attention, attended, output
 
 
 class _Rounded(NamedTuple):
@@ -94,7 +104,7 @@ class FusedLayers(nn.Module):
     def __init__(self, layer: nn.ModuleList) -> None:
         super().__init__()
         self.layer = layer
-        self._specs = [_LayerSpec(_holders(module), _dropouts(module), *_shape(module)) for module in layer]
+        self._specs = list(map(_LayerSpec.of, layer))
         self._rounded: dict[int, _Rounded] = {}
 
     def forward(
@@ -110,39 +120,32 @@ class FusedLayers(nn.Module):
 
         Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
         """
-        if packed_products is not None and len(packed_products) != (
-            expected := len(self._specs) * torch.is_grad_enabled()
-        ):
-            raise ValueError(
-                f"expected the products of {counted(expected, 'layer')}, received those of {len(packed_products)}"
-            )
+        expected = len(self._specs) if torch.is_grad_enabled() else 0
+        if packed_products is not None and len(packed_products) != expected:
+            layers = counted(expected, "layer")
+            raise ValueError(f"expected the products of {layers}, received those of {len(packed_products)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
-        dropouts = [self._dropouts(spec) for spec in self._specs]
+        dropouts = [spec.dropout_rates for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
         if any(map(any, dropouts)):
             seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
             for i, spec in enumerate(self._specs):
-                layer = Layer(
-                    spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], seeds[3 * i : 3 * i + 3]
-                )
+                of_layer = seeds[3 * i : 3 * i + 3]
+                layer = Layer(spec.heads, spec.eps, packed_starts, packed_longest, dropouts[i], of_layer)
                 parameters = _read_parameters(spec.holders)
-                given = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
+                inputs = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():
-                    stream, rounded = post_norm_layer(*given, packed_products.popleft() if packed_products else None)
+                    stream, rounded = post_norm_layer(*inputs, packed_products.popleft() if packed_products else None)
                 else:
-                    stream, rounded, saved = without_graph(*given)
+                    stream, rounded, saved = without_graph(*inputs)
                     if packed_products is not None:
                         packed_products.append(saved)
                     del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
-
-    def _dropouts(self, spec: _LayerSpec) -> tuple[float, float, float]:
-        attention, attended, narrowed = (dropout.p if dropout.training else 0.0 for dropout in spec.dropouts)
-        return attention, attended, narrowed
 
     def _factors(self, i: int, parameters: Parameters, dtype: torch.dtype) -> Factors:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
@@ -170,12 +173,58 @@ def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
     return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
 
 
-def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
-    return layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
-def _shape(layer: Any) -> tuple[int, float]:
-    return layer.attention.self.num_attention_heads, layer.output.LayerNorm.eps
+def _has_plain_embeddings(tower: PreTrainedModel) -> bool:
+    """Whether `tower` adds a word's, a position's and a segment's row and hands their norm to its layers, as BERT and
+    RoBERTa do.
+    """
+    module: Any = tower.embeddings
+    if {name for name, _ in module.named_children()} != {*_EMBEDDINGS, "LayerNorm", "dropout"}:
+        return False
+    tables = [getattr(module, name) for name in _EMBEDDINGS]
+    if any(type(table) is not nn.Embedding or table.max_norm is not None for table in tables):
+        return False
+    if any(table.sparse or table.scale_grad_by_freq for table in tables):
+        return False
+    if getattr(tower.config, "position_embedding_type", None) not in (None, "absolute"):
+        return False
+    norm, hidden = module.LayerNorm, tower.config.hidden_size
+    # ELECTRA's rows may be narrower, and go through a matrix product.
+    return type(norm) is nn.LayerNorm and norm.normalized_shape == (hidden,) and hidden <= WIDEST_ROW
+
+
+class FusedEmbeddings(nn.Module):
+    """Stands where a tower's embeddings stood, with its modules under their names; takes packed texts, whose tokens are
+    of segment 0.
+    """
+
+    word_embeddings: nn.Embedding
+    position_embeddings: nn.Embedding
+    token_type_embeddings: nn.Embedding
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.training = module.training  # of it alone: the modules are shared, and have modes of their own
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
+        """input_ids and position_ids [1, T] to the layers' input [1, T, H] in the tables' dtype."""
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        seed = draw_seeds(1, input_ids.device) if dropout > 0 else None
+        with torch.autocast(input_ids.device.type, enabled=False):
+            y = embeddings(input_ids[0], position_ids[0], self.tables(), seed, eps=self.LayerNorm.eps, dropout=dropout)
+        return y[None]
+
+    def tables(self) -> Tables:
+        """The parameters, the segment's row out of its table."""
+        words, positions, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
+        weights = words.weight, positions.weight, self.token_type_embeddings.weight[0], norm.weight, norm.bias
+        return Tables(*weights, words.padding_idx, positions.padding_idx)
 
 
 def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:

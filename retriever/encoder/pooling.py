@@ -54,7 +54,7 @@ def pool_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
         return hidden[position].to(dtype)  # [n, H]
 
 
-def unit(vectors: Tensor) -> Tensor:
+def unit_norm(vectors: Tensor) -> Tensor:
     """x / ‖x‖ row by row, in the vectors' own precision; a zero row stays zero."""
     with torch.autocast(vectors.device.type, enabled=False):
         return F.normalize(vectors, dim=-1)
