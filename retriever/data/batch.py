@@ -49,8 +49,7 @@ class Targets(OfTensors):
         return replace(super().to(device), ignores=ignores)
 
     def reordered(self, query_rows: Tensor, passage_rows: Tensor) -> Targets:
-        """The targets of a batch whose row i is the one that was query_rows[i] of these queries [B], passage_rows[i] of
-        the passages [N].
+        """The targets of a batch whose row i is query_rows[i] [B] of the queries, passage_rows[i] [N] of the passages.
 
         A teacher's groups are left out, and pairs that were looked up: they are of the old order, on other ranks too.
         """
@@ -161,9 +160,7 @@ class BatchLoader:
     def _most_chunks(
         self, whole: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray
     ) -> tuple[int, int]:
-        """Chunks of queries and of passages, each on the rank that has most of them: ranks of a sharded encoder run
-        equally many.
-        """
+        """The largest number of query and of passage chunks on any rank: a sharded encoder runs equally many on all."""
         size = self._world.size
         of_query, of_passage = owners(whole, query_lengths, passage_lengths, size)
         queries = max(len(self._queries.plan(whole.queries[of_query == rank])) for rank in range(size))

@@ -83,8 +83,9 @@ def read_queries(path: str | Path, split: str | None = None) -> Iterator[tuple[s
 def query_texts(
     tables: Iterable[Table], wanted: Container[str] | None = None, *, for_run: bool = False
 ) -> dict[str, str]:
-    """Query id -> text in the tables' order, of those in `wanted`, or of all that have a text. `for_run`: their ids go
-    into a run file.
+    """Query id -> text in the tables' order, for the queries in `wanted` or for all that have a text.
+
+    `for_run`: the ids are written into a run file.
 
     Raises DataError for an id of two texts, a wanted query whose text is blank, and an id that a run file cannot hold.
     """
@@ -102,8 +103,7 @@ def query_texts(
 
 
 def check_corpus(tables: Sequence[Table]) -> str | None:
-    """Reads a corpus once for what a search could not use; in memory are 8 bytes a passage. Returns a note on blank
-    passages, if any.
+    """Checks that a search can use a corpus, in 8 bytes a passage. Returns a note on blank passages, if any.
 
     Raises DataError where an id stands twice or holds white space, which a run file separates its fields by, and at a
     malformed record.
@@ -120,9 +120,7 @@ def check_corpus(tables: Sequence[Table]) -> str | None:
 
 
 def once(texts: Iterable[tuple[str, str]], path: Path) -> Iterator[tuple[str, str]]:
-    """The (id, text) pairs. Raises DataError where an id comes twice, at the latest _IDS_AT_ONCE texts later; holds 8
-    bytes a text.
-    """
+    """The (id, text) pairs. Raises DataError soon after an id comes a second time. Takes 8 bytes a text."""
     seen, stream = np.empty(0, np.int64), iter(texts)
     while pairs := list(islice(stream, _IDS_AT_ONCE)):
         hashes = [hash(text_id) for text_id, _ in pairs]

@@ -27,9 +27,7 @@ _NOT_EXAMPLES = frozenset(
 
 
 def data_files(folder: Path, stem: str | None = None) -> list[Path]:
-    """The data files of a folder by name. With `stem`, those so named, else those whose name goes on after a dot
-    (`queries.dev.small`).
-    """
+    """The data files of a folder by name. With `stem`, the files `stem.*`; where there are none, `stem.more.*`."""
     if not folder.is_dir():
         return []
     files = sorted(f for f in folder.iterdir() if f.is_file() and kind_of(f) in KINDS)
@@ -39,9 +37,7 @@ def data_files(folder: Path, stem: str | None = None) -> list[Path]:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's name speaks of: `train` for qidpidtriples.train.full.2.tsv; None where it speaks of
-    none.
-    """
+    """The split in a file's name: `train` for qidpidtriples.train.full.2.tsv. None where the name has none."""
     words = stem_of(path).lower().replace("-", ".").replace("_", ".").split(".")
     return next((_TRACKS.get(word, word) for word in words if word in SPLITS or word in _TRACKS), None)
 

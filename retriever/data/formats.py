@@ -116,8 +116,9 @@ def _path_of(config: SourceConfig) -> Path:
 def _texts(
     config: SourceConfig, side: Literal["corpus", "queries"], folder: Path | None = None, split: str | None = None
 ) -> Sequence[Table]:
-    """The tables of data.train.<n>.corpus or queries: a file, a folder, or, beside a Hugging Face name, another such
-    name. Where the setting is null, those in `folder`, if there is one.
+    """The tables of data.train.<n>.corpus or queries: a file, a folder or, beside a name of the hub, another name.
+
+    Where the setting is null, those in `folder`, if there is one.
     """
     configured = getattr(config, side)
     path = folder if configured is None else Path(configured).expanduser()
@@ -139,9 +140,7 @@ def _judged(config: SourceConfig, corpus: Sequence[Table], queries: Sequence[Tab
 
 
 def _msmarco(config: SourceConfig, path: Path) -> Source:
-    """MS MARCO: judgments, triples and hard negatives; collection and queries stand beside them or where the config
-    says.
-    """
+    """MS MARCO: judgments, triples, hard negatives. Collection and queries are beside them or as configured."""
     files = relation_files(path, config.split)
     corpus: Sequence[Table] = []
     queries: Sequence[Table] = []
@@ -156,9 +155,7 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
 
 
 def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = None) -> Source:
-    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids, to be looked up in a
-    corpus.
-    """
+    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids in a corpus."""
     kind = kind or (config.format if config.format != "auto" else detect_record_format(tables[0]))
     if kind not in ("columns", *_READERS):
         message = f"format {kind!r} is read from its own files or folder; here are records of one table"

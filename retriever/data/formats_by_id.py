@@ -28,8 +28,7 @@ def judged_examples(qrels: Mapping[str, Mapping[str, int]], queries: Queries, la
 
 
 def relation_files(path: Path, split: str) -> list[Path]:
-    """What relates queries to passages: `path` itself, or a folder's judgments, hard negatives and id triples of
-    `split`.
+    """The files that relate queries to passages: `path`, or those of `split` in a folder (judgments first).
 
     Text triples are taken from a folder only where there is nothing else: they carry no ids to merge with the rest.
     """

@@ -23,9 +23,7 @@ _FIELDS = (
 
 
 def detect_format(path: Path, split: str) -> str:
-    """The name that data.train.<n>.format would have for `path`. Raises DataError where names and first record do not
-    tell.
-    """
+    """The data.train.<n>.format of `path`. Raises DataError where neither the names nor the first record tell it."""
     files = data_files(path) if path.is_dir() else [path]
     if (path / "qrels").is_dir() and (
         (path / "corpus").is_dir() or any(stem_of(file).split(".")[0] == "corpus" for file in files)

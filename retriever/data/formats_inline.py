@@ -1,6 +1,4 @@
-"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, sentence-transformers
-columns.
-"""
+"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, columns."""
 
 from __future__ import annotations
 
@@ -96,8 +94,7 @@ class ColumnRoles(NamedTuple):
 
 
 def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = False) -> ColumnRoles:
-    """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of
-    negatives.
+    """The roles of a record's columns, as in sentence-transformers: anchor, positive, then any number of negatives.
 
     `asked` (data.train.<n>.columns) decides if it is not None; else columns named anchor, positive, negative*; else
     their order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold

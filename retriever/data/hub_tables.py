@@ -1,6 +1,4 @@
-"""Tables from Hugging Face `datasets`: by name, or from a folder written by `save_to_disk`. No code of a data set is
-ever run.
-"""
+"""Tables from Hugging Face `datasets`: by name, or from a folder of `save_to_disk`. No code of a data set is run."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ def saved_table(path: Path, split: str) -> DatasetTable:
 
 
 def named_table(name: str, revision: str | None = None, split: str | None = None) -> DatasetTable:
-    """The data set `name`, or `name:subset`; `split` None takes its only split. Raises DataError where it cannot be
-    loaded.
-    """
+    """The data set `name` or `name:subset`. Without `split`, its only one. Raises DataError if it cannot be loaded."""
     import datasets
 
     repository, _, subset = name.partition(":")
@@ -90,9 +86,7 @@ def is_collection(name: str, revision: str | None) -> bool:
 
 
 def collection_tables(name: str, revision: str | None, split: str) -> tuple[DatasetTable, DatasetTable, DatasetTable]:
-    """(corpus, queries, judgments of `split`) of a BEIR data set, its judgments in its own subset or in
-    `<name>-qrels`.
-    """
+    """(corpus, queries, judgments of `split`) of a BEIR data set; judgments may be in `<name>-qrels`."""
     own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
     judgments = named_table(f"{name}:{own}", revision, split) if own else named_table(f"{name}-qrels", None, split)
     return named_table(f"{name}:corpus", revision), named_table(f"{name}:queries", revision), judgments

@@ -16,9 +16,7 @@ _CUT_OFF = 64  # characters before the end of a piece within which an error may 
 
 
 class JsonError(ValueError):
-    """JSON that cannot be read; `position` in characters, None where it is not known. `cut_off`: more text may mend
-    it.
-    """
+    """JSON that cannot be read. `position`: in characters, None if unknown. `cut_off`: the text may be incomplete."""
 
     def __init__(self, message: str, position: int | None = None, cut_off: bool = False) -> None:
         super().__init__(message)

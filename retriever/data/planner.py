@@ -1,5 +1,4 @@
-"""The global batch of every step, as a pure function of (seed, step, store): which queries, which passages, on which
-rank.
+"""The global batch of every step, a pure function of (seed, step, store): its queries, its passages and their ranks.
 
 Nothing is drawn from a stateful generator. Orders and draws come from hashes of (seed, store, what, index), so any
 step can be planned at once, on any rank, and a run resumes at step k without replaying k steps.
@@ -80,9 +79,7 @@ class Planner:
 
     @classmethod
     def from_config(cls, store: Store, config: Config) -> Planner:
-        """The planner of a run. Raises ConfigError where a source would give batches in which a query has no negative:
-        no loss.
-        """
+        """The planner of a run. Raises ConfigError where a query may have no negative in its batch, and so no loss."""
         planner = cls(
             store,
             queries=config.batch.queries,
@@ -95,9 +92,7 @@ class Planner:
         return planner
 
     def _check_negatives(self) -> None:
-        """Raises ConfigError where a query may stand in a batch without a negative: alone there, and without any of its
-        own.
-        """
+        """Raises ConfigError where a query may be alone in a batch and has no negatives of its own."""
         store, positives = self._store, self._store.positives
         ranges = [(source.name, source.first, source.last) for source in store.sources]
         if not self._one_source:
@@ -152,9 +147,7 @@ class Planner:
         return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
 
     def _at(self, source: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Query rows, and the pass over the source that each belongs to, at `positions` of its endless shuffled
-        sequence.
-        """
+        """Query rows at `positions` of the source's endless shuffled sequence, and the pass over the source of each."""
         turns, places = np.divmod(positions, self._sizes[source])
         rows = np.empty_like(positions)
         for turn in np.unique(turns):
@@ -177,9 +170,7 @@ class Planner:
         return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """At most `negatives` of each query's, without replacement: a window of its shuffled list that moves with every
-        pass.
-        """
+        """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass."""
         if self._negatives == 0:
             return np.empty(0, dtype=np.int64)
         ptr, ids = self._store.negatives.take(queries)
@@ -226,8 +217,7 @@ def owners(
 
 
 def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
-    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its
-    target alone.
+    """The passages that are no negatives of each query: all its known positives or, unless `masked`, its target alone.
 
     Where a text has very many positives, only those in the batch are listed: every query of the text would list all of
     them.

@@ -90,9 +90,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file with its place; the accessors return a checked value or raise a DataError naming the
-    field.
-    """
+    """One record and where it is in a file. The accessors check a value or raise a DataError naming the field."""
 
     values: Mapping[str, Any]
     file: str

@@ -46,8 +46,7 @@ class StoredSource:
 
 
 class Store:
-    """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct
-    final text.
+    """An opened store. A source's queries are contiguous rows; each distinct final text of a passage is one row.
 
     `positives`, `negatives` and `known` are Csr over query rows. Queries of equal tokens share what they know:
     `same_text` [queries] is the row of the first of them, in which `known` holds the positives of all and any passage
@@ -56,9 +55,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, encoded: Path | None = None) -> None:
-        """`encoded`: a folder of `write_encoded`, whose relations take passages of equal tokens for one; None: none are
-        equal.
-        """
+        """`encoded`: a folder of `write_encoded`, whose relations treat passages of equal tokens as one."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
@@ -122,9 +119,7 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
 
 
 def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's
-    lengths.
-    """
+    """The folder beside the store's with the relations of texts as encoded under this configuration's lengths."""
     template = TokenTemplate.from_tokenizer(tokenizer)
     limits = config.model.query_max_tokens, config.model.passage_max_tokens
     rooms = [max(1, limit - template.special_tokens) for limit in limits]
@@ -165,9 +160,7 @@ def _hash(values: dict[str, Any]) -> str:
 
 
 def _problem(folder: Path, again: bool) -> str | None:
-    """What is wrong with a store, the file first; None where every file is as it was written. `again`: as `damaged` has
-    it.
-    """
+    """What is wrong with a store, the file first; None if every file is as it was written. `again`: see `damaged`."""
     try:
         files: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, size in files.items():

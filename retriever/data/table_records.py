@@ -87,9 +87,7 @@ def parquet_records(path: Path) -> Iterator[Record]:
 
 
 def batch_records(batches: Iterable[Any], label: str, what: str) -> Iterator[Record]:
-    """The rows of record batches, numbered from 1. Raises DataError where one of them cannot be had: `what` it was
-    expected from.
-    """
+    """The rows of record batches, numbered from 1. Raises DataError where a batch cannot be read from `what`."""
     import pyarrow as pa
 
     row = 0

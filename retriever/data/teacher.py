@@ -1,6 +1,4 @@
-"""A teacher's scores in a batch: each query's scored passages, and the negatives that the teacher takes for
-relevant.
-"""
+"""A teacher's scores in a batch: each query's scored passages, and the negatives that the teacher finds relevant."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from retriever.data.store import Csr, Store
 
 
 class Groups(NamedTuple):
-    """Each query's target and scored negatives in the global batch, on any rank; an empty row where the target has no
-    score.
-    """
+    """Each query's target and scored negatives in the global batch, on any rank; none if the target has no score."""
 
     ptr: Tensor  # [B + 1] int64
     ids: Tensor  # [ptr[-1]] int64: passage ids, the target first; those of a row are distinct

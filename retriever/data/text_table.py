@@ -1,6 +1,4 @@
-"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, memory-mapped ever
-after.
-"""
+"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every text, special tokens not counted: [n] int64, made anew each time; `lengths_of` is for a
-        few.
-        """
+        """Tokens of every text without special ones: [n] int64, computed each time; for a few, use `lengths_of`."""
         return np.diff(self._offsets)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
@@ -50,9 +46,7 @@ class TokenRows:
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each
-        has [n].
-        """
+        """The first `limit` tokens of each row, or the last: one row behind another [sum], and their numbers [n]."""
         first, last = self._offsets[rows], self._offsets[rows + 1]
         kept = np.minimum(last - first, limit)  # [n]
         if keep_end:

@@ -77,9 +77,7 @@ def longest_input(config: Any) -> int | None:
 
 
 def check_lengths(config: Any, query_max_tokens: int, passage_max_tokens: int) -> None:
-    """Raises ConfigError where a text may become longer than the model's positions reach, or keeps hardly a token of
-    its own.
-    """
+    """Raises ConfigError where a length exceeds the model's positions, or leaves hardly a token to a text."""
     longest = longest_input(config)
     for key, value in (("model.query_max_tokens", query_max_tokens), ("model.passage_max_tokens", passage_max_tokens)):
         if value < 4:

@@ -81,8 +81,7 @@ class EncoderBundle:
         tokens_per_chunk: int | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one
-        slab ahead.
+        """Embeddings of one slab of texts after another, with the slabs' keys. A thread reads `slabs` one slab ahead.
 
         A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
         `tokens_per_chunk` tokens. Dropout is off while this runs; a text without any token gets the zero vector.
@@ -94,8 +93,8 @@ class EncoderBundle:
         return encoder.encode(slabs, progress)
 
     def model_hash(self) -> str:
-        """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture,
-        tokenizer, pooling.
+        """SHA-256 of weights, architecture, tokenizer and pooling: all that the embeddings depend on but prompts,
+        lengths and precision.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):

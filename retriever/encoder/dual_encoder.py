@@ -53,8 +53,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
-        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `auto` of pooling and truncate_dim is
-        what the folder says.
+        """The towers of `config.name_or_path` in fp32. `auto` of pooling and truncate_dim is what the folder says.
 
         A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from
         the same weights. Raises ConfigError where the model cannot be trained exactly, or has fewer positions than
@@ -143,9 +142,7 @@ class DualEncoder(nn.Module):
         return all(tower.config.model_type in PACKED for tower in self.each_tower)
 
     def pack(self) -> None:
-        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the
-        architecture cannot.
-        """
+        """Makes attention stay within packed texts, without padding. Raises ConfigError if the model cannot."""
         for tower in self.each_tower:
             if tower.config.model_type not in PACKED:
                 raise ConfigError(
@@ -161,9 +158,7 @@ class DualEncoder(nn.Module):
         return all(can_fuse(tower) for tower in self.each_tower)
 
     def fuse_layers(self) -> None:
-        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for
-        other towers.
-        """
+        """Replaces the layers of packed BERT-like towers by fused ones. Raises ConfigError for other towers."""
         for tower in self.each_tower:
             if not can_fuse(tower):
                 kind = f"a {tower.config.model_type!r} model"
@@ -185,8 +180,7 @@ class DualEncoder(nn.Module):
                 layer.compile(dynamic=True, options={"fallback_random": True})
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG
-        state.
+        """Keeps only each layer's input and recomputes the rest in the backward pass, with the same random numbers.
 
         Raises ConfigError where the architecture has no such layers.
         """
@@ -234,9 +228,7 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
 
 
 def _detach_pooler(tower: Any) -> dict[str, Tensor]:
-    """Takes the head off a BERT-like model and returns its weights: no embedding depends on it, so it would never get a
-    gradient.
-    """
+    """Removes the pooler of a BERT-like model, on which no embedding depends, and returns its weights."""
     pooler = getattr(tower, "pooler", None)
     if not isinstance(pooler, nn.Module):
         return {}

@@ -1,5 +1,4 @@
-"""Layers and embeddings of the BERT family on packed texts, in few passes over memory: same weights, same names, same
-mathematics.
+"""Layers and embeddings of the BERT family on packed texts, with the library's weights, names and mathematics.
 
 Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the
 one with it.
@@ -36,9 +35,7 @@ FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 
 
 def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers and norms
-    nobody replaced.
-    """
+    """Whether `fuse` knows the layers of `tower`: BERT-like, with exact GELU and plain linear layers and norms."""
     config: Any = tower.config
     if config.model_type not in FAMILY:
         return False
@@ -50,9 +47,7 @@ def can_fuse(tower: PreTrainedModel) -> bool:
 
 
 def fuse(tower: PreTrainedModel) -> None:
-    """Puts fused layers, and fused embeddings where they are plain ones, into `tower`, which from then on takes packed
-    texts only.
-    """
+    """Replaces the layers of `tower`, and plain embeddings, by fused ones, which take packed texts only."""
     encoder: Any = tower.encoder
     tower.encoder = FusedLayers(encoder.layer)
     if _has_plain_embeddings(tower):
@@ -60,9 +55,7 @@ def fuse(tower: PreTrainedModel) -> None:
 
 
 class _LayerSpec(NamedTuple):
-    """What a forward pass reads of a layer's modules, looked up once: finding a module by name costs the host more
-    than launching a product.
-    """
+    """What a forward pass reads of a layer's modules. Looked up once: finding a module by name is slow for the host."""
 
     holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
     dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
@@ -83,9 +76,7 @@ class _LayerSpec(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """A layer's factors, and what they were made of: `sources` keep the memory, so that no other weights can come to
-    lie there.
-    """
+    """A layer's factors and the weights they were made of, kept so that no others can take their memory."""
 
     state: tuple[object, ...]
     factors: Factors
@@ -93,8 +84,7 @@ class _Rounded(NamedTuple):
 
 
 class FusedLayers(nn.Module):
-    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is
-    not.
+    """Replaces a model's encoder. `layer` holds its modules, whose parameters are used and whose forward is not.
 
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every
     operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
@@ -177,9 +167,7 @@ _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings"
 
 
 def _has_plain_embeddings(tower: PreTrainedModel) -> bool:
-    """Whether `tower` adds a word's, a position's and a segment's row and hands their norm to its layers, as BERT and
-    RoBERTa do.
-    """
+    """Whether `tower` hands its layers the norm of word, position and segment embeddings, as BERT and RoBERTa do."""
     module: Any = tower.embeddings
     if {name for name, _ in module.named_children()} != {*_EMBEDDINGS, "LayerNorm", "dropout"}:
         return False
@@ -196,9 +184,7 @@ def _has_plain_embeddings(tower: PreTrainedModel) -> bool:
 
 
 class FusedEmbeddings(nn.Module):
-    """Stands where a tower's embeddings stood, with its modules under their names; takes packed texts, whose tokens are
-    of segment 0.
-    """
+    """Replaces a tower's embeddings; its modules keep their names. Takes packed texts, all of segment 0."""
 
     word_embeddings: nn.Embedding
     position_embeddings: nn.Embedding

@@ -51,9 +51,7 @@ def _positions(config: Any, texts: Packed) -> Tensor:
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """[count] int64 from the device's generator, whose state a chunk's second pass restores: dropout masks are
-    functions of them.
-    """
+    """[count] int64, seeds of dropout masks, from the device's generator, which a chunk's second pass restores."""
     return torch.randint(_SEEDS, (count,), device=device)
 
 

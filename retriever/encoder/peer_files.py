@@ -29,17 +29,13 @@ class Module:
 
     @property
     def kind(self) -> str:
-        """The class that sentence-transformers has for it, wherever its versions keep it; other classes keep their
-        whole name.
-        """
+        """The class's name in sentence-transformers, wherever it is kept; the whole name of other classes."""
         return self.type.rpartition(".")[2] if self.type.startswith("sentence_transformers.") else self.type
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompts in config_sentence_transformers.json that belong to a side; a passage's in the order that it is
-    looked for.
-    """
+    """The prompts in config_sentence_transformers.json that belong to a side. The first one of a passage counts."""
 
     query: str | None = None
     document: str | None = None

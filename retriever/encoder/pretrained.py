@@ -29,8 +29,7 @@ class _Index:
 
 
 def read_config(name: str, folder: str = "", **overrides: Any) -> Any:
-    """The transformers configuration in a sub-folder of a model's folder or Hugging Face name, entries of it
-    overridden.
+    """The transformers configuration in a sub-folder of a model's folder or Hugging Face name, with `overrides`.
 
     Raises ConfigError where there is none, it is malformed, or it would load code of the hub or weights of another
     kind.
@@ -56,8 +55,7 @@ def read_config(name: str, folder: str = "", **overrides: Any) -> Any:
 
 
 def load_model(auto_class: Any, config: Any, name: str, folder: str) -> tuple[Any, list[str]]:
-    """A model of `config` in fp32 with the weights in a sub-folder of `name`, and the names of those that the files do
-    not have.
+    """A model of `config` in fp32 with the weights in a sub-folder of `name`, and the names of missing weights.
 
     Raises ConfigError, which names the file and the weight, where the weights are no safetensors, cut short, not finite
     or of other shapes.

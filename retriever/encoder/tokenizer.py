@@ -20,9 +20,7 @@ _PROBE = "retrieval, \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-6C34}"
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an encoder's folder or Hugging Face name; both towers of a folder share one. Raises
-    ConfigError.
-    """
+    """The tokenizer of an encoder's folder or Hugging Face name, which both towers share. Raises ConfigError."""
     return pretrained_tokenizer(
         read_model_config(name_or_path), str(name_or_path), tower_folder(name_or_path, "passage")
     )
@@ -49,9 +47,7 @@ def training_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model of `config`. Raises ConfigError where it cannot be loaded or the embedding table has no
-    row for a token.
-    """
+    """The tokenizer of a model of `config`. Raises ConfigError if it cannot be loaded or knows tokens without a row."""
     where = "/".join(part for part in (name, folder) if part)
     try:
         with one_line(f"{where}/tokenizer.json: no tokenizer that can be loaded"), quiet_transformers():
