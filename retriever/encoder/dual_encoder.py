@@ -126,7 +126,7 @@ class DualEncoder(nn.Module):
             tokens.input_ids.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):
             if isinstance(tokens, Packed):
-                kept = {} if saved is None else {"packed_products": saved}
+                kept = {} if saved is None else {"saved_activations": saved}
                 hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, H]
                 embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, H]
             else:

@@ -103,17 +103,17 @@ class FusedLayers(nn.Module):
         *,
         packed_starts: Tensor,
         packed_longest: int,
-        packed_products: deque[SavedActivations] | None = None,
+        saved_activations: deque[SavedActivations] | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
 
-        Without a graph, the products of each layer are put into `packed_products`; with one, they are taken out of it.
+        Without a graph, `saved_activations` receives those of each layer; with one, they are taken out of it.
         """
         expected = len(self._specs) if torch.is_grad_enabled() else 0
-        if packed_products is not None and len(packed_products) != expected:
+        if saved_activations is not None and len(saved_activations) != expected:
             layers = counted(expected, "layer")
-            raise ValueError(f"expected the products of {layers}, received those of {len(packed_products)}")
+            raise ValueError(f"expected the products of {layers}, received those of {len(saved_activations)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
@@ -129,11 +129,14 @@ class FusedLayers(nn.Module):
                 parameters = _read_parameters(spec.holders)
                 inputs = stream, rounded, layer, self._factors(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():
-                    stream, rounded = post_norm_layer(*inputs, packed_products.popleft() if packed_products else None)
+                    # Passed on without a name of its own: the layer frees them as soon as it can.
+                    stream, rounded = post_norm_layer(
+                        *inputs, saved_activations.popleft() if saved_activations else None
+                    )
                 else:
                     stream, rounded, saved = without_graph(*inputs)
-                    if packed_products is not None:
-                        packed_products.append(saved)
+                    if saved_activations is not None:
+                        saved_activations.append(saved)
                     del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
 

@@ -126,12 +126,12 @@ def test_repeats_and_passes_without_a_graph_give_the_same_bits(device: str) -> N
     state = RngState.capture(torch.device(device))
     products = deque[SavedActivations]()
     with torch.no_grad():
-        without = encode(tower, hidden, torch.bfloat16, packed_products=products)
+        without = encode(tower, hidden, torch.bfloat16, saved_activations=products)
     assert len(products) == 2
     runs = []
     for kept in (None, None, products):
         with state.restored():
-            runs.append(gradients(tower, hidden, torch.bfloat16, packed_products=kept))
+            runs.append(gradients(tower, hidden, torch.bfloat16, saved_activations=kept))
     assert torch.equal(without, runs[0]["output"]) and not products
     for other in runs[1:]:
         assert all(runs[0][name].any() and torch.equal(runs[0][name], other[name]) for name in runs[0])
