@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from eval.arguments import evaluation_parser, launched_search
 from eval.collections.collection import read_beir
 from retriever.command import at_least_one, option, run
-from retriever.data.collection import find_qrels
+from retriever.data.folders import find_qrels
 from retriever.errors import RefusedError
 
 if TYPE_CHECKING:

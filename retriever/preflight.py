@@ -13,7 +13,7 @@ from retriever.data.batch import BatchLoader
 from retriever.data.files import exists
 from retriever.data.planner import Planner
 from retriever.data.store import Store
-from retriever.data.tokens import TokenTemplate, tokenize_batch
+from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.settings import read_model_config
 from retriever.parallel.cost import exchange_for
@@ -118,7 +118,7 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> 
     ]
     for side in SIDES:
         length, limit = (
-            len(tokenize_batch(tokenizer, [getattr(model, f"{side}_prompt")])[0]),
+            len(tokenize_flat(tokenizer, [getattr(model, f"{side}_prompt")])[0]),
             getattr(model, f"{side}_max_tokens"),
         )
         text = (
@@ -178,7 +178,7 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
         ),
     )
     alone = World(encoder.device)
-    batch = BatchLoader.from_config(store, Planner.from_config(store, small), template, small, alone).load(0)
+    batch = BatchLoader(store, Planner.from_config(store, small), template, small, alone).load(0)
     check = gradient_error(encoder, config.loss, batch, block_rows=_VERIFY_BLOCK_ROWS if config.batch.offload else None)
     if not max(check.gradient_error, check.loss_error) <= _VERIFY_BOUND:
         raise ConfigError(

@@ -22,8 +22,8 @@ from retriever.data.store import build_or_open
 from retriever.data.tokens import TokenTemplate
 from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.execution import apply_execution
 from retriever.encoder.lora import adapt
-from retriever.encoder.modes import use
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
 from retriever.errors import Stopped
@@ -223,13 +223,13 @@ class Run:
         objective = ContrastiveObjective(config.loss, unit_norm=config.model.normalize, block_rows=block_rows)
         self.objective = objective.to(world.device)
         config = preflight.resolve(config, self.encoder, world)
-        use(self.encoder, config.model)
+        apply_execution(self.encoder, config.model)
         self._planner = Planner.from_config(self._store, config)
         self._template = TokenTemplate.from_tokenizer(self._tokenizer)
         parts = self.encoder, self.objective, self._store, self._planner, self._template, world
         self.config, self._forecast = StepPlanner(config, *parts).decide()
         self.retention = Retention.from_config(self.config.batch)
-        self._loader = BatchLoader.from_config(self._store, self._planner, self._template, self.config, world)
+        self._loader = BatchLoader(self._store, self._planner, self._template, self.config, world)
         epochs = config.train.epochs or 0
         self.total = config.train.max_steps or max(1, round(epochs * self._planner.steps_per_epoch))
         if config.run.preflight == "only" and self._forecast is not None:

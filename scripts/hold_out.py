@@ -61,7 +61,8 @@ def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) ->
     where it cannot be read.
     """
     from retriever.config import ConfigError
-    from retriever.data.collection import data_files, query_tables, query_texts
+    from retriever.data.collection import query_tables, query_texts
+    from retriever.data.folders import data_files
     from retriever.data.formats import find_qrels, read_qrels
     from retriever.files import replace_folder
 

@@ -27,7 +27,7 @@ import kernels.infonce.one_pass
 import kernels.layers.embeddings_triton
 import kernels.layers.gelu
 import kernels.layers.norm  # noqa: F401
-from retriever.config import LossConfig, ModelConfig
+from retriever.config import BatchConfig, Config, LossConfig, ModelConfig
 from retriever.data.batch import Batch, BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store
@@ -103,10 +103,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def _batch(store: Store, device: torch.device = NOWHERE) -> Batch:
     planner = Planner(store, queries=QUERIES, negatives=0, seed=0)
-    lengths = ModelConfig(query_max_tokens=32, passage_max_tokens=256)
-    return BatchLoader(
-        store, planner, TEMPLATE, lengths, tokens_per_chunk=1024, packed=True, mask_known_positives=True, device=device
-    ).load(0)
+    model = ModelConfig(query_max_tokens=32, passage_max_tokens=256, attention="packed")
+    config = Config(model=model, batch=BatchConfig(tokens_per_chunk=1024))
+    return BatchLoader(store, planner, TEMPLATE, config, World(device)).load(0)
 
 
 def _encoder() -> DualEncoder:

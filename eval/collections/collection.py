@@ -14,13 +14,13 @@ from eval.trec import Run
 from retriever.data.collection import (
     check_corpus,
     corpus_tables,
-    find_qrels,
     passages_of,
     qrels_of,
     query_tables,
     query_texts,
 )
 from retriever.data.files import Table
+from retriever.data.folders import find_qrels
 from retriever.data.formats import read_qrels
 from retriever.data.hub_tables import collection_tables
 from retriever.data.records import DataError, final_text, shortened_note

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,24 +13,14 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.exclusions import Exclusions, Pairs, further_pairs
-from retriever.config import Config, ConfigError, ModelConfig
-from retriever.data.chunk_builders import chunk_builders
-from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
+from retriever.config import Config, ConfigError
+from retriever.data.chunks import Ahead, Chunking, Chunks
+from retriever.data.layout import OfTensors
 from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, owners, slice_for_rank
-from retriever.data.store import Csr, Store, TextTable
-from retriever.data.teacher import false_negatives, scored_groups
-from retriever.data.tokens import Side, TokenTemplate
+from retriever.data.store import Csr, Store
+from retriever.data.teacher import Groups, scored_negatives
+from retriever.data.tokens import TokenTemplate
 from retriever.parallel.world import World
-
-
-class Groups(NamedTuple):
-    """Each query's own passages with a teacher's scores, its target first; they may stand on any rank. Empty: the
-    teacher says nothing.
-    """
-
-    ptr: Tensor  # [B + 1] int64
-    ids: Tensor  # [ptr[-1]] int64: passage ids, those of a row distinct
-    scores: Tensor  # [ptr[-1]] float32
 
 
 class KnownPairs(NamedTuple):
@@ -41,13 +29,9 @@ class KnownPairs(NamedTuple):
     pairs: Pairs  # the queries' own targets aside; columns counted over all ranks' passages, rank after rank
     counts: tuple[int, ...]  # passages of each rank
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> KnownPairs:
-        """The same pairs with every tensor replaced by `function` of it."""
-        return KnownPairs(Pairs(*map(function, self.pairs)), self.counts)
-
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(OfTensors):
     """Which passages each query is compared with, and how. B queries and N passages on this rank."""
 
     positives: Tensor  # [B] int64: this rank's column of each query's positive, -1 for an ignored row
@@ -60,30 +44,22 @@ class Targets:
     ignores: bool | None = None  # whether any row is ignored; None: not asked yet
 
     def to(self, device: torch.device) -> Targets:
-        """The same targets on `device`, `ignores` known; the copy does not block where the memory is pinned.
-
-        Raises ValueError where a positive is none of the N columns.
-        """
+        """A copy on `device`, `ignores` known. Raises ValueError where a positive is none of the N columns."""
         ignores = self._ignores() if self.ignores is None else self.ignores
-        return replace(self._map(lambda t: t.to(device, non_blocking=device.type != "cpu")), ignores=ignores)
-
-    def pinned(self) -> Targets:
-        """The same targets in page-locked host memory."""
-        return self._map(Tensor.pin_memory)
+        return replace(super().to(device), ignores=ignores)
 
     def reordered(self, query_rows: Tensor, passage_rows: Tensor) -> Targets:
-        """The targets of a batch whose row i is the one that was query_rows[i] of these queries [B], passage_rows[i] of
-        the passages [N].
+        """The targets of a batch whose row i is query_rows[i] [B] of the queries, passage_rows[i] [N] of the passages.
 
         A teacher's groups are left out, and pairs that were looked up: they are of the old order, on other ranks too.
         """
-        place = torch.empty_like(passage_rows)
-        place[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
+        column_of = torch.empty_like(passage_rows)
+        column_of[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
         positives = self.positives[query_rows]
         known = Exclusions(self.passage_ids, self.known_ptr, self.known_ids).of_rows(query_rows)
         return replace(
             self,
-            positives=place[positives.clamp(min=0)].where(positives >= 0, -1),
+            positives=column_of[positives.clamp(min=0)].where(positives >= 0, -1),
             passage_ids=self.passage_ids[passage_rows],
             known_ptr=known.known_ptr,
             known_ids=known.known_ids,
@@ -99,17 +75,6 @@ class Targets:
                 f"expected positives between -1 and {len(self.passage_ids) - 1} (a column), received {least} to {most}"
             )
         return least < 0
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Targets:
-        return replace(
-            self,
-            positives=function(self.positives),
-            passage_ids=function(self.passage_ids),
-            known_ptr=function(self.known_ptr),
-            known_ids=function(self.known_ids),
-            groups=None if self.groups is None else Groups(*map(function, self.groups)),
-            known_pairs=None if self.known_pairs is None else self.known_pairs.map(function),
-        )
 
 
 @dataclass(frozen=True)
@@ -128,161 +93,83 @@ class Batch:
 class BatchLoader:
     """Plans steps and prepares this rank's batches, the next one while this one is trained on."""
 
-    def __init__(
-        self,
-        store: Store,
-        planner: Planner,
-        template: TokenTemplate,
-        model: ModelConfig,
-        *,
-        tokens_per_chunk: int,
-        packed: bool = False,
-        mask_known_positives: bool,
-        teacher_groups: bool = False,
-        teacher_margin: float | None = None,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        even_chunks: bool = False,
-        look_up: bool = True,
-    ) -> None:
-        """`even_chunks`: every rank has as many chunks of a side as the rank with most, fillers at the end; `look_up`:
-        known pairs, too.
-        """
-        self._store, self._planner, self._template = store, planner, template
-        self._max_tokens: dict[Side, int] = {"query": model.query_max_tokens, "passage": model.passage_max_tokens}
-        self._tables: dict[Side, TextTable] = {"query": store.queries, "passage": store.passages}
-        self._tokens_per_chunk, self._packed = tokens_per_chunk, packed
-        self._masked = mask_known_positives
-        self._teacher_groups, self._teacher_margin = teacher_groups, teacher_margin
-        self._device, self._rank, self._world_size, self._even_chunks = device, rank, world_size, even_chunks
-        self._look_up = look_up
-
-    @classmethod
-    def from_config(
-        cls, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World
-    ) -> BatchLoader:
-        """The loader of one rank of a run whose `auto` values are resolved. Raises ConfigError where a teacher's scores
-        are missing.
-        """
-        asks = config.loss.distils or config.loss.teacher_margin is not None
-        if asks and (store.positive_scores is None or store.negative_scores is None):
+    def __init__(self, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> None:
+        """The `auto` values of `config` are resolved. Raises ConfigError where a teacher's scores are missing."""
+        self._store, self._planner, self._loss, self._world = store, planner, config.loss, world
+        self._asks_teacher = config.loss.distils or config.loss.teacher_margin is not None
+        if self._asks_teacher and (store.positive_scores is None or store.negative_scores is None):
             raise ConfigError(
-                "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and negatives; "
-                "data.train has none (scripts.mine_negatives --teacher writes them)"
+                "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and "
+                "negatives; data.train has none (scripts.mine_negatives --teacher writes them)"
             )
+        model, budget = config.model, int(config.batch.tokens_per_chunk)
+        packed = model.attention == "packed"
+        self._queries = Chunking("query", store.queries, template, model.query_max_tokens, budget, packed)
+        self._passages = Chunking("passage", store.passages, template, model.passage_max_tokens, budget, packed)
         gathers = config.loss.exchange != "ring" or world.size == 1
-        return cls(
-            store,
-            planner,
-            template,
-            config.model,
-            tokens_per_chunk=int(config.batch.tokens_per_chunk),
-            packed=config.model.attention == "packed",
-            mask_known_positives=config.loss.mask_known_positives,
-            teacher_groups=config.loss.distils,
-            teacher_margin=config.loss.teacher_margin,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
-            even_chunks=world.sharded,
-            look_up=config.loss.strategy == "tiled" and gathers and not config.batch.offload,  # others do it themselves
-        )
+        # Elsewhere the loss looks known pairs up itself.
+        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""
+        store, loss, rank = self._store, self._loss, self._world.rank
         whole = self._planner.plan(step)
-        mine = slice_for_rank(
-            whole,
-            self._lengths("query", whole.queries),
-            self._lengths("passage", whole.passages),
-            self._rank,
-            self._world_size,
-        )
-        known, groups = known_positives(self._store, mine, self._masked), None
-        if self._teacher_margin is not None:
-            known = false_negatives(self._store, mine, whole.passages, self._teacher_margin, known)
-        if self._teacher_groups:
-            groups = Groups(
-                *map(torch.from_numpy, scored_groups(self._store, mine, whole.passages, self._teacher_margin))
-            )
+        lengths = self._queries.lengths(whole.queries), self._passages.lengths(whole.passages)
+        mine = slice_for_rank(whole, *lengths, rank, self._world.size)
+        known = known_positives(store, mine, loss.mask_known_positives)
+        scored = scored_negatives(store, mine, whole.passages, loss.teacher_margin) if self._asks_teacher else None
+        if scored is not None and scored.are_false.any():
+            known = scored.add_to(known)
         targets = Targets(
             torch.from_numpy(mine.targets),
             torch.from_numpy(mine.passages),
             torch.from_numpy(np.ascontiguousarray(known.ptr)),
             torch.from_numpy(np.ascontiguousarray(known.ids)),
             global_queries=len(whole.queries),
-            groups=groups,
-            known_pairs=_known_pairs(mine, known, self._rank) if self._look_up else None,
+            groups=scored.groups() if scored is not None and loss.distils else None,
+            known_pairs=_known_pairs(mine, known, rank) if self._looks_up else None,
         )
-        if self._device.type == "cuda":
+        if self._world.device.type == "cuda":
             targets = targets.pinned()
-        counts = self._most_chunks(whole) if self._even_chunks else (0, 0)
-        builders = self._builders("query", mine.queries, counts[0]) + self._builders(
-            "passage", mine.passages, counts[1]
-        )
-        tokens = int(self._lengths("query", mine.queries).sum() + self._lengths("passage", mine.passages).sum())
-        chunks = Chunks(builders, self._device)
-        return Batch(step, whole.epoch, whole.source, chunks, targets, (len(mine.queries), len(mine.passages)), tokens)
+        most = self._most_chunks(whole, *lengths) if self._world.sharded else (0, 0)
+        builders = self._queries.builders(mine.queries, most[0]) + self._passages.builders(mine.passages, most[1])
+        tokens = int(self._queries.lengths(mine.queries).sum() + self._passages.lengths(mine.passages).sum())
+        chunks, sizes = Chunks(builders, self._world.device), (len(mine.queries), len(mine.passages))
+        return Batch(step, whole.epoch, whole.source, chunks, targets, sizes, tokens)
 
     def batches(self, first: int, last: int) -> Generator[Batch, None, None]:
-        """Batches of the steps from `first` to before `last`; the next is planned, and its first chunks built, in
-        threads meanwhile.
+        """Batches of the steps from `first` to before `last`; threads plan the next and build its first chunks.
 
-        Whoever may leave the loop early closes it, for ending its threads takes waiting for them.
+        Close it where the loop may be left early: closing waits for the threads.
         """
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan") as pool:
-            coming = pool.submit(self._prefetched, first) if first < last else None
-            try:
-                for step in range(first, last):
-                    assert coming is not None
-                    asked = time.perf_counter()
-                    batch = coming.result()
-                    batch.chunks.waited_s = time.perf_counter() - asked
-                    coming = pool.submit(self._prefetched, step + 1) if step + 1 < last else None
-                    with closing(batch.chunks):
-                        yield batch
-            finally:
-                if coming is not None and not coming.cancel() and coming.exception() is None:
-                    coming.result().chunks.close()
+        coming = Ahead((partial(self._prefetched, step) for step in range(first, last)), 1, 1, "plan")
+        try:
+            for batch in coming:
+                batch.chunks.waited_s = coming.waited_s
+                with closing(batch.chunks):
+                    yield batch
+        finally:
+            for batch in coming.close():
+                batch.chunks.close()
 
     def _prefetched(self, step: int) -> Batch:
         batch = self.load(step)
         batch.chunks.prefetch()
         return batch
 
-    def _lengths(self, side: Side, rows: np.ndarray) -> np.ndarray:
-        return self._template.lengths(self._tables[side].lengths_of(rows), self._max_tokens[side])
-
-    def _most_chunks(self, whole: GlobalBatch) -> tuple[int, int]:
-        """Chunks of queries and of passages, each on the rank that has most of them."""
-        sides = self._lengths("query", whole.queries), self._lengths("passage", whole.passages)
-        queries, passages = (
-            max(
-                len(plan_chunks(lengths[owner == rank], self._tokens_per_chunk, packed=self._packed))
-                for rank in range(self._world_size)
-            )
-            for lengths, owner in zip(sides, owners(whole, *sides, self._world_size), strict=True)
-        )
+    def _most_chunks(
+        self, whole: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray
+    ) -> tuple[int, int]:
+        """The largest number of query and of passage chunks on any rank: a sharded encoder runs equally many on all."""
+        size = self._world.size
+        of_query, of_passage = owners(whole, query_lengths, passage_lengths, size)
+        queries = max(len(self._queries.plan(whole.queries[of_query == rank])) for rank in range(size))
+        passages = max(len(self._passages.plan(whole.passages[of_passage == rank])) for rank in range(size))
         return queries, passages
-
-    def _builders(self, side: Side, rows: np.ndarray, at_least: int) -> list[Callable[[], Chunk]]:
-        builders = chunk_builders(
-            side,
-            self._tables[side],
-            rows,
-            self._template,
-            max_tokens=self._max_tokens[side],
-            tokens_per_chunk=self._tokens_per_chunk,
-            packed=self._packed,
-        )
-        return builders + [partial(filler, side, packed=self._packed)] * (at_least - len(builders))
 
 
 def _known_pairs(mine: RankSlice, known: Csr, rank: int) -> KnownPairs:
-    """Looks up the passages `known` to each query of the slice among all ranks': ids are enough for it, and the host
-    has them.
-    """
+    """The pairs of the slice's queries and the passages `known` to them among all ranks' passages."""
     exclusions = Exclusions(
         *(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (mine.every_passage, known.ptr, known.ids))
     )

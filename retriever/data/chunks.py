@@ -9,43 +9,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
-from retriever.data.tokens import Side
+from retriever.data.layout import OfTensors, Packed, Padded, pack, pack_rows, pad, pad_rows
+from retriever.data.text_table import TokenRows
+from retriever.data.tokens import Side, TokenTemplate
 
 _THREADS = 2  # laying out holds the interpreter's lock: more make the first chunk later
 _CHUNKS_AHEAD = 8
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(OfTensors):
     """What the encoder sees at once."""
 
     side: Side
     rows: Tensor  # [n] int64: positions in the rank's queries or passages
     tokens: Padded | Packed  # of n texts; of one text in a filler, which has no rows
-
-    def to(self, device: torch.device) -> Chunk:
-        """The same chunk on `device`; the copy does not block where the memory is pinned."""
-        if device.type == "cpu":
-            return self
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def pinned(self) -> Chunk:
-        """The same chunk in page-locked host memory."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Chunk:
-        return Chunk(self.side, function(self.rows), self.tokens.map(function))
 
 
 def filler(side: Side, *, packed: bool) -> Chunk:
@@ -83,15 +75,49 @@ def plan_chunks(lengths: np.ndarray, tokens_per_chunk: int, *, packed: bool = Fa
     return chunks
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """The texts of one side and how chunks are made of them."""
+
+    side: Side
+    texts: TokenRows
+    template: TokenTemplate
+    max_tokens: int  # of a text, special tokens included
+    tokens_per_chunk: int
+    packed: bool
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens [n] int64 that the texts in `rows` [n] take in the encoder."""
+        return self.template.lengths(self.texts.lengths_of(rows), self.max_tokens)
+
+    def plan(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The chunks of the texts in `rows` [n], as positions in `rows` (`plan_chunks`)."""
+        return plan_chunks(self.lengths(rows), self.tokens_per_chunk, packed=self.packed)
+
+    def builders(self, rows: np.ndarray, at_least: int = 0) -> list[Callable[[], Chunk]]:
+        """One function a chunk of the texts in `rows` [n] int64, which reads and lays it out; fillers up to `at_least`.
+
+        Raises ValueError where a single text is longer than `tokens_per_chunk`.
+        """
+        plan = self.plan(rows)
+        builders: list[Callable[[], Chunk]] = [partial(self._build, chunk, rows[chunk]) for chunk in plan]
+        return builders + [partial(filler, self.side, packed=self.packed)] * (at_least - len(builders))
+
+    def _build(self, positions: np.ndarray, rows: np.ndarray) -> Chunk:
+        template = self.template
+        found = self.texts.gather(rows, self.max_tokens - template.special_tokens, keep_end=template.keep_end)
+        tokens, lengths = template.wrap(*found)
+        layout = pack(tokens, lengths) if self.packed else pad(tokens, lengths, template.pad_id)
+        return Chunk(self.side, torch.from_numpy(positions), layout)
+
+
 class Chunks:
-    """The chunks of one rank's batch, to be iterated as often as needed: the same chunks, in the same order, each
-    time.
-    """
+    """The chunks of one rank's batch. Every iteration gives the same chunks in the same order."""
 
     def __init__(self, builders: Sequence[Callable[[], Chunk]], device: torch.device) -> None:
         self._builders = builders
         self._device = device
-        self._prefetched: _Ahead | None = None
+        self._prefetched: Ahead[Chunk] | None = None
         self.waited_s = 0.0  # that iterations spent waiting for a chunk to be built
 
     def __len__(self) -> int:
@@ -103,11 +129,11 @@ class Chunks:
 
     def starting_at(self, first: int) -> Iterator[Chunk]:
         """The chunks without the first `first` ones."""
-        prefetched, self._prefetched = self._prefetched, None
-        if prefetched is not None and first > 0:
-            prefetched.close()
-        with closing(prefetched if prefetched is not None and first == 0 else self._ahead(first)) as ready:
-            for chunk in ready.chunks():
+        if first > 0:
+            self.close()
+        ready, self._prefetched = self._prefetched or self._ahead(first), None
+        with closing(ready):
+            for chunk in ready:
                 self.waited_s += ready.waited_s
                 yield chunk.to(self._device)
 
@@ -121,35 +147,33 @@ class Chunks:
             self._prefetched.close()
             self._prefetched = None
 
-    def _ahead(self, first: int) -> _Ahead:
-        return _Ahead(self._builders[first:], pin=self._device.type == "cuda")
+    def _ahead(self, first: int) -> Ahead[Chunk]:
+        builders = (partial(self._built, builder) for builder in self._builders[first:])
+        return Ahead(builders, _CHUNKS_AHEAD, _THREADS, "chunks")
+
+    def _built(self, builder: Callable[[], Chunk]) -> Chunk:
+        return builder().pinned() if self._device.type == "cuda" else builder()
 
 
-class _Ahead:
-    """Chunks being built in threads, a few ahead of the reader."""
+class Ahead(Generic[Item]):
+    """Results of calls, in order, made in threads up to `depth` calls ahead of the reader."""
 
-    def __init__(self, builders: Sequence[Callable[[], Chunk]], pin: bool) -> None:
-        self._pin = pin
-        self._coming = iter(builders)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="chunks")
-        self._pending = deque(
-            self._pool.submit(self._build, builder) for builder in islice(self._coming, _CHUNKS_AHEAD)
-        )
-        self.waited_s = 0.0  # for the last chunk
+    def __init__(self, calls: Iterable[Callable[[], Item]], depth: int, threads: int, name: str) -> None:
+        self._calls = iter(calls)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._pending = deque(map(self._pool.submit, islice(self._calls, depth)))
+        self.waited_s = 0.0  # for the last result
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Each in its turn; an error of its builder is raised then."""
+    def __iter__(self) -> Iterator[Item]:
+        """Each result in its turn; an error of its call is raised then."""
         while self._pending:
             started = time.perf_counter()
-            chunk = self._pending.popleft().result()
+            item = self._pending.popleft().result()
             self.waited_s = time.perf_counter() - started
-            self._pending.extend(self._pool.submit(self._build, builder) for builder in islice(self._coming, 1))
-            yield chunk
+            self._pending.extend(map(self._pool.submit, islice(self._calls, 1)))
+            yield item
 
-    def close(self) -> None:
-        """Ends the threads; what they have not begun is not built."""
+    def close(self) -> list[Item]:
+        """Ends the threads without beginning another call; returns the results that nobody has read."""
         self._pool.shutdown(cancel_futures=True)
-
-    def _build(self, builder: Callable[[], Chunk]) -> Chunk:
-        chunk = builder()
-        return chunk.pinned() if self._pin else chunk
+        return [call.result() for call in self._pending if not call.cancelled() and call.exception() is None]

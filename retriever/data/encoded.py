@@ -1,6 +1,4 @@
-"""Texts that are one text to the encoder: their tokens are equal once white space, capitals, prompts and length limits
-took effect.
-"""
+"""Texts that the encoder cannot tell apart: the tokenizer and the length limits make them rows of equal tokens."""
 
 from __future__ import annotations
 

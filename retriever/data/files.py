@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from retriever.data.arrow_records import parquet_records
-from retriever.data.delimited import csv_records, tsv_records
 from retriever.data.json_records import is_list, line_records, list_records
 from retriever.data.records import DataError, Record
+from retriever.data.table_records import csv_records, parquet_records, tsv_records
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
@@ -29,18 +29,20 @@ class Table(Protocol):
         """A hash of the content."""
 
 
+@dataclass(frozen=True)
 class FileTable:
-    """The records of one file. `columns` names the columns of a TSV file that has no header."""
+    """The records of one file."""
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None, *, quoted: bool = False) -> None:
-        """`quoted`: a TSV field may stand in quotation marks, those inside it doubled."""
-        if not is_file(path):
-            raise DataError("no such file", path)
-        if kind_of(path) not in KINDS:
-            raise DataError(f"expected a file ending in {', '.join(KINDS)}, or one of these with .gz", path)
-        self.path = path
-        self.columns = columns
-        self.quoted = quoted
+    path: Path
+    columns: Sequence[str] | None = None  # of a TSV file that has no header
+    quoted: bool = False  # a TSV field may stand in quotation marks, those inside it doubled
+    separator: str | None = "\t"  # of a TSV file's fields; None: white space
+
+    def __post_init__(self) -> None:
+        if not is_file(self.path):
+            raise DataError("no such file", self.path)
+        if kind_of(self.path) not in KINDS:
+            raise DataError(f"expected a file ending in {', '.join(KINDS)}, or one of these with .gz", self.path)
 
     @property
     def label(self) -> str:
@@ -55,7 +57,7 @@ class FileTable:
         if kind == ".csv":
             return csv_records(path)
         if kind in (".tsv", ".txt"):
-            return tsv_records(path, self.columns, self.quoted)
+            return tsv_records(path, self.columns, self.quoted, self.separator)
         return list_records(path) if kind == ".json" and is_list(path) else line_records(path)
 
     def digest(self) -> str:

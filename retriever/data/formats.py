@@ -1,6 +1,8 @@
 """Training data of any format as one stream of examples and one of passages.
 
-`open_source` finds out what a path or Hugging Face name holds; `Source` is what the token store reads.
+`open_source` finds out what a path or Hugging Face name holds; `Source` is what the token store reads. A format is a
+function that makes examples of records: in formats_inline.py where records carry their texts, in formats_by_id.py where
+they name passages by id. formats_detect.py recognises it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from retriever.config import SourceConfig
-from retriever.data import hub_tables, readers_by_id, readers_inline
+from retriever.data import hub_tables
 from retriever.data.collection import (
     corpus_tables,
-    find_qrels,
     passages_of,
     qrels_of,
     query_tables,
@@ -24,10 +26,12 @@ from retriever.data.collection import (
     read_corpus,
     read_qrels,
     read_queries,
-    split_of,
 )
-from retriever.data.detect import detect_format, detect_record_format, example_files
 from retriever.data.files import FileTable, Table, exists
+from retriever.data.folders import example_files, find_qrels, split_of
+from retriever.data.formats_by_id import judged_examples, msmarco_examples, needs_corpus, relation_files
+from retriever.data.formats_detect import detect_format, detect_record_format
+from retriever.data.formats_inline import column_examples, dpr_examples, flagembedding_examples, tevatron_examples
 from retriever.data.records import DataError, Example, Passage, Record, final_text
 
 __all__ = [
@@ -82,27 +86,21 @@ def open_source(config: SourceConfig) -> Source:
     Raises DataError where a file is missing or `format: auto` cannot tell what it is.
     """
     if config.name is not None:
-        whole = ":" not in config.name  # name:subset is one table
-        if config.format == "beir" or (
-            config.format == "auto" and whole and hub_tables.is_collection(config.name, config.revision)
-        ):
+        is_whole = ":" not in config.name  # name:subset is one table
+        is_guessed = config.format == "auto" and is_whole
+        if config.format == "beir" or (is_guessed and hub_tables.is_collection(config.name, config.revision)):
             corpus, queries, judgments = hub_tables.collection_tables(config.name, config.revision, config.split)
-            own_corpus, own_queries = (
-                _side_tables(config.corpus, config, corpus_tables),
-                _side_tables(config.queries, config, query_tables),
+            return _judged(
+                config, _texts(config, "corpus") or [corpus], _texts(config, "queries") or [queries], judgments
             )
-            return _judged(config, own_corpus or [corpus], own_queries or [queries], judgments)
         return _inline(config, [hub_tables.named_table(config.name, config.revision, config.split)])
     path = _path_of(config)
     if hub_tables.is_saved_dataset(path):
         return _inline(config, [hub_tables.saved_table(path, config.split)])
     kind = config.format if config.format != "auto" else detect_format(path, config.split)
     if kind == "beir":
-        texts = (
-            corpus_tables(_expanded(config.corpus, path)),
-            query_tables(_expanded(config.queries, path), config.split),
-        )
-        return _judged(config, *texts, FileTable(find_qrels(path, config.split)))
+        corpus_and_queries = _texts(config, "corpus", path), _texts(config, "queries", path, config.split)
+        return _judged(config, *corpus_and_queries, FileTable(find_qrels(path, config.split)))
     if kind == "msmarco":
         return _msmarco(config, path)
     return _inline(config, [FileTable(file) for file in example_files(path, config.split)], kind)
@@ -115,12 +113,20 @@ def _path_of(config: SourceConfig) -> Path:
     return path
 
 
-def _expanded(configured: str | None, otherwise: Path) -> Path:
-    return otherwise if configured is None else Path(configured).expanduser()
+def _texts(
+    config: SourceConfig, side: Literal["corpus", "queries"], folder: Path | None = None, split: str | None = None
+) -> Sequence[Table]:
+    """The tables of data.train.<n>.corpus or queries: a file, a folder or, beside a name of the hub, another name.
 
-
-def _name_of(config: SourceConfig) -> str:
-    return config.name or Path(config.path or "").resolve().name
+    Where the setting is null, those in `folder`, if there is one.
+    """
+    configured = getattr(config, side)
+    path = folder if configured is None else Path(configured).expanduser()
+    if path is None:
+        return []
+    if config.name is not None and not path.is_file():
+        return [hub_tables.named_table(configured)]
+    return corpus_tables(path) if side == "corpus" else query_tables(path, split)
 
 
 def _judged(config: SourceConfig, corpus: Sequence[Table], queries: Sequence[Table], judgments: Table) -> Source:
@@ -128,83 +134,62 @@ def _judged(config: SourceConfig, corpus: Sequence[Table], queries: Sequence[Tab
 
     def examples() -> Iterator[Example]:
         qrels = read_qrels(judgments.path) if isinstance(judgments, FileTable) else qrels_of(judgments)
-        return readers_by_id.judged_examples(qrels, query_texts(queries), judgments.label)
+        return judged_examples(qrels, query_texts(queries), judgments.label)
 
-    return Source(_name_of(config), "beir", (judgments, *queries, *corpus), tuple(corpus), examples, config.limit)
+    return _source(config, "beir", [judgments, *queries], corpus, examples)
 
 
 def _msmarco(config: SourceConfig, path: Path) -> Source:
-    """MS MARCO: judgments, triples and hard negatives; collection and queries stand beside them or where the config
-    says.
-    """
-    folder = path if path.is_dir() else path.parent
-    files = readers_by_id.relation_files(path, config.split)
-    corpus: list[Table] = []
-    queries: list[Table] = []
-    if readers_by_id.needs_corpus(files):
-        split = (split_of(path) if path.is_file() else None) or config.split
-        corpus, queries = (
-            corpus_tables(_expanded(config.corpus, folder)),
-            query_tables(_expanded(config.queries, folder), split),
-        )
+    """MS MARCO: judgments, triples, hard negatives. Collection and queries are beside them or as configured."""
+    files = relation_files(path, config.split)
+    corpus: Sequence[Table] = []
+    queries: Sequence[Table] = []
+    if needs_corpus(files):
+        folder, split = (path, None) if path.is_dir() else (path.parent, split_of(path))
+        corpus, queries = _texts(config, "corpus", folder), _texts(config, "queries", folder, split or config.split)
 
     def examples() -> Iterator[Example]:
-        return readers_by_id.msmarco_examples(files, query_texts(queries))
+        return msmarco_examples(files, query_texts(queries))
 
-    tables = (*(FileTable(file) for file in files), *queries, *corpus)
-    return Source(_name_of(config), "msmarco", tables, tuple(corpus), examples, config.limit)
+    return _source(config, "msmarco", [*map(FileTable, files), *queries], corpus, examples)
 
 
 def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = None) -> Source:
-    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids, with a corpus to look
-    them up in.
-    """
+    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids in a corpus."""
     kind = kind or (config.format if config.format != "auto" else detect_record_format(tables[0]))
-    if kind not in ("columns", *_INLINE):
-        raise DataError(
-            f"format {kind!r} is read from its own files or folder; here are records of one table", tables[0].label
-        )
-    corpus, queries = _side_corpus(config, tables[0], kind), _side_tables(config.queries, config, query_tables)
-
-    def records() -> Iterator[Record]:
-        return chain.from_iterable(table.records() for table in tables)
+    if kind not in ("columns", *_READERS):
+        message = f"format {kind!r} is read from its own files or folder; here are records of one table"
+        raise DataError(message, tables[0].label)
+    folder = None
+    if kind == "tevatron" and config.path is not None:
+        first, path = next(tables[0].records(), None), _path_of(config)
+        if first is not None and "positive_document_ids" in first.values:
+            folder = path if path.is_dir() else path.parent
+    corpus, queries = _texts(config, "corpus", folder), _texts(config, "queries")
 
     def examples() -> Iterator[Example]:
-        if kind == "columns":
-            return readers_inline.column_examples(
-                records(), config.columns, query_texts(queries) if queries else None, by_id=bool(corpus)
-            )
-        return _INLINE[kind](records())
+        records = chain.from_iterable(table.records() for table in tables)
+        if kind != "columns":
+            return _READERS[kind](records)
+        return column_examples(records, config.columns, query_texts(queries) if queries else None, by_id=bool(corpus))
 
-    return Source(
-        _name_of(config), kind, (*tables, *queries, *corpus), tuple(corpus), examples, config.limit, config.columns
-    )
+    return _source(config, kind, [*tables, *queries], corpus, examples)
 
 
-_INLINE: dict[str, Callable[[Iterator[Record]], Iterator[Example]]] = {
-    "tevatron": readers_inline.tevatron_examples,
-    "dpr": readers_inline.dpr_examples,
-    "flagembedding": readers_inline.flagembedding_examples,
+_READERS: dict[str, Callable[[Iterator[Record]], Iterator[Example]]] = {
+    "tevatron": tevatron_examples,
+    "dpr": dpr_examples,
+    "flagembedding": flagembedding_examples,
 }
 
 
-def _side_corpus(config: SourceConfig, table: Table, kind: str) -> list[Table]:
-    """The corpus that passage ids are looked up in: the configured one, or, for Tevatron's version 2, the one in the
-    same folder.
-    """
-    if config.corpus is not None or kind != "tevatron" or config.path is None:
-        return _side_tables(config.corpus, config, corpus_tables)
-    first = next(table.records(), None)
-    path = _path_of(config)
-    by_id = first is not None and "positive_document_ids" in first.values
-    return corpus_tables(path if path.is_dir() else path.parent) if by_id else []
-
-
-def _side_tables(value: str | None, config: SourceConfig, at_path: Callable[[Path], list[Table]]) -> list[Table]:
-    """Tables of a corpus or queries file or folder; beside a Hugging Face name, of a file or of another such name."""
-    if value is None:
-        return []
-    path = Path(value).expanduser()
-    if config.name is not None and not path.is_file():
-        return [hub_tables.named_table(value)]
-    return at_path(path)
+def _source(
+    config: SourceConfig,
+    kind: str,
+    read: Sequence[Table],
+    corpus: Sequence[Table],
+    examples: Callable[[], Iterator[Example]],
+) -> Source:
+    name = config.name or Path(config.path or "").resolve().name
+    columns = None if kind in ("beir", "msmarco") else config.columns
+    return Source(name, kind, (*read, *corpus), tuple(corpus), examples, config.limit, columns)

@@ -1,6 +1,4 @@
-"""Tables from Hugging Face `datasets`: by name, or from a folder written by `save_to_disk`. No code of a data set is
-ever run.
-"""
+"""Tables from Hugging Face `datasets`: by name, or from a folder of `save_to_disk`. No code of a data set is run."""
 
 from __future__ import annotations
 
@@ -9,35 +7,26 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retriever.data.arrow_records import BATCH_ROWS, batch_records, first_line
 from retriever.data.records import DataError, Record
+from retriever.data.table_records import BATCH_ROWS, batch_records, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_PICKLED = (
-    "pyd",
-    "pickle",
-    "pkl",
-    "pt",
-    "pth",
-)  # endings of WebDataset's members that some versions of `datasets` unpickle
+# Endings of WebDataset's members that some versions of `datasets` unpickle.
+_PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")
 
 
+@dataclass(frozen=True)
 class DatasetTable:
     """The rows of one split as records."""
 
-    def __init__(self, dataset: Dataset, label: str) -> None:
-        self.dataset = dataset
-        self._label = label
-
-    @property
-    def label(self) -> str:
-        """The data set's name and split."""
-        return self._label
+    dataset: Dataset
+    label: str  # the data set's name and split
 
     def records(self) -> Iterator[Record]:
         """The rows, numbered from 1."""
@@ -49,10 +38,8 @@ class DatasetTable:
 
         hasher = hashlib.blake2b(digest_size=16)
         for batch in self.dataset.with_format("arrow").iter(BATCH_ROWS):
-            table = batch.take(
-                pa.array(range(len(batch)))
-            ).combine_chunks()  # a copy: a slice's buffers hold more than its rows
-            table = table.replace_schema_metadata(None)
+            copy = batch.take(pa.array(range(len(batch))))  # a slice's buffers hold more than its rows
+            table = copy.combine_chunks().replace_schema_metadata(None)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
                 writer.write_table(table)
@@ -79,9 +66,7 @@ def saved_table(path: Path, split: str) -> DatasetTable:
 
 
 def named_table(name: str, revision: str | None = None, split: str | None = None) -> DatasetTable:
-    """The data set `name`, or `name:subset`; `split` None takes its only split. Raises DataError where it cannot be
-    loaded.
-    """
+    """The data set `name` or `name:subset`. Without `split`, its only one. Raises DataError if it cannot be loaded."""
     import datasets
 
     repository, _, subset = name.partition(":")
@@ -101,9 +86,7 @@ def is_collection(name: str, revision: str | None) -> bool:
 
 
 def collection_tables(name: str, revision: str | None, split: str) -> tuple[DatasetTable, DatasetTable, DatasetTable]:
-    """(corpus, queries, judgments of `split`) of a BEIR data set, its judgments in its own subset or in
-    `<name>-qrels`.
-    """
+    """(corpus, queries, judgments of `split`) of a BEIR data set; judgments may be in `<name>-qrels`."""
     own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
     judgments = named_table(f"{name}:{own}", revision, split) if own else named_table(f"{name}-qrels", None, split)
     return named_table(f"{name}:corpus", revision), named_table(f"{name}:queries", revision), judgments

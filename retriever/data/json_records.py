@@ -16,9 +16,7 @@ _CUT_OFF = 64  # characters before the end of a piece within which an error may 
 
 
 class JsonError(ValueError):
-    """JSON that cannot be read; `position` in characters, None where it is not known. `cut_off`: more text may mend
-    it.
-    """
+    """JSON that cannot be read. `position`: in characters, None if unknown. `cut_off`: the text may be incomplete."""
 
     def __init__(self, message: str, position: int | None = None, cut_off: bool = False) -> None:
         super().__init__(message)
@@ -82,34 +80,32 @@ def is_list(path: Path) -> bool:
 
 
 def list_records(path: Path) -> Iterator[Record]:
-    """The objects of the JSON list that a file holds (DPR's are of many GB), decoded from a window that moves over the
-    file.
+    """The objects of the JSON list that a file holds. The file may be of many GB: a window moves over it.
 
     Raises DataError naming the line that cannot be read.
     """
     window = _Window(path)
+    window.skip_space()
     window.expect("[", "a JSON list of objects")
-    if window.skip_space() != "]":
-        while True:
-            yield _record(window.value(), path, window.value_line)
-            if window.skip_space() == "]":
-                break
+    is_first = True
+    while window.skip_space() != "]":
+        if not is_first:
             window.expect(",", "a comma or the end of the list after an object")
             window.skip_space()
+        yield window.record()
+        is_first = False
     window.expect("]", "the end of the list")
     if window.skip_space():
         raise window.error("the end of the file after the list")
 
 
 class _Window:
-    """A part of a file's text, and the place in it that is read next."""
+    """A part of a file's text, and the position in it that is read next."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._pieces = path, read_pieces(path)
         self._text, self._at = "", 0
         self._line = 1  # of `_at`
-        self.value_line = 1
-        self.skip_space()
 
     def skip_space(self) -> str:
         """Moves to the next character that is not white space and returns it, "" at the file's end."""
@@ -124,23 +120,25 @@ class _Window:
             raise self.error(expected)
         self._at += 1
 
-    def value(self) -> Any:
-        """Moves past the value that begins here and returns it; `value_line` is its first line."""
-        self.value_line = self._line
+    def record(self) -> Record:
+        """Moves past the object that begins here and returns it."""
+        line = self._line
         while True:
+            size = len(self._text) - self._at
             try:
                 value, end = decode(self._text, self._at)
             except JsonError as error:
-                size = len(self._text) - self._at
-                if error.cut_off and size <= LONGEST_RECORD_BYTES and self._extend(at_least=size):
+                if error.cut_off and size > LONGEST_RECORD_BYTES:
+                    raise self.error(f"an object of at most {LONGEST_RECORD_BYTES:,} characters") from error
+                if error.cut_off and self._extend(at_least=size):
                     continue
-                line = self._line + self._text.count("\n", self._at, error.position or self._at)
+                line += self._text.count("\n", self._at, error.position or self._at)
                 raise DataError(f"expected a JSON list of objects: {error}", self._path, line) from error
             self._move(end)
-            return value
+            return _record(value, self._path, line)
 
     def error(self, expected: str) -> DataError:
-        """A DataError at this place."""
+        """A DataError at this position."""
         received = self._text[self._at : self._at + 60]
         return DataError(
             f"expected {expected}, received {received!r}" if received else f"expected {expected}",
@@ -154,19 +152,12 @@ class _Window:
 
     def _extend(self, at_least: int = 1) -> bool:
         """Drops what was read and appends at least so many characters; returns whether there were any."""
-        self._text, self._at = self._text[self._at :], 0
-        parts, added = [self._text], 0
-        while added < at_least and (piece := self._next_piece()) is not None:
+        parts, added = [self._text[self._at :]], 0
+        while added < at_least and (piece := next(self._pieces, None)) is not None:
             parts.append(piece)
             added += len(piece)
-        self._text = "".join(parts)
+        self._text, self._at = "".join(parts), 0
         return added > 0
-
-    def _next_piece(self) -> str | None:
-        try:
-            return next(self._pieces, None)
-        except DataError as error:
-            raise DataError(error.reason, self._path, self._line + self._text.count("\n", self._at)) from error
 
 
 def _skip_space(text: str, at: int) -> int:

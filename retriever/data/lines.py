@@ -1,4 +1,4 @@
-"""Text files as their readers take them: UTF-8, plain or gzipped, by lines or by pieces, in bounded memory."""
+"""Text files, plain or gzipped, read as UTF-8 in lines or in pieces. Memory is bounded whatever the file holds."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, cast
 
 from retriever.data.records import DataError
 
-LONGEST_RECORD_BYTES = 1 << 26  # of a line, or of one object of a JSON list
+LONGEST_RECORD_BYTES = 1 << 26  # of a line, of a CSV field, of one object of a JSON list
 _PIECE_BYTES = 1 << 20
+_UNREADABLE = (UnicodeDecodeError, EOFError, zlib.error, OSError)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -23,60 +22,48 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises DataError for a file that cannot be opened, a line that is not UTF-8 or longer than LONGEST_RECORD_BYTES, and
     a damaged or truncated gzip file.
     """
-    number = 0
-    with readable(path) as stream:
+    number = 1
+    with _opened(path) as stream:
         try:
-            for number, raw in enumerate(iter(partial(stream.readline, LONGEST_RECORD_BYTES + 1), b""), start=1):
+            while raw := stream.readline(LONGEST_RECORD_BYTES + 1):
+                if len(raw) > LONGEST_RECORD_BYTES:  # before decoding: the cut may be inside a character
+                    expected = f"expected a line of at most {LONGEST_RECORD_BYTES:,} bytes, received a longer one"
+                    raise DataError(expected, path, number)
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if len(raw) > LONGEST_RECORD_BYTES:
-                    raise DataError(
-                        f"expected a line of at most {LONGEST_RECORD_BYTES:,} bytes, received a longer one",
-                        path,
-                        number,
-                    )
                 yield number, line.removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(f"expected UTF-8 text, received {_bytes_at(error)}", path, number) from error
-        except (EOFError, zlib.error, OSError) as error:
-            raise _unreadable(error, path, number + 1) from error
+                number += 1
+        except _UNREADABLE as error:
+            raise _unreadable(error, path, number) from error
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, gzipped or not, in pieces of about 1 MiB. Raises DataError as `read_lines`, without a
-    line.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with readable(path) as stream:
+    """The text of a UTF-8 file, gzipped or not, in pieces of about 1 MiB. Raises DataError as `read_lines`."""
+    decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    with _opened(path) as stream:
         try:
             while raw := stream.read(_PIECE_BYTES):
-                yield decoder.decode(raw)
+                piece = decoder.decode(raw)
+                yield piece
+                number += piece.count("\n")
             yield decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise DataError(f"expected UTF-8 text, received {_bytes_at(error)}", path) from error
-        except (EOFError, zlib.error, OSError) as error:
-            raise _unreadable(error, path) from error
+        except _UNREADABLE as error:
+            raise _unreadable(error, path, number) from error
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> IO[bytes]:
     """The file's bytes, decompressed where its name ends in .gz. Raises DataError where it cannot be opened."""
     try:
-        stream = _open(path)
+        return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         raise _unreadable(error, path) from error
-    with stream:
-        yield stream
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _unreadable(error: Exception, path: Path, line: int | None = None) -> DataError:
+    """The DataError for what reading `path` raised while it was at `line`."""
+    if isinstance(error, UnicodeDecodeError):
+        before, wrong = error.object[: error.start], error.object[error.start]
+        line, column = (line or 1) + before.count(b"\n"), error.start - (before.rfind(b"\n") + 1)
+        return DataError(f"expected UTF-8 text, received byte {wrong:#x} at {column}", path, line)
     if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
         return DataError(f"expected a complete gzip file: {error}", path, line)
     return DataError(f"expected a readable file: {getattr(error, 'strerror', None) or error}", path)
-
-
-def _bytes_at(error: UnicodeDecodeError) -> str:
-    return f"byte {error.object[error.start]:#x} at {error.start}"

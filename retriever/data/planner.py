@@ -1,5 +1,4 @@
-"""The global batch of every step, as a pure function of (seed, step, store): which queries, which passages, on which
-rank.
+"""The global batch of every step, a pure function of (seed, step, store): its queries, its passages and their ranks.
 
 Nothing is drawn from a stateful generator. Orders and draws come from hashes of (seed, store, what, index), so any
 step can be planned at once, on any rank, and a run resumes at step k without replaying k steps.
@@ -72,19 +71,15 @@ class Planner:
                 raise ConfigError(f"data.train: {source.name} has no query with a positive; expected at least one")
         # Queries that each source gives to an epoch; constant, so that a step's epoch needs no running sum.
         self._per_epoch = [max(1, round(weight * n)) for weight, n in zip(weights, self._sizes, strict=True)]
-        if one_source:
-            self._batches = [-(-taken // queries) for taken in self._per_epoch]
-        else:
-            self._batches = [-(-sum(self._per_epoch) // queries)]
+        self._taken = self._per_epoch if one_source else [sum(self._per_epoch)]  # the sources apart or as one mixture
+        self._batches = [-(-taken // queries) for taken in self._taken]
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
         self._pass_order = lru_cache(maxsize=2 * len(self._sizes))(self._make_pass_order)
         self._mixed_epoch = lru_cache(maxsize=1)(self._make_mixed_epoch)
 
     @classmethod
     def from_config(cls, store: Store, config: Config) -> Planner:
-        """The planner of a run. Raises ConfigError where a source would give batches in which a query has no negative:
-        no loss.
-        """
+        """The planner of a run. Raises ConfigError where a query may have no negative in its batch, and so no loss."""
         planner = cls(
             store,
             queries=config.batch.queries,
@@ -93,30 +88,26 @@ class Planner:
             weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
         )
-        planner._check_negatives(config.data.negatives)
+        planner._check_negatives()
         return planner
 
-    def _check_negatives(self, negatives: int) -> None:
-        """Raises ConfigError where a query may stand in a batch without a negative: alone there, and without any of its
-        own.
-        """
-        ranges = [(source.name, source.first, source.last) for source in self._store.sources]
-        taken = self._per_epoch
+    def _check_negatives(self) -> None:
+        """Raises ConfigError where a query may be alone in a batch and has no negatives of its own."""
+        store, positives = self._store, self._store.positives
+        ranges = [(source.name, source.first, source.last) for source in store.sources]
         if not self._one_source:
-            ranges, taken = [("the mixture of all sources", 0, ranges[-1][2])], [sum(taken)]
-        positives, without = self._store.positives, np.diff(self._store.negatives.ptr) == 0
-        for (name, first, last), queries, parts in zip(ranges, taken, self._batches, strict=True):
-            texts, passages = (
-                self._store.same_text[first:last],
-                positives.ids[positives.ptr[first] : positives.ptr[last]],
-            )
+            ranges = [("the mixture of all sources", 0, ranges[-1][2])]
+        has_none = np.diff(store.negatives.ptr) == 0
+        for (name, first, last), queries, parts in zip(ranges, self._taken, self._batches, strict=True):
+            texts = store.same_text[first:last]
+            passages = positives.ids[positives.ptr[first] : positives.ptr[last]]
             alone = "one query" if queries // parts < 2 or texts.min() == texts.max() else ""
             alone = alone or ("one passage" if passages.min() == passages.max() else "")
-            lacking = int(without[first:last].sum()) if negatives else last - first
+            lacking = int(has_none[first:last].sum()) if self._negatives else last - first
             if alone and lacking:
                 raise ConfigError(
-                    f"data.train: {name} gives batches of {alone}, and {counted(lacking, 'query')} of it without negatives of their own "
-                    "(data.negatives), for which there is no loss; raise its weight or add data"
+                    f"data.train: {name} gives batches of {alone}, and {counted(lacking, 'query')} of it without "
+                    "negatives of their own (data.negatives), for which there is no loss; raise its weight or add data"
                 )
 
     @property
@@ -127,8 +118,7 @@ class Planner:
     @property
     def batch_queries(self) -> tuple[int, int]:
         """Queries in the smallest and in the largest batch of an epoch."""
-        taken = self._per_epoch if self._one_source else [sum(self._per_epoch)]
-        sizes = list(zip(taken, self._batches, strict=True))
+        sizes = list(zip(self._taken, self._batches, strict=True))
         return min(queries // parts for queries, parts in sizes), max(-(-queries // parts) for queries, parts in sizes)
 
     def plan(self, step: int) -> GlobalBatch:
@@ -157,9 +147,7 @@ class Planner:
         return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
 
     def _at(self, source: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Query rows, and the pass over the source that each belongs to, at `positions` of its endless shuffled
-        sequence.
-        """
+        """Query rows at `positions` of the source's endless shuffled sequence, and the pass over the source of each."""
         turns, places = np.divmod(positions, self._sizes[source])
         rows = np.empty_like(positions)
         for turn in np.unique(turns):
@@ -182,9 +170,7 @@ class Planner:
         return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """At most `negatives` of each query's, without replacement: a window of its shuffled list that moves with every
-        pass.
-        """
+        """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass."""
         if self._negatives == 0:
             return np.empty(0, dtype=np.int64)
         ptr, ids = self._store.negatives.take(queries)
@@ -231,8 +217,7 @@ def owners(
 
 
 def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
-    """Passages that are no negatives of each query of the slice: all its known positives, or with `masked` false its
-    target alone.
+    """The passages that are no negatives of each query: all its known positives or, unless `masked`, its target alone.
 
     Where a text has very many positives, only those in the batch are listed: every query of the text would list all of
     them.

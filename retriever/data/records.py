@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from retriever.errors import RefusedError
+from retriever.wording import counted
 
 LONGEST_TEXT = 1 << 20  # characters: more tokens than any encoder takes
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # scores are kept as float32
@@ -48,13 +49,10 @@ class DataError(RefusedError):
     def __init__(
         self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line"
     ) -> None:
-        place = ", ".join(
-            [*([str(file)] if file is not None else []), *([f"{unit} {line}"] if line is not None else [])]
-        )
+        place = "" if file is None else str(file)
+        if line is not None:
+            place += f", {unit} {line}"
         super().__init__(f"{place}: {message}" if place else message)
-        self.reason = message
-        self.file = file
-        self.line = line
 
 
 def final_text(passage: Passage, title: Literal["join", "drop"], separator: str) -> str:
@@ -76,9 +74,9 @@ def shortened_note() -> str | None:
     """How many texts this process has met that were longer than LONGEST_TEXT, in words; None where there were none."""
     if not _SHORTENED:
         return None
-    count = f"{len(_SHORTENED):,} texts" if len(_SHORTENED) > 1 else "1 text"
     file, line, field = min(_SHORTENED)
-    return f"{count} of more than {LONGEST_TEXT:,} characters cut in the middle to that length; the first: {file}, {line}, field {field!r}"
+    texts = f"{counted(len(_SHORTENED), 'text')} of more than {LONGEST_TEXT:,} characters"
+    return f"{texts} cut in the middle to that length; the first: {file}, {line}, field {field!r}"
 
 
 def shown(value: Any) -> str:
@@ -92,9 +90,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a file with its place; the accessors return a checked value or raise a DataError naming the
-    field.
-    """
+    """One record and where it is in a file. The accessors check a value or raise a DataError naming the field."""
 
     values: Mapping[str, Any]
     file: str
@@ -104,10 +100,11 @@ class Record:
 
     def error(self, field: str, expected: str, received: Any) -> DataError:
         """A DataError: `file, line n: field f: expected ..., received ...`."""
-        name = f"{self.within}.{field}" if self.within else field
-        return DataError(
-            f"field {name!r}: expected {expected}, received {shown(received)}", self.file, self.line, self.unit
-        )
+        return self.refusal(f"field {self._full_name(field)!r}: expected {expected}, received {shown(received)}")
+
+    def refusal(self, message: str) -> DataError:
+        """A DataError that begins with the place of this record."""
+        return DataError(message, self.file, self.line, self.unit)
 
     def has(self, field: str) -> bool:
         """Whether the field is there and not null."""
@@ -115,58 +112,41 @@ class Record:
 
     def text(self, *names: str, empty: bool = True) -> str:
         """The text under the first of `names` that is there."""
-        value = self._first(names)
-        if not isinstance(value, str):
-            raise self.error(self.name_of(names), "text", value)
-        if not empty and is_blank(value):
-            raise self.error(self.name_of(names), "text that is not blank", value)
-        if value.isascii() and len(value) <= LONGEST_TEXT:
-            return value
-        return self._text(self.name_of(names), value)
+        name, value = self.first_of(names)
+        text = self._as_text(name, value)
+        if not empty and is_blank(text):
+            raise self.error(name, "text that is not blank", value)
+        return text
 
     def identifier(self, *names: str) -> str:
         """The id under the first of `names` that is there: text or a whole number."""
-        value = self._first(names)
-        return (
-            value
-            if type(value) is str and value and value.isascii()
-            else self._as_identifier(self.name_of(names), value)
-        )
+        return self._as_identifier(*self.first_of(names))
 
     def word(self, *names: str) -> str:
         """An id as `identifier`, without white space, which separates the fields of a run file."""
         value = self.identifier(*names)
-        if len(value.split()) != 1 or value != value.strip():
-            raise self.error(
-                self.name_of(names), "an id without white space, which separates the fields of a run file", value
-            )
+        if value.split() != [value]:
+            expected = "an id without white space, which separates the fields of a run file"
+            raise self.error(self.first_of(names)[0], expected, value)
         return value
 
     def whole_number(self, *names: str) -> int:
         """The whole number of at most 9 digits under the first of `names` that is there, or the text of one."""
-        value = self._first(names)
+        name, value = self.first_of(names)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, (int, str)) or not _WHOLE_NUMBER.fullmatch(str(value)):
-            raise self.error(self.name_of(names), "a whole number of at most 9 digits", value)
+            raise self.error(name, "a whole number of at most 9 digits", value)
         return int(value)
 
     def optional_text(self, name: str) -> str:
         """The text under `name`, or "" where it is missing or null."""
         return self.text(name) if self.has(name) else ""
 
-    def require(self, name: str, expected: str) -> None:
-        """Raises DataError where the field is missing or null."""
-        if not self.has(name):
-            raise self.error(name, expected, None) if name in self.values else self._missing(name)
-
-    def texts(self, name: str) -> list[str]:
-        """A list of texts; a missing field is an empty list."""
-        values = self._list(name)
-        for i, value in enumerate(values):
-            if not isinstance(value, str):
-                raise self.error(f"{name}[{i}]", "text", value)
-        return [self._text(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    def texts(self, name: str, *, required: bool = False) -> list[str]:
+        """A list of texts. A missing field is an empty list, unless it is `required`."""
+        values = self._list(name, "a list of texts" if required else None)
+        return [self._as_text(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
     def identifiers(self, name: str) -> list[str]:
         """A list of ids; a missing field is an empty list."""
@@ -176,58 +156,49 @@ class Record:
         """A list of `count` finite numbers; a missing or empty list is an empty tuple."""
         values = self._list(name)
         for i, value in enumerate(values):
-            if (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _FLOAT32_MAX
-            ):  # NaN is not either
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not abs(value) <= _FLOAT32_MAX:  # NaN is not either
                 raise self.error(f"{name}[{i}]", "a finite number", value)
         if values and len(values) != count:
             raise self.error(name, f"{count} numbers, one for each passage", values)
-        return tuple(float(value) for value in values)
+        return tuple(map(float, values))
 
-    def children(self, name: str) -> Iterator[Record]:
-        """The records of a list field; a missing field has none."""
-        for i, value in enumerate(self._list(name)):
+    def children(self, name: str, *, required: bool = False) -> Iterator[Record]:
+        """The records of a list of passages. A missing field has none, unless it is `required`."""
+        for i, value in enumerate(self._list(name, "a list of passages" if required else None)):
             if not isinstance(value, Mapping):
                 raise self.error(f"{name}[{i}]", "a mapping with the passage's text", value)
             yield Record(value, self.file, self.line, self.unit, f"{name}[{i}]")
 
-    def _first(self, names: tuple[str, ...]) -> Any:
+    def first_of(self, names: Sequence[str]) -> tuple[str, Any]:
+        """The first of `names` whose field is not null, else the first whose field is there, and the field's value.
+
+        Raises DataError where there is none.
+        """
         for name in names:
             if self.values.get(name) is not None:
-                return self.values[name]
-        if not any(name in self.values for name in names):
-            raise self._missing(*names)
-        return None
-
-    def _missing(self, *names: str) -> DataError:
-        place = f" in {self.within}" if self.within else ""
-        expected, received = " or ".join(map(repr, names)), ", ".join(map(str, self.values))
-        return DataError(
-            f"field {names[0]!r} is missing{place}: expected {expected}, received fields {received}",
-            self.file,
-            self.line,
-            self.unit,
-        )
-
-    def name_of(self, names: tuple[str, ...]) -> str:
-        """The first of `names` that is there and not null, else the first that is there, else the first of all."""
-        return next(
-            (name for name in names if self.has(name)), next((name for name in names if name in self.values), names[0])
-        )
+                return name, self.values[name]
+        there = next((name for name in names if name in self.values), None)
+        if there is None:
+            place, expected = f" in {self.within}" if self.within else "", " or ".join(map(repr, names))
+            received = ", ".join(map(str, self.values))
+            message = f"field {names[0]!r} is missing{place}: expected {expected}, received fields {received}"
+            raise self.refusal(message)
+        return there, None
 
     def _as_identifier(self, field: str, value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
             raise self.error(field, "an id (text or a whole number)", value)
         return self._unicode(field, str(value))
 
-    def _text(self, field: str, value: str) -> str:
-        """The text, checked; of one longer than LONGEST_TEXT its beginning and its end, since tokenizers truncate on
-        either side.
-        """
+    def _as_text(self, field: str, value: Any) -> str:
+        """The text. Of one longer than LONGEST_TEXT the beginning and the end: tokenizers truncate on either side."""
+        if not isinstance(value, str):
+            raise self.error(field, "text", value)
         if len(value) > LONGEST_TEXT:
-            _SHORTENED.add((self.file, self.line, f"{self.within}.{field}" if self.within else field))
+            _SHORTENED.add((self.file, self.line, self._full_name(field)))
             value = value[: LONGEST_TEXT // 2] + value[-LONGEST_TEXT // 2 :]
-        return value if value.isascii() else self._unicode(field, value)
+        return self._unicode(field, value)
 
     def _unicode(self, field: str, value: str) -> str:
         try:
@@ -236,10 +207,15 @@ class Record:
             raise self.error(field, f"Unicode text without the lone surrogate at {error.start}", value) from error
         return value
 
-    def _list(self, name: str) -> list[Any]:
+    def _list(self, name: str, required: str | None = None) -> list[Any]:
+        """The list under `name`, empty where it is missing or null, unless `required` says what is expected."""
         value = self.values.get(name)
-        if value is None:
+        if value is None and required is None:
             return []
         if not isinstance(value, list):
-            raise self.error(name, "a list", value)
+            self.first_of([name])  # raises where the field is missing
+            raise self.error(name, required if value is None and required else "a list", value)
         return value
+
+    def _full_name(self, field: str) -> str:
+        return f"{self.within}.{field}" if self.within else field

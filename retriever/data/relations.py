@@ -1,6 +1,4 @@
-"""Which passages belong to which queries: compressed rows (CSR), and the buffer that collects them while sources are
-read.
-"""
+"""Which passages belong to which queries: compressed rows (CSR), and the buffer that collects pairs from sources."""
 
 from __future__ import annotations
 
@@ -79,9 +77,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def distinct(cls, keys: np.ndarray, scores: np.ndarray | None) -> Pairs:
-        """Pairs from keys in any order and any number of times; of a repeated pair's scores the first that is there
-        counts.
-        """
+        """Pairs from keys in any order, with repetitions. A repeated pair has its first score that is not NaN."""
         if scores is None:
             return cls(np.unique(keys), None)
         order = np.lexsort((np.isnan(scores), keys))
@@ -90,9 +86,7 @@ class Pairs(NamedTuple):
 
 
 class PairBuffer:
-    """Collects pairs in any order and any number of times; memory is that of the distinct pairs, about twice over at
-    worst.
-    """
+    """Collects pairs in any order, with repetitions. Takes at most about twice the memory of the distinct pairs."""
 
     def __init__(self) -> None:
         self._recent = array("q")
@@ -123,8 +117,7 @@ class PairBuffer:
         return self._distinct[(self._distinct & REFERENCE) != 0]
 
     def resolved(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> Pairs:
-        """The pairs in rows of the store: query q becomes query_rows[q], reference r becomes passage_rows[r]; below 0:
-        dropped.
+        """The pairs in rows of the store: query_rows[q] for query q, passage_rows[r] for reference r; below 0, none.
 
         Where a pair was given several scores, the first counts.
         """
@@ -163,9 +156,7 @@ def join_pairs(parts: Sequence[Pairs]) -> Pairs:
 
 
 def write_relations(folder: Path, queries: int, positives: Pairs, known: Pairs, negatives: Pairs) -> None:
-    """Writes the relations of `queries` queries as a store has them: `<name>.ptr.npy`, `<name>.ids.npy` and perhaps
-    `<name>.scores.npy`.
-    """
+    """Writes a store's relations: `<name>.ptr.npy`, `<name>.ids.npy` and `<name>.scores.npy` where there are scores."""
     for name, pairs in (("positives", positives), ("known", known), ("negatives", negatives)):
         relation = csr_of_keys(pairs.keys, queries)
         np.save(folder / f"{name}.ptr.npy", relation.ptr, allow_pickle=False)

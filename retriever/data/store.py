@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +21,15 @@ from transformers import PreTrainedTokenizerBase
 from retriever.checksums import damaged
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
-from retriever.data.formats import Source, open_source
+from retriever.data.formats import open_source
 from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
-from retriever.data.tokens import TokenTemplate
+from retriever.data.tokens import TokenTemplate, described_tokenizer
 from retriever.files import clean, make_folder, remove, replace_folder
 from retriever.lock import LockedError, locked
 
-__all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open", "store_fingerprint", "tokenizer_fingerprint"]
+__all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open"]
 
 _LAYOUT = 1  # raised whenever a store that was written earlier could no longer be read
 
@@ -46,8 +46,7 @@ class StoredSource:
 
 
 class Store:
-    """An opened store. Rows of queries are contiguous by source; passages are numbered across sources, one a distinct
-    final text.
+    """An opened store. A source's queries are contiguous rows; each distinct final text of a passage is one row.
 
     `positives`, `negatives` and `known` are Csr over query rows. Queries of equal tokens share what they know:
     `same_text` [queries] is the row of the first of them, in which `known` holds the positives of all and any passage
@@ -56,9 +55,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, encoded: Path | None = None) -> None:
-        """`encoded`: a folder of `write_encoded`, whose relations take passages of equal tokens for one; None: none are
-        equal.
-        """
+        """`encoded`: a folder of `write_encoded`, whose relations treat passages of equal tokens as one."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
@@ -91,115 +88,79 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
     Safe to call in several processes at once: one builds, the others say that they wait. Call it before any process
     group exists, since building can take longer than a collective may. Raises DataError for data that cannot be used.
     """
-    sources = [open_source(source) for source in config.data.train]
-    fingerprint = store_fingerprint(config, tokenizer, sources)
-    cache = Path(config.data.cache_dir).expanduser()
-    make_folder(cache)
-    folder = cache / f"store-{fingerprint}"
-    again = config.data.verify
-    if _problem(folder, again) is not None:
-        with locked(folder.with_suffix(".lock"), str(folder), wait=True):
-            if (problem := _problem(folder, again)) is not None:
-                if folder.exists():
-                    print(f"{folder}{problem} and is built again", flush=True)
-                    remove(folder)
-                _build(folder, config, tokenizer, sources, fingerprint, progress)
-    return Store(folder, _encoded(folder, config, tokenizer))
-
-
-def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's
-    lengths.
-    """
-    template = TokenTemplate.from_tokenizer(tokenizer)
-    limits = config.model.query_max_tokens, config.model.passage_max_tokens
-    rooms = [max(1, limit - template.special_tokens) for limit in limits]
-    name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
-    encoded = folder.with_name(name)
-    if not _is_whole(encoded, config.data.verify):
-        with locked(encoded.with_suffix(".lock"), str(encoded), wait=True):
-            if not _is_whole(encoded, config.data.verify):
-                store = Store(folder)
-                tables = (store.queries, store.passages)
-                equal = (
-                    first_of_equal(table, room, keep_end=template.keep_end)
-                    for table, room in zip(tables, rooms, strict=True)
-                )
-                relations = {"positives": (store.positives, store.positive_scores), "known": (store.known, None)}
-                write_encoded(
-                    encoded, EqualRows(*equal), relations | {"negatives": (store.negatives, store.negative_scores)}
-                )
-    return encoded
-
-
-def _is_whole(encoded: Path, again: bool) -> bool:
-    return encoded.exists() and not damaged(encoded, again=again)
-
-
-def store_fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> str:
-    """32 hexadecimal digits of all that the store's content depends on: sources, tokenizer, prompts, title policy."""
-    settings = _settings(config) | {
-        "sources": [s.fingerprint() for s in sources],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    return _hash(settings)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the tokenizer as serialised, the truncation and padding it was last called with left out."""
-    if tokenizer.is_fast:
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        described |= {"truncation": None, "padding": None}
-    else:
-        described = {
-            "class": type(tokenizer).__name__,
-            "vocabulary": tokenizer.get_vocab(),
-            "special": str(tokenizer.special_tokens_map),
-        }
-    return _hash(described)
-
-
-def _hash(values: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _settings(config: Config) -> dict[str, Any]:
     model, data = config.model, config.data
-    return {
+    sources = [open_source(source) for source in data.train]
+    settings = {
         "layout": _LAYOUT,
         "query_prompt": model.query_prompt,
         "passage_prompt": model.passage_prompt,
         "title": data.title,
         "title_separator": data.title_separator,
     }
+    described = _hash(described_tokenizer(tokenizer))
+    read = {"sources": [source.fingerprint() for source in sources], "tokenizer": described}
+    fingerprint = _hash(settings | read)  # of all that the store's content depends on
+    cache = Path(data.cache_dir).expanduser()
+    make_folder(cache)
+    folder = cache / f"store-{fingerprint}"
+
+    def make() -> None:
+        """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
+        _remove_abandoned(cache)
+        if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
+            print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
+        train = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in data.train]
+        manifest = settings | {"fingerprint": fingerprint, "tokenizer": described, "train": train}
+        with replace_folder(folder) as building:
+            StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
+
+    _ensure(folder, lambda: _problem(folder, data.verify), make)
+    return Store(folder, _encoded(folder, config, tokenizer))
 
 
-def _build(
-    folder: Path,
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[Source],
-    fingerprint: str,
-    progress: bool,
-) -> None:
-    """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
-    _remove_abandoned(folder.parent)
-    if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
-        print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
-    described = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in config.data.train]
-    manifest = _settings(config) | {
-        "fingerprint": fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "train": described,
-    }
-    with replace_folder(folder) as building:
-        StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
+def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The folder beside the store's with the relations of texts as encoded under this configuration's lengths."""
+    template = TokenTemplate.from_tokenizer(tokenizer)
+    limits = config.model.query_max_tokens, config.model.passage_max_tokens
+    rooms = [max(1, limit - template.special_tokens) for limit in limits]
+    name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
+    encoded = folder.with_name(name)
+
+    def problem() -> str | None:
+        if not encoded.exists():
+            return " is missing"
+        return next((f"/{file} {what}" for file, what in damaged(encoded, again=config.data.verify).items()), None)
+
+    def make() -> None:
+        store = Store(folder)
+        both = zip((store.queries, store.passages), rooms, strict=True)
+        equal = EqualRows(*(first_of_equal(texts, room, keep_end=template.keep_end) for texts, room in both))
+        positives, negatives = (store.positives, store.positive_scores), (store.negatives, store.negative_scores)
+        write_encoded(encoded, equal, {"positives": positives, "known": (store.known, None), "negatives": negatives})
+
+    _ensure(encoded, problem, make)
+    return encoded
+
+
+def _ensure(folder: Path, find_problem: Callable[[], str | None], make: Callable[[], None]) -> None:
+    """Makes `folder` where something is wrong with it. One process makes it, the others wait and use it."""
+    if find_problem() is None:
+        return
+    with locked(folder.with_suffix(".lock"), str(folder), wait=True):
+        problem = find_problem()
+        if problem is not None:
+            if folder.exists():
+                print(f"{folder}{problem} and is built again", flush=True)
+                remove(folder)
+            make()
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _problem(folder: Path, again: bool) -> str | None:
-    """What is wrong with a store, the file first; None where every file is as it was written. `again`: as `damaged` has
-    it.
-    """
+    """What is wrong with a store, the file first; None if every file is as it was written. `again`: see `damaged`."""
     try:
         files: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, size in files.items():

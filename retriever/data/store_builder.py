@@ -1,5 +1,4 @@
-"""Builds a token store in a folder: reads every source once for its examples, then its corpus for the passages they
-name.
+"""Builds a token store: reads each source's examples once, then its corpus for the passages that they name.
 
 Texts stream through; what stays in memory is one 16-byte digest a passage, the ids that are referred to, and the pairs.
 """
@@ -33,9 +32,7 @@ BLANK, _MISSING = -1, -2  # instead of a passage's row
 
 @dataclass
 class _SourceReading:
-    """What is gathered from one source before its rows are known. Queries and passage ids are numbered as they
-    appear.
-    """
+    """What is read of one source before its rows are known. Queries and passage ids are numbered as they appear."""
 
     source: Source
     queries: dict[str, int] = field(default_factory=dict)
@@ -98,15 +95,14 @@ class StoreBuilder:
 
     def _read_example(self, reading: _SourceReading, example: Example) -> bool:
         """Adds the example's pairs; returns whether its query is new."""
-        name, digest = reading.source.name, _digest(example.query, f"query {example.query_id!r}")
+        name, digest = reading.source.name, _digest(example.query)
         number = reading.queries.setdefault(example.query_id, len(reading.queries))
         new = number == len(reading.query_digests)
         if new:
             reading.query_digests.append(digest)
         elif reading.query_digests[number] != digest:
-            raise DataError(
-                f"source {name!r}: query id {example.query_id!r} stands for two texts, the second {example.query[:60]!r}"
-            )
+            second = f"the second {example.query[:60]!r}"
+            raise DataError(f"source {name!r}: query id {example.query_id!r} stands for two texts, {second}")
         self._add_pairs(reading, reading.positives, number, example.positives, example.positive_scores)
         self._add_pairs(reading, reading.negatives, number, example.negatives, example.negative_scores)
         return new
@@ -129,20 +125,17 @@ class StoreBuilder:
         """The passage's row where its text is at hand, else a reference to be looked up."""
         if passage.text is not None:
             return self._row(reading, passage)
-        if passage.id is None:
-            raise DataError(f"source {reading.source.name!r}: a passage has neither text nor id")
+        assert passage.id is not None  # every reader gives a text or an id
         return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
 
     def _row(self, reading: _SourceReading, passage: Passage) -> int:
-        """The row of the passage's final text, written to the store when it is met for the first time; BLANK where
-        there is none.
-        """
+        """The row of the passage's final text, which is written to the store the first time; BLANK for a blank text."""
         data, model = self._config.data, self._config.model
         text = final_text(passage, data.title, data.title_separator)
         if is_blank(text):
             reading.blank += 1
             return BLANK
-        digest = _digest(text, f"passage {passage.id!r}")
+        digest = _digest(text)
         row = self._passage_rows.get(digest)
         if row is None:
             row = self._passage_rows[digest] = len(self._passage_rows)
@@ -150,9 +143,7 @@ class StoreBuilder:
         return row
 
     def _look_up(self, reading: _SourceReading) -> np.ndarray:
-        """The rows [references] int64 of the passages that were given by id. Raises DataError for an id the corpus
-        lacks.
-        """
+        """The rows [references] int64 of the passages named by id. Raises DataError for an id that the corpus lacks."""
         source, references = reading.source, reading.references
         rows = np.full(len(references), _MISSING, np.int64)
         if not references:
@@ -187,9 +178,7 @@ class StoreBuilder:
         return f"source {name!r}: {len(missing):,} passage ids are not in {where}; the first is {first}"
 
     def _write_queries(self, reading: _SourceReading, spool: Path, passage_rows: np.ndarray) -> np.ndarray:
-        """Writes the queries that have a positive; returns the row of every query [queries] int64, -1 for those left
-        out.
-        """
+        """Writes the queries with a positive. Returns the row of every query [queries] int64, -1 for the others."""
         source, count, before = reading.source, len(reading.queries), len(self._query_digests)
         kept = reading.positives.queries(count, passage_rows)
         if not kept.any():
@@ -206,9 +195,7 @@ class StoreBuilder:
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
 
     def _write_relations(self) -> None:
-        """Writes positives, known positives (with any passage whose text is the query's own) and negatives (without the
-        known).
-        """
+        """Writes positives, known positives (passages of the query's own text among them) and the other negatives."""
         positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
         rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
         own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
@@ -220,10 +207,9 @@ class StoreBuilder:
         return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
 
 
-def _digest(text: str, what: str) -> bytes:
+def _digest(text: str) -> bytes:
     try:
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what}: expected Unicode text, received a lone surrogate {text[error.start]!r} at {error.start}"
-        ) from error
+    except UnicodeEncodeError as error:  # no reader lets it pass: it is of the configured separator
+        wrong = f"a lone surrogate {text[error.start]!r} at {error.start}"
+        raise DataError(f"text {text[:60]!r}: expected Unicode text, received {wrong}") from error

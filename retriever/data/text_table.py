@@ -1,6 +1,4 @@
-"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, memory-mapped ever
-after.
-"""
+"""Tokenised texts in a folder: tokens.npy, offsets.npy, ids.arrow, manifest.json. Written once, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every text, special tokens not counted: [n] int64, made anew each time; `lengths_of` is for a
-        few.
-        """
+        """Tokens of every text without special ones: [n] int64, computed each time; for a few, use `lengths_of`."""
         return np.diff(self._offsets)
 
     def lengths_of(self, rows: np.ndarray) -> np.ndarray:
@@ -50,18 +46,13 @@ class TokenRows:
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """At most `limit` tokens of each row, the first or the last: one row after the other [sum], and how many each
-        has [n].
-        """
+        """The first `limit` tokens of each row, or the last: one row behind another [sum], and their numbers [n]."""
         first, last = self._offsets[rows], self._offsets[rows + 1]
         kept = np.minimum(last - first, limit)  # [n]
         if keep_end:
             first = last - kept
-        places = np.repeat(
-            first - (np.cumsum(kept) - kept), kept
-        )  # [sum]: a token's place less its place in the result
-        places += np.arange(len(places))
-        return self._tokens[places], kept
+        shifts = np.repeat(first - (np.cumsum(kept) - kept), kept)  # [sum]: from a token's position in the result
+        return self._tokens[shifts + np.arange(len(shifts))], kept
 
 
 class TextTable(TokenRows):
@@ -108,12 +99,16 @@ class TextTableWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._finish()
+                self._flush()
+                while self._pending:
+                    self._write_first()
         finally:
             self._workers.shutdown(cancel_futures=True)
-            self._arrow.close()
-            self._tokens.close()
-            self._offsets.close()
+            for file in (self._arrow, self._tokens, self._offsets):
+                file.close()
+        if kind is None:
+            found = {"texts": self._offsets.count - 1, "tokens": self._tokens.count, "dtype": self._dtype.name}
+            write_json(self._folder / "manifest.json", found)
 
     def add(self, id_: str | None, text: str) -> None:
         """Appends one text, its prompt already in front."""
@@ -124,9 +119,8 @@ class TextTableWriter:
             self._flush()
 
     def _flush(self) -> None:
-        self._pending.append(
-            (self._ids, self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype))
-        )
+        tokens = self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype)
+        self._pending.append((self._ids, tokens))
         self._ids, self._texts, self._characters = [], [], 0
         if len(self._pending) > _WORKERS:
             self._write_first()
@@ -135,52 +129,37 @@ class TextTableWriter:
         ids, result = self._pending.popleft()
         tokens, counts = result.result()
         if self._adds_nothing and not counts.all():
-            empty = ids[int(np.argmin(counts))]
-            raise DataError(
-                f"text {empty!r} has no token, and the tokenizer adds none: it cannot be embedded; expected a text that is not empty"
+            problem = (
+                "has no token, and the tokenizer adds none: it cannot be embedded; expected a text that is not empty"
             )
+            raise DataError(f"text {ids[int(np.argmin(counts))]!r} {problem}")
         self._offsets.append(self._tokens.count + np.cumsum(counts))
         self._tokens.append(tokens)
         self._arrow.write_batch(pa.record_batch([pa.array(ids, pa.string())], schema=_ID_SCHEMA))
 
-    def _finish(self) -> None:
-        self._flush()
-        while self._pending:
-            self._write_first()
-        self._tokens.finish()
-        self._offsets.finish()
-        found = {"texts": self._offsets.count - 1, "tokens": self._tokens.count, "dtype": self._dtype.name}
-        write_json(self._folder / "manifest.json", found)
-
 
 class _GrowingArray:
-    """A 1-D npy file that is appended to; it can be read once it is finished."""
+    """A 1-D npy file that is appended to; it can be read once it is closed."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._stream, self._dtype = path.open("wb"), dtype
-        self.count = 0
+        self._stream, self._dtype, self.count = path.open("wb"), dtype, 0
         self._header_bytes = self._write_header()
 
     def append(self, values: np.ndarray) -> None:
         self._stream.write(np.ascontiguousarray(values, self._dtype).data)
         self.count += len(values)
 
-    def finish(self) -> None:
-        self._stream.seek(0)
-        if self._write_header() != self._header_bytes:
-            raise RuntimeError(
-                f"numpy's header for {self.count} values does not fit into the {self._header_bytes} bytes left for it"
-            )
-        self.close()
-
     def close(self) -> None:
-        self._stream.close()
+        with self._stream:
+            self._stream.seek(0)
+            if self._write_header() != self._header_bytes:
+                room = f"the {self._header_bytes} bytes left for it"
+                raise RuntimeError(f"numpy's header for {self.count} values does not fit into {room}")
 
     def _write_header(self) -> int:
         """Writes the header; returns its size, the same for every count since numpy pads it for growth."""
-        np.lib.format.write_array_header_1_0(
-            self._stream, {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
-        )
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
         return self._stream.tell()
 
 

@@ -6,11 +6,12 @@ stored tokens serve any length limit. The result equals what the tokenizer gives
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,32 +25,20 @@ SIDES: tuple[Side, Side] = ("query", "passage")
 _PROBES = ("retrieval", "a dense passage")
 
 
-def tokenize_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
-    """Token ids of `prompt + text` for each text, without special tokens and untruncated."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        [prompt + text for text in texts],
-        add_special_tokens=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
-
-
 def tokenize_flat(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: npt.DTypeLike = np.uint32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of many texts one behind another [sum of counts] in `dtype`, and how many each has [n] int64; as
-    `tokenize_batch`.
+    """Token ids of texts, one text behind another [sum of counts] in `dtype`, and how many each has [n] int64.
+
+    They are without special tokens and untruncated.
 
     A fast tokenizer uses all cores and lets go of the interpreter's lock meanwhile, so that a second thread can read
     its previous result.
     """
     if not is_plain(tokenizer):
-        rows = tokenize_batch(tokenizer, texts)
+        unread = {"return_attention_mask": False, "return_token_type_ids": False}
+        whole = {"add_special_tokens": False, "truncation": False, "verbose": False}
+        rows = tokenizer(list(texts), **whole, **unread)["input_ids"] if texts else []
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), dtype, int(counts.sum())), counts
     backend = tokenizer.backend_tokenizer
@@ -78,6 +67,14 @@ def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.is_fast and not own
 
 
+def described_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer's definition, without the padding and truncation that its last call left."""
+    if tokenizer.is_fast:
+        return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    special = str(tokenizer.special_tokens_map)
+    return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "special": special}
+
+
 @dataclass(frozen=True)
 class TokenTemplate:
     """What a tokenizer puts before and after a single text: `prefix + tokens + suffix`."""
@@ -96,8 +93,9 @@ class TokenTemplate:
             full = tokenizer(probe)["input_ids"]
             start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
             if start is None:
+                changed = f"{bare} is not inside {full}"
                 raise ConfigError(
-                    f"model.name_or_path: {name} changes a text's tokens when it adds special tokens: {bare} is not inside {full}"
+                    f"model.name_or_path: {name} changes a text's tokens when it adds special tokens: {changed}"
                 )
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
@@ -108,7 +106,8 @@ class TokenTemplate:
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
             raise ConfigError(
-                f"model.name_or_path: {name} has neither a padding nor an end-of-text token; set pad_token in its tokenizer_config.json"
+                f"model.name_or_path: {name} has neither a padding nor an end-of-text token; "
+                "set pad_token in its tokenizer_config.json"
             )
         return cls(prefix, suffix, int(pad_id), keep_end=tokenizer.truncation_side == "left")
 
@@ -121,44 +120,18 @@ class TokenTemplate:
         """Lengths [n] int64 that texts of `bare_lengths` tokens have once wrapped."""
         return np.minimum(bare_lengths, max_tokens - self.special_tokens) + self.special_tokens
 
-    def wrap(self, tokens: np.ndarray, max_tokens: int) -> np.ndarray:
-        """`prefix + tokens + suffix` [at most max_tokens] int64; tokens are cut where they do not fit."""
-        room = max_tokens - self.special_tokens
-        kept = tokens[max(0, len(tokens) - room) :] if self.keep_end else tokens[:room]
-        return np.concatenate([self.prefix, kept, self.suffix]).astype(np.int64)
+    def wrap(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`prefix + text + suffix` of many texts, one behind another [T] int64, and their lengths [n].
 
-    def wrap_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids and attention mask [n, longest] int64, padded on the right: as `wrap`, for many texts at once.
-
-        tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n].
+        tokens [sum of counts]: the texts' tokens, one text behind another, already cut; counts [n].
         """
-        start, end = len(self.prefix), len(self.prefix) + counts  # of the text's own tokens in each row
-        column = np.arange((end + len(self.suffix)).max(initial=0))[None, :]
-        input_ids = np.full((len(counts), column.shape[1]), self.pad_id, dtype=np.int64)
-        input_ids[:, :start] = self.prefix
-        input_ids[(column >= start) & (column < end[:, None])] = tokens
-        for place, token in enumerate(self.suffix):
-            input_ids[np.arange(len(counts)), end + place] = token
-        return input_ids, (column < (end + len(self.suffix))[:, None]).astype(np.int64)
-
-    def pack_rows(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """input_ids [T] int64, starts [n + 1] int32, positions [T] int64: as `wrap`, for many texts at once, one behind
-        another.
-
-        tokens [sum of counts]: the texts' tokens one after the other, already cut; counts [n]. Text i is
-        input_ids[starts[i] : starts[i + 1]], and its positions count from 0.
-        """
-        lengths = counts + self.special_tokens  # [n]
-        starts = np.zeros(len(counts) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)  # [T]
-        input_ids = np.empty(len(positions), dtype=np.int64)
-        own = np.ones(len(positions), dtype=bool)  # where a text's own tokens go
-        for place, token in enumerate(self.prefix):
-            own[starts[:-1] + place] = False
-            input_ids[starts[:-1] + place] = token
-        for place, token in enumerate(reversed(self.suffix), start=1):
-            own[starts[1:] - place] = False
-            input_ids[starts[1:] - place] = token
-        input_ids[own] = tokens
-        return input_ids, starts, positions
+        lengths = counts + self.special_tokens
+        ends = np.cumsum(lengths)
+        places = [ends - lengths + i for i in range(len(self.prefix))]
+        places += [ends - len(self.suffix) + i for i in range(len(self.suffix))]
+        wrapped = np.empty(lengths.sum(), dtype=np.int64)
+        own = np.ones(len(wrapped), dtype=bool)  # where a text's own tokens go
+        for place, token in zip(places, (*self.prefix, *self.suffix), strict=True):
+            own[place], wrapped[place] = False, token
+        wrapped[own] = tokens
+        return wrapped, lengths

@@ -42,8 +42,8 @@ def check_architecture(config: Any, name: str) -> None:
     if config.model_type not in ENCODERS | DECODERS:
         known = ", ".join(sorted(ENCODERS | DECODERS))
         raise ConfigError(
-            f"model.name_or_path: {name} is a {config.model_type!r} model, an architecture on which padding, gradients and the replay "
-            f"of dropout have not been verified; expected one of {known}"
+            f"model.name_or_path: {name} is a {config.model_type!r} model, an architecture on which padding, gradients "
+            f"and the replay of dropout have not been verified; expected one of {known}"
         )
 
 
@@ -52,8 +52,9 @@ def check_modules(model: nn.Module, name: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ConfigError(
-                f"model.name_or_path: {name} has a {type(module).__name__} at {path!r}; in train mode its output depends on the other rows "
-                "of a chunk, so the gradient would depend on the chunking; expected a model without batch normalisation"
+                f"model.name_or_path: {name} has a {type(module).__name__} at {path!r}; in train mode its output "
+                "depends on the other rows of a chunk, so the gradient would depend on the chunking; expected a model "
+                "without batch normalisation"
             )
 
 
@@ -76,9 +77,7 @@ def longest_input(config: Any) -> int | None:
 
 
 def check_lengths(config: Any, query_max_tokens: int, passage_max_tokens: int) -> None:
-    """Raises ConfigError where a text may become longer than the model's positions reach, or keeps hardly a token of
-    its own.
-    """
+    """Raises ConfigError where a length exceeds the model's positions, or leaves hardly a token to a text."""
     longest = longest_input(config)
     for key, value in (("model.query_max_tokens", query_max_tokens), ("model.passage_max_tokens", passage_max_tokens)):
         if value < 4:

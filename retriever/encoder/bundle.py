@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.tokens import Side
+from retriever.data.tokens import SIDES, Side, described_tokenizer
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder, load_tower
-from retriever.encoder.modes import use
+from retriever.encoder.execution import apply_execution
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
 from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
@@ -62,22 +62,15 @@ class EncoderBundle:
         """
         embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
         slabs = ((start, texts[start : start + SLAB_TEXTS]) for start in range(0, len(texts), SLAB_TEXTS))
-        behind: deque[tuple[int, Arriving]] = deque()
-
-        def fetch() -> None:
-            start, arriving = behind.popleft()
-            found = arriving.wait()
-            embeddings[start : start + len(found)] = found
-
         with tqdm(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
             done = progress if callable(progress) else bar.update
             with closing(self.encode_slabs(slabs, side, tokens_per_chunk=tokens_per_chunk, progress=done)) as encoded:
-                for slab in encoded:
-                    behind.append(slab)
-                    if len(behind) > 1:  # the device has the next slab to work on
-                        fetch()
-        while behind:
-            fetch()
+                queued = None  # fetched once the next slab is queued, so that the device has work meanwhile
+                for following in chain(encoded, [None]):
+                    if queued is not None:
+                        start, found = queued[0], queued[1].wait()
+                        embeddings[start : start + len(found)] = found
+                    queued = following
         return embeddings
 
     def encode_slabs(
@@ -88,8 +81,7 @@ class EncoderBundle:
         tokens_per_chunk: int | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one
-        slab ahead.
+        """Embeddings of one slab of texts after another, with the slabs' keys. A thread reads `slabs` one slab ahead.
 
         A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
         `tokens_per_chunk` tokens. Dropout is off while this runs; a text without any token gets the zero vector.
@@ -101,41 +93,47 @@ class EncoderBundle:
         return encoder.encode(slabs, progress)
 
     def model_hash(self) -> str:
-        """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture,
-        tokenizer, pooling.
+        """SHA-256 of weights, architecture, tokenizer and pooling: all that the embeddings depend on but prompts,
+        lengths and precision.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         for tower in (self.encoder.query_tower, self.encoder.passage_tower):
-            digest.update(
-                _canonical(tower.config.to_diff_dict(), leave_out=("transformers_version", "_name_or_path", "dtype"))
-            )
-        digest.update(_tokenizer_bytes(self.tokenizer))
+            config = tower.config.to_diff_dict()
+            digest.update(_canonical(config, leave_out=("transformers_version", "_name_or_path", "dtype")))
+        tokenizer = described_tokenizer(self.tokenizer)
+        digest.update(_canonical(tokenizer, leave_out=("padding", "truncation", "special")))
         pooled = {"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}
         cut = {} if self.encoder.truncate_dim is None else {"truncate_dim": self.encoder.truncate_dim}
         digest.update(_canonical(pooled | cut))
         return digest.hexdigest()
 
 
+class SettingsOverrides(TypedDict, total=False):
+    """What replaces the settings that a model folder says of itself. None: as the folder says."""
+
+    pooling: PoolingMode | None
+    normalize: bool | None
+    query_prompt: str | None
+    passage_prompt: str | None
+    query_max_tokens: int | None
+    passage_max_tokens: int | None
+
+
 def load_encoder(
     name_or_path: str | Path,
     *,
-    pooling: PoolingMode | None = None,
-    normalize: bool | None = None,
-    query_prompt: str | None = None,
-    passage_prompt: str | None = None,
-    query_max_tokens: int | None = None,
-    passage_max_tokens: int | None = None,
     precision: Precision = "fp32",
     attention: Literal["auto", "packed", "padded"] = "padded",
     compiled: bool = False,
     device: torch.device | str | None = None,
+    **overrides: Unpack[SettingsOverrides],
 ) -> EncoderBundle:
     """An encoder in eval mode from a Hugging Face name, a sentence-transformers folder or an export of ours.
 
-    What is not given is what the model says of itself (`read_settings`). Default device: the first GPU where there is
+    `overrides` replace what the model says of itself (`read_settings`). Default device: the first GPU where there is
     one. `attention: auto` packs texts on a GPU where the architecture can; an encoder that packs takes packed chunks
     only. Its layers run fused on a GPU where `fused_layers` knows them; `compiled` compiles the others, which takes
     about a minute of the first chunk. Raises ConfigError where there is no such model, it is not supported, or has
@@ -144,52 +142,23 @@ def load_encoder(
     name = str(name_or_path)
     if precision not in AUTOCAST_DTYPES:
         raise ConfigError(f"precision is {precision!r}; expected one of {', '.join(AUTOCAST_DTYPES)}")
-    given: dict[str, Any] = {
-        "pooling": pooling,
-        "normalize": normalize,
-        "query_prompt": query_prompt,
-        "passage_prompt": passage_prompt,
-        "query_max_tokens": query_max_tokens,
-        "passage_max_tokens": passage_max_tokens,
-    }
-    settings = replace(read_settings(name), **{key: value for key, value in given.items() if value is not None})
+    replaced: Any = {key: value for key, value in overrides.items() if value is not None}
+    settings = replace(read_settings(name), **replaced)
     check_lengths(read_model_config(name), settings.query_max_tokens, settings.passage_max_tokens)
     tokenizer = load_tokenizer(name)
-    check_prompt(tokenizer, "query", settings.query_prompt, settings.query_max_tokens)
-    check_prompt(tokenizer, "passage", settings.passage_prompt, settings.passage_max_tokens)
+    for side in SIDES:
+        check_prompt(tokenizer, side, settings.prompt(side), settings.max_tokens(side))
     passage_tower = load_tower(name, "passage")
     query_tower = passage_tower if settings.tied else load_tower(name, "query")
-    encoder = DualEncoder(
-        query_tower,
-        passage_tower,
-        pooling=settings.pooling,
-        normalize=settings.normalize,
-        truncate_dim=settings.truncate_dim,
-        autocast_dtype=AUTOCAST_DTYPES[precision],
-    )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder.to(device)
-    _make_fast(encoder, attention, compiled)
-    return EncoderBundle(encoder.eval(), tokenizer, settings)
-
-
-def _make_fast(encoder: DualEncoder, attention: Literal["auto", "packed", "padded"], compiled: bool) -> None:
-    """Packs, and puts in the layers that encode fastest; raises ConfigError where packed texts have other
-    embeddings.
-    """
+    pooled: Any = {key: getattr(settings, key) for key in ("pooling", "normalize", "truncate_dim")}
+    encoder = DualEncoder(query_tower, passage_tower, **pooled, autocast_dtype=AUTOCAST_DTYPES[precision])
+    encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = encoder.device.type == "cuda"
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)
     fused = packed and gpu and encoder.can_fuse
-    use(encoder, ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused))
-
-
-def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """The tokenizer's definition, without the padding and truncation that its last call left behind."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return _canonical({"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()})
-    return _canonical(json.loads(backend.to_str()), leave_out=("padding", "truncation"))
+    execution = ModelConfig(attention="packed" if packed else "padded", fused=fused, compile=compiled and not fused)
+    apply_execution(encoder, execution)
+    return EncoderBundle(encoder.eval(), tokenizer, settings)
 
 
 def _canonical(content: dict[str, Any], leave_out: Sequence[str] = ()) -> bytes:

@@ -17,7 +17,7 @@ from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
 from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
-from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit
+from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.pretrained import load_model
 from retriever.encoder.settings import read_model_config, read_settings, read_truncate_dim, tower_folder
 
@@ -53,8 +53,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
-        """The towers of `config.name_or_path`, in fp32 whatever the file holds; `auto` of pooling and truncate_dim is
-        what the folder says.
+        """The towers of `config.name_or_path` in fp32. `auto` of pooling and truncate_dim is what the folder says.
 
         A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from
         the same weights. Raises ConfigError where the model cannot be trained exactly, or has fewer positions than
@@ -118,9 +117,8 @@ class DualEncoder(nn.Module):
                 f"a chunk of {len(tokens)} texts on the {side} side without a token; expected at least one token a text"
             )
         if isinstance(tokens, Packed) != self.packed:
-            raise ValueError(
-                f"texts are {type(tokens).__name__}, but the encoder's attention is {'packed' if self.packed else 'padded'}"
-            )
+            own = "packed" if self.packed else "padded"
+            raise ValueError(f"texts are {type(tokens).__name__}, but the encoder's attention is {own}")
         if saved is not None and not self.keeps_products:
             raise ValueError("products of layers are kept by fused layers only; call fuse_layers first")
         tower = self.query_tower if side == "query" else self.passage_tower
@@ -136,7 +134,7 @@ class DualEncoder(nn.Module):
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
         if self.truncate_dim is not None:
             embeddings = embeddings[:, : self.truncate_dim].contiguous()  # [n, D]
-        return unit(embeddings) if self.normalize else embeddings
+        return unit_norm(embeddings) if self.normalize else embeddings
 
     @property
     def can_pack(self) -> bool:
@@ -144,14 +142,12 @@ class DualEncoder(nn.Module):
         return all(tower.config.model_type in PACKED for tower in self.each_tower)
 
     def pack(self) -> None:
-        """Attends within packed texts from now on: nothing is computed for padding. Raises ConfigError where the
-        architecture cannot.
-        """
+        """Makes attention stay within packed texts, without padding. Raises ConfigError if the model cannot."""
         for tower in self.each_tower:
             if tower.config.model_type not in PACKED:
                 raise ConfigError(
-                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of packed texts; "
-                    "set it to auto or padded"
+                    f"model.attention: packed, but a {tower.config.model_type!r} model ignores the boundaries of "
+                    "packed texts; set it to auto or padded"
                 )
             use_packed_attention(tower)
         self.packed = True
@@ -162,14 +158,11 @@ class DualEncoder(nn.Module):
         return all(can_fuse(tower) for tower in self.each_tower)
 
     def fuse_layers(self) -> None:
-        """Replaces the layers of packed BERT-like towers by fused ones of the same weights. Raises ConfigError for
-        other towers.
-        """
+        """Replaces the layers of packed BERT-like towers by fused ones. Raises ConfigError for other towers."""
         for tower in self.each_tower:
             if not can_fuse(tower):
-                raise ConfigError(
-                    f"model.fused: true, but the layers of a {tower.config.model_type!r} model are not known; set it to auto"
-                )
+                kind = f"a {tower.config.model_type!r} model"
+                raise ConfigError(f"model.fused: true, but the layers of {kind} are not known; set it to auto")
             fuse(tower)
 
     @property
@@ -187,16 +180,14 @@ class DualEncoder(nn.Module):
                 layer.compile(dynamic=True, options={"fallback_random": True})
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keeps each layer's input only, and computes the rest again in the backward pass under the forward pass's RNG
-        state.
+        """Keeps only each layer's input and recomputes the rest in the backward pass, with the same random numbers.
 
         Raises ConfigError where the architecture has no such layers.
         """
         for tower in self.each_tower:
             if not tower.supports_gradient_checkpointing:
-                raise ConfigError(
-                    f"model.gradient_checkpointing: true, but {type(tower).__name__} does not support it; set it to false"
-                )
+                lacks = f"{type(tower).__name__} does not support it"
+                raise ConfigError(f"model.gradient_checkpointing: true, but {lacks}; set it to false")
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
@@ -228,9 +219,8 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     name = str(name_or_path)
     model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
-        raise ConfigError(
-            f"model.name_or_path: {name} lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first; expected all"
-        )
+        lacks = f"lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first"
+        raise ConfigError(f"model.name_or_path: {name} {lacks}; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     check_modules(model, name)
@@ -238,9 +228,7 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
 
 
 def _detach_pooler(tower: Any) -> dict[str, Tensor]:
-    """Takes the head off a BERT-like model and returns its weights: no embedding depends on it, so it would never get a
-    gradient.
-    """
+    """Removes the pooler of a BERT-like model, on which no embedding depends, and returns its weights."""
     pooler = getattr(tower, "pooler", None)
     if not isinstance(pooler, nn.Module):
         return {}

@@ -1,4 +1,4 @@
-"""The layers of the BERT family on packed texts, in few passes over memory: same weights, same names, same mathematics.
+"""Layers and embeddings of the BERT family on packed texts, with the library's weights, names and mathematics.
 
 Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the
 one with it.
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from kernels.attention.reference import Texts
 from kernels.dispatch import WIDEST_ROW
+from kernels.layers.embeddings import Tables, embeddings
 from kernels.layers.post_norm import (
     LayerSettings,
     Parameters,
@@ -28,7 +29,6 @@ from kernels.layers.post_norm import (
     rounded_weights,
     without_graph,
 )
-from retriever.encoder.fused_embeddings import FusedEmbeddings, knows_embeddings
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
 
@@ -36,41 +36,44 @@ FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 
 
 def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether `fuse` knows the layers of `tower`: a BERT-like encoder with exact GELU whose linear layers and norms
-    nobody replaced.
-    """
+    """Whether `fuse` knows the layers of `tower`: BERT-like, with exact GELU and plain linear layers and norms."""
     config: Any = tower.config
     if config.model_type not in FAMILY:
         return False
+    if config.hidden_act != "gelu" or config.is_decoder or config.chunk_size_feed_forward != 0:
+        return False
     encoder: Any = tower.encoder
-    plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
-    fits = config.hidden_size <= WIDEST_ROW
-    return (
-        plain
-        and fits
-        and all(type(module) in (nn.Linear, nn.LayerNorm) for layer in encoder.layer for module in _holders(layer))
-    )
+    holders = (module for layer in encoder.layer for module in _holders(layer))
+    return config.hidden_size <= WIDEST_ROW and all(type(module) in (nn.Linear, nn.LayerNorm) for module in holders)
 
 
 def fuse(tower: PreTrainedModel) -> None:
-    """Puts fused layers, and fused embeddings where they are plain ones, into `tower`, which from then on takes packed
-    texts only.
-    """
+    """Replaces the layers of `tower`, and plain embeddings, by fused ones, which take packed texts only."""
     encoder: Any = tower.encoder
     tower.encoder = FusedLayers(encoder.layer)
-    if knows_embeddings(tower):
+    if _has_plain_embeddings(tower):
         tower.embeddings = FusedEmbeddings(tower.embeddings)  # type: ignore[arg-type]
 
 
 class _LayerSpec(NamedTuple):
-    """What of a layer's modules a forward pass reads, looked up once: finding a module by name costs the host more than
-    a product.
-    """
+    """What a forward pass reads of a layer's modules. Looked up once: finding a module by name is slow for the host."""
 
     holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
     dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
     heads: int
     eps: float
+
+    @classmethod
+    def of(cls, layer: Any) -> _LayerSpec:
+        """The spec of a layer of transformers."""
+        attention = layer.attention.self
+        dropouts = attention.dropout, layer.attention.output.dropout, layer.output.dropout
+        return cls(_holders(layer), dropouts, attention.num_attention_heads, layer.output.LayerNorm.eps)
+
+    @property
+    def dropout_rates(self) -> tuple[float, float, float]:
+        attention, attended, output = (dropout.p if dropout.training else 0.0 for dropout in self.dropouts)
+        return attention, attended, output
 
 
 class _Rounded(NamedTuple):
@@ -84,8 +87,7 @@ class _Rounded(NamedTuple):
 
 
 class FusedLayers(nn.Module):
-    """Stands where a model's encoder stood; `layer` holds its modules, whose parameters are used and whose forward is
-    not.
+    """Replaces a model's encoder. `layer` holds its modules, whose parameters are used and whose forward is not.
 
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every
     operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
@@ -95,7 +97,7 @@ class FusedLayers(nn.Module):
     def __init__(self, layer: nn.ModuleList) -> None:
         super().__init__()
         self.layer = layer
-        self._specs = [_LayerSpec(_holders(module), _dropouts(module), *_shape(module)) for module in layer]
+        self._specs = list(map(_LayerSpec.of, layer))
         self._rounded: dict[int, _Rounded] = {}
 
     def forward(
@@ -109,19 +111,17 @@ class FusedLayers(nn.Module):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
 
-        Without a graph, the products of each layer are put into `saved_activations`; with one, they are taken out of it.
+        Without a graph, `saved_activations` receives those of each layer; with one, they are taken out of it.
         """
-        if saved_activations is not None and len(saved_activations) != (
-            expected := len(self._specs) * torch.is_grad_enabled()
-        ):
-            raise ValueError(
-                f"expected the products of {counted(expected, 'layer')}, received those of {len(saved_activations)}"
-            )
+        expected = len(self._specs) if torch.is_grad_enabled() else 0
+        if saved_activations is not None and len(saved_activations) != expected:
+            layers = counted(expected, "layer")
+            raise ValueError(f"expected the products of {layers}, received those of {len(saved_activations)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
         stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
-        texts, dropouts = Texts(packed_starts, packed_longest), [self._dropouts(spec) for spec in self._specs]
+        texts, dropouts = Texts(packed_starts, packed_longest), [spec.dropout_rates for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
         if any(map(any, dropouts)):
             seeds = draw_seeds(len(seeds), device).split(1)
@@ -129,19 +129,18 @@ class FusedLayers(nn.Module):
             for i, spec in enumerate(self._specs):
                 layer = LayerSettings(spec.heads, spec.eps, texts, dropouts[i], seeds[3 * i : 3 * i + 3])
                 parameters = _read_parameters(spec.holders)
-                args = stream, rounded, layer, self._weights(i, parameters, rounded.dtype), parameters
+                inputs = stream, rounded, layer, self._weights(i, parameters, rounded.dtype), parameters
                 if torch.is_grad_enabled():
-                    stream, rounded = post_norm_layer(*args, saved_activations.popleft() if saved_activations else None)
+                    # Passed on without a name of its own: the layer frees them as soon as it can.
+                    stream, rounded = post_norm_layer(
+                        *inputs, saved_activations.popleft() if saved_activations else None
+                    )
                 else:
-                    stream, rounded, saved = without_graph(*args)
+                    stream, rounded, saved = without_graph(*inputs)
                     if saved_activations is not None:
                         saved_activations.append(saved)
                     del saved  # their memory is the next layer's
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
-
-    def _dropouts(self, spec: _LayerSpec) -> tuple[float, float, float]:
-        attention, attention_out, ffn_out = (dropout.p if dropout.training else 0.0 for dropout in spec.dropouts)
-        return attention, attention_out, ffn_out
 
     def _weights(self, i: int, parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
@@ -169,12 +168,54 @@ def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
     return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
 
 
-def _dropouts(layer: Any) -> tuple[nn.Dropout, nn.Dropout, nn.Dropout]:
-    return layer.attention.self.dropout, layer.attention.output.dropout, layer.output.dropout
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
-def _shape(layer: Any) -> tuple[int, float]:
-    return layer.attention.self.num_attention_heads, layer.output.LayerNorm.eps
+def _has_plain_embeddings(tower: PreTrainedModel) -> bool:
+    """Whether `tower` hands its layers the norm of word, position and segment embeddings, as BERT and RoBERTa do."""
+    module: Any = tower.embeddings
+    if {name for name, _ in module.named_children()} != {*_EMBEDDINGS, "LayerNorm", "dropout"}:
+        return False
+    tables = [getattr(module, name) for name in _EMBEDDINGS]
+    if any(type(table) is not nn.Embedding or table.max_norm is not None for table in tables):
+        return False
+    if any(table.sparse or table.scale_grad_by_freq for table in tables):
+        return False
+    if getattr(tower.config, "position_embedding_type", None) not in (None, "absolute"):
+        return False
+    norm, hidden = module.LayerNorm, tower.config.hidden_size
+    # ELECTRA's rows may be narrower, and go through a matrix product.
+    return type(norm) is nn.LayerNorm and norm.normalized_shape == (hidden,) and hidden <= WIDEST_ROW
+
+
+class FusedEmbeddings(nn.Module):
+    """Replaces a tower's embeddings; its modules keep their names. Takes packed texts, all of segment 0."""
+
+    word_embeddings: nn.Embedding
+    position_embeddings: nn.Embedding
+    token_type_embeddings: nn.Embedding
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.training = module.training  # of it alone: the modules are shared, and have modes of their own
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
+        """input_ids and position_ids [1, T] to the layers' input [1, T, H] in the tables' dtype."""
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        seed = draw_seeds(1, input_ids.device) if dropout > 0 else None
+        with torch.autocast(input_ids.device.type, enabled=False):
+            y = embeddings(input_ids[0], position_ids[0], self.tables(), seed, eps=self.LayerNorm.eps, dropout=dropout)
+        return y[None]
+
+    def tables(self) -> Tables:
+        """The parameters, the segment's row out of its table."""
+        words, positions, norm = self.word_embeddings, self.position_embeddings, self.LayerNorm
+        weights = words.weight, positions.weight, self.token_type_embeddings.weight[0], norm.weight, norm.bias
+        return Tables(*weights, words.padding_idx, positions.padding_idx)
 
 
 def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -40,8 +40,7 @@ class LoraLinear(nn.Linear):
 
 
 def adapt(towers: nn.ModuleDict, config: LoraConfig, seed: int) -> None:
-    """Freezes `towers` and puts a LoraLinear in the place of each linear layer that `config.targets` names, of all
-    where it is empty.
+    """Freezes `towers` and replaces the linear layers that `config.targets` names (all if it is empty) by LoraLinear.
 
     A layer's A is a function of `seed` and its name, so that ranks and devices agree. Raises ConfigError where a name
     of `targets` is no linear layer's.

@@ -25,8 +25,7 @@ Fields = TypeVar("Fields")
 
 
 def read_fields(kind: type[Fields], name: str, file: str) -> Fields | None:
-    """The fields of the dataclass `kind` from an object in JSON; other keys are ignored. None where the model has no
-    such file.
+    """The fields of the dataclass `kind` from a JSON object, other keys ignored; None where the model has no such file.
 
     Raises ConfigError where a field is missing or of another type.
     """
@@ -49,9 +48,7 @@ def fields_of(kind: type[Fields], found: Any, where: str) -> Fields:
 
 
 def read_json(name: str, file: str) -> Any | None:
-    """The content of a file, or None where the model has no such file. Raises ConfigError where it is not JSON, or
-    there is no model.
-    """
+    """The content of a JSON file, None where there is none. Raises ConfigError for malformed JSON or no model."""
     if Path(name).exists():
         path: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -92,8 +89,7 @@ def one_line(message: str) -> Iterator[None]:
 
 @cache
 def _hub_file(name: str, file: str) -> str | None:
-    """Where the file of a Hugging Face model lies, once downloaded, None where the model has none; the hub is asked
-    once a process.
+    """The path of a Hugging Face model's file, downloaded once a process; None where the model has no such file.
 
     Where the hub is not reached, a model in the cache has the files that lie there, which is said. Raises ConfigError
     for any other model.

@@ -42,9 +42,8 @@ def _positions(config: Any, texts: Packed) -> Tensor:
     first = first_position(config)
     if first == 0:
         return texts.positions
-    padding = (
-        texts.input_ids == first - 1
-    )  # a text may spell the padding token out: it keeps this position, and the others' count skips it
+    # A text may spell the padding token out: it keeps the padding's position, and the count of the others skips it.
+    padding = texts.input_ids == first - 1
     seen = padding.cumsum(0)
     begins = torch.arange(len(padding), device=padding.device) - texts.positions
     skipped = seen - seen[begins] + padding[begins]  # of the same text
@@ -52,9 +51,7 @@ def _positions(config: Any, texts: Packed) -> Tensor:
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """[count] int64 from the device's generator, whose state a chunk's second pass restores: dropout masks are
-    functions of them.
-    """
+    """[count] int64, seeds of dropout masks, from the device's generator, which a chunk's second pass restores."""
     return torch.randint(_SEEDS, (count,), device=device)
 
 
@@ -67,21 +64,22 @@ def _attend(
     *,
     packed_starts: Tensor,
     packed_longest: int,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers layer: query, key, value [1, heads, T, d] to [1, T, heads, d]."""
+    """Attention of a transformers layer: query, key, value [1, heads, T, d] to [1, T, heads, d].
+
+    Of the `options` that layers give, scaling, dropout, sliding_window and is_causal count.
+    """
     if attention_mask is not None:
         raise ValueError(f"packed texts take no attention mask, received one of shape {list(attention_mask.shape)}")
+    scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    window, causal = options.get("sliding_window"), options.get("is_causal")
     mask = Mask(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         seed=draw_seeds(1, query.device) if dropout > 0 else None,
-        causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
-        window=None if sliding_window is None else sliding_window - 1,  # theirs counts the token itself
+        causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
+        window=None if window is None else window - 1,  # theirs counts the token itself
     )
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
     output = packed_attention(queries, keys, values, packed_starts, packed_longest, mask)

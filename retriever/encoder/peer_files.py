@@ -29,17 +29,13 @@ class Module:
 
     @property
     def kind(self) -> str:
-        """The class that sentence-transformers has for it, wherever its versions keep it; other classes keep their
-        whole name.
-        """
+        """The class's name in sentence-transformers, wherever it is kept; the whole name of other classes."""
         return self.type.rpartition(".")[2] if self.type.startswith("sentence_transformers.") else self.type
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompts in config_sentence_transformers.json that belong to a side; a passage's in the order that it is
-    looked for.
-    """
+    """The prompts in config_sentence_transformers.json that belong to a side. The first one of a passage counts."""
 
     query: str | None = None
     document: str | None = None
@@ -111,9 +107,8 @@ def described_settings(name: str, modules: Sequence[Module], longest: int) -> di
     """The fields of `EncoderSettings` that the folder of these modules gives, for a model of `longest` positions."""
     if tuple(module.kind for module in modules) not in _MODULES:
         expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
-        raise ConfigError(
-            f"{name}/modules.json: expected the modules {expected}; received {', '.join(m.type for m in modules) or 'none'}"
-        )
+        received = ", ".join(module.type for module in modules) or "none"
+        raise ConfigError(f"{name}/modules.json: expected the modules {expected}; received {received}")
     folder, normalizes, where = modules[0].path, len(modules) == 3, f"{name}/{_DESCRIBED}"
     described = read_described(name)
     if described.truncate_dim is not None and normalizes and described.similarity_fn_name == "dot":
@@ -153,9 +148,8 @@ def _pooling(name: str, path: str) -> str:
     active = [key for key, value in found.items() if key.startswith("pooling_mode_") and value is True]
     chosen = [pooling.pooling_mode] if pooling.pooling_mode is not None else active
     if len(chosen) != 1 or chosen[0] not in _POOLING:
-        raise ConfigError(
-            f"{where}: pooling_mode: expected one of {', '.join(list(_POOLING)[:3])}; received {', '.join(chosen) or 'none'}"
-        )
+        expected, received = ", ".join(list(_POOLING)[:3]), ", ".join(chosen) or "none"
+        raise ConfigError(f"{where}: pooling_mode: expected one of {expected}; received {received}")
     if not pooling.include_prompt:
         raise ConfigError(f"{where}: include_prompt: false (the prompt is left out of the pooling) is not supported")
     return _POOLING[chosen[0]]

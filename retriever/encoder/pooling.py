@@ -35,8 +35,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
 
 
 def pool_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
-    """As `pool`, of texts one behind another: hidden [T, H], starts [n + 1]; each text has at least one token. Returns
-    [n, H].
+    """As `pool`, for texts one behind another: hidden [T, H], starts [n + 1], each text of at least one token. [n, H].
 
     A text's vectors are added in their order, so that the same texts give the same bits every time.
     """
@@ -54,7 +53,7 @@ def pool_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
         return hidden[position].to(dtype)  # [n, H]
 
 
-def unit(vectors: Tensor) -> Tensor:
+def unit_norm(vectors: Tensor) -> Tensor:
     """x / ‖x‖ row by row, in the vectors' own precision; a zero row stays zero."""
     with torch.autocast(vectors.device.type, enabled=False):
         return F.normalize(vectors, dim=-1)

@@ -29,8 +29,7 @@ class _Index:
 
 
 def read_config(name: str, folder: str = "", **overrides: Any) -> Any:
-    """The transformers configuration in a sub-folder of a model's folder or Hugging Face name, entries of it
-    overridden.
+    """The transformers configuration in a sub-folder of a model's folder or Hugging Face name, with `overrides`.
 
     Raises ConfigError where there is none, it is malformed, or it would load code of the hub or weights of another
     kind.
@@ -56,8 +55,7 @@ def read_config(name: str, folder: str = "", **overrides: Any) -> Any:
 
 
 def load_model(auto_class: Any, config: Any, name: str, folder: str) -> tuple[Any, list[str]]:
-    """A model of `config` in fp32 with the weights in a sub-folder of `name`, and the names of those that the files do
-    not have.
+    """A model of `config` in fp32 with the weights in a sub-folder of `name`, and the names of missing weights.
 
     Raises ConfigError, which names the file and the weight, where the weights are no safetensors, cut short, not finite
     or of other shapes.
@@ -105,9 +103,8 @@ def load_model(auto_class: Any, config: Any, name: str, folder: str) -> tuple[An
 def _stored_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """The file and the shape of every tensor of a folder's weights. Raises ConfigError where they cannot be read."""
     if (folder / "adapter_config.json").exists():
-        raise ConfigError(
-            f"{folder}/adapter_config.json: adapters beside a model are not read; expected weights that they are merged into"
-        )
+        expected = "expected weights that they are merged into"
+        raise ConfigError(f"{folder}/adapter_config.json: adapters beside a model are not read; {expected}")
     files = [WEIGHTS]
     if not (folder / WEIGHTS).exists():
         index = read_fields(_Index, str(folder), _INDEX)
@@ -121,11 +118,10 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             raise ConfigError(
                 f"{folder}/{_INDEX}: weight_map: expected files .safetensors of the same folder, received {file!r}"
             )
-        with (
-            one_line(f"{folder}/{file}: no complete safetensors file"),
-            safe_open(folder / file, framework="pt") as stored,
-        ):
-            shapes |= {key: (folder / file, tuple(stored.get_slice(key).get_shape())) for key in stored.keys()}  # noqa: SIM118
+        path = folder / file
+        with one_line(f"{path}: no complete safetensors file"), safe_open(path, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118
+                shapes[key] = path, tuple(stored.get_slice(key).get_shape())
     return shapes
 
 

@@ -99,9 +99,7 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
 
 
 def read_truncate_dim(name_or_path: str | Path) -> int | None:
-    """How many dimensions of a model's embeddings the folder keeps, also where its other settings are not supported;
-    None: all.
-    """
+    """How many dimensions of an embedding the folder keeps, None for all. Its other settings may be unsupported."""
     name = str(name_or_path)
     if read_json(name, SETTINGS_FILE) is not None:
         return read_settings(name).truncate_dim
@@ -115,9 +113,7 @@ def describes_itself(name_or_path: str | Path) -> bool:
 
 
 def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
-    """One tower's transformers config. Raises ConfigError where there is none, it is malformed, or of an unverified
-    architecture.
-    """
+    """One tower's transformers config. Raises ConfigError if it is missing, malformed or not verified."""
     name = str(name_or_path)
     folder = tower_folder(name, side)
     file = str(PurePosixPath(folder) / "config.json")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from retriever.data.chunk_builders import chunk_builders
-from retriever.data.chunks import Chunks
+from retriever.data.chunks import Chunking, Chunks
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
@@ -100,17 +99,10 @@ class SlabEncoder:
         """Queues the texts of one slab, whose tokens are known; to be called within `inference`."""
         lengths, device = template.lengths(texts.lengths, self.max_tokens), self.encoder.device
         filled = np.flatnonzero(lengths)
-        builders = chunk_builders(
-            self.side,
-            texts,
-            filled,
-            template,
-            max_tokens=self.max_tokens,
-            tokens_per_chunk=max(self.tokens_per_chunk, int(lengths.max(initial=1))),
-            packed=self.encoder.packed,
-        )
+        budget = max(self.tokens_per_chunk, int(lengths.max(initial=1)))
+        chunking = Chunking(self.side, texts, template, self.max_tokens, budget, self.encoder.packed)
         found = torch.empty(len(filled), self.encoder.dimension, dtype=torch.float32, device=device)
-        for chunk in Chunks(builders, device):
+        for chunk in Chunks(chunking.builders(filled), device):
             found.index_copy_(0, chunk.rows, self.encoder(self.side, chunk.tokens).float())  # [n, D]
             done(len(chunk.rows))
         done(len(texts) - len(filled))

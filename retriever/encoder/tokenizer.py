@@ -9,19 +9,18 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.tokens import Side, TokenTemplate, tokenize_batch
+from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.model_files import one_line, read_json
 from retriever.encoder.pretrained import quiet_transformers
 from retriever.encoder.settings import describes_itself, read_model_config, read_settings, tower_folder
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-_PROBE = "retrieval, \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-6C34}"  # a vocabulary without a token for what it does not know fails here
+# A vocabulary that has no token for unknown words fails here.
+_PROBE = "retrieval, \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-6C34}"
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an encoder's folder or Hugging Face name; both towers of a folder share one. Raises
-    ConfigError.
-    """
+    """The tokenizer of an encoder's folder or Hugging Face name, which both towers share. Raises ConfigError."""
     return pretrained_tokenizer(
         read_model_config(name_or_path), str(name_or_path), tower_folder(name_or_path, "passage")
     )
@@ -48,9 +47,7 @@ def training_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model of `config`. Raises ConfigError where it cannot be loaded or the embedding table has no
-    row for a token.
-    """
+    """The tokenizer of a model of `config`. Raises ConfigError if it cannot be loaded or knows tokens without a row."""
     where = "/".join(part for part in (name, folder) if part)
     try:
         with one_line(f"{where}/tokenizer.json: no tokenizer that can be loaded"), quiet_transformers():
@@ -68,8 +65,8 @@ def pretrained_tokenizer(config: Any, name: str, folder: str = "") -> PreTrained
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= getattr(config, "vocab_size", last + 1):
         raise ConfigError(
-            f"{where}/tokenizer.json: token {token!r} has the id {last}, but vocab_size in config.json is {config.vocab_size}; "
-            "expected a model whose embedding table was resized to its tokenizer"
+            f"{where}/tokenizer.json: token {token!r} has the id {last}, but vocab_size in config.json is "
+            f"{config.vocab_size}; expected a model whose embedding table was resized to its tokenizer"
         )
     return tokenizer
 
@@ -84,12 +81,13 @@ def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
 def check_prompt(tokenizer: PreTrainedTokenizerBase, side: Side, prompt: str, max_tokens: int) -> None:
     """Raises ConfigError where prompt and special tokens leave no token for a text."""
     with one_line(f"model.{side}_prompt: {prompt!r} cannot be tokenised"):
-        taken = len(tokenize_batch(tokenizer, [prompt])[0])
+        taken = len(tokenize_flat(tokenizer, [prompt])[0])
     special = TokenTemplate.from_tokenizer(tokenizer).special_tokens
     if taken + special >= max_tokens:
         raise ConfigError(
-            f"model.{side}_prompt: {taken} tokens and {special} special ones leave no room for a text in the {max_tokens} of "
-            f"model.{side}_max_tokens; expected a shorter prompt or at least {taken + special + 1} tokens"
+            f"model.{side}_prompt: {taken} tokens and {special} special ones leave no room for a text in the "
+            f"{max_tokens} of model.{side}_max_tokens; expected a shorter prompt or at least {taken + special + 1} "
+            "tokens"
         )
 
 

@@ -22,7 +22,7 @@ from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.modes import use
+from retriever.encoder.execution import apply_execution
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
@@ -93,7 +93,7 @@ class Trainer:
         resolved = preflight.resolve(config, self.encoder, self.world)
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()
-        use(self.encoder, resolved.model)
+        apply_execution(self.encoder, resolved.model)
         self.objective = ContrastiveObjective(resolved.loss, unit_norm=resolved.model.normalize).to(self.world.device)
         planner = Planner.from_config(work.store, resolved)
         plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
@@ -104,7 +104,7 @@ class Trainer:
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
         """Batches of `queries` pairs through the run's own planner and threads."""
         config = replace(self.config, batch=replace(self.config.batch, queries=queries))
-        return BatchLoader.from_config(
+        return BatchLoader(
             self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world
         ).batches(0, last)
 

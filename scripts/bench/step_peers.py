@@ -82,7 +82,8 @@ def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Texts, Texts
         (work.store.queries, batch.queries, QUERY_MAX_TOKENS),
         (work.store.passages, batch.targets, PASSAGE_MAX_TOKENS),
     ):
-        sides.append([TEMPLATE.wrap(table.tokens(row), longest) for row in rows])
+        tokens, lengths = TEMPLATE.wrap(*table.gather(rows, longest - TEMPLATE.special_tokens))
+        sides.append(np.split(tokens, lengths.cumsum()[:-1]))
     if by_length:
         order = np.argsort([-len(text) for text in sides[1]], kind="stable")
         sides = [[texts[i] for i in order] for texts in sides]

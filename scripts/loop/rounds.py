@@ -15,7 +15,7 @@ from typing import Any
 from eval.collections.collection import file_fingerprint, fingerprint
 from eval.report import format_table
 from retriever.config import Config, to_dict, to_yaml
-from retriever.data.collection import data_files
+from retriever.data.folders import data_files
 from retriever.data.formats import open_source
 from retriever.files import write_json, write_text
 from scripts.loop.config import LoopConfig, flags

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from retriever.config import ConfigError, OptimConfig, SourceConfig
 from retriever.data.formats import DataError, final_text, open_source
+from retriever.data.records import is_blank
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.files import replace_folder
 from retriever.optim import Optimizer
@@ -57,10 +58,11 @@ def read_groups(path: str, title: Literal["join", "drop"], separator: str, limit
     """
     groups = []
     for example in open_source(SourceConfig(path=path, limit=limit)).examples():
-        positives, negatives = (
-            tuple(final_text(passage, title, separator) for passage in found)
-            for found in (example.positives, example.negatives)
+        texts = (
+            [final_text(passage, title, separator) for passage in passages]
+            for passages in (example.positives, example.negatives)
         )
+        positives, negatives = (tuple(text for text in found if not is_blank(text)) for found in texts)
         if positives and negatives:
             groups.append(Group(example.query, positives, negatives))
     if not groups:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,17 @@ def _loader(
     masked: bool = True,
     even_chunks: bool = False,
     packed: bool = False,
+    budget: int = BUDGET,
 ) -> BatchLoader:
-    planner = Planner(store, queries=16, negatives=2, seed=3)
-    template = TokenTemplate.from_tokenizer(tiny_tokenizer())
-    return BatchLoader(
-        store,
-        planner,
-        template,
-        MODEL,
-        tokens_per_chunk=BUDGET,
-        packed=packed,
-        mask_known_positives=masked,
-        device=torch.device("cpu"),
-        rank=rank,
-        world_size=world_size,
-        even_chunks=even_chunks,
+    config = Config(
+        model=replace(MODEL, attention="packed" if packed else "padded"),
+        batch=BatchConfig(tokens_per_chunk=budget),
+        loss=LossConfig(exchange="gather", mask_known_positives=masked),
     )
+    world = World(torch.device("cpu"))
+    world.rank, world.size, world.sharded = rank, world_size, even_chunks  # no collective is called
+    planner = Planner(store, queries=16, negatives=2, seed=3)
+    return BatchLoader(store, planner, TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world)
 
 
 def _rows(batch: Batch, side: str) -> list[list[int]]:
@@ -174,7 +170,7 @@ def test_known_pairs_are_looked_up_where_the_loss_reads_them(
     world = World(torch.device("cpu"))
     world.size = ranks  # no collective is called
     planner = Planner(store, queries=16, negatives=2, seed=3)
-    loader = BatchLoader.from_config(store, planner, TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world)
+    loader = BatchLoader(store, planner, TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world)
     assert (loader.load(0).targets.known_pairs is not None) == expected
 
 
@@ -276,7 +272,5 @@ def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypa
 
 def test_a_text_above_the_chunk_budget_is_refused(store: Store, tmp_path: Path) -> None:
     """A budget below the longest text fails at the first batch, naming the key."""
-    loader = _loader(store)
-    loader._tokens_per_chunk = 20
     with pytest.raises(ValueError, match="batch.tokens_per_chunk=20"):
-        loader.load(0)
+        _loader(store, budget=20).load(0)

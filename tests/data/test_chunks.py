@@ -11,9 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.data.chunks import Chunk, Chunks, plan_chunks
-from retriever.data.layout import Padded, pad_rows
+from retriever.data.chunks import Chunk, Chunking, Chunks, plan_chunks
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
+from retriever.data.text_table import TokenRows
+from retriever.data.tokens import TokenTemplate, tokenize_flat
+from tests.tiny import random_texts, tiny_tokenizer
 
+TEXTS = [*random_texts(40, longest=50, seed=9), "", "ocean " * 80]
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
@@ -76,6 +80,17 @@ def test_padding_keeps_every_token_and_marks_the_rest(rows: list[list[int]], pad
     assert [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)] == rows
     assert torch.all(ids[mask == 0] == pad_id)
     assert torch.all(mask.diff(dim=1) <= 0), "padding stands on the right"
+
+
+def test_packed_texts_stand_one_behind_another() -> None:
+    """An empty one too; positions count from 0 in each."""
+    packed = pack_rows([np.array([7, 9]), np.empty(0, np.int64), np.array([5])])
+    assert packed.input_ids.tolist() == [7, 9, 5] and packed.positions.tolist() == [0, 1, 0]
+    assert packed.starts.tolist() == [0, 2, 2, 3] and packed.longest == 2 and len(packed) == 3
+    dtypes = packed.input_ids.dtype, packed.positions.dtype, packed.starts.dtype
+    assert dtypes == (torch.int64, torch.int64, torch.int32)
+    nothing = pack_rows([])
+    assert len(nothing) == len(nothing.input_ids) == nothing.longest == 0 and nothing.starts.tolist() == [0]
 
 
 def _builders(count: int, built: list[int], fail_at: int | None = None) -> list[Callable[[], Chunk]]:
@@ -159,3 +174,29 @@ def test_leaving_the_loop_early_ends_the_thread() -> None:
         for _ in Chunks(_builders(1000, built), CPU):
             raise ZeroDivisionError
     assert not _threads() and len(built) < 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_chunks_hold_every_text_once_as_the_tokenizer_gives_it(packed: bool, side: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = side
+    tokens, counts = tokenize_flat(tokenizer, TEXTS)
+    table = TokenRows(tokens, np.concatenate([[0], counts]).cumsum())
+    rows = np.array([41, 3, 40, *range(10, 30), 3])
+    chunking = Chunking("passage", table, TokenTemplate.from_tokenizer(tokenizer), 30, 100, packed)
+    builders = chunking.builders(rows)
+    found: dict[int, list[int]] = {}
+    for chunk in (build() for build in builders):
+        laid = chunk.tokens
+        assert chunk.side == "passage" and len(laid) == len(chunk.rows) and laid.input_ids.numel() <= 100
+        if isinstance(laid, Packed):
+            texts = [laid.input_ids[a:b].tolist() for a, b in zip(laid.starts[:-1], laid.starts[1:], strict=True)]
+            assert laid.longest == max(map(len, texts))
+        else:
+            texts = [row[mask.bool()].tolist() for row, mask in zip(laid.input_ids, laid.attention_mask, strict=True)]
+        found |= dict(zip(chunk.rows.tolist(), texts, strict=True))
+    assert isinstance(laid, Packed) == packed and len(builders) > 3
+    expected = tokenizer([TEXTS[row] for row in rows], truncation=True, max_length=30)["input_ids"]
+    assert [found[position] for position in range(len(rows))] == expected
+    assert sum(len(text) for text in expected) == sum(map(len, found.values()))

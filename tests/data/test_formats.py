@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retriever.config import SourceConfig
-from retriever.data import json_records, lines, records
+from retriever.data import json_records, lines, records, table_records
 from retriever.data.formats import DataError, Example, Passage, Source, open_source
 
 ODD = 'a "quoted" text, with\u2028a line separator, \x85 and 日本語'
@@ -197,7 +197,8 @@ def test_flagembedding_with_scores_and_prompt(tmp_path: Path) -> None:
 def test_columns_from_every_kind_of_file(tmp_path: Path, name: str, content: Any) -> None:
     source = opened(write(tmp_path / name, content))
     assert source.format == "columns"
-    assert list(source.examples()) == [triple("0", "a", ODD, "n"), triple("1", "b", "p")]
+    empty = [""] if isinstance(content, str) and not name.endswith("jsonl") else []  # cells of a table of text
+    assert list(source.examples()) == [triple("0", "a", ODD, "n"), triple("1", "b", "p", *empty)]
 
 
 def test_columns_ragged_lists_several_positives_and_a_query_id(tmp_path: Path) -> None:
@@ -210,7 +211,21 @@ def test_columns_ragged_lists_several_positives_and_a_query_id(tmp_path: Path) -
     examples = list(opened(write(tmp_path / "x.jsonl", records)).examples())
     assert [e.query_id for e in examples] == ["5", "5", "6", "6"]
     assert [[p.text for p in e.positives] for e in examples] == [["p", "q"], ["r"], ["p"], ["p"]]
-    assert [[p.text for p in e.negatives] for e in examples] == [["n", "m", "o"], [], [], ["n", "m", "o"]]
+    assert [[p.text for p in e.negatives] for e in examples] == [["n", "m", "o"], [""], [], ["n", "m", "o"]]
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.parquet", "pos.jsonl"])
+def test_a_blank_text_is_a_passage_without_a_text_in_every_format(tmp_path: Path, name: str, blank: str) -> None:
+    """The token store leaves it out and counts it; a null negative is none."""
+    rows: Any = [{"anchor": "q", "positive": blank, "negative": blank}]
+    if name == "pos.jsonl":
+        rows = [{"query": "q", "pos": [blank], "neg": [blank]}]
+    elif not name.endswith(("jsonl", "parquet")):
+        separator = "," if name == "x.csv" else "\t"
+        table = "".join(separator.join(row) + "\n" for row in (rows[0], rows[0].values()))
+        rows = json.dumps(rows) if name == "x.json" else table
+    assert list(opened(write(tmp_path / name, rows)).examples()) == [triple("0", "q", blank, blank)]
 
 
 def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path) -> None:
@@ -327,9 +342,10 @@ def test_a_malformed_record_names_file_line_field_expected_and_received(
 
 
 def test_bytes_that_are_no_text_and_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"query": "q", "pos": ["p"]}\n{"query": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: expected UTF-8 text, received byte 0xff"):
-        list(opened(tmp_path / "a.jsonl").examples())
+    for name, before in (("a.jsonl", ""), ("a.json", "[")):
+        (tmp_path / name).write_bytes(before.encode() + b'{"query": "q", "pos": ["p"]}\n{"query": "\xff"}\n')
+        with pytest.raises(DataError, match=rf"{name}, line 2: expected UTF-8 text, received byte 0xff at 11"):
+            list(opened(tmp_path / name).examples())
     for name, message in (
         ("b.parquet", "expected a Parquet file"),
         ("c.jsonl.gz", "complete gzip file"),
@@ -397,15 +413,21 @@ def test_a_json_list_is_read_strictly(
 
 def test_a_record_too_long_to_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line, and an object of a list; the rest of the line is not read."""
-    for module in (lines, json_records):
+    for module in (lines, json_records, table_records):
         monkeypatch.setattr(module, "LONGEST_RECORD_BYTES", 1000)
     pair = json.dumps({"anchor": "a", "positive": "b"})
     write(tmp_path / "x.jsonl", f"{pair}\n{json.dumps({'anchor': 'a', 'positive': 'b' * 1000})}\n")
     with pytest.raises(DataError, match="line 2: expected a line of at most 1,000 bytes, received a longer one"):
         list(opened(tmp_path / "x.jsonl").examples())
+    write(tmp_path / "w.jsonl", "x" * 999 + "日" * 9)  # the cut is inside a character
+    with pytest.raises(DataError, match="line 1: expected a line of at most 1,000 bytes, received a longer one"):
+        list(opened(tmp_path / "w.jsonl").examples())
+    write(tmp_path / "x.csv", 'anchor,positive\na,"b\n' + "c,d\n" * 400)
+    with pytest.raises(DataError, match=r"line \d+: expected comma-separated values: field larger than field limit"):
+        list(opened(tmp_path / "x.csv").examples())
     monkeypatch.setattr(lines, "_PIECE_BYTES", 100)
     write(tmp_path / "x.json", f"[{pair},\n{json.dumps({'anchor': 'a', 'positive': 'b' * 5000})}]")
-    with pytest.raises(DataError, match="line 2: expected a JSON list of objects: Unterminated string"):
+    with pytest.raises(DataError, match="line 2: expected an object of at most 1,000 characters, received"):
         list(opened(tmp_path / "x.json").examples())
     write(tmp_path / "y.json", "[" + ",".join([pair] * 200) + "]")
     assert len(list(opened(tmp_path / "y.json").examples())) == 200, "a list may be of any length, on one line too"

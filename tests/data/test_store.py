@@ -238,7 +238,7 @@ def test_a_second_run_builds_nothing(tmp_path: Path, beir: Path, monkeypatch: py
     def refuse(*_: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(store_module, "_build", refuse)
+    monkeypatch.setattr(store_module, "StoreBuilder", refuse)
     same = config(tmp_path, SourceConfig(path=str(beir), weight=0.5))
     tokenizer = tiny_tokenizer()
     tokenizer(["a river", "storm"], padding=True, truncation=True, max_length=3)  # leaves traces in the backend

@@ -67,7 +67,7 @@ def _loader(store: Store, folder: Path, rank: int = 0, ranks: int = 1, **loss: A
     config = _config(folder, **loss)
     world = World(torch.device("cpu"))
     world.rank, world.size = rank, ranks  # no collective is called
-    return BatchLoader.from_config(
+    return BatchLoader(
         store, Planner.from_config(store, config), TokenTemplate.from_tokenizer(tiny_tokenizer()), config, world
     )
 
@@ -91,9 +91,10 @@ def _queries(store: Store, loader: BatchLoader, step: int) -> list[str]:
     from retriever.data.planner import slice_for_rank
 
     whole = loader._planner.plan(step)
-    lengths = loader._lengths("query", whole.queries), loader._lengths("passage", whole.passages)
+    lengths = loader._queries.lengths(whole.queries), loader._passages.lengths(whole.passages)
     return [
-        str(store.queries.id_of(q)) for q in slice_for_rank(whole, *lengths, loader._rank, loader._world_size).queries
+        str(store.queries.id_of(q))
+        for q in slice_for_rank(whole, *lengths, loader._world.rank, loader._world.size).queries
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from retriever.data.tokens import TokenTemplate, tokenize_batch, tokenize_flat
+from retriever.data.tokens import TokenTemplate, tokenize_flat
 from tests.tiny import ARCHITECTURES, DECODERS, random_texts, tiny_tokenizer
 
 TEXTS = ["", "river", *random_texts(20, longest=24, seed=1), "unknown çharacters & punctuation!?"]
@@ -30,52 +29,33 @@ def test_wrapped_tokens_equal_the_tokenizers_own(architecture: str, side: str) -
     assert template.pad_id == tokenizer.pad_token_id
     cut = 0
     for prompt in PROMPTS:
-        bare = [np.array(row, dtype=np.uint16) for row in tokenize_batch(tokenizer, TEXTS, prompt)]
+        bare = [np.array(row, dtype=np.uint16) for row in _flat(tokenizer, [prompt + text for text in TEXTS])]
         for limit in (4, 5, 12, 256):
-            wrapped = [template.wrap(row, limit).tolist() for row in bare]
-            assert (
-                wrapped == tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
-            )
+            wrapped = tokenizer([prompt + text for text in TEXTS], truncation=True, max_length=limit)["input_ids"]
             lengths = template.lengths(np.array([len(row) for row in bare]), limit)
             assert lengths.tolist() == [len(row) for row in wrapped]
-            assert _wrapped_together(template, bare, limit) == _packed_together(template, bare, limit) == wrapped
+            assert _wrapped(template, bare, limit) == wrapped
             cut += sum(len(row) + template.special_tokens > limit for row in bare)
     assert cut > 50, "the limits cut nothing: this proves nothing"
 
 
-def _wrapped_together(template: TokenTemplate, bare: list[np.ndarray], limit: int) -> list[list[int]]:
-    """The rows of `wrap_rows`, which a chunk is built by, without their padding."""
+def _wrapped(template: TokenTemplate, bare: list[np.ndarray], limit: int) -> list[list[int]]:
+    """Each text that `wrap` gives, of tokens cut as the tokenizer cuts them."""
     room = limit - template.special_tokens
     cut = [row[max(0, len(row) - room) :] if template.keep_end else row[:room] for row in bare]
-    ids, mask = template.wrap_rows(np.concatenate(cut), np.array([len(row) for row in cut]))
-    assert ids.dtype == mask.dtype == np.int64 and ids.shape == mask.shape and mask.sum(axis=1).max() == ids.shape[1]
-    assert np.all(ids[mask == 0] == template.pad_id)
-    assert np.all(np.diff(mask, axis=1) <= 0), "padding stands on the right"
-    return [row[m.astype(bool)].tolist() for row, m in zip(ids, mask, strict=True)]
-
-
-def _packed_together(template: TokenTemplate, bare: list[np.ndarray], limit: int) -> list[list[int]]:
-    """The texts of `pack_rows`, cut at its starts."""
-    room = limit - template.special_tokens
-    cut = [row[max(0, len(row) - room) :] if template.keep_end else row[:room] for row in bare]
-    ids, starts, positions = template.pack_rows(np.concatenate(cut), np.array([len(row) for row in cut]))
-    assert (ids.dtype, starts.dtype, positions.dtype) == (np.int64, np.int32, np.int64)
-    assert len(starts) == len(bare) + 1 and starts[0] == 0 and starts[-1] == len(ids) == len(positions)
-    texts = [slice(first, last) for first, last in pairwise(starts.tolist())]
-    assert [positions[text].tolist() for text in texts] == [list(range(text.stop - text.start)) for text in texts]
-    return [ids[text].tolist() for text in texts]
+    tokens, lengths = template.wrap(np.concatenate(cut), np.array([len(row) for row in cut]))
+    assert tokens.dtype == np.int64 and len(tokens) == lengths.sum() and len(lengths) == len(bare)
+    return [text.tolist() for text in np.split(tokens, lengths.cumsum()[:-1])]
 
 
 def test_tokenising_does_not_depend_on_what_the_tokenizer_did_last() -> None:
     """A tokenizer that was last called with truncation and padding still gives whole texts."""
     tokenizer = tiny_tokenizer()
-    fresh, flat = tokenize_batch(tokenizer, TEXTS), _flat(tokenizer, TEXTS)
-    assert flat == fresh
-    tokenizer(TEXTS, truncation=True, max_length=4, padding=True)
+    fresh = tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     assert _flat(tokenizer, TEXTS) == fresh
     tokenizer(TEXTS, truncation=True, max_length=4, padding=True)
-    assert tokenize_batch(tokenizer, TEXTS) == fresh
-    assert tokenize_batch(tokenizer, []) == _flat(tokenizer, []) == []
+    assert _flat(tokenizer, TEXTS) == fresh
+    assert _flat(tokenizer, []) == []
 
 
 def _flat(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -150,19 +130,15 @@ def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:
     tokenizer.pad_token = None
     template = TokenTemplate.from_tokenizer(tokenizer)
     assert (template.prefix, template.suffix, template.pad_id) == ((), (), tokenizer.eos_token_id)
-    wrapped = template.wrap(np.array([7, 65535], dtype=np.uint16), 4)
-    assert wrapped.dtype == np.int64 and wrapped.tolist() == [7, 65535]
-    ids, mask = template.wrap_rows(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 1]))
-    assert ids.tolist() == [[7, 65535], [9, template.pad_id]] and mask.tolist() == [[1, 1], [1, 0]]
-    ids, starts, positions = template.pack_rows(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 0, 1]))
-    assert (ids.tolist(), starts.tolist(), positions.tolist()) == ([7, 65535, 9], [0, 2, 2, 3], [0, 1, 0])
+    tokens, lengths = template.wrap(np.array([7, 65535, 9], dtype=np.uint16), np.array([2, 0, 1]))
+    assert tokens.dtype == np.int64 and (tokens.tolist(), lengths.tolist()) == ([7, 65535, 9], [2, 0, 1])
 
 
 def test_special_tokens_of_a_longer_template_stand_in_their_order() -> None:
-    """Two before and two after each text; no text at all packs to nothing."""
+    """Two before and two after each text; of no text at all there is nothing."""
     template = TokenTemplate((101, 5), (7, 102), pad_id=0)
-    ids, starts, positions = template.pack_rows(np.array([30, 31, 40], np.uint16), np.array([2, 0, 1]))
-    assert ids.tolist() == [101, 5, 30, 31, 7, 102, 101, 5, 7, 102, 101, 5, 40, 7, 102]
-    assert starts.tolist() == [0, 6, 10, 15] and positions.tolist() == [*range(6), *range(4), *range(5)]
-    ids, starts, positions = template.pack_rows(np.empty(0, np.uint16), np.empty(0, np.int64))
-    assert (ids.tolist(), starts.tolist(), positions.tolist()) == ([], [0], [])
+    tokens, lengths = template.wrap(np.array([30, 31, 40], np.uint16), np.array([2, 0, 1]))
+    assert tokens.tolist() == [101, 5, 30, 31, 7, 102, 101, 5, 7, 102, 101, 5, 40, 7, 102]
+    assert lengths.tolist() == [6, 4, 5]
+    tokens, lengths = template.wrap(np.empty(0, np.uint16), np.empty(0, np.int64))
+    assert (tokens.tolist(), lengths.tolist()) == ([], [])

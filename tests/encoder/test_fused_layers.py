@@ -15,8 +15,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, pack_rows
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.fused_embeddings import FusedEmbeddings
-from retriever.encoder.fused_layers import FAMILY, FusedLayers
+from retriever.encoder.fused_layers import FAMILY, FusedEmbeddings, FusedLayers
 from retriever.rng import RngState
 from tests.kernels.oracle import gradient
 from tests.tiny import MAX_POSITIONS, save_tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retriever.encoder.pooling import MODES, pool, unit
+from retriever.encoder.pooling import MODES, pool, unit_norm
 
 LENGTHS = (5, 1, 7, 3)
 WIDTH = 7
@@ -49,14 +49,16 @@ def test_half_precision_is_summed_in_fp32_even_under_autocast() -> None:
     hidden, mask = torch.ones(1, 1000, 2, dtype=torch.bfloat16), torch.ones(1, 1000, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pooled = pool(hidden, mask, "mean")
-        length = unit(pooled * 3).norm(dim=1)
+        length = unit_norm(pooled * 3).norm(dim=1)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, torch.ones(1, 2))
     torch.testing.assert_close(length, torch.ones(1), rtol=0, atol=1e-6)
 
 
 def test_unit_vectors_keep_their_direction_and_zero_stays_zero() -> None:
-    torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        unit_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[0.6, 0.8], [0.0, 0.0]])
+    )
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.config import ModelConfig
+from retriever.config import BatchConfig, Config, ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.tokens import SIDES, Side
@@ -182,16 +182,10 @@ def test_chunks_and_retention_are_those_of_the_run(tmp_path: Path, packed: bool)
     planner = Planner(store, queries=24, negatives=0, seed=0)
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=1)
     config = ModelConfig(str(model), query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS)
-    loader = BatchLoader(
-        store,
-        planner,
-        TEMPLATE,
-        config,
-        tokens_per_chunk=300,
-        packed=packed,
-        mask_known_positives=True,
-        device=ALONE.device,
+    run = Config(
+        model=replace(config, attention="packed" if packed else "padded"), batch=BatchConfig(tokens_per_chunk=300)
     )
+    loader = BatchLoader(store, planner, TEMPLATE, run, ALONE)
     batch, whole = loader.load(0), planner.plan(0)
     lengths: dict[Side, np.ndarray] = {"query": store.queries.lengths_of(whole.queries) + 2}
     lengths["passage"] = store.passages.lengths_of(whole.passages) + 2

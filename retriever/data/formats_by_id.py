@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from retriever.data.collection import data_files, read_qrels, split_of
-from retriever.data.files import FileTable, Table, kind_of
+from retriever.data.collection import read_qrels
+from retriever.data.files import FileTable, kind_of
+from retriever.data.folders import data_files, split_of
 from retriever.data.lines import read_lines
 from retriever.data.records import DataError, Example, Passage, Record
 
@@ -21,17 +22,13 @@ def judged_examples(qrels: Mapping[str, Mapping[str, int]], queries: Queries, la
     Raises DataError for a judged query that has no text.
     """
     for query_id, judged in qrels.items():
-        yield Example(
-            query_id,
-            _query_text(queries, query_id, label),
-            positives=tuple(Passage(id=p) for p, grade in judged.items() if grade > 0),
-            negatives=tuple(Passage(id=p) for p, grade in judged.items() if grade == 0),
-        )
+        positives = tuple(Passage(id=p) for p, grade in judged.items() if grade > 0)
+        negatives = tuple(Passage(id=p) for p, grade in judged.items() if grade == 0)
+        yield Example(query_id, _query_text(queries, query_id, label), positives, negatives)
 
 
 def relation_files(path: Path, split: str) -> list[Path]:
-    """What relates queries to passages: `path` itself, or a folder's judgments, hard negatives and id triples of
-    `split`.
+    """The files that relate queries to passages: `path`, or those of `split` in a folder (judgments first).
 
     Text triples are taken from a folder only where there is nothing else: they carry no ids to merge with the rest.
     """
@@ -60,65 +57,55 @@ def triples_by_id(path: Path) -> bool:
     return len(row) == 3 and all(field.isdecimal() for field in row)
 
 
+def needs_corpus(files: list[Path]) -> bool:
+    """Whether any of the files names passages (and queries) by id."""
+    return any(_kind(file) != _TRIPLES or triples_by_id(file) for file in files)
+
+
 def msmarco_examples(files: list[Path], queries: Queries) -> Iterator[Example]:
     """The examples of all `files`, judgments first. Raises DataError naming file, line and field."""
-    return chain.from_iterable(_relation_examples(file, queries) for file in files)
-
-
-def needs_corpus(files: list[Path]) -> bool:
-    """Whether passages (and queries) are given by id, in any of the files."""
-    return any(_kind(file) != _TRIPLES or triples_by_id(file) for file in files)
+    for file in files:
+        if _kind(file) == _QRELS:
+            yield from judged_examples(read_qrels(file), queries, str(file))
+        elif _kind(file) == _HARD_NEGATIVES:
+            yield from _hard_negative_examples(file, queries)
+        else:
+            yield from _triples(file, queries)
 
 
 def _kind(file: Path) -> str:
     return relation_of(file) or (_HARD_NEGATIVES if kind_of(file) in (".jsonl", ".json") else _TRIPLES)
 
 
-def _relation_examples(file: Path, queries: Queries) -> Iterator[Example]:
-    if _kind(file) == _QRELS:
-        return judged_examples(read_qrels(file), queries, str(file))
-    if _kind(file) == _HARD_NEGATIVES:
-        return _hard_negative_examples(FileTable(file), queries)
-    return (
-        _id_triples(file, queries)
-        if triples_by_id(file)
-        else _text_triples(FileTable(file, ("query", "positive", "negative")))
-    )
-
-
-def _id_triples(file: Path, queries: Queries) -> Iterator[Example]:
-    for number, line in read_lines(file):
-        row = line.split()
-        if len(row) != 3:
-            raise DataError(f"expected 'qid pid+ pid-', received {line[:60]!r}", file, number)
-        query_id, positive, negative = row
-        yield Example(
-            query_id, _query_text(queries, query_id, str(file), number), (Passage(positive),), (Passage(negative),)
-        )
-
-
-def _text_triples(table: FileTable) -> Iterator[Example]:
+def _triples(file: Path, queries: Queries) -> Iterator[Example]:
+    """Lines of a query, a positive and a negative: all three ids, or all three texts."""
+    by_id = triples_by_id(file)
+    table = FileTable(file, ("query", "positive", "negative"), separator=None if by_id else "\t")
     for record in table.records():
-        query = record.text("query", empty=False)
-        positive, negative = Passage(None, record.text("positive")), Passage(None, record.text("negative"))
-        yield Example(str(record.line), query, (positive,), (negative,))
+        if by_id:
+            query_id = record.identifier("query")
+            query = _query_text(queries, query_id, record.file, record.line)
+            positive, negative = (Passage(record.identifier(side)) for side in ("positive", "negative"))
+        else:
+            query_id, query = str(record.line), record.text("query", empty=False)
+            positive, negative = (Passage(None, record.text(side)) for side in ("positive", "negative"))
+        yield Example(query_id, query, (positive,), (negative,))
 
 
-def _hard_negative_examples(table: Table, queries: Queries) -> Iterator[Example]:
+def _hard_negative_examples(file: Path, queries: Queries) -> Iterator[Example]:
     """Lines {qid, pos: [pid], neg: {system: [pid]}} (or neg: [pid]); the systems' lists are united."""
-    for record in table.records():
-        query_id = record.identifier("qid", "query_id")
-        negatives = record.values.get("neg")
+    for record in FileTable(file).records():
+        query_id, negatives = record.identifier("qid", "query_id"), record.values.get("neg")
         if isinstance(negatives, Mapping):
             systems = Record(negatives, record.file, record.line, record.unit, "neg")
-            mined = list(chain.from_iterable(systems.identifiers(name) for name in negatives))
+            mined = list(chain.from_iterable(map(systems.identifiers, negatives)))
         else:
             mined = record.identifiers("neg")
         yield Example(
             query_id,
             _query_text(queries, query_id, record.file, record.line),
-            positives=tuple(Passage(id=p) for p in record.identifiers("pos")),
-            negatives=tuple(Passage(id=p) for p in dict.fromkeys(mined)),
+            positives=tuple(map(Passage, record.identifiers("pos"))),
+            negatives=tuple(map(Passage, dict.fromkeys(mined))),
         )
 
 

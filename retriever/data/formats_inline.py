@@ -1,21 +1,19 @@
-"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, sentence-transformers
-columns.
-"""
+"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, columns."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retriever.data.files import kind_of
-from retriever.data.records import DataError, Example, Passage, Record
+from retriever.data.records import Example, Passage, Record
 
 # A table of text that has a header names one of these; a pair of texts does not.
 HEADER_NAMES = {
-    *(
+    *[
         "anchor",
         "query",
         "question",
@@ -28,9 +26,9 @@ HEADER_NAMES = {
         "title",
         "summary",
         "docstring",
-    ),
-    *("positive", "passage", "document", "text", "body", "context", "abstract", "description", "code"),
-    *("answer", "response", "completion", "output", "target", "hypothesis"),
+    ],
+    *["positive", "passage", "document", "text", "body", "context", "abstract", "description", "code"],
+    *["answer", "response", "completion", "output", "target", "hypothesis"],
     *(f"{noun}{number}" for noun in ("sentence", "sentence_", "text", "text_", "question") for number in (0, 1)),
 }
 _ID_COLUMN = re.compile(
@@ -45,20 +43,18 @@ def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
     """
     for record in records:
         if "positive_document_ids" in record.values:
-            positives = tuple(Passage(id=p) for p in record.identifiers("positive_document_ids"))
-            negatives = tuple(Passage(id=p) for p in record.identifiers("negative_document_ids"))
+            positives = _by_id(record.identifiers("positive_document_ids"))
+            negatives = _by_id(record.identifiers("negative_document_ids"))
         else:
-            record.require("positive_passages", "a list of passages")
-            positives = tuple(_tevatron_passage(child) for child in record.children("positive_passages"))
-            negatives = tuple(_tevatron_passage(child) for child in record.children("negative_passages"))
-        query = record.text("query_text", "query", empty=False)
+            positives = tuple(map(_tevatron_passage, record.children("positive_passages", required=True)))
+            negatives = tuple(map(_tevatron_passage, record.children("negative_passages")))
         yield Example(
             record.identifier("query_id"),
-            query,
+            record.text("query_text", "query", empty=False),
             positives,
             negatives,
-            positive_scores=record.numbers("positive_scores", len(positives)),
-            negative_scores=record.numbers("negative_scores", len(negatives)),
+            record.numbers("positive_scores", len(positives)),
+            record.numbers("negative_scores", len(negatives)),
             prompt=record.text("prompt") if record.has("prompt") else None,
         )
 
@@ -66,34 +62,29 @@ def tevatron_examples(records: Iterable[Record]) -> Iterator[Example]:
 def dpr_examples(records: Iterable[Record]) -> Iterator[Example]:
     """DPR's records; `negative_ctxs` serve where a record has no `hard_negative_ctxs`. A query's id is its number."""
     for number, record in enumerate(records):
-        record.require("positive_ctxs", "a list of passages")
-        negatives = tuple(_dpr_passage(child) for child in record.children("hard_negative_ctxs"))
-        yield Example(
-            str(number),
-            record.text("question", empty=False),
-            positives=tuple(_dpr_passage(child) for child in record.children("positive_ctxs")),
-            negatives=negatives or tuple(_dpr_passage(child) for child in record.children("negative_ctxs")),
+        positives = tuple(map(_dpr_passage, record.children("positive_ctxs", required=True)))
+        hard, easy = (
+            tuple(map(_dpr_passage, record.children(f"{kind}_ctxs"))) for kind in ("hard_negative", "negative")
         )
+        yield Example(str(number), record.text("question", empty=False), positives, hard or easy)
 
 
 def flagembedding_examples(records: Iterable[Record]) -> Iterator[Example]:
     """FlagEmbedding's records with their teacher scores and prompt, where there are any. A query's id is its number."""
     for number, record in enumerate(records):
-        record.require("pos", "a list of texts")
-        positives, negatives = record.texts("pos"), record.texts("neg")
+        positives, negatives = record.texts("pos", required=True), record.texts("neg")
         yield Example(
             str(number),
             record.text("query", empty=False),
-            positives=tuple(Passage(None, text) for text in positives),
-            negatives=tuple(Passage(None, text) for text in negatives),
-            positive_scores=record.numbers("pos_scores", len(positives)),
-            negative_scores=record.numbers("neg_scores", len(negatives)),
+            _with_text(positives),
+            _with_text(negatives),
+            record.numbers("pos_scores", len(positives)),
+            record.numbers("neg_scores", len(negatives)),
             prompt=record.text("prompt") if record.has("prompt") else None,
         )
 
 
-@dataclass(frozen=True)
-class ColumnRoles:
+class ColumnRoles(NamedTuple):
     """Which columns hold what; see `column_roles`."""
 
     anchor: str
@@ -103,10 +94,9 @@ class ColumnRoles:
 
 
 def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = False) -> ColumnRoles:
-    """The roles of a record's columns, as sentence-transformers reads them: anchor, positive, then any number of
-    negatives.
+    """The roles of a record's columns, as in sentence-transformers: anchor, positive, then any number of negatives.
 
-    `asked` (data.train.<n>.columns) decides where it is given; else columns named anchor, positive, negative*; else
+    `asked` (data.train.<n>.columns) decides if it is not None; else columns named anchor, positive, negative*; else
     their order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold
     labels, or by their names ids, unless they are asked for or texts are looked up `by_id`; and for CSV and TSV whose
     first line is no header.
@@ -116,22 +106,25 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
     names = list(asked or [name for name in there if name != query_id])
     if asked is None and {"anchor", "positive"} <= set(names):
         names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
-    labels = [name for name in names if name.lower() in ("label", "labels", "score", "scores")]
-    if asked is None and not by_id:
-        labels += [name for name in names if _ID_COLUMN.fullmatch(name.lower())]
-    problem = next((f"no column {name!r}" for name in names if name not in there), None)
-    if (
-        asked is None
-        and kind_of(Path(record.file)) in (".csv", ".tsv", ".txt")
-        and not HEADER_NAMES & {name.lower() for name in names}
-    ):
-        problem = problem or "expected a header with anchor and positive on the first line"
-    problem = problem or ("expected an anchor and a positive column" if len(names) < 2 else None)
-    problem = problem or (f"column {labels[0]!r} is no passage" if labels else None)
-    if problem:
-        message = f"{problem}: the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
-        raise DataError(message, record.file, record.line, record.unit)
+    if problem := _problem_of_columns(record, names, asked is None, by_id):
+        columns = f"the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
+        raise record.refusal(f"{problem}: {columns}")
     return ColumnRoles(names[0], names[1], tuple(names[2:]), query_id)
+
+
+def _problem_of_columns(record: Record, names: Sequence[str], guessed: bool, by_id: bool) -> str | None:
+    """Why the columns `names` cannot be a query and its passages; None where they can. `guessed`: nobody named them."""
+    if missing := [name for name in names if name not in record.values]:
+        return f"no column {missing[0]!r}"
+    lower = {name: name.lower() for name in names}
+    if guessed and kind_of(Path(record.file)) in (".csv", ".tsv", ".txt") and not HEADER_NAMES & {*lower.values()}:
+        return "expected a header with anchor and positive on the first line"
+    if len(names) < 2:
+        return "expected an anchor and a positive column"
+    no_texts = [name for name in names if lower[name] in ("label", "labels", "score", "scores")]
+    if guessed and not by_id:
+        no_texts += [name for name in names if _ID_COLUMN.fullmatch(lower[name])]
+    return f"column {no_texts[0]!r} is no passage" if no_texts else None
 
 
 def column_examples(
@@ -140,7 +133,7 @@ def column_examples(
     queries: Mapping[str, str] | None = None,
     by_id: bool = False,
 ) -> Iterator[Example]:
-    """Rows of anchor, positive[, negatives...]; a cell is a text or a list of texts, and an empty negative is none.
+    """Rows of anchor, positive[, negatives...]; a cell is a text or a list of texts, and a null negative is none.
 
     With `queries`, anchors are query ids; with `by_id`, the other cells are passage ids. Otherwise every row is a query
     of its own and its number the id, unless a query_id column says which. JSON rows may differ in their columns.
@@ -157,22 +150,28 @@ def column_examples(
             if query_id not in queries:
                 raise record.error(roles.anchor, f"an id among the {len(queries):,} queries", query_id)
             query = queries[query_id]
-        positives = _cell(record, roles.positive, by_id)
-        if not positives:
-            raise record.error(roles.positive, "text or a list of texts", record.values.get(roles.positive))
-        negatives = [passage for name in roles.negatives for passage in _cell(record, name, by_id)]
-        yield Example(query_id, query, tuple(positives), tuple(negatives))
+        positive = record.values.get(roles.positive)
+        if positive is None or (by_id and positive == ""):
+            raise record.error(roles.positive, "text or a list of texts", positive)
+        negatives = chain.from_iterable(_cell(record, name, by_id) for name in roles.negatives)
+        yield Example(query_id, query, _cell(record, roles.positive, by_id), tuple(negatives))
 
 
-def _cell(record: Record, name: str, by_id: bool) -> list[Passage]:
+def _cell(record: Record, name: str, by_id: bool) -> tuple[Passage, ...]:
     value: Any = record.values.get(name)
-    if value is None or value == "":
-        return []
+    if value is None or (by_id and value == ""):
+        return ()
     if by_id:
-        return [
-            Passage(id=p) for p in (record.identifiers(name) if isinstance(value, list) else [record.identifier(name)])
-        ]
-    return [Passage(None, text) for text in (record.texts(name) if isinstance(value, list) else [record.text(name)])]
+        return _by_id(record.identifiers(name) if isinstance(value, list) else [record.identifier(name)])
+    return _with_text(record.texts(name) if isinstance(value, list) else [record.text(name)])
+
+
+def _by_id(ids: Iterable[str]) -> tuple[Passage, ...]:
+    return tuple(map(Passage, ids))
+
+
+def _with_text(texts: Iterable[str]) -> tuple[Passage, ...]:
+    return tuple(Passage(None, text) for text in texts)
 
 
 def _tevatron_passage(record: Record) -> Passage:

@@ -11,8 +11,8 @@ import torch
 from retriever.config import ConfigError, ModelConfig
 from retriever.encoder import packed_attention
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.execution import apply_execution
 from retriever.encoder.fused_layers import FusedLayers
-from retriever.encoder.modes import use
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
 PLAIN = ModelConfig(attention="padded", fused=False, compile=False)
@@ -27,7 +27,7 @@ def _encoder(folder: Path, architecture: str = "bert") -> DualEncoder:
 def test_packed_and_fused_pass_and_leave_the_encoder_as_it_was(tmp_path: Path, architecture: str) -> None:
     encoder = _encoder(tmp_path, architecture)
     state = torch.get_rng_state()
-    use(encoder, replace(PLAIN, attention="packed", fused=encoder.can_fuse))
+    apply_execution(encoder, replace(PLAIN, attention="packed", fused=encoder.can_fuse))
     assert encoder.packed and encoder.training and all(module.training for module in encoder.modules())
     assert any(isinstance(module, FusedLayers) for module in encoder.modules()) == (architecture in ("bert", "roberta"))
     assert all(p.grad is None for p in encoder.parameters()) and torch.equal(torch.get_rng_state(), state)
@@ -35,7 +35,7 @@ def test_packed_and_fused_pass_and_leave_the_encoder_as_it_was(tmp_path: Path, a
 
 def test_padded_changes_nothing(tmp_path: Path) -> None:
     encoder = _encoder(tmp_path)
-    use(encoder, PLAIN)
+    apply_execution(encoder, PLAIN)
     assert not encoder.packed
 
 
@@ -55,4 +55,4 @@ def test_a_model_that_reads_packed_texts_wrongly_is_refused(
 
     monkeypatch.setattr("retriever.encoder.dual_encoder.packed_inputs", wrong)
     with pytest.raises(ConfigError, match=r"model\.attention: packed texts have other embeddings"):
-        use(encoder, replace(PLAIN, attention="packed"))
+        apply_execution(encoder, replace(PLAIN, attention="packed"))
