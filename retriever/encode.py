@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _encode_file(args: argparse.Namespace) -> None:
-    from retriever.encode_shards import SHARD_ROWS, encode_to_shards
+    from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
     from retriever.encoder.bundle import load_encoder
 
     with launched() as world:
@@ -90,18 +90,10 @@ def _encode_file(args: argparse.Namespace) -> None:
             )
         title, separator = args.title or bundle.settings.title, args.title_separator
         separator = bundle.settings.title_separator if separator is None else separator
-        folder = encode_to_shards(
-            bundle,
-            _read_texts(args.input, args.side, title, separator),
-            args.side,
-            args.output,
-            texts_fingerprint=_fingerprint(args.input, args.side, title, separator),
-            world=world,
-            shard_rows=args.shard_rows or SHARD_ROWS,
-            dtype=args.dtype,
-            tokens_per_chunk=args.tokens_per_chunk,
-            overwrite=args.overwrite,
-        )
+        texts = _read_texts(args.input, args.side, title, separator)
+        named = _fingerprint(args.input, args.side, title, separator)
+        options = ShardOptions(args.shard_rows or SHARD_ROWS, args.dtype, args.tokens_per_chunk, args.overwrite)
+        folder = encode_to_shards(bundle, texts, args.side, args.output, named, options, world)
     if world.is_first:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         print(

@@ -236,19 +236,10 @@ def _train(
 
 def _evaluate(config: EvalConfig, bundle: EncoderBundle, world: World, outputs: Outputs) -> dict[str, float]:
     """Measures of the present weights, encoded by all ranks; empty on ranks other than the first."""
-    from eval.evaluate import evaluate
+    from eval.evaluate import EvalOptions, evaluate
 
-    result = evaluate(
-        bundle,
-        config.path,
-        config.split,
-        config.metrics,
-        config.k,
-        index=config.index,
-        shards_dir=outputs.embeddings,
-        world=world,
-        progress=world.is_first,
-    )
+    options = EvalOptions(index=config.index, k=config.k, progress=world.is_first)
+    result = evaluate(bundle, config.path, config.split, config.metrics, options, outputs.embeddings, world)
     return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
 
 

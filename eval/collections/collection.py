@@ -41,6 +41,11 @@ class Collection:
     relevance: int = 1  # lowest grade that is relevant for binary measures
     exclude_self: bool = False  # BEIR: a passage whose id is the query's is no answer
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the corpus's tables: splits of one corpus share them."""
+        return tuple(table.label for table in self.corpus)
+
     def passages(self, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
         """(id, final text) of every passage. Raises DataError at a malformed record."""
         for table in self.corpus:
@@ -98,24 +103,20 @@ def read_beir(
     `<name>-qrels`). Without `texts` only the judgments are read, which is all that measuring a run needs. Raises
     DataError where a file is missing or malformed, or a judged query has no text.
     """
-    if str(folder).startswith(HUB):
-        return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_judgments(qrels), texts)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", folder)
-    judgments = read_judgments(qrels if qrels is not None else find_qrels(folder, split))
-    queries = judged_queries(query_tables(folder, split), judgments) if texts else {}
-    corpus = corpus_tables(folder) if texts else ()
-    return Collection(folder.resolve().name, split, queries, judgments, corpus, exclude_self=True)
-
-
-def _read_hub(name: str, split: str, qrels: dict[str, dict[str, int]] | None, texts: bool) -> Collection:
-    corpus, queries, judgments = collection_tables(name, None, split)
-    qrels = relevant(qrels_of(judgments), judgments.label) if qrels is None else qrels
-    label = Path(name).name
+    name, given = str(folder).removeprefix(HUB), None if qrels is None else read_judgments(qrels)
+    if name != str(folder):
+        corpus, queries, table = collection_tables(name, None, split)
+        judgments = given or relevant(qrels_of(table), table.label)
+        tables: tuple[Sequence[Table], Sequence[Table]] = [queries], [corpus]
+    elif not Path(name).is_dir():
+        raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", name)
+    else:
+        judgments = given or read_judgments(find_qrels(Path(name), split))
+        tables = (query_tables(Path(name), split), corpus_tables(Path(name))) if texts else ([], [])
+    label = Path(name).name if name != str(folder) else Path(name).resolve().name
     if not texts:
-        return Collection(label, split, {}, qrels, (), exclude_self=True)
-    return Collection(label, split, judged_queries([queries], qrels), qrels, [corpus], exclude_self=True)
+        return Collection(label, split, {}, judgments, (), exclude_self=True)
+    return Collection(label, split, judged_queries(tables[0], judgments), judgments, tables[1], exclude_self=True)
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:

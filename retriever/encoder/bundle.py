@@ -23,7 +23,7 @@ from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.modes import use
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
-from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
+from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, Key
 from retriever.encoder.tokenizer import check_prompt, load_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -58,10 +58,10 @@ class EncoderBundle:
     ) -> np.ndarray:
         """Embeddings [n, D] float32 of texts (without prompt: the settings' own is put in front), in the texts' order.
 
-        As `encode_slabs`, of one sequence. `progress` shows a bar, or is called with the number of texts just queued.
+        As `encode_batches`, of one sequence. `progress` shows a bar, or is called with the number of texts just queued.
         """
         embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        slabs = ((start, texts[start : start + SLAB_TEXTS]) for start in range(0, len(texts), SLAB_TEXTS))
+        batches = ((start, texts[start : start + BATCH_TEXTS]) for start in range(0, len(texts), BATCH_TEXTS))
         behind: deque[tuple[int, Arriving]] = deque()
 
         def fetch() -> None:
@@ -71,34 +71,36 @@ class EncoderBundle:
 
         with tqdm(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
             done = progress if callable(progress) else bar.update
-            with closing(self.encode_slabs(slabs, side, tokens_per_chunk=tokens_per_chunk, progress=done)) as encoded:
-                for slab in encoded:
-                    behind.append(slab)
-                    if len(behind) > 1:  # the device has the next slab to work on
+            with closing(
+                self.encode_batches(batches, side, tokens_per_chunk=tokens_per_chunk, progress=done)
+            ) as encoded:
+                for batch in encoded:
+                    behind.append(batch)
+                    if len(behind) > 1:  # the device has the next batch to work on
                         fetch()
         while behind:
             fetch()
         return embeddings
 
-    def encode_slabs(
+    def encode_batches(
         self,
-        slabs: Iterable[tuple[Key, Sequence[str]]],
+        batches: Iterable[tuple[Key, Sequence[str]]],
         side: Side,
         *,
         tokens_per_chunk: int | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Embeddings of one slab of texts after another under the slabs' own keys; `slabs` is read in a thread, one
-        slab ahead.
+        """Embeddings of one batch of texts after another under the batches' own keys; `batches` is read in a thread, one
+        batch ahead.
 
-        A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
+        A batch's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
         `tokens_per_chunk` tokens. Dropout is off while this runs; a text without any token gets the zero vector.
         """
         budget = tokens_per_chunk or (131_072 if self.encoder.device.type == "cuda" else 8_192)
-        encoder = SlabEncoder(
+        encoder = BatchEncoder(
             self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget
         )
-        return encoder.encode(slabs, progress)
+        return encoder.encode(batches, progress)
 
     def model_hash(self) -> str:
         """SHA-256 of what makes the embeddings besides prompts, lengths and precision: weights, architecture,
