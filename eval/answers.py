@@ -76,7 +76,8 @@ class AnsweredQuestions(Collection):
                         qrels[question][str(passage.id)] = 1
         if wanted:
             raise DataError(
-                f"{len(wanted):,} passages of the run are not in the corpus, first {next(iter(wanted))!r}; expected the corpus it is of"
+                f"{len(wanted):,} passages of the run are not in the corpus, first {next(iter(wanted))!r}; "
+                "expected the corpus of the run (--data)"
             )
         return qrels
 

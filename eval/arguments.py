@@ -36,7 +36,8 @@ SEARCH = (
     option(
         "--index",
         default="flat",
-        help="flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: 'IVF4096,Flat nprobe=64'",
+        help="flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: "
+        "'IVF4096,Flat nprobe=64'",
     ),
     option(
         "--engine",

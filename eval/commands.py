@@ -110,7 +110,8 @@ def _of_run(args: argparse.Namespace, collection: Collection, metrics: Sequence[
     ):
         run |= {query_id: run[query_id].without(query_id) for query_id in own}
         notes.append(
-            f"{counted(len(own), 'query')} with the passage of the same id left out (BEIR's rule; --no-exclude-self keeps it)"
+            f"{counted(len(own), 'query')} with the passage of the same id left out "
+            "(BEIR's rule; --no-exclude-self keeps it)"
         )
     return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 

@@ -109,7 +109,8 @@ def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: 
             interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
             chances = f"{c.t_p:>7.4f}  {c.randomisation_p:>7.4f} {c.randomisation_p_holm:>7.4f}"
             lines.append(
-                f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  {c.better}/{c.equal}/{c.worse}"
+                f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  "
+                f"{c.better}/{c.equal}/{c.worse}"
             )
     for c in (c for c in comparisons if c.measure == comparisons[0].measure and c.moved):
         lines += ["", f"{c.run}: queries that moved most by {c.measure}"]

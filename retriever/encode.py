@@ -85,9 +85,8 @@ def _encode_file(args: argparse.Namespace) -> None:
             **{f"{args.side}_prompt": args.prompt, f"{args.side}_max_tokens": args.max_tokens},
         )
         if world.is_first:
-            print(
-                f"{args.model}: {'packed' if bundle.encoder.packed else 'padded'} texts, {args.precision}, on {world.device}"
-            )
+            layout = "packed" if bundle.encoder.packed else "padded"
+            print(f"{args.model}: {layout} texts, {args.precision}, on {world.device}")
         title, separator = args.title or bundle.settings.title, args.title_separator
         separator = bundle.settings.title_separator if separator is None else separator
         texts = _read_texts(args.input, args.side, title, separator)
@@ -96,9 +95,8 @@ def _encode_file(args: argparse.Namespace) -> None:
         folder = encode_to_shards(bundle, texts, args.side, args.output, named, options, world)
     if world.is_first:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        print(
-            f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}"
-        )
+        embeddings = counted(manifest["rows"], "embedding")
+        print(f"{folder}: {embeddings} of dimension {manifest['dimension']}, {manifest['dtype']}")
         if note := shortened_note():
             print(note)
 

@@ -135,7 +135,7 @@ class _Part(NamedTuple):
 
 
 class _Reading:
-    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says in batches, counting all rows."""
+    """Reads (id, text) pairs shard by shard, counts them, and hands on those of `wanted` shards in batches."""
 
     def __init__(self, texts: Iterable[tuple[str, str]], shard_rows: int, wanted: Callable[[int], bool]) -> None:
         self._texts, self._shard_rows, self._wanted = iter(texts), shard_rows, wanted

@@ -248,8 +248,8 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     fit = len(shards) == -(-rows // manifest["shard_rows"]) and shards == _listed(rows, manifest["shard_rows"])
     if not fit:
         raise ShardError(
-            f"{file}: its shards are not 00000, 00001, … that add up to its {rows} rows, {manifest['shard_rows']} each; "
-            "encode the texts again"
+            f"{file}: its shards are not 00000, 00001, … that add up to its {rows} rows, "
+            f"{manifest['shard_rows']} each; encode the texts again"
         )
 
 

@@ -77,7 +77,8 @@ class Collection:
         if self.exclude_self and (shared := len(found & self.queries.keys())):
             query = counted(shared, "query")
             notes.append(
-                f"{query} with the id of a passage, which the results leave out (BEIR's rule; --no-exclude-self keeps it)"
+                f"{query} with the id of a passage, which the results leave out "
+                "(BEIR's rule; --no-exclude-self keeps it)"
             )
         return tuple(notes)
 
@@ -142,7 +143,8 @@ def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int
     if missing:
         names = ", ".join(table.label for table in tables)
         raise DataError(
-            f"{len(missing):,} of {counted(len(qrels), 'judged query')} without a text, first {missing[0]!r}; expected a text for each",
+            f"{len(missing):,} of {counted(len(qrels), 'judged query')} without a text, first {missing[0]!r}; "
+            "expected a text for each",
             names,
         )
     return found

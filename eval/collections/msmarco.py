@@ -45,8 +45,8 @@ SPLITS = {
     "dl20": Split(
         ("msmarco-test2020-queries.tsv", "topics.dl20.txt", "topics.dl20-passage.txt", "topics.dl20.tsv"),
         ("2020qrels-pass.txt", "qrels.dl20-passage.txt"),
-        54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2020qrels-pass.txt",
-        "trec-dl-2020/judged", ("dl20",),
+        54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2,
+        "https://trec.nist.gov/data/deep/2020qrels-pass.txt", "trec-dl-2020/judged", ("dl20",),
     ),
 }  # fmt: skip
 

@@ -81,7 +81,8 @@ def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, t
     known = next((word for word in split.hub if word in splits), None)
     if known is None:
         raise DataError(
-            f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, found {', '.join(splits)}"
+            f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, "
+            f"found {', '.join(splits)}"
         )
     qrels = relevant(qrels_of(named_table(judgments, split=known)), judgments)
     if not texts:

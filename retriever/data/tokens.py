@@ -101,9 +101,7 @@ class TokenTemplate:
                 )
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
-            raise ConfigError(
-                f"model {name} adds different special tokens to different texts: {sorted(found)}"
-            )
+            raise ConfigError(f"model {name} adds different special tokens to different texts: {sorted(found)}")
         prefix, suffix = found.pop()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:

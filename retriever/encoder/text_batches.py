@@ -73,7 +73,7 @@ class BatchEncoder:
     def encode(
         self, batches: Iterable[tuple[Key, Sequence[str]]], done: Callable[[int], object]
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Each batch's key and the embeddings of its texts, in the batches' order; `batches` is read in a thread, one ahead.
+        """Each batch's key and the embeddings of its texts, in their order; `batches` is read in a thread, one ahead.
 
         Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts
         that were just queued.

@@ -323,8 +323,8 @@ def test_msmarco_files_give_the_official_measures(
     }
     printed = capsys.readouterr().out
     assert (
-        f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; {len(best)} judged queries, not 6,980"
-        in printed
+        f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; "
+        f"{len(best)} judged queries, not 6,980" in printed
     )
 
 

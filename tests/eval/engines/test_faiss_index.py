@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import faiss
 import numpy as np
@@ -141,7 +142,7 @@ def test_what_is_recorded_is_what_was_used(vectors: np.ndarray, monkeypatch: pyt
     used: list[str] = []
     set_parameters = faiss.ParameterSpace.set_index_parameters
 
-    def recorded(space: object, index: object, parameters: str) -> None:
+    def recorded(space: Any, index: Any, parameters: Any) -> None:
         used.append(parameters)
         set_parameters(space, index, parameters)
 
@@ -175,9 +176,14 @@ def test_an_index_is_built_by_one_process_at_a_time(
     tmp_path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process holds its lock: this one waits, and builds when the other is done."""
-    shards, events = shards_of(tmp_path, vectors[:500]), []
+    shards, events = shards_of(tmp_path, vectors[:500]), list[str]()
     build = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda *given: [events.append("built"), build(*given)][1])
+
+    def recorded(passages: Embeddings, index: str, spec: IndexSpec) -> faiss.Index:
+        events.append("built")
+        return build(passages, index, spec)
+
+    monkeypatch.setattr(index_module, "_build", recorded)
     lock = tmp_path / "index-flat" / ".lock"
     lock.parent.mkdir()
     code = "import sys; from pathlib import Path; from retriever.lock import locked\n"
