@@ -151,7 +151,7 @@ class ShardWriter:
         if not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
-        file, ids_file = _embeddings_file(self.folder, shard), _ids_file(self.folder, shard)
+        file, ids_file = _files(self.folder, shard)
         write_array(file, stored)
         with (
             replace_file(ids_file) as aside,
@@ -266,7 +266,7 @@ def _read_shard(folder: Path, shard: int) -> tuple[np.ndarray, pa.Table]:
     """The embeddings of shard number `shard`, memory-mapped, and its ids. Raises ShardError where a file is missing or
     damaged.
     """
-    file, ids_file = _embeddings_file(folder, shard), _ids_file(folder, shard)
+    file, ids_file = _files(folder, shard)
     try:
         embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:
@@ -278,12 +278,9 @@ def _read_shard(folder: Path, shard: int) -> tuple[np.ndarray, pa.Table]:
         raise ShardError(f"{ids_file}: not readable as an Arrow file ({error}); encode the texts again") from error
 
 
-def _embeddings_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.npy"
-
-
-def _ids_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.ids.arrow"
+def _files(folder: Path, shard: int) -> tuple[Path, Path]:
+    """Where the embeddings of shard number `shard` stand, and where its ids."""
+    return folder / f"{shard:05d}.npy", folder / f"{shard:05d}.ids.arrow"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

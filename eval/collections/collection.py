@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from eval.measures import Scores, measure_run
+from eval.measures import Qrels, Scores, measure_run
 from eval.trec import Run
 from retriever.data.collection import (
     check_corpus,
@@ -26,6 +26,7 @@ from retriever.data.hub_tables import collection_tables
 from retriever.data.records import DataError, final_text, shortened_note
 from retriever.wording import counted
 
+Tables = tuple[Sequence[Table], Sequence[Table]]  # of queries, and of the corpus
 HUB = "hf:"  # in front of the name of a Hugging Face data set
 
 
@@ -108,16 +109,20 @@ def read_beir(
     if name != str(folder):
         corpus, queries, table = collection_tables(name, None, split)
         judgments = given or relevant(qrels_of(table), table.label)
-        tables: tuple[Sequence[Table], Sequence[Table]] = [queries], [corpus]
+        tables: Tables = [queries], [corpus]
     elif not Path(name).is_dir():
         raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", name)
     else:
         judgments = given or read_judgments(find_qrels(Path(name), split))
         tables = (query_tables(Path(name), split), corpus_tables(Path(name))) if texts else ([], [])
     label = Path(name).name if name != str(folder) else Path(name).resolve().name
-    if not texts:
-        return Collection(label, split, {}, judgments, (), exclude_self=True)
-    return Collection(label, split, judged_queries(tables[0], judgments), judgments, tables[1], exclude_self=True)
+    return collection_of(label, split, judgments, tables if texts else None, exclude_self=True)
+
+
+def collection_of(name: str, split: str, qrels: Qrels, tables: Tables | None, **more: Any) -> Collection:
+    """The collection of judgments, with the texts of `tables`: those of queries, those of the corpus; None: not read."""
+    queries, corpus = tables or ((), ())
+    return Collection(name, split, judged_queries(queries, qrels) if tables else {}, qrels, corpus, **more)
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:

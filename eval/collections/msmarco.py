@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.collections.collection import Collection, judged_queries, read_judgments
+from eval.collections.collection import Collection, collection_of, read_judgments
 from retriever.data.collection import corpus_tables, query_tables
 from retriever.data.records import DataError
 
@@ -58,11 +58,12 @@ def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collec
     """
     folder, split = Path(folder), SPLITS[name]
     qrels = read_judgments(_find(folder, split.qrels, f"judgments of {name}", split.qrels_from))
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = judged_queries(query_tables(_find(folder, split.queries, f"queries of {name}", DOWNLOADS)), qrels)
-    corpus = corpus_tables(_find(folder, ("collection.tsv", "corpus.jsonl", "corpus.tsv"), "passages", DOWNLOADS))
-    return Collection("msmarco", name, queries, qrels, corpus, split.relevance)
+    tables = None
+    if texts:
+        queries = _find(folder, split.queries, f"queries of {name}", DOWNLOADS)
+        corpus = _find(folder, ("collection.tsv", "corpus.jsonl", "corpus.tsv"), "passages", DOWNLOADS)
+        tables = query_tables(queries), corpus_tables(corpus)
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def available_splits(folder: Path) -> list[str]:

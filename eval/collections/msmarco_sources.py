@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from eval.collections.collection import Collection, judged_queries, relevant
+from eval.collections.collection import Collection, collection_of, relevant
 from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.arrow_records import first_line
@@ -61,13 +61,12 @@ def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) 
         for judgment in found.qrels_iter():
             qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
     relevant(qrels, identifier)
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
     queries = PairTable(
         f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter())
     )
     corpus = PairTable(f"{identifier} docs", lambda: ((passage.doc_id, passage.text) for passage in found.docs_iter()))
-    return Collection("msmarco", name, judged_queries([queries], qrels), qrels, (corpus,), split.relevance)
+    tables = ([queries], [corpus]) if texts else None
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, texts: bool = True) -> Collection:
@@ -85,10 +84,8 @@ def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, t
             f"found {', '.join(splits)}"
         )
     qrels = relevant(qrels_of(named_table(judgments, split=known)), judgments)
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = judged_queries([named_table(f"{data}:queries")], qrels)
-    return Collection("msmarco", name, queries, qrels, (named_table(corpus or f"{data}:corpus"),), split.relevance)
+    tables = ([named_table(f"{data}:queries")], [named_table(corpus or f"{data}:corpus")]) if texts else None
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:

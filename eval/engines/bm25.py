@@ -47,7 +47,7 @@ class Bm25:
 
         Raises DataError where there are no texts, or none has a word.
         """
-        write_index(texts, folder, _tokenise, K1, B, progress=progress)
+        write_index(texts, folder, _tokenised, K1, B, progress=progress)
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of every text for the query [N] float32, 0 where they share no word."""
@@ -155,11 +155,6 @@ def plural_stem(word: str) -> str:
 
 def _stems(words: list[str]) -> list[str]:
     return [plural_stem(word) for word in words]
-
-
-def _tokenise(texts: list[str]) -> tuple[list[list[int]], dict[str, int]]:
-    found = _tokenised(texts)
-    return found.ids, found.vocab
 
 
 def _tokenised(texts: list[str], *, return_ids: bool = True) -> Any:

@@ -165,8 +165,7 @@ def _build(passages: Embeddings, index: str, spec: IndexSpec) -> faiss.Index:
 
 
 def _train_rows(spec: IndexSpec, passages: Embeddings) -> int:
-    index = faiss.index_factory(passages.dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
-    lists = faiss.try_extract_index_ivf(index)
+    lists = faiss.try_extract_index_ivf(_empty(spec.factory, spec.factory, passages.dimension))
     return min(passages.rows, max(_TRAIN_LEAST, _TRAIN_PER_LIST * lists.nlist if lists is not None else 0))
 
 
@@ -182,10 +181,8 @@ def _sample(passages: Embeddings, rows: int) -> np.ndarray:
 
 
 def _lists(rows: int) -> int:
-    lists = 2 ** round(np.log2(max(1.0, 4 * rows**0.5)))
-    while lists > 1 and lists * _PER_CENTROID > rows:
-        lists //= 2
-    return int(lists)
+    most = max(1, rows // _PER_CENTROID)  # a power of two is at most this, so a smaller one is too
+    return int(2 ** min(round(np.log2(max(1.0, 4 * rows**0.5))), most.bit_length() - 1))
 
 
 def _empty(index: str, factory: str, dimension: int) -> faiss.Index:

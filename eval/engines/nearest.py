@@ -110,7 +110,7 @@ def search(
 
 
 def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
-    best = TopK(len(queries), k)
+    best = TopK.empty(len(queries), k)
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
         scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # [q, k], -1 where it found fewer

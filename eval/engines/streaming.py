@@ -90,7 +90,7 @@ def search_streaming(
             block = stored.to(world.device).float()  # [n, D]; returns once the copy is done
             search.add(block, precedence[start : start + len(block)].to(world.device), start)
             bar.update(min(len(block) * world.size, passages.rows - bar.n))
-    return TopK.of(_to_topk(_of_all_ranks(search.best, world)))
+    return TopK(_to_topk(_of_all_ranks(search.best, world)))
 
 
 class _Search:
