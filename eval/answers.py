@@ -18,10 +18,10 @@ import csv
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from eval.arguments import evaluation_parser, launched_search
 from eval.collections.collection import Collection, fingerprint
@@ -59,38 +59,42 @@ class AnsweredQuestions(Collection):
 
     def _judged(self, run: Run) -> dict[str, dict[str, int]]:
         """Question id -> passage id -> 1 for the passages of the run that hold an answer."""
-        wanted: dict[str, list[str]] = {}  # passage id -> questions
+        wanted = defaultdict[str, list[str]](list)  # passage id -> questions
         for question in self.answers.keys() & run.keys():
             for passage_id in run[question].passage_ids:
-                wanted.setdefault(passage_id, []).append(question)
-        prepare, holds = (_pattern, holds_match) if self.regex else (_words, holds_answer)
-        sought: dict[str, list[Any]] = {
-            question: [prepare(answer) for answer in answers] for question, answers in self.answers.items()
+                wanted[passage_id].append(question)
+        patterns = {
+            question: [answer_pattern(answer, self.regex) for answer in answers]
+            for question, answers in self.answers.items()
         }
         qrels: dict[str, dict[str, int]] = {question: {} for question in self.answers}
         for passage in (passage for table in self.corpus for passage in passages_of(table)):
             if questions := wanted.pop(str(passage.id), None):
-                text: Any = _decomposed(passage.text or "") if self.regex else _words(passage.text or "")
+                text = searchable(passage.text or "", self.regex)
                 for question in questions:
-                    if holds(text, sought[question]):
+                    if any(pattern.search(text) for pattern in patterns[question]):
                         qrels[question][str(passage.id)] = 1
         if wanted:
             raise DataError(
-                f"{len(wanted):,} passages of the run are not in the corpus, first {next(iter(wanted))!r}; expected the corpus it is of"
+                f"{len(wanted):,} passages of the run are not in the corpus, first {next(iter(wanted))!r}; "
+                "expected the corpus of the run (--data)"
             )
         return qrels
 
 
-def holds_answer(words: Sequence[str], answers: Iterable[Sequence[str]]) -> bool:
-    """Whether the words of one of the answers stand in those of a text in a row. A word is letters, digits and marks,
-    or one other sign.
+def answer_pattern(answer: str, regex: bool) -> re.Pattern[str]:
+    """What is searched for in a `searchable` text: a regular expression, or the answer's words in a row."""
+    if regex:
+        return re.compile(searchable(answer, regex), re.IGNORECASE | re.MULTILINE)
+    return re.compile(re.escape(searchable(answer, regex)))
+
+
+def searchable(text: str, regex: bool) -> str:
+    """The text, canonically decomposed; without `regex` its words in small letters, a blank before and behind each.
+
+    A word is letters, digits and marks, or one other sign.
     """
-    return any(_stands_in(answer, words) for answer in answers)
-
-
-def holds_match(text: str, patterns: Iterable[re.Pattern[str]]) -> bool:
-    """Whether one of the patterns is found in the text, canonically decomposed as the patterns are."""
-    return any(pattern.search(text) for pattern in patterns)
+    return unicodedata.normalize("NFD", text) if regex else f" {' '.join(_words(text))} "
 
 
 def read_answered(folder: Path, questions: Path, *, regex: bool = False) -> AnsweredQuestions:
@@ -115,12 +119,7 @@ def read_answered(folder: Path, questions: Path, *, regex: bool = False) -> Answ
 def _questions(path: Path, regex: bool) -> Iterator[tuple[str, list[str]]]:
     if not is_file(path):
         raise DataError("no such file; expected questions with answers (--questions)", path)
-    if kind_of(path) in (".csv", ".tsv"):
-        records: Iterator[Record] = (
-            Record({"question": row[0], "answers": _listed(row[1])}, str(path), line) for line, row in _rows(path)
-        )
-    else:
-        records = FileTable(path).records()
+    records = _rows(path) if kind_of(path) in (".csv", ".tsv") else FileTable(path).records()
     for record in records:
         name = "answers" if record.has("answers") else "answer"
         question, answers = record.text("question", empty=False), record.texts(name)
@@ -132,19 +131,18 @@ def _questions(path: Path, regex: bool) -> Iterator[tuple[str, list[str]]]:
         yield question, answers
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, [question, list of answers]) of DPR's csv."""
+def _rows(path: Path) -> Iterator[Record]:
+    """The questions and lists of answers of DPR's csv."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in read_lines(path)), delimiter="\t")
+    expected = "expected a question, a tab and a list of answers such as ['Paris']"
     try:
         for row in reader:
-            if len(row) != 2 or _listed(row[1]) is None:
-                raise DataError(
-                    "expected a question, a tab and a list of answers such as ['Paris']", path, reader.line_num
-                )
-            yield reader.line_num, row
+            if len(row) != 2 or (answers := _listed(row[1])) is None:
+                raise DataError(expected, path, reader.line_num)
+            yield Record({"question": row[0], "answers": answers}, str(path), reader.line_num)
     except csv.Error as error:
-        raise DataError(f"expected a question, a tab and a list of answers: {error}", path, reader.line_num) from error
+        raise DataError(f"{expected}: {error}", path, reader.line_num) from error
 
 
 def _problem(answer: str, regex: bool) -> str | None:
@@ -153,19 +151,11 @@ def _problem(answer: str, regex: bool) -> str | None:
         return "answers that are not blank"
     if regex:
         try:
-            if _pattern(answer).search("") is not None:
+            if answer_pattern(answer, regex).search("") is not None:
                 return "a regular expression that is not found in every text"
         except (re.error, RecursionError, OverflowError) as error:
             return f"a regular expression (--regex): {error}"
     return None
-
-
-def _pattern(answer: str) -> re.Pattern[str]:
-    return re.compile(_decomposed(answer), re.IGNORECASE | re.MULTILINE)
-
-
-def _decomposed(text: str) -> str:
-    return unicodedata.normalize("NFD", text)
 
 
 def _listed(text: str) -> list[str] | None:
@@ -189,11 +179,6 @@ def _words(text: str) -> list[str]:
             words.append(character)
         inside = kind in "LNM"
     return [word.lower() for word in words]
-
-
-def _stands_in(answer: Sequence[str], words: Sequence[str]) -> bool:
-    first, n = answer[:1], len(answer)
-    return n > 0 and any(words[i : i + 1] == first and words[i : i + n] == answer for i in range(len(words) - n + 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

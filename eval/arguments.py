@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retriever.command import (
     BATCH,
@@ -24,6 +25,7 @@ from retriever.command import (
 if TYPE_CHECKING:
     from retriever.parallel.world import World
 
+Options = TypeVar("Options")
 
 THREADS = option(
     "--threads",
@@ -34,7 +36,8 @@ SEARCH = (
     option(
         "--index",
         default="flat",
-        help="flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: 'IVF4096,Flat nprobe=64'",
+        help="flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string, parameters after a blank: "
+        "'IVF4096,Flat nprobe=64'",
     ),
     option(
         "--engine",
@@ -48,6 +51,11 @@ SEARCH = (
         choices=("off", "shard", "replicate"),
         default="off",
         help="an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds",
+    ),
+    option(
+        "--verify",
+        action="store_true",
+        help="compare stored embeddings and indexes with their checksums though no file changed since last time",
     ),
     THREADS,
 )
@@ -89,6 +97,12 @@ def evaluation_parser(
         *ENCODER,
         group("encoding", *_ENCODING, about="each by default what the model folder says"),
     )
+
+
+def options_of(kind: type[Options], args: argparse.Namespace, **more: Any) -> Options:
+    """The dataclass `kind` with the arguments of the same names as its fields, and `more`."""
+    named = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    return kind(**named | more)
 
 
 @contextmanager

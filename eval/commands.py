@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from eval.arguments import options_of
 from eval.collections.collection import Collection
 from eval.engines.bm25 import DESCRIPTION, bm25_run
-from eval.engines.nearest import check_k
-from eval.evaluate import EvalResult, SearchOptions, check_measures, evaluate_collection
-from eval.measures import check_relevance
+from eval.evaluate import EvalOptions, EvalResult, check_measures, evaluate_collection
 from eval.report import format_table, refuse_foreign_results, write_result
 from eval.trec import read_run
 from retriever.data.records import DataError
@@ -24,79 +23,48 @@ from retriever.lock import working_in
 from retriever.parallel.world import World
 from retriever.wording import counted
 
+Work = Sequence[tuple[Collection, Sequence[str]]]  # collections, each with its measures
+
 
 def report_all(
     args: argparse.Namespace,
-    work: Sequence[tuple[Collection, Sequence[str]]],
+    work: Work,
     world: World,
     *,
     msmarco: bool = False,
-    check: Callable[[EvalResult], Sequence[str]] = lambda result: (),
+    check: Callable[[Collection, int | None], Sequence[str]] = lambda collection, n_passages: (),
 ) -> list[EvalResult]:
     """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints
     and returns it.
 
-    `msmarco` writes runs in that format too; `check` adds notes on a result.
+    `msmarco` writes runs in that format too; `check` adds notes on a collection with so many passages.
 
-    Raises RefusedError for an unknown measure or index, a k or a relevance below 1, files in the output folder that no
-    evaluation wrote, and where another process works there, before anything is encoded.
+    Raises RefusedError for an unknown measure or index, files in the output folder that no evaluation wrote, and where
+    another process works there, before anything is encoded.
     """
-    check_k(args.k)
-    for collection, metrics in work:
-        check_relevance(collection.relevance)
+    for _, metrics in work:
         check_measures(metrics, args.k if not args.run else sys.maxsize)
-    said = (
-        {}
-        if args.run
-        else {labels: collection.check() for labels, collection in {_corpus(c): c for c, _ in work}.items()}
-    )
+    said = {} if args.run else {labels: one.check() for labels, one in {c.labels: c for c, _ in work}.items()}
     folder = output_folder(args)
     refuse_foreign_results(folder, *(collection.split for collection, _ in work))
     bundle = load_bundle(args, world.device) if args.model is not None else None
+    if bundle is None and not world.is_first:
+        return []
     if args.run is not None:
-        work = _in_run(args.run, work) if world.is_first else []
+        work = _in_run(args.run, work)
     results = []
-    with ExitStack() as stack:
-        if world.is_first:
-            stack.enter_context(working_in(folder))
+    with working_in(folder) if world.is_first else nullcontext():
         for collection, metrics in work:
             if bundle is not None:
-                result = _of_model(args, bundle, collection, metrics, folder, world)
-            elif world.is_first:
-                result = _of_bm25(args, collection, metrics) if args.bm25 else _of_run(args, collection, metrics)
+                options = options_of(EvalOptions, args, progress=True)
+                result = evaluate_collection(bundle, collection, metrics, folder, options, world)
             else:
-                result = None
+                result = (_of_bm25 if args.bm25 else _of_run)(args, collection, metrics)
             if result is not None:
-                notes = (*result.notes, *said.get(_corpus(collection), ()), *check(result))
+                notes = (*result.notes, *said.get(collection.labels, ()), *check(collection, result.n_passages))
                 results.append(replace(result, notes=notes))
                 _report(args, results[-1], folder, msmarco)
     return results
-
-
-def _corpus(collection: Collection) -> tuple[str, ...]:
-    return tuple(table.label for table in collection.corpus)
-
-
-def _of_model(
-    args: argparse.Namespace,
-    bundle: EncoderBundle,
-    collection: Collection,
-    metrics: Sequence[str],
-    folder: Path,
-    world: World,
-) -> EvalResult | None:
-    search = SearchOptions(args.index, args.engine, args.memory_gib, args.faiss_gpu)
-    return evaluate_collection(
-        bundle,
-        collection,
-        metrics,
-        args.k,
-        folder,
-        search=search,
-        world=world,
-        tokens_per_chunk=args.batch,
-        progress=True,
-    )
 
 
 def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence[str]) -> EvalResult:
@@ -115,7 +83,7 @@ def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence
     return EvalResult(collection, collection.measure(run, metrics), run, len(ids), notes=notes)
 
 
-def _in_run(path: Path, work: Sequence[tuple[Collection, Sequence[str]]]) -> list[tuple[Collection, Sequence[str]]]:
+def _in_run(path: Path, work: Work) -> Work:
     """The part of the work that the run is about: zeros for the queries of another split would say nothing about it."""
     query_ids = read_run(path).keys()
     found = [
@@ -142,7 +110,8 @@ def _of_run(args: argparse.Namespace, collection: Collection, metrics: Sequence[
     ):
         run |= {query_id: run[query_id].without(query_id) for query_id in own}
         notes.append(
-            f"{counted(len(own), 'query')} with the passage of the same id left out (BEIR's rule; --no-exclude-self keeps it)"
+            f"{counted(len(own), 'query')} with the passage of the same id left out "
+            "(BEIR's rule; --no-exclude-self keeps it)"
         )
     return EvalResult(collection, collection.measure(run, metrics), run, notes=tuple(notes))
 
@@ -161,20 +130,14 @@ def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco:
 
 
 def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:
-    """The encoder of `--model`, what is args on the command line going before what the model folder says. Raises
-    ConfigError.
-    """
+    """The encoder of `--model`; the command line goes before what the model folder says. Raises ConfigError."""
+    named = ("pooling", "normalize", "query_prompt", "passage_prompt", "precision", "attention")
     bundle = load_encoder(
         args.model,
-        pooling=args.pooling,
-        normalize=args.normalize,
-        query_prompt=args.query_prompt,
-        passage_prompt=args.passage_prompt,
         query_max_tokens=args.query_max_tokens or args.max_tokens,
         passage_max_tokens=args.passage_max_tokens or args.max_tokens,
-        precision=args.precision,
-        attention=args.attention,
         device=device,
+        **{name: getattr(args, name) for name in named},
     )
     if args.title is not None:
         bundle.settings = replace(bundle.settings, title=args.title)

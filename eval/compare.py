@@ -16,6 +16,7 @@ from pathlib import Path
 from eval.collections.collection import Collection, read_beir, read_judgments
 from eval.collections.msmarco import SPLITS, read_msmarco
 from eval.measures import Scores, measure_run
+from eval.outputs import is_result, refuse_foreign
 from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
 from eval.trec import read_run
 from retriever.command import at_least_one, command_parser, one_of, option, run, seed, whole, zero_or_more
@@ -61,33 +62,33 @@ def compare(
     """
     if len(runs) < 2:
         raise RefusedError(f"{len(runs)} run: expected at least two, the baseline first")
-    base, *others = runs.values()
-    if any(other.query_ids != base.query_ids or other.per_query.keys() != base.per_query.keys() for other in others):
+    (_, base), *others = runs.items()
+    if any(
+        scores.query_ids != base.query_ids or scores.per_query.keys() != base.per_query.keys() for _, scores in others
+    ):
         raise RefusedError("the runs are scored on different queries or measures: expected the same for all")
     found = []
-    for measure in base.per_query:
-        found += _by_measure(runs, measure, permutations, seed, n_moved)
-    return found
-
-
-def _by_measure(
-    runs: Mapping[str, Scores], measure: str, permutations: int, seed: int, n_moved: int
-) -> list[Comparison]:
-    base, *others = (scores.per_query[measure] for scores in runs.values())  # each [Q]
-    query_ids = next(iter(runs.values())).query_ids
-    chances = [randomisation_test(values - base, permutations, seed) for values in others]
-    found = []
-    for name, values, chance, corrected in zip(list(runs)[1:], others, chances, holm(chances), strict=True):
-        d = values - base  # [Q]
-        by_size = (-abs(d)).argsort(kind="stable")[:n_moved]
-        moved = tuple((query_ids[q], float(base[q]), float(values[q])) for q in by_size if d[q] != 0)
-        means, interval, (_, t_p) = (
-            (float(base.mean()), float(values.mean())),
-            bootstrap_interval(d, seed=seed),
-            paired_t_test(d),
-        )
-        counts = int((d > 0).sum()), int((d == 0).sum()), int((d < 0).sum())
-        found.append(Comparison(name, measure, *means, interval, t_p, chance, corrected, *counts, moved))
+    for measure, before in base.per_query.items():
+        differences = [scores.per_query[measure] - before for _, scores in others]  # each [Q]
+        chances = [randomisation_test(d, permutations, seed) for d in differences]
+        for (name, scores), d, chance, corrected in zip(others, differences, chances, holm(chances), strict=True):
+            by_size = [q for q in (-abs(d)).argsort(kind="stable")[:n_moved] if d[q] != 0]
+            after = scores.per_query[measure]
+            comparison = Comparison(
+                run=name,
+                measure=measure,
+                baseline_mean=float(before.mean()),
+                mean=float(after.mean()),
+                interval=bootstrap_interval(d, seed=seed),
+                t_p=paired_t_test(d)[1],
+                randomisation_p=chance,
+                randomisation_p_holm=corrected,
+                better=int((d > 0).sum()),
+                equal=int((d == 0).sum()),
+                worse=int((d < 0).sum()),
+                moved=tuple((base.query_ids[q], float(before[q]), float(after[q])) for q in by_size),
+            )
+            found.append(comparison)
     return found
 
 
@@ -108,7 +109,8 @@ def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: 
             interval = f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]"
             chances = f"{c.t_p:>7.4f}  {c.randomisation_p:>7.4f} {c.randomisation_p_holm:>7.4f}"
             lines.append(
-                f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  {c.better}/{c.equal}/{c.worse}"
+                f"{c.run:<{width}}  {c.mean:.4f}  {c.difference:+.4f}  {interval}  {chances}  "
+                f"{c.better}/{c.equal}/{c.worse}"
             )
     for c in (c for c in comparisons if c.measure == comparisons[0].measure and c.moved):
         lines += ["", f"{c.run}: queries that moved most by {c.measure}"]
@@ -153,12 +155,20 @@ def _compare_files(args: argparse.Namespace) -> None:
         raise RefusedError(
             f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}"
         )
+    if args.output is not None:
+        refuse_foreign(args.output, is_result("command", "baseline", "comparisons"))
     collection = _collection(args)
     names = _names(args.runs)
     relevance = collection.relevance if args.relevance is None else args.relevance
     runs, notes = {}, []
     for name, path in zip(names, args.runs, strict=True):
         rankings = read_run(path)
+        if collection.qrels.keys().isdisjoint(rankings):
+            raise DataError(
+                f"none of its queries is judged in {args.qrels or args.data}"
+                f"{f' (--split {collection.split})' if collection.split else ''}; expected a run of the judged queries",
+                path,
+            )
         runs[name] = measure_run(collection.qrels, rankings, args.metrics, relevance)
         if without := len(collection.qrels.keys() - rankings.keys()):
             notes.append(

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from eval.collections.collection import Collection, fingerprint, read_beir
 from eval.engines.embeddings import load_queries
-from eval.engines.faiss_build import GpuUse
-from eval.engines.faiss_index import check_index, describe
-from eval.engines.nearest import Engine
-from eval.engines.nearest import search as search_passages
+from eval.engines.faiss_index import check_index
+from eval.engines.nearest import SearchOptions, search
 from eval.measures import Scores, parse_measure
 from eval.trec import Run
 from retriever.config import ConfigError
-from retriever.encode_shards import SHARD_ROWS, encode_to_shards
+from retriever.data.tokens import Side
+from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
+from retriever.encoder.bundle import EncoderBundle
 from retriever.parallel.world import World
-from retriever.shards import open_shards
-
-if TYPE_CHECKING:
-    from retriever.encoder.bundle import EncoderBundle
+from retriever.shards import EmbeddingShards, open_shards
 
 _SMALL_CORPUS = 4 * SHARD_ROWS
 _ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
+_MANY_PASSAGES = 10_000_000  # where their number is not known yet
+_NOT_OF_INTEREST = ("shards", "format_version", "side", "shard_rows", "cache")  # of a shard manifest, to a result
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """How passages are searched, in the words of `eval.engines.nearest.search`."""
+class EvalOptions(SearchOptions):
+    """How a collection is encoded and searched; `exclude_self` is the collection's."""
 
-    index: str = "flat"
-    engine: Engine = "auto"
-    memory_gib: float = 8.0
-    faiss_gpu: GpuUse = "off"
+    k: int = 1000  # passages a query
+    batch: int | None = None  # tokens the encoder sees at once; None: by device
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class EvalResult:
     run: Run
     n_passages: int | None = None  # None where a run was measured without reading the corpus
     encoding: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # how the shards were made
-    index: Mapping[str, object] = field(default_factory=dict)  # as `eval.engines.faiss_index.describe` says it
+    index: Mapping[str, object] = field(default_factory=dict)  # as `SearchOptions.describe` says it
     notes: tuple[str, ...] = ()  # what a reader of the figures should know
 
     @property
@@ -69,8 +66,7 @@ def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], 
     lacks something or holds what `Collection.check` refuses.
     """
     check_measures(metrics, k)
-    if index != "flat":
-        check_index(index, _ANY_DIMENSION)
+    check_index(index, _ANY_DIMENSION, _MANY_PASSAGES)
     read_beir(data_path, split).check()
 
 
@@ -84,17 +80,17 @@ def check_measures(metrics: Sequence[str], k: int) -> None:
             raise ConfigError(f"{measure} looks at {measure.cutoff} passages a query, of which k={k} are kept; raise k")
 
 
+_DEFAULTS = EvalOptions()
+
+
 def evaluate(
     bundle: EncoderBundle,
     data_path: str | Path,
     split: str,
     metrics: Sequence[str],
-    k: int = 1000,
-    *,
-    index: str = "flat",
+    options: EvalOptions = _DEFAULTS,
     shards_dir: str | Path | None = None,
     world: World | None = None,
-    progress: bool = False,
 ) -> EvalResult | None:
     """Measures an encoder, in memory or loaded, on one split of a BEIR folder; None on ranks other than the first.
 
@@ -104,86 +100,61 @@ def evaluate(
     """
     for name in metrics:
         parse_measure(name)
-    collection, options = read_beir(data_path, split), SearchOptions(index)
+    collection = read_beir(data_path, split)
     if shards_dir is not None:
-        return evaluate_collection(
-            bundle, collection, metrics, k, Path(shards_dir), search=options, world=world, progress=progress
-        )
+        return evaluate_collection(bundle, collection, metrics, Path(shards_dir), options, world)
     if world is not None and world.size > 1:
         raise ValueError(f"{world.size} ranks without shards_dir; expected a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
-        return evaluate_collection(bundle, collection, metrics, k, Path(folder), search=options, progress=progress)
+        return evaluate_collection(bundle, collection, metrics, Path(folder), options)
 
 
 def evaluate_collection(
     bundle: EncoderBundle,
     collection: Collection,
     metrics: Sequence[str],
-    k: int,
     shards_dir: Path,
-    *,
-    search: SearchOptions | None = None,
+    options: EvalOptions = _DEFAULTS,
     world: World | None = None,
-    tokens_per_chunk: int | None = None,
-    progress: bool = False,
 ) -> EvalResult | None:
     """As `evaluate`, for any collection: shards go to `shards_dir`/passages and `shards_dir`/queries-<split>."""
-    world, settings, options = world or World(bundle.encoder.device), bundle.settings, search or SearchOptions()
-    check_index(options.index, bundle.dimension)  # an index that FAISS cannot build is refused before the encoding
+    world, settings = world or World(bundle.encoder.device), bundle.settings
+    options = replace(options, exclude_self=collection.exclude_self)
     prints = collection.fingerprints()
-    texts = {
-        "passage": (collection.passages(settings.title, settings.title_separator), "passages"),
-        "query": (iter(collection.queries.items()), f"queries-{collection.split}"),
-    }
-    identity = {"passage": [prints["corpus"], settings.title, settings.title_separator], "query": [prints["queries"]]}
-    folders = {}
-    for side in (
-        "query",
-        "passage",
-    ):  # the shorter work first: a folder that is somebody's own is refused before the longer one
-        stream, shard_rows = _sized(texts[side][0])
-        folders[side] = encode_to_shards(
-            bundle,
-            stream,
-            side,
-            shards_dir / texts[side][1],
-            texts_fingerprint=fingerprint([side, *identity[side]]),
-            world=world,
-            shard_rows=shard_rows,
-            tokens_per_chunk=tokens_per_chunk,
+    texts, count = _counted(collection.passages(settings.title, settings.title_separator))
+    check_index(options.index, bundle.dimension, count or _MANY_PASSAGES)  # before anything is encoded
+
+    def encoded(side: Side, folder: str, texts: Iterable[tuple[str, str]], made_of: list[Any]) -> EmbeddingShards:
+        stream, rows = _counted(texts)
+        shards = ShardOptions(
+            shard_rows=SHARD_ROWS if rows is None else max(256, -(-rows // 16)),  # so that several ranks share the work
+            tokens_per_chunk=options.batch,
             cache=True,
-            progress=progress,
+            verify=options.verify,
+            progress=options.progress,
         )
-    passages = open_shards(folders["passage"])
-    queries, query_ids = load_queries(open_shards(folders["query"]))
-    run = search_passages(
-        queries, query_ids, passages, k, exclude_self=collection.exclude_self, progress=progress, world=world, **asdict(options)
-    )  # fmt: skip
+        named = fingerprint([side, *made_of])
+        return open_shards(encode_to_shards(bundle, stream, side, shards_dir / folder, named, shards, world))
+
+    # the shorter work first: a folder that is somebody's own is refused before the longer one
+    queries = encoded("query", f"queries-{collection.split}", collection.queries.items(), [prints["queries"]])
+    made_of = [prints["corpus"], settings.title, settings.title_separator]
+    passages = encoded("passage", "passages", texts, made_of)
+    run = search(*load_queries(queries), passages, options.k, options, world)
     if not world.is_first:
         return None
-    scores = collection.measure(run, metrics)
     encoding = {
-        "query": _of_interest(open_shards(folders["query"]).manifest),
-        "passage": _of_interest(passages.manifest),
+        side: {key: value for key, value in shards.manifest.items() if key not in _NOT_OF_INTEREST}
+        for side, shards in (("query", queries), ("passage", passages))
     }
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
-    found = describe(options.index, passages.rows, passages.dimension, k)
-    return EvalResult(collection, scores, run, passages.rows, encoding, found, notes)
+    notes += options.shortage(run, passages, options.k)
+    index = options.describe(passages, options.k)
+    return EvalResult(collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes)
 
 
-def _sized(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int]:
-    """The texts and the rows of a shard: a small collection is cut into about 16, so that several ranks share the
-    work.
-    """
+def _counted(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int | None]:
+    """The texts and their number, which is None where they are many."""
     stream = iter(texts)
     head = list(islice(stream, _SMALL_CORPUS))
-    rows = SHARD_ROWS if len(head) == _SMALL_CORPUS else max(256, -(-len(head) // 16))
-    return chain(head, stream), rows
-
-
-def _of_interest(manifest: dict[str, object]) -> dict[str, object]:
-    return {
-        key: value
-        for key, value in manifest.items()
-        if key not in ("shards", "format_version", "side", "shard_rows", "cache")
-    }
+    return chain(head, stream), len(head) if len(head) < _SMALL_CORPUS else None

@@ -81,7 +81,8 @@ def measure_run(qrels: Qrels, run: Run, measures: Sequence[str], relevance: int 
     Rprec; 2 for TREC DL passages); nDCG uses the grades themselves. Queries of the run without judgments are ignored.
     Raises RefusedError for an unknown measure, a relevance below 1, or qrels without queries.
     """
-    check_relevance(relevance)
+    if relevance < 1:
+        raise RefusedError(f"relevance {relevance}: expected a grade of at least 1, since grade 0 means not relevant")
     if not qrels:
         raise RefusedError("the qrels hold no queries: there is nothing to average over")
     parsed = [parse_measure(name) for name in measures]
@@ -89,12 +90,6 @@ def measure_run(qrels: Qrels, run: Run, measures: Sequence[str], relevance: int 
     judged = _judge(qrels, run, relevance)
     values = {str(measure): _FAMILIES[measure.family](judged, measure.cutoff) for measure in parsed}
     return Scores(query_ids, values)
-
-
-def check_relevance(relevance: int) -> None:
-    """Raises RefusedError where `relevance` is below 1."""
-    if relevance < 1:
-        raise RefusedError(f"relevance {relevance}: expected a grade of at least 1, since grade 0 means not relevant")
 
 
 def _judge(qrels: Qrels, run: Run, relevance: int) -> _Judged:

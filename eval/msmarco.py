@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option(
             "--corpus",
             metavar="NAME",
-            help="passages from another Hugging Face data set, as one with titles; its figures compare with those of that corpus alone",
+            help="passages from another Hugging Face data set, as one with titles; "
+            "its figures compare with those of that corpus alone",
         ),
         option("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there"),
         data_required=False,

@@ -11,8 +11,8 @@ from typing import Any
 
 from eval.collections.collection import file_fingerprint
 from eval.evaluate import EvalResult
-from eval.trec import TAG, write_msmarco, write_trec
-from retriever.config import ConfigError
+from eval.outputs import is_result, is_run, refuse_foreign
+from eval.trec import write_msmarco, write_trec
 from retriever.files import write_text
 
 _VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
@@ -80,38 +80,14 @@ def refuse_foreign_results(folder: Path, *names: str) -> None:
     """Raises ConfigError with the first file that `write_result` would replace for the splits `names` and no evaluation
     wrote.
     """
+    known = {".json": is_result("command", "metrics"), ".trec": is_run, ".msmarco.tsv": is_run}
     for name in names:
-        result, run, msmarco = (folder / f"{name}{ending}" for ending in (".json", ".trec", ".msmarco.tsv"))
-        written = {result: _is_result(result), run: _is_run(run), msmarco: run.exists()}
-        for file, ours in written.items():
-            if file.is_symlink() or (file.exists() and not ours):
-                raise ConfigError(
-                    f"{file} was not written by an evaluation; move it elsewhere, or choose another folder (--output-dir)"
-                )
-
-
-def _is_result(file: Path) -> bool:
-    try:
-        content = json.loads(file.read_bytes()) if file.is_file() else None
-    except ValueError:
-        return False
-    return isinstance(content, dict) and content.keys() >= {"command", "metrics"}
-
-
-def _is_run(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        line = stream.readline().split()
-    return not line or line[-1] == TAG.encode()
+        for ending, ours in known.items():
+            refuse_foreign(folder / f"{name}{ending}", ours, "another folder (--output-dir)")
 
 
 def versions() -> dict[str, str]:
     """The versions of what a result depends on, those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    packages = {name: installed[name] for name in _VERSIONS if name in installed}
+    return {"python": platform.python_version()} | packages

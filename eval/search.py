@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.arguments import SEARCH, launched_search
+from eval.arguments import SEARCH, launched_search, options_of
+from eval.outputs import is_run, refuse_foreign
 from retriever.command import at_least_one, command_parser, option, run
 from retriever.wording import counted
 
 if TYPE_CHECKING:
-    from eval.trec import Ranking
-    from retriever.parallel.world import World
+    from retriever.shards import EmbeddingShards
+
+_ALIKE = ("pooling", "normalize", "dimension")  # of a manifest, besides the model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
         option("--k", type=at_least_one, default=1000, help="passages a query"),
         *SEARCH,
-        option(
-            "--verify",
-            action="store_true",
-            help="compare the embeddings with their checksums though no file changed since last time",
-        ),
         option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
         option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
         option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
@@ -47,39 +44,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(args: argparse.Namespace) -> None:
+    from eval.engines.embeddings import load_queries
+    from eval.engines.nearest import SearchOptions, search
     from eval.trec import write_msmarco, write_trec
 
+    refuse_foreign(args.output, is_run)
     with launched_search(args) as world:
-        found = _search_folders(args, world)
+        queries, passages = _opened(args)
+        options = options_of(SearchOptions, args, progress=True)
+        found = search(*load_queries(queries), passages, args.k, options, world)
         if world.is_first:
             write = write_trec if args.format == "trec" else write_msmarco
             write(args.output, found)
-            print(
-                f"{args.output}: {counted(len(found), 'query')}, {counted(sum(len(r.passage_ids) for r in found.values()), 'line')}"
-            )
+            lines = sum(len(ranking.passage_ids) for ranking in found.values())
+            used = options.describe(passages, args.k)
+            index = " ".join([used["factory"], *used["parameters"]]) if "factory" in used else "exact"
+            print(f"{args.output}: {counted(len(found), 'query')}, {counted(lines, 'line')}; {index} search")
+            for shards in (queries, passages):
+                if prompt := shards.manifest["prompt"]:
+                    print(f"note: {shards.folder}: every {shards.manifest['side']} begins with the prompt {prompt!r}")
+            for note in options.shortage(found, passages, args.k):
+                print(f"note: {note}")
 
 
-def _search_folders(args: argparse.Namespace, world: World) -> dict[str, Ranking]:
-    from eval.engines.embeddings import load_queries
-    from eval.engines.nearest import search
+def _opened(args: argparse.Namespace) -> tuple[EmbeddingShards, EmbeddingShards]:
+    """The shards of queries and of passages. Raises ShardError where they cannot be searched together."""
     from retriever.shards import ShardError, open_shards
 
-    query_shards, passage_shards = (open_shards(folder, again=args.verify) for folder in (args.queries, args.passages))
-    models = query_shards.manifest["model"], passage_shards.manifest["model"]
-    if models[0] != models[1]:
-        raise ShardError(
-            f"{args.queries} and {args.passages} hold embeddings of different models: {models[0]}, {models[1]}"
-        )
-    for folder, shards, side in ((args.queries, query_shards, "query"), (args.passages, passage_shards, "passage")):
+    queries, passages = (open_shards(folder, again=args.verify) for folder in (args.queries, args.passages))
+    for shards, side in ((queries, "query"), (passages, "passage")):
         if shards.manifest["side"] != side:
-            raise ShardError(
-                f"{folder} holds embeddings of the {shards.manifest['side']} side; expected the {side} side"
-            )
-    queries, query_ids = load_queries(query_shards)
-    return search(
-        queries, query_ids, passage_shards, args.k, index=args.index, exclude_self=args.exclude_self, block_mib=args.block_mib,
-        progress=True, world=world, engine=args.engine, memory_gib=args.memory_gib, faiss_gpu=args.faiss_gpu,
-    )  # fmt: skip
+            there = shards.manifest["side"]
+            raise ShardError(f"{shards.folder} holds embeddings of the {there} side; expected the {side} side")
+    values = {name: (queries.manifest[name], passages.manifest[name]) for name in _ALIKE}
+    differing = [f"{name} ({a!r}, {b!r})" for name, (a, b) in values.items() if a != b]
+    if queries.manifest["model"] != passages.manifest["model"]:
+        differing.append("model")
+    if differing:
+        both = f"{args.queries} and {args.passages} differ in {', '.join(differing)}"
+        raise ShardError(f"{both}; expected embeddings of one model, made alike: encode one of them again")
+    return queries, passages
 
 
 if __name__ == "__main__":

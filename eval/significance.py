@@ -6,7 +6,7 @@ All p-values are two-sided. With several runs against one baseline, `holm` corre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -38,8 +38,10 @@ def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed
     d = _checked(differences)
     observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # a sum in another order is the same sum
     rng, at_least = np.random.default_rng(seed), 1
-    for rows in _batches(permutations, len(d)):
-        signs = rng.integers(0, 2, (rows, len(d)), dtype=np.int8) * 2.0 - 1.0  # [rows, Q]
+    rows = max(1, _AT_ONCE // len(d))
+    for first in range(0, permutations, rows):
+        shape = min(rows, permutations - first), len(d)
+        signs = rng.integers(0, 2, shape, dtype=np.int8) * 2.0 - 1.0  # [rows, Q]
         at_least += int((np.abs(signs @ d) >= observed).sum())
     return at_least / (permutations + 1)
 
@@ -49,10 +51,12 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of mean(d) over queries drawn with replacement. Raises RefusedError where Q < 2."""
     d = _checked(differences)
+    batch = max(1, _AT_ONCE // len(d))
     rng = np.random.default_rng(seed)
-    means = [d[rng.integers(0, len(d), (rows, len(d)))].mean(axis=1) for rows in _batches(resamples, len(d))]
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    found = stats.bootstrap(
+        (d,), np.mean, n_resamples=resamples, batch=batch, confidence_level=confidence, method="percentile", rng=rng
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -71,10 +75,3 @@ def _checked(differences: np.ndarray) -> np.ndarray:
             f"differences of shape {list(d.shape)}: expected [Q] with at least 2 queries to compare runs on"
         )
     return d
-
-
-def _batches(draws: int, width: int) -> Iterator[int]:
-    """Sizes of batches that add up to `draws` and hold at most `_AT_ONCE` values each."""
-    rows = max(1, _AT_ONCE // width)
-    for first in range(0, draws, rows):
-        yield min(rows, draws - first)

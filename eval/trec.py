@@ -10,9 +10,9 @@ import gzip
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,30 +70,16 @@ def write_trec(path: str | Path, run: Run, tag: str = TAG) -> None:
     Raises DataError where an id or the tag is empty or has white space in it, which the format cannot hold.
     """
     _require_words([tag], "run tag")
-    _require_words(run, "query id")
-
-    def lines() -> Iterator[str]:
-        for query_id, (passage_ids, scores) in run.items():
-            _require_words(passage_ids, "passage id")
-            for rank, (passage_id, score) in enumerate(zip(passage_ids, scores.tolist(), strict=True), start=1):
-                yield f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n"  # 9 digits name a float32 uniquely
-
-    _write_lines(path, lines())
+    # 9 digits name a float32 uniquely
+    _write(path, run, lambda query, passage, rank, score: f"{query} Q0 {passage} {rank} {score:.9g} {tag}\n")
 
 
 def write_msmarco(path: str | Path, run: Run, k: int | None = None) -> None:
     """`query-id<tab>passage-id<tab>rank`, the first `k` passages of each query (None: all), ranks from 1. Raises as
     `write_trec`.
     """
-    _require_words(run, "query id")
-
-    def lines() -> Iterator[str]:
-        for query_id, (passage_ids, _) in run.items():
-            _require_words(passage_ids[:k], "passage id")
-            for rank, passage_id in enumerate(passage_ids[:k], start=1):
-                yield f"{query_id}\t{passage_id}\t{rank}\n"
-
-    _write_lines(path, lines())
+    first = {query_id: Ranking(passage_ids[:k], scores[:k]) for query_id, (passage_ids, scores) in run.items()}
+    _write(path, first, lambda query, passage, rank, score: f"{query}\t{passage}\t{rank}\n")
 
 
 def read_trec(path: str | Path) -> dict[str, Ranking]:
@@ -103,15 +89,8 @@ def read_trec(path: str | Path) -> dict[str, Ranking]:
     Raises DataError naming file and line where a line is malformed or repeats a passage of its query.
     """
     found: dict[str, dict[str, float]] = {}
-    for number, line in _numbered_lines(path):
-        parts = line.split(maxsplit=5)
-        if len(parts) < 6:
-            raise DataError(f"{len(parts)} fields; expected 6: {TREC_LINE}", path, number)
-        query_id, _, passage_id, _, score, _ = parts
-        passages = found.setdefault(query_id, {})
-        if passage_id in passages:
-            raise DataError(f"passage {passage_id!r} of query {query_id!r} stands twice; expected once", path, number)
-        passages[passage_id] = _number(score, path, number)
+    for line, (query_id, _, passage_id, _, score, _) in _fields(path, 6, TREC_LINE):
+        _add(found.setdefault(query_id, {}), passage_id, _number(score, path, line), query_id, path, line)
     return {query_id: ranking(list(passages), list(passages.values())) for query_id, passages in found.items()}
 
 
@@ -122,31 +101,18 @@ def read_msmarco(path: str | Path) -> dict[str, Ranking]:
     rank out.
     """
     found: dict[str, dict[str, int]] = {}
-    taken: set[tuple[str, int]] = set()
-    for number, line in _numbered_lines(path):
-        parts = line.split()
-        if len(parts) != 3:
-            raise DataError(f"{len(parts)} fields; expected 3: {MSMARCO_LINE}", path, number)
-        query_id, passage_id, rank_text = parts
-        if not _RANK.fullmatch(rank_text):
-            raise DataError(
-                f"rank {shown(rank_text)}; expected a whole number from 1 on, of at most 9 digits", path, number
-            )
-        rank = int(rank_text)
-        passages = found.setdefault(query_id, {})
-        if passage_id in passages or (query_id, rank) in taken:
-            what = f"passage {passage_id!r}" if passage_id in passages else f"rank {rank}"
-            raise DataError(f"{what} of query {query_id!r} stands twice; expected once", path, number)
-        passages[passage_id] = rank
-        taken.add((query_id, rank))
+    taken: dict[str, dict[int, str]] = {}
+    for line, (query_id, passage_id, rank) in _fields(path, 3, MSMARCO_LINE):
+        if not _RANK.fullmatch(rank):
+            raise DataError(f"rank {shown(rank)}; expected a whole number from 1 on, of at most 9 digits", path, line)
+        _add(found.setdefault(query_id, {}), passage_id, int(rank), query_id, path, line)
+        _add(taken.setdefault(query_id, {}), int(rank), passage_id, query_id, path, line)
     run = {}
-    for query_id, passages in found.items():
-        ids = sorted(passages, key=passages.__getitem__)
-        absent = next((rank for rank, passage_id in enumerate(ids, start=1) if passages[passage_id] != rank), None)
-        if absent is not None:
-            raise DataError(
-                f"query {query_id!r} has no rank {absent} but a later one; expected the ranks 1 to {len(ids)}", path
-            )
+    for query_id, by_rank in taken.items():
+        ids = [by_rank[rank] for rank in sorted(by_rank)]
+        if absent := next((rank for rank in range(1, len(ids) + 1) if rank not in by_rank), None):
+            expected = f"expected the ranks 1 to {len(ids)}"
+            raise DataError(f"query {query_id!r} has no rank {absent} but a later one; {expected}", path)
         run[query_id] = Ranking(ids, -np.arange(1, len(ids) + 1, dtype=np.float32))
     return run
 
@@ -156,6 +122,23 @@ def read_run(path: str | Path) -> dict[str, Ranking]:
     for _, line in _numbered_lines(path):
         return read_msmarco(path) if len(line.split()) == 3 else read_trec(path)
     raise DataError(f"no lines; expected a run: {TREC_LINE}, or {MSMARCO_LINE}", path)
+
+
+def _fields(path: str | Path, count: int, expected: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, its fields), the last of which may have blanks in it in a line of six."""
+    for number, line in _numbered_lines(path):
+        fields = line.split(maxsplit=5)
+        if len(fields) != count:
+            raise DataError(f"{len(fields)} fields; expected {count}: {expected}", path, number)
+        yield number, fields
+
+
+def _add(values: dict[Any, Any], key: str | int, value: object, query_id: str, path: str | Path, line: int) -> None:
+    """Adds what a line says of its query. Raises DataError where a passage, or a rank, comes again."""
+    if key in values:
+        what = "passage" if isinstance(key, str) else "rank"
+        raise DataError(f"{what} {key!r} of query {query_id!r} stands twice; expected once", path, line)
+    values[key] = value
 
 
 def _number(text: str, path: str | Path, line: int) -> float:
@@ -183,7 +166,11 @@ def _require_words(words: Iterable[str], name: str) -> None:
             )
 
 
-def _write_lines(path: str | Path, lines: Iterable[str]) -> None:
+def _write(path: str | Path, run: Run, line: Callable[[str, str, int, float], str]) -> None:
+    _require_words(run, "query id")
     opened = gzip.open if Path(path).suffix == ".gz" else open
     with replace_file(Path(path)) as aside, opened(aside, "wt", encoding="utf-8") as file:
-        file.writelines(lines)
+        for query_id, (passage_ids, scores) in run.items():
+            _require_words(passage_ids, "passage id")
+            ranked = enumerate(zip(passage_ids, scores.tolist(), strict=True), start=1)
+            file.writelines(line(query_id, passage_id, rank, score) for rank, (passage_id, score) in ranked)

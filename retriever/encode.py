@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _encode_file(args: argparse.Namespace) -> None:
-    from retriever.encode_shards import SHARD_ROWS, encode_to_shards
+    from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
     from retriever.encoder.bundle import load_encoder
 
     with launched() as world:
@@ -85,28 +85,18 @@ def _encode_file(args: argparse.Namespace) -> None:
             **{f"{args.side}_prompt": args.prompt, f"{args.side}_max_tokens": args.max_tokens},
         )
         if world.is_first:
-            print(
-                f"{args.model}: {'packed' if bundle.encoder.packed else 'padded'} texts, {args.precision}, on {world.device}"
-            )
+            layout = "packed" if bundle.encoder.packed else "padded"
+            print(f"{args.model}: {layout} texts, {args.precision}, on {world.device}")
         title, separator = args.title or bundle.settings.title, args.title_separator
         separator = bundle.settings.title_separator if separator is None else separator
-        folder = encode_to_shards(
-            bundle,
-            _read_texts(args.input, args.side, title, separator),
-            args.side,
-            args.output,
-            texts_fingerprint=_fingerprint(args.input, args.side, title, separator),
-            world=world,
-            shard_rows=args.shard_rows or SHARD_ROWS,
-            dtype=args.dtype,
-            tokens_per_chunk=args.tokens_per_chunk,
-            overwrite=args.overwrite,
-        )
+        texts = _read_texts(args.input, args.side, title, separator)
+        named = _fingerprint(args.input, args.side, title, separator)
+        options = ShardOptions(args.shard_rows or SHARD_ROWS, args.dtype, args.tokens_per_chunk, args.overwrite)
+        folder = encode_to_shards(bundle, texts, args.side, args.output, named, options, world)
     if world.is_first:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        print(
-            f"{folder}: {counted(manifest['rows'], 'embedding')} of dimension {manifest['dimension']}, {manifest['dtype']}"
-        )
+        embeddings = counted(manifest["rows"], "embedding")
+        print(f"{folder}: {embeddings} of dimension {manifest['dimension']}, {manifest['dtype']}")
         if note := shortened_note():
             print(note)
 

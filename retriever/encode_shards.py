@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle
-from retriever.encoder.slabs import SLAB_TEXTS, Arriving, mode_of
+from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, mode_of
 from retriever.lock import working_in
 from retriever.parallel.world import World
 from retriever.shards import ShardJob, ShardWriter
@@ -24,30 +25,40 @@ SHARD_ROWS = 65_536
 _WRITES_BEHIND = 2  # shards that wait to be written, at most
 
 
+@dataclass(frozen=True)
+class ShardOptions:
+    """How texts are encoded into a folder, besides what their embeddings depend on in the encoder."""
+
+    shard_rows: int = SHARD_ROWS
+    dtype: Literal["float32", "float16"] = "float32"
+    tokens_per_chunk: int | None = None  # None: by device
+    overwrite: bool = False  # replace shards of another job
+    cache: bool = False  # replace shards of another cache, and let another replace these
+    verify: bool = False  # compare shards that are there with their checksums again
+    progress: bool = True
+
+
+_DEFAULTS = ShardOptions()
+
+
 def encode_to_shards(
     bundle: EncoderBundle,
     texts: Iterable[tuple[str, str]],
     side: Side,
     folder: str | Path,
-    *,
     texts_fingerprint: str,
+    options: ShardOptions = _DEFAULTS,
     world: World | None = None,
-    shard_rows: int = SHARD_ROWS,
-    dtype: Literal["float32", "float16"] = "float32",
-    tokens_per_chunk: int | None = None,
-    overwrite: bool = False,
-    cache: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Embeds (id, text) pairs into `folder`, which `retriever.shards.open_shards` opens. Returns the folder.
 
     Every rank of `world` calls it with the same texts in the same order; rank r encodes shards r, r + world.size, … and
     rank 0 writes the manifest when all are done. Shards of the same job (model, prompt, length, precision, mode,
     `texts_fingerprint`, …) that are already there are kept, whatever the number of ranks that wrote them; where all
-    are, nothing is encoded. Those of another job are replaced with `overwrite`, else refused: a ShardError names what
-    differs. A `cache` replaces another cache too. A folder is written by one command at a time (LockedError). Texts are
-    sorted by length within a shard, a slab of it at a time. While one slab is encoded, threads read and tokenise the
-    next and write the shards before.
+    are, nothing is encoded. Those of another job are replaced or refused as `options` says: a ShardError names what
+    differs. A folder is written by one command at a time (LockedError). Texts are sorted by length within a batch of
+    texts, of which a shard has several. While one batch is encoded, threads read and tokenise the next and write the
+    shards before.
     """
     world = world or World(bundle.encoder.device)
     job = ShardJob(
@@ -60,26 +71,31 @@ def encode_to_shards(
         precision=bundle.precision,
         mode=mode_of(bundle.encoder),
         dimension=bundle.dimension,
-        dtype=dtype,
+        dtype=options.dtype,
         texts=texts_fingerprint,
-        shard_rows=shard_rows,
+        shard_rows=options.shard_rows,
     )
-    writer = ShardWriter(folder, job, cache=cache)
-    finished = writer.finished()
+    writer = ShardWriter(folder, job, cache=options.cache)
+    finished = writer.finished(verify=options.verify)
     if not finished:
-        writer.check(overwrite=overwrite)
+        writer.check(overwrite=options.overwrite)
     world.barrier()  # no rank may change the folder before every rank has looked at it
     if finished:
         return writer.folder
     with ExitStack() as stack:
         if world.is_first:
             stack.enter_context(working_in(writer.folder))
-            writer.check(overwrite=overwrite)  # another command may have been there in between
+            writer.check(overwrite=options.overwrite)  # another command may have been there in between
             writer.prepare()
         world.barrier()
-        reading = _Reading(texts, shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard))
-        with tqdm(unit=" texts", desc=f"encode {side}", disable=not (progress and world.is_first)) as bar:
-            encoded = bundle.encode_slabs(reading.slabs(), side, tokens_per_chunk=tokens_per_chunk, progress=bar.update)
+        reading = _Reading(
+            texts, job.shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard)
+        )
+        silent = not (options.progress and world.is_first)
+        with tqdm(unit=" texts", desc=f"encode {side}", disable=silent) as bar:
+            encoded = bundle.encode_batches(
+                reading.batches(), side, tokens_per_chunk=options.tokens_per_chunk, progress=bar.update
+            )
             with closing(encoded):
                 _write(writer, encoded)
         world.barrier()
@@ -93,17 +109,17 @@ def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> No
     """Writes shard after shard in a thread, as their embeddings arrive, while the next are encoded."""
 
     def write(part: _Part, embeddings: Sequence[Arriving]) -> None:
-        writer.write(part.shard, np.concatenate([slab.wait() for slab in embeddings]), part.ids)
+        writer.write(part.shard, np.concatenate([batch.wait() for batch in embeddings]), part.ids)
 
     behind: deque[Future[None]] = deque()
-    slabs: list[Arriving] = []  # of the present shard
+    batches: list[Arriving] = []  # of the present shard
     with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
         for part, embeddings in encoded:
-            slabs.append(embeddings)
+            batches.append(embeddings)
             if not part.last:
                 continue
-            behind.append(thread.submit(write, part, slabs))
-            slabs = []
+            behind.append(thread.submit(write, part, batches))
+            batches = []
             if len(behind) > _WRITES_BEHIND:
                 behind.popleft().result()
         for written in behind:
@@ -111,21 +127,21 @@ def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> No
 
 
 class _Part(NamedTuple):
-    """Which texts a slab holds."""
+    """Which texts a batch holds."""
 
     shard: int
     ids: tuple[str, ...]  # of the whole shard
-    last: bool  # of the shard's slabs
+    last: bool  # of the shard's batches
 
 
 class _Reading:
-    """Reads (id, text) pairs shard by shard and hands on the shards that `wanted` says in slabs, counting all rows."""
+    """Reads (id, text) pairs shard by shard, counts them, and hands on those of `wanted` shards in batches."""
 
     def __init__(self, texts: Iterable[tuple[str, str]], shard_rows: int, wanted: Callable[[int], bool]) -> None:
         self._texts, self._shard_rows, self._wanted = iter(texts), shard_rows, wanted
         self.rows = 0  # read so far
 
-    def slabs(self) -> Iterator[tuple[_Part, tuple[str, ...]]]:
+    def batches(self) -> Iterator[tuple[_Part, tuple[str, ...]]]:
         """The texts of each wanted shard."""
         for shard in count():
             pairs = list(islice(self._texts, self._shard_rows))
@@ -134,6 +150,6 @@ class _Reading:
                 return
             if self._wanted(shard):
                 ids, contents = zip(*pairs, strict=True)
-                for start in range(0, len(contents), SLAB_TEXTS):
-                    stop = start + SLAB_TEXTS
+                for start in range(0, len(contents), BATCH_TEXTS):
+                    stop = start + BATCH_TEXTS
                     yield _Part(shard, ids, stop >= len(contents)), contents[start:stop]

@@ -13,7 +13,7 @@ from functools import partial
 from types import TracebackType
 from typing import Literal
 
-from eval.evaluate import check_evaluation, evaluate
+from eval.evaluate import EvalOptions, check_evaluation, evaluate
 from retriever import checkpoint, launch, preflight
 from retriever.config import Config, ConfigError, differences
 from retriever.data.batch import Batch, BatchLoader
@@ -134,17 +134,10 @@ class Run:
             raise ConfigError("eval: expected a section with a path; received null")
         settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
-            result = evaluate(
-                EncoderBundle(self._placed.whole(self.world.device), self._tokenizer, settings),
-                asked.path,
-                asked.split,
-                asked.metrics,
-                asked.k,
-                index=asked.index,
-                shards_dir=self._outputs.embeddings,
-                world=self.world,
-                progress=self.world.is_first,
-            )
+            bundle = EncoderBundle(self._placed.whole(self.world.device), self._tokenizer, settings)
+            options = EvalOptions(index=asked.index, k=asked.k, progress=self.world.is_first)
+            folder, world = self._outputs.embeddings, self.world
+            result = evaluate(bundle, asked.path, asked.split, asked.metrics, options, folder, world)
         return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
 
     def record(self, values: Mapping[str, float]) -> None:

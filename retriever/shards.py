@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from retriever.checksums import CHECKSUMS, damaged, write_checksums
+from retriever.config_tree import build
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
 from retriever.files import clean, make_folder, replace_file, sync, write_array, write_json
@@ -25,18 +26,10 @@ from retriever.files import clean, make_folder, replace_file, sync, write_array,
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
 _AGAIN = "the command that encoded the texts writes that shard again"
-_DTYPES = ("float32", "float16")
 _SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")  # .tmp: left by a killed writer of an earlier version
 _IDS = pa.schema([("id", pa.string())])
 _CACHE = "cache"  # of a job and its manifest: the shards may be replaced by those of another cache
-_OURS = {
-    "side",
-    "model",
-    "dimension",
-    "dtype",
-    "texts",
-    "shard_rows",
-}  # what a job says, and a manifest of it, in every format so far
+_OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # of a job and its manifest, in every format
 
 
 class ShardError(RefusedError):
@@ -54,15 +47,13 @@ class ShardJob:
     pooling: str
     normalize: bool
     precision: Literal["fp32", "bf16", "fp16"]
-    mode: Literal["padded", "packed", "fused"]  # how the encoder computes: `retriever.encoder.slabs.mode_of`
+    mode: Literal["padded", "packed", "fused"]  # how the encoder computes: `retriever.encoder.text_batches.mode_of`
     dimension: int
     dtype: Literal["float32", "float16"]
     texts: str  # fingerprint of the texts and their ids
     shard_rows: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ShardError(f"dtype of embedding shards is {self.dtype!r}; expected one of {', '.join(_DTYPES)}")
         if self.shard_rows < 1:
             raise ShardError(f"shard_rows is {self.shard_rows}; expected at least 1")
 
@@ -78,12 +69,16 @@ class ShardWriter:
         self.job = job
         self._cache = cache
 
-    def finished(self) -> bool:
-        """Whether the folder already holds all of this job's embeddings."""
-        manifest = _read_json(self.folder / MANIFEST)
-        if manifest is None or manifest | asdict(self.job) | {"format_version": FORMAT_VERSION} != manifest:
+    def finished(self, *, verify: bool = False) -> bool:
+        """Whether the folder already holds all of this job's embeddings; with `verify` they are read again."""
+        manifest = _read_json(self.folder / MANIFEST) or {}
+        if manifest | asdict(self.job) != manifest:
             return False
-        return all(self.has(shard) for shard in range(len(manifest["shards"]))) and not damaged(self.folder)
+        try:
+            shards = open_shards(self.folder, again=verify)
+        except ShardError:  # of another format or damaged: it is encoded again
+            return False
+        return all(self.has(shard) for shard in range(len(shards.manifest["shards"])))
 
     def check(self, *, overwrite: bool = False) -> None:
         """Raises ShardError, naming what differs, where `prepare` would remove what another job left in the folder.
@@ -92,36 +87,35 @@ class ShardWriter:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ShardError(f"{self.folder} is a file; choose another folder (--output)")
-        first = min(
-            (file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name) and file.suffix != ".tmp"),
-            default="",
-        )
-        if self._cache:
-            advice = "choose another folder (--output-dir), or remove it if nobody needs it"
-        else:
-            advice = "choose another folder (--output), or replace what is there (--overwrite)"
         job, manifest = _read_json(self.folder / _JOB), _read_json(self.folder / MANIFEST)
         for name, found in ((_JOB, job), (MANIFEST, manifest)):
             if found is not None and not found.keys() >= _OURS:
                 raise ShardError(
                     f"{self.folder} has a {name} that is not of embedding shards; choose another folder (--output)"
                 )
-        if overwrite or (not first and manifest is None):
-            return
+        files = sorted(file.name for file in self.folder.glob("*") if _SHARD_FILE.fullmatch(file.name))
+        first = next((name for name in files if not name.endswith(".tmp")), None)
         there, asked = job or manifest, asdict(self.job)
-        if self._cache and there is not None and there.get(_CACHE):
+        replaced = self._cache and there is not None and bool(there.get(_CACHE))
+        if overwrite or replaced or (first is None and manifest is None):
             return
         if there is None:
-            raise ShardError(f"{self.folder} has {first} and no {_JOB}; {advice}")
-        if differing := [name for name in asked if there.get(name) != asked[name]]:
-            listed = "; ".join(f"{name}: {there.get(name)!r} there, {asked[name]!r} asked for" for name in differing)
-            raise ShardError(f"{self.folder} holds embeddings of another job ({listed}); {advice}")
+            differing = f"has {first} and no {_JOB}"
+        else:
+            pairs = [(name, there.get(name), value) for name, value in asked.items() if there.get(name) != value]
+            listed = "; ".join(f"{name}: {value!r} there, {wanted!r} asked for" for name, value, wanted in pairs)
+            differing = f"holds embeddings of another job ({listed})" if pairs else ""
+        if differing:
+            own, cache = "replace what is there (--overwrite)", "remove it if nobody needs it"
+            choices = f"folder (--output-dir), or {cache}" if self._cache else f"folder (--output), or {own}"
+            raise ShardError(f"{self.folder} {differing}; choose another {choices}")
 
     def prepare(self) -> None:
         """Makes the folder ready, once, before any process writes: shards of another job go, those of this one stay."""
         make_folder(self.folder)
         clean(self.folder)
-        same = self._started_as() == asdict(self.job)
+        started = _read_json(self.folder / _JOB) or {}
+        same = {key: value for key, value in started.items() if key != _CACHE} == asdict(self.job)
         if same and (self.folder / CHECKSUMS).exists():
             for name in damaged(self.folder):  # so that `has` asks for their shards again
                 (self.folder / name).unlink(missing_ok=True)
@@ -135,18 +129,11 @@ class ShardWriter:
         sync(self.folder)  # until here the job is that of the shards; a power cut must bring none of them back
         write_json(self.folder / _JOB, asdict(self.job) | ({_CACHE: True} if self._cache else {}))
 
-    def _started_as(self) -> dict[str, Any] | None:
-        """The job that the folder's shards are of."""
-        job = _read_json(self.folder / _JOB)
-        return {key: value for key, value in job.items() if key != _CACHE} if job is not None else None
-
     def has(self, shard: int) -> bool:
         """Whether shard number `shard` is complete: its files can be read, and hold as many embeddings as ids."""
         try:
-            embeddings = np.load(_embeddings_file(self.folder, shard), mmap_mode="r", allow_pickle=False)
-            with pa.memory_map(str(_ids_file(self.folder, shard))) as source:
-                ids = pa.ipc.open_file(source).read_all()
-        except (OSError, EOFError, ValueError, pa.ArrowException):  # missing or damaged: it is written again
+            embeddings, ids = _read_shard(self.folder, shard)
+        except ShardError:  # missing or damaged: it is written again
             return False
         return embeddings.shape == (len(ids), self.job.dimension) and embeddings.dtype.name == self.job.dtype
 
@@ -164,7 +151,7 @@ class ShardWriter:
         if not np.isfinite(stored).all():
             row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
             raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
-        file, ids_file = _embeddings_file(self.folder, shard), _ids_file(self.folder, shard)
+        file, ids_file = _files(self.folder, shard)
         write_array(file, stored)
         with (
             replace_file(ids_file) as aside,
@@ -177,27 +164,17 @@ class ShardWriter:
         """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to
         `rows`.
         """
-        count = -(-rows // self.job.shard_rows)
-        missing = [shard for shard in range(count) if not self.has(shard)]
+        shards = _listed(rows, self.job.shard_rows)
+        missing = [shard for shard in range(len(shards)) if not self.has(shard)]
         if missing:
-            raise ShardError(f"{self.folder}: {len(missing)} of {count} shards are missing, {missing[0]:05d} first")
-        shards: list[dict[str, Any]] = []
-        for shard in range(count):
-            found = min(self.job.shard_rows, rows - shard * self.job.shard_rows)
-            shards.append(
-                {
-                    "file": _embeddings_file(self.folder, shard).name,
-                    "ids": _ids_file(self.folder, shard).name,
-                    "rows": found,
-                }
+            raise ShardError(
+                f"{self.folder}: {len(missing)} of {len(shards)} shards are missing, {missing[0]:05d} first"
             )
-        write_checksums(
-            self.folder, [name for shard in shards for name in (shard["file"], shard["ids"])], remembered=True
-        )
-        job = _read_json(self.folder / _JOB)
-        write_json(
-            self.folder / MANIFEST, {"format_version": FORMAT_VERSION, "rows": rows, **(job or {}), "shards": shards}
-        )
+        names = [name for shard in shards for name in (shard["file"], shard["ids"])]
+        write_checksums(self.folder, names, remembered=True)
+        job = _read_json(self.folder / _JOB) or {}
+        manifest = {"format_version": FORMAT_VERSION, "rows": rows, **job, "shards": shards}
+        write_json(self.folder / MANIFEST, manifest)
 
 
 class EmbeddingShards:
@@ -210,42 +187,26 @@ class EmbeddingShards:
         self.manifest = manifest
         self.rows = int(manifest["rows"])
         self.dimension = int(manifest["dimension"])
-
-    def __len__(self) -> int:
-        return self.rows
+        self._dtype = manifest["dtype"]
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
         """Raises ShardError where a file is missing, damaged, or not what the manifest says."""
-        for shard in self.manifest["shards"]:
-            yield self._embeddings(shard), self._ids(shard)
-
-    def _embeddings(self, shard: dict[str, Any]) -> np.ndarray:
-        file = self.folder / shard["file"]
-        try:
-            embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
-        expected = ((shard["rows"], self.dimension), self.manifest["dtype"])
-        if (embeddings.shape, embeddings.dtype.name) != expected:
-            raise ShardError(
-                f"{file}: holds {embeddings.shape} {embeddings.dtype.name}; its manifest says {expected[0]} {expected[1]}"
-            )
-        return embeddings
-
-    def _ids(self, shard: dict[str, Any]) -> list[str]:
-        file = self.folder / shard["ids"]
-        try:
-            with pa.memory_map(str(file)) as source:
-                table = pa.ipc.open_file(source).read_all()
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{file}: not readable as an Arrow file ({error}); encode the texts again") from error
-        if table.schema != _IDS or len(table) != shard["rows"]:
-            raise ShardError(
-                f"{file}: holds {len(table)} rows of {table.schema.names}; expected {shard['rows']} of {_IDS.names}"
-            )
-        if nulls := table.column("id").null_count:
-            raise ShardError(f"{file}: {nulls:,} of {len(table):,} ids are null; encode the texts again")
-        return table.column("id").to_pylist()
+        for number, shard in enumerate(self.manifest["shards"]):
+            embeddings, ids = _read_shard(self.folder, number)
+            found, expected = (embeddings.shape, embeddings.dtype.name), ((shard["rows"], self.dimension), self._dtype)
+            if found != expected:
+                raise ShardError(
+                    f"{self.folder / shard['file']}: holds {found[0]} {found[1]}; "
+                    f"its manifest says {expected[0]} {expected[1]}"
+                )
+            file = self.folder / shard["ids"]
+            if ids.schema != _IDS or len(ids) != shard["rows"]:
+                raise ShardError(
+                    f"{file}: holds {len(ids)} rows of {ids.schema.names}; expected {shard['rows']} of {_IDS.names}"
+                )
+            if nulls := ids.column("id").null_count:
+                raise ShardError(f"{file}: {nulls:,} of {len(ids):,} ids are null; encode the texts again")
+            yield embeddings, ids.column("id").to_pylist()
 
 
 def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
@@ -266,22 +227,60 @@ def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
         raise ShardError(
             f"{folder / MANIFEST}: format_version is {manifest.get('format_version')!r}; expected {FORMAT_VERSION}"
         )
-    wanted = {"rows", "shards", *(field.name for field in fields(ShardJob))}
-    if lacking := sorted(wanted - manifest.keys()):
-        raise ShardError(f"{folder / MANIFEST}: {', '.join(lacking)} missing")
-    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["rows"]:
-        raise ShardError(f"{folder / MANIFEST}: its shards do not add up to its {manifest['rows']} rows")
+    _check_manifest(folder / MANIFEST, manifest)
     for name, problem in damaged(folder, again=again).items():
         raise ShardError(f"{folder / name} {problem}; {_AGAIN}")
     return EmbeddingShards(folder, manifest)
 
 
-def _embeddings_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.npy"
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Raises ShardError where a field is missing or of another type, or the shards are not those of the rows."""
+    job = [field.name for field in fields(ShardJob)]
+    if lacking := sorted({"rows", "shards", *job} - manifest.keys()):
+        raise ShardError(f"{file}: {', '.join(lacking)} missing")
+    rows, shards = manifest["rows"], manifest["shards"]
+    try:
+        build(ShardJob, {name: manifest[name] for name in job})
+    except RefusedError as error:
+        raise ShardError(f"{file}: {error}") from error
+    if type(rows) is not int or rows < 0 or not isinstance(shards, list):
+        raise ShardError(f"{file}: expected a whole number of rows and a list of shards; received rows {rows!r}")
+    fit = len(shards) == -(-rows // manifest["shard_rows"]) and shards == _listed(rows, manifest["shard_rows"])
+    if not fit:
+        raise ShardError(
+            f"{file}: its shards are not 00000, 00001, … that add up to its {rows} rows, "
+            f"{manifest['shard_rows']} each; encode the texts again"
+        )
 
 
-def _ids_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.ids.arrow"
+def _listed(rows: int, shard_rows: int) -> list[dict[str, Any]]:
+    """What a manifest says of each shard."""
+    starts = range(0, rows, shard_rows)
+    return [
+        {"file": f"{shard:05d}.npy", "ids": f"{shard:05d}.ids.arrow", "rows": min(shard_rows, rows - start)}
+        for shard, start in enumerate(starts)
+    ]
+
+
+def _read_shard(folder: Path, shard: int) -> tuple[np.ndarray, pa.Table]:
+    """The embeddings of shard number `shard`, memory-mapped, and its ids. Raises ShardError where a file is missing or
+    damaged.
+    """
+    file, ids_file = _files(folder, shard)
+    try:
+        embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, EOFError, ValueError) as error:
+        raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
+    try:
+        with pa.memory_map(str(ids_file)) as source:
+            return embeddings, pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{ids_file}: not readable as an Arrow file ({error}); encode the texts again") from error
+
+
+def _files(folder: Path, shard: int) -> tuple[Path, Path]:
+    """Where the embeddings of shard number `shard` stand, and where its ids."""
+    return folder / f"{shard:05d}.npy", folder / f"{shard:05d}.ids.arrow"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from eval.engines.bm25 import Bm25
 from eval.engines.embeddings import load_queries
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from retriever.config import SourceConfig
 from retriever.config_file import load
 from retriever.data.formats import open_source
@@ -116,7 +116,7 @@ def test_shards_and_indexes_are_searched(recorded: dict[str, Any], index: str) -
     saved = _files("**/index-*/*")
     assert (passages.rows, passages.dimension, queries.rows, len(saved)) == (60, 8, 40, 4)
     vectors, ids = load_queries(queries)
-    found = search(vectors, ids, passages, K, index=index)
+    found = search(vectors, ids, passages, K, SearchOptions(index))
     assert found.keys() == recorded["search"][index].keys() == set(ids)
     for query, (names, scores) in recorded["search"][index].items():
         assert found[query].passage_ids == names

@@ -18,10 +18,10 @@ import pytest
 
 from retriever import encode_shards as encode_module
 from retriever.encode import main
-from retriever.encode_shards import encode_to_shards
+from retriever.encode_shards import ShardOptions, encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.slabs import inference, mode_of
+from retriever.encoder.text_batches import inference, mode_of
 from retriever.shards import ShardError, ShardWriter, open_shards
 from tests.commands import RankAlone, assert_refused
 from tests.tiny import random_texts, save_tiny_model
@@ -46,23 +46,24 @@ def _read(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def _encode(bundle: EncoderBundle, folder: Path, **changed: Any) -> Path:
-    settings: dict[str, Any] = {"texts_fingerprint": "abc", "shard_rows": 5, "progress": False} | changed
-    return encode_to_shards(bundle, iter(TEXTS), "passage", folder, **settings)
+    named, world = changed.pop("texts_fingerprint", "abc"), changed.pop("world", None)
+    options = ShardOptions(**{"shard_rows": 5, "progress": False} | changed)
+    return encode_to_shards(bundle, iter(TEXTS), "passage", folder, named, options, world)
 
 
 class _Counting(EncoderBundle):
     """Counts the texts it encodes, and may be stopped at a text."""
 
-    texts = slabs = 0
+    texts = batches = 0
     stop_at = 10**9
 
-    def encode_slabs(self, slabs: Any, *arguments: Any, **named: Any) -> Any:
-        return super().encode_slabs(self._counted(slabs), *arguments, **named)
+    def encode_batches(self, batches: Any, *arguments: Any, **named: Any) -> Any:
+        return super().encode_batches(self._counted(batches), *arguments, **named)
 
-    def _counted(self, slabs: Any) -> Iterator[Any]:
-        for key, texts in slabs:
+    def _counted(self, batches: Any) -> Iterator[Any]:
+        for key, texts in batches:
             self.texts += len(texts)
-            self.slabs += 1
+            self.batches += 1
             if self.texts > self.stop_at:
                 raise KeyboardInterrupt
             yield key, texts
@@ -98,16 +99,16 @@ def test_shards_hold_the_embeddings_in_the_order_of_the_texts(
     )
 
 
-@pytest.mark.parametrize("slab", [1, 2, 5, 7])
-def test_a_shard_may_be_encoded_in_several_slabs(
-    bundle: EncoderBundle, tmp_path: Path, slab: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch", [1, 2, 5, 7])
+def test_a_shard_may_be_encoded_in_several_batches(
+    bundle: EncoderBundle, tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row comes back to its own place, and no shard is written before its last slab."""
+    """Each row comes back to its own place, and no shard is written before its last batch."""
     whole, ids = _read(_encode(bundle, tmp_path / "whole"))
-    monkeypatch.setattr(encode_module, "SLAB_TEXTS", slab)
+    monkeypatch.setattr(encode_module, "BATCH_TEXTS", batch)
     counting = _counting(bundle)
-    embeddings, found = _read(_encode(counting, tmp_path / "slabs"))
-    assert found == ids and counting.slabs == sum(-(-rows // slab) for rows in (5, 5, 5, 5, 3))
+    embeddings, found = _read(_encode(counting, tmp_path / "batches"))
+    assert found == ids and counting.batches == sum(-(-rows // batch) for rows in (5, 5, 5, 5, 3))
     np.testing.assert_allclose(embeddings, whole, rtol=0, atol=1e-6)
 
 
@@ -294,7 +295,7 @@ def test_the_command_reuses_shards_until_the_texts_change(
     whole = encode_module.encode_to_shards
 
     def recorded(*arguments: Any, **named: Any) -> Path:
-        fingerprints.append(named["texts_fingerprint"])
+        fingerprints.append(arguments[4])
         return whole(*arguments, **named)
 
     monkeypatch.setattr(encode_module, "encode_to_shards", recorded)

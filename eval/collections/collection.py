@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from eval.measures import Scores, measure_run
+from eval.measures import Qrels, Scores, measure_run
 from eval.trec import Run
 from retriever.data.collection import (
     check_corpus,
@@ -26,6 +26,7 @@ from retriever.data.hub_tables import collection_tables
 from retriever.data.records import DataError, final_text, shortened_note
 from retriever.wording import counted
 
+Tables = tuple[Sequence[Table], Sequence[Table]]  # of queries, and of the corpus
 HUB = "hf:"  # in front of the name of a Hugging Face data set
 
 
@@ -40,6 +41,11 @@ class Collection:
     corpus: Sequence[Table]  # empty where texts were not read
     relevance: int = 1  # lowest grade that is relevant for binary measures
     exclude_self: bool = False  # BEIR: a passage whose id is the query's is no answer
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the corpus's tables: splits of one corpus share them."""
+        return tuple(table.label for table in self.corpus)
 
     def passages(self, title: Literal["join", "drop"], separator: str) -> Iterator[tuple[str, str]]:
         """(id, final text) of every passage. Raises DataError at a malformed record."""
@@ -72,7 +78,8 @@ class Collection:
         if self.exclude_self and (shared := len(found & self.queries.keys())):
             query = counted(shared, "query")
             notes.append(
-                f"{query} with the id of a passage, which the results leave out (BEIR's rule; --no-exclude-self keeps it)"
+                f"{query} with the id of a passage, which the results leave out "
+                "(BEIR's rule; --no-exclude-self keeps it)"
             )
         return tuple(notes)
 
@@ -98,24 +105,24 @@ def read_beir(
     `<name>-qrels`). Without `texts` only the judgments are read, which is all that measuring a run needs. Raises
     DataError where a file is missing or malformed, or a judged query has no text.
     """
-    if str(folder).startswith(HUB):
-        return _read_hub(str(folder).removeprefix(HUB), split, None if qrels is None else read_judgments(qrels), texts)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", folder)
-    judgments = read_judgments(qrels if qrels is not None else find_qrels(folder, split))
-    queries = judged_queries(query_tables(folder, split), judgments) if texts else {}
-    corpus = corpus_tables(folder) if texts else ()
-    return Collection(folder.resolve().name, split, queries, judgments, corpus, exclude_self=True)
+    name, given = str(folder).removeprefix(HUB), None if qrels is None else read_judgments(qrels)
+    if name != str(folder):
+        corpus, queries, table = collection_tables(name, None, split)
+        judgments = given or relevant(qrels_of(table), table.label)
+        tables: Tables = [queries], [corpus]
+    elif not Path(name).is_dir():
+        raise DataError("no such folder; expected one with corpus.jsonl, queries.jsonl and qrels/ (--data)", name)
+    else:
+        judgments = given or read_judgments(find_qrels(Path(name), split))
+        tables = (query_tables(Path(name), split), corpus_tables(Path(name))) if texts else ([], [])
+    label = Path(name).name if name != str(folder) else Path(name).resolve().name
+    return collection_of(label, split, judgments, tables if texts else None, exclude_self=True)
 
 
-def _read_hub(name: str, split: str, qrels: dict[str, dict[str, int]] | None, texts: bool) -> Collection:
-    corpus, queries, judgments = collection_tables(name, None, split)
-    qrels = relevant(qrels_of(judgments), judgments.label) if qrels is None else qrels
-    label = Path(name).name
-    if not texts:
-        return Collection(label, split, {}, qrels, (), exclude_self=True)
-    return Collection(label, split, judged_queries([queries], qrels), qrels, [corpus], exclude_self=True)
+def collection_of(name: str, split: str, qrels: Qrels, tables: Tables | None, **more: Any) -> Collection:
+    """The collection of judgments, with the texts of `tables`: those of queries, those of the corpus; None: not read."""
+    queries, corpus = tables or ((), ())
+    return Collection(name, split, judged_queries(queries, qrels) if tables else {}, qrels, corpus, **more)
 
 
 def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
@@ -141,7 +148,8 @@ def judged_queries(tables: Sequence[Table], qrels: Mapping[str, Mapping[str, int
     if missing:
         names = ", ".join(table.label for table in tables)
         raise DataError(
-            f"{len(missing):,} of {counted(len(qrels), 'judged query')} without a text, first {missing[0]!r}; expected a text for each",
+            f"{len(missing):,} of {counted(len(qrels), 'judged query')} without a text, first {missing[0]!r}; "
+            "expected a text for each",
             names,
         )
     return found

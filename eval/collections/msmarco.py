@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from eval.collections.collection import Collection, judged_queries, read_judgments
+from eval.collections.collection import Collection, collection_of, read_judgments
 from retriever.data.collection import corpus_tables, query_tables
 from retriever.data.records import DataError
-
-if TYPE_CHECKING:
-    from eval.evaluate import EvalResult
 
 N_PASSAGES = 8_841_823
 DOWNLOADS = "https://microsoft.github.io/msmarco/Datasets"
@@ -49,8 +45,8 @@ SPLITS = {
     "dl20": Split(
         ("msmarco-test2020-queries.tsv", "topics.dl20.txt", "topics.dl20-passage.txt", "topics.dl20.tsv"),
         ("2020qrels-pass.txt", "qrels.dl20-passage.txt"),
-        54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2, "https://trec.nist.gov/data/deep/2020qrels-pass.txt",
-        "trec-dl-2020/judged", ("dl20",),
+        54, 11_386, ("nDCG@10", "MAP", "MRR@10", "Recall@1000"), 2,
+        "https://trec.nist.gov/data/deep/2020qrels-pass.txt", "trec-dl-2020/judged", ("dl20",),
     ),
 }  # fmt: skip
 
@@ -62,11 +58,12 @@ def read_msmarco(folder: str | Path, name: str, *, texts: bool = True) -> Collec
     """
     folder, split = Path(folder), SPLITS[name]
     qrels = read_judgments(_find(folder, split.qrels, f"judgments of {name}", split.qrels_from))
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = judged_queries(query_tables(_find(folder, split.queries, f"queries of {name}", DOWNLOADS)), qrels)
-    corpus = corpus_tables(_find(folder, ("collection.tsv", "corpus.jsonl", "corpus.tsv"), "passages", DOWNLOADS))
-    return Collection("msmarco", name, queries, qrels, corpus, split.relevance)
+    tables = None
+    if texts:
+        queries = _find(folder, split.queries, f"queries of {name}", DOWNLOADS)
+        corpus = _find(folder, ("collection.tsv", "corpus.jsonl", "corpus.tsv"), "passages", DOWNLOADS)
+        tables = query_tables(queries), corpus_tables(corpus)
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def available_splits(folder: Path) -> list[str]:
@@ -80,22 +77,18 @@ def available_splits(folder: Path) -> list[str]:
     return found
 
 
-def count_notes(result: EvalResult) -> list[str]:
-    """What differs from the official counts: figures of a sample are not MS MARCO's."""
-    name, split = result.collection.split, SPLITS[result.collection.split]
-    judgments = sum(map(len, result.collection.qrels.values()))
-    counts = [("passages", result.n_passages, N_PASSAGES), ("judged queries", result.n_queries, split.n_queries)]
-    counts.append(("judgments", judgments, split.n_judgments))
-    other = [
-        f"{found:,} {what}, not {official:,}"
-        for what, found, official in counts
-        if found is not None and found != official
-    ]
-    if not other:
-        return []
-    return [
-        f"a sample, not MS MARCO's {name}: {'; '.join(other)}; its figures compare with no published ones (all files: {DOWNLOADS})"
-    ]
+def count_notes(collection: Collection, n_passages: int | None) -> list[str]:
+    """What differs from the official counts: figures of a sample are not MS MARCO's. `n_passages` None: not known."""
+    name, split = collection.split, SPLITS[collection.split]
+    judgments = sum(map(len, collection.qrels.values()))
+    counts = (
+        ("passages", n_passages, N_PASSAGES),
+        ("judged queries", len(collection.qrels), split.n_queries),
+        ("judgments", judgments, split.n_judgments),
+    )
+    other = [f"{found:,} {what}, not {official:,}" for what, found, official in counts if found not in (None, official)]
+    told = f"a sample, not MS MARCO's {name}: {'; '.join(other)}; its figures compare with no published ones"
+    return [f"{told} (all files: {DOWNLOADS})"] if other else []
 
 
 def _present(folder: Path, file: str) -> Path | None:

@@ -8,13 +8,13 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from eval.collections.collection import Collection, judged_queries, relevant
+from retriever.data.arrow_records import first_line
+
+from eval.collections.collection import Collection, collection_of, relevant
 from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
-from retriever.data.files import Table
 from retriever.data.hub_tables import named_table
 from retriever.data.records import DataError, Record
 
@@ -23,18 +23,14 @@ class PairTable:
     """(id, text) pairs as records; `read` gives them anew each time."""
 
     def __init__(self, label: str, read: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        self._label, self._read = label, read
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return self._label
+        self.label = label  # what messages call it
+        self._read = read
 
     def records(self) -> Iterator[Record]:
         """The pairs, numbered from 1. Raises DataError where they cannot be had."""
-        with _told("ir_datasets", self._label):
+        with _told("ir_datasets", self.label):
             for row, (passage_id, text) in enumerate(self._read(), 1):
-                yield Record({"id": passage_id, "text": text}, self._label, row, "row")
+                yield Record({"id": passage_id, "text": text}, self.label, row, "row")
 
     def digest(self) -> str:
         """blake2b of all ids and texts."""
@@ -66,13 +62,12 @@ def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) 
         for judgment in found.qrels_iter():
             qrels.setdefault(judgment.query_id, {})[judgment.doc_id] = int(judgment.relevance)
     relevant(qrels, identifier)
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
     queries = PairTable(
         f"{identifier} queries", lambda: ((query.query_id, query.text) for query in found.queries_iter())
     )
     corpus = PairTable(f"{identifier} docs", lambda: ((passage.doc_id, passage.text) for passage in found.docs_iter()))
-    return Collection("msmarco", name, judged_queries([queries], qrels), qrels, (corpus,), split.relevance)
+    tables = ([queries], [corpus]) if texts else None
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, texts: bool = True) -> Collection:
@@ -86,13 +81,12 @@ def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, t
     known = next((word for word in split.hub if word in splits), None)
     if known is None:
         raise DataError(
-            f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, found {', '.join(splits)}"
+            f"Hugging Face data set {judgments!r}: expected a split {' or '.join(split.hub)} for {name}, "
+            f"found {', '.join(splits)}"
         )
-    qrels = relevant(qrels_of(_table(judgments, known)), judgments)
-    if not texts:
-        return Collection("msmarco", name, {}, qrels, (), split.relevance)
-    queries = judged_queries([_table(f"{data}:queries")], qrels)
-    return Collection("msmarco", name, queries, qrels, (_table(corpus or f"{data}:corpus"),), split.relevance)
+    qrels = relevant(qrels_of(named_table(judgments, split=known)), judgments)
+    tables = ([named_table(f"{data}:queries")], [named_table(corpus or f"{data}:corpus")]) if texts else None
+    return collection_of("msmarco", name, qrels, tables, relevance=split.relevance)
 
 
 def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:
@@ -120,11 +114,6 @@ def _judgments(data: str) -> tuple[str, Sequence[str]]:
         return f"{data}-qrels", datasets.get_dataset_split_names(f"{data}-qrels")
 
 
-def _table(name: str, split: str | None = None) -> Table:
-    with _told("Hugging Face data set", name):
-        return named_table(name, None, split)
-
-
 @contextmanager
 def _told(what: str, name: str) -> Iterator[None]:
     """Makes a DataError of the errors that libraries raise where data are missing or cannot be downloaded."""
@@ -132,14 +121,5 @@ def _told(what: str, name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # a data set that needs code of its own: RuntimeError
-        raise DataError(f"{what} {name!r}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Any) -> str:
-    return next(iter(str(error).splitlines()), "no message")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # a data set that needs code: RuntimeError
+        raise DataError(f"{what} {name!r}: {type(error).__name__}: {first_line(error)}") from error

@@ -24,7 +24,8 @@ DESCRIPTION = (
 # Thai, Lao, Burmese, Khmer, Chinese and Japanese: their letters and marks, no digits and no punctuation.
 _UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecd\u1000-\u103f\u1050-\u108f\u1780-\u17d3\u3005-\u3007\u3041-\u309f"
-    "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+    "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
 )
 _RUN = re.compile(f"[{_UNSPACED}]+")
 _WORD = rf"(?u)[{_UNSPACED}]{{1,2}}|\b\w\w+\b"
@@ -46,7 +47,7 @@ class Bm25:
 
         Raises DataError where there are no texts, or none has a word.
         """
-        write_index(texts, folder, _tokenise, K1, B, progress=progress)
+        write_index(texts, folder, _tokenised, K1, B, progress=progress)
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of every text for the query [N] float32, 0 where they share no word."""
@@ -154,11 +155,6 @@ def plural_stem(word: str) -> str:
 
 def _stems(words: list[str]) -> list[str]:
     return [plural_stem(word) for word in words]
-
-
-def _tokenise(texts: list[str]) -> tuple[list[list[int]], dict[str, int]]:
-    found = _tokenised(texts)
-    return found.ids, found.vocab
 
 
 def _tokenised(texts: list[str], *, return_ids: bool = True) -> Any:

@@ -25,9 +25,7 @@ FILES, SPOOL = ("rows.npy", "weights.npy", "starts.npy", "words.json"), "numbers
 _BATCH_TEXTS = 512
 _ROWS_AT_ONCE = 65_536
 
-Tokenise = Callable[
-    [list[str]], tuple[list[list[int]], dict[str, int]]
-]  # texts -> their words' numbers, and words -> numbers
+Tokenise = Callable[[list[str]], bm25s.tokenization.Tokenized]  # texts -> their words' numbers, and words -> numbers
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ def _spool(texts: Iterable[str], path: Path, tokenise: Tokenise) -> tuple[np.nda
     lengths, words, stream = array("q"), dict[str, int](), iter(texts)
     with path.open("wb") as file:
         while batch := list(islice(stream, _BATCH_TEXTS)):
-            ids, known = tokenise(batch)
+            found = tokenise(batch)
+            ids, known = found.ids, found.vocab
             number = np.empty(len(known), dtype=np.int32)  # of this batch -> of the index
             for word in sorted(known):  # their order in `known` differs from process to process
                 number[known[word]] = words.setdefault(word, len(words))

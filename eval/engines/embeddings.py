@@ -20,16 +20,24 @@ class Embeddings(Protocol):
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]: ...  # (embeddings [n, D], their ids)
 
 
-def blocks_of(passages: Embeddings, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(position of the first row in the collection, finite float32 [n, D]); a block never spans two parts."""
+def slices_of(passages: Embeddings, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(position of the first row in the collection, [n, D] as stored); n is at most `rows`, and a slice never spans two
+    parts.
+    """
     start = 0
     for embeddings, _ in passages:
-        for first in range(0, len(embeddings), block_rows):
-            block = np.ascontiguousarray(embeddings[first : first + block_rows], dtype=np.float32)
-            if not np.isfinite(block).all():
-                raise not_finite(start + int((~np.isfinite(block).all(axis=1)).argmax()))
-            yield start, block
-            start += len(block)
+        for first in range(0, len(embeddings), rows):
+            yield start + first, embeddings[first : first + rows]
+        start += len(embeddings)
+
+
+def blocks_of(passages: Embeddings, block_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """As `slices_of`, finite float32 [n, D]."""
+    for start, stored in slices_of(passages, block_rows):
+        block = np.ascontiguousarray(stored, dtype=np.float32)
+        if not np.isfinite(block).all():
+            raise not_finite(start + int((~np.isfinite(block).all(axis=1)).argmax()))
+        yield start, block
 
 
 def not_finite(position: int) -> RefusedError:

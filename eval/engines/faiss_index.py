@@ -4,14 +4,14 @@ shards, reused.
 | name | FAISS factory string for N passages of dimension D | at search |
 |---|---|---|
 | `flat` | no index: exact search, see `eval.engines.nearest` | |
-| `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe = nlist/64, 16
-to nlist |
-| `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each): 96 bytes a passage for D = 768 |
-the same |
+| `ivf` | `IVF{nlist},Flat`, nlist the power of two nearest 4√N with at least 39 passages a list | nprobe: see below |
+| `ivfpq` | `IVF{nlist},PQ{m}`, m the largest divisor of D up to D/8 (one byte each) | nprobe: see below |
 | `hnsw` | `HNSW32,Flat`, efConstruction 200 | efSearch = 256, or k if that is more |
 
-Anything else is a factory string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a
-default. An index's scores are FAISS's: for all but quantised ones, inner products in float32.
+nprobe is nlist/64, at least 16, and at least as many lists as hold 2k passages on average. Anything else is a factory
+string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a default. A search sets every
+parameter that it depends on, so a saved index keeps none of an earlier search. An index's scores are FAISS's: for all
+but quantised ones, inner products in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _PER_CENTROID = 39  # FAISS asks for as many training vectors a centroid
 _TRAIN_PER_LIST, _TRAIN_LEAST = 64, 16_384
 _BLOCK_ROWS = 65_536
 _BUILD_PARAMETERS = ("efConstruction",)  # the others matter at search alone, and changing them rebuilds nothing
+_FAISS_DEFAULTS = {"nprobe": 1, "efSearch": 16, "quantizer_efSearch": 16, "k_factor_rf": 1}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class IndexSpec:
     """An index in FAISS's terms."""
 
     factory: str
-    parameters: tuple[str, ...] = ()  # name=value, of building and searching
+    parameters: tuple[str, ...] = ()  # name=value, of building and of searching, each name once
 
     @property
     def build_parameters(self) -> tuple[str, ...]:
@@ -55,48 +56,57 @@ class IndexSpec:
 
 
 def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpec:
-    """What `index` means for a collection of `rows` passages. Raises ConfigError where FAISS cannot build it."""
-    name, *given = index.split() or [""]
+    """What `index` means for k of `rows` passages. Raises ConfigError where FAISS cannot build or train it."""
+    name, *words = index.split() or [""]
     nlist = _lists(rows)
-    probes = f"nprobe={min(nlist, max(16, nlist // 64))}"
-    if name == "ivf":
-        spec = IndexSpec(f"IVF{nlist},Flat", (probes, *given))
-    elif name == "ivfpq":
-        if rows < 256 * _PER_CENTROID:
-            raise _refused(
-                index, f"flat or ivf for {rows:,} passages: ivfpq learns from at least {256 * _PER_CENTROID:,}"
-            )
-        codes = max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
-        spec = IndexSpec(f"IVF{nlist},PQ{codes}", (probes, *given))
-    elif name == "hnsw":
-        spec = IndexSpec("HNSW32,Flat", ("efConstruction=200", f"efSearch={max(256, k)}", *given))
-    else:
-        spec = IndexSpec(name, tuple(given))
-    _empty(index, spec, dimension)
+    probes = f"nprobe={min(nlist, max(16, nlist // 64, -(-2 * k * nlist // max(1, rows))))}"
+    codes = max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
+    named = {
+        "ivf": (f"IVF{nlist},Flat", [probes]),
+        "ivfpq": (f"IVF{nlist},PQ{codes}", [probes]),
+        "hnsw": ("HNSW32,Flat", ["efConstruction=200", f"efSearch={max(256, k)}"]),
+    }
+    factory, defaults = named.get(name, (name, []))
+    empty = _empty(index, factory, dimension)
+    least = 256 * _PER_CENTROID if name == "ivfpq" else _least_rows(empty)
+    if rows < least:
+        raise _refused(index, f"flat or ivf for {rows:,} passages: {name} learns from at least {least:,}")
+    space = faiss.ParameterSpace()
+    space.initialize(empty)
+    has = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
+    defaults = [f"{name}={value}" for name, value in _FAISS_DEFAULTS.items() if name in has] + defaults
+    given = [parameter for parameter in ",".join(words).split(",") if parameter]
+    spec = IndexSpec(factory, tuple({p.partition("=")[0]: p for p in (*defaults, *given)}.values()))
+    _set(index, empty, spec.parameters)
     return spec
 
 
-def check_index(index: str, dimension: int) -> None:
-    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, whatever the
-    collection's size.
+def check_index(index: str, dimension: int, rows: int = 10_000_000) -> None:
+    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, or cannot be trained on
+    `rows` passages.
     """
     if index != "flat":
-        index_spec(index, 10_000_000, dimension)
+        index_spec(index, rows, dimension)
 
 
-def open_index(passages: Embeddings, index: str, k: int = 1000) -> faiss.Index:
+def open_index(passages: Embeddings, index: str, k: int = 1000, *, verify: bool = False) -> faiss.Index:
     """The index over all passages, position = place in the collection; built if it is not saved beside the shards
     already.
 
-    Embeddings in memory are indexed in memory; a saved index is read memory-mapped. Raises ConfigError as `index_spec`.
+    Embeddings in memory are indexed in memory; a saved index is read memory-mapped, and compared with its checksum again
+    with `verify`. Raises ConfigError as `index_spec`.
     """
     spec = index_spec(index, passages.rows, passages.dimension, k)
-    found = _saved(passages, index, spec) if isinstance(passages, EmbeddingShards) else _build(passages, index, spec)
+    found = (
+        _saved(passages, index, spec, verify)
+        if isinstance(passages, EmbeddingShards)
+        else _build(passages, index, spec)
+    )
     _set(index, found, spec.parameters)
     return found
 
 
-def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Index:
+def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec, verify: bool) -> faiss.Index:
     folder = passages.folder / ("index-" + re.sub(r"[^A-Za-z0-9]+", "-", spec.factory).lower())
     file, manifest_file = folder / "index.faiss", folder / "manifest.json"
     wanted = {
@@ -111,7 +121,8 @@ def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Inde
 
     def is_there() -> bool:
         manifest = _manifest(manifest_file)
-        return {key: manifest.get(key) for key in wanted} == wanted and file.is_file() and not damaged(folder)
+        same = {key: manifest.get(key) for key in wanted} == wanted
+        return same and file.is_file() and not damaged(folder, again=verify)
 
     if not is_there():
         make_folder(folder)
@@ -123,14 +134,11 @@ def _saved(passages: EmbeddingShards, index: str, spec: IndexSpec) -> faiss.Inde
                 with replace_file(file) as aside:
                     faiss.write_index(built, str(aside))
                 write_checksums(folder, [file.name], remembered=True)
-                write_json(
-                    manifest_file,
-                    wanted | {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size},
-                )
+                facts = {"faiss": faiss.__version__, "rows": passages.rows, "bytes": file.stat().st_size}
+                write_json(manifest_file, wanted | facts)
     by_lists = "IVF" in spec.factory  # inverted lists are mapped by one flag, vectors and graphs by the other
-    return faiss.read_index(
-        str(file), faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-    )
+    flag = faiss.IO_FLAG_MMAP if by_lists else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    return faiss.read_index(str(file), flag)
 
 
 def shards_fingerprint(passages: EmbeddingShards) -> str:
@@ -141,23 +149,23 @@ def shards_fingerprint(passages: EmbeddingShards) -> str:
     return found.hexdigest()
 
 
-def describe(index: str, rows: int, dimension: int, k: int) -> dict[str, Any]:
-    """What a result says of its index, `flat` included."""
-    return {"index": index} | (asdict(index_spec(index, rows, dimension, k)) if index != "flat" else {})
-
-
 def _build(passages: Embeddings, index: str, spec: IndexSpec) -> faiss.Index:
-    built = _empty(index, spec, passages.dimension)
-    if not built.is_trained:
-        built.train(_sample(passages, _train_rows(spec, passages)))
-    for _, block in blocks_of(passages, _BLOCK_ROWS):
-        built.add(block)
+    built = _empty(index, spec.factory, passages.dimension)
+    _set(index, built, spec.build_parameters)
+    try:
+        if not built.is_trained:
+            built.train(_sample(passages, _train_rows(spec, passages)))
+        for _, block in blocks_of(passages, _BLOCK_ROWS):
+            built.add(block)
+    except RuntimeError as error:
+        raise _refused(
+            index, f"an index that FAISS can build of {passages.rows:,} passages ({_reason(error)})"
+        ) from error
     return built
 
 
 def _train_rows(spec: IndexSpec, passages: Embeddings) -> int:
-    index = faiss.index_factory(passages.dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
-    lists = faiss.try_extract_index_ivf(index)
+    lists = faiss.try_extract_index_ivf(_empty(spec.factory, spec.factory, passages.dimension))
     return min(passages.rows, max(_TRAIN_LEAST, _TRAIN_PER_LIST * lists.nlist if lists is not None else 0))
 
 
@@ -173,22 +181,25 @@ def _sample(passages: Embeddings, rows: int) -> np.ndarray:
 
 
 def _lists(rows: int) -> int:
-    lists = 2 ** round(np.log2(max(1.0, 4 * rows**0.5)))
-    while lists > 1 and lists * _PER_CENTROID > rows:
-        lists //= 2
-    return int(lists)
+    most = max(1, rows // _PER_CENTROID)  # a power of two is at most this, so a smaller one is too
+    return int(2 ** min(round(np.log2(max(1.0, 4 * rows**0.5))), most.bit_length() - 1))
 
 
-def _empty(index: str, spec: IndexSpec, dimension: int) -> faiss.Index:
+def _empty(index: str, factory: str, dimension: int) -> faiss.Index:
     try:
-        empty = faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
+        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).rpartition(": ")[2]
-        raise _refused(
-            index, f"{', '.join(NAMES)} or a FAISS factory string for dimension {dimension} ({reason})"
-        ) from error
-    _set(index, empty, spec.parameters)
-    return empty
+        expected = f"{', '.join(NAMES)} or a FAISS factory string for dimension {dimension}"
+        raise _refused(index, f"{expected} ({_reason(error)})") from error
+
+
+def _least_rows(index: faiss.Index) -> int:
+    """How many vectors FAISS trains the index on at least: one for each centroid of its largest codebook."""
+    index = faiss.downcast_index(index)
+    inner = getattr(index, "base_index", None) or getattr(index, "index", None)
+    if inner is not None:  # what a transform, a refinement or an id map wraps
+        return _least_rows(inner)
+    return max(getattr(index, "nlist", 0), index.pq.ksub if hasattr(index, "pq") else 0)
 
 
 def _set(index: str, target: faiss.Index, parameters: tuple[str, ...]) -> None:
@@ -197,9 +208,12 @@ def _set(index: str, target: faiss.Index, parameters: tuple[str, ...]) -> None:
         try:
             space.set_index_parameters(target, parameter)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise _refused(
-                index, f"parameters that this index has, as nprobe=32 or efSearch=128; FAISS refuses {parameter}"
-            ) from error
+            expected = "parameters that this index has, as nprobe=32 or efSearch=128"
+            raise _refused(index, f"{expected}; FAISS refuses {parameter}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    return " ".join(str(error).rpartition(": ")[2].split())
 
 
 def _refused(index: str, expected: str) -> ConfigError:

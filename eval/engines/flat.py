@@ -26,7 +26,7 @@ def search_flat(
 
     Memory: two blocks of `block_mib` MiB beside 8 bytes x Q x k. Raises ValueError for a value that is not finite.
     """
-    best = TopK(len(queries), k)
+    best = TopK.empty(len(queries), k)
     searcher = faiss.IndexFlatIP(passages.dimension)
     block_rows = max(1, block_mib * 2**20 // (4 * passages.dimension))
     for start, block in blocks_of(passages, block_rows):  # [n, D] float32

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -11,17 +12,58 @@ from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, passage_ids
 from eval.engines.faiss_build import GpuUse, to_gpus
-from eval.engines.faiss_index import open_index
+from eval.engines.faiss_index import index_spec, open_index
 from eval.engines.flat import search_flat
 from eval.engines.topk import PassageOrder, TopK
-from eval.trec import Ranking
+from eval.trec import Ranking, Run
 from retriever.errors import RefusedError
-
-if TYPE_CHECKING:
-    from retriever.parallel.world import World
+from retriever.parallel.world import World
+from retriever.wording import counted
 
 Engine = Literal["auto", "faiss", "torch"]
 _QUERIES_AT_ONCE = 8192  # bounds what an index returns at once: 12 bytes x k a query
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How passages are searched; the fields are the options of the commands.
+
+    Of `index=flat`, `engine` says what searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's
+    device within `memory_gib` of it; `auto` is torch where the ranks are on GPUs. Other indexes are those of
+    `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for.
+    """
+
+    index: str = "flat"
+    engine: Engine = "auto"
+    memory_gib: float = 8.0
+    faiss_gpu: GpuUse = "off"
+    block_mib: int = 256
+    exclude_self: bool = False  # drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora)
+    verify: bool = False  # compares a saved index with its checksum again
+    progress: bool = False
+
+    def describe(self, passages: Embeddings, k: int) -> dict[str, Any]:
+        """The index and the parameters that `search` for k passages uses, `flat` included."""
+        if self.index == "flat":
+            return {"index": "flat"}
+        spec = index_spec(self.index, passages.rows, passages.dimension, self.depth(k))
+        return {"index": self.index, **asdict(spec)}
+
+    def depth(self, k: int) -> int:
+        """How many passages a query are searched for, so that k are left."""
+        return k + self.exclude_self
+
+    def shortage(self, run: Run, passages: Embeddings, k: int) -> tuple[str, ...]:
+        """A note where an approximate index found fewer than k passages for some queries, else none."""
+        wanted = min(k, passages.rows - self.exclude_self)
+        short = sum(len(found.passage_ids) < wanted for found in run.values())
+        if self.index == "flat" or not short:
+            return ()
+        queries = f"{short:,} of {counted(len(run), 'query')}"
+        return (f"--index {self.index} found fewer than {wanted:,} passages for {queries}; raise nprobe or efSearch",)
+
+
+_DEFAULTS = SearchOptions()
 
 
 def search(
@@ -29,58 +71,46 @@ def search(
     query_ids: Sequence[str],
     passages: Embeddings,
     k: int,
-    *,
-    index: str = "flat",
-    exclude_self: bool = False,
-    block_mib: int = 256,
-    progress: bool = False,
+    options: SearchOptions = _DEFAULTS,
     world: World | None = None,
-    engine: Engine = "auto",
-    memory_gib: float = 8.0,
-    faiss_gpu: GpuUse = "off",
 ) -> dict[str, Ranking]:
     """The k passages of largest inner product for each query, ties by passage id descending, as trec_eval orders them.
 
     queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and
     rounded to float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks.
-    `engine` says what
-    searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's device within `memory_gib` of it;
-    `auto` is torch where `world` is on GPUs. Every rank calls it, with the same values; ranks other than the first
-    return {}. Other indexes are those of `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for; the first
-    rank searches them. `exclude_self` drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora).
-    Raises RefusedError where dimensions differ, a value is not finite, an id is repeated or the index is unknown.
+    Every rank calls it, with the same values; ranks other than the first return {}. The first rank alone searches an
+    approximate index. Raises RefusedError where dimensions differ, a value is not finite, an id is repeated or the
+    index is unknown.
     """
     _check_queries(queries, query_ids, passages.dimension, k)
     is_first = world is None or world.is_first
     on_gpu = world is not None and world.device.type == "cuda"
-    on_torch = index == "flat" and (engine == "torch" or (engine == "auto" and on_gpu))
+    on_torch = options.index == "flat" and (options.engine == "torch" or (options.engine == "auto" and on_gpu))
     if not on_torch and not is_first:
         return {}
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
     order = PassageOrder(passage_ids(passages))
-    wanted = k + exclude_self
-    with tqdm(
-        total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=not (progress and is_first)
-    ) as bar:
+    depth, silent = options.depth(k), not (options.progress and is_first)
+    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=silent) as bar:
         if on_torch:
             from eval.engines.streaming import search_streaming
 
-            best = search_streaming(queries, passages, order, wanted, world=world, memory_gib=memory_gib, bar=bar)
-        elif index == "flat":
-            best = search_flat(queries, passages, order, wanted, block_mib, bar)
-        else:
-            best = _search_index(
-                to_gpus(open_index(passages, index, wanted), faiss_gpu, wanted), queries, order, wanted
+            best = search_streaming(
+                queries, passages, order, depth, world=world, memory_gib=options.memory_gib, bar=bar
             )
+        elif options.index == "flat":
+            best = search_flat(queries, passages, order, depth, options.block_mib, bar)
+        else:
+            index = open_index(passages, options.index, depth, verify=options.verify)
+            best = _search_index(to_gpus(index, options.faiss_gpu, depth), queries, order, depth)
     if not is_first:
         return {}
-    return dict(
-        zip(query_ids, _rankings(best, order, query_ids if exclude_self else [None] * len(query_ids), k), strict=True)
-    )
+    excluded = query_ids if options.exclude_self else [None] * len(query_ids)
+    return dict(zip(query_ids, _rankings(best, order, excluded, k), strict=True))
 
 
 def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
-    best = TopK(len(queries), k)
+    best = TopK.empty(len(queries), k)
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
         scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # [q, k], -1 where it found fewer
@@ -102,14 +132,9 @@ def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k
         yield Ranking(row_ids[keep].tolist(), scores[keep])
 
 
-def check_k(k: int) -> None:
-    """Raises RefusedError where `k` is below 1."""
+def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
     if k < 1:
         raise RefusedError(f"k {k}: expected at least 1 passage a query")
-
-
-def _check_queries(queries: np.ndarray, query_ids: Sequence[str], dimension: int, k: int) -> None:
-    check_k(k)
     if len(query_ids) == 0:
         raise RefusedError("no queries: expected at least one")
     if queries.ndim != 2 or queries.shape[1] != dimension:

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.engines.embeddings import Embeddings, not_finite
+from eval.engines.embeddings import Embeddings, not_finite, slices_of
 from eval.engines.topk import PassageOrder, TopK
 from kernels.matmul import float32_products
 from retriever.config import ConfigError
@@ -89,7 +90,7 @@ def search_streaming(
             block = stored.to(world.device).float()  # [n, D]; returns once the copy is done
             search.add(block, precedence[start : start + len(block)].to(world.device), start)
             bar.update(min(len(block) * world.size, passages.rows - bar.n))
-    return TopK.of(_to_topk(_of_all_ranks(search.best, world)))
+    return TopK(_to_topk(_of_all_ranks(search.best, world)))
 
 
 class _Search:
@@ -176,50 +177,23 @@ def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tup
     buffers = [torch.empty(4 * block_rows * passages.dimension, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(_COPY_THREADS) as copiers:
 
-        def read(turn: int, parts: list[np.ndarray]) -> Tensor:
-            dtype = torch.float16 if all(part.dtype == np.float16 for part in parts) else torch.float32
-            n = sum(map(len, parts))
-            into = buffers[turn % 2].view(dtype)[: n * passages.dimension].view(n, passages.dimension)
-            copies, first = [], 0
-            for part in parts:
-                step = -(-len(part) // _COPY_THREADS)
-                for at in range(0, len(part), step):
-                    piece = part[at : at + step]
-                    copies.append(
-                        copiers.submit(np.copyto, into[first : first + len(piece)].numpy(), piece, "same_kind")
-                    )
-                    first += len(piece)
-            for copy in copies:
-                copy.result()
+        def read(turn: int, stored: np.ndarray) -> Tensor:
+            dtype = torch.float16 if stored.dtype == np.float16 else torch.float32
+            into = buffers[turn % 2].view(dtype)[: stored.size].view(stored.shape)
+            step = -(-len(stored) // _COPY_THREADS)
+            pieces = [slice(first, first + step) for first in range(0, len(stored), step)]
+            list(copiers.map(lambda piece: np.copyto(into[piece].numpy(), stored[piece], "same_kind"), pieces))
             return into
 
         pending = None
-        for turn, (start, parts) in enumerate(_blocks(passages, block_rows, world)):
-            ahead = start, reader.submit(read, turn, parts)
+        own = islice(slices_of(passages, block_rows), world.rank, None, world.size)
+        for turn, (start, stored) in enumerate(own):
+            ahead = start, reader.submit(read, turn, stored)
             if pending is not None:
                 yield pending[0], pending[1].result()
             pending = ahead
         if pending is not None:
             yield pending[0], pending[1].result()
-
-
-def _blocks(passages: Embeddings, block_rows: int, world: World) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(position of the first row, slices of the shards that make up the block) of this rank's blocks, all but the last
-    full.
-    """
-    number, start, n = 0, 0, 0
-    parts: list[np.ndarray] = []
-    for embeddings, _ in passages:
-        first = 0
-        while first < len(embeddings):
-            part = embeddings[first : first + block_rows - n]
-            parts, n, first = [*parts, part], n + len(part), first + len(part)
-            if n == block_rows:
-                if number % world.size == world.rank:
-                    yield start, parts
-                number, start, n, parts = number + 1, start + n, 0, []
-    if n and number % world.size == world.rank:
-        yield start, parts
 
 
 def _of_all_ranks(best: Tensor, world: World) -> Tensor:

@@ -49,15 +49,14 @@ class PassageOrder:
 class TopK:
     """The k best passages of each of n queries; `merge` adds candidates, `rows` reads the result."""
 
-    def __init__(self, n_queries: int, k: int) -> None:
-        self._keys = np.full((n_queries, k), _EMPTY, dtype=np.uint64)  # [Q, k], ascending
+    def __init__(self, keys: np.ndarray) -> None:
+        """`keys`: [Q, k] uint64 as this module defines them, each row ascending."""
+        self._keys = keys
 
     @classmethod
-    def of(cls, keys: np.ndarray) -> TopK:
-        """From keys [Q, k] uint64 as this module defines them, each row ascending."""
-        found = cls(0, keys.shape[1])
-        found._keys = keys
-        return found
+    def empty(cls, n_queries: int, k: int) -> TopK:
+        """Without a passage so far."""
+        return cls(np.full((n_queries, k), _EMPTY, dtype=np.uint64))
 
     def worst_scores(self, queries: slice) -> np.ndarray:
         """The k-th best score of each query of the slice, float32; -inf where there are fewer than k passages so

@@ -94,19 +94,15 @@ class TokenTemplate:
             start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
             if start is None:
                 changed = f"{bare} is not inside {full}"
-                raise ConfigError(
-                    f"model.name_or_path: {name} changes a text's tokens when it adds special tokens: {changed}"
-                )
+                raise ConfigError(f"model {name} changes a text's tokens when it adds special tokens: {changed}")
             found.add((tuple(full[:start]), tuple(full[start + len(bare) :])))
         if len(found) != 1:
-            raise ConfigError(
-                f"model.name_or_path: {name} adds different special tokens to different texts: {sorted(found)}"
-            )
+            raise ConfigError(f"model {name} adds different special tokens to different texts: {sorted(found)}")
         prefix, suffix = found.pop()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad_id is None:
             raise ConfigError(
-                f"model.name_or_path: {name} has neither a padding nor an end-of-text token; "
+                f"model {name} has neither a padding nor an end-of-text token; "
                 "set pad_token in its tokenizer_config.json"
             )
         return cls(prefix, suffix, int(pad_id), keep_end=tokenizer.truncation_side == "left")

@@ -42,8 +42,8 @@ def check_architecture(config: Any, name: str) -> None:
     if config.model_type not in ENCODERS | DECODERS:
         known = ", ".join(sorted(ENCODERS | DECODERS))
         raise ConfigError(
-            f"model.name_or_path: {name} is a {config.model_type!r} model, an architecture on which padding, gradients "
-            f"and the replay of dropout have not been verified; expected one of {known}"
+            f"model {name} is a {config.model_type!r} model, an architecture on which padding, gradients and the "
+            f"replay of dropout have not been verified; expected one of {known}"
         )
 
 
@@ -52,9 +52,9 @@ def check_modules(model: nn.Module, name: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ConfigError(
-                f"model.name_or_path: {name} has a {type(module).__name__} at {path!r}; in train mode its output "
-                "depends on the other rows of a chunk, so the gradient would depend on the chunking; expected a model "
-                "without batch normalisation"
+                f"model {name} has a {type(module).__name__} at {path!r}; in train mode its output depends on the other "
+                "rows of a chunk, so the gradient would depend on the chunking; expected a model without batch "
+                "normalisation"
             )
 
 

@@ -23,7 +23,7 @@ from retriever.encoder.dual_encoder import DualEncoder, load_tower
 from retriever.encoder.execution import apply_execution
 from retriever.encoder.pooling import PoolingMode
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
-from retriever.encoder.slabs import SLAB_TEXTS, Arriving, Key, SlabEncoder
+from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, Key
 from retriever.encoder.tokenizer import check_prompt, load_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -58,14 +58,16 @@ class EncoderBundle:
     ) -> np.ndarray:
         """Embeddings [n, D] float32 of texts (without prompt: the settings' own is put in front), in the texts' order.
 
-        As `encode_slabs`, of one sequence. `progress` shows a bar, or is called with the number of texts just queued.
+        As `encode_batches`, of one sequence. `progress` shows a bar, or is called with the number of texts just queued.
         """
         embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
-        slabs = ((start, texts[start : start + SLAB_TEXTS]) for start in range(0, len(texts), SLAB_TEXTS))
+        batches = ((start, texts[start : start + BATCH_TEXTS]) for start in range(0, len(texts), BATCH_TEXTS))
         with tqdm(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
             done = progress if callable(progress) else bar.update
-            with closing(self.encode_slabs(slabs, side, tokens_per_chunk=tokens_per_chunk, progress=done)) as encoded:
-                queued = None  # fetched once the next slab is queued, so that the device has work meanwhile
+            with closing(
+                self.encode_batches(batches, side, tokens_per_chunk=tokens_per_chunk, progress=done)
+            ) as encoded:
+                queued = None  # fetched once the next batch is queued, so that the device has work meanwhile
                 for following in chain(encoded, [None]):
                     if queued is not None:
                         start, found = queued[0], queued[1].wait()
@@ -73,24 +75,24 @@ class EncoderBundle:
                     queued = following
         return embeddings
 
-    def encode_slabs(
+    def encode_batches(
         self,
-        slabs: Iterable[tuple[Key, Sequence[str]]],
+        batches: Iterable[tuple[Key, Sequence[str]]],
         side: Side,
         *,
         tokens_per_chunk: int | None = None,
         progress: Callable[[int], object] = lambda count: None,
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Embeddings of one slab of texts after another, with the slabs' keys. A thread reads `slabs` one slab ahead.
+        """Embeddings of one batch of texts after another, with the batches' keys. A thread reads `batches` one ahead.
 
-        A slab's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
+        A batch's texts are sorted by length and laid out, packed where the encoder is, in chunks of at most
         `tokens_per_chunk` tokens. Dropout is off while this runs; a text without any token gets the zero vector.
         """
         budget = tokens_per_chunk or (131_072 if self.encoder.device.type == "cuda" else 8_192)
-        encoder = SlabEncoder(
+        encoder = BatchEncoder(
             self.encoder, self.tokenizer, side, self.settings.prompt(side), self.settings.max_tokens(side), budget
         )
-        return encoder.encode(slabs, progress)
+        return encoder.encode(batches, progress)
 
     def model_hash(self) -> str:
         """SHA-256 of weights, architecture, tokenizer and pooling: all that the embeddings depend on but prompts,

@@ -220,7 +220,7 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
         lacks = f"lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first"
-        raise ConfigError(f"model.name_or_path: {name} {lacks}; expected all")
+        raise ConfigError(f"model {name} {lacks}; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     check_modules(model, name)

@@ -119,7 +119,7 @@ def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
     file = str(PurePosixPath(folder) / "config.json")
     if read_json(name, file) is None:
         hint = f"; did you mean {name}/export?" if (Path(name) / "export").is_dir() else f": it has no {file}"
-        raise ConfigError(f"model.name_or_path: {name!r} is no folder or Hugging Face name of a loadable model{hint}")
+        raise ConfigError(f"model {name!r} is no folder or Hugging Face name of a loadable model{hint}")
     config = read_config(name, folder)
     check_architecture(config, name)
     return config

@@ -27,10 +27,10 @@ from transformers import BertConfig, BertModel
 from retriever.command import command_parser, option, run
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import TokenTemplate, tokenize_flat
-from retriever.encode_shards import encode_to_shards
+from retriever.encode_shards import ShardOptions, encode_to_shards
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.slabs import SLAB_TEXTS, Arriving, SlabEncoder, inference
+from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, inference
 from scripts.bench.flash import provide
 from scripts.bench.measure import now, peak_gib, reset_peak
 from scripts.bench.passages import random_passages, word_tokenizer
@@ -45,7 +45,7 @@ MODES: dict[str, tuple[Callable[[DualEncoder], object], ...]] = {
 }
 _WRONG = 0.999  # a cosine to the fp32 embedding below this is another encoder
 _SAMPLE = 2048
-_WARM_UP_SLABS = 2  # as many as are underway at a time, whose memory is there from then on
+_WARM_UP_BATCHES = 2  # as many as are underway at a time, whose memory is there from then on
 _MAX_TOKENS = 256
 _PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
 
@@ -73,22 +73,22 @@ def load(folder: Path, mode: str, precision: str, device: torch.device) -> Encod
 
 @cache
 def _tokenized(texts: tuple[str, ...]) -> tuple[TokenRows, ...]:
-    """The texts in slabs of the size that the command encodes at a time."""
-    slabs = []
-    for start in range(0, len(texts), SLAB_TEXTS):
-        tokens, counts = tokenize_flat(word_tokenizer(_MAX_TOKENS), texts[start : start + SLAB_TEXTS])
-        slabs.append(TokenRows(tokens, np.concatenate([[0], counts]).cumsum()))
-    return tuple(slabs)
+    """The texts in batches of the size that the command encodes at a time."""
+    batches = []
+    for start in range(0, len(texts), BATCH_TEXTS):
+        tokens, counts = tokenize_flat(word_tokenizer(_MAX_TOKENS), texts[start : start + BATCH_TEXTS])
+        batches.append(TokenRows(tokens, np.concatenate([[0], counts]).cumsum()))
+    return tuple(batches)
 
 
-def from_ids(bundle: EncoderBundle, slabs: Sequence[TokenRows], tokens_per_chunk: int) -> None:
-    """Embeds slab after slab; each arrives while the next is encoded."""
+def from_ids(bundle: EncoderBundle, batches: Sequence[TokenRows], tokens_per_chunk: int) -> None:
+    """Embeds batch after batch; each arrives while the next is encoded."""
     template = TokenTemplate.from_tokenizer(bundle.tokenizer)
-    encoder = SlabEncoder(bundle.encoder, bundle.tokenizer, "passage", "", _MAX_TOKENS, tokens_per_chunk)
+    encoder = BatchEncoder(bundle.encoder, bundle.tokenizer, "passage", "", _MAX_TOKENS, tokens_per_chunk)
     behind: deque[Arriving] = deque()
     with inference(bundle.encoder):
-        for slab in slabs:
-            behind.append(encoder.encode_tokens(slab, template, lambda count: None))
+        for batch in batches:
+            behind.append(encoder.encode_tokens(batch, template, lambda count: None))
             if len(behind) > 1:
                 behind.popleft().wait()
     behind.popleft().wait()
@@ -125,24 +125,17 @@ def measure(
     if not found.min() > _WRONG:
         table.add(case, "bigbatch", "passages_per_s", None, "passages/s", "not timed: wrong")
         return
-    slabs = _tokenized(tuple(texts)) * 4
-    from_ids(bundle, slabs[:_WARM_UP_SLABS], args.tokens_per_chunk)  # kernels are compiled, memory is there
-    count = sum(map(len, slabs))
+    batches = _tokenized(tuple(texts)) * 4
+    from_ids(bundle, batches[:_WARM_UP_BATCHES], args.tokens_per_chunk)  # kernels are compiled, memory is there
+    count = sum(map(len, batches))
     with measured(table, device, f"texts={count},{mode},ids", "bigbatch", count):
-        from_ids(bundle, slabs, args.tokens_per_chunk)
+        from_ids(bundle, batches, args.tokens_per_chunk)
     if mode not in args.text_modes:
         return
     pairs = ((str(row), texts[row % len(texts)]) for row in range(args.texts))
     with tempfile.TemporaryDirectory() as shards, measured(table, device, f"{case},text", "bigbatch", args.texts):
-        encode_to_shards(
-            bundle,
-            pairs,
-            "passage",
-            shards,
-            texts_fingerprint="random",
-            tokens_per_chunk=args.tokens_per_chunk,
-            progress=False,
-        )
+        options = ShardOptions(tokens_per_chunk=args.tokens_per_chunk, progress=False)
+        encode_to_shards(bundle, pairs, "passage", shards, "random", options)
 
 
 def sentence_transformers(

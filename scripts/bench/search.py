@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eval.engines.faiss_index import index_spec, open_index
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from eval.trec import Ranking
 from retriever.command import command_parser, option, run
 from retriever.parallel.world import World
@@ -97,9 +97,8 @@ def measure_exact(table: Table, args: argparse.Namespace, device: torch.device) 
         reset_peak(device)
         for repeat in range(args.repeats):
             started = time.perf_counter()
-            run = search(
-                queries, query_ids, passages, args.k, world=World(device), engine="torch", memory_gib=args.memory_gib
-            )
+            options = SearchOptions(engine="torch", memory_gib=args.memory_gib)
+            run = search(queries, query_ids, passages, args.k, options, World(device))
             table.add(
                 case, "exact, torch", f"time, run {repeat + 1}", time.perf_counter() - started, "s", "ids to rankings"
             )
@@ -159,9 +158,8 @@ def measure_indexes(table: Table, args: argparse.Namespace, device: torch.device
     """Recall@100 against exact search and queries/s of FAISS's indexes on the CPU, each at several depths of search."""
     data = Clustered(args.ann_passages, args.ann_queries, args.ann_dimension, device)
     case = f"{data.rows:,} × {data.dimension} clustered, {len(data.queries):,} queries"
-    run = search(
-        data.queries, [str(i) for i in range(len(data.queries))], data, 100, world=World(device), engine="torch"
-    )
+    query_ids = [str(i) for i in range(len(data.queries))]
+    run = search(data.queries, query_ids, data, 100, SearchOptions(engine="torch"), World(device))
     exact = np.array([[int(i) for i in ranking.passage_ids] for ranking in run.values()])  # [Q, 100]
     plan = [
         ("Flat", [""]),

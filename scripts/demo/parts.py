@@ -17,7 +17,7 @@ import torch
 
 from eval.collections.collection import Collection
 from eval.engines.bm25 import bm25_run
-from eval.evaluate import evaluate_collection
+from eval.evaluate import EvalOptions, evaluate_collection
 from eval.measures import Scores, measure_run
 from retriever.config import Config
 from retriever.data.store import build_or_open
@@ -51,9 +51,8 @@ def load_bundle(folder: Path, config: Config) -> EncoderBundle:
 def evaluate_encoder(bundle: EncoderBundle, test: Collection, shards: Path) -> Scores:
     """The encoder's measures on the test split; its embeddings stay in `shards`."""
     tokens_per_chunk = _CPU_TOKENS_PER_CHUNK if bundle.encoder.device.type == "cpu" else None
-    result = evaluate_collection(
-        bundle, test, METRICS, _DEPTH, shards, tokens_per_chunk=tokens_per_chunk, progress=True
-    )
+    options = EvalOptions(k=_DEPTH, batch=tokens_per_chunk, progress=True)
+    result = evaluate_collection(bundle, test, METRICS, shards, options)
     assert result is not None  # only ranks other than the first get none
     return result.scores
 

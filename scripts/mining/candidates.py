@@ -13,10 +13,10 @@ import numpy as np
 
 from eval.engines.bm25 import Bm25, cores, in_threads
 from eval.engines.embeddings import load_queries
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from eval.trec import Ranking
 from retriever.data.tokens import Side
-from retriever.encode_shards import SHARD_ROWS, encode_to_shards
+from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
 from scripts.code_pairs.split import drawn, normal
@@ -43,17 +43,14 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens
         "passage": (pool.texts(), len(pool.passages)),
     }
     for side, (texts, count) in sides.items():
-        encode_to_shards(
-            bundle,
-            ((str(number), text) for number, text in enumerate(texts)),
-            side,
-            folder / side,
-            texts_fingerprint=f"{side} of pool {pool.fingerprint}",
-            world=world,
+        options = ShardOptions(
             shard_rows=min(SHARD_ROWS, max(256, -(-count // 16))),
             tokens_per_chunk=tokens_per_chunk,
             cache=True,  # run_stage knows whose folder it is, but not in which mode an interrupted encoding began
         )
+        numbered = ((str(number), text) for number, text in enumerate(texts))
+        named = f"{side} of pool {pool.fingerprint}"
+        encode_to_shards(bundle, numbered, side, folder / side, named, options, world)
     return ["query/manifest.json", "passage/manifest.json"]
 
 
@@ -64,9 +61,8 @@ def search_model(
     embeddings, ids = load_queries(queries)
 
     def numbers(part: slice) -> np.ndarray:
-        run = search(
-            embeddings[part], ids[part], passages, depth, index=index, world=World(world.device)
-        )  # this rank alone
+        alone = World(world.device)  # this rank
+        run = search(embeddings[part], ids[part], passages, depth, SearchOptions(index), alone)
         return np.stack([_row(run[query_id], depth) for query_id in ids[part]])
 
     return write_parts(folder, len(ids), _QUERIES_AT_ONCE, numbers, world, "search by model")

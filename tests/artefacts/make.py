@@ -22,7 +22,7 @@ import numpy as np
 
 from eval.engines.bm25 import Bm25
 from eval.engines.embeddings import load_queries
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from retriever.encoder.bundle import load_encoder
 from retriever.shards import open_shards
 from retriever.train import main as train
@@ -104,7 +104,7 @@ def _read() -> dict[str, object]:
     """What is in the files, as this code reads it."""
     passages = open_shards(f"{EMBEDDINGS}/passage")
     queries, ids = load_queries(open_shards(f"{EMBEDDINGS}/query"))
-    runs = {index: search(queries, ids, passages, K, index=index) for index in ("flat", INDEX, "hnsw")}
+    runs = {index: search(queries, ids, passages, K, SearchOptions(index)) for index in ("flat", INDEX, "hnsw")}
     scores = Bm25(Path(BM25))
     named = {index: {q: [r.passage_ids, r.scores.tolist()] for q, r in run.items()} for index, run in runs.items()}
     return {

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import Side
 from retriever.encoder import bundle as bundle_module
-from retriever.encoder import slabs
+from retriever.encoder import text_batches
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from tests.tiny import random_texts, save_tiny_model
@@ -52,12 +52,12 @@ def test_embeddings_equal_transformers_one_by_one(folder: Path, bundle: EncoderB
         np.testing.assert_allclose(found, _one_by_one(folder, texts, prompt, max_tokens), rtol=0, atol=1e-6)
 
 
-def test_texts_beyond_one_slab_keep_their_order(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_beyond_one_batch_keep_their_order(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = random_texts(25)
     seen: list[int] = []
     whole = bundle.encode(texts, "passage")
-    monkeypatch.setattr(bundle_module, "SLAB_TEXTS", 10)
-    monkeypatch.setattr(slabs, "_TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(bundle_module, "BATCH_TEXTS", 10)
+    monkeypatch.setattr(text_batches, "_TEXTS_AT_ONCE", 4)
     np.testing.assert_allclose(bundle.encode(texts, "passage", progress=seen.append), whole, rtol=0, atol=1e-6)
     assert sum(seen) == 25
     assert bundle.encode([], "passage").shape == (0, 32)

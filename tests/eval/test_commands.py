@@ -117,14 +117,14 @@ def test_shards_that_match_are_used_again_and_others_made_anew(
     beir.main(arguments)
     first = result_of(tmp_path, "test")
     sides: list[str] = []
-    encode = EncoderBundle.encode_slabs
+    encode = EncoderBundle.encode_batches
 
     def counted(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
-        for slab in encode(self, texts, side, *options, **more):
+        for batch in encode(self, texts, side, *options, **more):
             sides.append(side)
-            yield slab
+            yield batch
 
-    monkeypatch.setattr(EncoderBundle, "encode_slabs", counted)
+    monkeypatch.setattr(EncoderBundle, "encode_batches", counted)
     beir.main(arguments)
     assert sides == []
     again = result_of(tmp_path, "test")
@@ -168,13 +168,13 @@ def test_what_no_evaluation_wrote_is_refused_and_left_alone(
         assert encode.main(words) == 0
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     sides: list[str] = []
-    encode_slabs = EncoderBundle.encode_slabs
+    encode_batches = EncoderBundle.encode_batches
 
     def recorded(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
         sides.append(side)
-        return encode_slabs(self, texts, side, *options, **more)
+        return encode_batches(self, texts, side, *options, **more)
 
-    monkeypatch.setattr(EncoderBundle, "encode_slabs", recorded)
+    monkeypatch.setattr(EncoderBundle, "encode_batches", recorded)
     message = (
         "was not written by an evaluation"
         if "." in name
@@ -243,6 +243,24 @@ def test_search_verifies_embeddings_on_request(
     )
 
 
+def test_an_evaluation_verifies_its_embeddings_on_request(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, _ = folders
+    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
+    assert beir.main(arguments) == 0
+    file = tmp_path / "passages" / "00000.npy"
+    times, content = file.stat(), file.read_bytes()
+    changed = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    file.write_bytes(changed)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    assert beir.main(arguments) == 0
+    assert file.read_bytes() == changed
+    assert beir.main([*arguments, "--verify"]) == 0
+    assert file.read_bytes() == content, "a cache is encoded again"
+
+
 def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     model, data, _ = folders
     beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "model"), *LENGTHS])
@@ -305,8 +323,8 @@ def test_msmarco_files_give_the_official_measures(
     }
     printed = capsys.readouterr().out
     assert (
-        f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; {len(best)} judged queries, not 6,980"
-        in printed
+        f"a sample, not MS MARCO's dev: {len(texts.passages)} passages, not 8,841,823; "
+        f"{len(best)} judged queries, not 6,980" in printed
     )
 
 
@@ -399,6 +417,7 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
     [
         (["--metrics", "F1"], "measure 'F1': expected one of nDCG"),
         (["--index", "hsnw"], "expected flat, ivf, ivfpq, hnsw or a FAISS factory string .*received 'hsnw'"),
+        (["--index", "IVF4096,Flat"], "flat or ivf for [0-9]+ passages: IVF4096,Flat learns from at least 4,096"),
         (["--k", "0"], "argument --k: expected a whole number of at least 1"),
         (["--relevance", "0"], "argument --relevance: expected a whole number of at least 1"),
         (["--split", "train"], "expected one file qrels/train.tsv"),

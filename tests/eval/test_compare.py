@@ -121,3 +121,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys:
     )
     assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
     assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")
+    (tmp_path / "dev.tsv").write_text("another 0 yes 1\n")
+    message = r"a\.trec: none of its queries is judged in .*dev\.tsv; expected a run of the judged queries"
+    assert_refused(main, [run, other, "--qrels", str(tmp_path / "dev.tsv")], message)
+
+
+def test_a_file_that_is_no_comparison_is_not_replaced(tmp_path: Path, qrels: Path) -> None:
+    runs = [str(write_run(tmp_path / name, 4, 4)) for name in ("a.trec", "b.trec")]
+    output = tmp_path / "compared.json"
+    arguments = [*runs, "--qrels", str(qrels), "--output"]
+    assert main([*arguments, str(output)]) == main([*arguments, str(output)]) == 0, "a comparison is replaced"
+    for content in ("[]", '{"command": "mine"}', "years of work"):
+        output.write_text(content)
+        assert_refused(main, [*arguments, str(output)], f"{output} was not written by an evaluation; .*--output")
+        assert output.read_text() == content
+    before = Path(runs[0]).read_bytes()
+    assert_refused(main, [*arguments, runs[0]], "a.trec was not written by an evaluation")
+    assert Path(runs[0]).read_bytes() == before
+    assert_refused(main, [*arguments, str(tmp_path)], f"{tmp_path} is a folder; choose another file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.engines import flat
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from eval.search import main
 from eval.trec import Ranking, read_msmarco, read_trec
 from retriever.shards import ShardJob, ShardWriter
@@ -86,7 +87,9 @@ def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.Monk
     whole = search(queries, query_ids, Parts(passages, ids, []), 100)
     assert [found.passage_ids for found in whole.values()] == wanted
     assert len(set(whole["q0"].scores.tolist())) < 50  # the case is what it says
-    blocks = search(queries, query_ids, Parts(passages, ids, [1, 9_000, 9_001]), 100, block_mib=MIB_OF_ONE_BLOCK)
+    blocks = search(
+        queries, query_ids, Parts(passages, ids, [1, 9_000, 9_001]), 100, SearchOptions(block_mib=MIB_OF_ONE_BLOCK)
+    )
     assert same_rankings(whole, blocks)
     alone = {q: search(queries[i : i + 1], [q], Parts(passages, ids, []), 100)[q] for i, q in enumerate(query_ids)}
     assert same_rankings(whole, alone)
@@ -138,7 +141,7 @@ def test_threads_change_nothing() -> None:
 def test_excluding_the_query_itself_still_returns_k_passages() -> None:
     vectors = np.eye(5, dtype=np.float32)
     ids = ["a", "b", "c", "d", "e"]
-    run = search(vectors, ids, Parts(vectors, ids, [2]), 2, exclude_self=True)
+    run = search(vectors, ids, Parts(vectors, ids, [2]), 2, SearchOptions(exclude_self=True))
     assert run["a"].passage_ids == ["e", "d"]
     assert run["e"].passage_ids == ["d", "c"]
     assert search(vectors, ids, Parts(vectors, ids, [2]), 2)["a"].passage_ids == ["a", "e"]
@@ -183,8 +186,9 @@ def test_what_cannot_be_searched_is_refused(change: dict, message: str) -> None:
         search(**(good | change))
 
 
-def write_shards(folder: Path, side: str, embeddings: np.ndarray, ids: list[str], model: str = "m") -> Path:
-    job = ShardJob(side, model, "", 32, "mean", True, "fp32", "padded", embeddings.shape[1], "float32", "t", 4)  # type: ignore[arg-type]
+def write_shards(folder: Path, side: Any, embeddings: np.ndarray, ids: list[str], **changed: Any) -> Path:
+    job = ShardJob(side, "m", "", 32, "mean", True, "fp32", "padded", embeddings.shape[1], "float32", "t", 4)
+    job = replace(job, **changed)
     writer = ShardWriter(folder, job)
     writer.prepare()
     for shard, start in enumerate(range(0, len(ids), 4)):
@@ -222,18 +226,59 @@ def test_shards_of_the_other_side_are_not_searched(tmp_path: Path) -> None:
     assert_refused(main, swapped, "passages holds embeddings of the passage side; expected the query side")
 
 
-def test_shards_of_two_models_are_not_searched_together(tmp_path: Path) -> None:
-    write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"], model="one")
-    write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"], model="two")
-    assert_refused(
-        main,
-        [
-            "--queries",
-            str(tmp_path / "queries"),
-            "--passages",
-            str(tmp_path / "passages"),
-            "--output",
-            str(tmp_path / "run"),
-        ],
-        "different models",
-    )
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "two"}, "queries and .*passages differ in model; expected embeddings of one model"),
+        (
+            {"model": "two", "pooling": "cls"},
+            r"queries and .*passages differ in pooling \('cls', 'mean'\), model; expected",
+        ),
+        ({"normalize": False, "pooling": "last"}, r"differ in pooling \('last', 'mean'\), normalize \(False, True\); "),
+        ({"dimension": 2}, r"differ in dimension \(2, 3\)"),
+    ],
+)
+def test_shards_that_were_not_made_alike_are_not_searched_together(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"])
+    queries = np.eye(3)[:, : changed.get("dimension", 3)]
+    write_shards(tmp_path / "queries", "query", queries, ["a", "b", "c"], **changed)
+    assert_refused(main, [*words(tmp_path), "--output", str(tmp_path / "run")], message)
+
+
+def words(folder: Path) -> list[str]:
+    return ["--queries", str(folder / "queries"), "--passages", str(folder / "passages")]
+
+
+def test_the_prompts_of_shards_and_the_parameters_of_the_search_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody but the person who encoded them knows which prompts belong together."""
+    ids = [f"p{i}" for i in range(50)]
+    embeddings = np.random.default_rng(0).standard_normal((50, 8))
+    write_shards(tmp_path / "passages", "passage", embeddings, ids, prompt="passage: ")
+    write_shards(tmp_path / "queries", "query", embeddings[:2], ["a", "b"])
+    arguments = [*words(tmp_path), "--output", str(tmp_path / "run"), "--k", "45"]
+    assert main([*arguments, "--index", "IVF8,Flat nprobe=2"]) == 0
+    said = capsys.readouterr().out
+    assert f"note: {tmp_path}/passages: every passage begins with the prompt 'passage: '" in said
+    assert "IVF8,Flat nprobe=2 search\n" in said and "queries:" not in said
+    assert "note: --index IVF8,Flat nprobe=2 found fewer than 45 passages for 2 of 2 queries" in said
+
+
+@pytest.mark.parametrize("name", ["run.trec", "run.trec.gz", "run.tsv"])
+def test_a_file_that_is_no_run_of_ours_is_not_replaced(tmp_path: Path, name: str) -> None:
+    write_shards(tmp_path / "passages", "passage", np.eye(3), ["a", "b", "c"])
+    write_shards(tmp_path / "queries", "query", np.eye(3), ["a", "b", "c"])
+    output = tmp_path / "out" / name
+    arguments = [*words(tmp_path), "--output", str(output), *(["--format", "msmarco"] if "tsv" in name else [])]
+    assert main(arguments) == main(arguments) == 0, "a run is replaced"
+    for content in (b"years of work\n", b"q0 Q0 p1 1 0.5 another-tool\n"):
+        output.write_bytes(content)
+        assert_refused(main, arguments, f"{output} was not written by an evaluation; move it .*--output")
+        assert output.read_bytes() == content
+    output.unlink()
+    output.symlink_to(tmp_path / "passages" / "manifest.json")
+    assert_refused(main, arguments, f"{output} was not written by an evaluation")
+    assert_refused(main, [*words(tmp_path), "--output", str(tmp_path)], f"{tmp_path} is a folder; choose another file")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.engines.nearest import search
+from eval.engines.nearest import SearchOptions, search
 from eval.trec import Ranking
 from scripts.bench.search import disagreement, main, unit_vectors, write_shards
 
@@ -35,7 +35,7 @@ def test_the_table_has_every_figure(tmp_path: Path) -> None:
 def test_the_check_sees_one_wrong_passage(tmp_path: Path) -> None:
     passages = write_shards(tmp_path, 500, 16, "float16", CPU)
     queries = unit_vectors(4, 16, 0, CPU).numpy()
-    found = list(search(queries, list("abcd"), passages, 10, engine="torch").values())
+    found = list(search(queries, list("abcd"), passages, 10, SearchOptions(engine="torch")).values())
     assert disagreement(queries, found, passages, CPU)[0] == 1.0
     worst = int((queries[0] @ np.concatenate([part for part, _ in passages]).T.astype(np.float32)).argmin())
     found[0] = Ranking([*found[0].passage_ids[:9], str(worst)], found[0].scores)

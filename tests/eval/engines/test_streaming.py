@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.engines import streaming
-from eval.engines.nearest import Engine, search
+from eval.engines.nearest import Engine, SearchOptions, search
 from eval.engines.streaming import Sizes, sizes
 from retriever.config import ConfigError
 from retriever.parallel.world import World
@@ -44,7 +44,7 @@ def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObje
     chosen = Sizes(data.draw(st.integers(1, n)), data.draw(st.integers(1, n_queries)), data.draw(st.integers(1, 50)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "sizes", lambda *_: chosen)
-        run = search(queries, [f"q{i}" for i in range(n_queries)], parts, k, engine="torch")
+        run = search(queries, [f"q{i}" for i in range(n_queries)], parts, k, SearchOptions(engine="torch"))
     assert [found.passage_ids for found in run.values()] == brute_force(queries, passages, ids, k)
 
 
@@ -60,11 +60,11 @@ def test_equals_the_search_in_faiss_whatever_the_blocks(monkeypatch: pytest.Monk
     queries = np.concatenate([passages[:3].astype(np.float32) + 0.05, unit_vectors(20, 25, 2)])
     ids, query_ids = [f"p{i}" for i in rng.permutation(12_000)], [f"q{i}" for i in range(23)]
     parts = Parts(passages, ids, [1, 5_000, 5_001])
-    wanted = search(queries, query_ids, parts, 100, engine="faiss")
+    wanted = search(queries, query_ids, parts, 100, SearchOptions(engine="faiss"))
     runs = []
     for chosen in (Sizes(12_000, 23, 4_000), Sizes(1_000, 5, 333), Sizes(1_777, 23, 64)):
         monkeypatch.setattr(streaming, "sizes", lambda *_, chosen=chosen: chosen)
-        runs.append(search(queries, query_ids, parts, 100, engine="torch"))
+        runs.append(search(queries, query_ids, parts, 100, SearchOptions(engine="torch")))
     assert all(same_rankings(run, runs[0]) for run in runs)
     assert all(runs[0][q].passage_ids == wanted[q].passage_ids for q in query_ids)
     assert all(np.array_equal(runs[0][q].scores, wanted[q].scores) for q in query_ids)
@@ -94,18 +94,20 @@ def test_the_bound_holds_for_truncated_tf32(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(streaming, "sizes", lambda *_: Sizes(1_000, 40, 999))
     passages = unit_vectors(1, 64, 3) + 0.002 * unit_vectors(8_000, 64, 4)  # scores that differ by less than TF32 sees
     queries, ids = unit_vectors(40, 64, 5) + passages[0], [str(i) for i in range(8_000)]
-    run = search(queries, [f"q{i}" for i in range(40)], Parts(passages, ids, []), 20, engine="torch")
+    run = search(queries, [f"q{i}" for i in range(40)], Parts(passages, ids, []), 20, SearchOptions(engine="torch"))
     assert [found.passage_ids for found in run.values()] == brute_force(queries, passages, ids, 20)
     assert coarse.wrong > 50  # type: ignore[attr-defined]
 
 
 def test_zeros_of_both_signs_tie_and_values_that_are_not_finite_are_refused() -> None:
     passages = np.array([[0.0], [-1e-30], [-1.0], [2.0]], dtype=np.float32)
-    found = search(np.array([[1e-30]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4, engine="torch")["q"]
+    found = search(
+        np.array([[1e-30]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4, SearchOptions(engine="torch")
+    )["q"]
     assert found.passage_ids == ["d", "b", "a", "c"]
     passages[1] = np.nan
     with pytest.raises(ValueError, match="passage embedding 1 has a value that is not finite"):
-        search(np.ones((1, 1)), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4, engine="torch")
+        search(np.ones((1, 1)), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4, SearchOptions(engine="torch"))
 
 
 def test_sizes_fit_the_memory() -> None:
@@ -143,8 +145,8 @@ def _small_search(world: World | None) -> dict:
         [str(i) for i in range(17)],
         parts,
         40,
-        world=world,
-        engine="torch",
+        SearchOptions(engine="torch"),
+        world,
     )
 
 
@@ -172,9 +174,7 @@ def test_what_searches(device: str, engine: Engine, index: str, by: str, monkeyp
         monkeypatch.setattr(f"{place}.{name}", partial(stop, name))
     parts = Parts(unit_vectors(9, 4, 0), list("abcdefghi"), [])
     with pytest.raises(InterruptedError, match=by):
-        search(
-            unit_vectors(2, 4, 1), ["p", "q"], parts, 3, index=index, world=World(torch.device(device)), engine=engine
-        )
+        search(unit_vectors(2, 4, 1), ["p", "q"], parts, 3, SearchOptions(index, engine), World(torch.device(device)))
 
 
 def test_two_ranks_give_the_run_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

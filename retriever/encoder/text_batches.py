@@ -1,7 +1,7 @@
-"""Texts to embeddings, one slab of texts after another, without a wait between them.
+"""Texts to embeddings, one batch of texts after another, without a wait between them.
 
-Threads read and tokenise the next slab while this one is encoded, sorted by length, and the one before it travels back
-from the device. A slab is as large as its texts' lengths have to be sorted well, and no larger: nothing is encoded
+Threads read and tokenise the next batch while this one is encoded, sorted by length, and the one before it travels back
+from the device. A batch is as large as its texts' lengths have to be sorted well, and no larger: nothing is encoded
 before the first is tokenised.
 """
 
@@ -25,7 +25,7 @@ from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.fused_layers import FusedLayers
 
-SLAB_TEXTS = 32_768
+BATCH_TEXTS = 32_768
 _TEXTS_AT_ONCE = 4096  # handed to the tokenizer; two such calls at a time keep all cores busy
 
 Item = TypeVar("Item")
@@ -59,7 +59,7 @@ class Arriving:
 
 
 @dataclass(frozen=True)
-class SlabEncoder:
+class BatchEncoder:
     """What embeds one side's texts."""
 
     encoder: DualEncoder
@@ -70,9 +70,9 @@ class SlabEncoder:
     tokens_per_chunk: int
 
     def encode(
-        self, slabs: Iterable[tuple[Key, Sequence[str]]], done: Callable[[int], object]
+        self, batches: Iterable[tuple[Key, Sequence[str]]], done: Callable[[int], object]
     ) -> Generator[tuple[Key, Arriving], None, None]:
-        """Each slab's key and the embeddings of its texts, in the slabs' order; `slabs` is read in a thread, one ahead.
+        """Each batch's key and the embeddings of its texts, in their order; `batches` is read in a thread, one ahead.
 
         Dropout is off, and no graph is kept, until the generator ends or is closed. `done` hears the number of texts
         that were just queued.
@@ -80,15 +80,17 @@ class SlabEncoder:
         template = TokenTemplate.from_tokenizer(self.tokenizer)
         pool = ThreadPoolExecutor(2, thread_name_prefix="tokenise")
         try:
-            with inference(self.encoder), closing(_one_ahead(map(partial(self._tokenize, pool), slabs))) as tokenized:
+            with inference(self.encoder), closing(_one_ahead(map(partial(self._tokenize, pool), batches))) as tokenized:
                 for key, parts in tokenized:
                     yield key, self.encode_tokens(_joined(parts), template, done)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _tokenize(self, pool: ThreadPoolExecutor, slab: tuple[Key, Sequence[str]]) -> tuple[Key, list[Future[_Tokens]]]:
-        """Hands a slab to the pool, behind the one before it: the cores are busy from one slab to the next."""
-        key, texts = slab
+    def _tokenize(
+        self, pool: ThreadPoolExecutor, batch: tuple[Key, Sequence[str]]
+    ) -> tuple[Key, list[Future[_Tokens]]]:
+        """Hands a batch to the pool, behind the one before it: the cores are busy from one batch to the next."""
+        key, texts = batch
         parts = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
         return key, [pool.submit(self._tokens, part) for part in parts]
 
@@ -96,7 +98,7 @@ class SlabEncoder:
         return tokenize_flat(self.tokenizer, [self.prompt + text for text in texts] if self.prompt else texts)
 
     def encode_tokens(self, texts: TokenRows, template: TokenTemplate, done: Callable[[int], object]) -> Arriving:
-        """Queues the texts of one slab, whose tokens are known; to be called within `inference`."""
+        """Queues the texts of one batch, whose tokens are known; to be called within `inference`."""
         lengths, device = template.lengths(texts.lengths, self.max_tokens), self.encoder.device
         filled = np.flatnonzero(lengths)
         budget = max(self.tokens_per_chunk, int(lengths.max(initial=1)))
@@ -146,7 +148,7 @@ def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
     """The items, the next of which is made in a thread while one is in use."""
     stream = iter(items)
     take = partial(next, stream, None)
-    with ThreadPoolExecutor(1, thread_name_prefix="slabs") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         coming = thread.submit(take)
         while (item := coming.result()) is not None:
             coming = thread.submit(take)

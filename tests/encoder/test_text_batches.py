@@ -1,4 +1,4 @@
-"""Slab after slab: keys and order are kept, reading is one ahead, and the encoder is as it was afterwards."""
+"""Batch after batch: keys and order are kept, reading is one ahead, and the encoder is as it was afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from retriever.encoder.bundle import EncoderBundle, load_encoder
-from retriever.encoder.slabs import inference
+from retriever.encoder.text_batches import inference
 from tests.tiny import random_texts, save_tiny_model
 
 TEXTS = ["", *random_texts(16, longest=40), "the brain"]
@@ -30,14 +30,14 @@ def bundle(folder: Path) -> EncoderBundle:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["padded", "packed"])
-def test_slabs_are_the_whole_in_parts(folder: Path, bundle: EncoderBundle, attention: str, precision: str) -> None:
+def test_batches_are_the_whole_in_parts(folder: Path, bundle: EncoderBundle, attention: str, precision: str) -> None:
     """Padded or packed, in chunks of few tokens: the padded fp32 embeddings, in bf16 to a cosine of 0.999."""
     whole = bundle.encode(TEXTS, "query")
     loaded = load_encoder(folder, query_prompt="find: ", query_max_tokens=12, attention=attention, precision=precision)  # type: ignore[arg-type]
     counted: list[int] = []
-    slabs = [("a", TEXTS[:7]), ("b", TEXTS[7:8]), ("nothing", []), ("c", TEXTS[8:])]
-    found = list(loaded.encode_slabs(slabs, "query", tokens_per_chunk=30, progress=counted.append))
-    assert [key for key, _ in found] == [key for key, _ in slabs]
+    batches = [("a", TEXTS[:7]), ("b", TEXTS[7:8]), ("nothing", []), ("c", TEXTS[8:])]
+    found = list(loaded.encode_batches(batches, "query", tokens_per_chunk=30, progress=counted.append))
+    assert [key for key, _ in found] == [key for key, _ in batches]
     parts = [arriving.wait() for _, arriving in found]
     assert [len(part) for part in parts] == [7, 1, 0, 10] and sum(counted) == len(TEXTS)
     together = np.concatenate(parts)
@@ -48,15 +48,15 @@ def test_slabs_are_the_whole_in_parts(folder: Path, bundle: EncoderBundle, atten
         assert (together * whole).sum(axis=1).min() > 0.999
 
 
-def test_the_next_slab_is_read_while_one_is_in_use(bundle: EncoderBundle) -> None:
+def test_the_next_batch_is_read_while_one_is_in_use(bundle: EncoderBundle) -> None:
     read: list[int] = []
 
-    def slabs() -> Iterator[tuple[int, Sequence[str]]]:
+    def batches() -> Iterator[tuple[int, Sequence[str]]]:
         for number in range(5):
             read.append(number)
             yield number, TEXTS[:3]
 
-    with closing(bundle.encode_slabs(slabs(), "query")) as encoded:
+    with closing(bundle.encode_batches(batches(), "query")) as encoded:
         next(encoded)
         next(encoded)
     assert read == [0, 1, 2]
@@ -71,12 +71,12 @@ def test_the_encoder_is_as_it_was_when_encoding_ends_early(bundle: EncoderBundle
 
     bundle.encoder.train()
     try:
-        with closing(bundle.encode_slabs([(0, TEXTS[:3]), (1, TEXTS[3:])], "query")) as encoded:
+        with closing(bundle.encode_batches([(0, TEXTS[:3]), (1, TEXTS[3:])], "query")) as encoded:
             next(encoded)
             assert not bundle.encoder.training and not torch.is_grad_enabled()
         assert bundle.encoder.training and torch.is_grad_enabled()
         with pytest.raises(OSError, match="disk"):
-            list(bundle.encode_slabs(unreadable(), "query"))
+            list(bundle.encode_batches(unreadable(), "query"))
         assert bundle.encoder.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     finally:
         bundle.encoder.eval()
