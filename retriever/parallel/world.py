@@ -45,12 +45,16 @@ class Watcher(Protocol):
     """What wants to know of collectives: see `parallel.watch`."""
 
     before_leaving: Callable[[], None]  # called before the process ends because of another rank
+    on_signal: Callable[[int], None]  # called on the first rank for a signal that any rank received
 
     def enter(self) -> None:
         """A collective begins."""
 
     def blame(self, error: RuntimeError) -> RuntimeError:
         """What to raise where a collective failed with `error`."""
+
+    def pass_on_signal(self, number: int) -> None:
+        """Tells the first rank of a signal that this rank received."""
 
     def announce(self, verdict: Verdict) -> Verdict:
         """Ends the run on every rank; returns the verdict that counts."""
