@@ -156,7 +156,7 @@ def _train(
         accelerator.print(preflight.summary(config, encoder, store, planner, total, world))
         if forecast is not None:
             accelerator.print(plan_lines(forecast, total))
-        for warning in preflight.warnings(config, tokenizer, total):
+        for warning in preflight.warnings(config, tokenizer, total, planner.batch_queries[1], len(store.negatives.ids)):
             accelerator.print(f"warning: {warning}")
     if config.run.verify and finished < total:
         accelerator.print(f"verify  {preflight.verify(config, encoder, store, template)}")
@@ -166,7 +166,8 @@ def _train(
         )
         if extended:
             accelerator.print(
-                f"note: the run was to be shorter; the learning rate follows the schedule of {total:,} steps from here on"
+                f"note: this run is longer than it was planned before: from here on the learning rate follows the "
+                f"schedule of {total:,} steps"
             )
 
     if last is not None and finished == total and not outputs.holds(last):
