@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from retriever.checksums import damaged
+from retriever.checksums import damaged, own_cache
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import Source, open_source
@@ -108,14 +108,20 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
 
 
 def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder, beside the store's, of its relations between texts as they are encoded under this configuration's
-    lengths.
+    """The folder of the store's relations between texts as they are encoded under this configuration's lengths.
+
+    It lies beside the store, or in the user's own cache if nothing can be written there.
     """
     template = TokenTemplate.from_tokenizer(tokenizer)
     limits = config.model.query_max_tokens, config.model.passage_max_tokens
     rooms = [max(1, limit - template.special_tokens) for limit in limits]
     name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
     encoded = folder.with_name(name)
+    if not os.access(folder.parent, os.W_OK) and not _is_whole(encoded, config.data.verify):
+        encoded = own_cache() / "encoded" / name
+        if not encoded.exists():
+            print(f"data.cache_dir={folder.parent} is read-only: {name} is made in {encoded.parent}", flush=True)
+        make_folder(encoded.parent)
     if not _is_whole(encoded, config.data.verify):
         with locked(encoded.with_suffix(".lock"), str(encoded), wait=True):
             if not _is_whole(encoded, config.data.verify):
