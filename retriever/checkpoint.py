@@ -38,7 +38,7 @@ _LENGTHS = ("train.max_steps", "train.epochs")
 _FREE = (
     *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s"),
     *("data.cache_dir", "data.verify"),
-    *("train.log_every", "train.save_every", "train.keep_last"),
+    *("train.log_every", "train.save_every", "train.keep_last", "train.eval_every"),
     "batch.retain",
     "batch.retain_products",  # the same operations in the same order, and another GPU may keep more or less
 )
@@ -216,7 +216,8 @@ def continued(config: Config, folder: Path) -> Config:
     """`config` for going on from `folder`: `auto` means what it was resolved to then. It may ask for more steps or
     epochs.
 
-    Raises ConfigError with the keys that differ in anything but logging, saving, trackers and places.
+    Raises ConfigError with the keys that differ in anything but logging, saving, how often to evaluate, trackers and
+    places.
     """
     before = config_of(folder)
     config = adopt_auto(config, before)
@@ -228,8 +229,8 @@ def continued(config: Config, folder: Path) -> Config:
     if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(
-            f"{folder} was written under another configuration; change it back or choose another run.output_dir:\n"
-            f"  {listed}"
+            f"{folder} was written under another configuration; change it back or choose another run.output_dir "
+            f"(train.max_steps and train.epochs may only grow):\n  {listed}"
         )
     return config
 

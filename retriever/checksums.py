@@ -1,10 +1,9 @@
-"""Checksums of an artefact's files: `checksums.json` in its folder, written before whatever says that the artefact is
-finished.
+"""Checksums of an artefact's files, in `checksums.json` in its folder. It is written before the artefact's manifest.
 
-XXH3 of 64 bits, which is as fast as memory is read (`datasets` brings it; CRC-32 and BLAKE2b take 5 and 10 times as
-long). It finds what disks, copies and memory do to bits, not what a person changes on purpose. Large artefacts are read
-through only where a file changed since this machine last did so: what it read is kept in `~/.cache/bigbatch`, or
-$BIGBATCH_CACHE, by size and time of change.
+The checksum is XXH3 of 64 bits, which is as fast as memory is read (`datasets` brings it; CRC-32 and BLAKE2b take 5 and
+10 times as long). It finds errors of disks, copies and memory, not changes on purpose. Each machine remembers the size
+and modification time of the files that it verified, in `~/.cache/bigbatch` or $BIGBATCH_CACHE, and reads a large file
+again only if they changed.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -30,8 +29,13 @@ _FORGOTTEN_AFTER_S = 90 * 24 * 3600
 _STARTED = time.time()
 
 
+def own_cache() -> Path:
+    """The folder for what one user needs again: $BIGBATCH_CACHE, or `~/.cache/bigbatch`."""
+    return Path(os.environ.get("BIGBATCH_CACHE") or "~/.cache/bigbatch").expanduser()
+
+
 def checksum(file: Path) -> str:
-    """Of a file's content, 16 hexadecimal digits."""
+    """XXH3 of a file's content, in 16 hexadecimal digits."""
     found, buffer = xxhash.xxh3_64(), memoryview(bytearray(_READ_BYTES))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
@@ -40,9 +44,9 @@ def checksum(file: Path) -> str:
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None, *, remembered: bool = False) -> None:
-    """Records the checksums of the files `names` of `folder`; by default of all that it holds, folders in it included.
+    """Records the checksums of the files `names` of `folder`; by default of all its files, those of sub-folders too.
 
-    `remembered`: this machine need not read them again to verify them; the folder keeps its name.
+    With `remembered`, they count as verified on this machine. The folder must have its final name then.
     """
     every = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     listed = sorted(every if names is None else names)
@@ -58,11 +62,12 @@ def _seen(file: Path, value: str) -> list[Any]:
 
 
 def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> dict[str, str]:
-    """The files of `folder` that are not as they were written, and what is wrong with each; those that are missing too.
+    """The missing or changed files of `folder`, and what is wrong with each.
 
-    Empty, after a notice, where the folder is of an earlier version and has no checksums. What this machine read before
-    is not read again where it did not change; with `again`, only where it was read since this process started, by
-    another rank say. With `remembered=False` everything is read.
+    By default a file is not read again if this machine verified it before and its size and time did not change. With
+    `again` that holds only for files verified since this process started (by another rank, for example), and with
+    `remembered=False` every file is read. If an earlier version wrote the folder, it has no checksums: prints a notice
+    and returns nothing.
     """
     try:
         expected = _recorded(folder)
@@ -93,7 +98,7 @@ def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> di
 
 
 def _recorded(folder: Path) -> dict[str, str] | None:
-    """File -> checksum; None where there are none. Raises ValueError where they cannot be used."""
+    """File -> checksum; None if the folder has no checksums. Raises ValueError if they cannot be used."""
     try:
         written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -114,15 +119,20 @@ def _tell_once(note: str) -> None:
 
 @contextmanager
 def _memory(folder: Path, wanted: bool) -> Iterator[dict[str, Any]]:
-    """File -> size, time of change, checksum and time when this machine last read it; of several processes one at a
-    time reads.
+    """File -> size, modification time, checksum and when this machine read it. One process at a time holds it.
+
+    Nothing is remembered, after a notice, if the cache cannot be written.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(_opened(folder)) if wanted else None
+        before: dict[str, Any] = {}
+        file = None
         try:
+            file = stack.enter_context(alone(_memory_of(folder))) if wanted else None
             before = json.loads(file.read()) if file is not None else {}
-        except ValueError:  # empty, or left by a kill: everything is read again
-            before = {}
+        except OSError as error:
+            _tell_once(f"cannot remember which files were verified ({error}): set BIGBATCH_CACHE to a writable folder")
+        except ValueError:
+            pass  # empty, or left by a kill: everything is read again
         known = dict(before)
         yield known
         if file is not None and known != before:
@@ -131,23 +141,12 @@ def _memory(folder: Path, wanted: bool) -> Iterator[dict[str, Any]]:
             file.write(json.dumps(known).encode())
 
 
-@contextmanager
-def _opened(folder: Path) -> Iterator[BinaryIO | None]:
-    everyone = (
-        Path(os.environ.get("BIGBATCH_CACHE") or "~/.cache/bigbatch").expanduser() / "verified" / os.uname().nodename
-    )
-    with ExitStack() as stack:
-        try:
-            make_folder(everyone)
-            for old in everyone.iterdir():
-                if time.time() - old.stat().st_mtime > _FORGOTTEN_AFTER_S:
-                    old.unlink()
-            file = stack.enter_context(
-                alone(everyone / f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.resolve()))}.json")
-            )
-        except OSError as error:
-            _tell_once(
-                f"which files were verified cannot be remembered ({error}): set BIGBATCH_CACHE to a folder that can be written"
-            )
-            file = None
-        yield file
+def _memory_of(folder: Path) -> Path:
+    """The file that remembers what was verified of `folder`; removes those that were not used for long."""
+    memories = own_cache() / "verified" / os.uname().nodename
+    make_folder(memories)
+    for memory in memories.iterdir():
+        with suppress(FileNotFoundError):  # another process removed it
+            if time.time() - memory.stat().st_mtime > _FORGOTTEN_AFTER_S:
+                memory.unlink()
+    return memories / f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.resolve()))}.json"

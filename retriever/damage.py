@@ -1,6 +1,4 @@
-"""Whether the files of a checkpoint are whole: kills and power cuts never leave half of one, but a broken disk or copy
-may.
-"""
+"""Checks that the files of a checkpoint are whole. Kills and power cuts never leave half of one; broken disks may."""
 
 from __future__ import annotations
 
@@ -25,15 +23,15 @@ _PARTS = "model.safetensors.index.json"  # where an export's weights are too man
 
 
 class DamageError(ConfigError):
-    """A file of a checkpoint that is missing or damaged; the message names it, and what is wrong."""
+    """A file of a checkpoint is missing or damaged; the message names it and says what is wrong."""
 
 
 def damage(folder: Path) -> str | None:
-    """Names the first file of a checkpoint that is missing, or damaged and how; None for a whole one.
+    """Names the first missing or damaged file of a checkpoint and says what is wrong; None if all are whole.
 
-    Every byte is compared with the checksums that were written. A checkpoint of an earlier version has none: of its
-    tensors the header alone is read, which says how long the file must be. Raises ConfigError where a file cannot be
-    read: whether it is whole is not known then.
+    It compares every byte with the checksums that were written. A checkpoint of an earlier version has none: then only
+    the headers of its tensors are read, which say how long the files must be. Raises ConfigError if a file cannot be
+    read, so that its state is unknown.
     """
     try:
         read_state(folder)
@@ -50,9 +48,9 @@ def damage(folder: Path) -> str | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json says, complete where it is of this version's format.
+    """The content of a checkpoint's state.json; if it is of this version's format, no key is missing.
 
-    Raises DamageError where it is missing or damaged, and ConfigError where it cannot be read.
+    Raises DamageError if it is missing or damaged, and ConfigError if it cannot be read.
     """
     with _reading(folder / STATE) as file:
         state = json.loads(file.read_text(encoding="utf-8"))
@@ -67,7 +65,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _check_step(folder: Path, step: object) -> None:
-    """Raises ValueError where a checkpoint's step is no number of steps, or not the one that its folder is named by."""
+    """Raises ValueError if a checkpoint's step is no number of steps, or not the one in its folder's name."""
     if type(step) is not int or step < 0:
         raise ValueError(f"step: expected a number of steps, received {json.dumps(step)[:40]}")
     named = re.fullmatch(NAME, folder.name)
@@ -102,7 +100,7 @@ def _read_header(weights: Path) -> None:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Path]:
-    """Says in one line, with the file's name, what goes wrong while `file` is read."""
+    """Turns an error while `file` is read into one line with its name."""
     try:
         yield file
     except (FileNotFoundError, NotADirectoryError) as error:

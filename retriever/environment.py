@@ -26,11 +26,10 @@ _TRACKERS = {
 
 
 def check_environment() -> None:
-    """Refuses to go on where this project and Hugging Face's distribution `kernels` were installed into one folder.
+    """Raises ConfigError if this project was installed over Hugging Face's distribution `kernels`, in one folder.
 
-    The later of the two has replaced the `__init__.py` of the other. Ours does not know what theirs held, which
-    transformers asks for; with theirs both work. In folders of their own both work too: see `kernels/__init__.py`.
-    Raises ConfigError.
+    Our `__init__.py` then replaced theirs and lacks what transformers imports from it; with theirs both work. In two
+    folders both work too: see `kernels/__init__.py`.
     """
     try:
         theirs = importlib.metadata.distribution("kernels")
@@ -45,12 +44,10 @@ def check_environment() -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed, which accelerate would leave
-    out silently.
+    """Raises ConfigError for a name of `run.trackers` that is unknown or not installed; accelerate would ignore it.
 
-    Only the first rank (`RANK`, as launchers set it) logs to trackers, so only there must they be installed. As
-    accelerate does, it goes by a tracker's distribution: the module alone may be a folder of runs, as ./wandb is, or
-    another distribution's.
+    Trackers must be installed on the first rank only, which logs to them. Like accelerate it looks for a tracker's
+    distribution, since a module of that name may be a folder of runs, such as ./wandb.
     """
     logs = os.environ.get("RANK", "0") == "0"
     for name in names:
@@ -59,8 +56,8 @@ def check_trackers(names: Sequence[str]) -> None:
         if logs and name != _ALL and not any(map(_is_installed, _TRACKERS[name])):
             distributions = _TRACKERS[name]
             raise ConfigError(
-                f"run.trackers: {name} is not installed (no distribution {' or '.join(distributions)}, which accelerate asks for); "
-                f"run `pip install {distributions[0]}`, or leave it out of run.trackers"
+                f"run.trackers: {name} is not installed (no distribution {' or '.join(distributions)}, which "
+                f"accelerate asks for); run `pip install {distributions[0]}`, or leave it out of run.trackers"
             )
 
 

@@ -39,9 +39,10 @@ class RankError(RuntimeError):
 
 
 class Stopped(Exception):
-    """A run that a signal stopped after a step, and that saved it; `status` is the exit status."""
+    """A run that a signal stopped after saving step `step`, or 0 before its first; `status` is the exit status."""
 
     def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped after step {step:,}, which is saved. The same command goes on from there")
+        saved = f"stopped after step {step:,}, which is saved. The same command goes on from there"
+        before = "stopped before the end of step 1: there was nothing to save. The same command starts again"
+        super().__init__(f"{signal.Signals(number).name}: {saved if step else before}")
         self.status = 128 + number

@@ -29,11 +29,13 @@ from retriever.encoder.lora import merged_state
 from retriever.encoder.pretrained import quiet_transformers
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
 from retriever.errors import RefusedError
-from retriever.files import replace_folder
-from retriever.model_card import model_card
+from retriever.files import replace_folder, write_json, write_text
+from retriever.model_card import TrainingFacts, model_card
 from retriever.older_readers import name_older_tokenizer, older_config_keys
 from retriever.rng import OwnGenerator, RngState
+from retriever.wording import without_folders
 
+CARD = "README.md"
 _PARITY = 1e-5  # how far an embedding may move by being written and read, in units of the largest entry or of 1
 _CHARACTERS_A_TOKEN = 20  # more than a token has, on average
 _POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
@@ -41,26 +43,26 @@ _UNUSED_FLAGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens",
 
 
 class ExportError(RefusedError):
-    """A written model that does not give the embeddings of the live one."""
+    """A written model whose embeddings differ from those of the live one."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A few texts and the live encoder's embeddings of them, which the written model must give again."""
+    """A few texts and the live encoder's embeddings of them, which the written model must reproduce."""
 
     texts: Sequence[str]
     embeddings: dict[Side, np.ndarray]  # [texts, D] float32
 
     @staticmethod
     def of(encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, texts: Sequence[str]) -> Probe:
-        """Embeds `texts` in fp32. Neither the encoder's modes nor any generator's state change. Raises ValueError for
-        no text.
+        """Embeds `texts` in fp32; neither the encoder's modes nor any generator's state change.
+
+        Raises ValueError if there is no text.
         """
         if not texts:
             raise ValueError("export: no text to compare the written model by; expected at least one")
         settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
-        # One text is longer than each side's length, and none much longer: a text of 20 MB would take a minute and a
-        # half.
+        # One text is longer than each side's length, and none much longer: a text of 20 MB would take 90 s.
         longest = max(settings.query_max_tokens, settings.passage_max_tokens)
         texts = [*(text[: _CHARACTERS_A_TOKEN * longest] for text in texts), "retrieval " * (longest + 1)]
         bundle = EncoderBundle(encoder, tokenizer, settings)
@@ -73,16 +75,27 @@ class Probe:
 
 
 def export(
-    encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, config: Config, folder: str | Path, probe: Probe
+    encoder: DualEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    folder: str | Path,
+    probe: Probe,
+    training: tuple[int, TrainingFacts] | None = None,
 ) -> Path:
     """Writes the encoder in fp32 to `folder`, replacing what is there, and returns it. The same weights give the same
     bytes.
 
     The folder gets its name only after it was loaded again, on the encoder's device, and gave the embeddings of
-    `probe`. No other thread's random numbers change. Raises ExportError where an embedding differs by more than 1e-5.
+    `probe`. `training` goes into its model card. No other thread's random numbers change. Raises ExportError if an
+    embedding differs by more than 1e-5.
     """
     folder = Path(folder)
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
+
+    def write_card(folder: Path, side: Side | None = None) -> None:
+        card = model_card(settings, config, encoder.dimension, side, training)
+        write_text(folder / CARD, card)
+
     with replace_folder(folder) as writing:
         if encoder.tied:
             prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
@@ -97,32 +110,25 @@ def export(
                 max_tokens,
             )
         else:
-            _write_tower_of("query", writing, encoder, tokenizer, settings, config)
-            _write_tower_of("passage", writing, encoder, tokenizer, settings, config)
-        _write_json(
+            for side in SIDES:
+                _write_tower_of(side, writing / side, encoder, tokenizer, settings)
+                write_card(writing / side, side)
+        write_json(
             writing / SETTINGS_FILE,
             {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)},
         )
-        (writing / "README.md").write_text(model_card(settings, config, encoder.dimension), encoding="utf-8")
+        write_card(writing)
         _check_parity(writing, probe, encoder.device)
     return folder
 
 
 def _write_tower_of(
-    side: Side,
-    writing: Path,
-    encoder: DualEncoder,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EncoderSettings,
-    config: Config,
+    side: Side, folder: Path, encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
 ) -> None:
     """One tower of two, as a folder that stands on its own."""
     tower = encoder.query_tower if side == "query" else encoder.passage_tower
     prompts = {"query" if side == "query" else "document": settings.prompt(side)}
-    _write_tower(
-        writing / side, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side)
-    )
-    (writing / side / "README.md").write_text(model_card(settings, config, encoder.dimension, side), encoding="utf-8")
+    _write_tower(folder, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side))
 
 
 def _write_tower(
@@ -139,7 +145,7 @@ def _write_tower(
     with quiet_transformers():
         tower.save_pretrained(folder, state_dict={name: _as_fp32(tensor) for name, tensor in weights.items()})
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "config.json", described | older_config_keys(described) | {"dtype": "float32"})
+    write_json(folder / "config.json", described | older_config_keys(described) | {"dtype": "float32"})
     _save_tokenizer(tokenizer, folder, max_tokens)
 
     modules = [
@@ -151,15 +157,15 @@ def _write_tower(
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(modules)
     ]
-    _write_json(folder / "modules.json", named)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    write_json(folder / "modules.json", named)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
     for path, _ in modules[1:]:
         (folder / path).mkdir()
     flags = {flag: mode == settings.pooling for mode, flag in _POOLING_FLAGS.items()} | dict.fromkeys(
         _UNUSED_FLAGS, False
     )
     pooling = {"word_embedding_dimension": int(tower.config.hidden_size), **flags, "include_prompt": True}
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
     described = {
         "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
         "prompts": prompts,
@@ -167,7 +173,7 @@ def _write_tower(
         "similarity_fn_name": settings.similarity,
         **({} if settings.truncate_dim is None else {"truncate_dim": settings.truncate_dim}),
     }
-    _write_json(folder / "config_sentence_transformers.json", described)
+    write_json(folder / "config_sentence_transformers.json", described)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens: int) -> None:
@@ -185,9 +191,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens
 
 
 def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
-    """Raises ExportError where the written folder, loaded by what stands in it alone, embeds a text otherwise than the
-    live encoder.
-    """
+    """Loads the written folder and raises ExportError if it embeds a text otherwise than the live encoder."""
     with OwnGenerator():  # a weight that the folder lacks, such as a pooler's, is drawn
         reloaded = load_encoder(written, device=device)
     for side, expected in probe.embeddings.items():
@@ -196,27 +200,24 @@ def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
         difference = float(np.abs(found - expected).max())
         if not difference <= allowed:  # NaN is no parity either
             raise ExportError(
-                f"export: reloaded, a {side} embedding differs from the live one by {difference:.2e}; expected at most {allowed:.2e}. "
-                "No file was replaced; the encoder is unchanged"
+                f"export: reloaded, a {side} embedding differs from the live one by {difference:.2e}; "
+                f"expected at most {allowed:.2e}. No file was replaced; the encoder is unchanged"
             )
 
 
 def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:
-    """Where the model comes from; nothing that differs between two runs of the same configuration in different
-    places.
-    """
+    """Where the model comes from. It is the same for two runs of one configuration in different places."""
     plain = to_dict(config)
-    trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")} | {
-        "seed": config.run.seed
-    }
+    trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")}
+    trained["seed"] = config.run.seed
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
-    return {"similarity": settings.similarity, "base_model": config.model.name_or_path, "config_sha256": digest}
+    return {
+        "similarity": settings.similarity,
+        "base_model": without_folders(config.model.name_or_path),
+        "config_sha256": digest,
+    }
 
 
 def _as_fp32(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

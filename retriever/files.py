@@ -1,9 +1,8 @@
-"""Every file and folder that others read gets its name here, and is whole whenever it has it: after a crash and after a
-power cut too.
+"""Writes files and folders that are complete whenever they have their names, even after a crash or a power cut.
 
-What is written goes under another name first (an aside), is synced to the disk and renamed; then the folder that holds
-it is synced. So nothing that is written or removed later reaches the disk before it. An aside that a crash left is
-replaced by the next writer of the same name; `clean` removes those of a folder.
+Content is written under another name first (an aside), synced to the disk and renamed; then the folder that holds it is
+synced. So nothing that is written or removed later reaches the disk before it. The next writer of the same name
+replaces an aside that a crash left; `clean` removes all asides of a folder.
 """
 
 from __future__ import annotations
@@ -24,17 +23,14 @@ _WRITING, _REMOVING = ".writing-", ".removing-"  # in front of the name of what 
 
 
 def replace_file(path: Path) -> AbstractContextManager[Path]:
-    """Yields the path to write a file to, empty at first; at the end it becomes `path`. After an error `path` is as it
-    was.
-    """
+    """Yields the path of an empty file to write; at the end it becomes `path`. After an error `path` is unchanged."""
     return _replace(path, Path.touch)
 
 
 def replace_folder(path: Path) -> AbstractContextManager[Path]:
-    """Yields an empty folder to fill; at the end it becomes `path`, and what stood there is removed. After an error
-    `path` is as it was.
+    """Yields an empty folder to fill; at the end it replaces `path`. After an error `path` is unchanged.
 
-    A crash between the two renames leaves no `path`.
+    The old folder is renamed away before the new one gets its name: a crash between the two leaves no `path`.
     """
     return _replace(path, Path.mkdir)
 
@@ -63,21 +59,19 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds `text` to the end of a file, which is not durable before `sync`: a power cut until then may leave zeros or a
-    part of it.
-    """
+    """Adds `text` to the end of a file. It is durable after `sync`; a power cut before may leave zeros or a part."""
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def sync(path: Path) -> None:
-    """Makes a file that was appended to durable under its name."""
+    """Makes what was appended to a file durable."""
     _sync(path)
     _sync(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder durable where there is none, and those above it."""
+    """Makes a folder and those above it, durably, unless they exist."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -85,26 +79,28 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder; its name is free at once, and a crash leaves no part of it there."""
+    """Removes a file or folder, if it exists, by renaming it first: a crash leaves no part of it under its name."""
     doomed = path.with_name(f"{_REMOVING}{path.name}")
     _discard(doomed)
-    _rename(path, doomed)
+    try:
+        _rename(path, doomed)
+    except FileNotFoundError:
+        return
     _sync(path.parent)
     _discard(doomed)
 
 
 def clean(folder: Path, name: str = "*") -> None:
-    """Removes what killed writers of `name` (a pattern) left in `folder`; nobody may be writing it."""
+    """Removes what killed writers of `name` (a pattern) left in `folder`. No process may be writing it."""
     for leftover in (*folder.glob(f"{_WRITING}{name}"), *folder.glob(f"{_REMOVING}{name}")):
         _discard(leftover)
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[BinaryIO]:
-    """Opens a small file for one process at a time to read and overwrite, empty where there was none; nothing in it is
-    durable.
+    """Opens a small file to read and overwrite while other processes wait for it; creates it empty if it is missing.
 
-    Raises OSError where `path` is a symbolic link.
+    Its content is not made durable. Raises OSError if `path` is a symbolic link.
     """
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0) as file:
@@ -113,15 +109,20 @@ def alone(path: Path) -> Iterator[BinaryIO]:
             except OSError as error:  # some network file systems have no such locks
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
-            if path.exists() and os.path.samestat(
-                path.stat(), os.fstat(file.fileno())
-            ):  # else it was removed while we waited
+            if _is_named(file, path):  # else another process removed it while this one waited
                 yield file
                 return
 
 
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def before(operation: str, path: Path) -> None:
-    """Called before every `sync`, `rename` and `discard` of a path; tests record there what a power cut would leave."""
+    """Called before every `sync`, `rename` and `discard` of a path. Tests replace it to simulate power cuts."""
 
 
 @contextmanager

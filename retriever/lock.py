@@ -1,8 +1,8 @@
-"""Who works in a folder. A lock file names the process: of two starts of one command, one runs and the other is refused
-by name.
+"""A lock file in a folder names the process that works there. A second process is refused with that name.
 
-A lock whose process is gone is taken over: at once on the machine where it ran, where a process that has its number
-since is told by its start, and elsewhere a minute after its last heartbeat.
+A process takes over a lock whose holder is gone. On the holder's machine it does so at once: it compares the start time
+of the process of that number with the holder's, since numbers are used again. On another machine it does so when the
+holder's last heartbeat is a minute old.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import BinaryIO
 from retriever.errors import REFUSED, RefusedError
 from retriever.files import alone, make_folder
 
-LOCK = ".lock"  # in a folder that is worked in
+LOCK = ".lock"  # the name of a folder's lock file
 _BEAT_S, _STALE_S, _POLL_S = 10.0, 60.0, 0.2
-_PROC, _UUID = Path("/proc"), 36  # characters
+_PROC = Path("/proc")
+_UUID_LENGTH = 36  # characters
 
 
 class LockedError(RefusedError):
-    """Another process works there; the message names it."""
+    """Another process holds the lock; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Holder:
     """The process that holds a lock."""
 
     host: str
-    machine: str  # its own number; this, the next and `started` are empty where they are not known
-    boot: str  # when it was started, and a container's own numbering of processes
+    machine: str  # /etc/machine-id; this, `boot` and `started` are empty where the system does not tell
+    boot: str  # the id of the machine's boot, and of the process's PID namespace
     pid: int
-    started: str  # in ticks of that boot
-    since: float  # seconds since 1970: when it took the lock
+    started: str  # when the process started, in ticks since that boot
+    since: float  # when it took the lock, in seconds since 1970
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -52,8 +53,9 @@ _held: dict[Path, Holder] = {}  # by this process
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made where there is none, and removed at the end if it holds nothing. Raises
-    LockedError.
+    """Holds the lock of a folder; makes the folder if it is missing, and removes it again if it is left empty.
+
+    Raises LockedError if another process holds the lock.
     """
     new = not folder.exists()
     make_folder(folder)
@@ -68,9 +70,9 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file `path`, whose folder is there, while `what` is worked on.
+    """Holds the lock file `path`, in an existing folder, which protects `what`.
 
-    Raises LockedError where another process holds it; with `wait` it says so and waits for that one to end.
+    If another process holds it, raises LockedError; with `wait`, says so and waits until that process ends.
     """
     here = _this_process()
     waiting = False
@@ -95,13 +97,13 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """Gives up every lock of this process, which is about to end without leaving its `with` blocks."""
+    """Gives up every lock of this process, which is about to end by `os._exit`."""
     for path, here in list(_held.items()):
         _release(path, here)
 
 
 def _take(path: Path, here: Holder) -> Holder | None:
-    """Writes `here` into the lock file unless a process holds it, which is returned."""
+    """Writes `here` into the lock file, or returns the process that holds it."""
     with alone(path) as file:
         holder = _read(file)
         if holder is not None and not _is_stale(holder, file, path.parent):
@@ -113,15 +115,15 @@ def _take(path: Path, here: Holder) -> Holder | None:
 
 
 def _release(path: Path, here: Holder) -> None:
-    if path.exists():
-        with alone(path) as file:
-            if _read(file) == here:
-                path.unlink()
+    with suppress(FileNotFoundError), alone(path) as file:  # a person may have removed the folder
+        if _read(file) in (here, None):
+            path.unlink()
 
 
 def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
-    """Renews the lock's time. A process that was held up so long that another has the lock by now ends, for it must
-    write no more.
+    """Renews the lock's time every few seconds.
+
+    If this process was suspended so long that another one took the lock, it must not write any more: it exits.
     """
     while not done.wait(_BEAT_S):
         try:
@@ -129,17 +131,16 @@ def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
                 holder = _read(file)
                 if holder == here:
                     os.utime(path)
-        except OSError:  # a network file system that is away, or a folder that was removed: whatever needs it says so
+        except OSError:  # the file system is away or the folder was removed: the next write there fails and says so
             continue
         if holder != here:
-            print(
-                f"error: {what} was taken over by {holder} while this process was held up", file=sys.stderr, flush=True
-            )
+            error = f"error: {what} was taken over by {holder} while this process was suspended"
+            print(error, file=sys.stderr, flush=True)
             os._exit(REFUSED)
 
 
 def _read(file: BinaryIO) -> Holder | None:
-    """The holder, or None where there is none: a killed process or a power cut can leave a file without content."""
+    """The holder, or None if the file names none: a kill or a power cut can leave it empty."""
     file.seek(0)
     try:
         return Holder(**json.loads(file.read()))
@@ -151,13 +152,10 @@ def _is_stale(holder: Holder, file: BinaryIO, folder: Path) -> bool:
     here = _this_process()
     if holder.boot and holder.boot == here.boot:
         return not _runs(holder)
-    if (
-        holder.machine
-        and (holder.host, holder.machine) == (here.host, here.machine)
-        and holder.boot[:_UUID] != here.boot[:_UUID]
-    ):
-        return True  # it was started anew since
-    with tempfile.TemporaryFile(dir=folder) as now:  # by the clock of the file system, which all machines share
+    same_machine = holder.machine and (holder.host, holder.machine) == (here.host, here.machine)
+    if same_machine and holder.boot[:_UUID_LENGTH] != here.boot[:_UUID_LENGTH]:
+        return True  # the machine was rebooted
+    with tempfile.TemporaryFile(dir=folder) as now:  # by the file system's clock, which all machines share
         return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime > _STALE_S
 
 
@@ -166,7 +164,7 @@ def _runs(holder: Holder) -> bool:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another person's, whose start may be hidden
+    except PermissionError:  # another user's process, whose start time may be hidden
         return _started(holder.pid) in (holder.started, "")
     return _started(holder.pid) == holder.started
 
@@ -179,9 +177,7 @@ def _this_process() -> Holder:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started; empty where that is not to be seen, or it only waits for its parent to
-    note its end.
-    """
+    """When a process of this machine started; empty if that is hidden, or the process is a zombie."""
     try:
         state, *fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

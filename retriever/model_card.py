@@ -1,14 +1,20 @@
-"""The README.md of an export: what the model is, how it was trained, how to use it."""
+"""The README.md of an export: what the model is, how it was trained, how to use it, how well it did."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 
 from retriever.config import Config
+from retriever.data.planner import Planner
+from retriever.data.store import Store
 from retriever.data.tokens import Side
 from retriever.encoder.settings import EncoderSettings
-from retriever.wording import counted
+from retriever.wording import counted, without_folders
 
 _HEADER = """---
 library_name: sentence-transformers
@@ -35,14 +41,48 @@ passages = SentenceTransformer("{folder}/passage").encode(["a passage"], prompt_
 scores = queries @ passages.T"""
 
 
-def model_card(settings: EncoderSettings, config: Config, dimension: int, side: Side | None = None) -> str:
-    """Markdown with the hub's metadata; the same text for the same run. `side`: the card of one tower of two."""
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a run trains on, which its configuration does not say."""
+
+    sources: tuple[tuple[str, int], ...]  # name and number of queries
+    passages: int
+    batch: tuple[int, int]  # queries of the smallest and of the largest batch
+    negatives: int  # hard negatives of a query in a batch, at most
+
+    @classmethod
+    def of(cls, config: Config, store: Store) -> TrainingFacts:
+        """The facts of a run with `config` on the data of `store`."""
+        sources = tuple((source.name, source.last - source.first) for source in store.sources)
+        most = int(np.diff(store.negatives.ptr).max(initial=0))
+        batch = Planner.from_config(store, config).batch_queries
+        return cls(sources, len(store.passages), batch, min(config.data.negatives, most))
+
+    def __str__(self) -> str:
+        """Without the names of the sources, which may be any text."""
+        least, most = self.batch
+        batch = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
+        hard = f"at most {counted(self.negatives, 'hard negative')} a query" if self.negatives else "no hard negatives"
+        return f"{counted(self.passages, 'passage')}; batches of {batch}, {hard}"
+
+
+def model_card(
+    settings: EncoderSettings,
+    config: Config,
+    dimension: int,
+    side: Side | None = None,
+    training: tuple[int, TrainingFacts] | None = None,
+) -> str:
+    """Markdown with the hub's metadata; the same text for the same run.
+
+    `side`: the card of one tower of two. `training`: the steps that were made, and on what.
+    """
     described = "A dense retriever: queries and passages as vectors, compared by their dot product."
     if side is not None:
         described = f"The {side} tower of a dense retriever with two towers; the other one lies beside it."
     use = (_TIED_USE if settings.tied else _UNTIED_USE).format(folder=".." if side is not None else ".")
     unit = "unit vectors" if settings.normalize else "vectors of any length"
-    model, batch, optim, loss = config.model, config.batch, config.optim, config.loss
+    optim, loss = config.optim, config.loss
     learned = " (learned)" if loss.learn_temperature else ""
     passage = f"title + {_cell(settings.title_separator)} + text" if settings.title == "join" else "text without title"
     return f"""{_HEADER}
@@ -68,14 +108,31 @@ similarity: {settings.similarity}.
 
 ## Training
 
-Contrastive training with bigbatch from {_code(model.name_or_path)}: {batch.queries} queries a step, \
-at most {counted(config.data.negatives, "hard negative")} a query, temperature {loss.temperature:g}{learned}, \
-{optim.name} with learning rate {optim.lr:g} ({optim.schedule}), precision {optim.precision}, seed {config.run.seed}.
+Contrastive training with bigbatch from {_code(without_folders(config.model.name_or_path))}: {_trained(training)}\
+temperature {loss.temperature:g}{learned}, {optim.name} with learning rate {optim.lr:g} ({optim.schedule}), \
+precision {optim.precision}, seed {config.run.seed}.
 """
 
 
+def evaluation_section(config: Config, step: int, measures: Mapping[str, float]) -> str:
+    """Markdown to stand behind a card: the measures of the evaluation after `step`."""
+    where = ""
+    if config.eval is not None:
+        where = f" on the split {_code(config.eval.split)} of {_code(without_folders(config.eval.path))}"
+    rows = "\n".join(f"| {_code(name)} | {value:.4f} |" for name, value in measures.items())
+    return f"\n## Evaluation\n\nAfter step {step:,}{where}:\n\n| measure | value |\n|---|---|\n{rows}\n"
+
+
+def _trained(training: tuple[int, TrainingFacts] | None) -> str:
+    if training is None:
+        return ""
+    steps, facts = training
+    sources = ", ".join(f"{_code(name)} ({counted(queries, 'query')})" for name, queries in facts.sources)
+    return f"{counted(steps, 'step')} on {sources} and {facts}, "
+
+
 def _lengths(settings: EncoderSettings) -> str:
-    """What sentence-transformers makes of two lengths: it knows one a model, the longer of the two."""
+    """What sentence-transformers makes of two lengths: it knows one per model, the longer of the two."""
     if not settings.tied:
         return "Each tower has its own length in sentence-transformers too."
     query, passage = settings.query_max_tokens, settings.passage_max_tokens
@@ -83,16 +140,14 @@ def _lengths(settings: EncoderSettings) -> str:
         return "Both lengths are the model's `max_seq_length` in sentence-transformers."
     side, cut = ("query", query) if query < passage else ("passage", passage)
     return (
-        f"sentence-transformers knows one length a model, `max_seq_length`: the longer of the two, {max(query, passage)}. "
-        f"A {side} of more than {cut} tokens is cut at {cut} by bigbatch and not there; for the same embedding set "
-        f"`model.max_seq_length = {cut}` before encoding it."
+        "sentence-transformers knows one length per model, `max_seq_length`: the longer of the two, "
+        f"{max(query, passage)}. A {side} of more than {cut} tokens is cut at {cut} by bigbatch and not there; for the "
+        f"same embedding set `model.max_seq_length = {cut}` before encoding it."
     )
 
 
 def _code(text: str) -> str:
-    """Text from data or settings as a code span of Markdown, in which nothing of it is markup, on one line and
-    printable.
-    """
+    """Text from data or settings as a code span of Markdown: on one line, printable, and nothing in it is markup."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     padded = shown.strip() and (shown[0] in "` " or shown[-1] in "` ")  # readers take one space off either end

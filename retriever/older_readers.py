@@ -1,6 +1,4 @@
-"""What transformers 4 needs in a folder that transformers 5 writes: it misreads without an error what has only its new
-names.
-"""
+"""What transformers 4 needs in a folder that transformers 5 writes: it ignores settings under new names."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from retriever.data.tokens import is_plain
+from retriever.files import write_json
 
 
 def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -49,4 +48,4 @@ def name_older_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     if isinstance(extra := described.get("extra_special_tokens"), list):  # version 4 expects names beside them
         described |= {"additional_special_tokens": extra}
         del described["extra_special_tokens"]
-    path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, described)

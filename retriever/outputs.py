@@ -1,15 +1,17 @@
-"""The run's folder: checkpoints, the newest and the best export, the report."""
+"""What a run writes into its folder: checkpoints, the newest and the best export, the report."""
 
 from __future__ import annotations
 
 import filecmp
 import json
 import threading
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint, files, run_folder
@@ -17,7 +19,8 @@ from retriever.checkpoint import TrainingState
 from retriever.config import Config, to_yaml
 from retriever.data.store import Store
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.export import Probe, export
+from retriever.export import CARD, Probe, export
+from retriever.model_card import TrainingFacts, evaluation_section
 from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
 from retriever.report import write_report
@@ -27,9 +30,7 @@ _PROBES = 8  # texts that the export's parity check embeds
 
 
 class Outputs:
-    """Writes a run's artefacts on the first rank. A checkpoint is written while training goes on, from copies in host
-    memory.
-    """
+    """Writes a run's files on the first rank. Checkpoints are written during training, from copies in host memory."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Outputs:
         world: World,
     ) -> None:
         self._config, self._state, self._placed, self._tokenizer, self._world = config, state, placed, tokenizer, world
-        self._store_fingerprint = store.fingerprint
+        self._store = store
         self.folder = Path(config.run.output_dir)
         self.metrics = self.folder / "metrics.jsonl"
         self.embeddings = self.folder / run_folder.EMBEDDINGS  # of evaluations while training, overwritten by each
@@ -50,9 +51,7 @@ class Outputs:
         self._failure: BaseException | None = None
         self._saving = threading.RLock()
         rows = range(min(_PROBES, len(store.passages)))
-        longest = max(
-            config.model.query_max_tokens, config.model.passage_max_tokens
-        )  # of a text of 20 MB, all that can matter
+        longest = max(config.model.query_max_tokens, config.model.passage_max_tokens)  # no more of a text matters
         self._probe_texts = [str(tokenizer.decode(store.passages.tokens(row)[:longest])) for row in rows]
         if world.is_first:
             run_folder.take(config)
@@ -67,8 +66,7 @@ class Outputs:
         return folder.resolve().parent == self._checkpoints.resolve()
 
     def save(self, step: int) -> None:
-        """Begins a checkpoint after `step` steps: copies the state, and writes it in a thread once the last one is
-        written.
+        """Begins a checkpoint after `step` steps: waits for the last one, copies the state, and writes it in a thread.
 
         Raises what went wrong with the last one. Every rank calls it.
         """
@@ -77,7 +75,7 @@ class Outputs:
 
     def _begin(self, step: int, *, stepping: bool) -> None:
         self.wait()
-        # In the middle of a step, beside what the step has queued on the device and may wait for in vain.
+        # In the middle of a step the copies must not wait for what the step has queued, which may never end.
         aside = stepping and self._world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self._world.device)) if aside else nullcontext():
             snapshot = checkpoint.snapshot(self._state, keep=self._world.is_first)
@@ -108,10 +106,10 @@ class Outputs:
             raise self._failure
 
     def save_last_update(self) -> int:
-        """Writes a checkpoint of the last update, unless there is one, and returns its step. For any thread, and for
-        one rank alone.
+        """Writes a checkpoint of the last update, unless there is one, and returns its step; 0 before the first update.
 
-        The main thread may be in the middle of a step, which changes nothing that is saved before its update.
+        Any thread may call it, on one rank alone, while the main thread is in a step: until its update a step changes
+        nothing that is saved.
         """
         with self._saving, self._state.optimizer.updating:
             if self._state.optimizer.updates > self._saved:
@@ -123,82 +121,107 @@ class Outputs:
         """Writes a checkpoint, its export as the run's newest, and removes older ones."""
 
         def write_export(folder: Path) -> None:
-            export(encoder, self._tokenizer, self._config, folder, probe)
+            export(encoder, self._tokenizer, self._config, folder, probe, (step, self._facts))
 
         try:
             if self.metrics.exists():
                 files.sync(self.metrics)  # before the checkpoint that goes on behind their last line
-            checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store_fingerprint, write_export)
+            checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store.fingerprint, write_export)
             self._publish_export(step)
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
         except BaseException as error:
             self._failure = error
 
+    @cached_property
+    def _facts(self) -> TrainingFacts:
+        return TrainingFacts.of(self._config, self._store)
+
     def lacks_evaluation(self, step: int) -> bool:
         """Whether this run saved `step` and recorded no evaluation of it. Every rank calls it and finds the same."""
-        lacks = self._world.is_first and self._saved == step and step not in self._evaluations()[1]
+        lacks = self._world.is_first and self._saved == step and step not in self._evaluations()
         return bool(self._world.max(torch.tensor(int(lacks), device=self._world.device)))
 
     def publish_best(self, step: int) -> None:
-        """Makes `best/` the export of `step`, the newest checkpoint's, where its recorded evaluation is the best
-        one.
-        """
+        """Prints the evaluation recorded for `step`, the newest checkpoint; publishes its export if it is the best."""
         self.wait()
-        if self._world.is_first:
+        if self._world.is_first and (evaluations := self._evaluations()):
+            self._write_card("export", step)
             self._publish_best(step)
+            measures = ", ".join(f"{name} {value:.4f}" for name, value in evaluations[step].items())
+            tqdm.write(f"eval    step {step:,}: {measures}; best {_best(evaluations)[1]}")
 
     def finish(self) -> None:
-        """Writes the report."""
+        """Prints the best evaluation and writes the report."""
         self.wait()
         if self._world.is_first:
             run_folder.remove_embeddings(self.folder)
-            write_report(self.folder / "report.html", self._config, self._logged())
+            write_report(self.folder / "report.html", self._config, self._facts, read_metrics(self.metrics))
+            if evaluations := self._evaluations():
+                tqdm.write(f"best    {_best(evaluations)[1]}: model in {self.folder / 'best'}")
         self._world.barrier()
 
     def _publish(self) -> None:
-        """Brings `export/` and `best/` up to the newest checkpoint, behind which a kill may have left them, or mends
-        them.
-        """
+        """Publishes the newest checkpoint's export again if a kill came before that, or its copies are damaged."""
         newest = checkpoint.newest(self._checkpoints)
         if newest is None:
             return
         self._saved = checkpoint.step_of(newest)
         if not self._shows("export", newest):
             self._publish_export(self._saved)
+            self._write_card("export", self._saved)
         if not self._shows("best", newest):
             self._publish_best(self._saved)
 
+    def _export_of(self, step: int) -> Path:
+        return checkpoint.folder_of(self._checkpoints, step) / "export"
+
     def _publish_export(self, step: int) -> None:
-        checkpoint.publish(checkpoint.folder_of(self._checkpoints, step) / "export", self.folder / "export")
+        checkpoint.publish(self._export_of(step), self.folder / "export")
         files.write_text(self.folder / checkpoint.EXPORTED, json.dumps({"step": step}))
 
     def _publish_best(self, step: int) -> None:
-        metric, values = self._evaluations()
-        if values and max(values, key=lambda at: (values[at], at)) == step:
-            checkpoint.publish(checkpoint.folder_of(self._checkpoints, step) / "export", self.folder / "best")
-            files.write_text(self.folder / "best.json", json.dumps({"step": step, metric: values[step]}))
+        evaluations = self._evaluations()
+        if evaluations and _best(evaluations)[0] == step:
+            checkpoint.publish(self._export_of(step), self.folder / "best")
+            self._write_card("best", step)
+            metric, value = next(iter(evaluations[step].items()))
+            files.write_text(self.folder / "best.json", json.dumps({"step": step, f"eval/{metric}": value}))
 
-    def _evaluations(self) -> tuple[str, dict[int, float]]:
-        """The first evaluation metric's name and its value by step."""
-        lines = [line for line in self._logged() if any(key.startswith("eval/") for key in line)]
-        metric = next((key for line in lines for key in line if key.startswith("eval/")), "")
-        return metric, {line["step"]: line[metric] for line in lines}
+    def _write_card(self, name: str, step: int) -> None:
+        files.write_text(self.folder / name / CARD, self._card(step))
+
+    def _card(self, step: int) -> str:
+        """The card of a checkpoint's export, with the evaluation that came after it, if there was one."""
+        card = (self._export_of(step) / CARD).read_text(encoding="utf-8")
+        measures = self._evaluations().get(step)
+        return card if measures is None else card + evaluation_section(self._config, step, measures)
+
+    def _evaluations(self) -> dict[int, dict[str, float]]:
+        """Step -> measures of the evaluation after it; the first of them chooses the best."""
+        found = {}
+        for line in read_metrics(self.metrics):
+            if measures := {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}:
+                found[line["step"]] = measures
+        return found
 
     def _shows(self, name: str, newest: Path) -> bool:
-        """Whether a published folder is recorded as the newest checkpoint's export, and every file of it is there as it
-        was.
-        """
-        record, source = self.folder / f"{name}.json", newest / "export"
+        """Whether a published folder is recorded as the newest checkpoint's export, with every file as it should be."""
+        source, step = newest / "export", checkpoint.step_of(newest)
         try:
-            recorded = json.loads(record.read_text(encoding="utf-8"))["step"]
+            recorded = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))["step"]
+            return recorded == step and all(
+                (self.folder / name / CARD).read_text(encoding="utf-8") == self._card(step)
+                if file == source / CARD
+                else filecmp.cmp(file, self.folder / name / file.relative_to(source), shallow=False)
+                for file in source.rglob("*")
+                if file.is_file()
+            )
         except (OSError, ValueError, TypeError, KeyError):
-            return False  # there is none, or it is damaged too
-        ours = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
-        there = (self.folder / name / path for path in ours)
-        return recorded == checkpoint.step_of(newest) and all(
-            copy.is_file() and filecmp.cmp(source / path, copy, shallow=False)
-            for path, copy in zip(ours, there, strict=True)
-        )
+            return False  # a file is missing, or damaged
 
-    def _logged(self) -> list[dict[str, Any]]:
-        return read_metrics(self.metrics)
+
+def _best(evaluations: Mapping[int, Mapping[str, float]]) -> tuple[int, str]:
+    """The step of the best evaluation by its first measure, the later of equal ones, and how it is told."""
+    first = {step: next(iter(measures.items())) for step, measures in evaluations.items()}
+    step, (name, value) = max(first.items(), key=lambda item: (item[1][1], item[0]))
+    return step, f"{name} {value:.4f} at step {step:,}"

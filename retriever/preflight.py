@@ -1,4 +1,4 @@
-"""Before step 1: `auto` values resolved from the model and the machine, and what looks wrong said aloud."""
+"""Before step 1: resolves `auto` values from the model and the machine, checks paths, prints a summary and warnings."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from retriever.verify import GradientCheck, gradient_error
 from retriever.wording import counted
 
 _WORKSPACE_MIB = 1024
+_LARGE_BATCH = 8192  # queries
 _VERIFY_QUERIES = 32
 _VERIFY_BLOCK_ROWS = 12  # several blocks, the last one shorter
 _VERIFY_BOUND = 1e-9
@@ -31,9 +32,9 @@ _VERIFY_TOKENS_PER_CHUNK = 256
 
 
 def check_paths(config: Config) -> None:
-    """Looks for what the configuration names on this machine before anything is loaded or asked for over a network.
+    """Checks that the files and folders that the configuration names exist, before anything is loaded or downloaded.
 
-    Raises ConfigError naming the key.
+    Raises ConfigError with the key.
     """
     paths = {
         f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train) if source.path is not None
@@ -43,20 +44,21 @@ def check_paths(config: Config) -> None:
     for key, path in paths.items():
         if not exists(Path(path).expanduser()):
             raise ConfigError(f"{key}: there is no file or folder {path}")
-    for key, folder in (("run.output_dir", config.run.output_dir), ("data.cache_dir", config.data.cache_dir)):
-        if (found := Path(folder).expanduser()).exists() and not found.is_dir():
-            raise ConfigError(f"{key}: {folder} is a file; expected a folder, which may not exist yet")
+    cache = Path(config.data.cache_dir).expanduser()
+    if cache.exists() and not cache.is_dir():
+        raise ConfigError(f"data.cache_dir: {cache} is a file; expected a folder, which need not exist yet")
     read_model_config(config.model.name_or_path)
 
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
-    """The configuration with the `auto`s that need no measuring replaced by what this run uses, the same on every rank.
+    """The configuration with each `auto` that needs no measuring replaced, the same on every rank.
 
-    Those of `batch` are left to `plan.sizes`, which measures the encoder as this configuration runs it.
+    `plan.sizes` replaces those of `batch`: it measures the encoder as this configuration runs it.
     """
     if max(config.loss.dims, default=0) > encoder.dimension:
         raise ConfigError(
-            f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of {config.model.name_or_path}"
+            f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of "
+            f"{config.model.name_or_path}"
         )
     return replace(
         config,
@@ -70,37 +72,45 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
 
 
 def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:
-    """How the towers compute: on a GPU packed where the architecture can, with fused layers where they are known, else
-    compiled.
+    """How the towers compute: on a GPU packed if the architecture can, in fused layers if it has some, else compiled.
 
-    In shards by the library's layers, as only those gather their weights.
+    An encoder in shards uses the library's layers, since only those gather their weights.
     """
-    gpu, given = world.device.type == "cuda", model
+    gpu, asked = world.device.type == "cuda", model
     if model.attention == "auto":
         packed = model.fused is True or (gpu and encoder.can_pack)
         model = replace(model, attention="packed" if packed else "padded")
     free = gpu and not model.gradient_checkpointing and not world.sharded
     if model.fused == "auto":
-        model = replace(
-            model, fused=free and model.attention == "packed" and given.compile is not True and encoder.can_fuse
-        )
+        fused = free and model.attention == "packed" and asked.compile is not True and encoder.can_fuse
+        model = replace(model, fused=fused)
     if model.compile == "auto":
         model = replace(model, compile=free and not model.fused)
     return model
 
 
-def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> list[str]:
-    """What is allowed and probably not meant in a run of `total` steps. Nothing is changed silently."""
-    optim, batch, model, loss = config.optim, config.batch, config.model, config.loss
+def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int, queries: int, negatives: int) -> list[str]:
+    """What is allowed and probably not meant in a run of `total` steps.
+
+    `queries` are those of its largest batch, `negatives` the hard negatives of all its data. Nothing is changed.
+    """
+    optim, model, loss = config.optim, config.model, config.loss
     split = config.eval.split if config.eval is not None else ""
     possible = [
         (
             optim.warmup >= total,
-            f"optim.warmup={optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never arrives at optim.lr",
+            f"optim.warmup={optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never "
+            "reaches optim.lr",
         ),
         (
-            batch.queries >= 8192 and optim.lr < 1e-4,
-            f"optim.lr={optim.lr:g} is small for batch.queries={batch.queries}: 1e-4 and more is usual at this size",
+            queries >= _LARGE_BATCH and optim.lr < 1e-4,
+            f"optim.lr={optim.lr:g} is small for batches of {queries:,} queries: 1e-4 and more is usual at this size",
+        ),
+        (
+            config.data.negatives > 0 and not negatives,
+            f"data.negatives={config.data.negatives}, but no query of data.train has a hard negative: only "
+            "other queries' passages are negatives. `python -m scripts.mine_negatives` finds hard ones; "
+            "data.negatives=0 turns this warning off",
         ),
         (
             not model.normalize and loss.temperature < 0.1,
@@ -129,27 +139,28 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int) -> 
 
 
 def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner, total: int, world: World) -> str:
-    """A few lines on what is about to run."""
+    """Four lines on the run: model, data, batch, length and output."""
     parameters = sum(p.numel() for p in encoder.parameters())
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
     towers = "tied" if encoder.tied else "untied"
     return "\n".join(
         (
-            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, {encoder.pooling} pooling"
+            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, "
+            f"{encoder.pooling} pooling"
             + (f", in shards on {world.size} ranks" if world.sharded else "")
             + f"; {config.model.attention} texts, {layers_of(config.model)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
-            f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} tokens; "
-            f"{config.loss.strategy} loss, temperature {config.loss.temperature:g}",
-            f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, {config.optim.precision}; "
-            f"output in {config.run.output_dir}",
+            f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
+            f"tokens; {config.loss.strategy} loss, temperature {config.loss.temperature:g}",
+            f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, "
+            f"{config.optim.precision}; output in {config.run.output_dir}",
         )
     )
 
 
 def _queries(planner: Planner, asked: int) -> str:
-    """How many queries a batch really has."""
+    """How many queries the batches really have."""
     least, most = planner.batch_queries
     found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
     return (
@@ -158,7 +169,7 @@ def _queries(planner: Planner, asked: int) -> str:
 
 
 def _equal(store: Store) -> str:
-    """How many texts equal an earlier one as they are encoded."""
+    """How many texts have the tokens of an earlier one."""
     found = [("query", "sharing its positives"), ("passage", "taken for it")]
     counts = zip(found, (store.equal["queries"], store.equal["passages"]), strict=True)
     said = ", ".join(f"{counted(count, name)} {what}" for (name, what), count in counts if count)
@@ -166,7 +177,7 @@ def _equal(store: Store) -> str:
 
 
 def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
-    """The gradient contract on a small batch of this run's own data; see `retriever.verify`."""
+    """Checks the gradient on a small batch of this run's own data: see `retriever.verify`."""
     small = replace(
         config,
         batch=replace(
@@ -188,7 +199,7 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
 
 
 def _workspace_mib(config: Config, world: World) -> int:
-    """Up to 1 GiB of what is free on every rank, chosen once so that a resume uses the same."""
+    """Up to 1 GiB of the memory that is free on every rank; a resumed run keeps the first choice."""
     if config.loss.workspace_mib != "auto":
         return config.loss.workspace_mib
     free_mib = torch.cuda.mem_get_info(world.device)[0] // 2**21 if world.device.type == "cuda" else _WORKSPACE_MIB

@@ -260,7 +260,8 @@ class Run:
             say(preflight.summary(config, self.encoder, self._store, self._planner, total, self.world))
             if self._forecast is not None:
                 say(plan_lines(self._forecast, total))
-            for warning in preflight.warnings(config, self._tokenizer, total):
+            queries, negatives = self._planner.batch_queries[1], len(self._store.negatives.ids)
+            for warning in preflight.warnings(config, self._tokenizer, total, queries, negatives):
                 say(f"warning: {warning}")
         if config.run.verify and self.done < total:
             say(f"verify  {preflight.verify(config, self.encoder, self._store, self._template)}")
@@ -268,8 +269,8 @@ class Run:
             return
         say(f"{'already finished' if self.done == total else 'resuming'} at step {self.done:,} of {total:,}: {last}")
         if checkpoint.length_of(checkpoint.config_of(last)) != checkpoint.length_of(config):
-            schedule = f"the learning rate follows the schedule of {total:,} steps from here on"
-            say(f"note: the run was to be shorter; {schedule}")
+            schedule = f"from here on the learning rate follows the schedule of {total:,} steps"
+            say(f"note: this run is longer than it was planned before: {schedule}")
 
     def _end(self) -> None:
         """Says where the model is. Raises FloatingPointError where no step of the run made an update."""

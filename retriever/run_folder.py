@@ -1,7 +1,7 @@
-"""A run's folder: held by one process at a time, and which names in it are the run's own.
+"""A run's folder: one process at a time works in it, and `.bigbatch` lists the names in it that belong to the run.
 
-`.bigbatch` lists the names that a run of this folder has taken. Nothing else there is replaced or removed: what stands
-under a name that the run needs and has not taken is refused before anything is computed.
+Nothing else in the folder is replaced or removed. If a name that the run needs is in use and not listed, the run is
+refused before it computes anything.
 """
 
 from __future__ import annotations
@@ -18,54 +18,60 @@ from retriever.config import Config, ConfigError
 from retriever.files import remove, write_json
 from retriever.lock import working_in
 
-CHECKPOINTS, EMBEDDINGS = "checkpoints", "embeddings"
+CHECKPOINTS, EMBEDDINGS, _LOGS = "checkpoints", "embeddings", "logs"
 _MANIFEST, _CONFIG = ".bigbatch", "config.yaml"
 _OF_EVERY_RUN = (_CONFIG, CHECKPOINTS, "metrics.jsonl", "export", "export.json", "report.html")
 _OF_EVALUATIONS = ("best", "best.json", EMBEDDINGS)
+RUN_FILES = (*_OF_EVERY_RUN, *_OF_EVALUATIONS, _LOGS)
+_FOLDERS = {CHECKPOINTS, "export", "best", EMBEDDINGS, _LOGS}  # the others are files
 _SECTIONS = {"run", "model", "data", "batch", "loss", "optim", "train"}  # of the configuration that a run writes
 
 
 @contextmanager
 def held(config: Config) -> Iterator[None]:
-    """Holds the lock of the run's folder; on the first rank, and not for `run.preflight=only`, which leaves nothing
-    behind.
+    """Holds the lock of the run's folder on the first rank; not for `run.preflight=only`, which leaves nothing behind.
 
-    Raises LockedError where another process trains there, and ConfigError for what is there and no run's.
+    Raises LockedError if another process trains there, and ConfigError if the folder cannot be a run's.
     """
+    folder, model = Path(config.run.output_dir), Path(config.model.name_or_path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.output_dir: {folder} is a file; expected a folder, which need not exist yet")
+    if config.model.name_or_path and model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
+        raise ConfigError(f"run.output_dir: {folder} is in the model folder {model}; expected a folder elsewhere")
     if os.environ.get("RANK", "0") != "0" or config.run.preflight == "only":
         yield
         return
-    folder = Path(config.run.output_dir)
     with working_in(folder):
         _refuse_foreign(folder, _wanted(config))
         yield
 
 
-def refuse_unless_run(folder: Path) -> None:
-    """Raises ConfigError where `folder` holds anything and no run ever wrote there."""
+def remove_run(folder: Path) -> None:
+    """Removes what runs left in `folder`, if it exists, but not what else is there.
+
+    Raises ConfigError if the folder holds something and no run ever wrote there, and LockedError if a run works there.
+    """
     holds_run = (folder / _MANIFEST).exists() or _is_of_earlier_version(folder)
     if folder.is_symlink() or (folder.exists() and any(folder.iterdir()) and not holds_run):
-        raise ConfigError(
-            f"{folder} was not written by a run; move it elsewhere, or choose another folder (--output-dir)"
-        )
+        raise ConfigError(f"{folder} was not written by a run; move it elsewhere, or choose another --output-dir")
+    with working_in(folder):
+        for name in (*_taken(folder), _LOGS, _MANIFEST):
+            remove(folder / name)
 
 
 def take(config: Config) -> None:
-    """Records that the names this run needs are its own. The lock is held."""
+    """Records that the names this run needs are its own. The caller holds the lock."""
     folder = Path(config.run.output_dir)
     taken = _taken(folder)
-    earlier = (
-        not (folder / _MANIFEST).exists() and EMBEDDINGS in taken
-    )  # an earlier version's: evaluations would not know them
-    if earlier and (folder / EMBEDDINGS).exists():
-        remove(folder / EMBEDDINGS)
+    if EMBEDDINGS in taken and not (folder / _MANIFEST).exists():
+        remove(folder / EMBEDDINGS)  # of an earlier version: evaluations would not take them for their own
     write_json(folder / _MANIFEST, {"taken": sorted({*taken, *_wanted(config)})})
 
 
 def remove_embeddings(folder: Path) -> None:
-    """Removes what evaluations while training left; the name is free again for a person's own."""
+    """Removes the embeddings of evaluations during training, and their name from the run's list."""
     taken = _taken(folder)
-    if EMBEDDINGS in taken and (folder / EMBEDDINGS).exists():
+    if EMBEDDINGS in taken:
         remove(folder / EMBEDDINGS)
     write_json(folder / _MANIFEST, {"taken": sorted(taken - {EMBEDDINGS})})
 
@@ -75,36 +81,33 @@ def _wanted(config: Config) -> tuple[str, ...]:
 
 
 def _refuse_foreign(folder: Path, wanted: tuple[str, ...]) -> None:
-    """Raises ConfigError with the first entry that a run would replace and that no run of this folder made."""
-    if link := next((folder / name for name in (*wanted, "logs") if (folder / name).is_symlink()), None):
-        raise ConfigError(
-            f"{link} is a symbolic link, which a run does not follow; remove it, or choose another run.output_dir"
-        )
+    """Raises ConfigError with the first entry that is in the way of a run or that no run of this folder made."""
     taken = _taken(folder)
-    for entry in (folder / name for name in wanted if name not in taken):
+    for name in (*wanted, _LOGS):
+        entry, otherwise = folder / name, "or choose another run.output_dir"
         empty = entry.is_dir() and not any(entry.iterdir())
-        if entry.exists() and not empty:
-            raise ConfigError(
-                f"{entry} was not written by a run of this folder; move it elsewhere, or choose another run.output_dir"
-            )
+        if entry.is_symlink():
+            raise ConfigError(f"{entry} is a symbolic link, which a run does not follow; remove it, {otherwise}")
+        if entry.exists() and name not in (*taken, _LOGS) and not empty:
+            raise ConfigError(f"{entry} was not written by a run of this folder; move it elsewhere, {otherwise}")
+        if entry.exists() and entry.is_dir() != (name in _FOLDERS):
+            kinds = ("folder", "file") if entry.is_dir() else ("file", "folder")
+            raise ConfigError(f"{entry} is a {kinds[0]}; expected a {kinds[1]}: move it elsewhere, {otherwise}")
 
 
 def _taken(folder: Path) -> set[str]:
-    """The names that runs of this folder have taken; all where one of an earlier version ran, which kept no list."""
+    """The names that runs of this folder have taken. A run of an earlier version kept no list: it took all."""
     try:
         return set(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["taken"])
     except (FileNotFoundError, NotADirectoryError):
         return {*_OF_EVERY_RUN, *_OF_EVALUATIONS} if _is_of_earlier_version(folder) else set()
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{folder / _MANIFEST} is damaged ({error}); remove it if all in {folder} is of a run"
-        ) from error
+        advice = f"remove it if everything in {folder} belongs to a run"
+        raise ConfigError(f"{folder / _MANIFEST} is damaged ({error}); {advice}") from error
 
 
 def _is_of_earlier_version(folder: Path) -> bool:
-    """Whether a run that kept no list wrote here: with its whole configuration, its checkpoints' folder, and no other
-    embeddings.
-    """
+    """Whether a run that kept no list wrote here: a whole configuration, checkpoints, and no foreign embeddings."""
     try:
         config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, yaml.YAMLError):

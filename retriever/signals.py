@@ -1,7 +1,6 @@
 """Signals that end a run: it finishes its step, saves, and exits with 128 + the signal's number.
 
-A thread reads the signals, so that one is heeded even while the main thread waits inside a collective or for the
-device.
+A thread reads the signals, because the main thread handles none while it waits inside a collective or for the device.
 """
 
 from __future__ import annotations
@@ -19,29 +18,43 @@ from typing import Literal
 
 import torch
 
-from retriever.errors import REFUSED, Stopped, Verdict
+from retriever.errors import REFUSED, RESUMES, Stopped, Verdict
 from retriever.lock import release_all
 from retriever.parallel.world import World
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_S = 20.0  # for the step at hand; launchers kill their processes 30 s after they ask them to end
-_SAME_S = 2.0  # a terminal and a launcher both pass one Ctrl-C on
-_OTHERS_READ_S = 2.5  # the watch looks every second
+_SAME_S = 2.0  # a terminal and a launcher each send one Ctrl-C to the process
+_OTHERS_READ_S = 2.5  # the watch of each rank looks every second
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class StopSignals:
-    """Inside, the first SIGINT, SIGTERM or SIGUSR1 asks the run to stop; a second Ctrl-C ends the process at once.
+    """Inside, SIGINT, SIGTERM or SIGUSR1 on any rank stops the run; a second Ctrl-C ends the process at once.
 
-    Where a step does not end within `grace_s`, or the run is between its steps, a thread calls `save`, which saves what
-    the last update left and returns its step, and ends the process. Entering it needs the main thread.
+    During a step the run stops after it: `agreed` says so on every rank. If the step takes longer than `grace_s`, or
+    the signal arrives between steps, a thread of the first rank calls `save`, which saves the last update and returns
+    its step, and then ends all ranks. Enter it in the main thread.
     """
 
     def __init__(self, world: World, save: Callable[[], int], grace_s: float = GRACE_S) -> None:
         self._world, self._save, self._grace_s = world, save, grace_s
-        self._signal = 0
+        self._signal, self._asked_s = 0, 0.0
         self._state: Literal["stepping", "between", "stopping"] = "stepping"
         self._changed = threading.Condition()
+
+    def ask(self, number: int) -> None:
+        """Asks the run to stop because some rank received signal `number`. Only the first call has an effect."""
+        with self._changed:
+            if self._signal:
+                return
+            self._signal, self._asked_s = number, time.monotonic()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            name = signal.Signals(number).name
+            _say(f"{name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
+        if self._world.watch is not None:
+            self._world.watch.pass_on_signal(number)
+        threading.Thread(target=self._wait, name="grace", daemon=True).start()
 
     def agreed(self) -> int:
         """The signal that some rank received, the same on every rank; 0 for none. Every rank calls it after every step.
@@ -72,11 +85,12 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        heeded = [
-            number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN
-        ]  # a shell's background job ignores Ctrl-C
+        # A shell's background job ignores Ctrl-C.
+        heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, lambda *_: None) or signal.SIG_DFL for number in heeded}
         self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        if self._world.watch is not None:
+            self._world.watch.on_signal = self.ask
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -93,37 +107,30 @@ class StopSignals:
         os.close(self._reading)
 
     def _listen(self) -> None:
-        """Reads the signals' numbers until the pipe closes."""
-        first_s = 0.0
+        """Reads the numbers of this process's signals until the pipe closes."""
         while received := os.read(self._reading, 1):
             number = received[0]
-            if number not in STOPPING:
-                continue
-            if not self._signal:
-                self._signal, first_s = number, time.monotonic()
-                if os.environ.get("LOCAL_RANK", "0") == "0":
-                    _say(
-                        f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once and saves nothing"
-                    )
-                threading.Thread(target=self._wait, name="grace", daemon=True).start()
-            elif number == signal.SIGINT and time.monotonic() - first_s > _SAME_S:
-                self._exit("interrupted again: stopped at once", 128 + number)
+            if self._signal and number == signal.SIGINT and time.monotonic() - self._asked_s > _SAME_S:
+                self._exit(
+                    f"Ctrl-C after {signal.Signals(self._signal).name}: stopped at once; {RESUMES}", 128 + number
+                )
+            if number in STOPPING:
+                self.ask(number)
 
     def _wait(self) -> None:
-        """Leaves where the step takes too long, or the run is between its steps."""
+        """Ends the run from this thread if the step takes too long, or no step is under way."""
         with self._changed:
             in_time = self._changed.wait_for(lambda: self._state != "stepping", self._grace_s)
             if self._state == "stopping":
                 return
+        # The first rank ends the others. No rank can save an encoder in shards alone, so its step goes on.
         if not self._world.is_first or (self._world.sharded and not in_time):
-            return  # the first rank ends the others; of an encoder in shards no rank can save alone, and the step goes on
+            return
         try:
             message, status = str(Stopped(self._signal, self._save())), 128 + self._signal
         except Exception as error:  # this thread is the last that could say so
-            message, status = (
-                f"error: {signal.Signals(self._signal).name}: the last update could not be saved: {error}",
-                REFUSED,
-            )
+            name = signal.Signals(self._signal).name
+            message, status = f"error: {name}: the last update could not be saved: {error}", REFUSED
         self._exit(message, status)
 
     def _exit(self, message: str, status: int) -> None:
@@ -137,10 +144,9 @@ class StopSignals:
 
 
 def die_with_launcher() -> None:
-    """Asks the kernel for SIGTERM where accelerate's launcher of one process ends: it starts the trainer and does not
-    end it.
+    """Asks the kernel for SIGTERM when accelerate's launcher of one process ends, which does not end its trainer.
 
-    To be called before `launch.join`, which takes away the variable by which the launcher is known.
+    Call it before `launch.join`, which removes the variable by which the launcher is known.
     """
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone and sys.platform == "linux":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from retriever.wording import counted
 
 if TYPE_CHECKING:
     from retriever.parallel.world import World
+    from scripts.mining.settings import MiningSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +130,18 @@ def mine(args: argparse.Namespace, world: World) -> None:
     mining.run()
     if world.is_first and mining.counts:
         print(f"{output}: " + ", ".join(f"{what} {count:,}" for what, count in mining.counts.items()), flush=True)
+        if not mining.counts["negatives"]:
+            print(f"warning: {output}: {_no_negatives(mining.counts, settings)}", flush=True)
+
+
+def _no_negatives(counts: Mapping[str, int], settings: MiningSettings) -> str:
+    """Why a mining found nothing."""
+    if counts["dropped by score"]:
+        return "no negative: every candidate scores too close to a positive; lower --margin or raise --percentage"
+    first, last, passages = settings.first_rank, settings.last_rank, counts["passages"]
+    if first > passages:
+        return f"no negative: --ranks begins at {first:,}, and there are only {passages:,} passages"
+    return f"no negative: ranks {first:,} to {last:,} hold only known positives of a query; choose other --ranks"
 
 
 def _parser() -> argparse.ArgumentParser:

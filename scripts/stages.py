@@ -1,15 +1,14 @@
-"""Stages: work in a folder that is done once for the same inputs. A folder's `manifest.json`, written last, says that
+"""Stages: work in a folder that is done once for the same inputs. The folder's `manifest.json`, written last, says that
 it is done.
 
-Until then `job.json` says what the folder's files are of, so that work that can go on where it stopped does.
+Until then `job.json` names the inputs that the folder's files were made from, so that interrupted work can go on.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from tqdm import tqdm
 from eval.collections.collection import file_fingerprint, fingerprint
 from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import clean, write_array, write_json
+from retriever.files import clean, remove, write_array, write_json
 from retriever.lock import working_in
 from retriever.parallel.world import World
 
 MANIFEST, _JOB = "manifest.json", "job.json"
+STAGE_FILES = (_JOB, MANIFEST, CHECKSUMS)  # in the folder of every stage
 _BEGUN, _OURS = {"stage", "inputs"}, {"stage", "inputs", "outputs", "bytes"}  # what a stage's job and manifest say
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 
@@ -45,10 +45,10 @@ def run_stage(
     """The outputs of a stage, which is worked on only where `folder` does not hold them for these `inputs` yet.
 
     `work(folder)` runs on every rank and returns the names of its output files, relative to `folder`, which is empty or
-    holds what an interrupted work of the same inputs left; `writes` are patterns of all names that it ever writes
-    there. `inputs` are plain values; `facts` go into the manifest beside them. Raises ConfigError where `folder` holds
-    anything that the stage did not write, which is then left as it is, and LockedError where another process works
-    there.
+    holds what an interrupted work of the same inputs left. `writes` are patterns of all names that it ever writes
+    there: `*.npy` of files, `run` of a whole folder, `query/*.npy` of files in a folder. Other inputs clear what has
+    such a name. `inputs` are plain values; `facts` go into the manifest beside them. Raises ConfigError if `folder`
+    holds anything else, which is then left alone, and LockedError if another process works there.
     """
     world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))
@@ -64,7 +64,7 @@ def run_stage(
         if world.is_first:
             stack.enter_context(working_in(folder))
             refuse_foreign(name, folder, job.keys(), writes)  # another process may have been there in between
-            started = _prepare(name, folder, job)
+            started = _prepare(name, folder, job, writes)
             print(f"{name}: {'goes on' if started else 'starts'} ({folder})", flush=True)
         world.barrier()
         files = work(folder)
@@ -110,19 +110,21 @@ def model_fingerprint(name_or_path: str | Path) -> str:
 
 
 def _finished(folder: Path, job: Mapping[str, Any]) -> Outputs | None:
-    """The outputs that the manifest lists, where it is of this job and each file is there as it was written."""
+    """The outputs that the manifest lists, if it is of this job and every file is there as it was written."""
     manifest = _read(folder / MANIFEST)
     if manifest is None or not manifest.keys() >= _OURS or manifest["inputs"] != job:
         return None
-    sizes: Mapping[str, int] = manifest["bytes"]
-    there = all((folder / file).is_file() and (folder / file).stat().st_size == size for file, size in sizes.items())
-    return manifest["outputs"] if there and not damaged(folder) else None
+    try:
+        whole = all((folder / file).stat().st_size == size for file, size in manifest["bytes"].items())
+    except (FileNotFoundError, NotADirectoryError):  # another process may be clearing the folder
+        return None
+    return manifest["outputs"] if whole and not damaged(folder) else None
 
 
 def refuse_foreign(name: str, folder: Path, inputs: Collection[str], writes: Sequence[str]) -> None:
     """Raises ConfigError with the first entry that no work of this stage left in `folder`. Hidden ones are ignored.
 
-    `inputs` are the names of the stage's inputs, by which what earlier versions began is known; `writes` as in
+    `inputs` are the names of the stage's inputs, by which a job of an earlier version is recognised; `writes` as in
     `run_stage`.
     """
     begun, manifest = _read(folder / _JOB), _read(folder / MANIFEST)
@@ -131,18 +133,16 @@ def refuse_foreign(name: str, folder: Path, inputs: Collection[str], writes: Seq
         and (begun.keys() == _BEGUN or begun.keys() == set(inputs)),  # the latter in earlier versions
         MANIFEST: manifest is not None and manifest.keys() >= _OURS,
     }
-    for entry in _entries(folder):
-        written = entry.name == CHECKSUMS or any(fnmatch(entry.name, pattern) for pattern in writes)
-        if not ours.get(entry.name, written and any(ours.values())) or entry.is_symlink():
+    for entry, written in _entries(folder, [*writes, CHECKSUMS]):
+        own = ours.get(entry.relative_to(folder).as_posix(), written and any(ours.values()))
+        if not own or entry.is_symlink():
             raise ConfigError(
                 f"{entry} was not written by the stage {name}; move it elsewhere, or choose a new folder (--output-dir)"
             )
 
 
-def _prepare(name: str, folder: Path, job: Mapping[str, Any]) -> bool:
-    """Makes the folder ready for the job; returns whether an interrupted work of the same job is there. What is of
-    another job goes.
-    """
+def _prepare(name: str, folder: Path, job: Mapping[str, Any], writes: Sequence[str]) -> bool:
+    """Makes the folder ready for the job: removes what another job left. Returns whether the same job was begun."""
     clean(folder)
     begun = _read(folder / _JOB) or {}
     same = begun.get("inputs", begun) == job
@@ -152,20 +152,29 @@ def _prepare(name: str, folder: Path, job: Mapping[str, Any]) -> bool:
     for file in (MANIFEST, CHECKSUMS):
         (folder / file).unlink(missing_ok=True)
     if not same:
-        write_json(
-            folder / _JOB, {"stage": name, "inputs": None}
-        )  # of no job: a kill while files go leaves a folder that is cleared again
-        for entry in _entries(folder):
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != _JOB:
-                entry.unlink()
+        # Of no job: after a kill while files are removed the next start removes the others.
+        write_json(folder / _JOB, {"stage": name, "inputs": None})
+        for entry, written in [*_entries(folder, writes)]:
+            if written:
+                remove(entry)
+                with suppress(OSError):  # it holds other files of the stage
+                    entry.parent.rmdir()
         write_json(folder / _JOB, {"stage": name, "inputs": dict(job)})
     return same
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+def _entries(folder: Path, writes: Sequence[str]) -> Iterator[tuple[Path, bool]]:
+    """The entries of `folder`, and whether `writes` has their names; of a folder that it looks into, the entries there.
+
+    Hidden ones are left out.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        parts = [pattern.partition("/") for pattern in writes]
+        within = [rest for first, _, rest in parts if rest and fnmatch(entry.name, first)]
+        if within and entry.is_dir() and not entry.is_symlink():
+            yield from _entries(entry, within)
+        elif not entry.name.startswith("."):
+            yield entry, any(fnmatch(entry.name, pattern) for pattern in writes)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

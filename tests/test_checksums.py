@@ -80,9 +80,21 @@ def test_a_memory_that_cannot_be_used_is_told_and_costs_a_reading(
     for _ in range(2):
         assert damaged(folder) == {}
     said = capsys.readouterr().out
-    assert said.startswith("note: which files were verified cannot be remembered (") and said.count("note") == 1
+    assert said.startswith("note: cannot remember which files were verified (") and said.count("note") == 1
     _flip(folder / "sub" / "b")
     assert _is_flipped(damaged(folder))
+
+
+def test_a_memory_that_another_process_forgets_meanwhile_is_no_hindrance(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an entry of the folder whose file is gone."""
+    assert damaged(folder) == {}
+    (memory,) = (tmp_path / "memory").rglob("*.json")
+    (memory.parent / "forgotten.json").symlink_to(tmp_path / "gone")
+    assert damaged(folder) == {}
+    assert capsys.readouterr().out == ""
+    assert (memory.parent / "forgotten.json").is_symlink()
 
 
 def test_a_memory_that_a_kill_cut_short_is_made_anew(folder: Path, tmp_path: Path) -> None:

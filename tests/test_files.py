@@ -145,6 +145,38 @@ def test_a_removal_that_dies_leaves_nothing_under_the_name(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_gone_already_is_removed(tmp_path: Path) -> None:
+    files.remove(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way it is looked at."""
+    path, looked = tmp_path / "lock", list[str]()
+    exists, lstat = Path.exists, Path.lstat
+
+    def vanish(where: str) -> None:
+        if not looked:
+            looked.append(where)
+            os.unlink(path)
+
+    def existed(asked: Path) -> bool:
+        found = exists(asked)
+        vanish("after exists")
+        return found
+
+    def seen(asked: Path) -> os.stat_result:
+        vanish("before lstat")
+        return lstat(asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", existed)
+        patch.setattr(Path, "lstat", seen)
+        with files.alone(path) as file:
+            assert os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    assert looked
+
+
 def test_folders_that_a_file_system_cannot_sync_are_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,18 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from retriever.config import Config, ModelConfig
+from retriever.config import Config, EvalConfig, ModelConfig, RunConfig
 from retriever.encoder.settings import EncoderSettings
-from retriever.model_card import model_card
+from retriever.model_card import TrainingFacts, evaluation_section, model_card
+from retriever.report import write_report
 
 SETTINGS = EncoderSettings("mean", True, "query: ", "find the ", 24, 40)
 HOSTILE = [
@@ -61,3 +66,50 @@ def test_what_a_longer_text_gets_elsewhere_is_said() -> None:
     assert "A passage of more than 20 tokens" in model_card(replace(SETTINGS, passage_max_tokens=20), Config(), 32)
     assert "Both lengths are" in model_card(replace(SETTINGS, query_max_tokens=40), Config(), 32)
     assert "Each tower has its own" in model_card(replace(SETTINGS, tied=False), Config(), 32)
+
+
+FACTS = TrainingFacts((("pairs", 120), ("more", 1)), 1700, (60, 61), 0)
+
+
+def test_a_card_says_what_was_trained_on() -> None:
+    config = Config(model=ModelConfig("/home/anna/models/base"))
+    card = model_card(SETTINGS, config, 32, training=(40, FACTS))
+    assert "from `base`: 40 steps on `pairs` (120 queries), `more` (1 query) and 1,700 passages; batches of " in card
+    assert "60 to 61 queries, no hard negatives, temperature" in card and "/home" not in card
+    with_negatives = model_card(SETTINGS, config, 32, training=(1, replace(FACTS, negatives=3, batch=(8, 8))))
+    assert (
+        "batches of 8 queries, at most 3 hard negatives a query" in with_negatives and ": 1 step on" in with_negatives
+    )
+    scored = evaluation_section(Config(eval=EvalConfig("/data/set", "dev")), 40, {"MRR@10": 0.5})
+    assert "After step 40 on the split `dev` of `set`:" in scored and "| `MRR@10` | 0.5000 |" in scored
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_name_of_a_source_is_a_text_too(text: str) -> None:
+    facts = TrainingFacts(((text or "x", 2),), 3, (2, 2), 0)
+    page, plain = (
+        _rendered(model_card(SETTINGS, Config(model=ModelConfig("base")), 32, training=(1, found)))
+        for found in (facts, replace(facts, sources=(("plain", 2),)))
+    )
+    assert re.findall("<[^>]*>", page) == re.findall("<[^>]*>", plain)
+
+
+def test_what_a_run_trains_on_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest number of negatives that a query has, or that it may have in a batch."""
+    monkeypatch.setattr("retriever.data.planner.Planner.from_config", lambda *_: SimpleNamespace(batch_queries=(3, 4)))
+    source = SimpleNamespace(name="pairs", first=2, last=9)
+    for counts, expected in (([0, 0], 0), ([1, 2], 2), ([9, 0], 7)):
+        negatives = SimpleNamespace(ptr=np.cumsum([0, *counts]))
+        store: Any = SimpleNamespace(sources=(source,), passages=range(11), negatives=negatives)
+        assert TrainingFacts.of(Config(), store) == TrainingFacts((("pairs", 7),), 11, (3, 4), expected)
+
+
+def test_a_report_shows_no_folders_of_its_machine(tmp_path: Path) -> None:
+    config = Config(RunConfig("/home/anna/runs/a"), ModelConfig("/home/anna/base", query_prompt="/find "))
+    line = {"step": 3, "train/loss": 1.0, "train/lr": 0.1, "train/pairs_per_s": 9.0}
+    write_report(tmp_path / "report.html", config, FACTS, [line])
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>a: base</h1>" in page and "/home" not in page and "query_prompt: '/find '" in html.unescape(page)
+    assert (
+        "pairs (120 queries), more (1 query) and 1,700 passages; batches of 60 to 61 queries, no hard negatives" in page
+    )

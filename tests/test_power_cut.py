@@ -54,12 +54,14 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     def weight() -> dict[str, torch.Tensor]:
         return {"step": torch.tensor(float(_steps(run.metrics)[-1]))}
 
-    def export(encoder: Any, tokenizer: Any, config: Config, folder: Path, probe: Any) -> None:
+    def export(encoder: Any, tokenizer: Any, config: Config, folder: Path, *_: Any) -> None:
         with files.replace_folder(folder) as writing:
+            (writing / "README.md").write_text("the card\n")
             save_file(weight(), writing / "model.safetensors")
 
     monkeypatch.setattr(outputs, "export", export)
     monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda *_: None))
+    monkeypatch.setattr(outputs.TrainingFacts, "of", lambda *_: None)
     monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: Snapshot(weight(), {}, {}, ""))
     placed, store = (
         SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None),
@@ -124,6 +126,8 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
         assert lines == [s for s in range(1, step + 1) for _ in "ab"]
         best = max(range(1, step + 1), key=_EVALUATED.__getitem__)
         assert (_weight(folder / "export"), _weight(folder / "best")) == (step, best)
+        for name, at in (("export", step), ("best", best)):
+            assert f"After step {at}:" in (folder / name / "README.md").read_text()
         assert not [*folder.rglob(".*ing-*")]
     assert made_up == {True, False}
 

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from retriever import preflight
-from retriever.config import BatchConfig, Config, ConfigError, EvalConfig, LossConfig, ModelConfig, OptimConfig
+from retriever.config import (
+    BatchConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from retriever.encoder.bundle import load_tokenizer
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.parallel.world import World
@@ -110,14 +119,20 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
 
 def test_what_is_probably_not_meant_is_said(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder / "model"))
-    assert preflight.warnings(Config(), tokenizer, 1000) == []
+    assert preflight.warnings(Config(), tokenizer, 1000, 1024, negatives=1) == []
+    assert preflight.warnings(Config(batch=BatchConfig(9000)), tokenizer, 1000, 120, negatives=1) == [], (
+        "the real batch"
+    )
+    (text,) = preflight.warnings(Config(), tokenizer, 1000, 1024, negatives=0)
+    assert text.startswith("data.negatives=7, but no query of data.train has a hard negative")
+    assert preflight.warnings(Config(data=DataConfig(negatives=0)), tokenizer, 1000, 1024, negatives=0) == []
     odd = Config(
         model=ModelConfig("m", normalize=False, query_prompt="a b c d e", query_max_tokens=8),
         batch=BatchConfig(9000),
         optim=OptimConfig(warmup=20),
         eval=EvalConfig("x", split="test"),
     )
-    found = preflight.warnings(odd, tokenizer, 20)
+    found = preflight.warnings(odd, tokenizer, 20, 9000, negatives=1)
     starts = [
         "optim.warmup=20",
         "optim.lr=2e-05",

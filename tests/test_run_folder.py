@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from retriever.config import Config, ConfigError, EvalConfig, RunConfig, to_yaml
+from retriever.config import Config, ConfigError, EvalConfig, ModelConfig, RunConfig, to_yaml
 from retriever.lock import LockedError
-from retriever.run_folder import held, refuse_unless_run, remove_embeddings, take
+from retriever.run_folder import held, remove_embeddings, remove_run, take
 from retriever.train import main
 from tests.commands import assert_refused
 from tests.workplace import make_workplace, training_command
@@ -142,18 +142,60 @@ def test_a_run_of_an_earlier_version_goes_on(config: Config, tmp_path: Path) -> 
         assert "was not written by a run of this folder" in _refused(config)
 
 
-def test_a_folder_that_is_made_afresh_must_be_a_runs(config: Config, tmp_path: Path) -> None:
-    """As the demo asks before it removes its run."""
-    refuse_unless_run(tmp_path / "run")
-    _put(tmp_path / "run" / "export")
+def test_what_a_run_wrote_is_removed_and_nothing_else(config: Config, tmp_path: Path) -> None:
+    """Not while a run works there, and not from a folder that no run wrote."""
+    run = tmp_path / "run"
+    remove_run(run)
+    assert not run.exists()
+    with held(config):
+        take(config)
+        for name in (*NAMES, "logs"):
+            _put(run / name)
+        with pytest.raises(LockedError, match="run is in use by process"):
+            remove_run(run)
+        assert {path.name for path in run.iterdir()} == {*NAMES, "logs", ".bigbatch", ".lock"}
+    _put(run / "notes.txt")
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(ConfigError, match="link was not written by a run; move it elsewhere"):
+        remove_run(tmp_path / "link")
+    remove_run(run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
     with pytest.raises(ConfigError, match="run was not written by a run; move it elsewhere"):
-        refuse_unless_run(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    _start(config)
-    refuse_unless_run(tmp_path / "run")
-    (tmp_path / "link").symlink_to(tmp_path / "run")
-    with pytest.raises(ConfigError, match="link was not written by a run"):
-        refuse_unless_run(tmp_path / "link")
+        remove_run(run)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize(
+    ("name", "found", "expected"), [("metrics.jsonl", "folder", "file"), ("export", "file", "folder")]
+)
+def test_a_folder_instead_of_a_file_is_refused(
+    config: Config, tmp_path: Path, name: str, found: str, expected: str, taken: bool
+) -> None:
+    """Or a file instead of a folder: also under a name that a run took, and an empty one."""
+    if taken:
+        _start(config)
+    entry = tmp_path / "run" / name
+    entry.parent.mkdir(exist_ok=True)
+    entry.mkdir() if found == "folder" else entry.touch()
+    said = _refused(config)
+    if taken or found == "folder":
+        assert said.startswith(f"{entry} is a {found}; expected a {expected}: move it elsewhere")
+    else:
+        assert said.startswith(f"{entry} was not written by a run")
+
+
+def test_a_place_where_no_run_can_write_is_refused(config: Config, tmp_path: Path) -> None:
+    """A file, and the model's own folder or a folder in it."""
+    (tmp_path / "run").write_text("mine")
+    assert _refused(config).startswith(f"run.output_dir: {tmp_path / 'run'} is a file; expected a folder")
+    _put(tmp_path / "model" / "config.json")
+    for place in (tmp_path / "model", tmp_path / "model" / "runs" / "a", tmp_path / "x" / ".." / "model"):
+        inside = replace(config, run=RunConfig(output_dir=str(place)), model=ModelConfig(str(tmp_path / "model")))
+        assert (
+            _refused(inside)
+            == f"run.output_dir: {place} is in the model folder {tmp_path / 'model'}; expected a folder elsewhere"
+        )
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
 
 
 def test_a_damaged_list_is_told(config: Config, tmp_path: Path) -> None:

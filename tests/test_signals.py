@@ -15,7 +15,7 @@ import pytest
 
 from tests.workplace import ROOT
 
-# A run of steps of 0.2 s, the fourth of which takes as long as it is told; it prints what it saves.
+# A run of steps of 0.2 s, one of which takes as long as it is told; it prints what it saves.
 _RUN = """
 import sys, time, torch
 from retriever.parallel.world import World
@@ -33,7 +33,7 @@ stop = StopSignals(World(torch.device("cpu")), save, grace_s={grace_s})
 with stop:
     for step in range(1, 100):
         print("step", step, flush=True)
-        time.sleep({slow} if step == 4 else 0.2)
+        time.sleep({slow} if step == {slow_step} else 0.2)
         last = step
         if number := stop.agreed():
             print("saved", last, flush=True)
@@ -46,8 +46,10 @@ with stop:
 """
 
 
-def _start(slow: float = 0.2, evaluates: bool = False, grace_s: float = 1.0) -> subprocess.Popen[str]:
-    code = textwrap.dedent(_RUN).format(slow=slow, evaluates=evaluates, grace_s=grace_s)
+def _start(
+    slow: float = 0.2, evaluates: bool = False, grace_s: float = 1.0, slow_step: int = 4
+) -> subprocess.Popen[str]:
+    code = textwrap.dedent(_RUN).format(slow=slow, evaluates=evaluates, grace_s=grace_s, slow_step=slow_step)
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -101,12 +103,23 @@ def test_a_second_interrupt_ends_the_process_at_once() -> None:
     run.send_signal(signal.SIGINT)
     said, errors = run.communicate(timeout=30)
     assert (said, run.returncode) == ("", 130)
-    assert "interrupted again: stopped at once" in errors
+    assert "Ctrl-C after SIGINT: stopped at once; the same command goes on from the last checkpoint" in errors
+
+
+def test_a_stop_before_the_first_update_says_that_nothing_was_saved() -> None:
+    run = _start(slow=20, slow_step=1)
+    _until(run, "step 1")
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 143
+    assert (
+        "SIGTERM: stopped before the end of step 1: there was nothing to save. The same command starts again" in errors
+    )
 
 
 def test_the_trainer_ends_with_the_launcher_of_one_process(tmp_path: Path) -> None:
     """accelerate starts one process without ending it when it is killed itself; here a stand-in does so."""
-    code = textwrap.dedent(_RUN).format(slow=2, evaluates=False, grace_s=60)
+    code = textwrap.dedent(_RUN).format(slow=2, evaluates=False, grace_s=60, slow_step=4)
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     environment = {"PATH": "/usr/bin:/bin", "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(

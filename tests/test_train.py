@@ -35,6 +35,12 @@ def undisturbed(workplace: Path) -> Path:
     assert finished.returncode == 0, finished.stderr
     error = float(finished.stdout.split("gradient equal to the whole batch's to ")[1].split(",")[0])
     assert error < 1e-9
+    scores = {line["step"]: line["eval/MRR@10"] for line in metrics(workplace / "undisturbed") if "eval/MRR@10" in line}
+    for step, score in scores.items():
+        best = max((value, at) for at, value in scores.items() if at <= step)
+        assert f"eval    step {step}: MRR@10 {score:.4f}, Recall@20 " in finished.stdout
+        assert f"; best MRR@10 {best[0]:.4f} at step {best[1]}\n" in finished.stdout
+    assert f"best    MRR@10 {best[0]:.4f} at step {best[1]}: model in {workplace}/undisturbed/best\n" in finished.stdout
     return workplace / "undisturbed"
 
 
@@ -47,7 +53,19 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) ->
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-00000039", "step-00000040"]
     for folder in ("export", "best", "checkpoints/step-00000039/export"):
         assert (undisturbed / folder / "model.safetensors").exists()
-    assert "<img" in (undisturbed / "report.html").read_text()
+    report = (undisturbed / "report.html").read_text()
+    assert "<img" in report and str(undisturbed.parent) not in report and "name_or_path: model" in report
+    assert "data (120 queries) and 120 passages; batches of 24 queries, no hard negatives; tiled loss" in report
+    for name in ("export", "best"):
+        card = (undisturbed / name / "README.md").read_text()
+        step = json.loads((undisturbed / f"{name}.json").read_text())["step"]
+        assert (
+            f"from `model`: {step} steps on `data` (120 queries) and 120 passages; batches of 24 queries, no hard"
+            in card
+        )
+        (value,) = [line["eval/MRR@10"] for line in lines if line["step"] == step and "eval/MRR@10" in line]
+        assert f"After step {step} on the split `dev` of `data`" in card and f"| `MRR@10` | {value:.4f} |" in card
+        assert str(undisturbed.parent) not in card
     assert "tokens_per_chunk: 192" in (undisturbed / "config.yaml").read_text()
 
 
@@ -136,7 +154,9 @@ def test_what_is_wrong_is_said_in_one_message_without_a_traceback(
 
 
 def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed: Path) -> None:
-    again = run_training(workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "run.trackers=[]")
+    again = run_training(
+        workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "train.eval_every=7", "run.trackers=[]"
+    )
     assert again.returncode == 0, again.stderr
 
 
@@ -168,7 +188,7 @@ def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Pa
     assert all((run / name / "model.safetensors").read_bytes() == expected for name in ("export", "best"))
 
 
-@pytest.mark.parametrize("damage", ["cut weights", "other weights", "lost file", "cut record"])
+@pytest.mark.parametrize("damage", ["cut weights", "other weights", "lost file", "cut card", "cut record"])
 def test_an_export_that_was_damaged_is_repaired_by_the_same_command(
     workplace: Path, undisturbed: Path, damage: str
 ) -> None:
@@ -183,12 +203,18 @@ def test_an_export_that_was_damaged_is_repaired_by_the_same_command(
                 (run / name / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
             case "lost file":
                 (run / name / "1_Pooling" / "config.json").unlink()
+            case "cut card":
+                (run / name / "README.md").write_text("# ")
             case _:
                 (run / f"{name}.json").write_text('{"step"')
     assert main(training_command(workplace, "repaired", "run.trackers=[]")[2:]) == 0
     for name in ("export", "best"):
         files = {f.relative_to(source): f.read_bytes() for f in source.rglob("*") if f.is_file()}
-        assert {f.relative_to(run / name): f.read_bytes() for f in (run / name).rglob("*") if f.is_file()} == files
+        found = {f.relative_to(run / name): f.read_bytes() for f in (run / name).rglob("*") if f.is_file()}
+        card, scored = files.pop(Path("README.md")).decode(), found.pop(Path("README.md")).decode()
+        assert found == files and scored.startswith(
+            f"{card}\n## Evaluation\n\nAfter step 40 on the split `dev` of `data`:"
+        )
         assert json.loads((run / f"{name}.json").read_text())["step"] == 40
 
 
@@ -261,11 +287,12 @@ def test_a_finished_run_can_be_made_longer(
     assert main(training_command(workplace, "longer", "train.max_steps=45")[2:]) == 0
     said = capsys.readouterr().out
     assert "resuming at step 40 of 45" in said
-    assert "the run was to be shorter; the learning rate follows the schedule of 45 steps from here on" in said
+    assert "from here on the learning rate follows the schedule of 45 steps" in said
     rates = {line["step"]: line["train/lr"] for line in metrics(run) if "train/lr" in line}
     assert rates[45] < rates[5] and (run / "checkpoints" / "step-00000045").exists()
     assert main(training_command(workplace, "longer", "train.max_steps=44")[2:]) == 2
-    assert "train.max_steps: 45 -> 44" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "train.max_steps: 45 -> 44" in refused and "(train.max_steps and train.epochs may only grow)" in refused
 
 
 def test_an_evaluation_that_fails_costs_no_training(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from retriever.wording import counted
+from retriever.wording import counted, without_folders
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,14 @@ from retriever.wording import counted
 )
 def test_a_noun_follows_its_count(count: int, noun: str, said: str) -> None:
     assert counted(count, noun) == said
+
+
+def test_a_path_is_shown_without_the_folders_above_it() -> None:
+    shown = {
+        "/home/anna/model": "model",
+        "~/data/": "data",
+        "org/model": "org/model",
+        "runs/a/export": "runs/a/export",
+        "/": "/",
+    }
+    assert {name: without_folders(name) for name in shown} == shown

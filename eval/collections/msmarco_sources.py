@@ -9,14 +9,13 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from retriever.data.arrow_records import first_line
-
 from eval.collections.collection import Collection, collection_of, relevant
 from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
 from retriever.data.hub_tables import named_table
 from retriever.data.records import DataError, Record
+from retriever.data.table_records import first_line
 
 
 class PairTable:

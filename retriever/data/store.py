@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from retriever.checksums import damaged
+from retriever.checksums import damaged, own_cache
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import open_source
@@ -119,7 +119,10 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
 
 
 def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The folder beside the store's with the relations of texts as encoded under this configuration's lengths."""
+    """The folder with the relations of texts as encoded under this configuration's lengths.
+
+    It lies beside the store's, or in the user's own cache if nothing can be written there.
+    """
     template = TokenTemplate.from_tokenizer(tokenizer)
     limits = config.model.query_max_tokens, config.model.passage_max_tokens
     rooms = [max(1, limit - template.special_tokens) for limit in limits]
@@ -130,6 +133,12 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
         if not encoded.exists():
             return " is missing"
         return next((f"/{file} {what}" for file, what in damaged(encoded, again=config.data.verify).items()), None)
+
+    if not os.access(folder.parent, os.W_OK) and problem() is not None:
+        encoded = own_cache() / "encoded" / name
+        if not encoded.exists():
+            print(f"data.cache_dir={folder.parent} is read-only: {name} is made in {encoded.parent}", flush=True)
+        make_folder(encoded.parent)
 
     def make() -> None:
         store = Store(folder)

@@ -1,8 +1,8 @@
-"""Ranks look after one another: one that dies, fails or hangs ends the run with its number instead of an endless wait.
+"""Ranks watch one another: if one dies, fails or hangs, the run ends on all of them and names it.
 
-Each rank counts the collectives it enters. A thread of it publishes that count and a beat in the ranks' common store,
-and looks at the next rank's: O(1) work a rank and second, however many ranks there are. The first to find something
-wrong writes a verdict; all end on it.
+Each rank counts the collectives that it enters. A thread of it publishes that count and a beat in the ranks' common
+store, and reads the next rank's: O(1) work per rank and second for any number of ranks. The first rank that finds
+something wrong writes a verdict, and all ranks end with it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
@@ -23,14 +24,12 @@ import torch.distributed as dist
 from retriever.errors import INTERRUPTED, LOST, RESUMES, RankError, Verdict
 from retriever.lock import release_all
 
-_VERDICT = "verdict"
+_VERDICT, _SIGNAL = "verdict", "signal"
 _SLOWEST_INTERVAL_S = 1.0
 
 
 class Watch:
-    """Rank `rank`'s eye on rank `rank + 1`; a rank may keep the others waiting in a collective for `timeout_s` at
-    most.
-    """
+    """Rank `rank` watches rank `rank + 1`, which may keep the others waiting in a collective for `timeout_s`."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
         self._store, self._rank, self._size, self._timeout_s = store, rank, size, timeout_s
@@ -40,11 +39,12 @@ class Watch:
         self._stopped, self._closing = threading.Event(), False
         self._known: Verdict | None = None  # once read, it needs no store
         self.before_leaving: Callable[[], None] = lambda: None  # called before the process ends wherever it is
+        self.on_signal: Callable[[int], None] = lambda number: None  # on the first rank, for a signal of any rank
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._publish()
 
     def start(self) -> None:
-        """Begins to look; every rank's Watch must exist by then."""
+        """Begins to watch. Every rank's Watch must exist by then."""
         self._thread.start()
 
     def close(self) -> None:
@@ -68,15 +68,17 @@ class Watch:
         except dist.DistError:  # the store went with the rank that held it
             return verdict
 
+    def pass_on_signal(self, number: int) -> None:
+        """Tells the first rank that this one received a signal: its `on_signal` is called."""
+        with suppress(dist.DistError):  # the first rank is gone; the thread finds that out
+            self._store.set(_SIGNAL, str(number))
+
     def blame(self, error: RuntimeError) -> RankError:
-        """The error to raise where a collective failed: it names the rank that announced its end, or whose beat stopped
-        meanwhile.
-        """
+        """The error to raise for a failed collective; it names the rank that announced its end or stopped beating."""
         still, verdict = self._still(), self._verdict()
         if verdict is None:
-            reason = re.sub(
-                r"^\[.*?\] ", "", str(error).strip().splitlines()[0]
-            )  # gloo begins with its own file and line
+            # gloo begins with its own file and line
+            reason = re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0])
             lost = (
                 f"rank {still[0]} ended without a word" if still else f"rank {self._rank} could not reach another rank"
             )
@@ -86,16 +88,11 @@ class Watch:
         return RankError(verdict, self._rank)
 
     def tell(self, error: BaseException) -> BaseException:
-        """Tells the others what ends this rank. Returns what to raise: `error`, or a RankError where another's end led
-        to it.
-        """
+        """Tells the others what ends this rank. Returns `error`, or a RankError if another rank caused it, to raise."""
         cause = error
         # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
-        led = (
-            error
-            if isinstance(error, RuntimeError) and not isinstance(error, (RankError, torch.OutOfMemoryError))
-            else None
-        )
+        own = (RankError, torch.OutOfMemoryError)
+        led = error if isinstance(error, RuntimeError) and not isinstance(error, own) else None
         if isinstance(error, KeyboardInterrupt):
             self.announce(Verdict(self._rank, self._rank, f"interrupted: {RESUMES}", INTERRUPTED))
         elif led and (self._still() or self._verdict()):
@@ -114,7 +111,7 @@ class Watch:
         self._store.set(str(self._rank), f"{self._beat} {self._entered}")
 
     def _still(self) -> list[int]:
-        """Other ranks whose beat stops while this one looks; it does not look long where there is a verdict already."""
+        """The other ranks whose beat stops while this one waits; it does not wait if there is a verdict already."""
         before = self._states()
         if self._verdict() is None:
             time.sleep(3 * self._interval_s)
@@ -131,9 +128,8 @@ class Watch:
             if self._known is None and self._store.check([_VERDICT]):
                 self._known = Verdict(**json.loads(self._store.get(_VERDICT)))
         except dist.DistError:
-            self._known = Verdict(
-                0, self._rank, "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it"
-            )
+            gone = "the store of the ranks' rendezvous is gone, and rank 0 or its launcher with it"
+            self._known = Verdict(0, self._rank, gone)
         return self._known
 
     def _look(self) -> None:
@@ -149,6 +145,8 @@ class Watch:
                 return None if self._closing else self._leave(self._verdict())
             if verdict := self._verdict():
                 return self._leave(verdict)
+            if self._rank == 0 and self._store.check([_SIGNAL]):
+                self.on_signal(int(self._store.get(_SIGNAL)))
             theirs = int(state.split()[1])
             if state != beat:
                 beating = now
@@ -156,23 +154,17 @@ class Watch:
                 behind = now
             beat, entered = state, theirs
             if now - beating > self._limit_s:
-                self._accuse(
-                    following,
-                    f"gives no sign of life since {now - beating:.0f} s: it was killed or stopped, or its node is gone",
-                )
+                silent = f"gives no sign of life since {now - beating:.0f} s"
+                self._accuse(following, f"{silent}: it was killed or stopped, or its node is gone")
             elif now - behind > self._limit_s:
-                self._accuse(
-                    following,
-                    f"hangs, or works on something too long: the others have waited for it for {now - behind:.0f} s",
-                )
+                waited = f"the others have waited for it for {now - behind:.0f} s"
+                self._accuse(following, f"hangs, or works on something too long: {waited}")
 
     def _accuse(self, rank: int, what: str) -> None:
         self.announce(Verdict(rank, self._rank, f"rank {rank} {what} (run.timeout_s={self._timeout_s:g})"))
 
     def _leave(self, verdict: Verdict | None) -> None:
-        """Ends the process where the main thread does not do so itself: it may wait for ever for a rank that is no
-        more.
-        """
+        """Ends the process unless the main thread does so soon: it may wait for ever for a rank that is gone."""
         if verdict is None or self._stopped.wait(2 * self._interval_s):
             return
         self.before_leaving()

@@ -21,7 +21,7 @@ from pathlib import Path
 from retriever.command import command_parser, one_of, option, run
 from retriever.config_file import load
 from retriever.files import write_json
-from retriever.run_folder import refuse_unless_run
+from retriever.run_folder import remove_run
 from scripts.code_pairs.sources import installed
 from scripts.demo.model import starting_model
 from scripts.make_code_pairs import Settings, build, summary
@@ -104,7 +104,7 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
     weights = starting_model()
     settings = [*_places(weights, output), *form.overrides, *overrides]
     config = load(config_file, settings)
-    refuse_unless_run(output / "run")  # which starts afresh
+    remove_run(output / "run")  # which starts afresh
 
     _headline("Docstring-to-code pairs", started)
     code, manifest = build(output / "data", form.pairs)

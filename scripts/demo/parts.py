@@ -1,13 +1,10 @@
-"""The parts of the demo that call the project: BM25, an encoder's evaluation, the exactness check, the training
-command.
-"""
+"""The demo's calls of the project: BM25, an encoder's evaluation, the exactness check, the training command."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,19 +55,16 @@ def evaluate_encoder(bundle: EncoderBundle, test: Collection, shards: Path) -> S
 
 
 def exactness(config: Config, bundle: EncoderBundle) -> GradientCheck:
-    """The cached, chunked gradient against the whole batch's on pairs of the training data, which are tokenised on the
-    way.
-    """
+    """The cached, chunked gradient against the whole batch's, on pairs of the training data; tokenises them."""
     store = build_or_open(config, bundle.tokenizer)
     return verify(config, bundle.encoder, store, TokenTemplate.from_tokenizer(bundle.tokenizer))
 
 
 def train(config_file: Path, overrides: Sequence[str], output: Path) -> dict[str, float]:
-    """Runs the training command afresh and returns its speed, from the metrics it wrote.
+    """Runs the training command, which writes to `output`, and returns its speed, from the metrics that it wrote.
 
-    Raises subprocess.CalledProcessError where the command fails; it has said why.
+    Raises subprocess.CalledProcessError if the command fails, which has said why.
     """
-    shutil.rmtree(output, ignore_errors=True)
     script = os.path.relpath(Path(__file__).resolve().parents[2] / "retriever" / "train.py")
     rest = [script, "--config", os.path.relpath(config_file), *overrides]
     print(f"$ accelerate launch {shlex.join([*_launch_options(), *rest])}", flush=True)
@@ -85,18 +79,10 @@ def train(config_file: Path, overrides: Sequence[str], output: Path) -> dict[str
 
 
 def _launch_options() -> list[str]:
-    """What accelerate would otherwise guess, and warn that it guesses; on a CPU it would leave all but one core
-    idle.
-    """
+    """What accelerate would otherwise guess, with a warning; on a CPU it would guess one thread."""
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.cuda.is_available():
-        return [
-            *options,
-            "--cpu",
-            "--num_processes",
-            "1",
-            "--num_cpu_threads_per_process",
-            str(torch.get_num_threads()),
-        ]
+        threads = str(torch.get_num_threads())
+        return [*options, "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", threads]
     devices = torch.cuda.device_count()
     return [*options, *(["--multi_gpu"] if devices > 1 else []), "--num_processes", str(devices)]

@@ -18,12 +18,20 @@ from retriever.config import Config, to_dict, to_yaml
 from retriever.data.folders import data_files
 from retriever.data.formats import open_source
 from retriever.files import write_json, write_text
+from retriever.run_folder import RUN_FILES
 from scripts.loop.config import LoopConfig, flags
 from scripts.mining.mine import DATA
-from scripts.stages import Outputs, model_fingerprint, run_stage
+from scripts.stages import STAGE_FILES, Outputs, model_fingerprint, run_stage
 
 RESULT = "result.json"
-_WRITES = ("model", "data", "run", "train.yaml", "results")  # what a stage leaves in its folder
+_MODEL = ("*.safetensors", "*.json", "*.model", "vocab.txt", "merges.txt", "*.jinja")  # of a cross-encoder
+_WRITES = (  # what a stage leaves in its folder
+    "train.yaml",
+    *(f"model/{name}" for name in _MODEL),
+    *(f"data/{name}" for name in (DATA, *STAGE_FILES)),
+    *(f"run/{name}" for name in RUN_FILES),
+    *(f"results/*{ending}" for ending in (".json", ".trec", ".msmarco.tsv")),
+)
 _TRAIN_TEACHER = "scripts.train_cross_encoder"  # runs alone in this process, whatever the others are launched with
 Splits = dict[str, dict[str, float]]  # split -> measure -> value
 Table = dict[str, dict[str, float]]  # model, and split where there are several -> measure -> value

@@ -15,6 +15,7 @@ from eval.collections.collection import fingerprint
 from eval.engines.bm25 import DESCRIPTION, Bm25
 from eval.engines.bm25_index import FILES, SPOOL
 from retriever.data.formats import Passage
+from retriever.data.tokens import SIDES
 from retriever.files import write_lines
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, open_shards
@@ -22,7 +23,7 @@ from scripts.mining.candidates import NONE, encode, search_bm25, search_model, s
 from scripts.mining.pool import Pool
 from scripts.mining.scores import Judge, bm25_judge, fused_judge, model_judge, teacher_judge, write_scores
 from scripts.mining.settings import MiningSettings, Retriever
-from scripts.stages import Outputs, read_parts, refuse_foreign, run_stage
+from scripts.stages import STAGE_FILES, Outputs, read_parts, refuse_foreign, run_stage
 
 if TYPE_CHECKING:
     from retriever.encoder.bundle import EncoderBundle
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 DATA = "train.jsonl"
 _INPUTS = ("data", "settings", "retrievers", "judge")  # of the stage that writes DATA
-_WORK = ("query", "passage", *FILES, SPOOL, "*.npy")  # what the other stages leave in their folders
+# What the other stages leave in their folders: embedding shards with an index, BM25's index, rows of scores.
+_SHARDS = ("[0-9]*.npy", "[0-9]*.arrow", "[0-9]*.tmp", "index-*", *STAGE_FILES)
+_WORK = (*(f"{side}/{name}" for side in SIDES for name in _SHARDS), *FILES, SPOOL, "*.npy")
 _DIGITS = 9  # name a float32 uniquely
 
 

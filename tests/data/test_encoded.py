@@ -5,6 +5,8 @@ tokens.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,3 +187,28 @@ def test_other_lengths_need_no_new_store(tmp_path: Path) -> None:
     store = built(tmp_path, records)
     again = built(tmp_path, records, model=replace(ModelConfig(), passage_max_tokens=4))
     assert again.folder == store.folder and len(list((tmp_path / "cache").glob("encoded-*"))) == 2
+
+
+def test_a_cache_that_is_only_read_takes_other_lengths_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the user's own cache, once; as where several people share a store."""
+    records = [{"query": "who", "pos": ["river"], "neg": ["River", "storm"]}]
+    short, cache = replace(ModelConfig(), passage_max_tokens=4), tmp_path / "cache"
+    built(tmp_path, records)
+    expected = built(tmp_path, records, model=short)
+    for entry in sorted(cache.rglob("*encoded-*-2*"), reverse=True):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    before = sorted(cache.rglob("*"))
+    monkeypatch.setenv("BIGBATCH_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache)
+    capsys.readouterr()
+    for _ in range(2):
+        store = built(tmp_path, records, model=short)
+        assert [store.known.row(0).tolist(), store.equal] == [expected.known.row(0).tolist(), expected.equal]
+    assert sorted(cache.rglob("*")) == before
+    said = capsys.readouterr().out
+    assert (
+        said.count(f"data.cache_dir={cache} is read-only: encoded-") == 1
+        and f"is made in {tmp_path}/own/encoded" in said
+    )

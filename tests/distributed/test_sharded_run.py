@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [TRAIN, "--config", str(folder / "run.yaml")]
 
 
-def _start_and_kill(settings: list[str], run: Path) -> None:
-    """Two ranks in shards, killed once they have saved."""
+def _start_and_signal(settings: list[str], run: Path, number: signal.Signals, receivers: Sequence[int]) -> list[int]:
+    """Two ranks in shards, some of which receive a signal once they have saved; returns both exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -75,10 +76,9 @@ def _start_and_kill(settings: list[str], run: Path) -> None:
             if not alive:
                 break
             time.sleep(0.005)
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-        ended = [rank.wait() for rank in ranks]
-    assert ended == [-signal.SIGKILL] * 2, (run.parent / "log").read_text()
+        for receiver in receivers:
+            ranks[receiver].send_signal(number)
+        return [rank.wait(timeout=60) for rank in ranks]
 
 
 def _run(*command: str) -> str:
@@ -89,7 +89,8 @@ def _run(*command: str) -> str:
 
 def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: list[str]) -> None:
     folder = Path(settings[-1]).parent
-    _start_and_kill(settings, folder / "sharded")
+    ended = _start_and_signal(settings, folder / "sharded", signal.SIGKILL, (0, 1))
+    assert ended == [-signal.SIGKILL] * 2, (folder / "log").read_text()
     launcher = (
         "-m",
         "accelerate.commands.launch",
@@ -120,6 +121,15 @@ def test_killed_and_resumed_in_shards_it_ends_as_one_whole_rank_does(settings: l
     distance = lambda a, b: sum(float(((a[key] - b[key]) ** 2).sum()) for key in trained) ** 0.5  # noqa: E731
     assert distance(expected, started) > 0.05
     assert distance(found, expected) < 0.01 * distance(expected, started)
+
+
+def test_a_signal_at_the_second_rank_stops_and_saves_the_run(settings: list[str]) -> None:
+    run = Path(settings[-1]).parent / "stopped"
+    ended = _start_and_signal([*settings, "train.max_steps=5000"], run, signal.SIGTERM, (1,))
+    said = (run.parent / "log").read_text()
+    assert ended == [143, 143], said
+    step = int(said.split("SIGTERM: stopped after step ")[1].split(",")[0])
+    assert (run / "checkpoints" / f"step-{step:08d}").exists()
 
 
 @pytest.mark.parametrize(

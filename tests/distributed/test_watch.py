@@ -58,6 +58,11 @@ CASES: dict[str, tuple[Callable[[int], None], int, int, str]] = {
 }
 
 
+def _finish_writing() -> None:
+    time.sleep(0.5)
+    print("written", file=sys.stderr, flush=True)
+
+
 def _rank(rank: int, case: str, port: int, log: Path) -> None:
     """A rank of a run: what it says is in the log, its exit status is that of the training command."""
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
@@ -66,6 +71,8 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
     world = World(torch.device("cpu"), rank, RANKS)
     try:
         with world.watched(TIMEOUT_S):
+            assert world.watch is not None
+            world.watch.before_leaving = _finish_writing
             for number in range(6):
                 if number == 3 and rank == CASES[case][1]:
                     CASES[case][0](rank)
@@ -126,6 +133,14 @@ def test_a_rank_that_hangs_says_where(case: str, ended: dict[str, list[tuple[int
     culprit = CASES[case][1]
     status, said = ended[case][culprit]
     assert status == LOST and f"rank {culprit} is here:" in said and "time.sleep(120)" in said
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("hangs")])
+def test_what_is_being_written_is_finished_before_a_rank_leaves(
+    case: str, ended: dict[str, list[tuple[int | None, str]]]
+) -> None:
+    """Though its main thread waits in a collective."""
+    assert all("written" in said for _, said in ended[case])
 
 
 def _two_ranks() -> tuple[Watch, Watch]:

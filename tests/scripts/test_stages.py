@@ -96,6 +96,56 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, files: dict[str, 
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("name", ["query/thesis.txt", "query/notes/thesis.npy", "thesis/00000.npy"])
+def test_what_a_person_put_into_a_folder_of_a_stage_is_left_alone(tmp_path: Path, name: str, interrupted: bool) -> None:
+    """Only files whose names the stage writes there are its own; they go, and then the folder."""
+
+    def work(folder: Path) -> list[str]:
+        assert [entry.name for entry in folder.iterdir() if entry.name != ".lock"] == ["job.json"]
+        (folder / "query").mkdir()
+        (folder / "query" / "00000.npy").write_text("shard")
+        if interrupted:
+            raise KeyboardInterrupt
+        return ["query/00000.npy"]
+
+    def run(data: str) -> None:
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            run_stage("stage", tmp_path / "s", {"data": data}, work, writes=["query/*.npy"])
+
+    run("a")
+    own = tmp_path / "s" / name
+    own.parent.mkdir(exist_ok=True, parents=True)
+    own.write_text("years of work")
+    named = "/".join(name.split("/")[:2]) if name.startswith("query") else "thesis"
+    with pytest.raises(ConfigError, match=f"s/{named} was not written by the stage stage"):
+        run_stage("stage", tmp_path / "s", {"data": "b"}, work, writes=["query/*.npy"])
+    assert own.read_text() == "years of work" and (tmp_path / "s" / "query" / "00000.npy").exists()
+    own.rename(tmp_path / "thesis")
+    if own.parent != tmp_path / "s" / "query":
+        own.parent.rmdir()
+    run("b")
+
+
+def test_an_output_that_vanishes_while_it_is_looked_at_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process clears the folder."""
+    work, output = Work(), tmp_path / "s" / "out.txt"
+    first, status = _run(tmp_path / "s", work), Path.stat
+
+    def vanished(path: Path, **options: Any) -> os.stat_result:
+        if path == output and len(work.found) == 1:
+            output.unlink(missing_ok=True)
+        return status(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda path: True)  # when it was asked for
+        patch.setattr(Path, "stat", vanished)
+        assert _run(tmp_path / "s", work) == first
+    assert len(work.found) == 2
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_what_a_person_put_into_a_stage_is_left_alone(tmp_path: Path, interrupted: bool, earlier: bool) -> None:
     """Of this version's stage or an earlier one's; and other inputs clear the folder once it is away."""

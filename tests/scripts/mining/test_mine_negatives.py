@@ -118,6 +118,21 @@ def test_filters_by_the_models_similarities(
     assert manifest["counts"]["dropped by score"] == dropped > 100
 
 
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--margin", "100"], "every candidate scores too close to a positive; lower --margin or raise --percentage"),
+        (["--ranks", "5000", "6000"], "--ranks begins at 5,000, and there are only 80 passages"),
+    ],
+)
+def test_a_mining_without_negatives_names_the_cause(
+    workplace: Workplace, options: list[str], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = mined(workplace, f"none{options[0]}", *options)
+    assert not any(_negatives(record) for record in records)
+    assert f"none{options[0]}: no negative: {cause}" in capsys.readouterr().out
+
+
 def test_teacher_scores_are_written_and_read_into_the_store(workplace: Workplace, teacher_logit: Any) -> None:
     """Scores equal the cross-encoder's of each pair alone, filter by them, and stand beside their passages in the token
     store.
