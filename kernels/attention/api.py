@@ -9,6 +9,7 @@ arXiv:2307.08691).
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,15 +58,8 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, m
 
     Arguments as `packed_attention` has them, not checked here.
     """
-    if not on_kernels(query):
-        return reference.forward(query, key, value, texts, mask), _row_statistics(query)
-    if _in_blocks(query, key, texts.longest):
-        from kernels.attention import long
-
-        return long.forward(query, key, value, texts, mask)
-    from kernels.attention import short
-
-    return short.forward(query, key, value, texts, mask)
+    found: tuple[Tensor, Tensor] = _kernels(query, key, texts.longest).forward(query, key, value, texts, mask)
+    return found
 
 
 def attention_backward(
@@ -76,20 +70,10 @@ def attention_backward(
 
     `forward`: what `attention_forward` gave; what it does not need of that may be anything.
     """
-    query, key, _ = qkv
-    dquery, dkey, dvalue = into or [x.new_empty(x.shape) for x in qkv]
-    into = (dquery, dkey, dvalue)
+    query, key, value = qkv
+    into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    if not on_kernels(query):
-        reference.backward(dout, qkv, into, texts, mask)
-    elif _in_blocks(query, key, texts.longest):
-        from kernels.attention import long
-
-        long.backward(dout, qkv, forward, into, texts, mask)
-    else:
-        from kernels.attention import short
-
-        short.backward(dout, qkv, forward, into, texts, mask)
+    _kernels(query, key, texts.longest).backward(dout, qkv, forward, into, texts, mask)
     return into
 
 
@@ -129,7 +113,7 @@ def _(dout, query, key, value, *_):  # type: ignore[no-untyped-def]
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, starts, longest, scale, dropout, seed, causal, window = inputs
-    out = output[0] if _in_blocks(query, key, longest) else None
+    out = output[0] if _kernels(query, key, longest).READS_OUTPUT else None
     ctx.numbers = (longest, scale, dropout, causal, window)
     ctx.save_for_backward(query, key, value, out, output[1], starts, seed)
 
@@ -149,7 +133,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> Tensor:
         out, lse = attention_forward(query, key, value, texts, mask)
         ctx.longest, ctx.mask = texts.longest, mask
-        kept = out if _in_blocks(query, key, texts.longest) else texts.starts
+        kept = out if _kernels(query, key, texts.longest).READS_OUTPUT else texts.starts
         ctx.save_for_backward(query, key, value, kept, lse, texts.starts)
         return out
 
@@ -160,13 +144,13 @@ class _PackedAttention(torch.autograd.Function):
         return *attention_backward(gradients[0], (query, key, value), (out, lse), texts, ctx.mask), None, None
 
 
-def _in_blocks(query: Tensor, key: Tensor, longest: int) -> bool:
-    """Whether the Triton kernels go block by block, since the texts are too long to be computed whole."""
+def _kernels(query: Tensor, key: Tensor, longest: int) -> ModuleType:
+    """Whose `forward` and `backward` serve texts of up to `longest` tokens."""
     if not on_kernels(query):
-        return False
-    from kernels.attention import short
+        return reference
+    from kernels.attention import long, short
 
-    return longest > short.most_tokens(query, key)
+    return long if longest > short.most_tokens(query, key) else short
 
 
 def _row_statistics(query: Tensor) -> Tensor:

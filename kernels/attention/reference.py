@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.dropout import FIRST, GOLDEN, SECOND, WORD, drop_below, mix
 
+READS_OUTPUT = False  # whether `backward` reads what `forward` gave first
 _SCORES = 2**22  # most elements of one padded matrix of scores
 
 
@@ -60,19 +61,19 @@ class _Padded(NamedTuple):
     real: Tensor  # [m, L] bool
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> Tensor:
-    """softmax(scale · Q Kᵀ) V within each text, [T, H, d]; arguments as `kernels.attention.api.packed_attention` has
-    them.
+def forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> tuple[Tensor, Tensor]:
+    """softmax(scale · Q Kᵀ) V within each text, [T, H, d], and an empty tensor where kernels have statistics; arguments
+    as `kernels.attention.api.packed_attention` has them.
     """
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     for group in _groups(texts, *query.shape[:2]):
         q, k, v = (_padded(x, group, query.shape[1]) for x in (query, key, value))  # [m, H, L, d]
         probabilities, factor = _probabilities(q, k, group, mask)
         out[group.tokens[group.real]] = _matmul(probabilities * factor, v).transpose(1, 2)[group.real].to(out.dtype)
-    return out
+    return out, query.new_empty((0, 0), dtype=torch.float32)
 
 
-def backward(dout: Tensor, qkv: Heads, into: Heads, texts: Texts, mask: Mask) -> None:
+def backward(dout: Tensor, qkv: Heads, forward: tuple[Tensor, Tensor], into: Heads, texts: Texts, mask: Mask) -> None:
     """Writes the gradients at query [T, H, d], key and value [T, G, d] of Σ dout · forward `into` tensors like them."""
     heads, groups = qkv[0].shape[1], qkv[1].shape[1]
     dquery, dkey, dvalue = into

@@ -22,6 +22,8 @@ from torch import Tensor
 from kernels.attention.elements import LOG2E, constants, head_key, kept, load_rows, store_rows
 from kernels.attention.reference import Heads, Mask, Texts
 
+READS_OUTPUT = False  # whether `backward` reads what `forward` gave first
+
 
 @dataclass(frozen=True)
 class Tile:
