@@ -43,11 +43,11 @@ def embeddings(
     row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where shapes, dtypes
     or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
     """
-    words, places, segment, weight, bias, padding_word, padding_place = tables
     _check(ids, positions, tables)
     seed = check_dropout(dropout, seed)
+    words, places, segment, weight, bias, padding_word, padding_place = tables
     if on_kernels(words) and words.dtype == torch.float32:
-        out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, padding_word, padding_place, *tables[:5])
+        out: Tensor = _Embeddings.apply(ids, positions, seed, eps, dropout, *tables)
         return out
     z = embedding(ids, words, padding_word) + segment + embedding(positions, places, padding_place)  # [T, D]
     y = layer_norm(z, z.shape[1:], weight, bias, eps)
@@ -56,51 +56,40 @@ def embeddings(
 
 def _check(ids: Tensor, positions: Tensor, tables: Tables) -> None:
     """Raises ValueError where the arguments of `embeddings` do not fit each other."""
-    words, places = tables.words, tables.places
-    D = words.shape[-1]
+    words, places, D = tables.words, tables.places, tables.words.shape[-1]
     if ids.ndim != 1 or words.ndim != 2 or places.ndim != 2 or not 1 <= D <= WIDEST_ROW:
         raise ValueError(
             f"expected ids [T], words [V, D] and places [P, D], D in 1..{WIDEST_ROW}, received {list(ids.shape)}, "
             f"{list(words.shape)} and {list(places.shape)}"
         )
-    vectors = {"segment": tables.segment, "weight": tables.weight, "bias": tables.bias}
-    expected = {
-        "ids": (ids.shape, torch.int64),
-        "positions": (ids.shape, torch.int64),
-        "words": (words.shape, words.dtype),
+    expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
+        "ids": (ids, ids.shape, torch.int64),
+        "positions": (positions, ids.shape, torch.int64),
+        "words": (words, words.shape, words.dtype),
+        "places": (places, (len(places), D), words.dtype),
+        "segment": (tables.segment, (D,), words.dtype),
+        "weight": (tables.weight, (D,), words.dtype),
+        "bias": (tables.bias, (D,), words.dtype),
     }
-    expected |= {"places": (torch.Size([len(places), D]), words.dtype)} | {
-        name: (torch.Size([D]), words.dtype) for name in vectors
-    }
-    for name, tensor in {"ids": ids, "positions": positions, "words": words, "places": places, **vectors}.items():
-        if (tensor.shape, tensor.dtype) != expected[name] or tensor.device != ids.device or not tensor.is_contiguous():
-            shape, kind = expected[name]
+    for name, (x, shape, dtype) in expected.items():
+        if (x.shape, x.dtype, x.device) != (shape, dtype, ids.device) or not x.is_contiguous():
             raise ValueError(
-                f"expected {name} {list(shape)} {kind} on {ids.device}, contiguous, received {list(tensor.shape)} "
-                f"{tensor.dtype} on {tensor.device}"
+                f"expected {name} {list(shape)} {dtype} on {ids.device}, contiguous, received {list(x.shape)} "
+                f"{x.dtype} on {x.device}"
             )
 
 
 class _Embeddings(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        ids: Tensor,
-        positions: Tensor,
-        seed: Tensor | None,
-        eps: float,
-        dropout: float,
-        padding_word: int | None,
-        padding_place: int | None,
-        *tables: Tensor,
+        ctx: Any, ids: Tensor, positions: Tensor, seed: Tensor | None, eps: float, dropout: float, *tables: Any
     ) -> Tensor:
         from kernels.layers.embeddings_triton import embed_norm
 
-        words, places, segment, weight, bias = tables
-        out, statistics = embed_norm(
-            ids, positions, (words, places, segment, weight, bias), eps=eps, seed=seed, dropout=dropout
-        )
-        ctx.dropout, ctx.paddings = dropout, (padding_word, padding_place)
+        words, places, segment, weight, bias, *ctx.paddings = tables
+        vectors = (segment, weight, bias)
+        out, statistics = embed_norm(ids, positions, (words, places, *vectors), eps=eps, seed=seed, dropout=dropout)
+        ctx.dropout = dropout
         ctx.save_for_backward(ids, positions, words, places, segment, weight, statistics, seed)
         return out
 
@@ -110,16 +99,15 @@ class _Embeddings(torch.autograd.Function):
         from kernels.layers.embeddings_triton import embed_norm_backward
 
         ids, positions, words, places, segment, weight, statistics, seed = ctx.saved_tensors
-        needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[7:]
-        dz, sums = embed_norm_backward(
-            dout.contiguous(), ids, positions, (words, places, segment, weight), statistics, seed, ctx.dropout
-        )
+        needs_words, needs_places, *needs_vectors = ctx.needs_input_grad[5:10]
+        tables = (words, places, segment, weight)
+        dz, sums = embed_norm_backward(dout.contiguous(), ids, positions, tables, statistics, seed, ctx.dropout)
         dweight, dbias, dsegment = sums
         padding_word, padding_place = ctx.paddings
         dwords = _table_gradient(dz, ids, words, padding_word) if needs_words else None
         dplaces = _table_gradient(dz, positions, places, padding_place) if needs_places else None
         vectors = [d if needed else None for d, needed in zip((dsegment, dweight, dbias), needs_vectors, strict=True)]
-        return (None,) * 7 + (dwords, dplaces, *vectors)
+        return (None,) * 5 + (dwords, dplaces, *vectors, None, None)
 
 
 def _table_gradient(dz: Tensor, rows: Tensor, table: Tensor, padding: int | None) -> Tensor:
