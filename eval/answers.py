@@ -146,7 +146,7 @@ def _rows(path: Path) -> Iterator[Record]:
 
 
 def _problem(answer: str, regex: bool) -> str | None:
-    """What is expected instead of this answer, if it is none."""
+    """What is expected instead of this answer; None where the answer can be used."""
     if not answer.strip():
         return "answers that are not blank"
     if regex:

@@ -100,7 +100,9 @@ def evaluation_parser(
 
 
 def options_of(kind: type[Options], args: argparse.Namespace, **more: Any) -> Options:
-    """The dataclass `kind` with the arguments of the same names as its fields, and `more`."""
+    """An instance of the dataclass `kind`: its fields are filled from the arguments of the same names and from
+    `more`.
+    """
     named = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}  # type: ignore[arg-type]
     return kind(**named | more)
 

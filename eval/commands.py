@@ -37,7 +37,7 @@ def report_all(
     """Evaluates what `--model`, `--bm25` or `--run` names on each collection with its measures; rank 0 writes, prints
     and returns it.
 
-    `msmarco` writes runs in that format too; `check` adds notes on a collection with so many passages.
+    `msmarco` writes runs in that format too; `check` returns notes on a collection and its number of passages.
 
     Raises RefusedError for an unknown measure or index, files in the output folder that no evaluation wrote, and where
     another process works there, before anything is encoded.
@@ -84,7 +84,7 @@ def _of_bm25(args: argparse.Namespace, collection: Collection, metrics: Sequence
 
 
 def _in_run(path: Path, work: Work) -> Work:
-    """The part of the work that the run is about: zeros for the queries of another split would say nothing about it."""
+    """The collections with a query in the run. Raises DataError where there is none: it is a run of another split."""
     query_ids = read_run(path).keys()
     found = [
         (collection, metrics)
@@ -130,7 +130,9 @@ def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco:
 
 
 def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:
-    """The encoder of `--model`; the command line goes before what the model folder says. Raises ConfigError."""
+    """The encoder of `--model`. Options of the command line override the settings of the model folder. Raises
+    ConfigError.
+    """
     named = ("pooling", "normalize", "query_prompt", "passage_prompt", "precision", "attention")
     bundle = load_encoder(
         args.model,

@@ -55,12 +55,12 @@ class EvalResult:
 
     @property
     def n_queries(self) -> int:
-        """Judged queries, the number the means are over."""
+        """The number of judged queries, over which the means are taken."""
         return len(self.scores.query_ids)
 
 
 def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
-    """Finds out now, not after hours of training, whether `evaluate` could run.
+    """Checks the arguments of `evaluate` before hours of training.
 
     Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection
     lacks something or holds what `Collection.check` refuses.
@@ -154,7 +154,7 @@ def evaluate_collection(
 
 
 def _counted(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int | None]:
-    """The texts and their number, which is None where they are many."""
+    """The texts and their number; None for a large corpus, whose number is not known before it is read."""
     stream = iter(texts)
     head = list(islice(stream, _SMALL_CORPUS))
     return chain(head, stream), len(head) if len(head) < _SMALL_CORPUS else None

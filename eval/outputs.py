@@ -15,7 +15,7 @@ _FIRST_LINE_BYTES = 1 << 16
 
 
 def refuse_foreign(file: Path, ours: Callable[[Path], bool], instead: str = "another file (--output)") -> None:
-    """Raises ConfigError where `file` is there and `ours` does not know it as one that a command wrote."""
+    """Raises ConfigError if `file` exists and `ours` does not recognise it as written by a command."""
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; choose {instead}")
     if file.is_symlink() or (file.exists() and not ours(file)):

@@ -35,7 +35,7 @@ class Ranking(NamedTuple):
     scores: np.ndarray
 
     def without(self, passage_id: str) -> Ranking:
-        """The ranking less one of its passages."""
+        """The ranking without one of its passages."""
         place = self.passage_ids.index(passage_id)
         return Ranking([*self.passage_ids[:place], *self.passage_ids[place + 1 :]], np.delete(self.scores, place))
 
@@ -125,7 +125,7 @@ def read_run(path: str | Path) -> dict[str, Ranking]:
 
 
 def _fields(path: str | Path, count: int, expected: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, its fields), the last of which may have blanks in it in a line of six."""
+    """(line number, its fields). The sixth field is the rest of the line."""
     for number, line in _numbered_lines(path):
         fields = line.split(maxsplit=5)
         if len(fields) != count:
@@ -134,7 +134,7 @@ def _fields(path: str | Path, count: int, expected: str) -> Iterator[tuple[int, 
 
 
 def _add(values: dict[Any, Any], key: str | int, value: object, query_id: str, path: str | Path, line: int) -> None:
-    """Adds what a line says of its query. Raises DataError where a passage, or a rank, comes again."""
+    """Records one line of a query. Raises DataError for a repeated passage or rank."""
     if key in values:
         what = "passage" if isinstance(key, str) else "rank"
         raise DataError(f"{what} {key!r} of query {query_id!r} stands twice; expected once", path, line)

@@ -106,7 +106,7 @@ def encode_to_shards(
 
 
 def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> None:
-    """Writes shard after shard in a thread, as their embeddings arrive, while the next are encoded."""
+    """Writes each shard in a thread once its embeddings have arrived, while the next are encoded."""
 
     def write(part: _Part, embeddings: Sequence[Arriving]) -> None:
         writer.write(part.shard, np.concatenate([batch.wait() for batch in embeddings]), part.ids)
@@ -127,7 +127,7 @@ def _write(writer: ShardWriter, encoded: Iterable[tuple[_Part, Arriving]]) -> No
 
 
 class _Part(NamedTuple):
-    """Which texts a batch holds."""
+    """The texts of one batch."""
 
     shard: int
     ids: tuple[str, ...]  # of the whole shard

@@ -234,7 +234,7 @@ def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Raises ShardError where a field is missing or of another type, or the shards are not those of the rows."""
+    """Raises ShardError if a field is missing or has another type, or if the shards do not add up to the rows."""
     job = [field.name for field in fields(ShardJob)]
     if lacking := sorted({"rows", "shards", *job} - manifest.keys()):
         raise ShardError(f"{file}: {', '.join(lacking)} missing")
@@ -254,7 +254,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
 
 
 def _listed(rows: int, shard_rows: int) -> list[dict[str, Any]]:
-    """What a manifest says of each shard."""
+    """The entry of each shard in a manifest."""
     starts = range(0, rows, shard_rows)
     return [
         {"file": f"{shard:05d}.npy", "ids": f"{shard:05d}.ids.arrow", "rows": min(shard_rows, rows - start)}
@@ -279,7 +279,7 @@ def _read_shard(folder: Path, shard: int) -> tuple[np.ndarray, pa.Table]:
 
 
 def _files(folder: Path, shard: int) -> tuple[Path, Path]:
-    """Where the embeddings of shard number `shard` stand, and where its ids."""
+    """The files of the embeddings and of the ids of shard number `shard`."""
     return folder / f"{shard:05d}.npy", folder / f"{shard:05d}.ids.arrow"
 
 

@@ -120,7 +120,7 @@ def read_beir(
 
 
 def collection_of(name: str, split: str, qrels: Qrels, tables: Tables | None, **more: Any) -> Collection:
-    """The collection of judgments, with the texts of `tables`: those of queries, those of the corpus; None: not read."""
+    """A collection from its judgments and the tables of its queries and corpus. Without `tables` no text is read."""
     queries, corpus = tables or ((), ())
     return Collection(name, split, judged_queries(queries, qrels) if tables else {}, qrels, corpus, **more)
 
@@ -131,7 +131,7 @@ def read_judgments(path: str | Path) -> dict[str, dict[str, int]]:
 
 
 def relevant(qrels: dict[str, dict[str, int]], label: str | Path) -> dict[str, dict[str, int]]:
-    """The judgments. Raises DataError where no grade is above 0: every measure of every run would be 0."""
+    """Returns the judgments. Raises DataError where no grade is above 0: every measure of every run would be 0."""
     if not any(grade > 0 for grades in qrels.values() for grade in grades.values()):
         raise DataError(
             "field 'score': expected a grade above 0 on some line, received none: every measure would be 0", label

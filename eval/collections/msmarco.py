@@ -78,7 +78,9 @@ def available_splits(folder: Path) -> list[str]:
 
 
 def count_notes(collection: Collection, n_passages: int | None) -> list[str]:
-    """What differs from the official counts: figures of a sample are not MS MARCO's. `n_passages` None: not known."""
+    """Notes what differs from the official counts: a sample's figures are not MS MARCO's. `n_passages` is None if
+    unknown.
+    """
     name, split = collection.split, SPLITS[collection.split]
     judgments = sum(map(len, collection.qrels.values()))
     counts = (

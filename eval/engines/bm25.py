@@ -139,7 +139,7 @@ def cores() -> int:
 
 
 def plural_stem(word: str) -> str:
-    """An English word in lower case without its plural s: passages -> passage, queries -> query; class, corpus and does
+    """Removes the plural s of an English word in lower case: passages -> passage, queries -> query; class and corpus
     stay.
 
     The first of three rules whose ending fits decides. (Harman 1991, How effective is suffixing?, the S stemmer)

@@ -43,18 +43,18 @@ class SearchOptions:
     progress: bool = False
 
     def describe(self, passages: Embeddings, k: int) -> dict[str, Any]:
-        """The index and the parameters that `search` for k passages uses, `flat` included."""
+        """The index and all parameters that `search` uses for k passages."""
         if self.index == "flat":
             return {"index": "flat"}
         spec = index_spec(self.index, passages.rows, passages.dimension, self.depth(k))
         return {"index": self.index, **asdict(spec)}
 
     def depth(self, k: int) -> int:
-        """How many passages a query are searched for, so that k are left."""
+        """Passages to search for each query so that k remain after the query's own is dropped."""
         return k + self.exclude_self
 
     def shortage(self, run: Run, passages: Embeddings, k: int) -> tuple[str, ...]:
-        """A note where an approximate index found fewer than k passages for some queries, else none."""
+        """A note if an approximate index found fewer than k passages for some queries."""
         wanted = min(k, passages.rows - self.exclude_self)
         short = sum(len(found.passage_ids) < wanted for found in run.values())
         if self.index == "flat" or not short:

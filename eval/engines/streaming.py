@@ -40,7 +40,7 @@ _COPY_THREADS = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is on the device at once."""
+    """How much the device holds at once."""
 
     block_rows: int
     queries: int  # scored against a block together

@@ -47,7 +47,7 @@ class PassageOrder:
 
 
 class TopK:
-    """The k best passages of each of n queries; `merge` adds candidates, `rows` reads the result."""
+    """The k best passages of each of n queries; `merge` adds candidates, `row` reads the result."""
 
     def __init__(self, keys: np.ndarray) -> None:
         """`keys`: [Q, k] uint64 as this module defines them, each row ascending."""
@@ -55,7 +55,7 @@ class TopK:
 
     @classmethod
     def empty(cls, n_queries: int, k: int) -> TopK:
-        """Without a passage so far."""
+        """Holds no passage yet."""
         return cls(np.full((n_queries, k), _EMPTY, dtype=np.uint64))
 
     def worst_scores(self, queries: slice) -> np.ndarray:

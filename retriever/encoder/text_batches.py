@@ -60,7 +60,7 @@ class Arriving:
 
 @dataclass(frozen=True)
 class BatchEncoder:
-    """What embeds one side's texts."""
+    """Embeds the texts of one side."""
 
     encoder: DualEncoder
     tokenizer: PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class BatchEncoder:
     def _tokenize(
         self, pool: ThreadPoolExecutor, batch: tuple[Key, Sequence[str]]
     ) -> tuple[Key, list[Future[_Tokens]]]:
-        """Hands a batch to the pool, behind the one before it: the cores are busy from one batch to the next."""
+        """Queues a batch in the pool behind the one before it, so that the cores stay busy between batches."""
         key, texts = batch
         parts = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
         return key, [pool.submit(self._tokens, part) for part in parts]
@@ -129,7 +129,7 @@ def mode_of(encoder: DualEncoder) -> Literal["padded", "packed", "fused"]:
 
 @contextmanager
 def inference(encoder: DualEncoder) -> Iterator[None]:
-    """Eval mode without graphs; all is as it was afterwards.
+    """Runs in eval mode without graphs, and restores every module's mode afterwards.
 
     Weights are cast for autocast once, not once a chunk.
     """
@@ -145,7 +145,7 @@ def inference(encoder: DualEncoder) -> Iterator[None]:
 
 
 def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
-    """The items, the next of which is made in a thread while one is in use."""
+    """Yields the items; a thread makes the next one while one is in use."""
     stream = iter(items)
     take = partial(next, stream, None)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
