@@ -67,10 +67,6 @@ class TextTable(TokenRows):
         """The texts' own ids [n], null where the data gave none; memory-mapped Arrow."""
         return pa.ipc.open_file(pa.memory_map(str(self._folder / "ids.arrow"))).read_all()["id"]
 
-    def id_of(self, row: int) -> str | None:
-        """The id of one text."""
-        return self.ids[int(row)].as_py()
-
 
 class TextTableWriter:
     """Writes a TextTable text by text; what it holds in memory does not grow with the table.

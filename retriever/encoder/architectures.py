@@ -52,8 +52,8 @@ def check_modules(model: nn.Module, name: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ConfigError(
-                f"model {name} has a {type(module).__name__} at {path!r}; in train mode its output depends on the other "
-                "rows of a chunk, so the gradient would depend on the chunking; expected a model without batch "
+                f"model {name} has a {type(module).__name__} at {path!r}; in train mode its output depends on the "
+                "other rows of a chunk, so the gradient would depend on the chunking; expected a model without batch "
                 "normalisation"
             )
 

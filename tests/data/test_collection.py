@@ -106,7 +106,8 @@ def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "corpus.jsonl", lines(DOCUMENTS[0], {"_id": "d2", "title": "x"}))
     with pytest.raises(
         DataError,
-        match=r"corpus\.jsonl, line 2: field 'text' is missing: expected 'text' or 'contents' or 'passage', received fields _id, title",
+        match=r"corpus\.jsonl, line 2: field 'text' is missing: expected 'text' or 'contents' or 'passage', "
+        "received fields _id, title",
     ):
         list(read_corpus(tmp_path / "corpus.jsonl"))
 

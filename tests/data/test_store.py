@@ -83,11 +83,11 @@ def test_tokens_equal_the_tokenizers_own(
     for row, tokens in enumerate(texts_of(store.queries)):
         assert (
             tokens
-            == token_ids("find: " + queries[store.queries.id_of(row)])
+            == token_ids("find: " + queries[store.queries.ids[row].as_py()])
             == tuple(store.queries.tokens(row).tolist())
         )
     for row, tokens in enumerate(texts_of(store.passages)):
-        document = documents[store.passages.id_of(row)]
+        document = documents[store.passages.ids[row].as_py()]
         joined = (
             f"{document['title']} - {document['text']}" if title == "join" and document["title"] else document["text"]
         )

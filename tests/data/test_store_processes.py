@@ -50,7 +50,8 @@ def announced(name, function):
 text_table._BATCH_TEXTS = 4
 text_table.tokenize_flat = announced("BATCH", text_table.tokenize_flat)
 os.replace = announced("RENAME", os.replace)
-config = Config(model=ModelConfig(query_prompt="find: "), data=DataConfig(train=(SourceConfig(path=sys.argv[1]),), cache_dir=sys.argv[2]))
+data = DataConfig(train=(SourceConfig(path=sys.argv[1]),), cache_dir=sys.argv[2])
+config = Config(model=ModelConfig(query_prompt="find: "), data=data)
 print("READY", flush=True)
 sys.stdin.readline()
 store = build_or_open(config, PreTrainedTokenizerFast.from_pretrained(sys.argv[3]), progress=False)

@@ -81,7 +81,7 @@ def _groups(store: Store, loader: BatchLoader, step: int) -> dict[str, list[tupl
     found = {}
     for i, query in enumerate(_queries(store, loader, step)):
         rows = range(int(ptr[i]), int(ptr[i + 1]))
-        found[query] = [(str(store.passages.id_of(int(ids[r]))), round(float(scores[r]), 3)) for r in rows]
+        found[query] = [(str(store.passages.ids[int(ids[r])].as_py()), round(float(scores[r]), 3)) for r in rows]
         assert not len(rows) or int(ids[rows[0]]) == int(targets.passage_ids[targets.positives[i]])
     assert by_target
     return found
@@ -93,7 +93,7 @@ def _queries(store: Store, loader: BatchLoader, step: int) -> list[str]:
     whole = loader._planner.plan(step)
     lengths = loader._queries.lengths(whole.queries), loader._passages.lengths(whole.passages)
     return [
-        str(store.queries.id_of(q))
+        str(store.queries.ids[q].as_py())
         for q in slice_for_rank(whole, *lengths, loader._world.rank, loader._world.size).queries
     ]
 
@@ -112,7 +112,7 @@ def test_a_group_is_the_target_and_the_scored_negatives_in_the_batch(
     store, records, folder = built
     loader, empty, dropped = _loader(store, folder, kl_weight=1.0, teacher_margin=margin), 0, 0
     for step in range(3):
-        present = {str(store.passages.id_of(int(i))) for i in loader.load(step).targets.passage_ids}
+        present = {str(store.passages.ids[int(i)].as_py()) for i in loader.load(step).targets.passage_ids}
         for query, group in _groups(store, loader, step).items():
             positive, negative = (_scores(records[query], side) for side in ("positive", "negative"))
             if not positive:
@@ -136,13 +136,13 @@ def test_false_negatives_by_teacher_are_known(built: tuple[Store, Records, Path]
     for step in range(3):
         before, after = plain.load(step).targets, loader.load(step).targets
         assert after.groups is None and torch.equal(before.passage_ids, after.passage_ids)
-        present = {str(store.passages.id_of(int(i))) for i in before.passage_ids}
+        present = {str(store.passages.ids[int(i)].as_py()) for i in before.passage_ids}
         for i, query in enumerate(_queries(store, loader, step)):
             known = [t.known_ids[t.known_ptr[i] : t.known_ptr[i + 1]].tolist() for t in (before, after)]
-            target = str(store.passages.id_of(int(before.passage_ids[before.positives[i]])))
+            target = str(store.passages.ids[int(before.passage_ids[before.positives[i]])].as_py())
             line = _scores(records[query], "positive").get(target, float("nan")) - 0.3
             false = {p for p, s in _scores(records[query], "negative").items() if s > line and p in present}
-            assert {str(store.passages.id_of(p)) for p in set(known[1]) - set(known[0])} == false
+            assert {str(store.passages.ids[p].as_py()) for p in set(known[1]) - set(known[0])} == false
             assert known[1] == sorted(known[1]) and len(known[1]) == len(known[0]) + len(false)
             dropped += len(false)
     assert dropped > 10

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from retriever.config import Config, ConfigError, LoraConfig, ModelConfig
+from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import LoraLinear, adapt, merged_state
@@ -41,9 +42,9 @@ def _encoder(
     return encoder
 
 
-def _embed(encoder: DualEncoder, folder: Path, side: str = "passage") -> np.ndarray:
+def _embed(encoder: DualEncoder, folder: Path, side: Side = "passage") -> np.ndarray:
     config = Config(model=ModelConfig(str(folder), tied=encoder.tied, query_max_tokens=64, passage_max_tokens=64))
-    return EncoderBundle(encoder, load_tokenizer(folder), settings_of(config, encoder.pooling)).encode(TEXTS, side)  # type: ignore[arg-type]
+    return EncoderBundle(encoder, load_tokenizer(folder), settings_of(config, encoder.pooling)).encode(TEXTS, side)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 
-from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.encoder.bundle import EncoderBundle, Precision, load_encoder
 from retriever.encoder.text_batches import inference
 from tests.tiny import random_texts, save_tiny_model
 
@@ -30,10 +30,12 @@ def bundle(folder: Path) -> EncoderBundle:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["padded", "packed"])
-def test_batches_are_the_whole_in_parts(folder: Path, bundle: EncoderBundle, attention: str, precision: str) -> None:
+def test_batches_are_the_whole_in_parts(
+    folder: Path, bundle: EncoderBundle, attention: Literal["padded", "packed"], precision: Precision
+) -> None:
     """Padded or packed, in chunks of few tokens: the padded fp32 embeddings, in bf16 to a cosine of 0.999."""
     whole = bundle.encode(TEXTS, "query")
-    loaded = load_encoder(folder, query_prompt="find: ", query_max_tokens=12, attention=attention, precision=precision)  # type: ignore[arg-type]
+    loaded = load_encoder(folder, query_prompt="find: ", query_max_tokens=12, attention=attention, precision=precision)
     counted: list[int] = []
     batches = [("a", TEXTS[:7]), ("b", TEXTS[7:8]), ("nothing", []), ("c", TEXTS[8:])]
     found = list(loaded.encode_batches(batches, "query", tokens_per_chunk=30, progress=counted.append))

@@ -90,7 +90,10 @@ def test_an_end_that_there_is_none_of_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_that_leaves_no_room_for_a_text_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path)
     prompt = " ".join(["search"] * 27)
-    message = r"model\.query_prompt: 27 tokens and 2 special ones leave no room .* 24 of model\.query_max_tokens; .* at least 30 tokens"
+    message = (
+        r"model\.query_prompt: 27 tokens and 2 special ones leave no room .* 24 of model\.query_max_tokens; "
+        ".* at least 30 tokens"
+    )
     with pytest.raises(ConfigError, match=message):
         training_tokenizer(_model(folder, query_max_tokens=24, query_prompt=prompt))
     with pytest.raises(ConfigError, match=message):
