@@ -29,10 +29,8 @@ from retriever.parallel.sharded import spread, whole_tensors
 from retriever.run_folder import CHECKPOINTS
 
 FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
-_PART, _GOLDEN = (
-    1 << 22,
-    0x1E3779B97F4A7C15,
-)  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+# Of a fingerprint: words that are summed at once, a factor whose multiples look random.
+_PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15
 _LENGTHS = ("train.max_steps", "train.epochs")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -300,9 +298,8 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        parts = (
-            weight.detach().reshape(-1).view(torch.int16).split(_PART)
-        )  # in parts, for the products are four times as large
+        # In parts, for the products are four times as large.
+        parts = weight.detach().reshape(-1).view(torch.int16).split(_PART)
         factors = _factors(min(_PART, parts[0].numel()), weight.device)
         sums = [int((part * factors[: part.numel()]).sum()) for part in parts]  # modulo 2^64: exact in any order
         digest.update(f"{name} {tuple(weight.shape)} {sums}\n".encode())

@@ -29,9 +29,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
             "accelerate's configuration asks for DeepSpeed; only FSDP is available, as in configs/accelerate/fsdp.yaml"
         )
     sharded = _is_on("ACCELERATE_USE_FSDP")
-    os.environ.pop(
-        "ACCELERATE_USE_FSDP", None
-    )  # seeing it, transformers would load no weights on ranks other than the first
+    # With this variable transformers would load no weights on ranks other than the first.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if sharded:
         _check_fsdp()
         check_sharded(config)
