@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,27 +124,20 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
             "set run.resume=never and another run.output_dir to start afresh"
         )
     modules = state.modules()
-    with _fitting(folder):
+    try:
         current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
         trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
         modules.load_state_dict({**trained, **frozen})
         load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
-    state.optimizer.updates = int(manifest["step"])
-    return int(manifest["step"])
-
-
-@contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
-    """Says in one line that the tensors of a checkpoint are not those of the run."""
-    try:
-        yield
     except (RuntimeError, ValueError) as error:
         found = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{folder} does not fit the model and optimizer of this run ({found}); take a checkpoint before it, or set "
             "run.resume=never and another run.output_dir to start afresh"
         ) from error
+    state.optimizer.updates = int(manifest["step"])
+    return int(manifest["step"])
 
 
 def find(run: RunConfig) -> Path | None:

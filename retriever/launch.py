@@ -62,9 +62,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
             f"batch.queries={config.batch.queries} is one step"
         )
     if accelerator.is_main_process:
-        accelerator.init_trackers(
-            "bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)}
-        )
+        loggable = {key: value for key, value in flat(config).items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("bigbatch", config=loggable)
     several = accelerator.num_processes > 1
     if sharded and not several:
         accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
@@ -102,7 +101,3 @@ def _check_fsdp() -> None:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
-
-
-def _is_loggable(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str))
