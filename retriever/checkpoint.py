@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,8 @@ from retriever.parallel.sharded import spread, whole_tensors
 from retriever.run_folder import CHECKPOINTS
 
 FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
-_PART, _GOLDEN = (
-    1 << 22,
-    0x1E3779B97F4A7C15,
-)  # of a fingerprint: words that are summed at once, a factor whose multiples look random
+# Of a fingerprint: words that are summed at once, a factor whose multiples look random.
+_PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15
 _LENGTHS = ("train.max_steps", "train.epochs")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
@@ -127,27 +124,20 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
             "set run.resume=never and another run.output_dir to start afresh"
         )
     modules = state.modules()
-    with _fitting(folder):
+    try:
         current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
         trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
         modules.load_state_dict({**trained, **frozen})
         load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))
         state.optimizer.scaler.load_state_dict(manifest["scaler"])
-    state.optimizer.updates = int(manifest["step"])
-    return int(manifest["step"])
-
-
-@contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
-    """Says in one line that the tensors of a checkpoint are not those of the run."""
-    try:
-        yield
     except (RuntimeError, ValueError) as error:
         found = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"{folder} does not fit the model and optimizer of this run ({found}); take a checkpoint before it, or set "
             "run.resume=never and another run.output_dir to start afresh"
         ) from error
+    state.optimizer.updates = int(manifest["step"])
+    return int(manifest["step"])
 
 
 def find(run: RunConfig) -> Path | None:
@@ -300,9 +290,8 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        parts = (
-            weight.detach().reshape(-1).view(torch.int16).split(_PART)
-        )  # in parts, for the products are four times as large
+        # In parts, for the products are four times as large.
+        parts = weight.detach().reshape(-1).view(torch.int16).split(_PART)
         factors = _factors(min(_PART, parts[0].numel()), weight.device)
         sums = [int((part * factors[: part.numel()]).sum()) for part in parts]  # modulo 2^64: exact in any order
         digest.update(f"{name} {tuple(weight.shape)} {sums}\n".encode())

@@ -194,12 +194,10 @@ def launched() -> Iterator[World]:
 
     from retriever.parallel.world import World
 
-    os.environ.pop(
-        "ACCELERATE_USE_FSDP", None
-    )  # every rank needs the whole model; transformers would leave weights out
-    state = PartialState(
-        cpu=not torch.cuda.is_available()
-    )  # not told so, accelerate runs processes on CPUs as strangers to each other
+    # Every rank needs the whole model; with this variable transformers would leave weights out.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    # Without `cpu`, accelerate runs processes on CPUs as strangers to each other.
+    state = PartialState(cpu=not torch.cuda.is_available())
     try:
         yield World(state.device, state.process_index, state.num_processes)
     finally:

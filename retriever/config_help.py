@@ -21,8 +21,8 @@ _WIDTH = 120  # columns
 _INTRODUCTION = """# Settings
 
 Every setting of a run, with its type, its default and its meaning. A YAML file gives them section by section
-(`--config`), and `key.sub=value` on the command line replaces them. `retriever/train.py --help-settings [section]` shows
-this list in a terminal. The page is printed by `python -m retriever.config_help` from the comments in
+(`--config`), and `key.sub=value` on the command line replaces them. `retriever/train.py --help-settings [section]`
+shows this list in a terminal. The page is printed by `python -m retriever.config_help` from the comments in
 [retriever/config.py](../retriever/config.py).
 
 """

@@ -29,9 +29,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
             "accelerate's configuration asks for DeepSpeed; only FSDP is available, as in configs/accelerate/fsdp.yaml"
         )
     sharded = _is_on("ACCELERATE_USE_FSDP")
-    os.environ.pop(
-        "ACCELERATE_USE_FSDP", None
-    )  # seeing it, transformers would load no weights on ranks other than the first
+    # With this variable transformers would load no weights on ranks other than the first.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if sharded:
         _check_fsdp()
         check_sharded(config)
@@ -63,9 +62,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
             f"batch.queries={config.batch.queries} is one step"
         )
     if accelerator.is_main_process:
-        accelerator.init_trackers(
-            "bigbatch", config={key: value for key, value in flat(config).items() if _is_loggable(value)}
-        )
+        loggable = {key: value for key, value in flat(config).items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("bigbatch", config=loggable)
     several = accelerator.num_processes > 1
     if sharded and not several:
         accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
@@ -103,7 +101,3 @@ def _check_fsdp() -> None:
 
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
-
-
-def _is_loggable(value: object) -> bool:
-    return isinstance(value, (bool, int, float, str))

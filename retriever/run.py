@@ -61,7 +61,8 @@ class Run:
         retention    Retention: the tokens whose graphs or products `train_step` keeps between its passes
         done, total  optimizer steps that are finished, and that the whole run takes
 
-    With `run.preflight=only` the plan is printed, `batches` is empty, nothing is left behind, and `optimizer` is not set.
+    With `run.preflight=only` the plan is printed, `batches` is empty, `optimizer` is not set, and nothing is left
+    behind.
 
     Raises RefusedError (ConfigError, DataError, LockedError) on entering, for what cannot be run; Stopped on leaving
     where a signal stopped the run, which is saved; RankError where another rank ended it; FloatingPointError on leaving

@@ -42,26 +42,22 @@ def train_step(
     (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
     """
     seed_step(seed, batch.step, world.rank)
-    temperature, gradient_scale = (
-        objective.temperature_at(batch.step),
-        optimizer.gradient_scale,
-    )  # read while the device has nothing to do
+    # Read while the device has nothing to do.
+    temperature, gradient_scale = objective.temperature_at(batch.step), optimizer.gradient_scale
 
-    # 1. Encode every chunk without a graph and remember its RNG state. (The first ones keep what `retention` allows: 3
-    # has less to do.)
-    representations, first = encode_without_graph(
-        encoder, batch, retention, offload=objective.offload
-    )  # queries [B, D], passages [N, D]
+    # 1. Encode every chunk without a graph and remember its RNG state. (The first chunks keep what `retention` allows,
+    # which leaves less to do in 3.) Representations: queries [B, D], passages [N, D].
+    representations, first = encode_without_graph(encoder, batch, retention, offload=objective.offload)
 
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)
 
-    # 3. Encode each chunk again under its RNG state, with a graph (or take the one it kept); backpropagate its rows of
+    # 3. Encode each chunk again under its RNG state, with a graph, or take the graph it kept. Backpropagate its rows of
     # the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
 
-    # 4. The step's only parameter collective (an encoder in shards has summed its own, chunk by chunk), then the
-    # update.
+    # 4. Sum the gradients over ranks, the step's only collective on parameters, and update. (An encoder in shards has
+    # summed its own gradients chunk by chunk.)
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(batch.step)
     grad_norm = optimizer.clip_and_step(batch.step)

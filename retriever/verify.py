@@ -1,6 +1,4 @@
-"""The gradient contract on the user's own data: cached gradient against the whole batch's, by autograd, before step
-1.
-"""
+"""The gradient contract on the user's own data, before step 1: the cached gradient against the whole batch's."""
 
 from __future__ import annotations
 
@@ -25,9 +23,8 @@ from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState
 from retriever.wording import counted
 
-_ROUNDING = (
-    1e-10  # a gradient below this is no gradient: texts that truncate to the same tokens, a batch without negatives
-)
+# A gradient below this is rounding: texts that truncate to the same tokens, or a batch without negatives.
+_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,8 @@ def gradient_error(
     with state.restored():
         objective = ContrastiveObjective(loss, unit_norm=exact.normalize, block_rows=block_rows)
         cached = []
-        for retention in (
-            NOTHING,
-            _some_of_each(exact, batch),
-        ):  # every chunk encoded again, and some of them not or in part
+        # Every chunk encoded again; then some of them not, and some in part.
+        for retention in (NOTHING, _some_of_each(exact, batch)):
             representations, first = encode_without_graph(exact, batch, retention, offload=objective.offload)
             value, gradients = representation_gradients(objective, representations, batch, world)
             backward_through_encoder(exact, batch, gradients, first)

@@ -56,8 +56,8 @@ class Transfer:
 
 
 class World:
-    """`size` ranks of torch's default process group, this being `rank`, computing on `device`; `sharded`: none holds
-    the encoder whole.
+    """`size` ranks of torch's default process group; this is `rank`, on `device`. `sharded`: no rank holds the whole
+    encoder.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1, *, sharded: bool = False) -> None:
@@ -87,13 +87,14 @@ class World:
     def watched(self, timeout_s: float) -> Iterator[None]:
         """Inside, a rank that is lost ends the run on all ranks within `timeout_s` of their waiting for it.
 
-        The error that ends this rank is told to the others. Raises RankError where a collective failed for another rank's
-        sake; where the main thread is stuck, the process prints the same message and exits with the verdict's status.
+        The other ranks are told the error that ends this one. Raises RankError if a collective failed because of
+        another rank. If the main thread is stuck, the process prints the same message and exits with its status.
         """
         if self.size == 1:
             yield
             return
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # the thread's own connection
+        # The thread's own connection to the ranks' store.
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         watch = self.watch = Watch(dist.PrefixStore("watch", store), self.rank, self.size, timeout_s)
         self.barrier()
         watch.start()

@@ -22,6 +22,7 @@ from retriever.parallel.cost import RING_OPERATIONS, gathered_operations
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast, Memory, Workload, most_retained
 from retriever.plan.measure import (
+    ChunkCost,
     Cost,
     allocated_bytes,
     measure_chunk,
@@ -106,11 +107,8 @@ class StepPlanner:
                 if getattr(batch, key) is True and room < 0:
                     more = f"{-room / _GIB:.1f} GiB more than a GPU has for it"
                     raise ConfigError(f"batch.{key}: true, but keeping all {what} takes {more}; set it to auto")
-        kept = (
-            tokens if x == "auto" else x
-            for x, tokens in zip((batch.retain, batch.retain_products), retention, strict=True)
-        )
-        graphs, products = kept
+        graphs = retention.graphs if batch.retain == "auto" else batch.retain
+        products = retention.products if batch.retain_products == "auto" else batch.retain_products
         return replace(self._config, batch=replace(batch, retain=graphs, retain_products=products)), forecast
 
     def _check(self) -> None:
@@ -121,10 +119,8 @@ class StepPlanner:
                 f"batch.retain_products: {str(products).lower()}, but only fused layers (model.fused=true) keep "
                 "products; set it to auto"
             )
-        ranks, there = (
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        )
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if (taken := ranks * self._memory.host) > there:
             raise ConfigError(
                 f"batch.offload: representations, their gradients and copies of them take about {taken / _GIB:,.1f} "
@@ -136,9 +132,8 @@ class StepPlanner:
         if self._usable is None:
             return max(_UNMEASURED_SIZE[self._world.device.type], self._longest)
         longer: Side = max(SIDES, key=lambda side: int(self._lengths[side].sum()))
-        seconds: dict[
-            int, float
-        ] = {}  # of a token, by size, where all chunks are like the middle one and what fits is kept
+        # Of a token, by size, if all chunks are like the middle one and keep what fits.
+        seconds: dict[int, float] = {}
         size = max(_LARGEST_SIZE, self._longest)
         while size >= max(_LEAST_SIZE, self._longest) and (size >= _SMALLEST_USUAL or not seconds):
             workload = self._workload(size)
@@ -164,13 +159,7 @@ class StepPlanner:
         """The step in chunks of `size` tokens, nothing kept. Raises ConfigError where it does not fit."""
         workload, device = self._workload(size), self._world.device
         try:
-            measured = {
-                side: {
-                    place: measure_chunk(self._encoder, side, workload.chunks[side][place])
-                    for place in dict.fromkeys(places)
-                }
-                for side, places in ((side, workload.measured_places(side)) for side in SIDES)
-            }
+            measured = {side: self._measured_chunks(workload, side) for side in SIDES}
             loss, update_s = self._loss(), measure_update(self._config.optim, self._parameters, device)
         except torch.cuda.OutOfMemoryError as error:
             raise ConfigError(
@@ -181,16 +170,18 @@ class StepPlanner:
         memory = replace(self._memory, weights=max(self._memory.weights, made))
         return Forecast(workload, workload.costs(measured), loss, update_s, memory)
 
+    def _measured_chunks(self, workload: Workload, side: Side) -> dict[int, ChunkCost]:
+        chunks, places = workload.chunks[side], dict.fromkeys(workload.measured_places(side))
+        return {place: measure_chunk(self._encoder, side, chunks[place]) for place in places}
+
     def _loss(self) -> Cost:
         """The loss over this rank's queries and the passages they see: time by pairs and operations, memory by rows
         where tiled.
         """
         config, ranks = self._config.loss, self._world.size
         tiled, device = config.strategy == "tiled", self._world.device
-        whole = (
-            len(self._lengths["query"]),
-            len(self._lengths["passage"]) * (1 if config.strategy == "local" else ranks),
-        )
+        seen_ranks = 1 if config.strategy == "local" else ranks
+        whole = len(self._lengths["query"]), len(self._lengths["passage"]) * seen_ranks
         share = min(1.0, sqrt(_MEASURED_PAIRS[device.type, tiled] / prod(whole)))
         part = max(1, int(share * whole[0])), max(1, int(share * whole[1]))
         seconds, peak_bytes = measure_loss(self._objective, *part, self._encoder.dimension, device)
