@@ -26,7 +26,7 @@ from retriever.data.collection import passages_of
 from retriever.data.formats import open_source
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
-from retriever.run_folder import refuse_unless_run, take
+from retriever.run_folder import take
 from retriever.shards import ShardJob, ShardWriter, open_shards
 from retriever.telemetry import read_metrics
 from scripts.loop.config import load_loop
@@ -159,7 +159,6 @@ def _run_folder(folder: Path) -> None:
 
 
 def _read_run_folder(folder: Path) -> None:
-    refuse_unless_run(folder)
     config = load(None, [f"run.output_dir={folder}", "data.train=[{path: x}]", *_NEEDED])
     take(config)
     read_metrics(folder / "metrics.jsonl")
