@@ -4,12 +4,13 @@
 PYTHON ?= python3
 DEMO_ARGUMENTS ?=
 TEST_PROCESSES ?= 2
+TORTURE_ARGUMENTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODEL_READY := $(VENV)/.model-ready
 
-.PHONY: setup demo test test-gpu test-kernels lint types bench clean
+.PHONY: setup demo test test-gpu test-kernels torture lint types bench clean
 
 setup: $(READY)
 
@@ -36,6 +37,10 @@ test-gpu: $(MODEL_READY)
 test-kernels: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/hugging-face kernels==0.17.2
 	BIGBATCH_KERNELS=build/hugging-face $(BIN)/python -m pytest tests/test_kernels_distribution.py
+
+# Kills, power cuts, full disks, damaged files, long runs: about an hour; writes the tables of docs/reliability.md.
+torture: $(READY)
+	$(BIN)/python -m tests.torture $(TORTURE_ARGUMENTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from safetensors import SafetensorError
 
 _WRITING, _REMOVING = ".writing-", ".removing-"  # in front of the name of what is written, or no longer wanted
 
@@ -134,7 +135,8 @@ def _replace(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
     create(aside)
     mode = aside.stat().st_mode & 0o666  # a new file's, by the umask; safetensors makes files of 0600
     try:
-        yield aside
+        with _named(path):
+            yield aside
         for written in (*aside.rglob("*"), aside):
             if written.is_file():
                 written.chmod(mode)
@@ -149,6 +151,15 @@ def _replace(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             _rename(doomed, path)
         raise
     _discard(doomed)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what safetensors says of a full disk into the OSError that it is, with the name of what was written."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _rename(path: Path, target: Path) -> None:

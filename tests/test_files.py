@@ -5,6 +5,7 @@ replaced.
 from __future__ import annotations
 
 import os
+import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -216,3 +217,18 @@ def test_planted_links_are_not_followed(tmp_path: Path, replace: Replace) -> Non
     files.remove(target.parent / "link")
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert {path.name: path.read_text() for path in elsewhere.iterdir()} == {"thesis": "years of work"}
+
+
+def test_weights_that_the_system_does_not_take_are_its_error_by_their_name(tmp_path: Path) -> None:
+    """safetensors raises an error of its own, which the commands would take for a bug."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes
+    try:
+        with (
+            pytest.raises(OSError, match=r"model\.safetensors: .*File too large"),
+            files.replace_file(tmp_path / "model.safetensors") as aside,
+        ):
+            save_file({"weight": torch.ones(1_000)}, aside)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

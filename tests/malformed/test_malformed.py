@@ -35,8 +35,11 @@ def _mains() -> dict[str, Callable[[Sequence[str]], object]]:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sound(tmp_path_factory.mktemp("sound"))
+
+
+def make_sound(folder: Path) -> Path:
     """A model and data that every command accepts."""
-    folder = tmp_path_factory.mktemp("sound")
     save_tiny_model(folder / "model")
     (folder / "beir" / "qrels").mkdir(parents=True)
     (folder / "beir" / "corpus.jsonl").write_text(
@@ -49,8 +52,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refusal(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line that the command ends with. Fails where it ends in another way."""
+def place(case: Case, folder: Path) -> None:
+    """Writes the files of a case over those of the sound folder."""
+    for name, content in case.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+
+
+def arguments(case: Case, folder: Path) -> list[str]:
+    """Those of the command, on the files of `folder`."""
     settings = [
         f"model.name_or_path={folder}/model",
         f"run.output_dir={folder}/run",
@@ -67,10 +78,13 @@ def refusal(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str
         for option in _placed(case.options, folder)
     ]
     if case.command == "train":
-        given = [*settings, *data, *given]
-    elif case.command == "config":
-        given = ["--config", f"{folder}/c.yaml", *settings]
-    status = _mains()[case.command](given)
+        return [*settings, *data, *given]
+    return ["--config", f"{folder}/c.yaml", *settings] if case.command == "config" else given
+
+
+def refusal(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that the command ends with. Fails where it ends in another way."""
+    status = _mains()[case.command](arguments(case, folder))
     said = capsys.readouterr().err
     assert status == 2, f"exit status {status}: {said}"
     (line,) = (line for line in re.split("[\r\n]", said) if line.startswith("error: "))
@@ -87,10 +101,7 @@ def test_a_malformed_input_is_refused_in_one_line(
 ) -> None:
     """Naming what is wrong and where."""
     shutil.copytree(sound, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    for name, content in case.files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+    place(case, tmp_path)
     line = refusal(case, tmp_path, capsys)
     assert re.search(case.expected, line), line
     assert "\n" not in line and len(line) < 1000
