@@ -99,7 +99,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int 
     results = {}
     for case, processes in running.items():
         for rank, process in enumerate(processes):
-            process.join(0 if (case, rank) == ("stopped", 1) else 60)
+            process.join(0 if (case, rank) == ("stopped", 1) else 200)
         statuses = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
