@@ -27,7 +27,7 @@ from retriever import command, encode
 from retriever.command import command_parser, launched, option, run
 from retriever.errors import RankError, RefusedError, Verdict
 from tests.commands import assert_refused
-from tests.workplace import ROOT, make_workplace, training_command
+from tests.workplace import ROOT, make_workplace
 
 # Module, the function with its body, and arguments that it can run with; {out} is what it writes, the other names are
 # what it reads.
@@ -179,26 +179,6 @@ def test_a_command_of_its_own_process_ends_with_the_status(script: str) -> None:
     )
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
     assert ended.stderr.startswith("error: ")
-
-
-def test_sigterm_ends_a_run_with_one_line(places: dict[str, Path], tmp_path: Path) -> None:
-    """The step at hand is saved, and the same command goes on from it."""
-    arguments = ["train.max_steps=1000000", "train.save_every=1", "eval=null", "train.eval_every=0", "run.trackers=[]"]
-    words = training_command(places["run"].parent, "terminated", *arguments)
-    log = tmp_path / "log"
-    with log.open("wb") as output, subprocess.Popen(words, cwd=tmp_path, stdout=output, stderr=output) as process:
-        deadline = time.monotonic() + 120
-        while (
-            not any((places["run"].parent / "terminated" / "checkpoints").glob("step-*/state.json"))
-            and time.monotonic() < deadline
-        ):
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()
-    (line,) = re.findall("^SIGTERM: stopped .*", log.read_text(), re.MULTILINE)
-    assert line.endswith("which is saved. The same command goes on from there")
-    assert "error: " not in log.read_text() and "Traceback" not in log.read_text()
 
 
 def _run(body: Callable[[Namespace], None], *arguments: str) -> int:

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from retriever import lock
-from retriever.files import alone
 from retriever.lock import LockedError, locked
 
 _HOLD = """
@@ -51,7 +50,10 @@ def _refusal(path: Path) -> str:
 
 
 def _rewrite(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """At once, for its holder reads the lock at any time."""
+    changed = path.with_name("changed")
+    changed.write_text(json.dumps(json.loads(path.read_text()) | values))
+    changed.replace(path)
 
 
 def test_the_second_process_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
@@ -144,8 +146,7 @@ def test_a_process_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
         command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, stderr=pipe, text=True
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "HELD\n"
-        with alone(path):
-            _rewrite(path, pid=1, host="elsewhere")
+        _rewrite(path, pid=1, host="elsewhere")
         assert process.wait(30) == 2
         assert process.stderr is not None
         assert "error: the folder was taken over by process 1 on elsewhere since 2" in process.stderr.read()
@@ -167,13 +168,19 @@ def test_a_symbolic_link_is_not_written_through(tmp_path: Path) -> None:
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
-def test_whoever_waits_goes_on_when_the_other_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / ".lock"
+def test_whoever_waits_goes_on_when_the_other_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one ends as soon as it is waited for."""
+    path, said = tmp_path / ".lock", list[str]()
     with _holder(path) as first:
-        threading.Timer(0.5, first.kill).start()
+
+        def end_the_first(message: str, *, flush: bool) -> None:
+            said.append(message)
+            first.kill()
+
+        monkeypatch.setattr(lock, "print", end_the_first, raising=False)
         with locked(path, "the store", wait=True):
             assert first.wait(30) == -signal.SIGKILL
-    assert capsys.readouterr().out.count(f"the store is built by process {first.pid} on ") == 1
+    assert len(said) == 1 and said[0].startswith(f"the store is built by process {first.pid} on ")
 
 
 def test_of_many_that_find_a_stale_lock_one_takes_it(tmp_path: Path) -> None:

@@ -178,33 +178,6 @@ def test_an_update_is_the_same_whoever_would_have_left_it_out() -> None:
     assert not torch.equal(ours.linear.weight, _Model().linear.weight)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_restored_state_goes_on_bitwise(name: str, precision: str) -> None:
-    """k + m steps equal k steps, state_tensors into a fresh optimizer, m steps, to the last bit."""
-
-    def train(optimizer: Optimizer, steps: range) -> None:
-        for step in steps:
-            optimizer.set_learning_rate(step)
-            _set_gradients(optimizer, step)
-            optimizer.clip_and_step(step)
-
-    straight, first, second = _Model(), _Model(), _Model(seed=9)
-    settings: dict[str, Any] = {"name": name, "precision": precision, "lr": 0.05}
-    train(_optimizer(straight, **settings), range(9))
-    interrupted, resumed = _optimizer(first, **settings), _optimizer(second, **settings)
-    train(interrupted, range(4))
-    tensors = {key: value.clone() for key, value in state_tensors(interrupted).items()}
-    assert {key.rpartition("/")[0] for key in tensors} == set(resumed.names)
-    second.load_state_dict(first.state_dict())
-    load_state_tensors(resumed, tensors)
-    resumed.scaler.load_state_dict(interrupted.scaler.state_dict())
-    train(resumed, range(4, 9))
-    for p, q, start in zip(straight.parameters(), second.parameters(), _Model().parameters(), strict=True):
-        assert torch.equal(p, q)
-        assert torch.equal(p, start) != p.requires_grad, "nothing was trained"
-
-
 def test_state_of_an_unknown_parameter_is_refused() -> None:
     """A checkpoint of another model is an error that names the parameter."""
     optimizer = _optimizer(_Model())

@@ -245,7 +245,7 @@ def test_of_two_starts_one_trains_and_the_other_is_refused(workplace: Path) -> N
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -42,7 +42,7 @@ with stop:
         if {evaluates} and step == 4:
             with stop.between_steps():
                 print("evaluate", flush=True)
-                time.sleep(20)
+                time.sleep(200)
 """
 
 
@@ -66,7 +66,7 @@ def test_the_step_at_hand_is_finished_and_saved(number: signal.Signals, status: 
     run = _start(slow=3, grace_s=60)
     _until(run, "step 4")
     run.send_signal(number)
-    said, errors = run.communicate(timeout=30)
+    said, errors = run.communicate(timeout=120)
     assert said.split("\n")[0] == "saved 4"
     assert run.returncode == status
     assert f"{number.name}: stopped after step 4, which is saved. The same command goes on from there" in errors
@@ -74,12 +74,12 @@ def test_the_step_at_hand_is_finished_and_saved(number: signal.Signals, status: 
 
 def test_a_step_that_takes_too_long_is_given_up_for_the_last_update() -> None:
     """The main thread sleeps in C, where Python runs no handler."""
-    run = _start(slow=20)
+    run = _start(slow=120)
     _until(run, "step 4")
     run.send_signal(signal.SIGTERM)
     started = time.monotonic()
-    said, errors = run.communicate(timeout=30)
-    assert time.monotonic() - started < 10
+    said, errors = run.communicate(timeout=120)
+    assert time.monotonic() - started < 60
     assert (said.strip(), run.returncode) == ("late 3", 143)
     assert "stopped after step 3" in errors
 
@@ -88,20 +88,23 @@ def test_an_evaluation_is_not_waited_for() -> None:
     run = _start(evaluates=True)
     _until(run, "evaluate")
     run.send_signal(signal.SIGINT)
-    said, _ = run.communicate(timeout=10)
+    said, _ = run.communicate(timeout=100)
     assert (said.strip(), run.returncode) == ("late 4", 130)
 
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
     """A Ctrl-C that a terminal and a launcher pass on counts once."""
-    run = _start(slow=60, grace_s=60)
+    run = _start(slow=600, grace_s=600)
     _until(run, "step 4")
     run.send_signal(signal.SIGINT)
     run.send_signal(signal.SIGINT)
+    assert run.stderr is not None
+    while "stopping after this step" not in run.stderr.readline():
+        assert run.poll() is None
     time.sleep(2.5)
     assert run.poll() is None
     run.send_signal(signal.SIGINT)
-    said, errors = run.communicate(timeout=30)
+    said, errors = run.communicate(timeout=120)
     assert (said, run.returncode) == ("", 130)
     assert "Ctrl-C after SIGINT: stopped at once; the same command goes on from the last checkpoint" in errors
 
@@ -132,5 +135,5 @@ def test_the_trainer_ends_with_the_launcher_of_one_process(tmp_path: Path) -> No
     )
     _until(run, "step 2")
     run.kill()
-    said, _ = run.communicate(timeout=30)  # returns once the trainer has ended too
+    said, _ = run.communicate(timeout=120)  # returns once the trainer has ended too
     assert "saved" in said and "step 99" not in said

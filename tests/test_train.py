@@ -5,15 +5,12 @@ wrong.
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from safetensors.numpy import load_file
 
 from retriever.train import main
 from tests.tiny import save_tiny_model
-from tests.workplace import STEPS, make_workplace, metrics, run_training, training_command
+from tests.workplace import ROOT, make_workplace, metrics, on_two_ranks, run_training, training_command
 
 
 @pytest.fixture(scope="module")
@@ -69,44 +66,61 @@ def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) ->
     assert "tokens_per_chunk: 192" in (undisturbed / "config.yaml").read_text()
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(workplace: Path, undisturbed: Path) -> None:
-    """SIGKILL at three random moments, once while a checkpoint is being written, then a last start: nothing may
+def _train(workplace: Path, output: str, *overrides: str) -> int:
+    """The training command in this process, and its exit status."""
+    return main(training_command(workplace, output, *overrides)[2:])
+
+
+# The training command, to which something happens before its update number `update`.
+_DISTURBED = """
+import os, signal, sys, threading
+from retriever import files
+from retriever.optim import Optimizer
+from retriever.train import main
+
+def end_while_writing(operation, path):
+    if operation == "sync" and path.parent.name.startswith(".writing-step"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def disturbed(self, step):
+    if self.updates == {update}:
+        {moment}
+    return as_ever(self, step)
+
+as_ever, Optimizer._clip_and_step = Optimizer._clip_and_step, disturbed
+sys.exit(main())
+"""
+
+
+def _disturbed(
+    workplace: Path, output: str, update: int, moment: str, *overrides: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the training command and `moment` in it, before it has made `update` updates and one."""
+    code = _DISTURBED.format(update=update, moment=moment)
+    command = [sys.executable, "-c", code, *training_command(workplace, output, *overrides)[2:]]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
+    workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL at two random moments, then while a checkpoint is being written, then a last start: nothing may
     differ.
     """
     run, draw = workplace / "killed", random.Random(11)
-    kill_at = sorted(draw.sample(range(2, STEPS), 2))
-    for number, step in enumerate([*kill_at, None]):
-        log = workplace / f"killed-{number}.log"
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(
-                training_command(workplace, "killed"), cwd=workplace, stdout=output, stderr=output
-            ) as process,
-        ):
-            _wait_for(partial(_reached, run, step), process, log)
-            time.sleep(draw.random() * 0.1 if step is not None else 0)
-            os.kill(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, f"kill {number} came after the end"
-    finished = run_training(workplace, "killed")
-    assert finished.returncode == 0, finished.stderr
-    assert "resuming at step" in finished.stdout
+    early, late = draw.randrange(2, 12), draw.randrange(12, 24)
+    kill = "threading.Timer({}, os.kill, (os.getpid(), signal.SIGKILL)).start()"
+    for update, moment in (
+        (early, kill.format(draw.random() * 0.1)),
+        (late, kill.format(draw.random() * 0.1)),
+        (30, "files.before = end_while_writing"),
+    ):
+        ended = _disturbed(workplace, "killed", update, moment)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert list((run / "checkpoints").glob(".writing-step-*/optimizer.safetensors"))
+    assert _train(workplace, "killed") == 0
+    assert "resuming at step" in capsys.readouterr().out
     _assert_same_run(run, undisturbed)
-
-
-def _reached(run: Path, step: int | None) -> bool:
-    """Whether a checkpoint of `step` or later is there; with None, whether one is just being written."""
-    if step is None:
-        return any((run / "checkpoints").glob(".writing-*"))
-    return any(int(p.name.removeprefix("step-")) >= step for p in (run / "checkpoints").glob("step-*"))
-
-
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"the run ended or stalled before the moment to kill it: {log.read_text()}")
-        time.sleep(0.002)
 
 
 def _assert_same_run(run: Path, other: Path) -> None:
@@ -127,10 +141,9 @@ def _assert_same_run(run: Path, other: Path) -> None:
     assert timeless(metrics(run)) == timeless(metrics(other))
 
 
-def test_a_finished_run_says_so(workplace: Path, undisturbed: Path) -> None:
-    again = run_training(workplace, "undisturbed")
-    assert again.returncode == 0, again.stderr
-    assert "already finished at step 40 of 40" in again.stdout
+def test_a_finished_run_says_so(workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(workplace, "undisturbed") == 0
+    assert "already finished at step 40 of 40" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -147,31 +160,30 @@ def test_a_finished_run_says_so(workplace: Path, undisturbed: Path) -> None:
 def test_what_is_wrong_is_said_in_one_message_without_a_traceback(
     workplace: Path, undisturbed: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(training_command(workplace, "undisturbed", *overrides)[2:]) == 2
+    assert _train(workplace, "undisturbed", *overrides) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ")
     assert message in said
 
 
 def test_a_resume_may_change_how_it_logs_and_saves(workplace: Path, undisturbed: Path) -> None:
-    again = run_training(
-        workplace, "undisturbed", "train.log_every=1", "train.save_every=100", "train.eval_every=7", "run.trackers=[]"
-    )
-    assert again.returncode == 0, again.stderr
+    overrides = ["train.log_every=1", "train.save_every=100", "train.eval_every=7", "run.trackers=[]"]
+    assert _train(workplace, "undisturbed", *overrides) == 0
 
 
-def test_a_last_line_that_was_cut_short_is_written_again(workplace: Path, undisturbed: Path) -> None:
+def test_a_last_line_that_was_cut_short_is_written_again(
+    workplace: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(undisturbed, workplace / "torn")
     shutil.rmtree(workplace / "torn" / "checkpoints" / "step-00000040")
     whole = (workplace / "torn" / "metrics.jsonl").read_bytes()
     for cut in (whole[:-5], whole[:-1]):
         (workplace / "torn" / "metrics.jsonl").write_bytes(cut)
-        again = run_training(workplace, "torn")
-        assert again.returncode == 0, again.stderr
+        assert _train(workplace, "torn") == 0
         assert [line["step"] for line in metrics(workplace / "torn")] == [line["step"] for line in metrics(undisturbed)]
     (workplace / "torn" / "metrics.jsonl").write_bytes(b"{\n" + whole)
-    again = run_training(workplace, "torn")
-    assert again.returncode == 2 and "metrics.jsonl:1 is damaged" in again.stderr
+    assert _train(workplace, "torn") == 2
+    assert "metrics.jsonl:1 is damaged" in capsys.readouterr().err
 
 
 def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Path) -> None:
@@ -182,8 +194,7 @@ def test_what_is_saved_again_is_published_again(workplace: Path, undisturbed: Pa
     for name in ("export", "best"):
         assert json.loads((run / f"{name}.json").read_text())["step"] == 40
         (run / name / "model.safetensors").write_bytes(b"another run's")
-    finished = run_training(workplace, "again")
-    assert finished.returncode == 0, finished.stderr
+    assert _train(workplace, "again") == 0
     expected = (run / "checkpoints" / "step-00000040" / "export" / "model.safetensors").read_bytes()
     assert all((run / name / "model.safetensors").read_bytes() == expected for name in ("export", "best"))
 
@@ -207,7 +218,7 @@ def test_an_export_that_was_damaged_is_repaired_by_the_same_command(
                 (run / name / "README.md").write_text("# ")
             case _:
                 (run / f"{name}.json").write_text('{"step"')
-    assert main(training_command(workplace, "repaired", "run.trackers=[]")[2:]) == 0
+    assert _train(workplace, "repaired", "run.trackers=[]") == 0
     for name in ("export", "best"):
         files = {f.relative_to(source): f.read_bytes() for f in source.rglob("*") if f.is_file()}
         found = {f.relative_to(run / name): f.read_bytes() for f in (run / name).rglob("*") if f.is_file()}
@@ -218,10 +229,13 @@ def test_an_export_that_was_damaged_is_repaired_by_the_same_command(
         assert json.loads((run / f"{name}.json").read_text())["step"] == 40
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_any_name(workplace: Path, undisturbed: Path) -> None:
+def test_a_run_goes_on_from_a_checkpoint_of_any_name(
+    workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(undisturbed / "checkpoints" / "step-00000040", workplace / "kept")
-    again = run_training(workplace, "elsewhere", "run.resume=kept")
-    assert "already finished at step 40 of 40: kept" in again.stdout, again.stderr
+    monkeypatch.chdir(workplace)
+    assert _train(workplace, "elsewhere", "run.resume=kept") == 0
+    assert "already finished at step 40 of 40: kept" in capsys.readouterr().out
     weights = [run / "export" / "model.safetensors" for run in (workplace / "elsewhere", undisturbed)]
     assert weights[0].read_bytes() == weights[1].read_bytes(), "the last line says that the model is there"
 
@@ -232,11 +246,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
     run = shutil.copytree(undisturbed, workplace / "damaged")
     weights = run / "checkpoints" / "step-00000040" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert main(training_command(workplace, "damaged")[2:]) == 2
+    assert _train(workplace, "damaged") == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith(f"error: {weights} is damaged") and said.endswith("step-00000039") and "\n" not in said
     shutil.rmtree(weights.parent)
-    assert run_training(workplace, "damaged").returncode == 0
+    assert _train(workplace, "damaged") == 0
 
 
 def test_two_ranks_train_as_one(workplace: Path) -> None:
@@ -253,12 +267,9 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
         "eval=null",
         "run.trackers=[]",
     )
-    alone = run_training(workplace, "one-rank", *overrides)
-    assert alone.returncode == 0, alone.stderr
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launched = [sys.executable, *launcher, *settings, *training_command(workplace, "two-ranks", *overrides)[1:]]
-    assert run_training(workplace, "two-ranks", *overrides).returncode == 0
+    assert _train(workplace, "one-rank", *overrides) == 0
+    launched = on_two_ranks(training_command(workplace, "two-ranks", *overrides))
+    shutil.copytree(workplace / "one-rank", workplace / "two-ranks")
     shutil.rmtree(workplace / "two-ranks" / "checkpoints" / "step-00000012")  # one rank's first half, resumed on two
     together = subprocess.run(launched, cwd=workplace, capture_output=True, text=True, timeout=240)
     assert together.returncode == 0, together.stderr
@@ -284,19 +295,19 @@ def test_a_finished_run_can_be_made_longer(
 ) -> None:
     """It goes on by the schedule of its new length; a shorter one is refused."""
     run = shutil.copytree(undisturbed, workplace / "longer")
-    assert main(training_command(workplace, "longer", "train.max_steps=45")[2:]) == 0
+    assert _train(workplace, "longer", "train.max_steps=45") == 0
     said = capsys.readouterr().out
     assert "resuming at step 40 of 45" in said
     assert "from here on the learning rate follows the schedule of 45 steps" in said
     rates = {line["step"]: line["train/lr"] for line in metrics(run) if "train/lr" in line}
     assert rates[45] < rates[5] and (run / "checkpoints" / "step-00000045").exists()
-    assert main(training_command(workplace, "longer", "train.max_steps=44")[2:]) == 2
+    assert _train(workplace, "longer", "train.max_steps=44") == 2
     refused = capsys.readouterr().err
     assert "train.max_steps: 45 -> 44" in refused and "(train.max_steps and train.epochs may only grow)" in refused
 
 
 def test_an_evaluation_that_fails_costs_no_training(
-    workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was trained is saved before; the same command makes up the evaluation and ends as an undisturbed run
     does.
@@ -307,29 +318,27 @@ def test_an_evaluation_that_fails_costs_no_training(
 
     with monkeypatch.context() as patch:
         patch.setattr("retriever.run.evaluate", fail)
-        assert main(training_command(workplace, "unevaluated")[2:]) == 2
+        assert _train(workplace, "unevaluated") == 2
     run = workplace / "unevaluated"
     assert max(folder.name for folder in (run / "checkpoints").iterdir()) == "step-00000010"
-    finished = run_training(workplace, "unevaluated")
-    assert finished.returncode == 0, finished.stderr
-    assert "resuming at step 10 of 40" in finished.stdout
+    assert _train(workplace, "unevaluated") == 0
+    assert "resuming at step 10 of 40" in capsys.readouterr().out
     _assert_same_run(run, undisturbed)
     assert (run / "best.json").read_text() == (undisturbed / "best.json").read_text()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
-    workplace: Path, undisturbed: Path, number: signal.Signals, status: int
+    workplace: Path, undisturbed: Path, number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, log = workplace / f"stopped-{status}", workplace / f"stopped-{status}.log"
-    command = training_command(workplace, run.name, "train.save_every=100")
-    with log.open("wb") as output, subprocess.Popen(command, cwd=workplace, stdout=output, stderr=output) as process:
-        _wait_for(lambda: (run / "metrics.jsonl").exists(), process, log)
-        process.send_signal(number)
-        assert process.wait() == status, log.read_text()
-    assert f"{number.name}: stopped after step " in log.read_text()
-    finished = run_training(workplace, run.name)
-    assert finished.returncode == 0 and "resuming at step" in finished.stdout, finished.stderr
+    run = workplace / f"stopped-{status}"
+    stopped = _disturbed(workplace, run.name, 6, f"os.kill(os.getpid(), {int(number)})", "train.save_every=100")
+    assert stopped.returncode == status, stopped.stderr
+    (line,) = re.findall("^.*: stopped .*", stopped.stderr, re.MULTILINE)
+    assert line == f"{number.name}: stopped after step 7, which is saved. The same command goes on from there"
+    assert "error: " not in stopped.stderr and "Traceback" not in stopped.stderr
+    assert _train(workplace, run.name) == 0
+    assert "resuming at step 7 of 40" in capsys.readouterr().out
     for name in ("model", "optimizer"):
         saved = (folder / "checkpoints/step-00000040" / f"{name}.safetensors" for folder in (run, undisturbed))
         assert len({file.read_bytes() for file in saved}) == 1, name
@@ -338,7 +347,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
 def test_the_real_batch_is_said(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """120 queries of a source make batches of 24 where 24 are asked for, and of 120 where 5,000 are."""
     overrides = ["batch.queries=5000", "train.max_steps=1", "eval=null", "train.eval_every=0", "run.trackers=[]"]
-    assert main(training_command(workplace, "one-batch", *overrides)[2:]) == 0
+    assert _train(workplace, "one-batch", *overrides) == 0
     assert (
         "batch   120 queries (batch.queries=5000: a source is divided into batches of equal size) in chunks"
         in capsys.readouterr().out
@@ -351,6 +360,6 @@ def test_a_run_without_an_update_is_no_finished_run(
     """As in fp16, whose scaler leaves out every update whose gradient overflows."""
     monkeypatch.setattr("retriever.optim.Optimizer._clip_and_step", lambda self, step: float("inf"))
     overrides = ["train.max_steps=2", "eval=null", "train.eval_every=0", "run.trackers=[]"]
-    assert main(training_command(workplace, "overflowing", *overrides)[2:]) == 2
+    assert _train(workplace, "overflowing", *overrides) == 2
     said = capsys.readouterr()
     assert "no update was made in 2 steps" in said.err and "finished" not in said.out

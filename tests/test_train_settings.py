@@ -137,9 +137,12 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
         ("model.truncate_dim=0", "model.truncate_dim: expected a whole number of at least 1 | auto | null, received 0"),
         ("model.truncate_dim=true", "model.truncate_dim: expected "),
         ("model.append_eos=yes please", "model.append_eos: expected true or false | auto"),
+        ("eval.path=/nowhere/collection", "/nowhere/collection"),
+        ("eval.metrics=[foo@10]", "foo@10"),
+        ("eval.metrics=[Recall@100]", "Recall@100 looks at 100 passages a query, of which k=50"),
     ],
 )
-def test_what_an_encoder_cannot_do_stops_the_run_before_its_first_step(
+def test_what_cannot_run_stops_the_run_before_its_first_step(
     workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(training_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
@@ -151,23 +154,7 @@ def test_what_an_encoder_cannot_do_stops_the_run_before_its_first_step(
 def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, override: str) -> None:
     code = "import sys; from retriever.train import main; status = main(sys.argv[1:]); sys.exit(8 if 'torch' in sys.modules else status)"
     started = [sys.executable, "-c", code, *training_command(workplace, "fresh", override)[2:]]
-    ended = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1
-    assert not (workplace / "fresh").exists()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("eval.path=/nowhere/collection", "/nowhere/collection"),
-        ("eval.metrics=[foo@10]", "foo@10"),
-        ("eval.metrics=[Recall@100]", "Recall@100 looks at 100 passages a query, of which k=50"),
-    ],
-)
-def test_an_evaluation_that_cannot_run_stops_the_run_before_its_first_step(
-    workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(training_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
-    assert message in capsys.readouterr().err
     assert not (workplace / "fresh").exists()

@@ -54,6 +54,13 @@ def training_command(workplace: Path, output: str, *overrides: str) -> list[str]
     ]
 
 
+def on_two_ranks(command: list[str]) -> list[str]:
+    """The command of a script under accelerate's launcher, with two processes."""
+    ranks = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    settings = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *ranks, *settings, *command[1:]]
+
+
 def run_training(workplace: Path, output: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Runs that command to its end, in a process of its own."""
     return subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -17,6 +18,27 @@ import torch.multiprocessing as mp
 from retriever.parallel.world import World
 from tests.determinism import make_strict
 
+FORKSERVER = multiprocessing.get_context("forkserver")
+# A rank is forked from a process that has imported these once.
+_IMPORTED = [
+    __name__,
+    "transformers.models.bert.modeling_bert",
+    "retriever.encoder.dual_encoder",
+    "retriever.gradcache",
+    "retriever.launch",
+    "retriever.loss.contrastive",
+    "retriever.optim",
+    "retriever.parallel.sharded",
+]
+FORKSERVER.set_forkserver_preload(_IMPORTED)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
 
 def run_on_ranks(
     function: Callable[[World, Path], Any], world_size: int, folder: Path, *, cuda: bool = False
@@ -24,10 +46,8 @@ def run_on_ranks(
     """What `function(world, folder)`, a module-level function that returns plain values, gave on each rank; gloo, or
     NCCL on `cuda`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, (function, world_size, port, folder, cuda), nprocs=world_size)
+    arguments = (function, world_size, free_port(), folder, cuda)
+    mp.start_processes(_work, arguments, nprocs=world_size, start_method="forkserver")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 

@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -66,32 +67,30 @@ class Case:
         return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
 
 
-def _cases(strategies: tuple[str, ...]) -> list[Case]:
-    cases = []
-    for strategy in strategies:
-        plain = Case(strategy)
-        cases += [
-            replace(plain, tokens_per_chunk=t, tied=tied)
-            for t, tied in itertools.product((19, 57, 10**6), (True, False))
-        ]
-        cases += [
-            replace(plain, layers="packed", tied=False),
-            replace(plain, layers="fused"),
-            replace(plain, layers="fused", tokens_per_chunk=19, retain=60),
-            replace(plain, layers="fused", tied=False, tokens_per_chunk=19, retain=30, products=60),
-            replace(plain, retain=10**6),
-            replace(plain, symmetric=True),
-            replace(plain, learn_temperature=True),
-            replace(plain, margin=0.05),
-            replace(plain, ignored=3),
-            replace(plain, dims=(8, 32), learn_temperature=True),
-            replace(plain, tied=False, symmetric=True, learn_temperature=True, margin=0.1, ignored=2),
-        ]
-    if "tiled" in strategies:
-        cases += [Case("tiled", looked_up=True), Case("tiled", symmetric=True, margin=0.05, ignored=2, looked_up=True)]
-    return cases
-
-
+# What a strategy makes of the representations, in each of its forms.
+LOSSES = {
+    strategy: [
+        Case(strategy),
+        Case(strategy, tokens_per_chunk=19, tied=False),
+        Case(strategy, symmetric=True),
+        Case(strategy, learn_temperature=True),
+        Case(strategy, margin=0.05),
+        Case(strategy, ignored=3),
+        Case(strategy, dims=(8, 32), learn_temperature=True),
+        Case(strategy, tied=False, symmetric=True, learn_temperature=True, margin=0.1, ignored=2),
+    ]
+    for strategy in ("dense", "tiled", "local", "disco")
+}
+# How the texts are encoded, which no strategy sees.
+ENCODINGS = [
+    *(Case("tiled", tokens, tied) for tokens, tied in itertools.product((19, 57, 10**6), (True, False))),
+    Case("tiled", layers="packed", tied=False),
+    Case("tiled", layers="fused"),
+    Case("tiled", 19, layers="fused", retain=60),
+    Case("tiled", 19, layers="fused", tied=False, retain=30, products=60),
+    Case("tiled", retain=10**6),
+]
+LOOKED_UP = [Case("tiled", looked_up=True), Case("tiled", symmetric=True, margin=0.05, ignored=2, looked_up=True)]
 SHARDED = [
     Case("tiled", 19, sharded=True),  # chunks of one long text each make the ranks' numbers of them most unequal
     Case("tiled", 40, tied=False, layers="packed", sharded=True),
@@ -106,17 +105,22 @@ OFFLOADED = [
     Case("tiled", dims=(8, 32), learn_temperature=True, block_rows=8),
     Case("tiled", 19, layers="fused", products=10**6, block_rows=5),
 ]
+EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED]
 CASES = {
-    1: _cases(("dense", "tiled", "local", "disco")) + OFFLOADED,
-    2: _cases(("dense", "tiled", "local", "disco")) + SHARDED + OFFLOADED,
-    4: _cases(("dense", "tiled")) + SHARDED[1:2] + OFFLOADED[1:3],
+    1: EVERY_CASE,
+    2: EVERY_CASE + SHARDED,
+    4: [*LOSSES["dense"], *LOSSES["tiled"], *LOOKED_UP, SHARDED[1], *OFFLOADED[1:3]],
 }
 
 
+@cache
+def _loaded(folder: Path, tied: bool) -> DualEncoder:
+    config = ModelConfig(name_or_path=str(folder), tied=tied, query_max_tokens=32, passage_max_tokens=32)
+    return DualEncoder.from_pretrained(config)
+
+
 def _encoder(folder: Path, case: Case) -> DualEncoder:
-    encoder = DualEncoder.from_pretrained(
-        ModelConfig(name_or_path=str(folder), tied=case.tied, query_max_tokens=32, passage_max_tokens=32)
-    )
+    encoder = deepcopy(_loaded(folder, case.tied))
     if not case.tied:  # towers that differ, so that a gradient on the wrong one is seen
         torch.manual_seed(7)
         with torch.no_grad():

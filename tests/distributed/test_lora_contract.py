@@ -4,7 +4,6 @@ weights.
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.tiny import save_tiny_model
 
 BOUND = 1e-9
 LORA = LoraConfig(r=3, alpha=5.0)
-CASES = list(itertools.product((True, False), ("tiled", "dense"), (57,)))
+CASES = ((True, "tiled"), (False, "dense"))
 
 
 def _encoder(folder: Path, tied: bool) -> DualEncoder:
@@ -80,10 +79,10 @@ def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
     return {str(case): _measure_case(world, folder, *case) for case in CASES}
 
 
-def _measure_case(world: World, folder: Path, tied: bool, strategy: str, tokens_per_chunk: int) -> dict[str, Any]:
+def _measure_case(world: World, folder: Path, tied: bool, strategy: str) -> dict[str, Any]:
     encoder = _encoder(folder, tied)
     objective = _objective(strategy)
-    batch, _, _ = rank_batch(random_batch(ranks=world.size), world.rank, tokens_per_chunk)
+    batch, _, _ = rank_batch(random_batch(ranks=world.size), world.rank, 57)
     representations, passes = encode_without_graph(encoder, batch)
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, passes)

@@ -4,11 +4,9 @@ named.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from retriever.errors import LOST, RankError, Verdict
 from retriever.parallel.watch import Watch
 from retriever.parallel.world import World
+from tests.distributed.processes import FORKSERVER, free_port
 
 RANKS, TIMEOUT_S = 3, 12.0
 COLLECTIVES_WAIT_S = 300  # of torch's own: what ends a rank sooner is the watch
@@ -88,23 +87,19 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int | None, str]]]:
     """Each rank's exit status and what it said, of every case; all run at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     folder = tmp_path_factory.mktemp("watch")
     running = {}
     for case in CASES:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         running[case] = [
-            context.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)
+            FORKSERVER.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)
         ]
         for process in running[case]:
             process.start()
     results = {}
     for case, processes in running.items():
         for rank, process in enumerate(processes):
-            process.join(0 if (case, rank) == ("stopped", 1) else 60)
+            process.join(0 if (case, rank) == ("stopped", 1) else 200)
         statuses = [process.exitcode for process in processes]
         for process in processes:
             process.kill()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.layout import Padded, pack_rows, pad_rows
+from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, check_modules, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.pooling import PoolingMode
@@ -108,52 +108,40 @@ def test_a_text_may_spell_out_the_padding_token(encoder: DualEncoder) -> None:
     assert (expected[1:] - expected[0]).abs().amax(dim=1).min() > 1e-4
 
 
+def _assert_dropout_replays(encoder: DualEncoder, tokens: Padded | Packed, device: str = "cpu") -> None:
+    state = RngState.capture(torch.device(device))
+    with torch.no_grad():
+        first = encoder("passage", tokens)
+    other = encoder("passage", tokens)
+    with state.restored():
+        again = encoder("passage", tokens)
+    assert again.requires_grad
+    assert not torch.equal(first, other), "dropout is off"
+    assert torch.equal(first, again)
+
+
 def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder, rows: list[Tensor]) -> None:
     packed = DualEncoder(*[copy.deepcopy(encoder.passage_tower)] * 2, pooling="mean").train()
-    if not packed.can_pack:
-        return
-    packed.pack()
-    tokens, state = pack_rows([row.numpy() for row in rows]), torch.get_rng_state()
-    with torch.no_grad():
-        first = packed("passage", tokens)
-    other = packed("passage", tokens)
-    torch.set_rng_state(state)
-    again = packed("passage", tokens)
-    assert again.requires_grad and torch.equal(first, again) and not torch.equal(first, other)
+    if packed.can_pack:
+        packed.pack()
+        _assert_dropout_replays(packed, pack_rows([row.numpy() for row in rows]))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_replays_bitwise_under_its_rng_state(
     encoder: DualEncoder, rows: list[Tensor], checkpointing: bool
 ) -> None:
-    inputs = _padded(encoder, rows)
     with _gradient_checkpointing(encoder, checkpointing):
-        state = torch.get_rng_state()
-        with torch.no_grad():
-            first = encoder("passage", inputs)
-        other = encoder("passage", inputs)
-        torch.set_rng_state(state)
-        again = encoder("passage", inputs)
-    assert again.requires_grad
-    assert not torch.equal(first, other), "dropout is off"
-    assert torch.equal(first, again)
+        _assert_dropout_replays(encoder, _padded(encoder, rows))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_dropout_replays_bitwise_on_a_gpu(encoder: DualEncoder, rows: list[Tensor], dtype: torch.dtype | None) -> None:
-    device = torch.device("cuda", 0)
-    tokens = _padded(encoder, rows).map(lambda t: t.to(device))
-    there = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling="mean", autocast_dtype=dtype).to(device)
-    state = RngState.capture(device)
-    with torch.no_grad():
-        first = there("passage", tokens)
-    other = there("passage", tokens)
-    with state.restored():
-        again = there("passage", tokens)
+    tokens = _padded(encoder, rows).map(lambda t: t.to("cuda:0"))
+    there = DualEncoder(encoder.query_tower, encoder.passage_tower, pooling="mean", autocast_dtype=dtype).to("cuda:0")
+    _assert_dropout_replays(there, tokens, "cuda:0")
     there.to("cpu")
-    assert not torch.equal(first, other), "dropout is off"
-    assert torch.equal(first, again)
 
 
 def test_gradient_checkpointing_changes_no_gradient(encoder: DualEncoder, rows: list[Tensor]) -> None:

@@ -8,11 +8,20 @@ import os
 import subprocess
 import sys
 
+import numpy
+import pytest
+import triton
+
+needs_interpreter = pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
+    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
+)
+
 
 def interpret(program: str) -> None:
     """Fails with the program's last words where it fails."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -52,4 +52,4 @@ def gradient(leaf: Tensor) -> Tensor:
 def relative_error(got: Tensor | None, want: Tensor) -> float:
     """‖got − want‖ / ‖want‖; NaN where `got` has one."""
     assert got is not None
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300))
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300)).item()

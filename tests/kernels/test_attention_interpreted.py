@@ -4,11 +4,7 @@ is imported).
 
 from __future__ import annotations
 
-import numpy
-import pytest
-import triton
-
-from tests.kernels.interpreting import interpret
+from tests.kernels.interpreting import interpret, needs_interpreter
 
 PROGRAM = """
 import torch
@@ -30,24 +26,15 @@ def matches(expected, lengths, groups, d=16, dropout=0.2, fused=False, block=32,
     found = errors(inputs, starts, longest, scale=0.4, dropout=dropout, seed=seed, **options)
     assert launched and set(launched) == {expected}, launched
     assert max(found.values()) < 2e-6, found
-"""
-CASES = {
-    "tiles": """
+
 matches("_backward_tiles", [3, 0, 5, 7, 1, 9, 4, 0], 2)
 matches("_backward_tiles", [15, 0, 16, 13], 1, d=24, fused=True, window=3)
 matches("_backward_tiles", [20, 31, 9, 2], 2, dropout=0.0, causal=True, block=64)
-""",
-    "blocks": """
 matches("_dkey_blocks", [40, 0, 20], 1, fused=True)
 matches("_dkey_blocks", [52, 3], 2, causal=True, window=3)
-""",
-}
+"""
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
-    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
-)
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str) -> None:
-    interpret(PROGRAM + CASES[case])
+@needs_interpreter
+def test_interpreted() -> None:
+    interpret(PROGRAM)

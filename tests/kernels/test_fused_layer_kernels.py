@@ -4,14 +4,12 @@ without spilling.
 
 from __future__ import annotations
 
-import numpy
 import pytest
-import triton
 
 from kernels.dropout import drop_below
 from kernels.layers import gelu, norm
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
-from tests.kernels.interpreting import interpret
+from tests.kernels.interpreting import interpret, needs_interpreter
 
 # Chosen before Triton is imported, hence a process of its own. fp32 alone: the interpreter rounds no bfloat16.
 INTERPRETED = """
@@ -50,10 +48,7 @@ assert len(kernels) == len(set(launched)) == 4, "the kernels did not run"
 """
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
-    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
-)
+@needs_interpreter
 def test_interpreted() -> None:
     interpret(INTERPRETED)
 

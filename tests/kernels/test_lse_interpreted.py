@@ -81,9 +81,9 @@ def matches_ring(B, N, D, scale, largest=None):
     triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
     reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
 )
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str) -> None:
-    interpret(PROGRAM + case)
+def test_interpreted() -> None:
+    fresh = "\ntorch.manual_seed(0)\nlaunched.clear()\n"
+    interpret(fresh.join([PROGRAM, *CASES]))
 
 
 def test_unit_vectors_stay_below_what_they_are_taken_for() -> None:

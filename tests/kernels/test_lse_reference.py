@@ -56,58 +56,6 @@ def test_equals_the_definition(
         torch.testing.assert_close(x, y, atol=1e-9 * scale * norm, rtol=1e-9)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_the_gradient_is_that_of_the_value(symmetric: bool) -> None:
-    queries, passages, targets, weights, exclusions = random_problem(3, 9, 14, 5)
-    exclusions = Exclusions(
-        exclusions.passage_ids, exclusions.known_ptr, exclusions.known_ids
-    )  # a threshold is no differentiable part
-
-    class Loss(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, p: Tensor, scale: Tensor) -> Tensor:
-            out = infonce(
-                q,
-                p,
-                targets,
-                float(scale),
-                exclusions=exclusions,
-                weights=weights,
-                symmetric=symmetric,
-                precision="fp32",
-            )
-            ctx.save_for_backward(out.dqueries, out.dpassages, out.dscale)  # type: ignore[arg-type]
-            return (weights * out.loss).sum()
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-            return tuple(grads[0] * x for x in ctx.saved_tensors)  # type: ignore[attr-defined]
-
-    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(Loss.apply, (queries.requires_grad_(), passages.requires_grad_(), scale))
-
-
-def test_permuting_the_passages_permutes_the_gradient() -> None:
-    queries, passages, targets, weights, _ = random_problem(5, 20, 30, 8)
-    order = torch.randperm(30)
-    place = order.argsort()
-    moved = torch.where(targets >= 0, place[targets.clamp(min=0)], -1)
-    one = infonce(queries, passages, targets, 20.0, weights=weights, symmetric=True)
-    other = infonce(queries, passages[order], moved, 20.0, weights=weights, symmetric=True)
-    assert one.dpassages is not None and other.dpassages is not None and one.dpassages.norm() > 0
-    torch.testing.assert_close(other.loss, one.loss)
-    torch.testing.assert_close(other.dpassages, one.dpassages[order])
-
-
-def test_rows_without_negatives_and_ignored_rows_are_nothing() -> None:
-    queries, passages = torch.randn(3, 8), torch.randn(4, 8)
-    exclusions = Exclusions(torch.arange(4), torch.tensor([0, 4, 4, 4]), torch.arange(4))
-    out = infonce(queries, passages, torch.tensor([0, -1, 2]), 20.0, exclusions=exclusions)
-    assert out.dqueries is not None
-    assert out.loss[0] == 0 and not out.dqueries[0].any() and out.loss[1] == 0 and not out.dqueries[1].any()
-    assert out.loss[2] > 0 and out.dqueries[2].any()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "high", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiers_keep_their_bounds(precision: str, dtype: torch.dtype) -> None:

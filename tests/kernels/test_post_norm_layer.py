@@ -93,6 +93,22 @@ def run(stream: Tensor, layer: LayerSettings, p: Parameters, dtype: torch.dtype)
     return (out + low.to(out.dtype)) / 2
 
 
+def check(layer: LayerSettings, p: Parameters, stream: Tensor, computing: torch.dtype, bound: float) -> None:
+    """The result and every gradient against the definition in float64."""
+    exact = Parameters(*(v.detach().double().requires_grad_() for v in p))
+    exact_stream = stream.detach().double().requires_grad_()
+    out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
+    assert out.dtype == stream.dtype and relative_error(out.detach(), want.detach()) < bound
+    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(stream.device)
+    got = torch.autograd.grad(out, (stream, *p), dout.to(stream.dtype))
+    expected = torch.autograd.grad(want, (exact_stream, *exact), dout)
+    for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
+        if name == "key_bias":  # softmax does not see it
+            assert a.abs().max() < bound and b.abs().max() < 1e-12
+        else:
+            assert a.dtype == stream.dtype and b.norm() > 0 and relative_error(a, b) < bound, name
+
+
 @pytest.mark.parametrize(
     ("dtype", "computing", "bound"),
     [
@@ -107,20 +123,7 @@ def test_results_and_gradients(
     dtype: torch.dtype, computing: torch.dtype, bound: float, dropouts: tuple[float, float, float]
 ) -> None:
     layer, p, stream = make_layer(dropouts), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
-    exact, exact_stream = (
-        Parameters(*(v.detach().double().requires_grad_() for v in p)),
-        stream.detach().double().requires_grad_(),
-    )
-    out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
-    assert out.dtype == dtype and relative_error(out.detach(), want.detach()) < bound
-    dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    got = torch.autograd.grad(out, (stream, *p), dout.to(dtype))
-    expected = torch.autograd.grad(want, (exact_stream, *exact), dout)
-    for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
-        if name == "key_bias":  # softmax does not see it
-            assert a.abs().max() < bound and b.abs().max() < 1e-12
-        else:
-            assert a.dtype == dtype and b.norm() > 0 and relative_error(a, b) < bound, name
+    check(layer, p, stream, computing, bound)
 
 
 @pytest.mark.parametrize("dropouts", [OFF, ON])
@@ -242,15 +245,6 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
     post_norm_layer(stream, stream.bfloat16(), layer, rounded_weights(p, torch.bfloat16), p)[used].sum().backward()
     assert p.ffn_norm_bias.grad is not None  # Σ over rows of 1
     torch.testing.assert_close(p.ffn_norm_bias.grad, torch.full((D,), float(len(stream))))
-
-
-def test_no_token_is_no_error() -> None:
-    layer, p, stream = make_layer(ON, [0, 0], longest=1), make_parameters(D, F), make_stream(0, D)
-    out = run(stream, layer, p, torch.float64)
-    out.sum().backward()
-    assert out.shape == (0, D) and all(
-        v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p)
-    )
 
 
 def test_it_is_differentiable_once_and_before_its_parameters_change() -> None:
