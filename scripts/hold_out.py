@@ -1,9 +1,10 @@
-"""Take a development split out of a BEIR folder's training queries, drawn by a seed; queries of one text stay together.
+"""Take a development split out of a BEIR folder's training queries, drawn by a seed. Queries with the same text stay
+together.
 
     python -m scripts.hold_out --data data/scifact --output data/scifact-dev --queries 160
 
-OUTPUT is a BEIR folder with the same corpus and queries: qrels/fit.tsv to train on, qrels/dev.tsv to choose by, and the
-other splits as they were.
+OUTPUT is a BEIR folder with the same corpus and queries. qrels/fit.tsv is the split to train on, qrels/dev.tsv the one
+to choose by; the other splits are copied.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def _hold_out(args: argparse.Namespace) -> None:
 
 
 def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int, seed: int) -> set[str]:
-    """At most `wanted` queries, drawn by the seed; those of one text are on one side. Queries without a text stand for
-    themselves.
+    """At most `wanted` queries, drawn by the seed. Queries with the same text are drawn together; a query without a
+    text is drawn alone.
     """
-    from scripts.code_pairs.split import drawn, normal
+    from scripts.code_pairs.pairs import drawn, normal
 
     together = defaultdict[str, list[str]](list)
     for query in qrels:
@@ -55,10 +56,10 @@ def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int
 
 
 def hold_out(source: Path, target: Path, split: str, queries: int, seed: int) -> tuple[int, int]:
-    """Writes the BEIR folder `target`; returns how many queries fit and dev have.
+    """Writes the BEIR folder `target`; returns the number of queries in fit and in dev.
 
-    Raises ConfigError where `target` exists, `split` has too few queries or `source` has another fit or dev, DataError
-    where it cannot be read.
+    Raises ConfigError if `target` exists, if `split` has too few queries or if `source` has another fit or dev, and
+    DataError if `source` cannot be read.
     """
     from retriever.config import ConfigError
     from retriever.data.collection import query_tables, query_texts

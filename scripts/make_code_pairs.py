@@ -1,13 +1,14 @@
-"""Builds BEIR folders of docstring-to-code pairs from the Python sources installed here; nothing is downloaded.
+"""Build BEIR folders of docstring-to-code pairs from the Python sources installed here. Nothing is downloaded.
 
     python -m scripts.make_code_pairs --output data/code
     python -m scripts.make_code_pairs --output data/code-large --packages auto --test-queries 2000
 
-OUTPUT/          first paragraph of a docstring -> source of the function without it: train, dev and test by module
-OUTPUT/details/  first paragraph -> rest of the docstring: train, from the training modules alone
+OUTPUT/ maps the first paragraph of a docstring to the function's source without it; modules are split into train, dev
+and test. OUTPUT/details/ maps the first paragraph to the rest of the docstring, for the training modules.
 
-Whole modules are held out, with their twins and copies. The function's name is taken out of its source (`--names keep`
-leaves it), since a query often says little more than the name. The same sources and settings give the same bytes.
+Whole modules are held out, together with their twins and copies. The function's name is removed from its source,
+because a query often says little more than the name (`--names keep` leaves it). The same sources and settings give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -19,34 +20,28 @@ import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from retriever.command import at_least_one, command_parser, option, run, seed
 from retriever.errors import RefusedError
 from retriever.files import write_json
-from scripts.code_pairs.functions import documented_functions, without_name
-from scripts.code_pairs.pairs import Collection, code_collection, details_collection
-from scripts.code_pairs.sources import STDLIB, WELL_KNOWN, installed, python_files, version
-from scripts.code_pairs.split import Member, split_by_family
+from scripts.code_pairs.pairs import Collection, Settings, code_collection, details_collection, split_by_family
+from scripts.code_pairs.sources import (
+    STDLIB,
+    WELL_KNOWN,
+    Function,
+    documented_functions,
+    installed,
+    python_files,
+    version,
+    without_name,
+)
 
 FORMAT = 2  # raised where the same sources would give other pairs
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the pairs depend on, besides the sources."""
-
-    packages: tuple[str, ...] = (STDLIB,)
-    seed: int = 0
-    names: Literal["hide", "keep"] = "hide"
-    test_queries: int = 700
-    dev_queries: int = 150
-    max_test_per_module: int = 20
-    max_held_out_module: int = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             nargs="+",
             default=[STDLIB],
             metavar="NAME",
-            help=f"import names; {STDLIB} is the standard library, auto it and the well-known packages found (default {STDLIB})",
+            help=f"import names; {STDLIB}: the standard library (default); auto: it and the well-known packages found",
         ),
         option("--seed", type=seed, default=default.seed, help="draws the modules held out"),
         option("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source"),
@@ -89,7 +84,7 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
-    """Raises RefusedError with the first of the files that this command would replace and did not write."""
+    """Raises RefusedError if a file that the command would replace was not written by it."""
     manifest = output / "manifest.json"
     try:
         ours = "format" in json.loads(manifest.read_text(encoding="utf-8"))
@@ -103,25 +98,18 @@ def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
 
 
 def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]:
-    """Reads the sources, writes both folders (the manifest last) and returns the pairs on code with the manifest.
+    """Reads the sources and writes both folders, the manifest last. Returns the collection of code and the manifest.
 
-    Raises RefusedError for a package that isn't installed, and where no query could be held out.
+    Raises RefusedError for a package that is not installed, and if no query can be held out.
     """
-    members, unreadable = read_members(settings)
-    split = split_by_family(
-        members,
-        settings.seed,
-        settings.test_queries,
-        settings.dev_queries,
-        settings.max_test_per_module,
-        settings.max_held_out_module,
-    )
-    code = code_collection(split, settings.seed, settings.max_test_per_module)
-    details = details_collection(split)
+    functions, unreadable = read_functions(settings)
+    split = split_by_family(functions, settings)
+    code, details = code_collection(split, settings), details_collection(split)
     for name, pairs in code.qrels.items():
         if not pairs:
             raise RefusedError(
-                f"--packages {' '.join(settings.packages)}: no {name} pair among {len(members)} functions; name more packages"
+                f"--packages {' '.join(settings.packages)}: no {name} pair among {len(functions)} functions; "
+                "name more packages"
             )
     files = {**code.files(), **{f"details/{name}": text for name, text in details.files().items()}}
     _refuse_foreign(output, files)
@@ -132,7 +120,7 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
         "format": FORMAT,
         "settings": asdict(settings),
         "versions": {name: version(name) for name in dict.fromkeys([STDLIB, *settings.packages])},
-        "functions": dict(Counter(member.function.id.partition(":")[0].partition(".")[0] for member in members)),
+        "functions": dict(Counter(function.id.partition(":")[0].partition(".")[0] for function in functions)),
         "counts": _counts(code, details),
         "unreadable_modules": unreadable,
         "content_sha256": hashlib.sha256(
@@ -143,27 +131,30 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
     return code, manifest
 
 
-def read_members(settings: Settings) -> tuple[list[Member], list[str]]:
-    """Every documented function of the packages, by module and line; and the modules that this Python cannot parse."""
-    members, unreadable = [], []
+def read_functions(settings: Settings) -> tuple[list[Function], list[str]]:
+    """The documented functions of the packages, by module and line, and the modules that this Python cannot parse."""
+    functions: list[Function] = []
+    unreadable = []
     for package in settings.packages:
-        for file in tqdm(list(python_files(package)), f"reading {package}", unit=" files", delay=2, leave=False):
+        files = list(python_files(package))
+        for module, path in tqdm(files, f"reading {package}", unit=" files", delay=2, leave=False):
             try:
-                with tokenize.open(file.path) as source:
-                    functions = list(documented_functions(source.read(), file.module))
+                with tokenize.open(path) as source:
+                    found = list(documented_functions(source.read(), module))
             except (SyntaxError, ValueError):  # ValueError: null bytes, or not the encoding it declares
-                unreadable.append(file.module)
+                unreadable.append(module)
                 continue
-            members += [Member(file.unit, without_name(f) if settings.names == "hide" else f) for f in functions]
-    return members, unreadable
+            functions += map(without_name, found) if settings.names == "hide" else found
+    return functions, unreadable
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """One line for a person: how many of what, from where."""
+    """The manifest in one line."""
     counts = manifest["counts"]
     sources = ", ".join(f"{name} {manifest['versions'][name]}" for name in manifest["settings"]["packages"])
     return (
-        f"{counts['passages']:,} functions, {counts['train_queries']:,} training queries (+ {counts['details_queries']:,} on details), "
+        f"{counts['passages']:,} functions, {counts['train_queries']:,} training queries "
+        f"(+ {counts['details_queries']:,} on details), "
         f"{counts['test_queries']:,} test queries from {counts['test_modules']:,} held-out modules; from {sources}"
     )
 

@@ -1,11 +1,11 @@
-"""Mine hard negatives for training data, and have a teacher score them.
+"""Mine hard negatives for training data, and score them by a teacher.
 
     python -m scripts.mine_negatives --data data/scifact --model runs/first/export --output-dir data/scifact-mined
-    accelerate launch -m scripts.mine_negatives --data data/msmarco --model runs/first/export --retrievers model bm25 \\
+    accelerate launch -m scripts.mine_negatives --data data/msmarco --model runs/first/export --retrievers model bm25 \
         --ranks 10 200 --teacher cross-encoder/ms-marco-MiniLM-L6-v2 --percentage 0.95 --output-dir data/msmarco-mined
 
-The output folder is training data (`data.train: [{path: ...}]`): train.jsonl with the passages inside and, from a
-teacher, their scores. The same command after an interruption goes on where it stopped and ends with the same bytes.
+The output folder is training data (`data.train: [{path: ...}]`): train.jsonl holds the passages and, from a teacher,
+their scores. After an interruption the same command resumes and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def mine(args: argparse.Namespace, world: World) -> None:
     teachers = [
         name
         if name in ("bm25", "model")
-        else CrossEncoder.load(name, max_tokens=args.teacher_max_tokens, precision=args.precision, device=world.device)
+        else CrossEncoder(name, max_tokens=args.teacher_max_tokens, precision=args.precision, device=world.device)
         for name in names
     ]
     mining = Mining(
@@ -174,7 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         option("--seed", type=seed, default=0, help="of --pick random"),
         option("--index", default="flat", help="of the model's search"),
     )
-    teachers = "a cross-encoder, bm25 or model; scores are written into the data, of several the mean of what each standardises a query"
+    teachers = (
+        "a cross-encoder, bm25 or model, whose scores are written into the data; "
+        "of several the mean of their scores, each standardised within a query"
+    )
     scores = (
         option("--teacher", nargs="+", metavar="NAME", help=teachers),
         option("--teacher-max-tokens", type=at_least_one, default=512, help="of a pair"),

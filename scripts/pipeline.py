@@ -1,10 +1,10 @@
-"""Train, mine with the model, have a teacher score, train again, evaluate: the retrain loop as one command.
+"""The retrain loop as one command: train, mine with the model, score by a teacher, train again, evaluate.
 
     python -m scripts.pipeline configs/loop_scifact.yaml
     python -m scripts.pipeline configs/loop_scifact.yaml output_dir=runs/other rounds.1.mine.negatives=4
 
-Every stage is done once for the same inputs (data, model, teacher, settings). The same command after an interruption
-goes on where it stopped, and after a change does again what the change reaches; it says which stages it reuses.
+Every stage is done once for the same inputs (data, model, teacher, settings). After an interruption the same command
+resumes. After a change it repeats the stages that the change affects, and says which ones it reuses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from retriever.command import command_parser, option, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.pipeline`; where a stage fails, its exit status is the command's."""
+    """The command `python -m scripts.pipeline`. If a stage fails, its exit status is returned."""
     parser = command_parser(
         "python -m scripts.pipeline",
         __doc__,

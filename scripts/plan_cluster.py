@@ -1,12 +1,11 @@
-"""Predicts memory and time of a step for batches and numbers of GPUs: `python -m scripts.plan_cluster`. Nothing is
-measured here.
+"""Predicts memory and time of a step for several batch sizes and numbers of GPUs: `python -m scripts.plan_cluster`.
+Nothing is measured.
 
-    time    encoder + loss with its exchange + sum of parameter gradients, one after the other
-    memory  weights, gradients, AdamW's state and a bucket + activations of a chunk + embeddings, their gradients and
-    rounded copies
-            + what the exchange holds
+- time: encoder, loss with its exchange, and sum of the parameter gradients, one after another
+- memory: weights, gradients, AdamW's state and a bucket; the activations of a chunk; embeddings, their gradients and
+  rounded copies; what the exchange holds
 
-The exchange is what `loss.exchange: auto` takes by `retriever.parallel.cost`: the faster one of those that fit in a
+The exchange is the one that `loss.exchange: auto` takes by `retriever.parallel.cost`: the fastest that fits in a
 quarter of the memory.
 """
 
@@ -31,8 +30,8 @@ _ACTIVATION_BYTES = 52  # of a token, layer and hidden unit, for backward
 
 @dataclass(frozen=True)
 class Model:
-    """An encoder on one GPU; `pairs_per_s` is a whole step's rate less its loss, at `tokens_per_chunk`. Defaults:
-    BERT-base.
+    """An encoder on one GPU. `pairs_per_s` is the rate of a whole step without its loss, at `tokens_per_chunk`.
+    Defaults: BERT-base.
     """
 
     pairs_per_s: float
@@ -44,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Step:
-    """One predicted optimizer step of a rank."""
+    """The prediction for one optimizer step of a rank."""
 
     exchange: Exchange
     encoder_s: float
@@ -59,7 +58,7 @@ class Step:
 
 
 def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib: float) -> Step:
-    """A step over `queries` pairs (one passage each), on `ranks` GPUs of `memory_gib` each."""
+    """A step over `queries` pairs (one passage each) on `ranks` GPUs with `memory_gib` each."""
     state_gib = (_STATE_BYTES * model.parameters + _BUCKET_MIB * 2**20) / _GIB
     activations_gib = _ACTIVATION_BYTES * model.layers * model.dim * model.tokens_per_chunk / _GIB
     numbers = 2 * queries / ranks * model.dim  # of the rank's embeddings
@@ -82,8 +81,8 @@ def predict(queries: int, ranks: int, model: Model, machine: Machine, memory_gib
 
 
 def _gradient_sum_s(parameters: float, ranks: int, machine: Machine) -> float:
-    """An all-reduce in float32: 2·(W − 1)/W of its bytes pass through every GPU, and between nodes through all their
-    network cards.
+    """Seconds of an all-reduce in float32. 2·(W − 1)/W of its bytes pass through every GPU and, between nodes, through
+    all their network cards.
     """
     share = 2 * (ranks - 1) / ranks * parameters * 4
     between = share / machine.ranks_per_node / machine.between_gb_s if ranks > machine.ranks_per_node else 0.0
@@ -93,7 +92,7 @@ def _gradient_sum_s(parameters: float, ranks: int, machine: Machine) -> float:
 def table(
     batches: Sequence[int], ranks: Sequence[int], model: Model, machine: Machine, memory_gib: float
 ) -> Iterator[str]:
-    """Lines of Markdown: a row a batch, a column a number of GPUs; `—` where the memory does not suffice."""
+    """Lines of Markdown: one row per batch size, one column per number of GPUs; `—` where the memory is too small."""
     yield "| pairs in the batch | " + " | ".join(f"{w:,} GPU{'s' if w > 1 else ''}" for w in ranks) + " |"
     yield "|---" * (len(ranks) + 1) + "|"
     for queries in batches:

@@ -1,7 +1,6 @@
-"""Stages: work in a folder that is done once for the same inputs. The folder's `manifest.json`, written last, says that
-it is done.
+"""Stages: work in a folder, done once for the same inputs. `manifest.json` is written last and marks a finished folder.
 
-Until then `job.json` names the inputs that the folder's files were made from, so that interrupted work can go on.
+Until then `job.json` names the inputs that the files in the folder belong to, so that interrupted work can resume.
 """
 
 from __future__ import annotations
@@ -40,15 +39,16 @@ def run_stage(
     *,
     writes: Sequence[str],
     world: World | None = None,
-    facts: Callable[[], Mapping[str, Any]] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Outputs:
-    """The outputs of a stage, which is worked on only where `folder` does not hold them for these `inputs` yet.
+    """Runs `work(folder)` on every rank, unless `folder` already holds its outputs for these `inputs`; returns the
+    outputs.
 
-    `work(folder)` runs on every rank and returns the names of its output files, relative to `folder`, which is empty or
-    holds what an interrupted work of the same inputs left. `writes` are patterns of all names that it ever writes
-    there: `*.npy` of files, `run` of a whole folder, `query/*.npy` of files in a folder. Other inputs clear what has
-    such a name. `inputs` are plain values; `facts` go into the manifest beside them. Raises ConfigError if `folder`
-    holds anything else, which is then left alone, and LockedError if another process works there.
+    `work` returns the names of its output files, relative to `folder`. The folder is empty or holds what interrupted
+    work for the same inputs left. `writes` are patterns of all names that the stage ever writes there: `*.npy` of
+    files, `run` of a whole folder, `query/*.npy` of files in a folder. Other inputs clear what has such a name. `inputs`
+    are plain values. `facts`, which `work` may fill, are added to the manifest. Raises ConfigError if `folder` holds
+    anything that the stage did not write, which is left as it is, and LockedError if another process works there.
     """
     world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))
@@ -72,9 +72,10 @@ def run_stage(
         if world.is_first:
             outputs = {file: file_fingerprint(folder / file) for file in files}
             sizes = {file: (folder / file).stat().st_size for file in files}
-            said = dict(facts()) if facts is not None else {}
             write_checksums(folder, files, remembered=True)
-            write_json(folder / MANIFEST, {"stage": name, "inputs": job, **said, "outputs": outputs, "bytes": sizes})
+            write_json(
+                folder / MANIFEST, {"stage": name, "inputs": job, **(facts or {}), "outputs": outputs, "bytes": sizes}
+            )
     world.barrier()
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
 
@@ -82,10 +83,10 @@ def run_stage(
 def write_parts(
     folder: Path, rows: int, rows_a_part: int, compute: Callable[[slice], np.ndarray], world: World, bar: str
 ) -> list[str]:
-    """Writes what `compute` gives for the rows of each part to a file that is kept if there already; returns the names
-    of all files.
+    """Computes an array in parts of `rows_a_part` rows and writes each to a file of its own; returns the names of all
+    files.
 
-    Rank r computes parts r, r + size, …
+    Files that exist are kept. Rank r computes parts r, r + size, …
     """
     files = [f"{part:05d}.npy" for part in range(-(-rows // rows_a_part))]
     mine = range(world.rank, len(files), world.size)
@@ -101,12 +102,18 @@ def read_parts(folder: Path, files: Iterable[str]) -> np.ndarray:
 
 
 def model_fingerprint(name_or_path: str | Path) -> str:
-    """A hash of a model folder's weights, configuration and tokenizer files; a Hugging Face name stands for itself."""
+    """A hash of a model folder's weights, configuration and tokenizer files. A Hugging Face name is its own
+    fingerprint.
+    """
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return str(name_or_path)
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in _MODEL_FILES)
-    return fingerprint([[f.relative_to(folder).as_posix(), file_fingerprint(f)] for f in files])
+    return files_fingerprint(folder, sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in _MODEL_FILES))
+
+
+def files_fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """A hash of the names and bytes of `files` in `folder`."""
+    return fingerprint([[file.relative_to(folder).as_posix(), file_fingerprint(file)] for file in files])
 
 
 def _finished(folder: Path, job: Mapping[str, Any]) -> Outputs | None:

@@ -1,10 +1,10 @@
-"""Train a cross-encoder on mined negatives: a teacher for data that no ready cross-encoder was trained for.
+"""Train a cross-encoder on mined negatives, as a teacher for data that has no ready one.
 
     python -m scripts.train_cross_encoder --data runs/mined --model runs/first/export --output-dir runs/teacher
     python -m scripts.mine_negatives --teacher runs/teacher ...
 
-A query is read together with one of its positives and with some of its negatives; the loss is the cross entropy of the
-positive's score among them. Runs on one device.
+A query is read together with one of its positives and with several of its negatives. The loss is the cross-entropy of
+the positive's score among these. Training uses one device.
 """
 
 from __future__ import annotations

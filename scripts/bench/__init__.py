@@ -1,1 +1,1 @@
-"""One file per table of `docs/bench`."""
+"""Benchmarks: one command for each table of `docs/bench`, and the report that makes the pages."""

@@ -1,11 +1,11 @@
-"""Encoding a corpus: passages a second of every way to run the encoder, beside sentence-transformers' own `encode`.
+"""Encoding a corpus: passages per second for every way to run the encoder, beside sentence-transformers' own `encode`.
 
     python -m scripts.bench.encode --output docs/bench/encode.json
 
-BERT-base of random weights, mean pooling, unit vectors, bf16; passages of MS MARCO's lengths (`passages`). `ids`: from
-token ids to embeddings in host memory. `text`: from text to shards on disk, tokenised here; sentence-transformers ends
-in host memory. A way whose embeddings are not those of the padded fp32 encoder is not timed. sentence-transformers
-comes first. `scripts.bench.report` makes the page.
+BERT-base with random weights, mean pooling, unit vectors, bf16, passages of MS MARCO's lengths. `ids` measures from
+token ids to embeddings in host memory. `text` measures from text to shards on disk, tokenising included; for
+sentence-transformers, to host memory. Every method is compared with the padded fp32 encoder first, and not timed if its
+embeddings differ. sentence-transformers is measured first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import argparse
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, inference
 from scripts.bench.flash import provide
-from scripts.bench.measure import now, peak_gib, reset_peak
+from scripts.bench.measure import timed
 from scripts.bench.passages import random_passages, word_tokenizer
 from scripts.bench.tables import Table
 
@@ -50,13 +50,6 @@ _MAX_TOKENS = 256
 _PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "tokenizers")
 
 
-def save_model(folder: Path, layers: int) -> None:
-    """BertConfig()'s model, of random weights and `layers` layers, with a tokenizer of whole words."""
-    torch.manual_seed(0)
-    BertModel(BertConfig(num_hidden_layers=layers)).save_pretrained(folder)
-    word_tokenizer(_MAX_TOKENS).save_pretrained(folder)
-
-
 def load(folder: Path, mode: str, precision: str, device: torch.device) -> EncoderBundle:
     """The encoder in one of MODES."""
     bundle = load_encoder(
@@ -71,18 +64,8 @@ def load(folder: Path, mode: str, precision: str, device: torch.device) -> Encod
     return bundle
 
 
-@cache
-def _tokenized(texts: tuple[str, ...]) -> tuple[TokenRows, ...]:
-    """The texts in batches of the size that the command encodes at a time."""
-    batches = []
-    for start in range(0, len(texts), BATCH_TEXTS):
-        tokens, counts = tokenize_flat(word_tokenizer(_MAX_TOKENS), texts[start : start + BATCH_TEXTS])
-        batches.append(TokenRows(tokens, np.concatenate([[0], counts]).cumsum()))
-    return tuple(batches)
-
-
 def from_ids(bundle: EncoderBundle, batches: Sequence[TokenRows], tokens_per_chunk: int) -> None:
-    """Embeds batch after batch; each arrives while the next is encoded."""
+    """Embeds `batches` one after another. Each one's embeddings are copied to the host while the next is encoded."""
     template = TokenTemplate.from_tokenizer(bundle.tokenizer)
     encoder = BatchEncoder(bundle.encoder, bundle.tokenizer, "passage", "", _MAX_TOKENS, tokens_per_chunk)
     behind: deque[Arriving] = deque()
@@ -94,109 +77,105 @@ def from_ids(bundle: EncoderBundle, batches: Sequence[TokenRows], tokens_per_chu
     behind.popleft().wait()
 
 
-def cosines(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Cosine [n] of each row to its counterpart, in float64."""
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+def worst_cosine(found: np.ndarray, expected: np.ndarray) -> float:
+    """The lowest cosine between a row of `found` and the same row of `expected`, both [n, D], in float64."""
+    a, b = (torch.from_numpy(rows).double() for rows in (found, expected))
+    return float(torch.nn.functional.cosine_similarity(a, b, eps=0.0).min())
 
 
-@contextmanager
-def measured(table: Table, device: torch.device, case: str, method: str, texts: int, note: str = "") -> Iterator[None]:
-    """Adds rate and peak memory of what happens inside; it ends with its results on the host."""
-    reset_peak(device)
-    started = now(device)
-    yield
-    table.add(case, method, "passages_per_s", texts / (now(device) - started), "passages/s", note)
-    if (peak := peak_gib(device)) is not None:
-        table.add(case, method, "peak_gib", peak, "GiB")
+@dataclass(frozen=True)
+class EncodeBench:
+    """Measures the rows of the encoding table."""
 
+    table: Table
+    folder: Path  # of the model
+    texts: list[str]
+    batches: list[TokenRows]  # of the texts' tokens, as many at a time as the command encodes
+    reference: np.ndarray  # embeddings [n, D] of the first texts by the padded fp32 encoder
+    args: argparse.Namespace
 
-def measure(
-    table: Table, folder: Path, mode: str, texts: list[str], reference: np.ndarray, args: argparse.Namespace
-) -> None:
-    """One way to run the encoder: its cosine to `reference`, then its rate from ids and from text."""
-    device = torch.device(args.device)
-    bundle = load(folder, mode, "bf16", device)
-    case = f"texts={args.texts},{mode}"
-    found = cosines(
-        bundle.encode(texts[: len(reference)], "passage", tokens_per_chunk=args.tokens_per_chunk), reference
-    )
-    table.add(case, "bigbatch", "cosine_min", float(found.min()), "", f"to padded fp32, {len(reference)} passages")
-    if not found.min() > _WRONG:
-        table.add(case, "bigbatch", "passages_per_s", None, "passages/s", "not timed: wrong")
-        return
-    batches = _tokenized(tuple(texts)) * 4
-    from_ids(bundle, batches[:_WARM_UP_BATCHES], args.tokens_per_chunk)  # kernels are compiled, memory is there
-    count = sum(map(len, batches))
-    with measured(table, device, f"texts={count},{mode},ids", "bigbatch", count):
-        from_ids(bundle, batches, args.tokens_per_chunk)
-    if mode not in args.text_modes:
-        return
-    pairs = ((str(row), texts[row % len(texts)]) for row in range(args.texts))
-    with tempfile.TemporaryDirectory() as shards, measured(table, device, f"{case},text", "bigbatch", args.texts):
-        options = ShardOptions(tokens_per_chunk=args.tokens_per_chunk, progress=False)
-        encode_to_shards(bundle, pairs, "passage", shards, "random", options)
+    def is_right(self, case: str, method: str, encode: Callable[[list[str]], np.ndarray]) -> bool:
+        """Adds the worst cosine between `encode`'s embeddings and the reference; returns whether it is high enough."""
+        worst = worst_cosine(encode(self.texts[: len(self.reference)]), self.reference)
+        note = f"to our padded fp32, {len(self.reference)} passages"
+        self.table.add(case, method, "cosine_min", worst, "", note)
+        if not worst > _WRONG:
+            self.table.add(case, method, "passages_per_s", None, "passages/s", "not timed: wrong")
+        return worst > _WRONG
 
+    def time(self, case: str, method: str, texts: int, call: Callable[[], object], note: str = "") -> None:
+        """Adds the rate and the peak memory of `call`, which embeds `texts` texts and returns when the results are on
+        the host.
+        """
+        (seconds,), peak_gib = timed(torch.device(self.args.device), call)
+        self.table.add(case, method, "passages_per_s", texts / seconds, "passages/s", note)
+        if peak_gib is not None:
+            self.table.add(case, method, "peak_gib", peak_gib, "GiB")
 
-def sentence_transformers(
-    table: Table, folder: Path, texts: list[str], reference: np.ndarray, args: argparse.Namespace, *, flash: bool
-) -> None:
-    """The peer: its own `encode`, which sorts all texts by length, on as many texts as take it a few seconds.
+    def ours(self, mode: str) -> None:
+        """Measures one of MODES, from token ids and from text."""
+        tokens_per_chunk, case = self.args.tokens_per_chunk, f"texts={self.args.texts},{mode}"
+        with self.table.attempt(case, "bigbatch", "passages_per_s", "passages/s"):
+            bundle = load(self.folder, mode, "bf16", torch.device(self.args.device))
+            encode = partial(bundle.encode, side="passage", tokens_per_chunk=tokens_per_chunk)
+            if not self.is_right(case, "bigbatch", encode):
+                return
+            batches = self.batches * 4
+            from_ids(bundle, batches[:_WARM_UP_BATCHES], tokens_per_chunk)  # kernels are compiled, memory is there
+            count = sum(map(len, batches))
+            ids = partial(from_ids, bundle, batches, tokens_per_chunk)
+            self.time(f"texts={count},{mode},ids", "bigbatch", count, ids)
+            if mode in self.args.text_modes:
+                pairs = ((str(row), self.texts[row % len(self.texts)]) for row in range(self.args.texts))
+                options = ShardOptions(tokens_per_chunk=tokens_per_chunk, progress=False)
+                with tempfile.TemporaryDirectory() as shards:
+                    call = partial(encode_to_shards, bundle, pairs, "passage", shards, "random", options)
+                    self.time(f"{case},text", "bigbatch", self.args.texts, call)
 
-    With `flash` as its documentation recommends: flash attention, nothing padded.
-    """
-    method = "sentence-transformers-flash" if flash else "sentence-transformers"
-    case = f"texts={min(len(texts), args.peer_texts)}"
-    from sentence_transformers import SentenceTransformer
+    def sentence_transformers(self, *, flash: bool) -> None:
+        """Measures sentence-transformers' `encode` on the first `--peer-texts` texts, which it sorts by length.
 
-    note, kwargs = "", dict[str, Any](dtype=torch.bfloat16)
-    if flash:
-        note, kwargs = provide(), {**kwargs, "attn_implementation": "flash_attention_2"}
-    model = SentenceTransformer(str(folder), device=args.device, model_kwargs=kwargs)
-    model.max_seq_length = _MAX_TOKENS
-    device = torch.device(args.device)
+        `flash` is the setup that its documentation recommends: flash attention over unpadded inputs.
+        """
+        method = "sentence-transformers-flash" if flash else "sentence-transformers"
+        texts = self.texts[: self.args.peer_texts]
+        with self.table.attempt(f"texts={len(texts)},text", method, "passages_per_s", "passages/s"):
+            from sentence_transformers import SentenceTransformer
 
-    def encode(some: list[str], size: int) -> np.ndarray:
-        return model.encode(some, batch_size=size, normalize_embeddings=True, show_progress_bar=False).astype(
-            np.float32
-        )
-
-    some = texts[: args.peer_texts]
-    for size in args.peer_batches:
-        found = cosines(encode(texts[: len(reference)], size), reference)
-        table.add(
-            f"{case},batch={size}",
-            method,
-            "cosine_min",
-            float(found.min()),
-            "",
-            f"to our padded fp32, {len(reference)} passages",
-        )
-        with measured(table, device, f"{case},batch={size},text", method, len(some), note):
-            encode(some, size)
+            note, kwargs = "", dict[str, Any](dtype=torch.bfloat16)
+            if flash:
+                note, kwargs = provide(), {**kwargs, "attn_implementation": "flash_attention_2"}
+            model = SentenceTransformer(str(self.folder), device=self.args.device, model_kwargs=kwargs)
+            model.max_seq_length = _MAX_TOKENS
+            for size in self.args.peer_batches:
+                encode = partial(model.encode, batch_size=size, normalize_embeddings=True, show_progress_bar=False)
+                case = f"texts={len(texts)},batch={size}"
+                if self.is_right(case, method, encode):
+                    self.time(f"{case},text", method, len(texts), partial(encode, texts), note)
 
 
 def _encode(args: argparse.Namespace) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it spends long on a plan for every new shape of padded texts, the peer's
-    table = Table.begin(args.command, _PACKAGES)
+    # cuDNN spends long on a plan for every new shape of padded texts, the peer's.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    table = Table.begin(args.command, _PACKAGES, args.output)
     texts = random_passages(min(args.distinct, args.texts))[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder, args.layers)
+        torch.manual_seed(0)
+        BertModel(BertConfig(num_hidden_layers=args.layers)).save_pretrained(folder)
+        word_tokenizer(_MAX_TOKENS).save_pretrained(folder)
         exact = load(folder, "padded", "fp32", torch.device(args.device))
         reference = exact.encode(texts[:_SAMPLE], "passage", tokens_per_chunk=min(args.tokens_per_chunk, 16_384))
+        parts = (
+            tokenize_flat(exact.tokenizer, texts[at : at + BATCH_TEXTS]) for at in range(0, len(texts), BATCH_TEXTS)
+        )
+        batches = [TokenRows(tokens, np.concatenate([[0], counts]).cumsum()) for tokens, counts in parts]
         del exact
+        bench = EncodeBench(table, folder, texts, batches, reference, args)
         for flash in (True, False) if args.peer_texts else ():
-            method = "sentence-transformers-flash" if flash else "sentence-transformers"
-            with table.attempt(f"texts={args.peer_texts},text", method, "passages_per_s", "passages/s"):
-                sentence_transformers(table, folder, texts, reference, args, flash=flash)
-            table.save(args.output)  # a run that is cut short keeps what it has
+            bench.sentence_transformers(flash=flash)
         for mode in args.modes:
-            with table.attempt(f"texts={args.texts},{mode}", "bigbatch", "passages_per_s", "passages/s"):
-                measure(table, folder, mode, texts, reference, args)
-            table.save(args.output)
+            bench.ours(mode)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

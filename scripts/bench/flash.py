@@ -1,5 +1,5 @@
-"""FlashAttention-2 for sentence-transformers: the installed package, or a stand-in that calls the same kernels in
-torch.
+"""FlashAttention-2 for sentence-transformers: the installed package, or a stand-in that calls torch's copy of the
+kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def flash_attn_varlen_func(
 ):
     """Attention of texts that lie one behind another: q, k, v [T, heads, D] to [T, heads, D], differentiable."""
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), dropout_p, causal, False, scale=softmax_scale
+        q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), dropout_p, causal, False,
+        scale=softmax_scale,
     )[0]
 
 
@@ -35,7 +36,7 @@ flash_attn_with_kvcache = flash_attn_func
 '''
 _FILES = {
     "flash_attn/__init__.py": _PACKAGE,
-    "flash_attn/bert_padding.py": "from flash_attn import flash_attn_func as pad_input, flash_attn_func as unpad_input\n",
+    "flash_attn/bert_padding.py": "from flash_attn import flash_attn_func as pad_input\nunpad_input = pad_input\n",
     f"flash_attn-{_VERSION}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {_VERSION}\n",
     f"flash_attn-{_VERSION}.dist-info/top_level.txt": "flash_attn\n",
 }
@@ -43,7 +44,7 @@ _FILES = {
 
 @cache
 def provide() -> str:
-    """Makes `import flash_attn` work for the rest of the process. Returns a note that says which package that is."""
+    """Makes `import flash_attn` work in this process. Returns a note that names the package behind it."""
     if importlib.util.find_spec("flash_attn") is not None:
         return f"flash-attn {importlib.metadata.version('flash-attn')}"
     folder = tempfile.TemporaryDirectory()
@@ -58,7 +59,7 @@ def provide() -> str:
 
 
 def forget_packages() -> None:
-    """Lets transformers look again which packages are installed; it remembers what it found when it was imported."""
+    """Clears transformers' record of the installed packages, which it makes once when it is imported."""
     from transformers.utils import import_utils
 
     importlib.invalidate_caches()

@@ -1,11 +1,11 @@
-"""The losses that `scripts.bench.loss` and `scripts.bench.ring` compare, from one rank's rows to (mean loss, dqueries,
-dpassages).
+"""The losses that `scripts.bench.loss` and `scripts.bench.ring` compare. Each maps one rank's rows to (mean loss,
+dqueries, dpassages).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -30,13 +30,14 @@ from retriever.parallel.world import World
 from scripts.bench.measure import Result
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]
+LossOf = Callable[["Problem", Tensor, Tensor], Tensor]  # (problem, queries, passages) -> this rank's part of the loss
 _ROWS_DRAWN = 65_536
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One rank's rows: query i's positive is passage i, every other passage of any rank is its negative. All ranks have
-    equally many.
+    """One rank's rows. Passage i is the positive of query i, and every other passage of any rank is a negative. All
+    ranks have the same number of rows.
     """
 
     queries: Tensor  # [B, D] bf16 unit vectors
@@ -46,23 +47,23 @@ class Problem:
 
     @property
     def at(self) -> Tensor:
-        """Rows [B] on this rank."""
+        """Row numbers [B] on this rank."""
         return torch.arange(len(self.queries), device=self.queries.device)
 
     @property
     def ids(self) -> Tensor:
-        """The passages' ids [B], which no two ranks share."""
+        """Passage ids [B], distinct over all ranks."""
         return self.at + self.world.rank * len(self.queries)
 
     @cached_property
     def known(self) -> Tensor:
-        """A second positive [B] of each query: a row of this rank."""
+        """A second positive for each query: a random row [B] of this rank."""
         generator = torch.Generator(self.queries.device).manual_seed(0)
         return torch.randint(len(self.queries), self.at.shape, device=self.queries.device, generator=generator)
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
-        """Queries and passages in float32 in page-locked host memory."""
+        """Queries and passages in float32, in page-locked host memory."""
         sides = (self.queries, self.passages)
         copies = [host_rows(side.shape, torch.float32, self.world.device).copy_(side) for side in sides]
         return copies[0], copies[1]
@@ -70,9 +71,7 @@ class Problem:
     def for_strategy(
         self, *, dtype: torch.dtype = torch.bfloat16, symmetric: bool = False, **more: Any
     ) -> strategy.Problem:
-        """What the project's strategies are given in training: the loader has looked up that no pair but the targets is
-        known.
-        """
+        """The problem as the loader hands it to a strategy in training, with no known positives besides the targets."""
         B, none = len(self.queries), self.at.new_empty(0)
         exclusions = Exclusions(self.ids, torch.arange(B + 1, device=self.queries.device), self.ids)
         known = KnownPairs(Pairs(none, none), (B,) * self.world.size)
@@ -86,7 +85,9 @@ class Problem:
 def random_problem(
     world: World, b: int, dim: int, *, cosine: float = 0.3, temperature: float = 0.02, seed: int = 0
 ) -> Problem:
-    """This rank's rows of a batch of `b`: random unit queries, passages with a cosine of `cosine` to theirs."""
+    """This rank's rows of a global batch of `b`: random unit queries, and passages whose cosine to their query is
+    `cosine` on average.
+    """
     generator = torch.Generator(world.device).manual_seed(seed + world.rank)
     sides = [torch.empty(b // world.size, dim, dtype=torch.bfloat16, device=world.device) for _ in range(2)]
     for queries, passages in zip(*(side.split(_ROWS_DRAWN) for side in sides), strict=True):
@@ -99,7 +100,7 @@ def random_problem(
 
 
 def reference(problem: Problem, *, symmetric: bool = False, masked: bool = False) -> Result:
-    """What this rank should have, in float64 by autograd, from the definition over all ranks' rows."""
+    """The result that this rank should have: the definition over all ranks' rows, by float64 autograd."""
     gathered = [problem.world.gather_rows(side) for side in (problem.queries, problem.passages)]
     q, p = (side.rows.double().requires_grad_() for side in gathered)
     logits = q @ p.T / problem.temperature
@@ -117,7 +118,7 @@ def reference(problem: Problem, *, symmetric: bool = False, masked: bool = False
 
 @dataclass(frozen=True)
 class Method:
-    """A loss under the name it has in the table, and what it was asked to do."""
+    """A loss, with its name in the table and the options it runs with."""
 
     name: str
     condition: str  # what follows the batch in the case, "" for the plain one
@@ -127,22 +128,26 @@ class Method:
     symmetric: bool = False
     masked: bool = False
 
+    def is_among(self, names: Sequence[str]) -> bool:
+        """Whether `names` is empty or holds the method's name, or its name and condition."""
+        return not names or self.name in names or f"{self.name} {self.condition}" in names
+
 
 def methods() -> list[Method]:
-    """The losses of one GPU; a peer is imported when it first runs."""
-    note = "fp32 gradients"
+    """The losses of one GPU. A peer's package is imported when the peer first runs."""
+    note, folded = "fp32 gradients", "bf16 gradients; scale folded into the bf16 queries"
     return [
         Method("bigbatch", "", _infonce, 2**20, note),
         Method("bigbatch", "workspace=256", partial(_infonce, workspace_mib=256), note=note),
         Method("bigbatch", "symmetric", partial(_infonce, symmetric=True), note=note, symmetric=True),
         Method("bigbatch", "known=1", partial(_infonce, masked=True), note=note, masked=True),
         Method("bigbatch", "high", partial(_infonce, precision="high"), 65_536, note),
-        Method("dense", "", _dense, 65_536, "fp32 logits of tf32 products, fp32 gradients"),
+        Method("dense", "", _fp32_peer(_dense), 65_536, "fp32 logits of tf32 products, fp32 gradients"),
         Method("dense", "bf16 logits", _dense_bf16, 65_536, "autocast, bf16 gradients"),
-        Method("inf-cl", "", _inf_cl, note="fp32 inputs, tf32 products, fp32 gradients"),
-        Method("memeff", "", _memeff, note="one direction (its Qwen3 loss without mask), bf16 gradients"),
-        Method("cce", "", _cce, note="exact (no filter), bf16 gradients; scale folded into the bf16 queries"),
-        Method("liger", "", partial(_liger, chunks=1), note="bf16 gradients; scale folded into the bf16 queries"),
+        Method("inf-cl", "", _fp32_peer(_inf_cl), note="fp32 inputs, tf32 products, fp32 gradients"),
+        Method("memeff", "", _peer(_memeff), note="one direction (its Qwen3 loss without mask), bf16 gradients"),
+        Method("cce", "", _peer(_cce), note=f"exact (no filter), {folded}"),
+        Method("liger", "", partial(_liger, chunks=1), note=folded),
         Method("liger", "8x chunks", partial(_liger, chunks=8), note="chunk_mem_const=8, as above"),
     ]
 
@@ -151,26 +156,20 @@ def ring_methods() -> list[Method]:
     """The losses over several ranks."""
     ring: dict[str, Any] = {"exchange": "ring", "workspace_mib": 256}
     note, ring_note = "fp32 gradients", "256 MiB workspace, fp32 gradients"
-    logits = "fp32 logits of tf32 products"
+    host, logits = "rows and gradients in host memory, whose part is in the time", "fp32 logits of tf32 products"
+    memeff = partial(_memeff, name="DistributedMemoryEfficientQwen3Loss")
     return [
         Method("bigbatch", "gather", _tiled, 2**20, note),
         Method("bigbatch", "ring", partial(_tiled, **ring), 2**22, ring_note),
         Method("bigbatch", "gather,symmetric", partial(_tiled, symmetric=True), note=note, symmetric=True),
         Method("bigbatch", "ring,symmetric", partial(_tiled, symmetric=True, **ring), note=ring_note, symmetric=True),
-        Method(
-            "bigbatch", "offload", _offloaded, 2**20, "rows and gradients in host memory, whose part is in the time"
-        ),
+        Method("bigbatch", "offload", _offloaded, 2**20, host),
         Method("dense", "", partial(_strategy, name="dense"), 32_768, f"b × b {logits} on every rank"),
         Method("local", "", partial(_strategy, name="local"), 65_536, f"B × b {logits}"),
         Method("disco", "", partial(_strategy, name="disco"), 65_536, f"B × b {logits}"),
         Method("dense", "bf16 logits", _dense_bf16, note="passages gathered, autocast, bf16 gradients"),
-        Method("inf-cl", "ring", _inf_cl_ring, note="its ring, fp32 inputs, tf32 products"),
-        Method(
-            "memeff",
-            "ring",
-            partial(_memeff, loss="DistributedMemoryEfficientQwen3Loss"),
-            note="its ring, bf16 gradients",
-        ),
+        Method("inf-cl", "ring", _fp32_peer(_inf_cl_ring), note="its ring, fp32 inputs, tf32 products"),
+        Method("memeff", "ring", _peer(memeff), note="its ring, bf16 gradients"),
     ]
 
 
@@ -200,124 +199,78 @@ def _mean(problem: Problem, result: Result) -> Found:
 
 
 def _offloaded(problem: Problem, gradients: bool) -> Found:
-    """The objective as training calls it over rows in host memory: blocks of training's size, several of them in a
-    small batch.
-    """
+    """The objective as training calls it with rows in host memory. A small batch still has several blocks."""
     B = len(problem.queries)
     config = LossConfig(temperature=problem.temperature, precision="bf16", workspace_mib=1024)
     block_rows = BLOCK_ROWS if B > BLOCK_ROWS else max(1, 3 * B // 10)
     objective = ContrastiveObjective(config, unit_norm=True, block_rows=block_rows).to(problem.world.device)
     at, ids = problem.at.cpu(), problem.ids.cpu()
-    loss, dqueries, dpassages = objective(
-        *problem.on_host, Targets(at, ids, torch.arange(B + 1), ids, B * problem.world.size), problem.world
-    )
+    targets = Targets(at, ids, torch.arange(B + 1), ids, B * problem.world.size)
+    loss, dqueries, dpassages = objective(*problem.on_host, targets, problem.world)
     return problem.world.sum(loss), dqueries, dpassages
 
 
-def _with_autograd(
-    problem: Problem, gradients: bool, loss_of: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.bfloat16
-) -> Found:
-    """`loss_of` (queries, passages) is this rank's part of the loss."""
-    queries, passages = (x.to(dtype).detach().requires_grad_(gradients) for x in (problem.queries, problem.passages))
-    with torch.set_grad_enabled(gradients):
-        loss = loss_of(queries, passages)
-    if gradients:
-        loss.backward()
-    return problem.world.sum(loss.detach()), queries.grad, passages.grad
+def _peer(loss_of: LossOf, dtype: torch.dtype = torch.bfloat16) -> Callable[[Problem, bool], Found]:
+    """A method whose gradients come from autograd. Products of fp32 inputs are in TF32."""
+
+    def run(problem: Problem, gradients: bool) -> Found:
+        sides = (problem.queries, problem.passages)
+        queries, passages = (side.to(dtype).detach().requires_grad_(gradients) for side in sides)
+        with torch.set_grad_enabled(gradients), float32_products("tf32"):
+            loss = loss_of(problem, queries, passages)
+            if gradients:
+                loss.backward()
+        return problem.world.sum(loss.detach()), queries.grad, passages.grad
+
+    return run
 
 
-def _dense(problem: Problem, gradients: bool) -> Found:
-    with float32_products("tf32"):
-        return _with_autograd(
-            problem, gradients, lambda q, p: cross_entropy(q @ p.T / problem.temperature, problem.at), torch.float32
-        )
+_fp32_peer = partial(_peer, dtype=torch.float32)
+
+
+def _dense(problem: Problem, queries: Tensor, passages: Tensor) -> Tensor:
+    return cross_entropy(queries @ passages.T / problem.temperature, problem.at)
 
 
 def _dense_bf16(problem: Problem, gradients: bool) -> Found:
-    """All passages beside one another, cross-entropy over bf16 logits by autograd, gradients home by a
-    reduce-scatter.
-    """
-    world = problem.world
-    gathered = world.gather_rows(problem.passages)
+    """Gathers all passages, takes the cross-entropy of bf16 logits by autograd, and reduce-scatters the gradients."""
+    world, gathered = problem.world, problem.world.gather_rows(problem.passages)
     every = gathered.rows.detach().requires_grad_(gradients)
     targets = problem.at + gathered.own.start
-    loss, dqueries, _ = _with_autograd(
-        problem, gradients, lambda q, _: cross_entropy(q @ every.T / problem.temperature, targets) / world.size
-    )
+    dense = _peer(lambda _, q, p: cross_entropy(q @ every.T / problem.temperature, targets) / world.size)
+    loss, dqueries, _ = dense(problem, gradients)
     return loss, dqueries, world.reduce_rows(every.grad, gathered.counts) if every.grad is not None else None
 
 
-def _inf_cl(problem: Problem, gradients: bool) -> Found:
-    cal_flash_loss = import_module("inf_cl").cal_flash_loss
-    scale = 1 / problem.temperature
-    return _with_autograd(
-        problem, gradients, lambda q, p: cal_flash_loss(q, p, problem.at, scale=scale).mean(), torch.float32
-    )
+def _inf_cl(problem: Problem, queries: Tensor, passages: Tensor) -> Tensor:
+    loss = import_module("inf_cl").cal_flash_loss
+    return loss(queries, passages, problem.at, scale=1 / problem.temperature).mean()
 
 
-def _inf_cl_ring(problem: Problem, gradients: bool) -> Found:
-    cal_inf_loss = import_module("inf_cl").cal_inf_loss
-    size = problem.world.size
-    return _with_autograd(
-        problem, gradients, lambda q, p: cal_inf_loss(q / problem.temperature, p) / size, torch.float32
-    )
+def _inf_cl_ring(problem: Problem, queries: Tensor, passages: Tensor) -> Tensor:
+    loss = import_module("inf_cl").cal_inf_loss
+    return loss(queries / problem.temperature, passages) / problem.world.size
 
 
-def _memeff(problem: Problem, gradients: bool, *, loss: str = "MemoryEfficientQwen3Loss") -> Found:
-    settings = {
-        "margin": 2.0,
-        "use_qq_negatives": False,
-        "use_dd_negatives": False,
-        "normalized_inputs": True,
-        "stable": False,
-    }
-    return _with_autograd(
-        problem, gradients, getattr(import_module("memeff"), loss)(temperature=problem.temperature, **settings)
-    )
+def _memeff(problem: Problem, queries: Tensor, passages: Tensor, *, name: str = "MemoryEfficientQwen3Loss") -> Tensor:
+    one_direction = {"margin": 2.0, "use_qq_negatives": False, "use_dd_negatives": False}
+    settings = {"temperature": problem.temperature, "normalized_inputs": True, "stable": False, **one_direction}
+    return getattr(import_module("memeff"), name)(**settings)(queries, passages)
 
 
-def _cce(problem: Problem, gradients: bool) -> Found:
-    linear_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
-    return _with_autograd(
-        problem, gradients, lambda q, p: linear_cross_entropy(q / problem.temperature, p, problem.at, filter_eps=None)
-    )
+def _cce(problem: Problem, queries: Tensor, passages: Tensor) -> Tensor:
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
+    return loss(queries / problem.temperature, passages, problem.at, filter_eps=None)
 
 
 def _liger(problem: Problem, gradients: bool, *, chunks: int) -> Found:
-    ops = import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    if not gradients:  # its autograd function computes gradients in the forward; this is the loss alone
-        scaled = problem.queries / problem.temperature
-        return (
-            ops.fused_linear_cross_entropy_forward(scaled, problem.passages, problem.at, chunk_mem_const=chunks)[0],
-            None,
-            None,
-        )
-
-    def loss_of(q: Tensor, p: Tensor) -> Tensor:
-        scaled = q / problem.temperature
-        if chunks == 1:
-            return ops.LigerFusedLinearCrossEntropyFunction.apply(scaled, p, problem.at)[0]
-        return _LigerChunks.apply(scaled, p, problem.at, chunks)
-
-    return _with_autograd(problem, gradients, loss_of)
-
-
-class _LigerChunks(torch.autograd.Function):
-    """Liger's forward with larger chunks, which its autograd function has no argument for."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, queries: Tensor, passages: Tensor, targets: Tensor, chunks: int
-    ) -> Tensor:
-        ops = import_module("liger_kernel.ops.fused_linear_cross_entropy")
-        results = ops.fused_linear_cross_entropy_forward(
-            queries, passages, targets, chunk_mem_const=chunks, compute_gradients=True, weight_requires_grad=True
-        )
-        dqueries, dpassages = (x for x in results[1:] if isinstance(x, Tensor) and x.shape == queries.shape)
-        ctx.save_for_backward(dqueries, dpassages)
-        return results[0]
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dqueries, dpassages = ctx.saved_tensors  # type: ignore[attr-defined]
-        return dqueries, dpassages, None, None
+    """Calls the forward of Liger's autograd function, which also computes the gradients; the function itself does not
+    take the size of a chunk.
+    """
+    forward = import_module("liger_kernel.ops.fused_linear_cross_entropy").fused_linear_cross_entropy_forward
+    asked = {"compute_gradients": gradients, "weight_requires_grad": gradients, "chunk_mem_const": chunks}
+    loss, *found = forward(problem.queries / problem.temperature, problem.passages, problem.at, **asked)
+    if not gradients:
+        return loss, None, None
+    dscaled, dpassages = (x for x in found if isinstance(x, Tensor) and x.shape == problem.queries.shape)
+    return loss, dscaled / problem.temperature, dpassages

@@ -1,4 +1,4 @@
-"""What several benchmarks measure with: times, memory, rates, errors, and ranks that hear nothing of one another."""
+"""What the benchmarks share: times, memory, rates, errors, and ranks that do not communicate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,38 +19,52 @@ from scripts.bench.tables import Table
 Result = tuple[Tensor, Tensor, Tensor]  # mean loss, dqueries, dpassages
 
 
-def now(device: torch.device) -> float:
-    """Seconds, after everything that was queued on `device`."""
+class Timing(NamedTuple):
+    """The times of several calls. The device is idle before and after each."""
+
+    seconds: list[float]
+    peak_gib: float | None  # of the device's memory; None on a CPU
+
+
+def timed(device: torch.device, call: Callable[[], object], seconds: float = 0.0) -> Timing:
+    """Repeats `call` for about `seconds`: at least twice, or once if one call takes longer."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken: list[float] = []
+    while not taken or (len(taken) < 2 and taken[0] < seconds) or sum(taken) + taken[-1] < seconds:
+        started = _now(device)
+        call()
+        taken.append(_now(device) - started)
+    return Timing(taken, torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None)
+
+
+def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, most: int = 30) -> float:
+    """The median time of calls queued one after another, after one warm-up call. A call that takes longer than
+    `seconds` is timed once.
+    """
+    call()
+    (once,) = timed(world.device, call).seconds
+    once = float(world.max(torch.tensor(once, device=world.device)))  # as many calls on every rank
+    if once > seconds:
+        return 1e3 * once
+    moments = [_moment(world.device)]
+    for _ in range(max(2, min(most, int(seconds / once)))):
+        call()
+        moments.append(_moment(world.device))
+    _now(world.device)
+    pairs = zip(moments, moments[1:], strict=False)
+    return statistics.median(a.elapsed_time(b) if world.device.type == "cuda" else 1e3 * (b - a) for a, b in pairs)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on the clock, once everything queued on `device` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, most: int = 30) -> float:
-    """The median time of calls queued one after the other, after one that is not counted; of one call where that takes
-    longer.
-    """
-    call()
-    started = now(world.device)
-    call()
-    each = float(
-        world.max(torch.tensor(now(world.device) - started, device=world.device))
-    )  # as many calls on every rank
-    if each > seconds:
-        return 1e3 * each
-    moments = [_moment(world.device)]
-    for _ in range(max(2, min(most, int(seconds / each)))):
-        call()
-        moments.append(_moment(world.device))
-    now(world.device)
-    pairs = zip(moments, moments[1:], strict=False)
-    return statistics.median(a.elapsed_time(b) if world.device.type == "cuda" else 1e3 * (b - a) for a, b in pairs)
-
-
 def _moment(device: torch.device) -> Any:
-    """When everything is done that was queued before: an event on the device's own time line, or seconds of the
-    clock.
-    """
+    """The time at which everything queued so far is done: a CUDA event, or seconds on the clock for a CPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -59,47 +73,25 @@ def _moment(device: torch.device) -> Any:
 
 
 def free_memory(device: torch.device) -> None:
-    """Hands memory that nothing refers to any more back to the device."""
+    """Returns unreferenced memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def timed(device: torch.device, call: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each of the calls that together take about `seconds`: at least two, or one where one takes longer."""
-    taken: list[float] = []
-    while not taken or (len(taken) < 2 and taken[0] < seconds) or sum(taken) + taken[-1] < seconds:
-        started = now(device)
-        call()
-        taken.append(now(device) - started)
-    return taken
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """Device memory at its peak since `reset_peak`; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forgets the peak of before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_extra_mb(call: Callable[[], object]) -> float:
-    """MiB that a call adds to what is allocated on the GPU before it, at its peak, cuBLAS's workspaces included."""
+    """Peak GPU memory in MiB that a call adds to what is allocated before it, including cuBLAS's workspaces."""
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = call()
+    call()
     torch.cuda.synchronize()
-    del kept
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def add_matmul_rate(table: Table, device: torch.device) -> float | None:
-    """TFLOP/s of an 8192³ bf16 product of N(0, 1) matrices, the best of five medians, which becomes a row; None on a
+    """Adds and returns the TFLOP/s of an 8192³ bf16 product of N(0, 1) matrices, the best of five medians; None on a
     CPU.
     """
     if device.type != "cuda":
@@ -113,30 +105,29 @@ def add_matmul_rate(table: Table, device: torch.device) -> float | None:
 def errors(result: tuple[Tensor, Tensor | None, Tensor | None], truth: Result) -> tuple[float, float]:
     """(relative loss error, the larger of dQ's and dP's ‖Δ‖/‖reference‖); NaN stays NaN."""
     found = [x.to(truth[0].device).double() for x in result if x is not None]
-    loss = float((found[0] - truth[0]).abs() / truth[0])
-    both = [float((got - want).norm() / want.norm()) for got, want in zip(found[1:], truth[1:], strict=True)]
-    return loss, max(both) if all(math.isfinite(e) for e in both) else math.nan
+    loss, *gradients = (float((got - want).norm() / want.norm()) for got, want in zip(found, truth, strict=True))
+    return loss, max(gradients) if all(map(math.isfinite, gradients)) else math.nan
 
 
 class Silent(World):
-    """Ranks that hear nothing of one another: local copies of the same size stand in for every transfer. All hold
-    equally many rows.
+    """A world whose ranks do not communicate: a local copy of the same size replaces every transfer. All ranks have the
+    same number of rows.
     """
 
     def counts(self, n: int) -> tuple[int, ...]:
-        """As many on every rank."""
+        """`n` rows on every rank."""
         return (n,) * self.size
 
     def begin_gather(self, x: Tensor, counts: Sequence[int]) -> Transfer:
-        """Own rows, once for every rank."""
+        """This rank's rows, repeated for every rank."""
         return Transfer(x, torch.cat([_as_of(x, (owner - self.rank) % self.size) for owner in range(self.size)]), [])
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Own rows of own terms."""
+        """This rank's rows of its own terms."""
         return x.split(list(counts))[self.rank].clone()
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
-        """What is sent arrives here."""
+        """Receives what it sends."""
         return Transfer(x, arriving.copy_(_as_of(x, 1)), [])
 
     def _all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
@@ -144,5 +135,5 @@ class Silent(World):
 
 
 def _as_of(x: Tensor, distance: int) -> Tensor:
-    """Rows as of a rank so far away: whole numbers are ids, which no two ranks share."""
+    """`x` as the rank at `distance` would hold it. Integers are ids, which are distinct over all ranks."""
     return x if x.is_floating_point() else x + (distance << 40)

@@ -1,6 +1,4 @@
-"""Passages of MS MARCO's lengths made of random tokens, as ids and as text, and the tokenizer that goes between the
-two.
-"""
+"""Random passages of MS MARCO's lengths, as token ids and as text, and the tokenizer that converts between the two."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def word_tokenizer(max_tokens: int = 256, vocabulary: int = VOCABULARY) -> PreTr
 
 
 def random_passages(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tuple[list[str], np.ndarray]:
-    """n texts that `word_tokenizer` makes passages of, and the lengths [n] that these have, special tokens included."""
+    """n texts, and the number of tokens [n] that `word_tokenizer` makes of each, special tokens included."""
     generator = np.random.default_rng(seed)
     lengths = passage_lengths(n, generator)
     words = np.array(_words(vocabulary - len(_SPECIALS)), dtype=object)

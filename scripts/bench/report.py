@@ -1,9 +1,9 @@
-"""The page of every benchmark, and the plot of losses, from its JSON.
+"""Makes the page of every benchmark from its JSON, and the plot of the losses.
 
     python -m scripts.bench.report docs/bench/*.json
 
-Page and plot go beside the JSON. A section has a line for each case and method that has its first figure, or the reason
-why not.
+Page and plot are written beside the JSON. A section has one line for each case and method that has the section's first
+figure, or the reason why it has none.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from pathlib import Path
 
 from retriever.command import command_parser, option, run
 from retriever.files import write_text
-from scripts.bench.tables import Row, Table, markdown_table
+from scripts.bench.tables import Row, Table
 
 MATMUL = ("8192x8192x8192", "floor", "matmul_tflops")
+_LEADS = ("forward_backward_ms", "pairs_per_s", "passages_per_s")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table of a page: the metrics that are its columns, each with its heading and format; the first one is what rows
-    are chosen by.
+    """A table of a page. `columns` maps a metric to its heading and format; the first metric decides which rows are
+    shown.
     """
 
     title: str
@@ -35,7 +36,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a benchmark's page says besides its figures."""
+    """The text and the sections of a benchmark's page."""
 
     title: str
     text: str
@@ -44,26 +45,53 @@ class Page:
 
 _ERRORS = Section(
     "Error against float64",
-    "The larger of dQ's and dP's ‖Δ‖/‖reference‖; the loss's relative error.",
-    {"gradient_error": ("gradient", ".1e"), "loss_error": ("loss", ".1e")},
+    "`gradient` is the larger of ‖Δ‖/‖reference‖ for dQ and dP; `loss` is the relative error of the loss.",
+    {"gradient_error": ("gradient", "{:.1e}"), "loss_error": ("loss", "{:.1e}")},
 )
-_TIME = {"forward_backward_ms": ("ms", ",.2f"), "lead": ("Bigbatch is", ".2f")}
+_TIME = {"forward_backward_ms": ("ms", "{:,.2f}"), "lead": ("Bigbatch is", "{:.2f}×")}
+_TEXTS = {
+    "loss": """\
+InfoNCE over bf16 unit vectors with one positive per query, at temperature 0.02. `ms` is the median time of a forward
+and a backward pass. `share` is the fraction of the matmul rate of the same run, counting 8·b²·d operations. The loss
+needs 6·b²·d where a row of similarities fits the workspace, so a share can exceed 100%. `MiB` is the peak memory that
+a call adds to its inputs, including gradients and cuBLAS's workspaces. `Bigbatch is` gives Bigbatch's speed as a
+multiple of the method's.""",
+    "ring": """\
+InfoNCE over bf16 unit vectors with one positive per query, at temperature 0.02; b counts the pairs of all ranks. `ms`
+is the median time of a forward and a backward pass on the slowest rank. `MiB per rank` is the peak memory that a call
+adds to its inputs, including gradients. `predicted` is the estimate of `retriever/parallel/cost.py` at that commit.
+`exposed` is (time − time with local copies in place of transfers) / time. `Bigbatch is` gives Bigbatch's speed as a
+multiple of the method's.""",
+    "step": """\
+BERT with random weights, bf16 autocast, dropout 0.1, AdamW, temperature 0.02. Pairs have MS MARCO's lengths (queries
+around 9 tokens, passages around 76) and come from a token store through the loader's threads. Bigbatch's times are
+means over whole steps, waits included; a peer's time is that of its fastest step. `floor` is one pass: every chunk is
+encoded once with its graph, and a fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings ·
+real tokens, divided by the matmul rate of the same run. Values in parentheses are the prediction made before the run.
+`graphs` and `products` are the shares of tokens whose chunks keep their graphs or their saved activations between the
+passes. `waited` is the share of the step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best
+form as a multiple of the method's. Every form of Bigbatch is checked before it is timed: its gradient against fp32,
+and replayed chunks against kept ones, bitwise (except embedding tables, whose gradients torch may sum by atomics).""",
+    "encode": """\
+BERT-base with random weights, bf16, passages of 76 tokens on average. `ids`: from token ids to embeddings in host
+memory. `text`: from text to shards on disk (for sentence-transformers, to host memory). `worst cosine` is the lowest
+cosine between a passage's embedding and that of the padded fp32 encoder, over a sample. cuDNN's attention is off,
+because it builds a plan for every new shape of padded texts. `Bigbatch is` gives Bigbatch's speed as a multiple of
+the method's.""",
+}
 PAGES = {
     "loss": Page(
         "The loss alone",
-        "Temperature 0.02, bf16 unit vectors, one positive a query. Times are of forward and backward. Share: of the\n"
-        "matmul rate of the same run, counting 8·b²·d operations, of which what fits the workspace takes 6, so that\n"
-        "shares may exceed 100%. MiB: what a call adds to its inputs at its peak, gradients and cuBLAS's workspaces\n"
-        "included. Bigbatch is so many times as fast as the method.",
+        _TEXTS["loss"],
         (
             Section(
                 "",
                 "",
                 {
                     **_TIME,
-                    "share": ("share", ".0%"),
-                    "forward_ms": ("forward, ms", ",.2f"),
-                    "peak_extra_mb": ("MiB", ",.0f"),
+                    "share": ("share", "{:.0%}"),
+                    "forward_ms": ("forward, ms", "{:,.2f}"),
+                    "peak_extra_mb": ("MiB", "{:,.0f}"),
                 },
             ),
             _ERRORS,
@@ -71,20 +99,17 @@ PAGES = {
     ),
     "ring": Page(
         "The loss over several GPUs",
-        "Temperature 0.02, bf16 unit vectors, one positive a query, b over all ranks. Times are of forward and backward\n"
-        "on the slowest rank, MiB what a call adds to its inputs, gradients included. Predicted: by\n"
-        "`retriever/parallel/cost.py` at that commit. Exposed: (time − time with local copies in place of transfers) /\n"
-        "time.",
+        _TEXTS["ring"],
         (
             Section(
                 "",
                 "",
                 {
                     **_TIME,
-                    "predicted_ms": ("predicted", ",.1f"),
-                    "mb_per_rank": ("MiB per rank", ",.0f"),
-                    "predicted_mb": ("predicted", ",.0f"),
-                    "exposed_share": ("exposed", ".1%"),
+                    "predicted_ms": ("predicted", "{:,.1f}"),
+                    "mb_per_rank": ("MiB per rank", "{:,.0f}"),
+                    "predicted_mb": ("predicted", "{:,.0f}"),
+                    "exposed_share": ("exposed", "{:.1%}"),
                 },
             ),
             _ERRORS,
@@ -92,144 +117,124 @@ PAGES = {
     ),
     "step": Page(
         "The whole training step",
-        "BERT of random weights; pairs of MS MARCO's lengths (queries around 9 tokens, passages around 76) from a token\n"
-        "store through the loader's own threads; bf16 autocast, AdamW, temperature 0.02. Ours: means over whole steps,\n"
-        "waits included; others: the fastest step. MFU: 6 · parameters without embeddings · real tokens over the matmul\n"
-        "rate of the same run. In parentheses: what preflight predicted.\n"
-        "The floor encodes every chunk once and pulls given gradients back. Graphs, products: share\n"
-        "of the tokens whose chunks keep them. Waited: share of the step spent waiting for data. Bigbatch is so many\n"
-        "times as fast as the method, at its best. Every form of ours was checked first: its gradient against fp32,\n"
-        "replayed chunks against kept ones, bitwise (embedding tables aside, whose gradients torch may sum by atomics).",
+        _TEXTS["step"],
         (
             Section(
                 "",
                 "",
                 {
-                    "pairs_per_s": ("pairs/s", ",.0f"),
-                    "lead": ("Bigbatch is", ".2f"),
-                    "tokens_per_s": ("tokens/s", ",.0f"),
-                    "mfu": ("MFU", ".3f"),
-                    "peak_gib": ("peak GiB", ".1f"),
-                    "retained": ("graphs", ".0%"),
-                    "products": ("products", ".0%"),
-                    "waited": ("waited", ".2%"),
+                    "pairs_per_s": ("pairs/s", "{:,.0f}"),
+                    "lead": ("Bigbatch is", "{:.2f}×"),
+                    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+                    "mfu": ("MFU", "{:.3f}"),
+                    "peak_gib": ("peak GiB", "{:.1f}"),
+                    "retained": ("graphs", "{:.0%}"),
+                    "products": ("products", "{:.0%}"),
+                    "waited": ("waited", "{:.2%}"),
                 },
             ),
         ),
     ),
     "encode": Page(
         "Encoding a corpus",
-        "BERT-base, random weights, bf16; passages of 76 tokens on average. From token ids to embeddings in host memory\n"
-        "(ids), or from text to shards on disk (text; sentence-transformers: to host memory). Cosine: the worst passage\n"
-        "of a sample against the padded fp32 encoder. Padded attention goes without cuDNN, which builds a plan for every\n"
-        "new shape.",
+        _TEXTS["encode"],
         (
             Section(
                 "",
                 "",
                 {
-                    "passages_per_s": ("passages/s", ",.0f"),
-                    "lead": ("Bigbatch is", ".2f"),
-                    "peak_gib": ("peak GiB", ".1f"),
+                    "passages_per_s": ("passages/s", "{:,.0f}"),
+                    "lead": ("Bigbatch is", "{:.2f}×"),
+                    "peak_gib": ("peak GiB", "{:.1f}"),
                 },
             ),
-            Section("Exactness", "", {"cosine_min": ("worst cosine", ".6f")}),
+            Section("Exactness", "", {"cosine_min": ("worst cosine", "{:.6f}")}),
         ),
     ),
 }
 
 
+Figures = dict[tuple[str, str, str], float]  # (case, method, metric) -> value
+
+
 def markdown(table: Table) -> str:
     """The page of a table."""
     kind = _kind(table)
-    page = PAGES.get(kind, Page(kind.capitalize(), "", ()))
+    page, rate = PAGES.get(kind, Page(kind.capitalize(), "", ())), table.get(*MATMUL)
     versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
-    rate = table.get(*MATMUL)
-    lines = [f"# {page.title}", "", f"`{table.command}` at commit {table.commit[:12]}, {table.hardware}; {versions}."]
-    for text in (page.text, "" if rate is None else f"Matmul rate: {rate:.0f} TFLOP/s, 8192³ in bf16.", table.note):
-        lines += ["", text] if text else []
+    blocks = [
+        f"# {page.title}",
+        f"`{table.command}` at commit {table.commit[:12]}, {table.hardware}; {versions}.",
+        page.text,
+        "" if rate is None else f"Matmul rate: {rate:.0f} TFLOP/s, 8192³ in bf16.",
+        table.note,
+    ]
+    figures = _figures(table)
     for section in page.sections:
-        if found := _lines(table, section):
-            lines += [
-                "",
-                *([f"## {section.title}", ""] if section.title else []),
-                *([section.text, ""] if section.text else []),
-                found,
-            ]
-    if not page.sections:
-        for case in dict.fromkeys(row.case for row in table.rows):
-            rows = [[row.method, row.metric, _number(row), row.note] for row in table.rows if row.case == case]
-            lines += ["", f"## {case}", "", markdown_table(["method", "figure", "value", ""], rows)]
-    return "\n".join(lines) + "\n"
+        if rows := _rows(table, figures, section):
+            blocks += [f"## {section.title}" if section.title else "", section.text, markdown_table(rows)]
+    for case in dict.fromkeys(row.case for row in table.rows) if not page.sections else ():
+        rows = [[row.method, row.metric, _number(row), row.note] for row in table.rows if row.case == case]
+        blocks += [f"## {case}", markdown_table([["method", "figure", "value", ""], *rows])]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _lines(table: Table, section: Section) -> str:
-    first = next(iter(section.columns))
-    keys = sorted(
-        dict.fromkeys((row.case, row.method) for row in table.rows if row.metric == first),
-        key=lambda key: _size(key[0]),
-    )
-    shown = {
-        metric: form
-        for metric, form in section.columns.items()
-        if any(_value(table, *key, metric) is not None for key in keys)
-    }
-    rows = []
-    for case, method in keys:
-        cells = [_cell(table, case, method, metric, style) for metric, (_, style) in shown.items()]
-        notes = dict.fromkeys(
-            r.note
-            for r in table.rows
-            if (r.case, r.method) == (case, method) and r.metric in section.columns and r.note
-        )
-        rows.append([case, method, *cells, "; ".join(notes)])
-    return markdown_table(["case", "method", *(name for name, _ in shown.values()), ""], rows) if shown else ""
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *rest = rows
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rest))
 
 
-def _cell(table: Table, case: str, method: str, metric: str, style: str) -> str:
-    value, predicted = _value(table, case, method, metric), table.get(case, method, f"predicted_{metric}")
-    if value is None:
-        return "—"
-    return (
-        format(value, style)
-        + ("×" if metric == "lead" else "")
-        + (f" ({predicted:{style}})" if predicted is not None else "")
-    )
-
-
-def _value(table: Table, case: str, method: str, metric: str) -> float | None:
-    """A figure, or one that follows from others: the share of the matmul rate, and how many times as fast the best of
-    ours is.
+def _figures(table: Table) -> Figures:
+    """All measured figures, and two derived from them: the share of the matmul rate, and how many times as fast the
+    best Bigbatch method is.
     """
-    ms, rate = table.get(case, method, "forward_backward_ms"), table.get(*MATMUL)
-    if metric == "share":
-        dim = re.search(r"--dim (\d+)", table.command)
-        return (
-            None if ms is None or rate is None else 8 * _size(case) ** 2 * int(dim[1] if dim else 768) / ms / 1e9 / rate
-        )
-    if metric != "lead":
-        return table.get(case, method, metric)
-    others = {"forward_backward_ms": min, "pairs_per_s": max, "passages_per_s": max}
-    for name, best in others.items():
-        value = table.get(case, method, name)
-        ours = [
-            r.value
-            for r in table.rows
-            if r.method == "bigbatch" and r.metric == name and _group(r.case) == _group(case) and r.value
-        ]
-        if value and ours and method != "bigbatch":
-            return value / best(ours) if best is min else best(ours) / value
-    return None
+    found = {(r.case, r.method, r.metric): r.value for r in reversed(table.rows) if r.value is not None}
+    rate, dim = table.get(*MATMUL), re.search(r"--dim (\d+)", table.command)
+    lead: Figures = {}
+    for (case, method, metric), value in found.items():
+        if metric == "forward_backward_ms" and rate is not None:
+            operations = 8 * _size(case) ** 2 * int(dim[1] if dim else 768)
+            lead[case, method, "share"] = operations / value / 1e9 / rate
+        if metric in _LEADS and method != "bigbatch":
+            ours = [
+                other
+                for (at, name, what), other in found.items()
+                if (name, what, _group(at)) == ("bigbatch", metric, _group(case))
+            ]
+            if ours:
+                lead[case, method, "lead"] = value / min(ours) if metric.endswith("_ms") else max(ours) / value
+    return found | lead
+
+
+def _rows(table: Table, figures: Figures, section: Section) -> list[list[str]]:
+    """The rows of a section, its head first."""
+    first = next(iter(section.columns))
+    keys = dict.fromkeys((row.case, row.method) for row in table.rows if row.metric == first)
+    shown = {name: form for name, form in section.columns.items() if any((*key, name) in figures for key in keys)}
+    rows = [["case", "method", *(heading for heading, _ in shown.values()), ""]]
+    for key in sorted(keys, key=lambda key: _size(key[0])):
+        of_key = [row for row in table.rows if (row.case, row.method) == key and row.metric in section.columns]
+        notes = dict.fromkeys(row.note for row in of_key if row.note)
+        rows.append([*key, *(_cell(figures, key, name, form[1]) for name, form in shown.items()), "; ".join(notes)])
+    return rows if shown else []
+
+
+def _cell(figures: Figures, key: tuple[str, str], metric: str, style: str) -> str:
+    if (*key, metric) not in figures:
+        return "—"
+    predicted = figures.get((*key, f"predicted_{metric}"))
+    return style.format(figures[*key, metric]) + (f" ({style.format(predicted)})" if predicted is not None else "")
 
 
 def _group(case: str) -> str:
-    """What rows have in common that may be compared: the batch, or whether it was encoded from text or ids."""
+    """What two cases must share to be compared: the batch size, or whether texts or ids are encoded."""
     parts = case.split(",")
     return parts[0] if parts[0].startswith("b=") else parts[-1]
 
 
 def _size(case: str) -> int:
-    """Pairs in the batch."""
+    """The number of pairs in the batch; 0 if the case names none."""
     found = re.match(r"b=(\d+)", case)
     return int(found[1]) if found else 0
 
@@ -245,7 +250,7 @@ def _kind(table: Table) -> str:
 
 
 def plot(table: Table, path: Path) -> None:
-    """Time and memory of losses against the batch, both axes logarithmic."""
+    """Plots time and memory of the losses against the batch size, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")

@@ -3,12 +3,12 @@ model.
 
     python -m scripts.bench.ring --output docs/bench/ring.json                 # one process for each GPU here
     torchrun --nproc-per-node 2 -m scripts.bench.ring --output docs/bench/ring.json
-    python -m scripts.bench.ring --ranks 1 --parts methods --methods "bigbatch gather" "bigbatch offload" --sizes 131072
-    262144 524288
+    python -m scripts.bench.ring --ranks 1 --parts methods --methods "bigbatch gather" "bigbatch offload" \
+        --sizes 131072 262144 524288
 
-A method that is wrong is not timed. Times are medians of calls queued one after the other, those of the slowest rank;
-memory is what a call adds to its inputs, gradients included, on the rank that needs most. A share of exposed transfers
-is (time − time of the same work with local copies in place of transfers) / time, both those of the slowest rank.
+A method whose gradient is wrong is not timed. Times are medians of calls queued one after another, on the slowest rank.
+Memory is what a call adds to its inputs, including gradients, on the rank that needs most. The share of exposed
+transfers is (time − time with local copies in place of transfers) / time, both on the slowest rank.
 `scripts.bench.report` makes the page and the plot.
 """
 
@@ -17,21 +17,51 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 
 from retriever.command import command_parser, launched, option, run
-from scripts.bench.loss_bench import LossBench
-from scripts.bench.loss_methods import ring_methods
+from retriever.parallel.cost import Machine, Workload, gather_cost, ring_cost
+from scripts.bench.loss import LossBench
+from scripts.bench.loss_methods import Method, ring_methods
+from scripts.bench.measure import Silent, median_ms
 from scripts.bench.tables import Table
 
 _PARTS = ("methods", "exposed")
 _PACKAGES = ("torch", "triton", "inf-cl", "memeff")
+
+
+def predict(bench: LossBench, b: int, condition: str) -> None:
+    """Adds the cost model's estimate for Bigbatch's loss on a batch of `b`."""
+    exchange, _, direction = condition.partition(",")
+    size, (cost, workspace_mib) = bench.world.size, (ring_cost, 256) if exchange == "ring" else (gather_cost, 1024)
+    work = Workload(b, b, bench.dim, size, direction == "symmetric", workspace_mib=workspace_mib)
+    estimate = cost(work, Machine(ranks_per_node=size))
+    bench.table.add(bench.case(b, condition), "bigbatch", "predicted_ms", estimate.total_ms, "ms")
+    bench.table.add(bench.case(b, condition), "bigbatch", "predicted_mb", estimate.mib, "MiB")
+
+
+def exposed(bench: LossBench, method: Method, b: int) -> None:
+    """Adds the share of a call that waits for transfers. The call and the same work without transfers take turns."""
+    problem, world = bench.problem(b), bench.world
+    alone = replace(problem, world=Silent(world.device, world.rank, world.size))
+    calls = [partial(method.run, each, True) for each in (problem, alone)]
+    turns = [[median_ms(world, call, 0.5) for call in calls] for _ in range(3)]
+    medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+    # A GPU that is faster than the others waits for them: of one rank's own times that would count as transfers.
+    whole, silent = world.max(torch.tensor(medians, dtype=torch.float64, device=world.device)).tolist()
+    add = partial(bench.table.add, bench.case(b, method.condition), method.name)
+    add("with_transfers_ms", whole, "ms", "by turns with those without")
+    add("without_transfers_ms", silent, "ms")
+    add("exposed_share", (whole - silent) / whole, "of the time")
 
 
 def _ring(args: argparse.Namespace) -> None:
@@ -40,13 +70,14 @@ def _ring(args: argparse.Namespace) -> None:
         subprocess.run([*launcher, *shlex.split(args.command)[1:]], check=True)
         return
     with launched() as world:
-        table = Table.begin(args.command, _PACKAGES) if world.is_first else None
-        bench = LossBench(world, table, args.output, args.dim, args.check, several=True)
-        if "methods" in args.parts:
-            bench.run(ring_methods(), args.methods, args.sizes)
+        bench = LossBench(Table.begin(args.command, _PACKAGES, args.output, world=world), world, args.dim, several=True)
+        for method, b in bench.cases(ring_methods(), args) if "methods" in args.parts else ():
+            bench.measure(method, b)
+            if method.name == "bigbatch" and method.condition != "offload":
+                predict(bench, b, method.condition)
         if "exposed" in args.parts:
             for method, b in product(ring_methods()[:2], args.exposed_sizes):
-                bench.exposed(method, b)
+                exposed(bench, method, b)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

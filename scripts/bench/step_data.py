@@ -1,4 +1,4 @@
-"""Pairs of MS MARCO's lengths made of random tokens, as the token store that a training run reads."""
+"""Random pairs of MS MARCO's lengths, as a token store that a training run reads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def query_lengths(n: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def random_store(folder: Path, pairs: int, vocabulary: int, seed: int = 0) -> Store:
-    """Writes and opens a store of `pairs` queries, each with one passage of its own, of token ids below `vocabulary` ≤
-    65,536.
+    """Writes and opens a store of `pairs` queries, each with one passage, of token ids below `vocabulary` ≤ 65,536.
 
-    A query's tokens are drawn from its passage, a fifth of them from anywhere: there is something to learn.
+    Four fifths of a query's tokens are drawn from its passage and the rest at random, so that a model can learn the
+    pairs.
     """
     generator = np.random.default_rng(seed)
     own = {

@@ -1,10 +1,7 @@
-"""Our own training step in every form that `scripts.bench.step` times, its single pass (the floor), and the checks that
-go before.
-"""
+"""Bigbatch's training step for `scripts.bench.step`, its single pass (the floor), and the checks made before timing."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,22 +28,11 @@ from retriever.plan.sizes import StepPlanner
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
-from scripts.bench.measure import peak_gib, reset_peak, timed
+from scripts.bench.measure import timed
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
-
-
-def settle_torch() -> None:
-    """What holds for all methods of a process; to be called before anything is on the device.
-
-    Segments of memory grow, as in `retriever/train.py`. Padded attention goes without cuDNN: on Hopper torch prefers
-    cuDNN wherever a mask is given, and that spends up to a second on a plan for each new number and length of texts,
-    which is most of the time of a short run whose chunks all have another shape.
-    """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
@@ -63,13 +49,13 @@ class Work:
         return self.world.device
 
     def tower(self) -> BertModel:
-        """A model of the same random weights each time."""
+        """A BERT model with the same random weights at every call."""
         torch.manual_seed(_SEED)
         with self.device:
             return BertModel(BertConfig(**self.model.to_diff_dict()), add_pooling_layer=False).train()
 
     def configuration(self, queries: int, *overrides: str) -> Config:
-        """The configuration of a run of ours over batches of `queries` pairs."""
+        """The configuration of a run over batches of `queries` pairs."""
         base = (
             *("model.name_or_path=random", "model.pooling=mean", "data.train=[{path: random}]", "data.negatives=0"),
             *(f"model.query_max_tokens={QUERY_MAX_TOKENS}", f"model.passage_max_tokens={PASSAGE_MAX_TOKENS}"),
@@ -83,10 +69,10 @@ ALL_GRAPHS = Retention(graphs=EVERYTHING)
 
 
 class Trainer:
-    """A run of ours, as `retriever/train.py` wires it, over random weights."""
+    """A training run over random weights, wired as in training."""
 
     def __init__(self, work: Work, config: Config, *, retention: Retention | None = None) -> None:
-        """`retention`: as preflight decides where none is given."""
+        """`retention`: None takes what the plan decides."""
         tower = work.tower()
         self.work, self.world = work, work.world
         self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
@@ -102,7 +88,7 @@ class Trainer:
         self.retention = Retention.from_config(self.config.batch) if retention is None else retention
 
     def batches(self, queries: int, last: int = _STEPS) -> Iterator[Batch]:
-        """Batches of `queries` pairs through the run's own planner and threads."""
+        """Batches of `queries` pairs from the run's own planner and loader."""
         config = replace(self.config, batch=replace(self.config.batch, queries=queries))
         return BatchLoader(
             self.work.store, Planner.from_config(self.work.store, config), TEMPLATE, config, self.world
@@ -118,22 +104,19 @@ class Trainer:
         return train_step(self.encoder, self.objective, batch, self.optimizer, self.world, _SEED, self.retention)
 
     def single_pass(self, batch: Batch) -> None:
-        """What a cache adds to: every chunk encoded once, with its graph, given gradients pulled back through it, and
-        the update.
+        """A step without the gradient cache: every chunk is encoded once with its graph, a fixed gradient is propagated
+        back, and the weights are updated.
         """
-        generator = torch.Generator(self.world.device).manual_seed(_SEED)
-        shapes = {side: (n, self.encoder.dimension) for side, n in zip(("query", "passage"), batch.sizes, strict=True)}
-        given = {
-            side: torch.randn(s, device=self.world.device, generator=generator) * 1e-3 for side, s in shapes.items()
+        shapes = zip(("query", "passage"), batch.sizes, strict=True)
+        gradients = {
+            side: torch.full((n, self.encoder.dimension), 1e-3, device=self.world.device) for side, n in shapes
         }
         for chunk in batch.chunks:
-            self.encoder(chunk.side, chunk.tokens).backward(given[chunk.side][chunk.rows])
+            self.encoder(chunk.side, chunk.tokens).backward(gradients[chunk.side][chunk.rows])
         self.optimizer.clip_and_step(batch.step)
 
     def gradients(self, batch: Batch, retention: Retention, *, tables: bool = True) -> Tensor:
-        """All parameters' gradients of one batch, in one vector; without `tables` those of the embedding tables are
-        left out.
-        """
+        """The gradients of one batch in one vector; without `tables` those of the embedding tables are left out."""
         seed_step(_SEED, 0, 0)
         representations, passes = encode_without_graph(self.encoder, batch, retention)
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
@@ -145,21 +128,20 @@ class Trainer:
 
 
 class Sample(NamedTuple):
-    """A method's steps, measured."""
+    """The measured steps of a method."""
 
     seconds: float  # of one step
     tokens: float  # of one step, padding not counted
-    waited: float | None  # share of the time in which data was waited for; None where data was there beforehand
     peak_gib: float | None
+    waited: float | None = None  # share of the time in which data was waited for; None where it was there beforehand
 
 
 def sample(
     step: Callable[[Batch], object], batches: Iterator[Batch], device: torch.device, seconds: float, warm: int = 1
 ) -> Sample:
-    """The mean of the steps that `timed` makes in about `seconds`, after `warm` unmeasured."""
+    """The mean over steps that together take about `seconds`, after `warm` unmeasured ones."""
     for _ in range(warm):
         step(next(batches))
-    reset_peak(device)
     done: list[tuple[int, float]] = []  # (tokens, seconds waited) of each step
 
     def one() -> None:
@@ -167,13 +149,15 @@ def sample(
         step(batch)
         done.append((batch.tokens, batch.chunks.waited_s))
 
-    elapsed = sum(timed(device, one, seconds))
+    taken, peak_gib = timed(device, one, seconds)
     tokens, waited = (sum(column) for column in zip(*done, strict=True))
-    return Sample(elapsed / len(done), tokens / len(done), waited / elapsed, peak_gib(device))
+    return Sample(sum(taken) / len(done), tokens / len(done), peak_gib, waited / sum(taken))
 
 
 def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:
-    """‖g − g*‖/‖g*‖ of one batch's gradient with dropout off, graphs kept; g* is `reference`'s."""
+    """‖g − g*‖/‖g*‖ for the gradient g of one batch without dropout, all graphs kept. g* is the gradient of
+    `reference`.
+    """
     found = []
     for one in (trainer, reference):
         one.encoder.eval()
@@ -183,11 +167,10 @@ def gradient_error(trainer: Trainer, reference: Trainer, queries: int) -> float:
 
 
 def replays_bitwise(trainer: Trainer, queries: int) -> bool:
-    """Whether chunks that are encoded again, wholly or in part, give the gradient of kept ones to the last bit, with
-    dropout on.
+    """Whether chunks that are encoded again, wholly or in part, give the same gradient as kept ones, bit for bit, with
+    dropout.
 
-    Embedding tables are left out: on a GPU torch adds up their rows in any order, so that no two runs give the same
-    bits.
+    Embedding tables are left out: on a GPU torch sums their rows in any order, so two runs differ in any case.
     """
     others = [NOTHING, Retention(products=EVERYTHING)] if trainer.encoder.keeps_products else [NOTHING]
     kept, *replayed = (trainer.gradients(trainer.first_batch(queries), r, tables=False) for r in (ALL_GRAPHS, *others))

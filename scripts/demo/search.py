@@ -1,4 +1,4 @@
-"""Answers on the screen: the passages a model finds for a query, and a loop that takes the user's own."""
+"""Answers in the terminal: the passages found for a query, and a loop that reads the user's own queries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eval.engines.nearest import search
 from eval.trec import Ranking
 from retriever.encoder.bundle import EncoderBundle
 from retriever.shards import EmbeddingShards
-from scripts.code_pairs.split import drawn
+from scripts.code_pairs.pairs import drawn
 
 WIDTH = 96  # columns
 _LINES = 3  # of a passage
@@ -18,7 +18,7 @@ _SAMPLE_WORDS = 8  # a sample query says what it looks for
 
 
 class Searcher:
-    """An encoder over a corpus that is encoded already."""
+    """An encoder and a corpus that it has encoded."""
 
     def __init__(self, bundle: EncoderBundle, passages: EmbeddingShards, texts: Mapping[str, str]) -> None:
         self._bundle, self._passages, self.texts = bundle, passages, texts
@@ -28,7 +28,7 @@ class Searcher:
         return search(self._bundle.encode([query], "query"), [query], self._passages, k)[query]
 
     def answer(self, query: str, right: Container[str] = (), k: int = 3) -> str:
-        """The k best passages as text of at most WIDTH columns; those of `right` are marked."""
+        """The k best passages as text of at most WIDTH columns. Passages in `right` are marked."""
         found = self(query, k)
         lines = [f"» {query}"]
         for rank, (passage_id, score) in enumerate(zip(found.passage_ids, found.scores, strict=True), 1):
@@ -42,8 +42,8 @@ class Searcher:
 
 
 def sample_queries(queries: Mapping[str, str], count: int, seed: int) -> list[str]:
-    """Ids of `count` queries of eight words or more (of any, where there are too few), drawn by the seed and by nothing
-    else.
+    """The ids of `count` queries drawn by the seed alone. Queries of fewer than eight words are taken only if there are
+    too few others.
     """
     order = sorted(
         queries, key=lambda query_id: (len(queries[query_id].split()) < _SAMPLE_WORDS, drawn(seed, query_id))
@@ -52,7 +52,7 @@ def sample_queries(queries: Mapping[str, str], count: int, seed: int) -> list[st
 
 
 def answer_own_queries(answer: Callable[[str], str], stdin: TextIO = sys.stdin, stdout: TextIO = sys.stdout) -> None:
-    """Answers one query a line until an empty one, Ctrl-D or Ctrl-C. Does nothing where `stdin` is no terminal."""
+    """Answers one query per line until an empty line, Ctrl-D or Ctrl-C. Does nothing if `stdin` is not a terminal."""
     if not stdin.isatty():
         return
     print("Describe a function in your own words (an empty line ends).", file=stdout)

@@ -1,1 +1,1 @@
-"""The retrain loop: rounds of mining, training and evaluation, each part done once for the same inputs."""
+"""The retrain loop: rounds of mining, training and evaluation, each done once for the same inputs."""

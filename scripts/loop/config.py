@@ -1,8 +1,8 @@
-"""The loop's configuration: what its rounds share, and what each adds."""
+"""The configuration of a loop: what all rounds share, and what each one adds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,15 @@ from retriever.config_tree import build, require
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """One training. `mine`: options of scripts.mine_negatives, for negatives from the model of the round before; null:
-    the source as it is.
+    """One round.
 
-    `train` replaces keys of the shared training configuration, section by section. `start: first` trains from the first
-    model again. `variants` are trainings that replace further keys, one each; the best on the split `evaluate.choose`
-    is the round's model. `teacher`: options of scripts.train_cross_encoder, for a teacher of `mine` made from the
-    negatives that the round before mined.
+    - `mine`: options of scripts.mine_negatives; negatives come from the model of the round before. null: the source as
+      it is.
+    - `train`: overrides of the shared training configuration.
+    - `start`: train from the `first` model, or from that of the `previous` round.
+    - `variants`: several trainings, each with overrides of its own. The best on the split `evaluate.choose` is kept.
+    - `teacher`: options of scripts.train_cross_encoder, which trains a teacher for `mine` on the negatives mined
+      before.
     """
 
     name: str = ""
@@ -33,20 +35,12 @@ class RoundConfig:
     teacher: dict[str, Any] | None = None
     start: Literal["first", "previous"] = "first"
 
-    def training(self, variant: int) -> list[dict[str, Any]]:
-        """What replaces keys of the shared training configuration, the later going before the earlier; `variant` counts
-        from 0.
-        """
-        return [self.train, *self.variants[variant : variant + 1]]
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The evaluation of every model: `command` is eval.beir or eval.msmarco, `options` its own beside --model and
-    --output-dir.
+    """The evaluation of every model: `command` with `options`, to which --model and --output-dir are added.
 
-    `choose`: the split among `options.split` on which a round's variants are compared, by the first of
-    `options.metrics`.
+    `choose` is the split among `options.split` on which variants are compared, by the first of `options.metrics`.
     """
 
     command: Literal["eval.beir", "eval.msmarco"] = "eval.beir"
@@ -57,8 +51,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """A loop. `launch` is put in front of its commands, as [accelerate, launch, --multi_gpu]; empty: they run in this
-    process.
+    """A loop. `launch` is put in front of its commands, such as [accelerate, launch, --multi_gpu]; if empty they run in
+    this process.
     """
 
     output_dir: str = "runs/loop"
@@ -69,13 +63,14 @@ class LoopConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def training(self, number: int, model: str, data: Path | None, output: Path, variant: int = 0) -> Config:
-        """The training configuration of round `number` from `model`, on mined `data` or on the source, into `output`.
+        """The training configuration of variant `variant` of round `number`, both from 0, which trains `model` on mined
+        `data` or, if None, on the source.
 
-        Raises ConfigError naming a key that is unknown or cannot be run.
+        Raises ConfigError for a key that is unknown or cannot be run.
         """
-        trees = [self.train, *self.rounds[number].training(variant)]
-        merged = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, trees)))
-        config = from_dict(merged)  # type: ignore[arg-type]
+        described = self.rounds[number]
+        merged = OmegaConf.merge(self.train, described.train, *described.variants[variant : variant + 1])
+        config = from_dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
         source = self.source if data is None else SourceConfig(path=str(data), format="tevatron")
         config = replace(
             config,
@@ -93,25 +88,12 @@ class LoopConfig:
 
 
 def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
-    """The loop of a YAML file, `key.sub=value` overrides applied, every round's configuration checked. Raises
-    ConfigError.
+    """The loop of a YAML file with `key.sub=value` overrides. Raises ConfigError; the configuration of every round is
+    checked.
     """
-    tree = read_tree(path, overrides, LoopConfig, Config)
-    config: LoopConfig = build(LoopConfig, tree)
+    config: LoopConfig = build(LoopConfig, read_tree(path, overrides, LoopConfig, Config))
     _check(config)
     return config
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Options as a command line: {first_rank: 3} -> --first-rank 3; a list gives several words, true the flag alone,
-    null nothing.
-    """
-    words = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
 
 
 def _check(config: LoopConfig) -> None:
@@ -122,15 +104,24 @@ def _check(config: LoopConfig) -> None:
         require(plain, "rounds", "names of letters, digits, - and _, and none called start", name)
     require(evaluate.data != "", "evaluate.data", "the folder of a collection", "")
     for section, key in (("data", "train"), ("data", "cache_dir"), ("run", "output_dir")):
-        given = config.train.get(section, {}).get(key)
-        require(given is None, f"train.{section}.{key}", "nothing: the loop sets it, by source and output_dir", given)
+        set_here = config.train.get(section, {}).get(key)
+        require(
+            set_here is None, f"train.{section}.{key}", "nothing: the loop sets it, by source and output_dir", set_here
+        )
+    splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
+    choice = (
+        "evaluate.choose to be one of evaluate.options.split, "
+        "and evaluate.options.metrics to name the measure to choose by"
+    )
+    taught = "a round that mines, after one that does; it learns from that one's negatives"
+    mined = False
     for number, described in enumerate(config.rounds):
         for variant in range(max(1, len(described.variants))):
             config.training(number, config.first_model, None, Path(config.output_dir), variant)
-        splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
-        choice = "evaluate.choose to be one of evaluate.options.split, and evaluate.options.metrics to name the measure to choose by"
         chosen = not described.variants or (evaluate.choose in splits and len(metrics) > 0)
         require(chosen, f"rounds.{number}.variants", choice, (evaluate.choose, splits, metrics))
-        taught = "a round that mines, after one that does; it learns from that one's negatives"
-        mined = described.mine is not None and any(earlier.mine is not None for earlier in config.rounds[:number])
-        require(described.teacher is None or mined, f"rounds.{number}.teacher", taught, described.teacher)
+        teaches = described.teacher is not None
+        require(
+            not teaches or (mined and described.mine is not None), f"rounds.{number}.teacher", taught, described.teacher
+        )
+        mined = mined or described.mine is not None

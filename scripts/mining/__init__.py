@@ -1,3 +1,1 @@
-"""Hard negatives for training data: candidates from retrievers, scores from a teacher, filters, and the file that is
-trained on.
-"""
+"""Mining of hard negatives: candidates from retrievers, scores from teachers, filters, and the training file."""

@@ -1,5 +1,5 @@
-"""Which passages may become a query's negatives: what the retrievers rank inside the window, in the order they are
-judged in.
+"""The candidates for a query's negatives: what the retrievers rank inside the window, in the order in which they are
+judged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from retriever.data.tokens import Side
 from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
-from scripts.code_pairs.split import drawn, normal
+from scripts.code_pairs.pairs import drawn, normal
 from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
 from scripts.stages import write_parts
@@ -33,10 +33,10 @@ _BM25_QUERIES = 4_096
 
 
 def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens_per_chunk: int | None) -> list[str]:
-    """Embeds the pool into `folder`/query and `folder`/passage, ids being rows and numbers; shards that are there
-    already are kept.
+    """Embeds the pool into `folder`/query and `folder`/passage; an id is the number of the query or passage. Finished
+    shards are kept.
 
-    Returns the names of their manifests.
+    Returns the names of the two manifests.
     """
     sides: dict[Side, tuple[Iterator[str], int]] = {
         "query": ((query.text for query in pool.queries), len(pool.queries)),
@@ -57,7 +57,7 @@ def encode(pool: Pool, bundle: EncoderBundle, folder: Path, world: World, tokens
 def search_model(
     queries: EmbeddingShards, passages: EmbeddingShards, depth: int, index: str, folder: Path, world: World
 ) -> list[str]:
-    """Writes the numbers of the `depth` passages nearest to each query, in parts as `write_parts` does."""
+    """Writes the numbers of the `depth` passages nearest to each query, in the parts of `write_parts`."""
     embeddings, ids = load_queries(queries)
 
     def numbers(part: slice) -> np.ndarray:
@@ -71,9 +71,7 @@ def search_model(
 def search_bm25(
     pool: Pool, index: Bm25, depth: int, folder: Path, world: World, threads: int | None = None
 ) -> list[str]:
-    """As `search_model`, by BM25, each query in one of `threads`; the ranks divide the cores of their machine among
-    them by default.
-    """
+    """As `search_model`, by BM25, with one query per thread. By default the ranks divide the cores of the machine."""
 
     def numbers(part: slice) -> np.ndarray:
         texts = [query.text for query in pool.queries[part]]
@@ -86,11 +84,11 @@ def search_bm25(
 
 
 def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettings) -> list[list[int]]:
-    """The candidates of each query that are judged: at most `settings.candidates`, in the order they are preferred in.
+    """The candidates of each query that are judged, at most `settings.candidates`, the preferred ones first.
 
-    Candidates are those inside the rank window of any of `searched` [Q, depth], without what the query, or another one
-    of the same text, knows as positive and without blank passages. `top` prefers the smaller rank, a retriever named
-    earlier before one named later; `random` an order drawn by the seed, the query and the passage's text.
+    Candidates are inside the rank window of any of `searched` [Q, depth]. Blank passages are left out, and so are the
+    known positives of the query and of others with the same text. `top` prefers the smaller rank and, for equal ranks,
+    the retriever named first. `random` draws an order from the seed, the query and the passage's text.
     """
     window = slice(settings.first_rank - 1, settings.last_rank)
     same_text = defaultdict[str, list[int]](list)
@@ -102,7 +100,8 @@ def shortlist(pool: Pool, searched: Sequence[np.ndarray], settings: MiningSettin
         by_rank = np.stack([numbers[row, window] for numbers in searched], axis=1).ravel().tolist()
         found = [n for n in dict.fromkeys(by_rank) if n != NONE and n not in known and pool.text(n).strip()]
         if settings.pick == "random":
-            found.sort(key=lambda n, query_id=query.id: drawn(settings.seed, f"{query_id}\n{pool.text(n)}"))  # type: ignore[misc]
+            order = {n: drawn(settings.seed, f"{query.id}\n{pool.text(n)}") for n in found}
+            found.sort(key=order.__getitem__)
         chosen.append(found[: settings.candidates])
     return chosen
 

@@ -1,6 +1,4 @@
-"""Training of a cross-encoder: groups of a query, a positive and negatives, and the cross entropy of the positive among
-them.
-"""
+"""Training of a cross-encoder on groups of a query, a positive and negatives, by the cross-entropy of the positive."""
 
 from __future__ import annotations
 
@@ -13,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import BatchEncoding
 
 from retriever.config import ConfigError, OptimConfig, SourceConfig
 from retriever.data.formats import DataError, final_text, open_source
@@ -44,17 +44,10 @@ class Training:
     max_tokens: int = 256  # of a pair
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("negatives", "queries", "epochs", "max_tokens"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')}: expected a number above 0; received {getattr(self, name)!r}"
-                )
-
 
 def read_groups(path: str, title: Literal["join", "drop"], separator: str, limit: int | None = None) -> list[Group]:
-    """The queries of training data that carries its passages' texts and has negatives. Raises DataError where none
-    has.
+    """The queries of training data that have both a positive and a negative, with texts. Raises DataError if there are
+    none.
     """
     groups = []
     for example in open_source(SourceConfig(path=path, limit=limit)).examples():
@@ -80,12 +73,12 @@ def train_cross_encoder(
     output: Path,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Trains from the body of an encoder and writes the model with its tokenizer to `output`.
+    """Trains from the body of an encoder and writes the model and its tokenizer to `output`.
 
-    Returns, over the last tenth of the steps and before each one's update, the mean loss and the share of queries whose
-    positive scored
-    highest: within the first epoch both are of queries not trained on yet. Deterministic in `training.seed` up to the
-    device's own sums. Raises ConfigError where the model cannot be read, its body lacks a weight or `output` exists.
+    Returns the mean loss and the share of queries whose positive scored highest, over the last tenth of the steps, each
+    measured before the step's update. Within the first epoch these queries were not trained on yet. Deterministic in
+    `training.seed`, up to the device's sums. Raises ConfigError if the model cannot be read, its body lacks a weight or
+    `output` exists.
     """
     if output.exists():
         raise ConfigError(f"--output-dir {output}: exists already; expected a new folder")
@@ -101,8 +94,8 @@ def train_cross_encoder(
         inputs, sizes = _pairs([groups[i] for i in chosen], training, tokenizer)
         optimizer.set_learning_rate(step)
         with torch.autocast(device.type, autocast) if autocast is not None else nullcontext():
-            logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits  # [pairs, 1]
-        losses, first = first_among(logits[:, 0].float(), torch.tensor(sizes, device=device))  # [G], [G]
+            logits = model(**inputs.to(device)).logits  # [pairs, 1]
+        losses, first = first_among(logits[:, 0].float(), sizes)  # [G], [G]
         losses.mean().backward()
         optimizer.clip_and_step(step)
         seen.append(torch.stack([losses.detach(), first]))
@@ -113,27 +106,26 @@ def train_cross_encoder(
     return loss, right
 
 
-def first_among(scores: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax of each group's first score [G] and whether it is the highest [G], 0 or 1; scores [Σ sizes], group
-    after group.
+def first_among(scores: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(loss [G], whether the first score is the highest [G], 0 or 1) for G groups; loss = −log softmax of a group's
+    first score.
+
+    scores [Σ sizes], one group after another.
     """
-    padded = scores.new_full((len(sizes), int(sizes.max())), -torch.inf)
-    padded[torch.arange(padded.shape[1], device=sizes.device) < sizes[:, None]] = scores  # [G, largest]
+    padded = pad_sequence(scores.split(list(sizes)), batch_first=True, padding_value=-torch.inf)  # [G, largest]
     return padded.logsumexp(dim=1) - padded[:, 0], (padded.argmax(dim=1) == 0).to(scores.dtype)
 
 
 def _steps(count: int, training: Training) -> Iterator[np.ndarray]:
-    """The queries of each step: every epoch in an order of its own, the last step of all what is left."""
+    """The queries of each step. Every epoch has an order of its own; the last step has what is left."""
     wanted, rng = max(1, round(count * training.epochs)), np.random.default_rng(training.seed)
     order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])[:wanted]
     for first in range(0, wanted, training.queries):
         yield order[first : first + training.queries]
 
 
-def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple[dict[str, Tensor], list[int]]:
-    """Tokens of each query with a drawn positive and then drawn negatives, padded; and how many pairs each query
-    has.
-    """
+def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple[BatchEncoding, list[int]]:
+    """(tokens, pairs per query): each query with one drawn positive, then with drawn negatives, padded."""
     queries, passages, sizes = [], [], []
     for group in groups:
         positive = group.positives[int(torch.randint(len(group.positives), ()))]
@@ -141,6 +133,5 @@ def _pairs(groups: Sequence[Group], training: Training, tokenizer: Any) -> tuple
         sizes.append(1 + len(negatives))
         queries += [group.query] * sizes[-1]
         passages += [positive, *negatives]
-    return dict(
-        tokenizer(queries, passages, truncation=True, max_length=training.max_tokens, padding=True, return_tensors="pt")
-    ), sizes
+    cut = {"truncation": True, "max_length": training.max_tokens, "padding": True}
+    return tokenizer(queries, passages, **cut, return_tensors="pt"), sizes

@@ -1,4 +1,4 @@
-"""Mining from a training source to a file of training data: encode, search, shortlist, score, filter, write."""
+"""Mining from a training source to a training file: encode, search, shortlist, score, filter, write."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ _DIGITS = 9  # name a float32 uniquely
 
 @dataclass
 class Mining:
-    """One mining: what it reads, what it asks, and where it works. `output` gets the data, `work` what can be used
-    again.
-    """
+    """One mining. `output` receives the data, `work` the stages that later minings can reuse."""
 
     pool: Pool
     settings: MiningSettings
@@ -57,33 +55,28 @@ class Mining:
     counts: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> Outputs:
-        """Mines, or finds that it was done: `output` holds train.jsonl (Tevatron's fields, passages inside) and
+        """Mines unless it was done before. `output` then holds train.jsonl (Tevatron's fields, with passages) and
         manifest.json.
         """
-        retrievers = {name: self._description(name) for name in self.settings.retrievers}
-        inputs = dict(
-            zip(_INPUTS, (self.pool.fingerprint, asdict(self.settings), retrievers, self._judge_inputs()), strict=True)
-        )
-        return run_stage(
-            "mine",
-            self.output,
-            inputs,
-            self._mine,
-            writes=[DATA],
-            world=self.world,
-            facts=lambda: {"counts": self.counts},
-        )
+        inputs = {
+            "data": self.pool.fingerprint,
+            "settings": asdict(self.settings),
+            "retrievers": {name: self._description(name) for name in self.settings.retrievers},
+            "judge": self._judge_inputs(),
+        }
+        facts = {"counts": self.counts}
+        return run_stage("mine", self.output, inputs, self._mine, writes=[DATA], world=self.world, facts=facts)
 
     def _stage(
         self, name: str, folder: str, inputs: Mapping[str, Any], work: Callable[[Path], Sequence[str]]
     ) -> Outputs:
-        """A stage whose outputs other minings of the same data can use."""
+        """Runs a stage whose outputs other minings of the same data can reuse."""
         return run_stage(
             name, self.work / folder, {"data": self.pool.fingerprint, **inputs}, work, writes=_WORK, world=self.world
         )
 
     def _description(self, judge: CrossEncoder | Retriever) -> Any:
-        """What rankings or scores depend on besides the data."""
+        """What the rankings or scores of `judge` depend on besides the data."""
         if judge == "bm25":
             return DESCRIPTION
         if judge != "model":
@@ -139,7 +132,7 @@ class Mining:
         return Bm25(self.work / "bm25")
 
     def _search(self, name: Retriever) -> tuple[np.ndarray, Outputs]:
-        """The numbers [Q, last_rank] of the passages that a retriever ranks first, and the files that hold them."""
+        """(numbers [Q, last_rank] of the passages that the retriever ranks first, the files that hold them)."""
         depth = self.settings.last_rank
 
         def work(folder: Path) -> list[str]:
@@ -156,8 +149,8 @@ class Mining:
         return found, outputs
 
     def _score(self, shortlists: Sequence[Sequence[int]], searched: Sequence[Outputs]) -> np.ndarray:
-        """The scores of each query's positives, then of its shortlist, query behind query; all 0 where nobody is
-        asked.
+        """The scores of each query's positives and then of its shortlist, one query after another; zeros if nothing is
+        scored.
         """
         if not self.teachers and not self.settings.filters:
             return np.zeros(sum(len(query.positives) for query in self.pool.queries) + sum(map(len, shortlists)))
@@ -181,13 +174,13 @@ class Mining:
         return teacher_judge(self.pool, teacher, self.tokens_per_batch)
 
     def _records(self, shortlists: Sequence[Sequence[int]], scores: np.ndarray) -> Iterator[dict[str, Any]]:
-        """What is written of each query; counts what is kept and what is dropped."""
-        self.counts = {
+        """The record of each query. Counts what is kept and what is dropped."""
+        self.counts |= {
             "queries": len(self.pool.queries),
             "without a positive": self.pool.left_out,
             "passages": len(self.pool.passages),
+            **dict.fromkeys(("negatives", "dropped by score", "queries without negatives"), 0),
         }
-        self.counts |= {"negatives": 0, "dropped by score": 0, "queries without negatives": 0}
         end = 0
         for query, numbers in zip(self.pool.queries, shortlists, strict=True):
             start, middle = end, end + len(query.positives)
@@ -210,7 +203,7 @@ class Mining:
 
 
 def check_output(folder: Path) -> None:
-    """Raises ConfigError where `folder` holds anything that no mining wrote."""
+    """Raises ConfigError if `folder` holds anything that no mining wrote."""
     refuse_foreign("mine", folder, _INPUTS, [DATA])
 
 

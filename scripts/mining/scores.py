@@ -1,6 +1,4 @@
-"""Scores of the positives and of the shortlisted candidates, by the teachers or by the model itself, in parts that are
-kept.
-"""
+"""Scores of the positives and the shortlisted candidates, by teachers or by the model, in parts that are kept."""
 
 from __future__ import annotations
 
@@ -26,10 +24,10 @@ Judge = Callable[
 
 
 def fused_judge(judges: Sequence[Judge]) -> Judge:
-    """The mean over `judges` of their scores, each brought to mean 0 and variance 1 among the pairs of a query that are
+    """The mean score of several judges, each standardised (mean 0, variance 1) over the pairs of a query that are
     judged together.
 
-    One judge alone keeps its own scores. Where a judge scores all pairs of a query alike, its part is 0.
+    A single judge keeps its own scores. A judge that scores all pairs of a query alike adds 0.
     """
     if len(judges) == 1:
         return judges[0]
@@ -39,21 +37,21 @@ def fused_judge(judges: Sequence[Judge]) -> Judge:
 
 
 def bm25_judge(pool: Pool, index: Bm25) -> Judge:
-    """BM25's score of a pair, 0 where it shares no word."""
+    """BM25's score of a pair; 0 if query and passage share no word."""
     return lambda rows, numbers: np.concatenate(
         [index.scores_of(pool.queries[r].text, numbers[rows == r]) for r in np.unique(rows)]
     )
 
 
 def teacher_judge(pool: Pool, teacher: CrossEncoder, tokens_per_batch: int) -> Judge:
-    """The cross-encoder's scores of a pair's texts."""
+    """The cross-encoder's score of a pair."""
     return lambda rows, numbers: teacher.score(
         [pool.queries[r].text for r in rows], [pool.text(n) for n in numbers], tokens_per_batch
     )
 
 
 def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
-    """The inner product of a pair's embeddings, summed in float64; passages are read from their shards."""
+    """The inner product of a pair's embeddings, summed in float64. Passages are read from their shards."""
     embedded, _ = load_queries(queries)  # [Q, D]
     parts = [embeddings for embeddings, _ in passages]
     starts = np.cumsum([0, *map(len, parts)])
@@ -70,7 +68,7 @@ def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
 
 
 def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Scores [n] less the mean of their row, over its deviation, in float64."""
+    """scores [n], standardised over the pairs of the same row, in float64."""
     _, group = np.unique(rows, return_inverse=True)  # [n]
     sizes = np.bincount(group)
     centred = scores - (np.bincount(group, scores) / sizes)[group]
@@ -81,8 +79,8 @@ def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def write_scores(
     pool: Pool, shortlists: Sequence[Sequence[int]], judge: Judge, folder: Path, world: World
 ) -> list[str]:
-    """Scores each query's positives, then its shortlist, in parts as `write_parts` does. Raises ConfigError where a
-    score is not finite.
+    """Scores each query's positives and then its shortlist, in the parts of `write_parts`. Raises ConfigError for a
+    score that is not finite.
     """
 
     def score(part: slice) -> np.ndarray:

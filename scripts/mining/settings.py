@@ -1,4 +1,4 @@
-"""What one mining depends on besides its data, its model and its teacher."""
+"""The settings of a mining, besides data, model and teachers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Retriever = Literal["bm25", "model"]
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """Where candidates come from, how many are kept, and which are taken for false negatives.
+    """Which candidates are taken, how many are kept, and which are treated as false negatives.
 
-    Ranks count from 1 and are those of the search, positives included. A candidate is dropped where its score is above
-    the lowest score of its query's positives less `margin`, or above `percentage` of that score (a score below 0 is
-    divided by it instead).
+    Ranks are those of the search and count from 1, positives included. With `line` the lowest score of the query's
+    positives, a candidate is dropped if its score exceeds line − `margin`, or `percentage` · line (line / `percentage`
+    where line is negative).
     """
 
     retrievers: tuple[Retriever, ...] = ("model",)
@@ -60,11 +60,11 @@ class MiningSettings:
 
     @property
     def candidates(self) -> int:
-        """Candidates of each query that are scored."""
+        """The number of candidates scored for each query."""
         return self.judged or (2 * self.negatives if self.filters else self.negatives)
 
     def line(self, positive: float) -> float:
-        """The highest score that a negative may have beside a positive's score."""
+        """The highest score that a negative may have beside a positive with the score `positive`."""
         line = float("inf")
         if self.margin is not None:
             line = positive - self.margin

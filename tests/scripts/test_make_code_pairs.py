@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 
 from retriever.errors import RefusedError
-from scripts.code_pairs.functions import documented_functions, without_name
-from scripts.code_pairs.pairs import Collection
-from scripts.code_pairs.sources import STDLIB, python_files
-from scripts.code_pairs.split import Member, split_by_family
-from scripts.make_code_pairs import Settings, build, main
+from scripts.code_pairs.pairs import Collection, Settings, split_by_family
+from scripts.code_pairs.sources import STDLIB, Function, documented_functions, python_files, without_name
+from scripts.make_code_pairs import build, main
 from tests.commands import assert_refused
 
 SOURCE = '''
@@ -202,10 +200,8 @@ def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> No
     assert other["content_sha256"] != json.loads((furniture / "out" / "manifest.json").read_text())["content_sha256"]
 
 
-def _members(modules: dict[str, str]) -> list[Member]:
-    return [
-        Member(unit, function) for unit, source in modules.items() for function in documented_functions(source, unit)
-    ]
+def _functions(modules: dict[str, str]) -> list[Function]:
+    return [function for unit, source in modules.items() for function in documented_functions(source, unit)]
 
 
 COPY = _function("copied", "Weighs both boards.", "a = b", "b = a", "return a, b")
@@ -230,8 +226,8 @@ def test_twins_and_copies_stay_on_one_side(first: str, second: str) -> None:
         modules["three"] += _function("equal", LONG, "return a == b")
         modules["four"] += _function("same", LONG, "return not a != b")
     for seed in range(8):
-        split = split_by_family(_members(modules), seed, 40, 15, 20, 60)
-        sides = [{member.unit for member in side} for side in (split.train, split.dev, split.test)]
+        split = split_by_family(_functions(modules), Settings(seed=seed, test_queries=40, dev_queries=15))
+        sides = [{function.unit for function in side} for side in (split.train, split.dev, split.test)]
         assert split.family[first] == split.family[second]
         assert [first in side for side in sides] == [second in side for side in sides]
         assert sum(map(len, sides)) == 20 and all(sides)
@@ -239,10 +235,10 @@ def test_twins_and_copies_stay_on_one_side(first: str, second: str) -> None:
 
 def test_nothing_identical_stands_on_two_sides() -> None:
     short = _function("close", "Close the file.", "return a") + _function("name", "The shelf's name.", "return b")
-    members = _members({name: source + short for name, source in _modules(12).items()})
-    split = split_by_family(members, 0, 10, 5, 20, 60)
-    summaries = [{member.function.summary for member in side} for side in (split.train, split.dev, split.test)]
-    codes = [{member.function.code for member in side} for side in (split.train, split.dev, split.test)]
+    functions = _functions({name: source + short for name, source in _modules(12).items()})
+    split = split_by_family(functions, Settings(test_queries=10, dev_queries=5))
+    summaries = [{function.summary for function in side} for side in (split.train, split.dev, split.test)]
+    codes = [{function.code for function in side} for side in (split.train, split.dev, split.test)]
     assert "Close the file." in summaries[0] and min(map(len, codes)) > 0
     assert all(not sides[i] & sides[j] for sides in (summaries, codes) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -274,7 +270,7 @@ def test_the_standard_library_makes_a_benchmark(tmp_path: Path) -> None:
     details, _, judged = _read(tmp_path / "details")
     assert list(judged) == ["train"] and not set(details) & set(corpus) and len(details) > 500
     assert {query for query, _ in judged["train"]} <= {query for query, _ in qrels["train"]}
-    assert not any(file.module.startswith((f"{STDLIB}.test", f"{STDLIB}.ensurepip")) for file in python_files(STDLIB))
+    assert not any(module.startswith((f"{STDLIB}.test", f"{STDLIB}.ensurepip")) for module, _ in python_files(STDLIB))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from retriever.config import ConfigError
 from scripts import stages
-from scripts.loop.config import flags, load_loop
+from scripts.loop.config import load_loop
+from scripts.loop.rounds import flags
 from scripts.pipeline import main
 from tests.scripts.mining.workplace import Workplace, make_workplace, read
 

@@ -48,7 +48,7 @@ def test_the_best_variant_goes_on_and_the_teacher_is_trained(loop: Path, capsys:
     nothing.
     """
     assert main([str(loop / "loop.yaml")]) == 0
-    assert "mined: variant 2 of nDCG@10" in capsys.readouterr().out
+    assert "mined/variant-2: the best of nDCG@10" in capsys.readouterr().out
     result = json.loads((loop / "run" / "result.json").read_text())
     assert result["evaluations"] == {
         "start": "start/evaluate",

@@ -49,7 +49,7 @@ def _arguments(folder: Path, output: str, *more: str) -> list[str]:
 def test_the_loss_is_the_cross_entropy_of_the_first_of_each_group() -> None:
     scores = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores[2] = scores[2:6].max() + 1
-    losses, highest = first_among(scores, torch.tensor([2, 4, 3]))
+    losses, highest = first_among(scores, [2, 4, 3])
     for row, (first, last) in enumerate(((0, 2), (2, 6), (6, 9))):
         expected = torch.nn.functional.cross_entropy(scores[None, first:last], torch.tensor([0]))
         assert losses[row] == pytest.approx(expected.item(), rel=1e-12)
@@ -90,7 +90,7 @@ def test_it_learns_to_prefer_positives(folder: Path) -> None:
     main(_arguments(folder, "first", "--epochs", "20", "--lr", "3e-3", "--queries", "10", "--negatives", "4"))
     groups, teacher = (
         read_groups(str(folder / "train.jsonl"), "join", " "),
-        CrossEncoder.load(folder / "first", max_tokens=40, device=torch.device("cpu")),
+        CrossEncoder(folder / "first", max_tokens=40, device=torch.device("cpu")),
     )
     assert groups[0].negatives[0].startswith("a title ")
     right = 0

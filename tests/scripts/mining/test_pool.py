@@ -10,7 +10,6 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -19,9 +18,8 @@ from retriever.config import SourceConfig
 from retriever.data.formats import DataError, Passage, open_source
 from retriever.parallel.world import World
 from scripts.mine_negatives import main
-from scripts.mining import passages as passages_module
-from scripts.mining.passages import Passages, write_passages
-from scripts.mining.pool import Pool
+from scripts.mining import pool as pool_module
+from scripts.mining.pool import Passages, Pool, write_passages
 from tests.beir import write_beir
 from tests.commands import RankAlone
 from tests.tiny import random_texts
@@ -32,13 +30,15 @@ def _pool(folder: Path, work: Path, **options: Any) -> Pool:
 
 
 def test_passages_are_read_back_across_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passages_module, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(pool_module, "_BATCH_ROWS", 7)
     written = [
         Passage(f"p{i}" if i % 3 else None, f"text {i} – {'é' * i}", "title" if i % 2 else "") for i in range(30)
     ]
     write_passages(tmp_path / "passages.arrow", written)
-    rows = np.array([29, 0, 6, 7, 13, 14])
-    assert list(Passages(tmp_path / "passages.arrow", rows)) == [written[row] for row in rows]
+    passages = Passages(tmp_path / "passages.arrow")
+    assert list(passages) == written and [passages[row] for row in (29, 0, 6, 7, 13, 14)] == [
+        written[row] for row in (29, 0, 6, 7, 13, 14)
+    ]
 
 
 def test_equal_texts_are_one_passage_whatever_their_ids(tmp_path: Path) -> None:

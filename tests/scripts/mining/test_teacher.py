@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 
 def _teach(folder: Path) -> CrossEncoder:
-    return CrossEncoder.load(folder, max_tokens=64, device=torch.device("cpu"))
+    return CrossEncoder(folder, max_tokens=64, device=torch.device("cpu"))
 
 
 def _keep(folder: Path, wanted: Callable[[str], bool]) -> Mapping[str, Tensor]:
@@ -118,10 +118,10 @@ def test_a_pair_is_no_longer_than_the_positions(tmp_path: Path, limit: int | Non
     with pytest.raises(
         ConfigError, match=f"--teacher-max-tokens: expected at most {MAX_POSITIONS}, the model's length; received 512"
     ):
-        CrossEncoder.load(folder, device=torch.device("cpu"))
+        CrossEncoder(folder, device=torch.device("cpu"))
     long = " ".join(random_texts(40, shortest=20))
     assert np.isfinite(
-        CrossEncoder.load(folder, max_tokens=MAX_POSITIONS, device=torch.device("cpu")).score(["heart"], [long], 1000)
+        CrossEncoder(folder, max_tokens=MAX_POSITIONS, device=torch.device("cpu")).score(["heart"], [long], 1000)
     ).all()
 
 
@@ -129,7 +129,7 @@ def test_the_tokenizers_own_length_counts_where_it_is_shorter(tmp_path: Path) ->
     folder = save_tiny_teacher(tmp_path / "teacher")
     _set(folder, "tokenizer_config.json", model_max_length=100)
     with pytest.raises(ConfigError, match="expected at most 100, the model's length; received 101"):
-        CrossEncoder.load(folder, max_tokens=101, device=torch.device("cpu"))
+        CrossEncoder(folder, max_tokens=101, device=torch.device("cpu"))
 
 
 def _decoder(folder: Path, **tokens: object) -> Path:
