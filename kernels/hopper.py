@@ -56,7 +56,9 @@ def allocate_ring(dtype: gl.constexpr, STAGES: gl.constexpr):
     """(stages of the left factor, of the right one, barriers: a stage is ready, a stage is free, the upper group has
     begun).
     """
-    gl.static_assert(STAGES >= LEAD, "the lower group waits for the upper one's first stages, which it would have to free")
+    gl.static_assert(
+        STAGES >= LEAD, "the lower group waits for the upper one's first stages, which it would have to free"
+    )
     left_stages = gl.allocate_shared_memory(dtype, [2 * STAGES, ROWS, INNER], LAYOUT)
     right_stages = gl.allocate_shared_memory(dtype, [STAGES, COLUMNS, INNER], LAYOUT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -83,9 +85,12 @@ def copy_tiles(left, right, left_stages, right_stages, ready, free, M, N, K):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready.index(stage), (2 * ROWS + COLUMNS) * INNER * 2)
-            tma.async_copy_global_to_shared(left, [row_tile * 2 * ROWS, k], ready.index(stage), left_stages.index(2 * stage))
-            tma.async_copy_global_to_shared(left, [row_tile * 2 * ROWS + ROWS, k], ready.index(stage), left_stages.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(right, [column_tile * COLUMNS, k], ready.index(stage), right_stages.index(stage))
+            tma.async_copy_global_to_shared(left, [row_tile * 2 * ROWS, k], ready.index(stage),
+                left_stages.index(2 * stage))
+            tma.async_copy_global_to_shared(left, [row_tile * 2 * ROWS + ROWS, k], ready.index(stage),
+                left_stages.index(2 * stage + 1))
+            tma.async_copy_global_to_shared(right, [column_tile * COLUMNS, k], ready.index(stage),
+                right_stages.index(stage))
             step += 1
 
 
@@ -108,7 +113,8 @@ def multiply_tile(x, left_stages, right_stages, ready, free, begun, step, K, LOW
     for k in range(0, K, INNER):
         stage = step % STAGES
         mbarrier.wait(ready.index(stage), step // STAGES & 1)
-        x = warpgroup_mma(left_stages.index(2 * stage + LOWER), right_stages.index(stage).permute((1, 0)), x, is_async=True)
+        x = warpgroup_mma(left_stages.index(2 * stage + LOWER), right_stages.index(stage).permute((1, 0)), x,
+            is_async=True)
         x = warpgroup_mma_wait(1, deps=(x,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)  # the previous product has been read
         step += 1

@@ -124,7 +124,8 @@ def _forward_blocks(
     query_stride, query_head, key_stride, key_head, value_stride, value_head,
     scale_log2,
     window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
     head, start, count, first = block_of_program(starts, blocks, heads, BLOCK)
@@ -175,7 +176,8 @@ def _dquery_blocks(
     dout_stride, dout_head, query_stride, query_head, key_stride, key_head, value_stride, value_head,
     dquery_stride,
     scale, scale_log2, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
     head, start, count, first = block_of_program(starts, blocks, heads, BLOCK)
@@ -226,7 +228,8 @@ def _dkey_blocks(
     dout_stride, dout_head, query_stride, query_head, key_stride, key_head, value_stride, value_head,
     dkey_stride,
     scale, scale_log2, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, VISITED: tl.constexpr,
 ):  # fmt: skip
     group, start, count, first = block_of_program(starts, blocks, key_heads, BLOCK)
@@ -283,7 +286,8 @@ def forward(
         _forward_blocks[(n * blocks * heads,)](
             query, key, value, out, lse, texts.starts, mask.seed, blocks, T, heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
-            **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited, num_warps=use.warps, num_stages=use.stages,
+            **constants(query, key, mask), BLOCK=use.kept, VISITED=use.visited, num_warps=use.warps,
+            num_stages=use.stages,
         )  # fmt: skip
     return out, lse
 

@@ -114,7 +114,8 @@ def _forward_tiles(
     query_stride, query_head, key_stride, key_head, value_stride, value_head,  # from token to token, from head to head
     scale_log2,
     window,  # int or None
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     TEXTS: tl.constexpr,  # power of two, at least `per`
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +156,8 @@ def _backward_tiles(
     dquery_stride,
     dkey_stride,
     scale, scale_log2, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     TEXTS: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +208,8 @@ def forward(
         _forward_tiles[(triton.cdiv(n, per) * heads,)](
             query, key, value, out, lse, texts.starts, mask.seed, n, per, len(query), heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
-            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block, num_warps=tile.forward_warps,
+            **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,
+            num_warps=tile.forward_warps,
         )  # fmt: skip
     return out, lse
 
@@ -231,7 +234,8 @@ def backward(
     if n and len(query):
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
             dout, *qkv, forward[1], *into, texts.starts, mask.seed, n, per, len(query), key.shape[1],
-            *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0), into[1].stride(0),
+            *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0),
+            into[1].stride(0),
             mask.scale, mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,
             num_warps=tile.backward_warps, maxnreg=tile.backward_registers,

@@ -52,7 +52,7 @@ class Block:
         queries, passages = self._values()
         row_lse = queries.new_full((len(queries),), -torch.inf)
         column_lse = queries.new_full((len(passages),), -torch.inf)
-        for i, j, logits in self._tiles():  # [tile rows, tile columns]
+        for i, j, logits in self._tiles(queries, passages):  # [tile rows, tile columns]
             row_lse[i] = torch.logaddexp(row_lse[i], logits.logsumexp(dim=1))
             if columns:
                 column_lse[j] = torch.logaddexp(column_lse[j], logits.logsumexp(dim=0))
@@ -69,14 +69,14 @@ class Block:
         """dqueries [B, D] = scale · G P and, where `of_passages`, dpassages [N, D] = scale · Gᵀ Q (else None).
 
         G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else
-        0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains
-        these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A
+        0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that
+        contains these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A
         `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
         """
         queries, passages = self._values()
         dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
         dpassages = torch.zeros_like(passages)
-        for i, j, logits in self._tiles():
+        for i, j, logits in self._tiles(queries, passages):
             dlogits = (logits + row_log_weights[i, None]).exp()
             if column_log_weights is not None:
                 dlogits += (logits + column_log_weights[None, j]).exp()
@@ -115,9 +115,8 @@ class Block:
     def _values(self) -> tuple[Tensor, Tensor]:
         return rounded(self.queries, self.precision), rounded(self.passages, self.precision)
 
-    def _tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _tiles(self, queries: Tensor, passages: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
-        queries, passages = self._values()
         rows, columns = self.masks.pairs()
         for r in range(0, len(queries), _TILE_ROWS):
             i = slice(r, min(r + _TILE_ROWS, len(queries)))

@@ -214,7 +214,8 @@ def weigh_rows(queries: Tensor, rows: RowVectors, partial: Tensor, scale: float,
     B, D = queries.shape
     _weigh_rows[(triton.cdiv(B, 8),)](
         queries, rows.similarity, partial, rows.shift, rows.weight, rows.sum, rows.coefficient,
-        weighted[0], weighted[1] if len(weighted) > 1 else None, B, D, len(partial), queries.stride(0), weighted[0].stride(0),
+        weighted[0], weighted[1] if len(weighted) > 1 else None, B, D, len(partial), queries.stride(0),
+        weighted[0].stride(0),
         scale, scale * LOG2E, SMALLEST_SUM, LARGEST_SUM, BLOCK_T=64, BLOCK_B=8, BLOCK_D=256, num_warps=4,
     )  # fmt: skip
 

@@ -122,7 +122,9 @@ def _tile_pass(
     column_start,
     pair_stride,
     scale_log2,
-    offset,  # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i [+ column_shift_j]), with one exponential where that is safe
+    # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i [+ column_shift_j]),
+    # with one exponential where that is safe
+    offset,
     FACTORED: tl.constexpr,
     MAXIMUM: tl.constexpr,
     CLAMP: tl.constexpr,

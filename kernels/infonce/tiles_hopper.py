@@ -77,7 +77,8 @@ def _exponentials(
 def _reduce(
     q_stages, p_stages, staging, ready, free, begun, written, row_shift, column_shift, targets, threshold,
     pair_ptr, pair_rows, pair_columns, row_out, column_out,
-    B, N, D, row_start, column_start, pair_stride, scale_log2, offset, FACTORED: gl.constexpr, RAGGED_COLUMNS: gl.constexpr,
+    B, N, D, row_start, column_start, pair_stride, scale_log2, offset, FACTORED: gl.constexpr,
+    RAGGED_COLUMNS: gl.constexpr,
     LOWER: gl.constexpr,
 ):
     row_tiles = gl.cdiv(B, 2 * ROWS)
@@ -99,11 +100,17 @@ def _reduce(
         mask_columns = column_start + columns
         if threshold is not None:
             x = gl.where(x > gl.load(threshold + mask_rows, row_inside, other=0.0)[:, None], -float("inf"), x)
-        x = gl.where(mask_columns[None, :] == gl.load(targets + mask_rows, row_inside, other=-1)[:, None], -float("inf"), x)
+        x = gl.where(
+            mask_columns[None, :] == gl.load(targets + mask_rows, row_inside, other=-1)[:, None], -float("inf"), x
+        )
         if RAGGED_COLUMNS:
             x = gl.where(column_inside[None, :], x, -float("inf"))
         if pair_ptr is not None:
-            pairs = pair_ptr + (first_row + row_start).to(gl.int64) // ROWS * pair_stride + (first_column + column_start) // COLUMNS
+            pairs = (
+                pair_ptr
+                + (first_row + row_start).to(gl.int64) // ROWS * pair_stride
+                + (first_column + column_start) // COLUMNS
+            )
             inside = first_row < B
             for pair in range(gl.load(pairs, inside, other=0), gl.load(pairs + 1, inside, other=0)):
                 row = gl.load(pair_rows + pair) - row_start - first_row
@@ -114,11 +121,13 @@ def _reduce(
 
         left, right = halves(x)
         total = _exponentials(
-            left, staging, written, row_shift, column_shift, column_out, first_row, first_column, 2 * row_tile + LOWER, B, N,
+            left, staging, written, row_shift, column_shift, column_out, first_row, first_column,
+            2 * row_tile + LOWER, B, N,
             scale_log2, offset, FACTORED,
         )
         total += _exponentials(
-            right, staging, written, row_shift, column_shift, column_out, first_row, first_column + HALF, 2 * row_tile + LOWER, B, N,
+            right, staging, written, row_shift, column_shift, column_out, first_row, first_column + HALF,
+            2 * row_tile + LOWER, B, N,
             scale_log2, offset, FACTORED,
         )
         if row_out is not None:
@@ -158,13 +167,17 @@ def _tile_pass_hopper(
     gl.warp_specialize(
         [
             (_reduce, (
-                q_stages, p_stages, staging.index(0), ready, free, begun, written, row_shift, column_shift, targets, threshold,
-                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride, scale_log2,
+                q_stages, p_stages, staging.index(0), ready, free, begun, written, row_shift, column_shift, targets,
+                threshold,
+                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride,
+                scale_log2,
                 offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(0),
             )),
             (_reduce, (
-                q_stages, p_stages, staging.index(1), ready, free, begun, written, row_shift, column_shift, targets, threshold,
-                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride, scale_log2,
+                q_stages, p_stages, staging.index(1), ready, free, begun, written, row_shift, column_shift, targets,
+                threshold,
+                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride,
+                scale_log2,
                 offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(1),
             )),
             (copy_tiles, (queries, passages, q_stages, p_stages, ready, free, B, N, D)),

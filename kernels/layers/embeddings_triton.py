@@ -148,7 +148,8 @@ def embed_norm(
     out, statistics = words.new_empty(T, D), words.new_empty(2, T)
     block_d, warps = block(D)
     _embed_norm[(triton.cdiv(T, ROWS),)](
-        ids, positions, words, places, segment, weight, bias, seed, out, statistics, T, len(words), len(places), eps, 1 / (1 - dropout),
+        ids, positions, words, places, segment, weight, bias, seed, out, statistics, T, len(words), len(places), eps,
+        1 / (1 - dropout),
         D=D, THRESHOLD=drop_below(dropout), ROWS=ROWS, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return out, statistics
@@ -174,7 +175,8 @@ def embed_norm_backward(
     programs = persistent_grid(dout, triton.cdiv(T, rows), norm.BACKWARD.warps_per_sm / warps)
     partial = dout.new_empty(programs, 3, D)
     _embed_norm_backward[(programs,)](
-        dout, ids, positions, words, places, segment, weight, statistics, seed, dz, partial, T, len(words), len(places), 1 / (1 - dropout),
+        dout, ids, positions, words, places, segment, weight, statistics, seed, dz, partial, T, len(words),
+        len(places), 1 / (1 - dropout),
         D=D, THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=norm.BACKWARD.stages, num_warps=warps,
     )  # fmt: skip
     return dz, partial.sum(0)

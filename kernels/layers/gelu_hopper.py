@@ -98,7 +98,8 @@ def _finish_quarter(
 
 @gluon.jit
 def _finish(
-    left_stages, right_stages, staging, ready, free, begun, loaded, bias, u, u_out, out, sums, T, F: gl.constexpr, D: gl.constexpr,
+    left_stages, right_stages, staging, ready, free, begun, loaded, bias, u, u_out, out, sums, T, F: gl.constexpr,
+    D: gl.constexpr,
     LOWER: gl.constexpr,
 ):
     """A warp group's part of all tiles."""
@@ -117,7 +118,8 @@ def _finish(
             tma.store_wait(0)
             mbarrier.expect(loaded.index(LOWER), ROWS * COLUMNS * 2)
             for i in gl.static_range(4):
-                tma.async_copy_global_to_shared(u, [row, column + i * WIDTH], loaded.index(LOWER), staging.index(4 * LOWER + i))
+                tma.async_copy_global_to_shared(u, [row, column + i * WIDTH], loaded.index(LOWER),
+                    staging.index(4 * LOWER + i))
         x, step = multiply_tile(x, left_stages, right_stages, ready, free, begun, step, D, LOWER)
         if u is not None:
             mbarrier.wait(loaded.index(LOWER), tile // gl.num_programs(0) & 1)

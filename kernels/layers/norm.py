@@ -215,7 +215,8 @@ def norm_backward(
     programs = persistent_grid(x, triton.cdiv(T, rows), BACKWARD.warps_per_sm / warps)
     partial = residual.new_empty(programs, 2 if bias is None else 3, D)
     _norm_backward[(programs,)](
-        d_normed, d_rounded, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T, 1 / (1 - dropout), D,
+        d_normed, d_rounded, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T,
+        1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=BACKWARD.stages, num_warps=warps,
     )  # fmt: skip
     return dx, dresidual, partial.sum(0)

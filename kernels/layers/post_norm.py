@@ -195,7 +195,8 @@ class _PostNormLayer(torch.autograd.Function):
         needs_stream, needs_rounded, _, _, _, *needs_parameters = ctx.needs_input_grad
         needs: Any = Parameters(*needs_parameters)
         (
-            stream, x, context, lse, ffn_out, qkv, attention_out, statistics1, middle, y, ffn_in, activated, statistics2,
+            stream, x, context, lse, ffn_out, qkv, attention_out, statistics1, middle, y, ffn_in, activated,
+            statistics2,
             attention_out_bias, attention_norm_weight, ffn_out_bias, ffn_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))

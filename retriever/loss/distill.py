@@ -89,7 +89,7 @@ def _columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
     missing = ordered[place] != ids
     if bool(missing.any()):
         raise ValueError(
-            f"passage {int(ids[missing][0])} of a teacher's group is in no rank's batch; expected each group inside the "
-            "batch"
+            f"passage {int(ids[missing][0])} of a teacher's group is in no rank's batch; expected each group inside "
+            "the batch"
         )
     return order[place]

@@ -13,7 +13,7 @@ hide behind the work on a block, so they are the cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,9 +28,8 @@ from retriever.parallel.host import CopyStream, HostRows, host_rows
 from retriever.parallel.ring import Ring
 from retriever.parallel.world import World
 
-BLOCK_ROWS = (
-    32_768  # in bf16 on an H100, the work on a block hides copies at 30 GB/s, those of a sweep's first block aside
-)
+# In bf16 on an H100, the work on a block hides copies at 30 GB/s, those of a sweep's first block aside.
+BLOCK_ROWS = 32_768
 
 PairsByBlock = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
@@ -53,24 +52,20 @@ class HostPassages(Passages):
 
     def __init__(self, problem: Problem, world: World) -> None:
         self.problem, self._world = _without_rows(problem, world.device), world
-        self._cut = _Cut.of(problem, world)
-        self._tables, self.copies = _Tables.of(self.problem, self._cut, world), CopyStream(world.device)
-        size = self._cut.size
-        self._queries = HostRows(_host_copy(problem.queries, problem, world), size, self._cut.query_blocks, self.copies)
-        self._passages = HostRows(
-            _host_copy(problem.passages, problem, world), size, len(self._cut.counts), self.copies
-        )
+        self._tables, self.copies = _Tables.of(self.problem, world), CopyStream(world.device)
+        size, blocks = self._tables.size, _blocks(world.counts(len(problem.queries)), self._tables.size)
+        passages = _host_copy(problem.passages, problem, world)
+        self._queries = HostRows(_host_copy(problem.queries, problem, world), size, blocks, self.copies)
+        self._passages = HostRows(passages, size, len(self._tables.counts), self.copies)
 
     def forward(self) -> FirstPass:
-        logits = torch.zeros(
-            len(self.problem.positives), dtype=self._queries.sums.dtype, device=self._world.device
-        )  # [B]
+        logits = torch.zeros_like(self.problem.positives, dtype=self._queries.sums.dtype)  # [B]
         row_lse = torch.full_like(logits, -torch.inf)
         column_lse = logits.new_full((len(self.problem.exclusions.passage_ids),), -torch.inf)  # [N]
         for a, q in self._queries.read():
             i = self._queries.places[a]
             for k, p in self._passages.read():
-                j, counts = self._passages.places[k], self._cut.counts[k]
+                j, counts = self._passages.places[k], self._tables.counts[k]
                 blocks = self._blocks(a, k, q, Ring(self._world, counts, p).forth())
                 rows, columns = yield from lse_of_round(self._world, counts, blocks, i)
                 row_lse[i] = torch.logaddexp(row_lse[i], rows)
@@ -85,7 +80,7 @@ class HostPassages(Passages):
         for a, q, dq in self._queries.accumulate(fresh=True):
             i = self._queries.places[a]
             for k, p, dp in self._passages.accumulate(fresh=a == 0):
-                j, counts = self._passages.places[k], self._cut.counts[k]
+                j, counts = self._passages.places[k], self._tables.counts[k]
                 weights = None if terms.column_log_weights is None else terms.column_log_weights[j]
                 blocks = self._blocks(a, k, q, Ring(self._world, counts, p).back())
                 _, term = yield from gradient_of_round(self._world, counts, blocks, weights, i, dq)
@@ -118,57 +113,38 @@ def host_bytes(precision: str, *, dims: bool) -> int:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How all ranks cut their rows: the same numbers of blocks on each, as many as the longest rank fills."""
-
-    size: int
-    query_blocks: int
-    counts: list[tuple[int, ...]]  # of each block of passages, the rows of every rank
-
-    @staticmethod
-    def of(problem: Problem, world: World) -> _Cut:
-        """Every rank calls it."""
-        assert problem.block_rows is not None
-        size, passages = problem.block_rows, world.counts(len(problem.passages))
-        query_blocks, passage_blocks = (
-            max(1, -(-max(n) // size)) for n in (world.counts(len(problem.queries)), passages)
-        )
-        return _Cut(
-            size,
-            query_blocks,
-            [tuple(min(max(n - k * size, 0), size) for n in passages) for k in range(passage_blocks)],
-        )
-
-
-@dataclass(frozen=True)
 class _Tables:
     """Which pairs are no negatives, and where the targets are, by blocks of own queries and of every rank's
-    passages.
+    passages. All ranks have as many blocks, as the longest one fills.
     """
 
+    size: int  # rows of a block
+    counts: list[tuple[int, ...]]  # of each block of passages, the rows of every rank
     whole: BlockMasks  # of blocks that are ranks
     known: dict[int, PairsByBlock]  # owner -> pairs
     targets: PairsByBlock  # own rows that are not ignored, and their columns
-    cut: _Cut
 
     @staticmethod
-    def of(problem: Problem, cut: _Cut, world: World) -> _Tables:
+    def of(problem: Problem, world: World) -> _Tables:
         """Looks all known pairs up, with the ids of all ranks' passages; here, and not in a sweep, the host asks how
-        many there are.
+        many there are. Every rank calls it.
         """
-        ids = problem.exclusions.passage_ids
-        counts = tuple(map(sum, zip(*cut.counts, strict=True)))
-        whole = BlockMasks.of(problem, Ring(world, counts, ids).forth(), counts, world.rank)
-        known = {owner: _by_block(rows, columns, cut) for owner, (rows, columns) in whole.pairs.items()}
+        ids, size = problem.exclusions.passage_ids, problem.block_rows
+        assert size is not None
+        ranks = world.counts(len(ids))
+        blocks = _blocks(ranks, size)
+        counts = [tuple(min(max(n - k * size, 0), size) for n in ranks) for k in range(blocks)]
+        whole = BlockMasks.of(problem, Ring(world, ranks, ids).forth(), ranks, world.rank)
+        known = {owner: _by_block(rows, columns, size, blocks) for owner, (rows, columns) in whole.pairs.items()}
         active = problem.active.nonzero()[:, 0]
-        return _Tables(whole, known, _by_block(active, problem.positives[active], cut), cut)
+        return _Tables(size, counts, whole, known, _by_block(active, problem.positives[active], size, blocks))
 
     def masks(self, a: int, k: int, owner: int) -> MaskTables:
         """The tables of own queries in block a and of the passages in an owner's block k."""
-        whole, i = self.whole, slice(a * self.cut.size, (a + 1) * self.cut.size)
-        targets, count = torch.full_like(whole.targets[i], -1), self.cut.counts[k][owner]
+        whole, i = self.whole, slice(a * self.size, (a + 1) * self.size)
+        targets, count = torch.full_like(whole.targets[i], -1), self.counts[k][owner]
         if owner == whole.rank:
-            within = whole.targets[i] - k * self.cut.size
+            within = whole.targets[i] - k * self.size
             targets = torch.where((within >= 0) & (within < count), within, -1)
         threshold = None if whole.threshold is None else whole.threshold[i]
         return MaskTables(*self._of_block(self.known[owner], a, k), targets, threshold, count)
@@ -184,14 +160,18 @@ class _Tables:
         return pairs.get((a, k), (nothing, nothing))
 
 
-def _by_block(rows: Tensor, columns: Tensor, cut: _Cut) -> PairsByBlock:
+def _blocks(counts: Sequence[int], size: int) -> int:
+    """How many blocks the longest rank fills."""
+    return max(1, -(-max(counts) // size))
+
+
+def _by_block(rows: Tensor, columns: Tensor, size: int, blocks: int) -> PairsByBlock:
     """The pairs (rows, columns), rows ascending, of each two blocks that have some, counted from the start of the
-    blocks.
+    blocks; there are `blocks` of columns.
     """
-    blocks = len(cut.counts)
-    key, order = (rows // cut.size * blocks + columns // cut.size).sort(stable=True)
+    key, order = (rows // size * blocks + columns // size).sort(stable=True)
     present, counts = key.unique_consecutive(return_counts=True)
-    parts = [x[order].remainder(cut.size).split(counts.tolist()) for x in (rows, columns)]
+    parts = [x[order].remainder(size).split(counts.tolist()) for x in (rows, columns)]
     return {
         divmod(number, blocks): part for number, part in zip(present.tolist(), zip(*parts, strict=True), strict=True)
     }

@@ -96,7 +96,7 @@ def _counts(problem: Problem, world: World) -> tuple[int, ...]:
         return world.counts(own)
     if len(known.counts) != world.size or known.counts[world.rank] != own:
         raise ValueError(
-            f"expected known pairs of {world.size} ranks, of which rank {world.rank} has {own} passages; received counts "
-            f"{known.counts}"
+            f"expected known pairs of {world.size} ranks, of which rank {world.rank} has {own} passages; received "
+            f"counts {known.counts}"
         )
     return known.counts

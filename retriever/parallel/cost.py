@@ -52,7 +52,7 @@ class Machine:
     call_ms: float = 1.5  # of a ring: the device waits for the host, which asks how many known pairs there are
 
     def hop_gb_s(self, ranks: int) -> float:
-        """The bandwidth of a hop of a ring of `ranks`."""
+        """Bandwidth from a rank to the next one in a ring of `ranks`."""
         return self.inside_gb_s if ranks <= self.ranks_per_node else min(self.inside_gb_s, self.between_gb_s)
 
     @staticmethod
@@ -93,8 +93,8 @@ def gathered_operations(rows: float, columns: int, symmetric: bool, precision: s
     """Operations for a number of a query and a passage, of `rows` queries and `columns` passages at hand: 8 in two
     passes, 6 in one.
     """
-    in_slab = workspace_mib * 2**20 / (columns * (2 if precision == "bf16" else 4))
-    return RING_OPERATIONS if symmetric or in_slab < min(rows, _ONE_PASS_ROWS) else 6
+    in_workspace = workspace_mib * 2**20 / (columns * (2 if precision == "bf16" else 4))
+    return RING_OPERATIONS if symmetric or in_workspace < min(rows, _ONE_PASS_ROWS) else 6
 
 
 def gather_cost(work: Workload, machine: Machine) -> Estimate:
