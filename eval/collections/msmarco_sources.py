@@ -7,15 +7,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 
 from eval.collections.collection import Collection, collection_of, relevant
 from eval.collections.msmarco import Split
 from retriever.config import ConfigError
 from retriever.data.collection import qrels_of
-from retriever.data.hub_tables import named_table
+from retriever.data.hub_tables import judgments_name, loading, named_table
 from retriever.data.records import DataError, Record
-from retriever.data.table_records import first_line
 
 
 class PairTable:
@@ -27,7 +25,7 @@ class PairTable:
 
     def records(self) -> Iterator[Record]:
         """The pairs, numbered from 1. Raises DataError where they cannot be had."""
-        with _told("ir_datasets", self.label):
+        with loading(f"ir_datasets {self.label!r}"):
             for row, (passage_id, text) in enumerate(self._read(), 1):
                 yield Record({"id": passage_id, "text": text}, self.label, row, "row")
 
@@ -55,7 +53,7 @@ def read_ir_datasets(root: str, name: str, split: Split, *, texts: bool = True) 
             "--source ir_datasets: expected the package ir_datasets, which is not installed (pip install ir_datasets); "
             "its cache is ~/.ir_datasets or $IR_DATASETS_HOME"
         ) from error
-    with _told("ir_datasets", identifier):
+    with loading(f"ir_datasets {identifier!r}"):
         found = library.load(identifier)
         qrels: dict[str, dict[str, int]] = {}
         for judgment in found.qrels_iter():
@@ -101,24 +99,10 @@ def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:
 
 
 def _judgments(data: str) -> tuple[str, Sequence[str]]:
-    """(name, splits) of the data set's judgments: its own subset default or qrels, else `<data>-qrels`."""
+    """(name, splits) of the data set's judgments."""
     import datasets
 
-    with _told("Hugging Face data set", data):
-        subsets = datasets.get_dataset_config_names(data)
-        own = next((subset for subset in ("default", "qrels") if subset in subsets), None)
-        if own is not None:
-            return f"{data}:{own}", datasets.get_dataset_split_names(data, own)
-    with _told("Hugging Face data set", f"{data}-qrels"):
-        return f"{data}-qrels", datasets.get_dataset_split_names(f"{data}-qrels")
-
-
-@contextmanager
-def _told(what: str, name: str) -> Iterator[None]:
-    """Makes a DataError of the errors that libraries raise where data are missing or cannot be downloaded."""
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # a data set that needs code: RuntimeError
-        raise DataError(f"{what} {name!r}: {type(error).__name__}: {first_line(error)}") from error
+    name = judgments_name(data)
+    repository, _, subset = name.partition(":")
+    with loading(f"Hugging Face data set {name!r}"):
+        return name, datasets.get_dataset_split_names(repository, subset or None)

@@ -56,7 +56,7 @@ def saved_table(path: Path, split: str) -> DatasetTable:
     """A folder written by `save_to_disk`; of a DatasetDict, its `split`. Raises DataError where that is missing."""
     import datasets
 
-    with _told(f"{path}: expected a folder of save_to_disk that is whole"):
+    with loading(f"{path}: expected a folder of save_to_disk that is whole"):
         loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -70,7 +70,7 @@ def named_table(name: str, revision: str | None = None, split: str | None = None
     import datasets
 
     repository, _, subset = name.partition(":")
-    with _told(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}"):
+    with loading(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}"):
         _forget_pickles(datasets.load_dataset_builder(repository, subset or None, revision=revision))
         loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split)
     if split is None:
@@ -87,15 +87,25 @@ def is_collection(name: str, revision: str | None) -> bool:
 
 def collection_tables(name: str, revision: str | None, split: str) -> tuple[DatasetTable, DatasetTable, DatasetTable]:
     """(corpus, queries, judgments of `split`) of a BEIR data set; judgments may be in `<name>-qrels`."""
+    judgments = judgments_name(name, revision)
+    own = judgments.startswith(f"{name}:")
+    return (
+        named_table(f"{name}:corpus", revision),
+        named_table(f"{name}:queries", revision),
+        named_table(judgments, revision if own else None, split),
+    )
+
+
+def judgments_name(name: str, revision: str | None = None) -> str:
+    """Where the judgments of a BEIR data set are: in its subset default or qrels, else in `<name>-qrels`."""
     own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
-    judgments = named_table(f"{name}:{own}", revision, split) if own else named_table(f"{name}-qrels", None, split)
-    return named_table(f"{name}:corpus", revision), named_table(f"{name}:queries", revision), judgments
+    return f"{name}:{own}" if own else f"{name}-qrels"
 
 
 def _subsets(name: str, revision: str | None) -> list[str]:
     import datasets
 
-    with _told(f"Hugging Face data set {name!r}, revision {revision!r}"):
+    with loading(f"Hugging Face data set {name!r}, revision {revision!r}"):
         return datasets.get_dataset_config_names(name.partition(":")[0], revision=revision)
 
 
@@ -105,13 +115,16 @@ def _forget_pickles(builder: Any) -> None:
         getattr(type(builder), "DECODERS", {}).pop(ending, None)
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, tarfile.TarError, zlib.error)
+
+
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Makes a DataError of what `datasets` raises where data are missing, damaged or cannot be downloaded."""
+def loading(what: str) -> Iterator[None]:
+    """Makes a DataError of what libraries raise where data are missing, damaged, cannot be downloaded or need code."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, EOFError, tarfile.TarError, zlib.error, DatasetsError) as error:
+    except (*_UNREADABLE, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
         raise DataError(f"{what}: {type(cause).__name__}: {first_line(cause)}") from error

@@ -161,6 +161,13 @@ def test_members_of_a_webdataset_are_never_unpickled(monkeypatch: pytest.MonkeyP
     assert not Path("unpickled").exists()
 
 
+def test_a_data_set_that_needs_code_of_its_own_is_refused() -> None:
+    Path("scripted").mkdir()
+    (Path("scripted") / "scripted.py").write_text("print('run')")
+    with pytest.raises(DataError, match=r"'scripted'.*: RuntimeError: Dataset scripts are no longer"):
+        opened(name="scripted")
+
+
 def test_damaged_files_are_told_in_one_line() -> None:
     """A WebDataset's member that is no JSON, a tar cut off, a saved data set without a file or with a damaged one."""
     with pytest.raises(DataError, match="'members', split 'train'.*: JSONDecodeError: Expecting"):
