@@ -161,7 +161,10 @@ class Outputs:
         self._world.barrier()
 
     def _publish(self) -> None:
-        """Publishes the newest checkpoint's export again if a kill came before that, or its copies are damaged."""
+        """Does what a kill may have left undone after the newest checkpoint was written.
+
+        Publishes its export, also where the copies are damaged, and removes what `train.keep_last` does not keep.
+        """
         newest = checkpoint.newest(self._checkpoints)
         if newest is None:
             return
@@ -171,6 +174,7 @@ class Outputs:
             self._write_card("export", self._saved)
         if not self._shows("best", newest):
             self._publish_best(self._saved)
+        checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
 
     def _export_of(self, step: int) -> Path:
         return checkpoint.folder_of(self._checkpoints, step) / "export"

@@ -116,6 +116,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
         )
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
+        assert checkpoint.steps(found.parent) == [found]
         telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)
         if lacking := again.lacks_evaluation(step):
             lines += [step]
