@@ -40,10 +40,6 @@ class Tile:
     inner: int
     warps: int
     stages: int
-    programs_per_sm: int = 1
-    store_columns: int | None = (
-        None  # written this many columns at a time, to leave shared memory to the loads; None: all
-    )
 
 
 # Sized to fit shared memory and registers. On Hopper `kernels.infonce.tiles_hopper` does the work that counts.
@@ -82,17 +78,6 @@ class Pass(NamedTuple):
 
 
 @triton.jit
-def _store(matrix, tile, first_row, first_column, COLUMNS: tl.constexpr):
-    if tile.shape[1] == COLUMNS:
-        matrix.store([first_row, first_column], tile)
-    else:
-        halves = tl.permute(tl.reshape(tile, (tile.shape[0], 2, COLUMNS)), (0, 2, 1))
-        left, right = tl.split(halves)
-        matrix.store([first_row, first_column], left)
-        matrix.store([first_row, first_column + COLUMNS], right)
-
-
-@triton.jit
 def _exponential(x, scale_log2, shift, CLAMP: tl.constexpr):
     y = x * scale_log2 - shift
     if CLAMP:
@@ -122,7 +107,7 @@ def _tile_pass(
     column_start,
     pair_stride,
     scale_log2,
-    # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i [+ column_shift_j]),
+    # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j),
     # with one exponential where that is safe
     offset,
     FACTORED: tl.constexpr,
@@ -134,7 +119,6 @@ def _tile_pass(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STORE_COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
@@ -203,8 +187,7 @@ def _tile_pass(
         else:
             if FACTORED:
                 factor = tl.load(row_shift + rows, row_inside, other=0.0)[:, None]
-                if column_shift is not None:
-                    factor = factor + tl.load(column_shift + columns, column_inside, other=0.0)[None, :]
+                factor += tl.load(column_shift + columns, column_inside, other=0.0)[None, :]
                 e = _exponential(x, scale_log2, offset, CLAMP) * factor
             elif row_shift is not None:
                 e = _exponential(x, scale_log2, tl.load(row_shift + rows, row_inside, other=0.0)[:, None], CLAMP)
@@ -215,15 +198,13 @@ def _tile_pass(
             elif column_out is not None:
                 e_column = e
             if written is not None:
-                if row_shift is None:
-                    e = e_column
-                elif column_shift is not None and not FACTORED:
+                if column_shift is not None and not FACTORED:
                     e += e_column
                 e_written = e.to(written.dtype)
-                _store(written, e_written, first_row, first_column, STORE_COLUMNS)
+                written.store([first_row, first_column], e_written)
                 if residual is not None:
                     e_residual = (e - e_written.to(tl.float32)).to(residual.dtype)
-                    _store(residual, e_residual, first_row, first_column, STORE_COLUMNS)
+                    residual.store([first_row, first_column], e_residual)
                     e = e_written.to(tl.float32) + e_residual.to(tl.float32)
                 else:
                     e = e_written.to(tl.float32)
@@ -256,8 +237,8 @@ def tile_pass(
     row_tiles, column_tiles = triton.cdiv(B, tile.rows), triton.cdiv(N, tile.columns)
     row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if asked.rows else None
     column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if asked.columns else None
-    block = [tile.rows, tile.store_columns or tile.columns]
-    programs = persistent_grid(queries, row_tiles * column_tiles, tile.programs_per_sm)
+    block = [tile.rows, tile.columns]
+    programs = persistent_grid(queries, row_tiles * column_tiles, 1)
     pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns)
     if pair_ptr is not None and (asked.row_start % tile.rows or asked.column_start % tile.columns):
         start = f"{asked.row_start}, {asked.column_start}"
@@ -293,7 +274,6 @@ def tile_pass(
         BLOCK_B=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_D=tile.inner,
-        STORE_COLUMNS=tile.store_columns or tile.columns,
         GROUP=_GROUP,
         PROGRAMS=programs,
         num_warps=tile.warps,

@@ -53,8 +53,7 @@ def _exponentials(
     columns = first_column + gl.arange(0, HALF, gl.SliceLayout(0, x.type.layout))
     if FACTORED:
         factor = gl.load(row_shift + rows, rows < B, other=0.0)[:, None]
-        if column_shift is not None:
-            factor = factor + gl.load(column_shift + columns, columns < N, other=0.0)[None, :]
+        factor += gl.load(column_shift + columns, columns < N, other=0.0)[None, :]
         e = gl.exp2(x * scale_log2 - offset) * factor
     else:
         # Rows outside have a shift of +inf, so they add nothing to a column.

@@ -33,14 +33,13 @@ TILE_VARIANTS: dict[str, tuple[str, dict[str, str], list[str], dict[str, Any]]] 
 def test_tile_pass(variant: str, arch: int) -> None:
     dtype, arguments, written, constants = TILE_VARIANTS[variant]
     tile = tiles.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
-    store_columns = tile.store_columns or tile.columns
     types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
     types |= {
         "queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>",
         "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>",
     }
     types |= {
-        name: f"tensordesc<{kind}[{tile.rows},{store_columns}]>"
+        name: f"tensordesc<{kind}[{tile.rows},{tile.columns}]>"
         for name, kind in zip(("written", "residual"), written, strict=False)
     }
     fixed = {
@@ -55,7 +54,6 @@ def test_tile_pass(variant: str, arch: int) -> None:
         "BLOCK_B": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_D": tile.inner,
-        "STORE_COLUMNS": store_columns,
         "GROUP": 16,
     }
     shared, spilled, _ = compile_kernel(tiles._tile_pass, types, fixed | constants, arch, tile.warps, tile.stages)
