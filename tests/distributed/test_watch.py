@@ -134,8 +134,8 @@ def test_a_rank_that_hangs_says_where(case: str, ended: dict[str, list[tuple[int
 def test_what_is_being_written_is_finished_before_a_rank_leaves(
     case: str, ended: dict[str, list[tuple[int | None, str]]]
 ) -> None:
-    """Though its main thread waits in a collective."""
-    assert all("written" in said for _, said in ended[case])
+    """Though its main thread hangs."""
+    assert "written" in ended[case][CASES[case][1]][1]
 
 
 def _two_ranks() -> tuple[Watch, Watch]:
