@@ -22,7 +22,7 @@ _INTRODUCTION = """# Settings
 
 Every setting of a run, with its type, its default and its meaning. A YAML file gives them section by section
 (`--config`), and `key.sub=value` on the command line replaces them. `retriever/train.py --help-settings [section]`
-shows this list in a terminal. The page is printed by `python -m retriever.config_help` from the comments in
+shows this list in a terminal. The page is `retriever.config_help.page()`, made of the comments in
 [retriever/config.py](../retriever/config.py).
 
 """
@@ -60,6 +60,11 @@ def sections(kind: type = Config, prefix: str = "") -> Iterator[Section]:
         yield Section(prefix.removesuffix("."), " ".join(str(inspect.getdoc(kind)).split()), settings)
     for name, section in inner.items():
         yield from sections(section, f"{prefix}{name}." + ("0." if name == "train" and prefix else ""))
+
+
+def page() -> str:
+    """The text of docs/settings.md."""
+    return f"{_INTRODUCTION}{settings_text()}\n"
 
 
 def settings_text(section: str = "") -> str:
@@ -102,7 +107,3 @@ def _comments(kind: type) -> dict[str, str]:
 def _written(default: Any) -> str:
     """A default as it is set."""
     return default if isinstance(default, str) and default.strip() else json.dumps(default)
-
-
-if __name__ == "__main__":
-    print(_INTRODUCTION + settings_text())
