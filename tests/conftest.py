@@ -1,6 +1,7 @@
 """Every test runs offline, on one thread per process, with uninitialised memory filled with NaN."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("BIGBATCH_CACHE", tempfile.mkdtemp(prefix="bigbatch-tests-"))
@@ -15,6 +16,8 @@ import retriever  # noqa: E402, F401 (its `kernels`, where another distribution'
 from tests.determinism import make_strict  # noqa: E402
 
 make_strict()
+# A shell's background job ignores Ctrl-C, and so would every command that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
