@@ -28,7 +28,7 @@ _WRITES = (  # what a stage leaves in its folder
     *(f"model/{name}" for name in _MODEL),
     *(f"data/{name}" for name in (DATA, *STAGE_FILES)),
     *(f"run/{name}" for name in RUN_FILES),
-    *(f"results/{name}" for name in ("*.json", "*.trec", "*.msmarco.tsv", "queries*", "passages*")),
+    *(f"results/{name}" for name in ("*.json", "*.trec", "*.msmarco.tsv", "passages", "queries-*")),
 )
 _TRAIN_TEACHER = "scripts.train_cross_encoder"  # runs alone in this process, whatever the others are launched with
 Measures = dict[str, dict[str, float]]  # split, or model and split -> measure -> value
