@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from retriever.errors import LOST
+from retriever.errors import LOST, REFUSED
 from tests.torture.page import Row
 from tests.torture.phases import OF_EVERY_RANK, Kill, read
 from tests.torture.starts import LIMIT_S, UNDISTURBED, Disturbance, Start, run, start
@@ -122,7 +122,12 @@ def ranks_of(ranks: int) -> str:
 def _killed(runs: Runs, name: str, ranks: int, kill: Kill, *, together: bool) -> str:
     """Whether a kill fell `in` its phase or `behind` it; empty where the run ended before, or else what went wrong."""
     ended = runs.start(name, ranks, Disturbance(kill)).wait(together=together)
-    if any(status not in (-signal.SIGKILL, 0, LOST) for status in ended.statuses) or "Traceback" in ended.said:
+    expected = (
+        -signal.SIGKILL,
+        0,
+        REFUSED if kill.phase == "store build" else LOST,
+    )  # before the ranks have met, and after
+    if any(status not in expected for status in ended.statuses) or "Traceback" in ended.said:
         return f"{name}: exit statuses {ended.statuses}: {ended.said[-1500:]}"
     if -signal.SIGKILL not in ended.statuses:
         return ""
