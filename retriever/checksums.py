@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from retriever.files import alone, make_folder, write_json
+from retriever.files import alone, make_folder, read_json, write_json
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_64"
@@ -100,7 +100,7 @@ def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> di
 def _recorded(folder: Path) -> dict[str, str] | None:
     """File -> checksum; None if the folder has no checksums. Raises ValueError if they cannot be used."""
     try:
-        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        written = read_json(folder / CHECKSUMS)
     except (FileNotFoundError, NotADirectoryError):
         return None
     files = written.get("files") if isinstance(written, dict) else None

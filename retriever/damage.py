@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from retriever.checksums import damaged
 from retriever.config_tree import ConfigError
+from retriever.files import read_json
 
 STATE, WEIGHTS, OPTIMIZER, EXPORT = "state.json", "model.safetensors", "optimizer.safetensors", "export"
 FORMAT_VERSION = 1
@@ -53,7 +54,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises DamageError if it is missing or damaged, and ConfigError if it cannot be read.
     """
     with _reading(folder / STATE) as file:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file)
         if not isinstance(state, dict):
             raise ValueError(f"expected a JSON object, found {json.dumps(state)[:40]}")
         expected = _ALWAYS_SAID if state.get("format_version") == FORMAT_VERSION else ("format_version",)
@@ -85,7 +86,7 @@ def _exported(export: Path) -> Iterator[Path]:
 
 def _parts(tower: Path) -> list[Path]:
     with _reading(tower / _PARTS) as file:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = read_json(file)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise ValueError("expected a JSON object with a weight_map")
         return [tower / part for part in sorted(set(index["weight_map"].values()))]

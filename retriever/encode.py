@@ -18,6 +18,7 @@ from retriever.command import ENCODER, at_least_one, command_parser, launched, o
 from retriever.data.collection import corpus_tables, once, query_tables
 from retriever.data.formats import DataError, final_text, read_corpus, read_queries
 from retriever.data.records import shortened_note
+from retriever.files import read_json
 from retriever.wording import counted
 
 
@@ -94,7 +95,7 @@ def _encode_file(args: argparse.Namespace) -> None:
         options = ShardOptions(args.shard_rows or SHARD_ROWS, args.dtype, args.tokens_per_chunk, args.overwrite)
         folder = encode_to_shards(bundle, texts, args.side, args.output, named, options, world)
     if world.is_first:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "manifest.json")
         embeddings = counted(manifest["rows"], "embedding")
         print(f"{folder}: {embeddings} of dimension {manifest['dimension']}, {manifest['dtype']}")
         if note := shortened_note():

@@ -47,6 +47,24 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError as `json_value`, and OSError if the file cannot be read."""
+    return json_value(path.read_text(encoding="utf-8"))
+
+
+def json_value(text: str) -> Any:
+    """The value that `text` holds as JSON.
+
+    Raises ValueError for malformed JSON, deep nesting, numbers of thousands of digits and halves of Unicode characters.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be written again
+    except RecursionError as error:
+        raise ValueError("values nested too deeply") from error
+    return value
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file in UTF-8, line by line."""
     with replace_file(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as stream:

@@ -212,7 +212,7 @@ class Outputs:
         """Whether a published folder is recorded as the newest checkpoint's export, with every file as it should be."""
         source, step = newest / "export", checkpoint.step_of(newest)
         try:
-            recorded = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))["step"]
+            recorded = files.read_json(self.folder / f"{name}.json")["step"]
             return recorded == step and all(
                 (self.folder / name / CARD).read_text(encoding="utf-8") == self._card(step)
                 if file == source / CARD

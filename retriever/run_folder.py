@@ -6,7 +6,6 @@ refused before it computes anything.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from retriever.config import Config, ConfigError
-from retriever.files import remove, write_json
+from retriever.files import read_json, remove, write_json
 from retriever.lock import working_in
 
 CHECKPOINTS, EMBEDDINGS, _LOGS = "checkpoints", "embeddings", "logs"
@@ -98,7 +97,7 @@ def _refuse_foreign(folder: Path, wanted: tuple[str, ...]) -> None:
 def _taken(folder: Path) -> set[str]:
     """The names that runs of this folder have taken. A run of an earlier version kept no list: it took all."""
     try:
-        return set(json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["taken"])
+        return set(read_json(folder / _MANIFEST)["taken"])
     except (FileNotFoundError, NotADirectoryError):
         return {*_OF_EVERY_RUN, *_OF_EVALUATIONS} if _is_of_earlier_version(folder) else set()
     except (ValueError, TypeError, KeyError) as error:

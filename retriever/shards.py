@@ -7,7 +7,6 @@ Until then `job.json` says which embeddings the shards are of, so that interrupt
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,7 @@ from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.config_tree import build
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
-from retriever.files import clean, make_folder, replace_file, sync, write_array, write_json
+from retriever.files import clean, make_folder, read_json, replace_file, sync, write_array, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
@@ -285,7 +284,7 @@ def _files(folder: Path, shard: int) -> tuple[Path, Path]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

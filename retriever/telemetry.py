@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from retriever.config import ConfigError
-from retriever.files import append_text, write_text
+from retriever.files import append_text, json_value, write_text
 from retriever.plan.forecast import Forecast
 from retriever.step import StepReport
 
@@ -150,8 +150,8 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     records, lines = [], metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json_value(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ConfigError(

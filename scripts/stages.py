@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval.collections.collection import file_fingerprint, fingerprint
 from retriever.checksums import CHECKSUMS, damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import clean, remove, write_array, write_json
+from retriever.files import clean, read_json, remove, write_array, write_json
 from retriever.lock import working_in
 from retriever.parallel.world import World
 
@@ -77,7 +77,7 @@ def run_stage(
                 folder / MANIFEST, {"stage": name, "inputs": job, **(facts or {}), "outputs": outputs, "bytes": sizes}
             )
     world.barrier()
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["outputs"]
+    return read_json(folder / MANIFEST)["outputs"]
 
 
 def write_parts(
@@ -187,7 +187,7 @@ def _entries(folder: Path, writes: Sequence[str]) -> Iterator[tuple[Path, bool]]
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, and an empty one where it holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:

@@ -26,7 +26,7 @@ from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
 from retriever.data.tokens import TokenTemplate, described_tokenizer
-from retriever.files import clean, make_folder, remove, replace_folder
+from retriever.files import clean, make_folder, read_json, remove, replace_folder
 from retriever.lock import LockedError, locked
 
 __all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open"]
@@ -56,7 +56,7 @@ class Store:
 
     def __init__(self, folder: Path, encoded: Path | None = None) -> None:
         """`encoded`: a folder of `write_encoded`, whose relations treat passages of equal tokens as one."""
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
         self.sources = tuple(StoredSource(**source) for source in manifest["sources"])
@@ -64,7 +64,7 @@ class Store:
         self.passages = TextTable(folder / PASSAGES)
         self.equal = {"queries": 0, "passages": 0}  # to an earlier one
         if encoded is not None:
-            self.equal |= json.loads((encoded / MANIFEST).read_text(encoding="utf-8"))
+            self.equal |= read_json(encoded / MANIFEST)
         merged = encoded if encoded is not None and any(self.equal.values()) else None
         self._relations = merged or folder
         self.same_text = load_array(merged / SAME_TEXT) if merged is not None else np.arange(len(self.queries))
@@ -171,7 +171,7 @@ def _hash(values: dict[str, Any]) -> str:
 def _problem(folder: Path, again: bool) -> str | None:
     """What is wrong with a store, the file first; None if every file is as it was written. `again`: see `damaged`."""
     try:
-        files: dict[str, int] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files: dict[str, int] = read_json(folder / MANIFEST)["files"]
         for name, size in files.items():
             if (folder / name).stat().st_size != size:
                 return f"/{name} is damaged (it is of another size)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from retriever.config import ConfigError
 from retriever.config_tree import build
+from retriever.files import read_json as read_json_file
 
 _SAID_BY = "model.name_or_path, --model or --teacher"
 _LONGEST_REASON = 300  # characters of another library's message
@@ -58,7 +58,7 @@ def read_json(name: str, file: str) -> Any | None:
     if path is None:
         return None
     with one_line(f"{path}: expected JSON"):
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json_file(Path(path))
     if found is None:
         raise ConfigError(f"{path}: expected an object or a list, received null")
     return found
@@ -82,7 +82,9 @@ def one_line(message: str) -> Iterator[None]:
         yield
     except (ConfigError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ConfigError(f"{message}: {reason}") from error
 

@@ -96,6 +96,13 @@ def load_loop(path: str | Path, overrides: Sequence[str] = ()) -> LoopConfig:
     return config
 
 
+def _words(evaluate: EvaluateConfig, option: str) -> list[str]:
+    value = evaluate.options.get(option) or []
+    words = [value] if isinstance(value, str) else value
+    require(isinstance(words, list), f"evaluate.options.{option}", "a word or a list of words", value)
+    return words
+
+
 def _check(config: LoopConfig) -> None:
     names, evaluate = [described.name for described in config.rounds], config.evaluate
     require(len(set(names)) == len(names) > 0, "rounds", "at least one, each with its own name", names)
@@ -108,7 +115,7 @@ def _check(config: LoopConfig) -> None:
         require(
             set_here is None, f"train.{section}.{key}", "nothing: the loop sets it, by source and output_dir", set_here
         )
-    splits, metrics = evaluate.options.get("split", []), evaluate.options.get("metrics", [])
+    splits, metrics = _words(evaluate, "split"), _words(evaluate, "metrics")
     choice = (
         "evaluate.choose to be one of evaluate.options.split, "
         "and evaluate.options.metrics to name the measure to choose by"
