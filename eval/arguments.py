@@ -113,7 +113,7 @@ def launched_search(args: argparse.Namespace) -> Iterator[World]:
 
     Raises ConfigError where the FAISS that is installed cannot do what `--faiss-gpu` asks.
     """
-    from eval.engines.faiss_build import check_faiss_build
+    from eval.engines.faiss_gpu import check_faiss_build
 
     check_faiss_build(args.faiss_gpu)
     import faiss

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, passage_ids
-from eval.engines.faiss_build import GpuUse, to_gpus
+from eval.engines.faiss_gpu import GpuUse, to_gpus
 from eval.engines.faiss_index import index_spec, open_index
 from eval.engines.flat import search_flat
 from eval.engines.topk import PassageOrder, TopK

@@ -20,7 +20,7 @@ import pytest
 
 from eval.engines import faiss_index as index_module
 from eval.engines.embeddings import Embeddings
-from eval.engines.faiss_build import check_faiss_build
+from eval.engines.faiss_gpu import check_faiss_build
 from eval.engines.faiss_index import IndexSpec, check_index, index_spec, open_index
 from eval.engines.nearest import SearchOptions, search
 from retriever import checksums
