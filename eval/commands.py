@@ -94,7 +94,7 @@ def _in_run(path: Path, work: Work) -> Work:
     if not found:
         splits = ", ".join(collection.split for collection, _ in work)
         raise DataError(
-            f"none of its queries ({len(query_ids):,}) is judged in {splits}; expected a run of that split (--split)",
+            f"none of the run's {len(query_ids):,} queries is judged in {splits}; choose the run's split with --split",
             path,
         )
     return found

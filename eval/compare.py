@@ -165,7 +165,7 @@ def _compare_files(args: argparse.Namespace) -> None:
         rankings = read_run(path)
         if collection.qrels.keys().isdisjoint(rankings):
             raise DataError(
-                f"none of its queries is judged in {args.qrels or args.data}"
+                f"none of the run's queries is judged in {args.qrels or args.data}"
                 f"{f' (--split {collection.split})' if collection.split else ''}; expected a run of the judged queries",
                 path,
             )

@@ -77,7 +77,9 @@ def check_measures(metrics: Sequence[str], k: int) -> None:
     for name in metrics:
         measure = parse_measure(name)
         if measure.cutoff is not None and measure.cutoff > k:
-            raise ConfigError(f"{measure} looks at {measure.cutoff} passages a query, of which k={k} are kept; raise k")
+            raise ConfigError(
+                f"{measure} needs {measure.cutoff} passages per query, but k={k}; raise k to {measure.cutoff}"
+            )
 
 
 _DEFAULTS = EvalOptions()
@@ -104,7 +106,7 @@ def evaluate(
     if shards_dir is not None:
         return evaluate_collection(bundle, collection, metrics, Path(shards_dir), options, world)
     if world is not None and world.size > 1:
-        raise ValueError(f"{world.size} ranks without shards_dir; expected a folder that all of them share")
+        raise ValueError(f"shards_dir: {world.size} ranks need a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
         return evaluate_collection(bundle, collection, metrics, Path(folder), options)
 

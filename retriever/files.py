@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON as a person reads it."""
+    """Writes indented JSON, as UTF-8."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

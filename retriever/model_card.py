@@ -73,9 +73,9 @@ def model_card(
     side: Side | None = None,
     training: tuple[int, TrainingFacts] | None = None,
 ) -> str:
-    """Markdown with the hub's metadata; the same text for the same run.
+    """The model card: Markdown with the Hugging Face Hub's metadata. One run always gives the same text.
 
-    `side`: the card of one tower of two. `training`: the steps that were made, and on what.
+    `side`: the tower described, if there are two. `training`: the number of steps made, and the facts of their data.
     """
     described = "A dense retriever: queries and passages as vectors, compared by their dot product."
     if side is not None:

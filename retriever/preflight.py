@@ -177,7 +177,10 @@ def _equal(store: Store) -> str:
 
 
 def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
-    """Checks the gradient on a small batch of this run's own data: see `retriever.verify`."""
+    """Compares the cached gradient with that of a whole-batch graph, on a small batch of this run's own data.
+
+    Raises ConfigError if they differ. See `retriever.verify`.
+    """
     small = replace(
         config,
         batch=replace(

@@ -50,10 +50,10 @@ def gradient_error(
 ) -> GradientCheck:
     """Compares the cached gradient of one rank's `batch` with that of a whole-batch forward pass and autograd.
 
-    Both use copies of the model in float64 with dropout off, and the loss in its full precision, so that what is
-    measured is the method and not the rounding. `block_rows`: representations in host memory, as `ContrastiveObjective`
-    takes them. The whole batch must fit in memory. The encoder and the global RNG state are left as they are. Raises
-    ConfigError where the whole batch's gradient is rounding alone.
+    Returns the relative errors of the loss and of the gradient. Both sides use copies of the model in float64 without
+    dropout, and the loss in full precision, so that the method is measured and not the rounding. With `block_rows`,
+    representations are in host memory, in blocks of so many rows. The whole batch must fit in memory. The encoder and
+    the global random state do not change. Raises ConfigError if the whole batch's gradient is zero but for rounding.
     """
     state = RngState.capture(encoder.device)
     exact = copy.deepcopy(encoder).double().eval()

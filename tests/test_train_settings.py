@@ -139,7 +139,7 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
         ("model.append_eos=yes please", "model.append_eos: expected true or false | auto"),
         ("eval.path=/nowhere/collection", "/nowhere/collection"),
         ("eval.metrics=[foo@10]", "foo@10"),
-        ("eval.metrics=[Recall@100]", "Recall@100 looks at 100 passages a query, of which k=50"),
+        ("eval.metrics=[Recall@100]", "Recall@100 needs 100 passages per query, but k=50"),
     ],
 )
 def test_what_cannot_run_stops_the_run_before_its_first_step(

@@ -60,10 +60,9 @@ class Collection:
         return measure_run(self.qrels, run, metrics, self.relevance)
 
     def check(self) -> tuple[str, ...]:
-        """Reads the corpus once, before anything is encoded or indexed; returns what a reader of the figures should
-        know.
+        """Reads the corpus once, before anything is encoded or indexed; returns remarks to show beside the results.
 
-        Raises DataError where an id stands twice or cannot stand in a run file, and at a malformed record.
+        Raises DataError for a repeated id, an id that a run file cannot hold, and a malformed record.
         """
         return tuple(note for note in (check_corpus(self.corpus), shortened_note()) if note is not None)
 

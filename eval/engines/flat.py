@@ -21,10 +21,10 @@ _PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 def search_flat(
     queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, block_mib: int, bar: tqdm
 ) -> TopK:
-    """The k best passages of each query [Q, D] float32; a score is the inner product summed in float64 and rounded to
-    float32.
+    """The k passages of largest inner product for each query [Q, D] float32; `order` breaks ties.
 
-    Memory: two blocks of `block_mib` MiB beside 8 bytes x Q x k. Raises ValueError for a value that is not finite.
+    A score is summed in float64 and rounded to float32. Memory: two blocks of `block_mib` MiB, and 8 bytes for each of
+    the Q · k results. Raises ValueError if a query or a passage has a value that is not finite.
     """
     best = TopK.empty(len(queries), k)
     searcher = faiss.IndexFlatIP(passages.dimension)

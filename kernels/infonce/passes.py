@@ -186,7 +186,7 @@ class TiledBlock(Block):
         return kernel.tile_pass(queries[i], passages[j], self.scale, self.masks, asked)
 
     def rows_at_once(self) -> int:
-        """Rows over all columns that the workspace holds, whole waves of dQ's 128 × 256 tiles where it can."""
+        """How many rows of logits, over all columns, fit in the workspace; if possible whole waves of dQ's tiles."""
         (B, D), N = self.queries.shape, len(self.passages)
         rows = self.workspace_bytes // (self._bytes_each * -(-N // 64) * 64)
         if rows >= B:

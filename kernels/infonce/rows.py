@@ -206,10 +206,11 @@ class RowVectors(NamedTuple):
 
 
 def weigh_rows(queries: Tensor, rows: RowVectors, partial: Tensor, scale: float, weighted: Sequence[Tensor]) -> None:
-    """Writes `rows.sum`, `rows.coefficient` and coefficient · query to `weighted` [B, D] (value, and residual where
-    there are two).
+    """Fills `rows.sum` and `rows.coefficient`, and writes coefficient · query to `weighted`: one tensor [B, D], or two
+    (value and rounding residual).
 
-    partial [column tiles, B] from a pass over the tiles. A row whose sum lost terms or is empty gets the coefficient 0.
+    partial [column tiles, B] comes from a pass over the tiles. A row whose sum is empty, or lost terms to underflow,
+    gets the coefficient 0.
     """
     B, D = queries.shape
     _weigh_rows[(triton.cdiv(B, 8),)](

@@ -33,7 +33,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of logits, and how one program works on it."""
+    """Size of a tile of logits, and the launch settings (warps, stages) of the Triton program that computes it."""
 
     rows: int
     columns: int

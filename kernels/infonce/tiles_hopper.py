@@ -203,7 +203,7 @@ def can_do(asked: Pass) -> bool:
 def tile_pass(
     queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`kernels.infonce.tiles.tile_pass` of what this kernel `can_do`."""
+    """As `kernels.infonce.tiles.tile_pass`, by this kernel; only for passes that `can_do` accepts."""
     (B, D), N = queries.shape, len(passages)
     row_tiles, column_tiles = triton.cdiv(B, 128), triton.cdiv(N, 256)
     row_out = queries.new_empty(column_tiles, B, dtype=torch.float32) if asked.rows else None

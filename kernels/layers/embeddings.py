@@ -36,12 +36,13 @@ def embeddings(
     """y_t = dropout(LayerNorm(words[ids_t] + segment + places[positions_t]) · weight + bias): [T, D], differentiable in
     the tables.
 
-    ids, positions [T] int64; `tables` of one floating dtype, D ≤ 4096, which is that of y (all but float32 by torch's
-    own operations); all contiguous, on one device. `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed`
-    (int64 [1], needed where dropout > 0), their row and their column. To be called with autocast off. The tables'
-    gradients are dense; on a GPU torch may sum those of words and places by atomics. An id outside its table makes its
-    row NaN on a GPU, and a row of the gradient; on a CPU it raises IndexError. Raises ValueError where shapes, dtypes
-    or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805, section 3)
+    ids, positions [T] int64; `tables` hold words, places, segment, weight and bias in one floating dtype, which y gets
+    too, D ≤ 4096; all contiguous, on one device. Only float32 runs in the kernels; other dtypes use torch's operations.
+    `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed if dropout > 0), row and
+    column. Call it with autocast off. The tables' gradients are dense; on a GPU torch may sum those of words and places
+    by atomics. On a GPU an id outside its table makes its row of y, and one row of the gradient, NaN; on a CPU it raises
+    IndexError. Raises ValueError where shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805,
+    section 3)
     """
     _check(ids, positions, tables)
     seed = check_dropout(dropout, seed)

@@ -52,10 +52,10 @@ def write_encoded(folder: Path, equal: EqualRows, relations: Mapping[str, tuple[
 
 
 def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray:
-    """For each of n texts the row of the first whose tokens, cut to `room`, equal its own: [n] int64.
+    """For each of n texts, the row of the first text with the same tokens once both are cut to `room`: [n] int64.
 
-    The cut keeps the first tokens, or with `keep_end` the last. Rows are hashed in 64 bits, and those of one hash are
-    compared.
+    The cut keeps the first tokens, or with `keep_end` the last. Exact: rows are grouped by a 64-bit hash, then compared
+    within a group.
     """
     hashes = np.empty(len(texts), np.uint64)
 

@@ -88,7 +88,9 @@ class Watch:
         return RankError(verdict, self._rank)
 
     def tell(self, error: BaseException) -> BaseException:
-        """Tells the others what ends this rank. Returns `error`, or a RankError if another rank caused it, to raise."""
+        """Tells the other ranks that `error` ends this one. Returns the error to raise: `error`, or a RankError if another
+        rank caused it.
+        """
         cause = error
         # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
         own = (RankError, torch.OutOfMemoryError)

@@ -43,7 +43,7 @@ _MEASURED_PAIRS = {("cuda", True): 2**32, ("cuda", False): 2**28, ("cpu", True):
 
 
 class StepPlanner:
-    """Measures parts of a step on this rank's device, and decides what the configuration leaves to be measured."""
+    """Chooses the sizes that the configuration leaves to `auto`, by measuring parts of a step on this rank's device."""
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def worst_cosine(found: np.ndarray, expected: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class EncodeBench:
-    """Measures the rows of the encoding table."""
+    """The encoding benchmark: measures each method and adds its rows to the table."""
 
     table: Table
     folder: Path  # of the model

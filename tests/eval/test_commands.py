@@ -356,7 +356,7 @@ def test_evaluate_in_process_equals_the_command(folders: tuple[Path, Path, Path]
     assert result is not None
     assert result.means == result_of(tmp_path, "test")["metrics"]
     assert result.n_queries == len(result.scores.per_query["nDCG@10"]) == len(result.collection.qrels)
-    with pytest.raises(ValueError, match="2 ranks without shards_dir"):
+    with pytest.raises(ValueError, match="shards_dir: 2 ranks need a folder"):
         evaluate(bundle, data, "test", ["nDCG@10"], world=RankAlone(0, 2))
 
 
@@ -377,7 +377,7 @@ def test_a_run_is_measured_on_the_splits_it_is_about(
     assert_refused(
         msmarco.main,
         ["--run", str(tmp_path / "run.tsv"), "--data", str(data), "--split", "dl19"],
-        r"none of its queries \(1\) is judged in dl19",
+        r"none of the run's 1 queries is judged in dl19",
     )
 
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys:
     assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
     assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")
     (tmp_path / "dev.tsv").write_text("another 0 yes 1\n")
-    message = r"a\.trec: none of its queries is judged in .*dev\.tsv; expected a run of the judged queries"
+    message = r"a\.trec: none of the run's queries is judged in .*dev\.tsv; expected a run of the judged queries"
     assert_refused(main, [run, other, "--qrels", str(tmp_path / "dev.tsv")], message)
 
 
