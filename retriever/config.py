@@ -220,11 +220,12 @@ class LossConfig:
 class OptimConfig:
     """Optimizer, schedule and precision. Nothing is scaled by the batch size."""
 
-    # torch.optim.AdamW, or torch.optim.Adafactor, whose state is small.
-    name: Literal["adamw", "adafactor"] = "adamw"
+    # torch.optim.AdamW; torch.optim.Adafactor, whose state is small; or Adafactor with momentum and fixed steps, as
+    # Inf-CL trains with it (there with betas [0.9, 0.95], lr 1e-3 and weight_decay 1e-4).
+    name: Literal["adamw", "adafactor", "adafactor_momentum"] = "adamw"
     # Learning rate at the end of the warm-up.
     lr: Positive = 2.0e-5
-    # AdamW's decay rates of the gradient's mean and of its square's.
+    # Decay rates of the means of the gradient (or update) and of its square; torch's Adafactor has none.
     betas: tuple[Share, Share] = (0.9, 0.999)
     # Decoupled weight decay, of matrices only: not of biases, norms and the temperature.
     weight_decay: NotNegative = 0.01

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from retriever.adafactor import MomentumAdafactor
 from retriever.config import OptimConfig
 from retriever.parallel.sharded import spread
 
@@ -33,7 +34,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW or Adafactor over the trainable parameters of `modules`; biases, norms and the log-scale do not decay.
+    """AdamW or a form of Adafactor over the trainable parameters of `modules`; biases, norms and the log-scale do not decay.
 
     In fp16 the gradients at the representations are scaled (`gradient_scale`) and unscaled after the sum over ranks.
     """
@@ -54,6 +55,8 @@ class Optimizer:
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(
                 groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda"
             )
+        elif config.name == "adafactor_momentum":
+            self.torch = MomentumAdafactor(groups, config.lr, config.betas)
         else:
             self.torch = torch.optim.Adafactor(groups, lr=config.lr)
         # Where the device can leave an update out by itself, the host need not ask before it.

@@ -83,7 +83,7 @@ def _save(config: Config, step: int, state: TrainingState | None = None) -> Path
     return checkpoint.save(Path(config.run.output_dir) / checkpoint.FOLDER, step, snapshot, config, "f1", _export)
 
 
-@pytest.mark.parametrize("optim", [{}, {"name": "adafactor"}, {"precision": "fp16"}])
+@pytest.mark.parametrize("optim", [{}, {"name": "adafactor"}, {"name": "adafactor_momentum"}, {"precision": "fp16"}])
 def test_training_goes_on_bitwise(config: Config, optim: dict[str, Any]) -> None:
     """k + m steps equal k steps, save, load into fresh objects, m steps: weights, optimizer, scaler, temperature,
     dropout.

@@ -35,7 +35,7 @@ FLOORS = (
     ("checksums", "lock", "run_folder"),
     ("data", "encoder", "parallel"),
     ("loss",),
-    ("gradcache", "representations", "retention", "optim"),
+    ("gradcache", "representations", "retention", "adafactor", "optim"),
     ("step",),
     ("plan",),
     (

@@ -79,7 +79,7 @@ def test_every_step_trains(schedule: str) -> None:
                 assert max(rates) == pytest.approx(1, abs=1 / (warmup * total if 0 < warmup < 1 else 1000))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adafactor_momentum"])
 def test_only_matrices_decay(name: str) -> None:
     """With zero gradients decay alone moves weights: matrices shrink; biases, norms, the log-scale and frozen weights
     stay.
@@ -139,7 +139,7 @@ def test_fp16_skips_a_non_finite_step_and_lowers_the_scale() -> None:
     assert not torch.equal(model.linear.weight, before[0])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adafactor_momentum"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # what is done on a GPU works on the host, too
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

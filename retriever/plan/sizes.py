@@ -218,7 +218,10 @@ def _step_lengths(
 
 
 def _state_bytes(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> float:
-    """Of AdamW's two moments, or Adafactor's rows and columns."""
+    """Of AdamW's two moments, or Adafactor's rows and columns and, in one form of it, momentum in 16 bits."""
     if config.name == "adamw":
         return 2 * sum(p.nbytes for p in parameters)
-    return sum(p.nbytes / p.shape[-1] + p.nbytes / p.shape[-2] if p.ndim >= 2 else p.nbytes for p in parameters)
+    momentum = sum(2 * p.numel() for p in parameters) if config.name == "adafactor_momentum" else 0
+    return momentum + sum(
+        p.nbytes / p.shape[-1] + p.nbytes / p.shape[-2] if p.ndim >= 2 else p.nbytes for p in parameters
+    )
