@@ -133,7 +133,7 @@ def _beat(path: Path, what: str, here: Holder, done: threading.Event) -> None:
                     os.utime(path)
         except OSError:  # the file system is away or the folder was removed: the next write there fails and says so
             continue
-        if holder != here:
+        if holder not in (here, None):  # None: another process is writing its name
             error = f"error: {what} was taken over by {holder} while this process was suspended"
             print(error, file=sys.stderr, flush=True)
             os._exit(REFUSED)

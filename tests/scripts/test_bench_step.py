@@ -220,7 +220,7 @@ def test_a_peer_is_timed_at_the_fastest_size_that_fits(work: Work) -> None:
     sizes, texts = [MiniBatch(n) for n in (4, 16, 8, 32)], pairs_of(work, 64, by_length=True)
     peer = Peer(step, partial(padded_features, work), "")
     found, size = best_timing(work, peer, texts, sizes, seconds=0.1)
-    assert size == MiniBatch(16) and min(found.seconds) == pytest.approx(1 / 16, rel=0.3)
+    assert size == MiniBatch(16) and 1 / 16 <= min(found.seconds) < 1 / 8
     assert [calls.count(size) for size in sizes] == [1, 2, 1, 1]
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     with pytest.raises(torch.cuda.OutOfMemoryError, match="none of 32 texts at once"):
