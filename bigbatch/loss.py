@@ -24,11 +24,12 @@ def infonce(
     """The mean over queries of log Σ_j exp(⟨q_i, p_j⟩ / temperature) − ⟨q_i, p_t⟩ / temperature, with t = targets_i.
 
     queries [B, D] and passages [N, D] have one floating dtype and device; normalise them for cosine similarity.
-    targets [B] int64 are columns of `passages`, or −1 for a query to ignore; None means that passage i belongs to
-    query i. `symmetric` averages with the passage-to-query direction. Returns a scalar, float32 (float64 for float64
-    inputs), differentiable once in queries and passages. Value and gradients are computed together in the forward
-    pass; memory is O(B + N), and no similarity is stored. `precision` is that of the products: "bf16" (rounded inputs),
-    "high" (errors up to 1e-5) or "fp32"; None means bf16 under autocast and for half-precision inputs, else fp32.
+    targets [B] int64 are columns of `passages`, or −1 for a query of loss 0, which still counts in the mean; None means
+    that passage i belongs to query i. `symmetric` averages with the passage-to-query direction. Returns a scalar,
+    float32 (float64 for float64 inputs), differentiable once in queries and passages. Value and gradients are computed
+    together in the forward pass; memory is O(B + N), and no similarity is stored. `precision` is that of the products:
+    "bf16" (rounded inputs), "high" (errors up to 1e-5) or "fp32"; None means bf16 under autocast and for half-precision
+    inputs, else fp32.
 
     Raises ValueError where shapes, dtypes, devices, targets or the temperature do not fit.
     (Cheng et al. 2024, arXiv:2410.17243)
@@ -59,7 +60,8 @@ class _InfoNCE(torch.autograd.Function):
         symmetric: bool,
         precision: Precision,
     ) -> Tensor:
-        weights = queries.new_full((len(queries),), 1 / max(1, len(queries)))
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        weights = queries.new_full((len(queries),), 1 / max(1, len(queries)), dtype=dtype)
         found = api.infonce(
             queries,
             passages,
@@ -71,11 +73,13 @@ class _InfoNCE(torch.autograd.Function):
             gradients=any(ctx.needs_input_grad[:2]),
         )
         if found.dqueries is not None and found.dpassages is not None:
-            ctx.save_for_backward(found.dqueries.to(queries.dtype), found.dpassages.to(passages.dtype))
+            ctx.save_for_backward(found.dqueries, found.dpassages)
+            ctx.dtype = queries.dtype
         return found.loss.mean() if len(queries) else found.loss.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dqueries, dpassages = ctx.saved_tensors
-        return gradient * dqueries, gradient * dpassages, None, None, None, None
+        of_queries, of_passages = ((gradient * x).to(ctx.dtype) for x in (dqueries, dpassages))
+        return of_queries, of_passages, None, None, None, None

@@ -22,7 +22,7 @@ from bigbatch.loss import infonce
 from kernels.infonce.api import Precision
 
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
-_DIRECTIONS: dict[tuple[str, ...], bool] = {("query_to_doc",): False, ("query_to_doc", "doc_to_query"): True}
+_DIRECTIONS = {frozenset({"query_to_doc"}): False, frozenset({"query_to_doc", "doc_to_query"}): True}  # symmetric?
 
 
 class InfoNCELoss(CachedMultipleNegativesRankingLoss):
@@ -42,16 +42,16 @@ class InfoNCELoss(CachedMultipleNegativesRankingLoss):
         model: SentenceTransformer,
         scale: float = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        *,
+        *others: Any,
         precision: Precision | None = None,
-        **others: Any,
+        **named: Any,
     ) -> None:
-        super().__init__(model, scale, similarity_fct, **others)
+        super().__init__(model, scale, similarity_fct, *others, **named)
         if similarity_fct not in (cos_sim, dot_score):
             raise ValueError(f"similarity_fct: expected util.cos_sim or util.dot_score, received {similarity_fct}")
         if self.hardness_mode is not None:
             raise ValueError(f"hardness_mode: expected None, received {self.hardness_mode!r}")
-        symmetric = _DIRECTIONS.get(tuple(self.directions))
+        symmetric = _DIRECTIONS.get(frozenset(self.directions))
         if symmetric is None or symmetric != (self.partition_mode == "per_direction" and len(self.directions) > 1):
             raise ValueError(
                 'directions: expected ("query_to_doc",), or ("query_to_doc", "doc_to_query") with '

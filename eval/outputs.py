@@ -27,10 +27,11 @@ def is_run(file: Path) -> bool:
     opened = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rb") as stream:
-            words = stream.readline(_FIRST_LINE_BYTES).split()
+            line = stream.readline(_FIRST_LINE_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error):  # not compressed, whatever its name says
         return False
-    return not words or words[-1] == TAG.encode() or (len(words) == 3 and words[-1] == b"1")
+    of_msmarco = line.count(b"\t") == 2 and line.endswith(b"\t1\n") and ".msmarco" in file.name
+    return not line or line.split()[-1:] == [TAG.encode()] or of_msmarco
 
 
 def is_result(*keys: str) -> Callable[[Path], bool]:

@@ -103,7 +103,12 @@ class Run:
                 return
 
     def log(self, report: StepReport) -> None:
-        """Counts a finished step, shows it, and learns whether a signal asks some rank to stop."""
+        """Counts a finished step, shows it, and learns whether a signal asks some rank to stop.
+
+        Raises ValueError if it is not the step after those that are done.
+        """
+        if report.step != self.done:
+            raise ValueError(f"expected the report of step {self.done + 1}, received that of step {report.step + 1}")
         self._telemetry.step(report)
         self.done = report.step + 1
         self._stopping = self._stop.agreed()
@@ -117,7 +122,10 @@ class Run:
         evaluates = self.config.eval is not None and self._is_turn(self.config.train.eval_every)
         if what == "save":
             return bool(self._stopping) or evaluates or self._is_turn(self.config.train.save_every)
-        return evaluates and not self._stopping and self._outputs.lacks_evaluation(self.done)
+        if not evaluates or self._stopping:
+            return False
+        unsaved = self.done > self._begun_at and self._saved != self.done  # `evaluate` saves first
+        return unsaved or self._outputs.lacks_evaluation(self.done)
 
     def save(self) -> None:
         """Begins a checkpoint and its export, which a thread writes while training goes on."""
@@ -128,11 +136,14 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Measures the present weights as section `eval` says: `eval/<measure>` -> mean over the queries.
 
-        Empty on ranks other than the first. Raises ConfigError where there is no section `eval`.
+        Saves first if these steps are not saved, for `best/` is made from a checkpoint. Empty on ranks other than the
+        first. Raises ConfigError where there is no section `eval`.
         """
         asked = self.config.eval
         if asked is None:
             raise ConfigError("eval: expected a section with a path; received null")
+        if self._saved != self.done:
+            self.save()
         settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
             bundle = EncoderBundle(self._placed.whole(self.world.device), self._tokenizer, settings)
@@ -144,10 +155,13 @@ class Run:
     def record(self, values: Mapping[str, float]) -> None:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
 
-        With those of `evaluate`, `best/` becomes the export of this step where it is the best one.
+        With those of `evaluate`, `best/` becomes the export of this step where it is the best one. Raises ValueError
+        for a value named `step`.
         """
-        with self._stop.between_steps(), self._telemetry.paused("record"):
-            self._telemetry.log(self.done, dict(values))
+        if "step" in values:
+            raise ValueError("expected other names than step, which record adds itself")
+        with self._telemetry.paused("record"):
+            self._telemetry.log(self.done, {name: float(value) for name, value in values.items()})
             if any(name.startswith("eval/") for name in values):
                 self._outputs.publish_best(self.done)
 
@@ -176,6 +190,8 @@ class Run:
                         closing(self._loader.batches(self.done, self.total)) as self._batches,
                     ):  # also after an error: else whichever thread collects it would wait
                         yield
+                        if self._stopping and self._saved != self.done:
+                            self.save()
                         with self._stop.between_steps():
                             self._outputs.finish()
                     self._end()
@@ -242,6 +258,8 @@ class Run:
         self._announce()
         if last is not None and self.done == total and not self._outputs.holds(last):
             self._outputs.save(total)  # another run's end: this run's folder gets it too
+        if last is not None and (self.done == total or self._outputs.holds(last)):
+            self._saved = self.done
         self._telemetry = Telemetry(
             self._accelerator,
             self._outputs.metrics,

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Literal
 
@@ -39,7 +39,7 @@ class StopSignals:
 
     def __init__(self, world: World, save: Callable[[], int], grace_s: float = GRACE_S) -> None:
         self._world, self._save, self._grace_s = world, save, grace_s
-        self._signal, self._asked_s = 0, 0.0
+        self._signal = 0
         self._state: Literal["stepping", "between", "stopping"] = "stepping"
         self._changed = threading.Condition()
 
@@ -48,13 +48,13 @@ class StopSignals:
         with self._changed:
             if self._signal:
                 return
-            self._signal, self._asked_s = number, time.monotonic()
+            self._signal = number
+        threading.Thread(target=self._wait, name="grace", daemon=True).start()
+        if self._world.watch is not None:
+            self._world.watch.pass_on_signal(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             name = signal.Signals(number).name
             _say(f"{name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
-        if self._world.watch is not None:
-            self._world.watch.pass_on_signal(number)
-        threading.Thread(target=self._wait, name="grace", daemon=True).start()
 
     def agreed(self) -> int:
         """The signal that some rank received, the same on every rank; 0 for none. Every rank calls it after every step.
@@ -108,13 +108,15 @@ class StopSignals:
 
     def _listen(self) -> None:
         """Reads the numbers of this process's signals until the pipe closes."""
+        first_s: float | None = None  # when this process received its first one
         while received := os.read(self._reading, 1):
             number = received[0]
-            if self._signal and number == signal.SIGINT and time.monotonic() - self._asked_s > _SAME_S:
+            if first_s is not None and number == signal.SIGINT and time.monotonic() - first_s > _SAME_S:
                 self._exit(
                     f"Ctrl-C after {signal.Signals(self._signal).name}: stopped at once; {RESUMES}", 128 + number
                 )
             if number in STOPPING:
+                first_s = first_s or time.monotonic()
                 self.ask(number)
 
     def _wait(self) -> None:
@@ -157,4 +159,5 @@ def die_with_launcher() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever read it has ended, perhaps by the same Ctrl-C
+        print(f"\n{message}", file=sys.stderr, flush=True)

@@ -153,6 +153,27 @@ def test_what_is_not_available_is_refused(folder: Path, arguments: dict[str, Any
         InfoNCELoss(SentenceTransformer(str(folder), device="cpu"), **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_rounded_once(dtype: torch.dtype) -> None:
+    """Also by a loss scale that makes up for what half precision cannot hold."""
+    torch.manual_seed(0)
+    queries, passages = (torch.randn(1000, 8).to(dtype).requires_grad_() for _ in range(2))
+    scaled = torch.autograd.grad(65536 * bigbatch.infonce(queries, passages, temperature=1.0), queries)[0]
+    wide = queries.detach().double().requires_grad_()
+    exact = nn.functional.cross_entropy(wide @ passages.detach().double().T, torch.arange(1000))
+    expected = torch.autograd.grad(65536 * exact, wide)[0]
+    assert expected.norm() > 1
+    torch.testing.assert_close(scaled.double(), expected, rtol=2e-2, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_arguments_by_position_and_directions_in_any_order(folder: Path) -> None:
+    model = SentenceTransformer(str(folder), device="cpu")
+    loss = InfoNCELoss(
+        model, 30.0, dot_score, 5, directions=("doc_to_query", "query_to_doc"), partition_mode="per_direction"
+    )
+    assert (loss.scale, loss.mini_batch_size, loss.similarity_fct) == (30.0, 5, dot_score)
+
+
 def test_the_function_ignores_rows_and_checks_its_arguments() -> None:
     queries = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     passages = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from retriever.config_file import load
+from retriever.errors import Stopped
 from retriever.run import Run
 from retriever.step import train_step
 from tests.workplace import ROOT, make_workplace, metrics
@@ -47,6 +52,30 @@ def test_a_loop_that_ends_early_leaves_a_run_that_goes_on(workplace: Path) -> No
                     break
         assert not (workplace / "early" / ".lock").exists()
         assert (workplace / "early" / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+def test_an_evaluation_saves_first_and_a_stopped_loop_is_saved(workplace: Path) -> None:
+    """By a loop that never calls `save`, and leaves itself when a signal came."""
+    config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'unsaved'}", "train.eval_every=2"])
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved"), Run(config) as run:
+        for batch in run.batches():
+            report = train_step(run.encoder, run.objective, batch, run.optimizer, run.world, run.config.run.seed)
+            with pytest.raises(ValueError, match="expected the report of step"):
+                run.log(replace(report, step=report.step + 1))
+            if run.done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # a thread reads it
+            run.log(report)
+            if run.due("evaluate"):
+                run.record(run.evaluate())
+            if run.done == 3:
+                break
+        with pytest.raises(ValueError, match="other names than step"):
+            run.record({"step": 1.0})
+    folder = workplace / "unsaved"
+    assert (folder / "best" / "model.safetensors").exists()
+    saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000002", "step-00000003"]
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:

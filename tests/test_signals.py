@@ -97,10 +97,10 @@ def test_a_second_interrupt_ends_the_process_at_once() -> None:
     run = _start(slow=600, grace_s=600)
     _until(run, "step 4")
     run.send_signal(signal.SIGINT)
-    run.send_signal(signal.SIGINT)
     assert run.stderr is not None
     while "stopping after this step" not in run.stderr.readline():
         assert run.poll() is None
+    run.send_signal(signal.SIGINT)
     time.sleep(2.5)
     assert run.poll() is None
     run.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Which query–passage pairs are not counted as negatives. A query's own target is never among them.
+    """Which query–passage pairs are not counted as negatives. A query's own target is excluded in any case.
 
     Row i excludes every column whose `passage_ids` entry stands in `known_ids[known_ptr[i] : known_ptr[i + 1]]`
     (any number a row), and every column with s_ij > `threshold[i]`; a threshold of −inf excludes the whole row.

@@ -1,7 +1,7 @@
 """InfoNCE of one direction and its gradients in one pass over the tiles, 6·B·N·D operations.
 
-The pass writes rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows; then dQ = E
-P, weighted by row, and dP += Eᵀ (weighted Q) are plain products.
+The pass writes rows of E = 2^(logits − shift) into a bounded workspace and sums the rounded rows. Then dQ = E P,
+weighted by row, and dP += Eᵀ (weighted Q) are plain products.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 With Z_i the sum of row i's exponentials and t_i its target's logit, a one-direction row of weight w has the gradient
 
-    dq_i = coefficient_i · Σ_j E_ij p_j − target_weight_i · p_target,    coefficient_i = scale · w_i · σ(log Z_i − t_i)
-    / Z_i
+    dq_i = coefficient_i · Σ_j E_ij p_j − target_weight_i · p_target
+    coefficient_i = scale · w_i · σ(log Z_i − t_i) / Z_i
 
 and passage j gets Σ_i E_ij · coefficient_i · q_i less target_weight_i · q_i of the queries whose target it is.
 """

@@ -4,9 +4,9 @@
 `tile_pass` visits every tile of logits x_ij = scale · log₂e · ⟨q_i, p_j⟩ (base 2 throughout) once, drops the excluded
 pairs and, as asked,
 
-    writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]  as bf16, as a bf16 pair (value, residual) or
-    as fp32 reduces  Σ_j 2^(x_ij − row_shift_i) by rows and Σ_i 2^(x_ij − column_shift_j) by columns, or the maxima of
-    x_ij
+    writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]
+             as bf16, as a bf16 pair (value, residual) or as fp32;
+    reduces  Σ_j 2^(x_ij − row_shift_i) by rows and Σ_i 2^(x_ij − column_shift_j) by columns, or the maxima of x_ij.
 
 Sums are of the values as written, so that weights built from them sum to one. A tile writes its own partial reductions
 and the host adds them up in a fixed order: repeated runs give the same bits.

@@ -3,10 +3,10 @@
 With s_ij = scale·⟨q_i, p_j⟩ and t_ij the teacher's score over its temperature, for j in the group G_i, whose first
 entry is the target 0:
 
-    kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)          (Hinton et al. 2015,
-    arXiv:1503.02531)
-    margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²               (Hofstätter et al. 2020,
-    arXiv:2010.02666)
+    kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)
+    margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²
+
+(Hinton et al. 2015, arXiv:1503.02531; Hofstätter et al. 2020, arXiv:2010.02666.)
 
 A query lives on its target's rank, its negatives anywhere: passages are gathered, and their gradients summed over
 ranks.

@@ -4,11 +4,10 @@ fits.
 With W ranks, B = b/W queries and N = n/W passages a rank, dimension D, s bytes a number on the way and R operations a
 second and rank:
 
-    gather   6·B·n·D operations (8 where symmetric, or where the workspace holds few rows of n columns), between an
-    all-gather of
-             (n − N)·D·s bytes and a reduce-scatter of (n − N)·D·4; what of these is hidden is not counted
-    ring     2·B·N·D operations a block in sweep 1, with a transfer of N·D·s bytes under way, and 6·B·N·D in sweep 2,
-    with N·D·(s + 4)
+    gather   6·B·n·D operations (8 if symmetric, or if the workspace holds few rows of n columns), between an all-gather
+             of (n − N)·D·s bytes and a reduce-scatter of (n − N)·D·4 bytes, both counted in full
+    ring     2·B·N·D operations per block in sweep 1, during a transfer of N·D·s bytes,
+             and 6·B·N·D in sweep 2, during one of N·D·(s + 4) bytes
 
 A hop is exposed as far as it takes longer than the work on a block. Between nodes a ring has one rank's network card
 for a hop, a collective has the cards of all ranks of a node.
