@@ -30,7 +30,7 @@ def is_run(file: Path) -> bool:
             line = stream.readline(_FIRST_LINE_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error):  # not compressed, whatever its name says
         return False
-    of_msmarco = line.count(b"\t") == 2 and line.endswith(b"\t1\n") and ".msmarco" in file.name
+    of_msmarco = line.count(b"\t") == 2 and line.endswith(b"\t1\n")
     return not line or line.split()[-1:] == [TAG.encode()] or of_msmarco
 
 

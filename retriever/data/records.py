@@ -44,7 +44,7 @@ class Example:
 
 
 class DataError(RefusedError):
-    """Data that cannot be read as asked. The message begins with the file and the line (or row), where known."""
+    """Data that cannot be read as asked. The message, in one line, begins with the file and the line (or row)."""
 
     def __init__(
         self, message: str, file: str | Path | None = None, line: int | None = None, unit: str = "line"
@@ -52,7 +52,8 @@ class DataError(RefusedError):
         place = "" if file is None else str(file)
         if line is not None:
             place += f", {unit} {line}"
-        super().__init__(f"{place}: {message}" if place else message)
+        told = f"{place}: {message}" if place else message
+        super().__init__(" ".join(told.splitlines()))  # it may quote names that hold line breaks
 
 
 def final_text(passage: Passage, title: Literal["join", "drop"], separator: str) -> str:

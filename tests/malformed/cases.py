@@ -270,6 +270,8 @@ def other_fields() -> Iterator[Case]:
     }
     for value, message in scores.items():
         yield source("x.jsonl", f'{{"query": "who", "pos": ["a"], "pos_scores": {value}}}\n', message)
+    broken = lines({"query": "q", "pos": ["p"], "neg": []}, {"query": "r", "p\nos": ["p"], "neg": []})
+    yield source("x.jsonl", broken, r"line 2: field 'pos' is missing: expected 'pos', received fields query, p os, neg")
     yield source("x.jsonl", lines({"query": "q", "pos": [""]}), r"none of its queries \(1\) has a positive passage")
     yield source(
         "x.jsonl",
