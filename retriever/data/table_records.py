@@ -96,7 +96,7 @@ def batch_records(batches: Iterable[Any], label: str, what: str) -> Iterator[Rec
             for values in _rows(batch, label, row):
                 row += 1
                 yield Record(values, label, row, "row")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column whose name is not UTF-8
         raise DataError(f"expected {what} that is whole: {first_line(error)}", label, row + 1, "row") from error
 
 

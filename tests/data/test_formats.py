@@ -505,3 +505,11 @@ def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
     for name in ("x" * 300, "x\0y"):
         with pytest.raises(DataError, match="no such file"):
             opened(tmp_path / f"{name}.jsonl")
+
+
+def test_a_parquet_column_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"anchor": ["q"], "positive": ["p"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"positive", b"positiv\xe5"))
+    with pytest.raises(DataError, match=r"x\.parquet, row 1: expected a Parquet file that is whole: 'utf-8' codec"):
+        list(open_source(SourceConfig(path=str(file), format="columns")).read_examples())
