@@ -106,8 +106,9 @@ def _recorded(folder: Path) -> dict[str, str] | None:
     files = written.get("files") if isinstance(written, dict) else None
     if not isinstance(files, dict) or written.get("algorithm") != _ALGORITHM:
         raise ValueError(f"expected a JSON object of {_ALGORITHM} checksums by file")
-    if outside := next((name for name in files if Path(name).is_absolute() or ".." in Path(name).parts), None):
-        raise ValueError(f"it names {outside}, which is outside its folder")
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+            raise ValueError(f"it names {name!r}, which is no file of its folder")
     return files
 
 

@@ -97,7 +97,10 @@ def _refuse_foreign(folder: Path, wanted: tuple[str, ...]) -> None:
 def _taken(folder: Path) -> set[str]:
     """The names that runs of this folder have taken. A run of an earlier version kept no list: it took all."""
     try:
-        return set(read_json(folder / _MANIFEST)["taken"])
+        taken = read_json(folder / _MANIFEST)["taken"]
+        if not isinstance(taken, list) or not all(isinstance(name, str) for name in taken):
+            raise TypeError(f"taken: expected a list of names, received {str(taken)[:80]!r}")
+        return set(taken)
     except (FileNotFoundError, NotADirectoryError):
         return {*_OF_EVERY_RUN, *_OF_EVALUATIONS} if _is_of_earlier_version(folder) else set()
     except (ValueError, TypeError, KeyError) as error:

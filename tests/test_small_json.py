@@ -35,6 +35,15 @@ def _check(folder: Path) -> None:
         raise ConfigError(f"{CHECKSUMS} {problem}")
 
 
+# Well-formed, but not what the file holds.
+WRONG = {
+    ".bigbatch": ['{"taken": ["export", 1.5]}', '{"taken": "export"}', '{"taken": 3}', "[]"],
+    CHECKSUMS: [
+        '{"algorithm": "xxh3_64", "files": {"a\\nb": "1"}}',
+        '{"algorithm": "xxh3_64", "files": {"../b": "1"}}',
+    ],
+}
+
 READERS: dict[str, Callable[[Path], Any]] = {
     ".bigbatch": _hold,
     "metrics.jsonl": lambda folder: read_metrics(folder / "metrics.jsonl"),
@@ -53,6 +62,13 @@ def test_what_cannot_be_used_is_refused_by_name(name: str, text: str, tmp_path: 
     (folder / name).write_text(TEXTS[text] + last)
     with pytest.raises((ConfigError, ShardError), match=rf"(?s)^[^\n]*{name}[^\n]*$"):
         READERS[name](folder)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in WRONG.items() for text in texts])
+def test_what_is_not_expected_is_refused_by_name(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=rf"(?s)^[^\n]*{name}[^\n]*$"):
+        READERS[name](tmp_path)
 
 
 def test_values_are_read(tmp_path: Path) -> None:
