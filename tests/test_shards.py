@@ -278,7 +278,7 @@ def test_damage_of_shards_without_checksums_names_its_file(tmp_path: Path) -> No
     (tmp_path / "00001.ids.arrow").write_bytes(files["00001.ids.arrow"][:20])
     refused(r"00001\.ids\.arrow: not readable as an Arrow file")
     (tmp_path / "00001.ids.arrow").write_bytes((tmp_path / "00002.ids.arrow").read_bytes())
-    refused(r"00001\.ids\.arrow: holds 2 rows of \['id'\]; expected 4")
+    refused(r"00001\.ids\.arrow: holds 2 rows with columns \['id'\]; expected 4 rows")
     (tmp_path / "manifest.json").write_text('{"rows": ')
     refused(r"manifest\.json: not readable as JSON")
     manifest = json.loads(files["manifest.json"])

@@ -335,10 +335,12 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     stopped = _disturbed(workplace, run.name, 6, f"os.kill(os.getpid(), {int(number)})", "train.save_every=100")
     assert stopped.returncode == status, stopped.stderr
     (line,) = re.findall("^.*: stopped .*", stopped.stderr, re.MULTILINE)
-    assert line == f"{number.name}: stopped after step 7, which is saved. The same command goes on from there"
+    said = f"{number.name}: stopped after step ([78]), which is saved. The same command goes on from there"
+    step = re.fullmatch(said, line)  # 8 where the thread that reads signals had no time during step 7
+    assert step is not None, line
     assert "error: " not in stopped.stderr and "Traceback" not in stopped.stderr
     assert _train(workplace, run.name) == 0
-    assert "resuming at step 7 of 40" in capsys.readouterr().out
+    assert f"resuming at step {step[1]} of 40" in capsys.readouterr().out
     for name in ("model", "optimizer"):
         saved = (folder / "checkpoints/step-00000040" / f"{name}.safetensors" for folder in (run, undisturbed))
         assert len({file.read_bytes() for file in saved}) == 1, name
