@@ -2,8 +2,9 @@
 
     loss = bigbatch.st.InfoNCELoss(model, scale=20.0, mini_batch_size=64)
 
-in place of `losses.CachedMultipleNegativesRankingLoss(model, …)`. Same arguments, same gradient. Embeddings are computed
-by their own gradient cache; the similarity matrix is never stored, and mini-batches hold texts of similar length.
+in place of `losses.CachedMultipleNegativesRankingLoss(model, …)`. Same arguments, same gradient. Embeddings are
+computed by their own gradient cache; the similarity matrix is never stored, and mini-batches hold texts of similar
+length.
 """
 
 from __future__ import annotations

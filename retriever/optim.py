@@ -34,7 +34,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 class Optimizer:
-    """AdamW or a form of Adafactor over the trainable parameters of `modules`; biases, norms and the log-scale do not decay.
+    """AdamW or a form of Adafactor over the trainable parameters of `modules`; biases, norms and the log-scale do not
+    decay.
 
     In fp16 the gradients at the representations are scaled (`gradient_scale`) and unscaled after the sum over ranks.
     """

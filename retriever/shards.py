@@ -201,8 +201,8 @@ class EmbeddingShards:
             file = self.folder / shard["ids"]
             if ids.schema != _IDS or len(ids) != shard["rows"]:
                 raise ShardError(
-                    f"{file}: holds {len(ids)} rows with columns {ids.schema.names}; expected {shard['rows']} rows with "
-                    f"columns {_IDS.names}; encode the texts again"
+                    f"{file}: holds {len(ids)} rows with columns {ids.schema.names}; expected {shard['rows']} rows "
+                    f"with columns {_IDS.names}; encode the texts again"
                 )
             if nulls := ids.column("id").null_count:
                 raise ShardError(f"{file}: {nulls:,} of {len(ids):,} ids are null; encode the texts again")

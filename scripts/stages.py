@@ -46,9 +46,9 @@ def run_stage(
 
     `work` returns the names of its output files, relative to `folder`. The folder is empty or holds what interrupted
     work for the same inputs left. `writes` are patterns of all names that the stage ever writes there: `*.npy` of
-    files, `run` of a whole folder, `query/*.npy` of files in a folder. Other inputs clear what has such a name. `inputs`
-    are plain values. `facts`, which `work` may fill, are added to the manifest. Raises ConfigError if `folder` holds
-    anything that the stage did not write, which is left as it is, and LockedError if another process works there.
+    files, `run` of a whole folder, `query/*.npy` of files in a folder. Other inputs clear what has such a name.
+    `inputs` are plain values. `facts`, which `work` may fill, are added to the manifest. Raises ConfigError if `folder`
+    holds anything that the stage did not write, which is left as it is, and LockedError if another process works there.
     """
     world = world or World(torch.device("cpu"))
     job = json.loads(json.dumps(inputs))

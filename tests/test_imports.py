@@ -94,8 +94,8 @@ def test_the_walk_sees_the_house() -> None:
 
 
 def test_packages_import_downwards_only() -> None:
-    """kernels <- retriever <- eval <- scripts, bigbatch, and absolutely; only retriever/run.py, which evaluates while it
-    trains, may import eval.
+    """kernels <- retriever <- eval <- scripts, bigbatch, and absolutely; only retriever/run.py, which evaluates while
+    it trains, may import eval.
     """
     wrong = []
     for path, line, name in _arrows():

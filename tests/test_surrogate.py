@@ -1,4 +1,5 @@
-"""Su's surrogate, accumulated over small batches, gives the parameter gradient of the gradient cache (docs/method.md)."""
+"""Su's surrogate, accumulated over small batches, gives the parameter gradient of the gradient cache
+(docs/method.md)."""
 
 from __future__ import annotations
 

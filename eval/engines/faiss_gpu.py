@@ -56,7 +56,8 @@ def to_gpus(index: faiss.Index, gpu: GpuUse, k: int) -> faiss.Index:
 
     if k > _MOST_ON_GPU:
         raise ConfigError(
-            f"--k: expected at most {_MOST_ON_GPU:,} with --faiss-gpu {gpu}, received {k:,}; lower it, or use --faiss-gpu off"
+            f"--k: expected at most {_MOST_ON_GPU:,} with --faiss-gpu {gpu}, received {k:,}; "
+            "lower it, or use --faiss-gpu off"
         )
     options = faiss.GpuMultipleClonerOptions()
     options.shard = gpu == "shard"

@@ -9,9 +9,9 @@ shards, reused.
 | `hnsw` | `HNSW32,Flat`, efConstruction 200 | efSearch = 256, or k if that is more |
 
 nprobe is nlist/64, at least 16, and at least as many lists as hold 2k passages on average. Anything else is a factory
-string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a default. A search sets every
-parameter that it depends on, so a saved index keeps none of an earlier search. An index's scores are FAISS's: for all
-but quantised ones, inner products in float32.
+string, parameters after a blank: `OPQ96,IVF4096,PQ96 nprobe=32`. `ivf nprobe=128` changes a default. A search sets
+every parameter that it depends on, so a saved index keeps none of an earlier search. An index's scores are FAISS's: for
+all but quantised ones, inner products in float32.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpe
 
 
 def check_index(index: str, dimension: int, rows: int = 10_000_000) -> None:
-    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, or cannot be trained on
-    `rows` passages.
+    """Raises ConfigError where `index` is no name, factory string or parameter that FAISS knows, or cannot be trained
+    on `rows` passages.
     """
     if index != "flat":
         index_spec(index, rows, dimension)
@@ -93,8 +93,8 @@ def open_index(passages: Embeddings, index: str, k: int = 1000, *, verify: bool 
     """The index over all passages, position = place in the collection; built if it is not saved beside the shards
     already.
 
-    Embeddings in memory are indexed in memory; a saved index is read memory-mapped, and compared with its checksum again
-    with `verify`. Raises ConfigError as `index_spec`.
+    Embeddings in memory are indexed in memory; a saved index is read memory-mapped, and compared with its checksum
+    again with `verify`. Raises ConfigError as `index_spec`.
     """
     spec = index_spec(index, passages.rows, passages.dimension, k)
     found = (

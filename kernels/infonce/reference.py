@@ -70,8 +70,8 @@ class Block:
 
         G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else
         0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that
-        contains these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out. A
-        `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
+        contains these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out.
+        A `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
         """
         queries, passages = self._values()
         dqueries = torch.zeros_like(queries) if dqueries is None else dqueries

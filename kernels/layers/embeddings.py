@@ -40,9 +40,9 @@ def embeddings(
     too, D ≤ 4096; all contiguous, on one device. Only float32 runs in the kernels; other dtypes use torch's operations.
     `dropout` in 0..1 (1 excluded) drops elements by the hash of `seed` (int64 [1], needed if dropout > 0), row and
     column. Call it with autocast off. The tables' gradients are dense; on a GPU torch may sum those of words and places
-    by atomics. On a GPU an id outside its table makes its row of y, and one row of the gradient, NaN; on a CPU it raises
-    IndexError. Raises ValueError where shapes, dtypes or devices do not fit. (Devlin et al. 2019, arXiv:1810.04805,
-    section 3)
+    by atomics. On a GPU an id outside its table makes its row of y, and one row of the gradient, NaN; on a CPU it
+    raises IndexError. Raises ValueError where shapes, dtypes or devices do not fit. (Devlin et al. 2019,
+    arXiv:1810.04805, section 3)
     """
     _check(ids, positions, tables)
     seed = check_dropout(dropout, seed)

@@ -88,8 +88,8 @@ class Watch:
         return RankError(verdict, self._rank)
 
     def tell(self, error: BaseException) -> BaseException:
-        """Tells the other ranks that `error` ends this one. Returns the error to raise: `error`, or a RankError if another
-        rank caused it.
+        """Tells the other ranks that `error` ends this one. Returns the error to raise: `error`, or a RankError if
+        another rank caused it.
         """
         cause = error
         # Memory that runs out is a rank's own failure, and often several ranks' at once: no collective failed.
