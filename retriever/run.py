@@ -97,9 +97,7 @@ class Run:
         for batch in self._batches:
             self._outputs.check()
             yield batch
-            if self._stopping:
-                if self._saved != self.done:
-                    self.save()
+            if self._stopping:  # leaving saves
                 return
 
     def log(self, report: StepReport) -> None:

@@ -75,15 +75,15 @@ class Block:
         """
         queries, passages = self._values()
         dqueries = torch.zeros_like(queries) if dqueries is None else dqueries
-        dpassages = torch.zeros_like(passages)
+        dpassages = torch.zeros_like(passages) if of_passages else None
         for i, j, logits in self._tiles(queries, passages):
             dlogits = (logits + row_log_weights[i, None]).exp()
             if column_log_weights is not None:
                 dlogits += (logits + column_log_weights[None, j]).exp()
             dqueries[i] += self.scale * (dlogits @ passages[j])
-            if of_passages:
+            if dpassages is not None:
                 dpassages[j] += self.scale * (dlogits.T @ queries[i])
-        return dqueries, dpassages if of_passages else None
+        return dqueries, dpassages
 
     def target_logits(self, targets: Tensor) -> Tensor:
         """scale · ⟨q_i, p_t⟩ [B] with t = targets_i, of the values that `precision` computes from; targets [B] in

@@ -274,7 +274,7 @@ def test_a_file_that_is_no_run_of_ours_is_not_replaced(tmp_path: Path, name: str
     output = tmp_path / "out" / name
     arguments = [*words(tmp_path), "--output", str(output), *(["--format", "msmarco"] if "tsv" in name else [])]
     assert main(arguments) == main(arguments) == 0, "a run is replaced"
-    for content in (b"years of work\n", b"q0 Q0 p1 1 0.5 another-tool\n"):
+    for content in (b"years of work\n", b"\nyears of work\n", b"a note 1\n", b"q0 Q0 p1 1 0.5 another-tool\n"):
         output.write_bytes(content)
         assert_refused(main, arguments, f"{output} was not written by an evaluation; move it .*--output")
         assert output.read_bytes() == content
