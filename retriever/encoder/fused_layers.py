@@ -97,6 +97,7 @@ class FusedLayers(nn.Module):
     def __init__(self, layer: nn.ModuleList) -> None:
         super().__init__()
         self.layer = layer
+        self.only_encodes = False  # whether no pass with a graph has to have the bits of this one
         self._specs = list(map(_LayerSpec.of, layer))
         self._rounded: dict[int, _Rounded] = {}
 
@@ -119,7 +120,9 @@ class FusedLayers(nn.Module):
             raise ValueError(f"expected the products of {layers}, received those of {len(saved_activations)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
-        stream: Any = hidden.float() if half else hidden  # [T, H]: embeddings that a linear layer projects come rounded
+        # [T, H]. Embeddings that a linear layer projects come rounded. A stream of float16, eight times finer than
+        # bfloat16, takes a third less memory traffic.
+        stream: Any = hidden.to(torch.float16 if self.only_encodes else torch.float32) if half else hidden
         rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
         texts, dropouts = Texts(packed_starts, packed_longest), [spec.dropout_rates for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
@@ -140,7 +143,7 @@ class FusedLayers(nn.Module):
                     if saved_activations is not None:
                         saved_activations.append(saved)
                     del saved  # their memory is the next layer's
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=stream[None])
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=(stream.float() if half else stream)[None])
 
     def _weights(self, i: int, parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""

@@ -135,13 +135,18 @@ def inference(encoder: DualEncoder) -> Iterator[None]:
     """
     dtype = encoder.autocast_dtype
     modes = [(module, module.training) for module in encoder.modules()]
+    fused = [module for module in encoder.modules() if isinstance(module, FusedLayers)]
     encoder.eval()
     try:
+        for layers in fused:
+            layers.only_encodes = True
         with torch.no_grad(), torch.autocast(encoder.device.type, dtype=dtype, enabled=dtype is not None):
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for layers in fused:
+            layers.only_encodes = False
 
 
 def _one_ahead(items: Iterable[Item]) -> Generator[Item, None, None]:
