@@ -14,9 +14,10 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import dot_score
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import bigbatch
-from bigbatch.st import InfoNCELoss
+from bigbatch.st import InfoNCELoss, _sorted_by_length, unpad
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
 from tests.tiny import random_texts, save_tiny_model
@@ -136,6 +137,47 @@ def test_evaluation_needs_no_gradient(folder: Path) -> None:
         value = InfoNCELoss(model, mini_batch_size=2)([dict(f) for f in features])
         expected = CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)([dict(f) for f in features], None)
     torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "qwen3"])
+def test_an_unpadded_encoder_is_the_same_function(architecture: str, tmp_path: Path) -> None:
+    """With dropout too, which the second pass draws again. What is saved is what was saved before."""
+    save_tiny_model(tmp_path / "tower", architecture, num_hidden_layers=2)
+    transformer = Transformer(str(tmp_path / "tower"))
+    padded = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
+    padded.save(str(tmp_path / "before"))
+    unpadded = unpad(SentenceTransformer(str(tmp_path / "before"), device="cpu"))
+    unpadded.save(str(tmp_path / "after"))
+    for file in ("config.json", "modules.json", "model.safetensors"):
+        assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes(), file
+    theirs, expected = _gradient(padded.double().eval(), CachedMultipleNegativesRankingLoss(padded), 3)
+    ours, found = _gradient(unpadded.double().eval(), InfoNCELoss(unpadded, mini_batch_size=4), 3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=0)  # the library's rotary positions are float32
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+    unpadded.train()
+    texts = [random_texts(6, longest=30, seed=seed) for seed in (1, 2)]
+    columns = [_sorted_by_length(unpadded.preprocess(column))[0] for column in texts]
+    gradients = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        unpadded.zero_grad()
+        if cached:
+            loss = InfoNCELoss(unpadded, mini_batch_size=6)([dict(f) for f in columns])
+        else:
+            queries, passages = (normalize(unpadded(dict(f))["sentence_embedding"]) for f in columns)
+            loss = bigbatch.infonce(queries, passages, temperature=1 / 20)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in unpadded.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+
+
+def test_what_cannot_be_unpadded_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected weights in torch.float32, received torch.bfloat16"):
+        unpad(SentenceTransformer(str(folder), device="cpu").bfloat16())
+    save_tiny_model(tmp_path / "mpnet", "mpnet")
+    with pytest.raises(ValueError, match="expected a model of albert, bert.*, received 'mpnet'"):
+        unpad(SentenceTransformer(modules=[Transformer(str(tmp_path / "mpnet"))], device="cpu"))
 
 
 @pytest.mark.parametrize(
