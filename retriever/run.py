@@ -22,7 +22,7 @@ from retriever.data.store import build_or_open
 from retriever.data.tokens import TokenTemplate
 from retriever.encoder.bundle import AUTOCAST_DTYPES, EncoderBundle
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.execution import apply_execution
+from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
 from retriever.encoder.settings import settings_of
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
@@ -232,6 +232,7 @@ class Run:
         self.objective = objective.to(world.device)
         config = preflight.resolve(config, self.encoder, world)
         apply_execution(self.encoder, config.model)
+        check_replay(self.encoder, config.model)
         self._planner = Planner.from_config(self._store, config)
         self._template = TokenTemplate.from_tokenizer(self._tokenizer)
         parts = self.encoder, self.objective, self._store, self._planner, self._template, world

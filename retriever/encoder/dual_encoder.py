@@ -15,6 +15,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
+from retriever.encoder.compiled_layers import compile_layer
 from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
@@ -171,13 +172,10 @@ class DualEncoder(nn.Module):
         return all(type(getattr(tower, "encoder", None)) is FusedLayers for tower in self.each_tower)
 
     def compile_layers(self) -> None:
-        """Compiles the repeated layers of each tower: one graph serves them all, whatever the sizes of a chunk.
-
-        Random numbers stay torch's own, so that a chunk encoded without a graph and again with one has the same bits.
-        """
+        """Compiles the repeated layers of each tower; layers of one kind share their graphs (`compile_layer`)."""
         for tower in self.each_tower:
             for layer in repeated_layers(tower):
-                layer.compile(dynamic=True, options={"fallback_random": True})
+                compile_layer(layer)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps only each layer's input and recomputes the rest in the backward pass, with the same random numbers.

@@ -5,7 +5,7 @@ bitwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
@@ -125,6 +126,28 @@ def test_packed_dropout_replays_bitwise_under_its_rng_state(encoder: DualEncoder
     if packed.can_pack:
         packed.pack()
         _assert_dropout_replays(packed, pack_rows([row.numpy() for row in rows]))
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own
+def test_compiled_layers_see_gradients_enabled_in_both_passes(
+    encoder: DualEncoder, rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for torch.compile rounds differently for each kind of graph, as the compiler does."""
+
+    def compiled(call: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            kind = 1.0 + 1e-3 * torch.is_grad_enabled() + 1e-2 * hidden.requires_grad
+            return tree_map_only(Tensor, lambda x: x * kind, call(hidden, *args, **kwargs))
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain = DualEncoder(*[copy.deepcopy(encoder.passage_tower)] * 2, pooling="mean").train()
+    plain.passage_tower.get_input_embeddings().requires_grad_(False)
+    plain.compile_layers()
+    _assert_dropout_replays(plain, _padded(encoder, rows))
+    with torch.no_grad():
+        assert not plain("passage", _padded(encoder, rows)).requires_grad
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
