@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.infonce import api
@@ -47,6 +47,22 @@ def infonce(
     with torch.autocast(device, enabled=False):
         loss: Tensor = _InfoNCE.apply(queries, passages, targets, 1 / temperature, symmetric, precision)
     return loss
+
+
+class InfoNCE(nn.Module):
+    """`infonce` as a module, with its keyword arguments; it has no parameters.
+
+    loss = InfoNCE(temperature=0.05, symmetric=True)
+    loss(queries, passages).backward()
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, queries: Tensor, passages: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The scalar loss of queries [B, D] and passages [N, D]."""
+        return infonce(queries, passages, targets, **self.options)
 
 
 class _InfoNCE(torch.autograd.Function):

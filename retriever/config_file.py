@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from retriever.config import Config, ConfigError, from_dict
+from retriever.config import Config, ConfigError, from_dict, to_dict
 from retriever.config_rules import validate
 from retriever.environment import check_trackers
 
@@ -22,35 +22,46 @@ from retriever.environment import check_trackers
 _NOT_YAML = (OmegaConfBaseException, YAMLError, ValueError, RecursionError)
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of one run: the YAML at `path`, then `key.sub=value` overrides, then `validate` and
-    `check_trackers`.
+def load(path: str | Path | Config | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of one run: `read`, then `check`.
 
     Raises ConfigError naming the key that is unknown, of a wrong type, impossible or not available.
+    """
+    config = read(path, overrides)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where the settings cannot be run together, or a tracker is not available."""
+    validate(config)
+    check_trackers(config.run.trackers)
+
+
+def read(path: str | Path | Config | None, overrides: Sequence[str] = ()) -> Config:
+    """The YAML at `path`, a Config or nothing, then `key.sub=value` overrides. Raises ConfigError naming the key that
+    is unknown or of a wrong type.
     """
     tree = read_tree(path, overrides, Config)
     named = {override.partition("=")[0] for override in overrides}
     for asked, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if f"train.{asked}" in named and f"train.{other}" not in named and tree["train"][asked] is not None:
             tree["train"][other] = None  # one on the command line replaces the file's other
-    config = from_dict(tree)
-    validate(config)
-    check_trackers(config.run.trackers)
-    return config
+    return from_dict(tree)
 
 
 def read_tree(
-    path: str | Path | None, overrides: Sequence[str], schema: type, inner: type | None = None
+    path: str | Path | Config | None, overrides: Sequence[str], schema: type, inner: type | None = None
 ) -> dict[str, Any]:
-    """The mapping of sections in the YAML file at `path`, if any, with `key.sub=value` overrides of its settings.
+    """The mapping of sections of a YAML file, a Config or nothing, with `key.sub=value` overrides of its settings.
 
     A list's entry is addressed by its position from 0. A setting that is text takes the value as it is written
     (`model.query_prompt=query: `), unless quotation marks enclose it; any other is read as YAML. `schema` is the
     dataclass that knows the settings, `inner` the one that knows those of its mappings. Raises ConfigError naming the
     file or the override.
     """
-    tree: Any = {}
-    if path is not None:
+    tree: Any = to_dict(path) if isinstance(path, Config) else {}
+    if path is not None and not isinstance(path, Config):
         try:
             tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         except OSError as error:

@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from retriever.config import Config, ConfigError, flat
 from retriever.config_rules import check_sharded
 from retriever.parallel.world import World
+
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+_TAKEN = ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # by `join`
+
+
+@contextmanager
+def environment_restored() -> Iterator[None]:
+    """Inside, torch's allocator is set up for chunks. Afterwards the variables that a run changes are as before."""
+    before = {name: os.environ.get(name) for name in (_ALLOCATOR, *_TAKEN)}
+    # Chunks differ a little in size: without it, what they leave free falls into pieces. Read by torch before it first
+    # allocates.
+    os.environ.setdefault(_ALLOCATOR, "expandable_segments:True")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[tuple[Accelerator, World]]:
+    """`join`, and at the end trackers are closed, the process group is left and accelerate forgets its state.
+
+    After an error of several ranks none of this happens: an ordinary end would wait for a rank that is lost.
+    """
+    had_group = dist.is_initialized()
+    accelerator, world = join(config)
+    ended = world.size == 1
+    try:
+        yield accelerator, world
+        ended = True
+    finally:
+        if ended:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            if dist.is_initialized() and not had_group:
+                dist.destroy_process_group()
+            GradientState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def join(config: Config) -> tuple[Accelerator, World]:

@@ -82,13 +82,24 @@ class Outputs:
             encoder = self._placed.copy(keep=self._world.is_first)
         self._saved = step
         if self._world.is_first:
-            # In the middle of a step the device may lack the memory, and in shards no rank can encode alone.
-            live = encoder if stepping or self._world.sharded else self._placed.whole(self._world.device)
-            probe = Probe.of(live, self._tokenizer, self._config, self._probe_texts)
+            probe = self._probe(encoder, live=not stepping)  # in the middle of a step the device may lack the memory
             self._writing = threading.Thread(
                 target=self._write, args=(step, snapshot, encoder, probe), name="checkpoint"
             )
             self._writing.start()
+
+    def export(self, folder: Path, step: int, *, keep: bool) -> None:
+        """Writes an export of the present weights, after `step` steps, where `keep`. Every rank calls it."""
+        encoder = self._placed.copy(keep=keep)
+        if keep:
+            probe = self._probe(encoder, live=True)
+            export(encoder, self._tokenizer, self._config, folder, probe, (step, self._facts))
+
+    def _probe(self, encoder: DualEncoder, *, live: bool) -> Probe:
+        """Embeddings by the `live` encoder, or by `encoder`, its copy; in shards no rank can encode alone."""
+        alone = live and not self._world.sharded
+        encoder = self._placed.whole(self._world.device) if alone else encoder
+        return Probe.of(encoder, self._tokenizer, self._config, self._probe_texts)
 
     def wait(self) -> None:
         """Returns once everything begun is written and durable. Raises what went wrong with it."""

@@ -1,6 +1,7 @@
 """Signals that end a run: it finishes its step, saves, and exits with 128 + the signal's number.
 
 A thread reads the signals, because the main thread handles none while it waits inside a collective or for the device.
+In a notebook or at a prompt the process outlives the run: there Ctrl-C alone ends it, and the process never exits.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ class StopSignals:
 
     During a step the run stops after it: `agreed` says so on every rank. If the step takes longer than `grace_s`, or
     the signal arrives between steps, a thread of the first rank calls `save`, which saves the last update and returns
-    its step, and then ends all ranks. Enter it in the main thread.
+    its step, and then ends all ranks. At a prompt the step is waited for instead, and a second Ctrl-C raises
+    KeyboardInterrupt. Enter it in the main thread.
     """
 
     def __init__(self, world: World, save: Callable[[], int], grace_s: float = GRACE_S) -> None:
         self._world, self._save, self._grace_s = world, save, grace_s
-        self._signal = 0
+        self._signal, self._at_prompt = 0, hasattr(sys, "ps1")
         self._state: Literal["stepping", "between", "stopping"] = "stepping"
         self._changed = threading.Condition()
 
@@ -49,22 +51,24 @@ class StopSignals:
             if self._signal:
                 return
             self._signal = number
-        threading.Thread(target=self._wait, name="grace", daemon=True).start()
+        if not self._at_prompt:
+            threading.Thread(target=self._wait, name="grace", daemon=True).start()
         if self._world.watch is not None:
             self._world.watch.pass_on_signal(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             name = signal.Signals(number).name
             _say(f"{name}: stopping after this step; Ctrl-C again stops at once and saves nothing")
 
-    def agreed(self) -> int:
-        """The signal that some rank received, the same on every rank; 0 for none. Every rank calls it after every step.
+    def agreed(self, asked: bool) -> tuple[int, bool]:
+        """The signal that some rank received, 0 for none, and whether some rank `asked`; the same on every rank.
 
-        After a signal the caller saves and ends the run.
+        Every rank calls it after every step. After a signal the caller saves and ends the run.
         """
-        found = int(self._world.max(torch.tensor(self._signal, device=self._world.device)))
+        received = torch.tensor([self._signal, int(asked)], device=self._world.device)
+        found, stops = self._world.max(received).tolist()
         if found:
             self._set_state("stopping")
-        return found
+        return found, bool(stops)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -86,9 +90,11 @@ class StopSignals:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         # A shell's background job ignores Ctrl-C.
-        heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, lambda *_: None) or signal.SIG_DFL for number in heeded}
-        self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        stopping = (signal.SIGINT,) if self._at_prompt else STOPPING
+        heeded = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) or signal.SIG_DFL for number in heeded}
+        if not self._at_prompt:
+            self._wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         if self._world.watch is not None:
             self._world.watch.on_signal = self.ask
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -98,13 +104,21 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._wakeup)
+        if not self._at_prompt:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._set_state("stopping")
         os.close(self._writing)  # ends the thread
         self._thread.join()
         os.close(self._reading)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._at_prompt:
+            return  # the thread reads it
+        if self._signal:
+            raise KeyboardInterrupt
+        self.ask(number)
 
     def _listen(self) -> None:
         """Reads the numbers of this process's signals until the pipe closes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from retriever.data.batch import Batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -12,6 +14,18 @@ from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.retention import NOTHING, Retention
 from retriever.rng import seed_step
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What is known of a step before its update."""
+
+    step: int
+    loss: Tensor  # []: mean over all queries of the global batch, the same on every rank
+    temperature: float
+    queries: int  # of the global batch
+    tokens: int  # of this rank, padding not counted
+    waited_s: float  # this rank's, for chunks that were not ready
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,20 @@ def train_step(
     seed: int,
     retention: Retention = NOTHING,
 ) -> StepReport:
-    """Encode, differentiate the loss at the representations, encode again and backpropagate, update.
+    """Encode, differentiate the loss at the representations, encode again and backpropagate, update."""
+    return update(forward_backward(encoder, objective, batch, optimizer, world, seed, retention), optimizer, world)
+
+
+def forward_backward(
+    encoder: DualEncoder,
+    objective: ContrastiveObjective,
+    batch: Batch,
+    optimizer: Optimizer,
+    world: World,
+    seed: int,
+    retention: Retention = NOTHING,
+) -> Backward:
+    """Leaves this rank's part of the gradient in the parameters' `grad`.
 
     (Gradient cache: Gao et al. 2021, arXiv:2101.06983; tiled loss: Cheng et al. 2024, arXiv:2410.17243.)
     """
@@ -55,19 +82,23 @@ def train_step(
     # 3. Encode each chunk again under its RNG state, with a graph, or take the graph it kept. Backpropagate its rows of
     # the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
+    queries, waited_s = batch.targets.global_queries, batch.chunks.waited_s
+    return Backward(batch.step, world.sum(loss), temperature, queries, batch.tokens, waited_s)
 
-    # 4. Sum the gradients over ranks, the step's only collective on parameters, and update. (An encoder in shards has
-    # summed its own gradients chunk by chunk.)
+
+def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport:
+    """Sums the gradients over ranks, clips, and updates the parameters."""
+    # 4. The step's only collective on parameters. (An encoder in shards has summed its own gradients chunk by chunk.)
     world.sum_gradients(optimizer.parameters)
-    lr = optimizer.set_learning_rate(batch.step)
-    grad_norm = optimizer.clip_and_step(batch.step)
+    lr = optimizer.set_learning_rate(backward.step)
+    grad_norm = optimizer.clip_and_step(backward.step)
     return StepReport(
-        batch.step,
-        world.sum(loss).item(),
+        backward.step,
+        backward.loss.item(),
         grad_norm,
         lr,
-        temperature,
-        batch.targets.global_queries,
-        batch.tokens,
-        batch.chunks.waited_s,
+        backward.temperature,
+        backward.queries,
+        backward.tokens,
+        backward.waited_s,
     )

@@ -41,16 +41,8 @@ def _train(args: argparse.Namespace) -> None:
         return
     config = load(args.config, args.overrides)  # what is wrong with it is told before torch is imported
     from retriever.run import Run
-    from retriever.step import train_step
 
-    with Run(config) as run:
-        seed = run.config.run.seed
-        for batch in run.batches():
-            run.log(train_step(run.encoder, run.objective, batch, run.optimizer, run.world, seed, run.retention))
-            if run.due("save"):
-                run.save()
-            if run.due("evaluate"):
-                run.record(run.evaluate())
+    Run(config).train()
 
 
 if __name__ == "__main__":

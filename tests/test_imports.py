@@ -54,7 +54,7 @@ FLOORS = (
         "launch",
         "report",
     ),
-    ("command",),
+    ("command", "assembly", "inputs"),
     ("run", "train", "encode"),
 )
 RENAMES = {"replace", "rename", "renames", "move"}

@@ -1,20 +1,32 @@
-"""A training loop of one's own over `Run`, as the documentation shows it."""
+"""`Run` from Python: what is handed to it, a loop of one's own as the documentation shows it, and what it leaves."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import sys
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 
+import bigbatch
+from bigbatch import Run
+from retriever.config import Config, ConfigError, ModelConfig, SourceConfig
 from retriever.config_file import load
 from retriever.errors import Stopped
-from retriever.run import Run
-from retriever.step import train_step
+from retriever.inputs import configuration
+from tests.tiny import random_texts
 from tests.workplace import ROOT, make_workplace, metrics
 
 
@@ -23,15 +35,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("run"))
 
 
+def _records(workplace: Path) -> list[dict[str, str]]:
+    texts = random_texts(96, shortest=6, longest=20, seed=5)
+    return [{"anchor": " ".join(text.split()[:3]), "positive": text} for text in texts]
+
+
 def test_the_documented_loop_trains_saves_and_records(workplace: Path) -> None:
     """The block of docs/run.md as it stands, with this configuration in place of MS MARCO's."""
     page = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    code = re.search(r"```python\n(import bigbatch\n\nwith.*?)```", page, re.DOTALL)
     assert code is not None and code[1].count("\n") <= 20
     settings = [f"run.output_dir={workplace / 'own'}", "train.max_steps=20", "run.trackers=[]"]
-    named = 'load("configs/msmarco.yaml", ["batch.queries=8192", "run.output_dir=runs/own"])'
+    named = '"configs/msmarco.yaml", ["batch.queries=8192", "run.output_dir=runs/own"]'
     assert named in code[1]
-    exec(code[1].replace(named, f"load({str(workplace / 'run.yaml')!r}, {settings!r})"), {})
+    exec(code[1].replace(named, f"{str(workplace / 'run.yaml')!r}, {settings!r}"), {})
     lines = metrics(workplace / "own")
     assert [line["step"] for line in lines if "own/mean_loss" in line] == [10, 20]
     assert [line["step"] for line in lines if "eval/MRR@10" in line] == [10, 20]
@@ -39,49 +56,159 @@ def test_the_documented_loop_trains_saves_and_records(workplace: Path) -> None:
     assert (workplace / "own" / "checkpoints" / "step-00000020").is_dir()
 
 
+def _state() -> dict[str, Any]:
+    """Of this process, what a run could leave changed."""
+    return {
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "group": dist.is_initialized(),
+        "accelerate": dict(PartialState._shared_state),
+        "threads": [thread.name for thread in threading.enumerate() if thread.name != "asyncio_0"],
+        "draws": torch.get_rng_state().tolist(),
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
+    }
+
+
+def test_objects_in_memory_train_evaluate_and_come_back(workplace: Path) -> None:
+    """A model, texts and an evaluation that Python code holds, trained in two parts; nothing of the process changes."""
+    before = _state()
+    start = SentenceTransformer(str(workplace / "model"), device="cpu")
+    records = _records(workplace)
+    corpus = {f"p{i}": record["positive"] for i, record in enumerate(records)}
+    queries = {f"q{i}": record["anchor"] for i, record in enumerate(records[:20])}
+    collection = {"held out": (queries, corpus, {f"q{i}": {f"p{i}"} for i in range(20)})}
+    settings = [
+        *(f"run.output_dir={workplace / 'memory'}", f"data.cache_dir={workplace / 'cache'}", "run.trackers=[]"),
+        *("model.query_max_tokens=16", "model.passage_max_tokens=32", "batch.queries=24", "optim.precision=fp32"),
+        *("data.negatives=0", "loss.temperature=0.05", "optim.lr=1e-3", "eval.metrics=[nDCG@10]"),
+    ]
+    losses = []
+    for steps, train in ((4, Dataset.from_list(records)), (8, (dict(record) for record in records))):
+        run = Run(None, [*settings, f"train.max_steps={steps}"], model=start, train=train, eval=collection)
+        run.train()
+        losses += [line["train/loss"] for line in metrics(workplace / "memory") if "train/loss" in line]
+        assert run.done == steps
+    with pytest.raises(ConfigError, match="run.resume: never, but"):
+        run.train(resume=False)
+    after = run.evaluate()["eval/nDCG@10"]
+    recorded = [line["eval/nDCG@10"] for line in metrics(workplace / "memory") if "eval/nDCG@10" in line]
+    assert len(recorded) == 2 and after == pytest.approx(recorded[-1])
+    model = run.to_sentence_transformer(device="cpu")
+    found = model.encode(list(corpus.values())[:4])
+    run.save(workplace / "saved")
+    run.save(workplace / "saved")
+    np.testing.assert_allclose(
+        bigbatch.load_encoder(workplace / "saved", device="cpu").encode(list(corpus.values())[:4], "passage"),
+        found,
+        atol=1e-5,
+    )
+    assert np.abs(start.encode(list(corpus.values())[:4], normalize_embeddings=True) - found).max() > 1e-3
+    with pytest.raises(ConfigError, match="holds no export"):
+        run.save(workplace / "data")
+    assert _state() == before
+
+
+def test_what_is_handed_over_becomes_files_by_content(tmp_path: Path) -> None:
+    """Equal texts have one path, whoever holds them; a Config and its overrides are read as a file's would be."""
+    base = [f"data.cache_dir={tmp_path}", "model.name_or_path=m", "train.max_steps=1"]
+    records = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d"}]
+    given: list[Any] = [records, iter(records), Dataset.from_list(records)]
+    (path,) = {configuration(None, base, train=train).data.train[0].path for train in given}
+    assert path is not None and [json.loads(line) for line in Path(path).read_text().splitlines()] == records
+    several = configuration(None, base, train=["x.csv", SourceConfig(name="y"), Dataset.from_list(records)])
+    assert [source.path or source.name for source in several.data.train] == ["x.csv", "y", path]
+    config = Config(model=ModelConfig(name_or_path="m"), data=several.data)
+    asked = configuration(config, ["train.epochs=2", "loss.temperature=0.5"], model=Path("other"))
+    assert (asked.train.epochs, asked.loss.temperature, asked.model.name_or_path) == (2, 0.5, "other")
+    passages: dict[str, Any] = {"p": {"title": "t", "text": "x"}, "r": "y"}
+    evaluated = configuration(
+        config, ["train.epochs=2"], evaluation={"d": ({"q": "x"}, passages, {"q": {"p": 2}})}
+    ).eval
+    assert evaluated is not None and (Path(evaluated.path) / "qrels" / "dev.tsv").read_text().endswith("q\tp\t2\n")
+    corpus = [json.loads(line) for line in (Path(evaluated.path) / "corpus.jsonl").read_text().splitlines()]
+    assert corpus == [{"_id": "p", "title": "t", "text": "x"}, {"_id": "r", "title": "", "text": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train": {"train": [], "test": []}}, "received a mapping of train, test"),
+        ({"train": [{"anchor": "a"}, "b"]}, "train: expected dicts, received as number 2 str"),
+        ({"train": [{"anchor": torch}]}, "train: record 1 is no JSON"),
+        ({"model": torch.nn.Linear(1, 1)}, "expected a name, a folder or a SentenceTransformer; received Linear"),
+        ({"evaluation": {"a": ({}, {}, {}), "b": ({}, {}, {})}}, "expected one collection, received 2: a, b"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configuration(None, [f"data.cache_dir={tmp_path}"], **given)
+
+
 def test_a_loop_that_ends_early_leaves_a_run_that_goes_on(workplace: Path) -> None:
     """Leaving the loop closes what is open: the lock is free, and the saved steps are not done again."""
     config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'early'}", "eval=null", "train.eval_every=0"])
+    run = Run(config)
     for first, last in ((0, 2), (2, 4)):
-        with Run(config) as run:
+        with run:
             assert run.done == first
             for batch in run.batches():
-                run.log(train_step(run.encoder, run.objective, batch, run.optimizer, run.world, run.config.run.seed))
+                loss = run.forward_backward(batch).loss
+                with pytest.raises(ValueError, match="resume: expected True inside"):
+                    run.train(resume=False)
+                assert run.optimizer_step().loss == float(loss)
                 if run.done == last:
-                    run.save()
-                    break
+                    run.should_stop = last == 2  # leaving saves
+                    if last == 4:
+                        run.save()
+                        break
+            with pytest.raises(ValueError, match="expected forward_backward before"):
+                run.optimizer_step()
         assert not (workplace / "early" / ".lock").exists()
         assert (workplace / "early" / "checkpoints" / f"step-{last:08d}").is_dir()
 
 
-def test_an_evaluation_saves_first_and_a_stopped_loop_is_saved(workplace: Path) -> None:
-    """By a loop that never calls `save`, and leaves itself when a signal came."""
-    config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'unsaved'}", "train.eval_every=2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_loop_is_saved(workplace: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal, also where the loop leaves itself; SIGINT as in a notebook."""
+    if number == signal.SIGINT:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    folder = workplace / f"stopped-{number}"
+    config = load(workplace / "run.yaml", [f"run.output_dir={folder}", "train.save_every=100"])
     with pytest.raises(Stopped, match="stopped after step 3, which is saved"), Run(config) as run:
         for batch in run.batches():
-            report = train_step(run.encoder, run.objective, batch, run.optimizer, run.world, run.config.run.seed)
-            with pytest.raises(ValueError, match="expected the report of step"):
-                run.log(replace(report, step=report.step + 1))
+            run.forward_backward(batch)
             if run.done == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 time.sleep(0.5)  # a thread reads it
-            run.log(report)
-            if run.due("evaluate"):
-                run.record(run.evaluate())
+            run.optimizer_step()
+            with pytest.raises(ValueError, match="expected the batch of step"):
+                run.forward_backward(batch)
             if run.done == 3:
                 break
         with pytest.raises(ValueError, match="other names than step"):
             run.record({"step": 1.0})
-    folder = workplace / "unsaved"
-    assert (folder / "best" / "model.safetensors").exists()
     saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-    assert saved == ["step-00000002", "step-00000003"]
+    assert saved == ["step-00000003"]
+
+
+def test_a_second_interrupt_in_a_notebook_stops_at_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM is left to the kernel of the notebook."""
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    before, config = _state(), load(workplace / "run.yaml", [f"run.output_dir={workplace / 'twice'}"])
+    with pytest.raises(KeyboardInterrupt), Run(config) as run:
+        assert signal.getsignal(signal.SIGTERM) == before["signals"][1]
+        for _ in run.batches():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    assert _state() == before and not (workplace / "twice" / ".lock").exists()
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:
     config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'failed'}", "run.trackers=[]"])
+    before = _state()
     with pytest.raises(ZeroDivisionError), Run(config) as run:
         for _ in run.batches():
             raise ZeroDivisionError
     assert not (workplace / "failed" / ".lock").exists()
     assert not (workplace / "failed" / "report.html").exists()
+    assert _state() == before

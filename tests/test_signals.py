@@ -35,7 +35,7 @@ with stop:
         print("step", step, flush=True)
         time.sleep({slow} if step == {slow_step} else 0.2)
         last = step
-        if number := stop.agreed():
+        if number := stop.agreed(False)[0]:
             print("saved", last, flush=True)
             print(Stopped(number, last), file=sys.stderr)
             sys.exit(Stopped(number, last).status)

@@ -18,7 +18,7 @@ from retriever.files import append_text
 
 # Each is one call of a function of the trainer.
 PHASES = {
-    "store build": "retriever.run:build_or_open",
+    "store build": "retriever.assembly:build_or_open",
     "resume": "retriever.outputs:Outputs.__init__",
     "any moment": "retriever.train:_train",
     "save": "retriever.outputs:Outputs._write",
@@ -54,17 +54,17 @@ def watch(log: Path, kill: Kill | None) -> None:
 
 def hold_fourth_step(seconds: float) -> None:
     """Makes the fourth step of this process take longer."""
-    from retriever import step
+    from retriever.run import Run
 
-    train_step, steps = step.train_step, iter(range(1, 1_000_000))
+    forward_backward, steps = Run.forward_backward, iter(range(1, 1_000_000))
 
     def held(*arguments: Any, **named: Any) -> Any:
         if next(steps) == 4:
             print(HELD, flush=True)
             time.sleep(seconds)
-        return train_step(*arguments, **named)
+        return forward_backward(*arguments, **named)
 
-    step.train_step = held
+    Run.forward_backward = held  # type: ignore[method-assign]
 
 
 def read(log: Path) -> list[tuple[str, float]]:
