@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("kernels", "retriever", "eval", "scripts", "bigbatch")
+PACKAGES = ("kernels", "retriever", "eval", "bigbatch", "scripts")
 
 # Rooms of retriever/ by floor, from the ground up. A room may import from its own floor and from those below it.
 FLOORS = (
