@@ -42,6 +42,7 @@ class Launch:
 
 # Tuned on an H100 at T = 65,486, D = 768.
 FORWARD = Launch(rows=1, columns_per_warp=128)
+FORWARD_HALF = Launch(rows=2, columns_per_warp=256)  # of a residual in half precision
 BACKWARD = Launch(rows=1, columns_per_warp=256, warps_per_sm=16, stages=2)
 _MOST_ELEMENTS = 4096  # of a block of rows
 
@@ -194,7 +195,7 @@ def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Ten
     normed = torch.empty_like(residual)
     rounded = None if x.dtype == normed.dtype else torch.empty_like(x)
     statistics = residual.new_empty((2, T), dtype=torch.float32)
-    rows, block_d, warps = block(FORWARD, D)
+    rows, block_d, warps = block(FORWARD if residual.element_size() > 2 else FORWARD_HALF, D)
     _norm_forward[(triton.cdiv(T, rows),)](
         x, bias, residual, weight, norm_bias, seed, normed, rounded, statistics, T, eps, 1 / (1 - dropout), D,
         THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
