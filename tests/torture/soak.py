@@ -23,7 +23,10 @@ class _Sample:
 
 
 def soak(root: Path, *, steps: int, ranks: int = 2) -> Iterator[Row]:
-    """A row for memory, descriptors and threads of each rank. The first quarter of the steps warms up."""
+    """A row for memory, descriptors and threads of each rank. The first quarter of the steps warms up.
+
+    Medians are compared: how many threads of saves and evaluations a sample happens to meet differs from time to time.
+    """
     settings = (f"train.max_steps={steps}", f"train.save_every={steps // 40}", f"train.eval_every={steps // 10}")
     runs = Runs(root, (*settings, "batch.queries=8", "train.log_every=10"))
     started = runs.start("soak", ranks, limit_s=3600)
@@ -49,12 +52,12 @@ def _judge(what: str, steps: int, samples: list[_Sample], said: str, finished: b
     failures = [f"resident memory grows by {slope:.2f} KiB a step"] if slope > MOST_KIB_A_STEP else []
     counts = []
     for name in ("descriptors", "threads"):
-        before, after = (max(getattr(sample, name) for sample in part) for part in (second, last))
+        before, after = (int(statistics.median(getattr(sample, name) for sample in part)) for part in (second, last))
         counts.append(f"{name} {before} and {after}")
         failures += [f"{name} grow from {before} to {after}"] if after > before + 1 else []
     mib = [statistics.median(sample.rss_kib for sample in part) / 1024 for part in (second, last)]
     memory = f"{mib[0]:.0f} MiB in the second quarter, {mib[1]:.0f} in the last ({slope:+.2f} KiB a step)"
-    seen = f"{memory}; at most {', '.join(counts)}"
+    seen = f"{memory}; medians of {', '.join(counts)}"
     return Row(what, len(samples), seen, failures)
 
 
