@@ -114,11 +114,12 @@ class SourceConfig:
     # Commit, tag or branch of the dataset; null: its newest.
     revision: str | None = None
     # How the files are laid out; auto: recognised by names and first lines.
-    format: Literal["auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns"] = "auto"
+    # texts: each text is query and positive, told apart by dropout alone (SimCSE); it must be named.
+    format: Literal["auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns", "texts"] = "auto"
     # Split of the queries that is trained on.
     split: str = "train"
     # Of the format columns: the names of the anchor, the positive and the negatives, in this order. null: columns of
-    # these names, else the first ones.
+    # these names, else the first ones. Of the format texts: the name of the text. null: text.
     columns: tuple[str, ...] | None = None
     # File or folder of the passages, where they are apart from the queries.
     corpus: str | None = None

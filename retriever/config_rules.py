@@ -88,6 +88,11 @@ def _check_data(config: Config) -> None:
         given = {"path": source.path, "name": source.name}
         require((source.path is None) != (source.name is None), key, "exactly one of path and name", given)
         require(len(set(columns)) == len(columns), f"{key}.columns", "names of different columns", list(columns))
+        if source.format == "texts":
+            require(len(columns) < 2, f"{key}.columns", "one name with format texts", list(columns))
+            longest, views = config.model.passage_max_tokens, f"model.passage_max_tokens with {key}.format=texts"
+            shown = config.model.query_max_tokens
+            require(shown == longest, "model.query_max_tokens", f"{longest}, as {views}", shown)
     teaches = not config.loss.distils or config.data.negatives >= 1
     require(teaches, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives)
 

@@ -15,6 +15,7 @@ from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.execution import has_dropout
 from retriever.encoder.settings import read_model_config
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
@@ -60,6 +61,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
             f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of "
             f"{config.model.name_or_path}"
         )
+    _check_views(config, encoder)
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling, truncate_dim=encoder.truncate_dim),
@@ -69,6 +71,17 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
             workspace_mib=_workspace_mib(config, world),
         ),
     )
+
+
+def _check_views(config: Config, encoder: DualEncoder) -> None:
+    """Raises ConfigError where texts are their own positives and no dropout makes their two views differ."""
+    key = next((f"data.train.{i}" for i, source in enumerate(config.data.train) if source.format == "texts"), None)
+    adapted = config.model.lora is not None and config.model.lora.dropout > 0  # new adapters give zeros: unseen
+    if key is not None and not adapted and not has_dropout(encoder):
+        raise ConfigError(
+            f"{key}.format: texts, but {config.model.name_or_path} has no dropout, so that both views of a text are "
+            "equal; raise the dropout in its config.json (BERT's hidden_dropout_prob), or train on pairs"
+        )
 
 
 def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:

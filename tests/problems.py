@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from kernels.infonce.exclusions import Pairs
 from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
+from retriever.rng import seed_step
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ def random_batch(
     tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
     return WholeBatch(
         [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
+    )
+
+
+def views_batch(*, texts: int = 12, ranks: int = 1) -> WholeBatch:
+    """Texts that are their own positives; the last query repeats the first one, and shares its passage."""
+    whole = random_batch(queries=texts + 1, passages=texts, ranks=ranks, seed=5)
+    positives = [*range(texts), 0]
+    tokens = whole.passage_tokens
+    return WholeBatch(
+        [tokens[i] for i in positives],
+        tokens,
+        whole.passage_ids,
+        positives,
+        [[whole.passage_ids[i]] for i in positives],
+        whole.owners,
     )
 
 
@@ -117,6 +134,22 @@ def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
     return KnownPairs(
         Pairs(*rows_and_columns), tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1))
     )
+
+
+def encode_in_chunks(
+    encoder: torch.nn.Module, parts: Sequence[tuple[Batch, list[int], list[int]]], sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """All ranks' queries and passages, `parts` of `rank_batch`, in one graph over the chunks that the ranks encode,
+    under the random numbers that they draw.
+    """
+    sides = {side: torch.zeros(n, 32, dtype=torch.float64) for side, n in zip(("query", "passage"), sizes, strict=True)}
+    for rank, (batch, rows, columns) in enumerate(parts):
+        seed_step(0, 0, rank)
+        places = {"query": torch.tensor(rows), "passage": torch.tensor(columns)}
+        for chunk in batch.chunks:
+            whole, at = sides[chunk.side], places[chunk.side][chunk.rows]
+            sides[chunk.side] = whole.index_copy(0, at, encoder(chunk.side, chunk.tokens))
+    return sides["query"], sides["passage"]
 
 
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:

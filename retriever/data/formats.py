@@ -27,11 +27,18 @@ from retriever.data.collection import (
     read_qrels,
     read_queries,
 )
-from retriever.data.files import FileTable, Table, exists
+from retriever.data.files import FileTable, Table, exists, kind_of
 from retriever.data.folders import example_files, find_qrels, split_of
 from retriever.data.formats_by_id import judged_examples, msmarco_examples, needs_corpus, relation_files
 from retriever.data.formats_detect import detect_format, detect_record_format
-from retriever.data.formats_inline import column_examples, dpr_examples, flagembedding_examples, tevatron_examples
+from retriever.data.formats_inline import (
+    TEXT,
+    column_examples,
+    dpr_examples,
+    flagembedding_examples,
+    tevatron_examples,
+    text_examples,
+)
 from retriever.data.records import DataError, Example, Passage, Record, final_text
 
 __all__ = [
@@ -103,7 +110,13 @@ def open_source(config: SourceConfig) -> Source:
         return _judged(config, *corpus_and_queries, FileTable(find_qrels(path, config.split)))
     if kind == "msmarco":
         return _msmarco(config, path)
-    return _inline(config, [FileTable(file) for file in example_files(path, config.split)], kind)
+    files = example_files(path, config.split)
+    return _inline(config, [_lines(file) if kind == "texts" else FileTable(file) for file in files], kind)
+
+
+def _lines(file: Path) -> FileTable:
+    """The table of a file of texts; a .txt file has no header and a text a line."""
+    return FileTable(file, (TEXT,), separator="\n") if kind_of(file) == ".txt" else FileTable(file)
 
 
 def _path_of(config: SourceConfig) -> Path:
@@ -155,9 +168,11 @@ def _msmarco(config: SourceConfig, path: Path) -> Source:
 
 
 def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = None) -> Source:
-    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns. Passages may be ids in a corpus."""
+    """Records that carry their query: Tevatron, DPR, FlagEmbedding, columns, texts. Passages may be ids in a
+    corpus.
+    """
     kind = kind or (config.format if config.format != "auto" else detect_record_format(tables[0]))
-    if kind not in ("columns", *_READERS):
+    if kind not in ("columns", "texts", *_READERS):
         message = f"format {kind!r} is read from its own files or folder; here are records of one table"
         raise DataError(message, tables[0].label)
     folder = None
@@ -169,6 +184,8 @@ def _inline(config: SourceConfig, tables: Sequence[Table], kind: str | None = No
 
     def examples() -> Iterator[Example]:
         records = chain.from_iterable(table.records() for table in tables)
+        if kind == "texts":
+            return text_examples(records, *(config.columns or ()))
         if kind != "columns":
             return _READERS[kind](records)
         return column_examples(records, config.columns, query_texts(queries) if queries else None, by_id=bool(corpus))

@@ -54,5 +54,5 @@ def detect_record_format(table: Table) -> str:
     texts = [value for value in first.values.values() if isinstance(value, (str, list))]
     if len(texts) >= 2 and not fields & {"_id", "docid"}:
         return "columns"
-    known = "tevatron, dpr, flagembedding, msmarco hard negatives or text columns"
+    known = "tevatron, dpr, flagembedding, msmarco hard negatives or text columns (single texts: format: texts)"
     raise first.refusal(f"expected a record of {known}, received fields {', '.join(sorted(fields))}")

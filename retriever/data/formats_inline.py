@@ -1,4 +1,4 @@
-"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, columns."""
+"""Examples from records that carry a query with its passages: Tevatron, DPR, FlagEmbedding, columns, texts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ HEADER_NAMES = {
     *["answer", "response", "completion", "output", "target", "hypothesis"],
     *(f"{noun}{number}" for noun in ("sentence", "sentence_", "text", "text_", "question") for number in (0, 1)),
 }
+TEXT = "text"  # the column of the format texts
 _ID_COLUMN = re.compile(
     r"(.*[-_ ])?(id|idx|index|qid|pid|docid|uuid)|unnamed: \d+|"
 )  # the last two: a table's row numbers
@@ -82,6 +83,20 @@ def flagembedding_examples(records: Iterable[Record]) -> Iterator[Example]:
             record.numbers("neg_scores", len(negatives)),
             prompt=record.text("prompt") if record.has("prompt") else None,
         )
+
+
+def text_examples(records: Iterable[Record], column: str = TEXT) -> Iterator[Example]:
+    """Records of one text, which is both the query and its positive: two encodings of it differ by dropout alone.
+
+    A query's id is its number. A blank text makes a blank passage, which is left out. (SimCSE: Gao et al. 2021,
+    arXiv:2104.08821)
+    """
+    for number, record in enumerate(records):
+        if column not in record.values:
+            columns = f"the columns are {', '.join(record.values)}; name the text's in data.train.<n>.columns"
+            raise record.refusal(f"no column {column!r}: {columns}")
+        text = record.text(column)
+        yield Example(str(number), text, _with_text([text]))
 
 
 class ColumnRoles(NamedTuple):

@@ -67,6 +67,16 @@ def check_replay(encoder: DualEncoder, model: ModelConfig) -> None:
 
 
 @torch.no_grad()
+def has_dropout(encoder: DualEncoder) -> bool:
+    """Whether two encodings of the same texts differ, the encoder being in training mode. Leaves the generators as they
+    were.
+    """
+    tokens = _probe_texts(encoder, max(_LENGTHS))
+    with RngState.capture(encoder.device).restored():
+        return not torch.equal(encoder("passage", tokens), encoder("passage", tokens))
+
+
+@torch.no_grad()
 def _probe_embeddings(encoder: DualEncoder) -> list[Tensor]:
     """Embeddings of the same random texts by every tower, in the layout that the encoder takes, without dropout."""
     training = encoder.training

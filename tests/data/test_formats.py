@@ -201,6 +201,29 @@ def test_columns_from_every_kind_of_file(tmp_path: Path, name: str, content: Any
     assert list(source.examples()) == [triple("0", "a", ODD, "n"), triple("1", "b", "p", *empty)]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("t.txt", f'{ODD}\n\na "tab"\t""and\n', None),
+        ("t.txt.gz", f'{ODD}\n\na "tab"\t""and\n', None),
+        ("t.jsonl", [{"text": ODD}, {"text": 'a "tab"\t""and'}], None),
+        ("t.parquet", [{"n": 1, "said": ODD}, {"n": 2, "said": 'a "tab"\t""and'}], ("said",)),
+    ],
+)
+def test_texts_are_their_own_positives(tmp_path: Path, name: str, content: Any, columns: Any) -> None:
+    source = opened(write(tmp_path / name, content), format="texts", columns=columns)
+    texts = [ODD, 'a "tab"\t""and']
+    assert list(source.examples()) == [triple(str(i), text, text) for i, text in enumerate(texts)]
+
+
+def test_texts_are_named_and_their_column_is_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match=r"line 1: expected a record of .*\(single texts: format: texts\)"):
+        opened(path)
+    with pytest.raises(DataError, match=r"line 1: no column 'said': the columns are text; name the text's"):
+        list(opened(path, format="texts", columns=("said",)).examples())
+
+
 def test_columns_ragged_lists_several_positives_and_a_query_id(tmp_path: Path) -> None:
     records = [
         {"query_id": 5, "anchor": "a", "positive": ["p", "q"], "negative_1": "n", "negative_2": ["m", "o"]},

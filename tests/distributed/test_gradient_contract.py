@@ -23,8 +23,17 @@ from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
 from retriever.retention import Retention
+from retriever.rng import seed_step
 from tests.distributed.processes import run_on_ranks
-from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
+from tests.problems import (
+    WholeBatch,
+    encode_in_chunks,
+    encode_whole,
+    oracle_loss,
+    random_batch,
+    rank_batch,
+    views_batch,
+)
 from tests.tiny import save_tiny_model
 
 BOUND = 1e-9
@@ -49,12 +58,13 @@ class Case:
     sharded: bool = False
     checkpointing: bool = False
     block_rows: int | None = None  # representations in host memory
+    views: bool = False  # texts that are their own positives, with dropout
     looked_up: bool = False  # known pairs beforehand, as a run's loader has them
 
     def __str__(self) -> str:
         features = [
             name
-            for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "looked_up")
+            for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "views", "looked_up")
             if getattr(self, name)
         ]
         features += [f"margin={self.margin}"] if self.margin is not None else []
@@ -105,7 +115,13 @@ OFFLOADED = [
     Case("tiled", dims=(8, 32), learn_temperature=True, block_rows=8),
     Case("tiled", 19, layers="fused", products=10**6, block_rows=5),
 ]
-EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED]
+VIEWS = [
+    Case("tiled", views=True),
+    Case("dense", 19, tied=False, symmetric=True, learn_temperature=True, views=True),
+    Case("tiled", 40, layers="packed", retain=60, block_rows=4, views=True),
+    Case("tiled", 40, layers="fused", retain=30, products=60, views=True),
+]
+EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED, *VIEWS]
 CASES = {
     1: EVERY_CASE,
     2: EVERY_CASE + SHARDED,
@@ -130,7 +146,11 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
         encoder.pack()
     if case.layers == "fused":
         encoder.fuse_layers()
-    return encoder.double().eval()
+    return encoder.double().train(case.views)
+
+
+def _whole(case: Case, ranks: int) -> WholeBatch:
+    return views_batch(ranks=ranks) if case.views else random_batch(ranks=ranks, ignored=case.ignored)
 
 
 def _named_gradients(encoder: DualEncoder, objective: ContrastiveObjective) -> dict[str, Tensor]:
@@ -144,7 +164,7 @@ def _measure(world: World, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
-    whole = random_batch(ranks=world.size, ignored=case.ignored)
+    whole = _whole(case, world.size)
     encoder, objective = _encoder(folder, case), _objective(case)
     if case.checkpointing:
         encoder.train().enable_gradient_checkpointing()  # is off in eval mode
@@ -159,6 +179,7 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     )
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
+    seed_step(0, 0, world.rank)
     representations, passes = encode_without_graph(
         encoder, batch, Retention(case.retain, case.products), offload=objective.offload
     )
@@ -167,22 +188,19 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     world.sum_gradients([*encoder.parameters(), *objective.parameters()])
     found, loss = _named_gradients(encoder, objective), world.sum(loss)
 
-    expected_loss, expected = _oracle(
-        folder,
-        replace(
-            case,
-            strategy="dense",
-            tokens_per_chunk=0,
-            layers="padded",
-            retain=0,
-            products=0,
-            sharded=False,
-            checkpointing=False,
-            looked_up=False,
-            block_rows=None,
-        ),
-        world.size,
+    plain = replace(
+        case,
+        strategy="dense",
+        retain=0,
+        products=0,
+        sharded=False,
+        checkpointing=False,
+        looked_up=False,
+        block_rows=None,
     )
+    if not case.views:
+        plain = replace(plain, tokens_per_chunk=0, layers="padded")
+    expected_loss, expected = _oracle(folder, plain, world.size)
     total = torch.stack([g.norm() for g in expected.values()]).norm()
     errors = {name: (found[name] - g).norm() for name, g in expected.items() if name in found}
     return {
@@ -200,13 +218,18 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
 
 @cache
 def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole padded batch in one process; strategy, chunks and layers of `case` play no
-    part.
+    """Loss and gradients of the whole batch in one process and one graph: of the padded batch, whatever the strategy,
+    chunks and layers of `case`; or, with dropout, of the same chunks in the same layers under the same random states.
     """
-    whole = random_batch(ranks=ranks, ignored=case.ignored)
+    whole = _whole(case, ranks)
     encoder, objective = _encoder(folder, case), _objective(case)
-    queries = encode_whole(encoder, whole.query_tokens, "query")
-    passages = encode_whole(encoder, whole.passage_tokens, "passage")
+    if case.views:
+        parts = [rank_batch(whole, rank, case.tokens_per_chunk, packed=encoder.packed) for rank in range(ranks)]
+        sizes = len(whole.query_tokens), len(whole.passage_tokens)
+        queries, passages = encode_in_chunks(encoder, parts, sizes)
+    else:
+        queries = encode_whole(encoder, whole.query_tokens, "query")
+        passages = encode_whole(encoder, whole.passage_tokens, "passage")
     cuts = [(normalize(queries[:, :d]), normalize(passages[:, :d])) for d in case.dims] or [(queries, passages)]
     losses = [
         oracle_loss(q, p, whole, objective.log_scale, symmetric=case.symmetric, margin=case.margin) for q, p in cuts
