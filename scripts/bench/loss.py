@@ -29,7 +29,7 @@ from scripts.bench.loss_methods import Method, Problem, methods, random_problem,
 from scripts.bench.measure import add_matmul_rate, errors, free_memory, median_ms, peak_extra_mb
 from scripts.bench.tables import Table
 
-_PACKAGES = ("torch", "triton", "inf-cl", "memeff", "cut-cross-entropy", "liger-kernel")
+_PACKAGES = ("torch", "triton", "inf-cl", "memeff", "cut-cross-entropy", "liger-kernel", "quack-kernels")
 _TIERS = {"bf16": 0, "high": 4}  # of `methods`
 _WRONG = 0.1  # a gradient further off than this is another function
 

@@ -149,6 +149,9 @@ def methods() -> list[Method]:
         Method("cce", "", _peer(_cce), note=f"exact (no filter), {folded}"),
         Method("liger", "", partial(_liger, chunks=1), note=folded),
         Method("liger", "8x chunks", partial(_liger, chunks=8), note="chunk_mem_const=8, as above"),
+        Method("liger", "sm90", _peer(_liger_hopper), note=f"its kernels for Hopper, {folded}"),
+        Method("quack", "", _peer(partial(_quack, chunk=4096)), note=f"chunks of 4,096 rows, {folded}"),
+        Method("quack", "16k chunks", _peer(partial(_quack, chunk=16_384)), note="chunks of 16,384 rows, as above"),
     ]
 
 
@@ -274,3 +277,15 @@ def _liger(problem: Problem, gradients: bool, *, chunks: int) -> Found:
         return loss, None, None
     dscaled, dpassages = (x for x in found if isinstance(x, Tensor) and x.shape == problem.queries.shape)
     return loss, dscaled / problem.temperature, dpassages
+
+
+def _liger_hopper(problem: Problem, queries: Tensor, passages: Tensor) -> Tensor:
+    module = import_module("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90")
+    loss: Tensor = module.liger_fused_linear_cross_entropy_sm90(queries / problem.temperature, passages, problem.at)
+    return loss
+
+
+def _quack(problem: Problem, queries: Tensor, passages: Tensor, *, chunk: int) -> Tensor:
+    loss = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    found: Tensor = loss(queries / problem.temperature, passages, problem.at, chunk_size=chunk)
+    return found

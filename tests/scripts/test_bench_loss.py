@@ -21,7 +21,7 @@ from scripts.bench.measure import Silent
 from scripts.bench.tables import Table
 
 ROOT = Path(__file__).parents[2]
-PEERS = ("inf-cl", "memeff", "cce", "liger")
+PEERS = ("inf-cl", "memeff", "cce", "liger", "quack")
 
 
 def _right(table: Table, case: str, method: str) -> bool:
