@@ -58,7 +58,8 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, m
 
     Arguments as `packed_attention` has them, not checked here.
     """
-    found: tuple[Tensor, Tensor] = _kernels(query, key, texts.longest).forward(query, key, value, texts, mask)
+    kernels, mask = _kernels(query, key, texts.longest), _narrowed(mask, texts.longest)
+    found: tuple[Tensor, Tensor] = kernels.forward(query, key, value, texts, mask)
     return found
 
 
@@ -73,8 +74,14 @@ def attention_backward(
     query, key, value = qkv
     into = into or (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    _kernels(query, key, texts.longest).backward(dout, qkv, forward, into, texts, mask)
+    kernels, mask = _kernels(query, key, texts.longest), _narrowed(mask, texts.longest)
+    kernels.backward(dout, qkv, forward, into, texts, mask)
     return into
+
+
+def _narrowed(mask: Mask, longest: int) -> Mask:
+    """`mask` without a window that hides nothing, which would cost time."""
+    return mask._replace(window=None) if mask.window is not None and mask.window >= longest - 1 else mask
 
 
 _MASK = "float scale, float dropout, Tensor? seed, bool causal, SymInt? window"
