@@ -63,15 +63,16 @@ adds to its inputs, including gradients. `predicted` is the estimate of `retriev
 `exposed` is (time − time with local copies in place of transfers) / time. `Bigbatch is` gives Bigbatch's speed as a
 multiple of the method's.""",
     "step": """\
-BERT with random weights, bf16 autocast, dropout 0.1, AdamW, temperature 0.02. Pairs have MS MARCO's lengths (queries
-around 9 tokens, passages around 76) and come from a token store through the loader's threads. Bigbatch's times are
-means over whole steps, waits included; a peer's time is that of its fastest step. `floor` is one pass: every chunk is
-encoded once with its graph, and a fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings ·
-real tokens, divided by the matmul rate of the same run. Values in parentheses are the prediction made before the run.
-`graphs` and `products` are the shares of tokens whose chunks keep their graphs or their saved activations between the
-passes. `waited` is the share of the step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best
-form as a multiple of the method's. Every form of Bigbatch is checked before it is timed: its gradient against fp32,
-and replayed chunks against kept ones, bitwise (except embedding tables, whose gradients torch may sum by atomics).""",
+BERT-base, or the shape that the command names as `--model`, with random weights and its own dropout (BERT's 0.1),
+bf16 autocast, AdamW, temperature 0.02. Pairs have MS MARCO's lengths (queries around 9 tokens, passages around 76)
+and come from a token store through the loader's threads. Bigbatch's times are means over whole steps, waits included;
+a peer's time is that of its fastest step. `floor` is one pass: every chunk is encoded once with its graph, and a
+fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings · real tokens, divided by the matmul
+rate of the same run. Values in parentheses are the prediction made before the run. `graphs` and `products` are the
+shares of tokens whose chunks keep their graphs or their saved activations between the passes. `waited` is the share
+of the step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best form as a multiple of the
+method's. Every form of Bigbatch is checked before it is timed: its gradient against fp32, and replayed chunks against
+kept ones, bitwise (except embedding tables, whose gradients torch may sum by atomics).""",
     "encode": """\
 BERT-base with random weights, bf16, passages of 76 tokens on average. `ids`: from token ids to embeddings in host
 memory. `text`: from text to shards on disk (for sentence-transformers, to host memory). `worst cosine` is the lowest

@@ -6,9 +6,10 @@ published gradient cache.
         --output docs/bench/step_million.json
     python -m scripts.bench.step --tiny --output /tmp/step.json           # on a CPU, to see that it runs
 
-BertConfig's defaults with random weights, pairs of MS MARCO's lengths from a token store, bf16 autocast, dropout 0.1,
-AdamW. A form is not timed if its gradient is wrong, or if replayed chunks differ from kept ones. Rows are saved as they
-are measured; the default form, the floor and the peers come first. `scripts.bench.report` makes the page.
+BERT-base, or another `--model`, with random weights, pairs of MS MARCO's lengths from a token store, bf16 autocast, the
+model's own dropout (BERT's 0.1), AdamW. A form is not timed if its gradient is wrong, or if replayed chunks differ from
+kept ones. Rows are saved as they are measured; the default form, the floor and the peers come first.
+`scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig
 
 from retriever.command import command_parser, option, run
 from retriever.data.batch import Batch
@@ -33,7 +34,18 @@ from retriever.parallel.world import World
 from retriever.retention import Retention
 from scripts.bench.measure import add_matmul_rate, free_memory
 from scripts.bench.step_data import random_store
-from scripts.bench.step_methods import ALL_GRAPHS, Sample, Trainer, Work, gradient_error, replays_bitwise, sample
+from scripts.bench.step_methods import (
+    ALL_GRAPHS,
+    MODELS,
+    Sample,
+    Trainer,
+    Work,
+    gradient_error,
+    random_model,
+    replays_bitwise,
+    sample,
+    table_names,
+)
 from scripts.bench.step_peers import MINI_BATCHES, PEERS, best_timing, pairs_of
 from scripts.bench.tables import Table
 
@@ -91,8 +103,9 @@ class Bench:
         self._sizes: dict[int, int] = {}  # tokens of a chunk that were measured to be best, by pairs in the batch
         self._checked: dict[tuple[str, ...], bool] = {}
         with torch.device("meta"):
-            tower = BertModel(work.model, add_pooling_layer=False)
-        self._parameters = sum(p.numel() for name, p in tower.named_parameters() if not name.startswith("embeddings."))
+            tower = random_model(work.model)
+        tables = table_names(tower)
+        self._parameters = sum(p.numel() for name, p in tower.named_parameters() if name not in tables)
 
     def measure_form(self, queries: int, form: Form) -> None:
         """Checks Bigbatch's step in one form, then measures it."""
@@ -194,11 +207,12 @@ def _step(args: argparse.Namespace) -> None:
     # the time of a short run.
     torch.backends.cuda.enable_cudnn_sdp(False)
     world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model = BertConfig(**_TINY) if args.tiny else BertConfig()
+    model = BertConfig(**_TINY) if args.tiny else MODELS[args.model]()
     ours, peers_at = "bigbatch" in args.methods, args.peers_at
     with tempfile.TemporaryDirectory() as folder:
         pairs = max([*args.sizes, peers_at, args.recomputing_at, 1 if args.tiny else 4096])
-        work = Work(model, random_store(Path(folder) / "store", pairs, model.vocab_size), world, tuple(args.settings))
+        store = random_store(Path(folder) / "store", pairs, min(model.vocab_size, 2**16))
+        work = Work(model, store, world, tuple(args.settings))
         bench = Bench(work, Table.begin(args.command, _PACKAGES, args.output), args.seconds)
         for queries in sorted({*args.sizes, peers_at} - {0}, key=lambda n: (n != peers_at, n)):
             if ours:
@@ -228,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         option("--methods", nargs="*", choices=methods, default=list(methods)),
         option("--seconds", type=float, default=4.0, help="of each timing"),
         option("--settings", nargs="*", default=[], metavar="key=value", help="of every run of ours"),
+        option("--model", choices=MODELS, default="bert-base", help="whose shape is measured (default: %(default)s)"),
         option("--tiny", action="store_true", help="a model of two layers, dimension 32"),
     )
     return run(parser, arguments, _step)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import BertConfig, BertModel
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, ModernBertConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from retriever import preflight
 from retriever.config import Config
@@ -31,6 +31,18 @@ from retriever.step import StepReport, train_step
 from scripts.bench.measure import timed
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
 
+MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert-base": BertConfig,
+    "modernbert-base": ModernBertConfig,
+    "qwen3-0.6b": lambda: Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+}
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
 
@@ -39,7 +51,7 @@ _SEED = 0
 class Work:
     """What all methods of a table share."""
 
-    model: BertConfig
+    model: PreTrainedConfig
     store: Store
     world: World
     settings: tuple[str, ...] = ()  # key=value of every run of ours
@@ -48,11 +60,11 @@ class Work:
     def device(self) -> torch.device:
         return self.world.device
 
-    def tower(self) -> BertModel:
-        """A BERT model with the same random weights at every call."""
+    def tower(self) -> PreTrainedModel:
+        """A model with the same random weights at every call."""
         torch.manual_seed(_SEED)
         with self.device:
-            return BertModel(BertConfig(**self.model.to_diff_dict()), add_pooling_layer=False).train()
+            return random_model(self.model).train()
 
     def configuration(self, queries: int, *overrides: str) -> Config:
         """The configuration of a run over batches of `queries` pairs."""
@@ -63,6 +75,20 @@ class Work:
             *("run.preflight=off", "batch.retain=false", "batch.retain_products=false"),
         )
         return load(None, [*base, *self.settings, *overrides])
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, without a pooler."""
+    own = type(config)(**config.to_diff_dict())
+    model: PreTrainedModel = AutoModel.from_config(
+        own, **({"add_pooling_layer": False} if own.model_type == "bert" else {})
+    )
+    return model
+
+
+def table_names(model: nn.Module) -> set[str]:
+    """The names of a model's embedding tables."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 ALL_GRAPHS = Retention(graphs=EVERYTHING)
@@ -122,7 +148,8 @@ class Trainer:
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
         backward_through_encoder(self.encoder, batch, gradients, passes)
         tensors = {name: p.grad for name, p in self.encoder.named_parameters() if p.grad is not None}
-        found = torch.cat([grad.flatten() for name, grad in tensors.items() if tables or "_embeddings." not in name])
+        left_out = set() if tables else table_names(self.encoder)
+        found = torch.cat([grad.flatten() for name, grad in tensors.items() if name not in left_out])
         self.encoder.zero_grad(set_to_none=True)
         return found
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from kernels.matmul import float32_products
 from retriever.data.layout import pad_rows
@@ -206,7 +206,7 @@ def _chunks(side: Features, size: int) -> Iterator[Features]:
         yield {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
 
 
-def _embed(tower: BertModel, chunk: Features) -> Tensor:
+def _embed(tower: PreTrainedModel, chunk: Features) -> Tensor:
     """Mean-pooled unit vectors [n, D] float32."""
     with torch.autocast(chunk["input_ids"].device.type, dtype=torch.bfloat16):
         hidden = tower(**chunk).last_hidden_state.float()  # [n, width, D]
