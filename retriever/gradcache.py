@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers.layer import SavedActivations
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder

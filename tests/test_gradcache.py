@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers.layer import SavedActivations
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.api import attention_forward
-from kernels.layers import post_norm as post_norm_layer
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers import layer
+from kernels.layers.layer import SavedActivations
 from retriever.config import BatchConfig, LossConfig
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -75,7 +75,7 @@ def test_kept_products_are_not_computed_again_and_give_the_same_bits(
         attended.append(len(query))
         return attention_forward(query, *others)
 
-    monkeypatch.setattr(post_norm_layer, "attention_forward", counted)
+    monkeypatch.setattr(layer, "attention_forward", counted)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True, chunks_a_side=9)
     objective = ContrastiveObjective(
         LossConfig(precision="fp32", temperature=0.1), block_rows=5 if offload else None, unit_norm=True

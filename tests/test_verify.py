@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.layers.post_norm import SavedActivations, without_graph
+from kernels.layers.layer import SavedActivations, without_graph
 from retriever import verify
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups

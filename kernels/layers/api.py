@@ -1,12 +1,14 @@
-"""The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + LayerNorm, and GELU.
+"""The pointwise parts of a transformer layer, each in one pass over memory: dropout + residual + norm, GELU, gated
+activations, and norm + rotation of heads.
 
-Forward and backward as plain functions, without a graph: `post_norm` calls them. On a GPU they are Triton
+Forward and backward as plain functions, without a graph: `layer` calls them. On a GPU they are Triton
 kernels; a CPU and float64 take `reference`. Arithmetic is in float32. Dropout masks are a hash of the seed (`dropout`):
 the backward pass and a second forward pass draw them again, and runs repeat bitwise.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -14,40 +16,57 @@ from torch import Tensor
 
 from kernels.dispatch import WIDEST_ROW, on_kernels
 from kernels.layers import reference
-from kernels.layers.reference import Norm
+from kernels.layers.reference import Activation, Norm, Rotary
 
-__all__ = ["Norm", "check_dropout", "gelu_backward", "gelu_forward", "norm_backward", "norm_forward"]
+__all__ = [
+    "Activation",
+    "Norm",
+    "Rotary",
+    "check_dropout",
+    "gated_backward",
+    "gated_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "norm_backward",
+    "norm_forward",
+    "rotate_heads",
+    "rotate_heads_backward",
+]
 
 
-def norm_forward(norm: Norm, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y = LayerNorm(z) · weight + norm_bias of z = dropout(x + bias) + residual: (y, y in x's dtype, statistics of z
-    for the backward).
+def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y = normalised(z) · weight + norm_bias of z = dropout(x + bias) + residual: (y, y in x's dtype, statistics of z
+    for the backward). Of a `pre` norm the first is z.
 
-    norm_bias [D] as the weight of `norm`. Returns y [T, D] in the residual's dtype, the same rounded to x's (None where
-    that is y's own), and [2, T] float32 (float64 of float64): the mean and the reciprocal standard deviation of each
-    row of z. Raises ValueError where shapes, dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450)
+    norm_bias [D] as the weight of `norm`, or None. Returns y (z) [T, D] in the residual's dtype, y rounded to x's (None
+    where that is the first result), and [2, T] float32 (float64 of float64): the mean and the reciprocal standard
+    deviation of each row of z; of RMSNorm 0 and the reciprocal root mean square. Raises ValueError where shapes,
+    dtypes, strides or numbers do not fit. (Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467)
     """
     norm = _checked(norm, norm_bias=norm_bias)
-    return _norm_kernels(norm.x).norm_forward(norm, norm_bias, eps)
+    return _kernels("norm", norm.residual).norm_forward(norm, norm_bias, eps)
 
 
 def norm_backward(
-    d_normed: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
+    d_stream: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dresidual, sums) from the gradients at both results of `norm_forward`, whose `norm` is as it was.
+    """(dx, dresidual, sums) from the gradients at both results of `norm_forward`, whose `norm` is as it was; or x is
+    None and the residual is z.
 
-    residual and d_normed [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be
-    None, which is zero; `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype, dresidual [T, D] in
+    residual and d_stream [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be
+    None, which is zero; `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype (without x in
+    d_rounded's), dresidual [T, D] in
     the residual's, and [3, D] of that dtype: dweight, dnorm_bias and dbias ([2, D] without a bias). Raises ValueError
     as `norm_forward` does.
     """
     norm = _checked(norm)
-    wide = torch.float64 if norm.x.dtype == torch.float64 else torch.float32
-    _check_rows(norm.x, {"residual": norm.residual, "d_normed": d_normed}, wide)
-    _check_rows(norm.x, {"d_rounded": d_rounded}, norm.x.dtype)
-    if statistics.shape != (2, len(norm.x)) or not statistics.is_contiguous():
-        raise ValueError(f"expected statistics [2, {len(norm.x)}], contiguous, received {list(statistics.shape)}")
-    return _norm_kernels(norm.x).norm_backward(d_normed, d_rounded, norm, statistics)
+    wide = torch.float64 if norm.residual.dtype == torch.float64 else torch.float32
+    _check_rows(norm.residual, {"residual": norm.residual, "d_stream": d_stream}, wide)
+    _check_rows(norm.residual, {"d_rounded": d_rounded}, None if norm.x is None else norm.x.dtype)
+    if statistics.shape != (2, len(norm.residual)) or not statistics.is_contiguous():
+        received = list(statistics.shape)
+        raise ValueError(f"expected statistics [2, {len(norm.residual)}], contiguous, received {received}")
+    return _kernels("norm", norm.residual).norm_backward(d_stream, d_rounded, norm, statistics)
 
 
 def gelu_forward(u: Tensor) -> Tensor:
@@ -57,7 +76,7 @@ def gelu_forward(u: Tensor) -> Tensor:
     Raises ValueError where shapes, dtypes or strides do not fit. (Hendrycks and Gimpel 2016, arXiv:1606.08415)
     """
     _check_rows(u, {}, None, widest=None, name="u")
-    return _gelu_kernels(u).gelu_forward(u)
+    return _kernels("gelu", u).gelu_forward(u)
 
 
 def gelu_backward(dout: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,29 +86,60 @@ def gelu_backward(dout: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     float64). Raises ValueError where shapes, dtypes or strides do not fit.
     """
     _check_rows(u, {"dout": dout}, u.dtype, widest=None, name="u")
-    return dout, _gelu_kernels(u).gelu_backward_(dout, u)
+    return dout, _kernels("gelu", u).gelu_backward_(dout, u)
 
 
-def _norm_kernels(x: Tensor) -> ModuleType:
-    if not on_kernels(x):
-        return reference
-    from kernels.layers import norm
+def gated_forward(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) · up, [T, F] in the dtype of gate_up [T, 2 F], whose left half is the gate.
 
-    return norm
-
-
-def _gelu_kernels(x: Tensor) -> ModuleType:
-    if not on_kernels(x):
-        return reference
-    from kernels.layers import gelu
-
-    return gelu
+    gate_up floating, contiguous. "gelu" is the exact form, "gelu_tanh" the approximation. Raises ValueError where
+    shapes, dtypes or strides do not fit. (Shazeer 2020, arXiv:2002.05202)
+    """
+    _check_rows(gate_up, {}, None, widest=None, name="gate_up")
+    return _kernels("gated", gate_up).gated_forward(gate_up, activation)
 
 
-def _checked(norm: Norm, **vectors: Tensor) -> Norm:
-    _check_rows(norm.x, {"residual": norm.residual}, None)
+def gated_backward(dout: Tensor, gate_up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """(dgate_up [T, 2 F], activation(gate) · up [T, F]); `dout` [T, F] is overwritten: its memory becomes the second.
+
+    As `gated_forward` has them; dout like its result, contiguous.
+    """
+    _check_rows(gate_up, {}, None, widest=None, name="gate_up")
+    _check_rows(dout, {}, None, widest=None, name="dout")
+    return _kernels("gated", gate_up).gated_backward_(dout, gate_up, activation), dout
+
+
+def rotate_heads(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Queries and keys, normed and rotated, and values: heads [T, H + 2 G, d], of which the first H + G change.
+
+    heads contiguous, d even; they are rotated in place unless `rotary` has the weights of norms, whose backward pass
+    reads them as they were: then the first H + G are new, [T, H + G, d].
+    """
+    rotated = rotary.query_heads + rotary.key_heads
+    out = heads if rotary.query_weight is None else heads.new_empty(len(heads), rotated, heads.shape[2])
+    _kernels("rotary", heads).rotate_heads(heads, rotary, out)
+    return out
+
+
+def rotate_heads_backward(dheads: Tensor, heads: Tensor, rotary: Rotary) -> Tensor | None:
+    """Turns the gradient at `rotate_heads`' result, dheads [T, H + 2 G, d], into that at `heads`, in place.
+
+    Returns the gradients at the weights of the norms of queries and keys, [2, d] float32 (float64 of float64); None
+    where there are none.
+    """
+    return _kernels("rotary", dheads).rotate_heads_backward_(dheads, heads, rotary)
+
+
+def _kernels(name: str, x: Tensor) -> ModuleType:
+    """The module of kernels/layers that computes on x."""
+    return import_module(f"kernels.layers.{name}") if on_kernels(x) else reference
+
+
+def _checked(norm: Norm, **vectors: Tensor | None) -> Norm:
+    rows = norm.residual if norm.x is None else norm.x
+    _check_rows(rows, {"residual": norm.residual}, None)
     for name, vector in {"bias": norm.bias, "weight": norm.weight, **vectors}.items():
-        D = norm.x.shape[1]
+        D = rows.shape[1]
         if vector is not None and not (vector.shape == (D,) and vector.is_contiguous() and vector.is_floating_point()):
             raise ValueError(f"expected {name} floating [{D}], contiguous, received {_described(vector)}")
     return norm._replace(seed=check_dropout(norm.dropout, norm.seed))

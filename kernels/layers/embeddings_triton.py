@@ -64,7 +64,7 @@ def _embed_norm(
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     in_rows, in_columns = rows < T - first, columns < D
     z = _gather(ids, positions, words, places, segment, first, rows, columns, T, V, P, D)
-    level, spread, centred = standardize(z, in_columns, eps, D)
+    level, spread, centred = standardize(z, in_columns, eps, D, False)
     scale, base = tl.load(weight + columns, in_columns, other=0.0), tl.load(bias + columns, in_columns, other=0.0)
     y = centred * spread[:, None] * scale[None, :] + base[None, :]
     if THRESHOLD > 0:
@@ -116,7 +116,7 @@ def _embed_norm_backward(
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[:, None]
         normalised = (z - tl.load(statistics + first + rows, in_rows, other=0.0)[:, None]) * spread
         normalised = tl.where(inside, normalised, 0.0)
-        dz = tl.where(inside, standardize_gradient(g, normalised, scale, spread, D), 0.0)
+        dz = tl.where(inside, standardize_gradient(g, normalised, scale, spread, D, False), 0.0)
         tl.store(dz_out + at, dz, inside)
         dweight += tl.sum(g * normalised, 0)
         dbias += tl.sum(g, 0)

@@ -37,7 +37,7 @@ BACKWARD = Launch(rows=2, columns=1024, warps=4, programs_per_sm=16)
 
 
 @triton.jit
-def _normal(u):
+def normal(u):
     """(Φ(u), e^(−u²/2))."""
     size = tl.abs(u)
     t = 1.0 / (1.0 + 0.41 * size)
@@ -67,7 +67,7 @@ def _gelu_forward(
     inside = (rows < T - first)[:, None] & (columns < F)[None, :]
     at = tl.cast(first, tl.int64) * F + (rows[:, None] * F + columns[None, :])
     value = tl.load(u + at, inside, other=0.0).to(tl.float32)
-    cdf, _ = _normal(value)
+    cdf, _ = normal(value)
     tl.store(out + at, (value * cdf).to(out.dtype.element_ty), inside)
 
 
@@ -88,7 +88,7 @@ def _gelu_backward(
         inside = (rows < T - first)[:, None] & (columns < F)[None, :]
         at = tl.cast(first, tl.int64) * F + (rows[:, None] * F + columns[None, :])
         value = tl.load(u + at, inside, other=0.0).to(tl.float32)
-        cdf, bell = _normal(value)
+        cdf, bell = normal(value)
         g = tl.load(dout + at, inside, other=0.0).to(tl.float32) * (
             cdf + value * bell * 0.3989422804014327
         )  # 1 / √(2π)

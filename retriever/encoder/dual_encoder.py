@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers.layer import SavedActivations
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
@@ -159,7 +159,9 @@ class DualEncoder(nn.Module):
         return all(can_fuse(tower) for tower in self.each_tower)
 
     def fuse_layers(self) -> None:
-        """Replaces the layers of packed BERT-like towers by fused ones. Raises ConfigError for other towers."""
+        """Replaces the layers of packed towers by fused ones. Raises ConfigError for towers that `can_fuse` does not
+        know.
+        """
         for tower in self.each_tower:
             if not can_fuse(tower):
                 kind = f"a {tower.config.model_type!r} model"
@@ -169,7 +171,7 @@ class DualEncoder(nn.Module):
     @property
     def keeps_products(self) -> bool:
         """Whether a pass without a graph can leave the products of its layers to one with it."""
-        return all(type(getattr(tower, "encoder", None)) is FusedLayers for tower in self.each_tower)
+        return all(any(isinstance(part, FusedLayers) for part in tower.children()) for tower in self.each_tower)
 
     def compile_layers(self) -> None:
         """Compiles the repeated layers of each tower; layers of one kind share their graphs (`compile_layer`)."""

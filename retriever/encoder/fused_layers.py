@@ -1,4 +1,4 @@
-"""Layers and embeddings of the BERT family on packed texts, with the library's weights, names and mathematics.
+"""Fused layers in the place of the library's, on packed texts, with its weights, names and mathematics.
 
 Dropout masks are functions of seeds that each forward pass draws, so a pass without a graph has the very bits of the
 one with it.
@@ -7,8 +7,8 @@ one with it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,60 +20,39 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from kernels.attention.reference import Texts
 from kernels.dispatch import WIDEST_ROW
 from kernels.layers.embeddings import Tables, embeddings
-from kernels.layers.post_norm import (
+from kernels.layers.layer import (
     LayerSettings,
     Parameters,
     RoundedWeights,
     SavedActivations,
-    post_norm_layer,
     rounded_weights,
+    transformer_layer,
     without_graph,
 )
+from retriever.encoder.fused_specs import BERT_FAMILY, LayerSpec, angles, can_fuse, layer_specs
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
 
-FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
-
-
-def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether `fuse` knows the layers of `tower`: BERT-like, with exact GELU and plain linear layers and norms."""
-    config: Any = tower.config
-    if config.model_type not in FAMILY:
-        return False
-    if config.hidden_act != "gelu" or config.is_decoder or config.chunk_size_feed_forward != 0:
-        return False
-    encoder: Any = tower.encoder
-    holders = (module for layer in encoder.layer for module in _holders(layer))
-    return config.hidden_size <= WIDEST_ROW and all(type(module) in (nn.Linear, nn.LayerNorm) for module in holders)
+__all__ = ["FusedEmbeddings", "FusedLayers", "can_fuse", "fuse"]
 
 
 def fuse(tower: PreTrainedModel) -> None:
-    """Replaces the layers of `tower`, and plain embeddings, by fused ones, which take packed texts only."""
-    encoder: Any = tower.encoder
-    tower.encoder = FusedLayers(encoder.layer)
-    if _has_plain_embeddings(tower):
-        tower.embeddings = FusedEmbeddings(tower.embeddings)  # type: ignore[arg-type]
+    """Replaces the layers of `tower`, and plain embeddings, by fused ones, which take packed texts only.
 
-
-class _LayerSpec(NamedTuple):
-    """What a forward pass reads of a layer's modules. Looked up once: finding a module by name is slow for the host."""
-
-    holders: tuple[nn.Linear | nn.LayerNorm, ...]  # of the parameters, in their order
-    dropouts: tuple[nn.Dropout, nn.Dropout, nn.Dropout]
-    heads: int
-    eps: float
-
-    @classmethod
-    def of(cls, layer: Any) -> _LayerSpec:
-        """The spec of a layer of transformers."""
-        attention = layer.attention.self
-        dropouts = attention.dropout, layer.attention.output.dropout, layer.output.dropout
-        return cls(_holders(layer), dropouts, attention.num_attention_heads, layer.output.LayerNorm.eps)
-
-    @property
-    def dropout_rates(self) -> tuple[float, float, float]:
-        attention, attended, output = (dropout.p if dropout.training else 0.0 for dropout in self.dropouts)
-        return attention, attended, output
+    A pre-norm layer ends with the norm that the next one begins with, and the last with the tower's own.
+    """
+    model: Any = tower
+    if tower.config.model_type in BERT_FAMILY:
+        model.encoder = FusedEncoder(layer_specs(tower), model.encoder.layer)
+        if _has_plain_embeddings(tower):
+            model.embeddings = FusedEmbeddings(model.embeddings)
+        return
+    for name in ("norm", "final_norm"):
+        if hasattr(model, name):
+            setattr(model, name, AppliedNorm(getattr(model, name)))
+    named = dict(model.layers[0].named_children())
+    first_norm = named.get("attn_norm", named.get("input_layernorm"))
+    model.layers = FusedList(layer_specs(tower), model.layers, first_norm, model.rotary_emb)
 
 
 class _Rounded(NamedTuple):
@@ -87,30 +66,33 @@ class _Rounded(NamedTuple):
 
 
 class FusedLayers(nn.Module):
-    """Replaces a model's encoder. `layer` holds its modules, whose parameters are used and whose forward is not.
+    """All layers of a tower. It holds their modules, whose parameters are used and whose forward is not.
 
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every
     operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
     `weight.data` in place is seen by neither. Graphs kept from before a change cannot be differentiated after it.
     """
 
-    def __init__(self, layer: nn.ModuleList) -> None:
+    def __init__(
+        self, specs: Sequence[LayerSpec], first_norm: nn.Module | None = None, rotary: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.layer = layer
         self.only_encodes = False  # whether no pass with a graph has to have the bits of this one
-        self._specs = list(map(_LayerSpec.of, layer))
+        self._specs = list(specs)
+        self._elsewhere = first_norm, rotary  # in a tuple: the tower has registered them under names of their own
         self._rounded: dict[int, _Rounded] = {}
 
-    def forward(
+    def run(
         self,
         hidden_states: Tensor,
         *,
         packed_starts: Tensor,
         packed_longest: int,
+        packed_positions: Tensor,
         saved_activations: deque[SavedActivations] | None = None,
         **_: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """hidden_states [1, T, H], the embeddings of packed texts, to last_hidden_state [1, T, H], float32 or wider.
+    ) -> Tensor:
+        """hidden_states [1, T, H], the embeddings of packed texts, to the last layer's [1, T, H], float32 or wider.
 
         Without a graph, `saved_activations` receives those of each layer; with one, they are taken out of it.
         """
@@ -120,22 +102,24 @@ class FusedLayers(nn.Module):
             raise ValueError(f"expected the products of {layers}, received those of {len(saved_activations)}")
         device, hidden = hidden_states.device, hidden_states[0].contiguous()
         half = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
-        # [T, H]. Embeddings that a linear layer projects come rounded. A stream of float16, eight times finer than
-        # bfloat16, takes a third less memory traffic.
-        stream: Any = hidden.to(torch.float16 if self.only_encodes else torch.float32) if half else hidden
-        rounded = hidden.to(torch.get_autocast_dtype(device.type)) if half else stream
+        dtype = torch.get_autocast_dtype(device.type) if half else hidden.dtype
+        # [T, H]. Embeddings that a linear layer projects come rounded.
+        stream: Any = hidden.to(self._stream_dtype()) if half else hidden
         texts, dropouts = Texts(packed_starts, packed_longest), [spec.dropout_rates for spec in self._specs]
         seeds: Any = [None] * 3 * len(dropouts)
         if any(map(any, dropouts)):
             seeds = draw_seeds(len(seeds), device).split(1)
         with torch.autocast(device.type, enabled=False):
+            first_norm, rotary = self._elsewhere
+            rounded: Any = (hidden if first_norm is None else first_norm(stream)).to(dtype)
+            turned = angles(rotary, self._specs, stream, packed_positions, packed_longest)
             for i, spec in enumerate(self._specs):
-                layer = LayerSettings(spec.heads, spec.eps, texts, dropouts[i], seeds[3 * i : 3 * i + 3])
-                parameters = _read_parameters(spec.holders)
-                inputs = stream, rounded, layer, self._weights(i, parameters, rounded.dtype), parameters
+                layer = LayerSettings(spec.kind, texts, dropouts[i], seeds[3 * i : 3 * i + 3], turned[spec.rope])
+                parameters = spec.parameters()
+                inputs = stream, rounded, layer, self._weights(i, parameters, dtype), parameters
                 if torch.is_grad_enabled():
                     # Passed on without a name of its own: the layer frees them as soon as it can.
-                    stream, rounded = post_norm_layer(
+                    stream, rounded = transformer_layer(
                         *inputs, saved_activations.popleft() if saved_activations else None
                     )
                 else:
@@ -143,14 +127,21 @@ class FusedLayers(nn.Module):
                     if saved_activations is not None:
                         saved_activations.append(saved)
                     del saved  # their memory is the next layer's
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=(stream.float() if half else stream)[None])
+        return (stream.float() if half else stream)[None]
+
+    def _stream_dtype(self) -> torch.dtype:
+        """Of the residual stream in half precision: a normed stream of float16, eight times finer than bfloat16, takes
+        a third less memory traffic. A pre-norm stream may exceed its range.
+        """
+        return torch.float16 if self.only_encodes and not self._specs[0].kind.pre_norm else torch.float32
 
     def _weights(self, i: int, parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
-        state = (dtype, *[(p.data_ptr(), p._version) for p in parameters])
+        given = [p for p in parameters if p is not None]
+        state = (dtype, *[(p.data_ptr(), p._version) for p in given])
         kept = self._rounded.get(i)
         if kept is None or kept.state != state:
-            sources = tuple(p.detach() for p in parameters)
+            sources = tuple(p.detach() for p in given)
             kept = self._rounded[i] = _Rounded(state, rounded_weights(parameters, dtype), sources)
         return kept.weights
 
@@ -159,16 +150,53 @@ class FusedLayers(nn.Module):
         return self.__dict__ | {"_rounded": {}}
 
 
-def _holders(layer: Any) -> tuple[nn.Linear | nn.LayerNorm, ...]:
-    """The modules of `Parameters`, each with a weight and a bias."""
-    own, attention_out, ffn_out = layer.attention.self, layer.attention.output, layer.output
-    ffn_in, norms = layer.intermediate, (attention_out.LayerNorm, ffn_out.LayerNorm)
-    return own.query, own.key, own.value, attention_out.dense, norms[0], ffn_in.dense, ffn_out.dense, norms[1]
+class FusedEncoder(FusedLayers):
+    """Replaces the encoder of a BERT-like tower."""
+
+    def __init__(self, specs: Sequence[LayerSpec], layer: nn.ModuleList) -> None:
+        super().__init__(specs)
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        """`run`, as the tower expects its result."""
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.run(hidden_states, **given))
 
 
-def _read_parameters(holders: Sequence[nn.Module]) -> Parameters:
-    """Their weights and biases, past the slow way by which a module finds an attribute."""
-    return Parameters(*[cast(Tensor, module._parameters[name]) for module in holders for name in ("weight", "bias")])
+class FusedList(FusedLayers):
+    """Replaces a tower's list of layers: its loop, over the list or a part of it, meets one layer that does the work of
+    all.
+    """
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], layers: nn.ModuleList, first_norm: nn.Module | None, rotary: nn.Module
+    ) -> None:
+        super().__init__(specs, first_norm, rotary)
+        for name, layer in layers.named_children():
+            self.add_module(name, layer)
+        self.attention_type = getattr(layers[0], "attention_type", None)  # ModernBERT looks the mask up, which is None
+
+    def __iter__(self) -> Iterator[FusedList]:
+        yield self
+
+    def __getitem__(self, _: slice) -> FusedList:
+        return self
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        """`run`."""
+        return self.run(hidden_states, **given)
+
+
+class AppliedNorm(nn.Module):
+    """A norm that the last fused layer applies: the parameters under their names."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in norm._parameters.items():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
 
 
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")

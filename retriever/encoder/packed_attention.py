@@ -33,6 +33,7 @@ def packed_inputs(tower: PreTrainedModel, texts: Packed) -> dict[str, Any]:
         "attention_mask": None,
         "packed_starts": texts.starts,
         "packed_longest": texts.longest,
+        "packed_positions": texts.positions,
     }
     return inputs | {"use_cache": False} if is_decoder(tower.config) else inputs
 

@@ -122,7 +122,7 @@ def mode_of(encoder: DualEncoder) -> Literal["padded", "packed", "fused"]:
     """How `encoder` computes within `inference`; in half precision the embeddings of one mode are not those of
     another.
     """
-    if any(isinstance(getattr(tower, "encoder", None), FusedLayers) for tower in encoder.each_tower):
+    if any(isinstance(module, FusedLayers) for module in encoder.modules()):
         return "fused"
     return "packed" if encoder.packed else "padded"
 

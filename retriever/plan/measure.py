@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.infonce.exclusions import Pairs
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers.layer import SavedActivations
 from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows

@@ -5,28 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.modernbert import modeling_modernbert
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from retriever.config import ConfigError, ModelConfig
-from retriever.data.layout import Packed, pack_rows
+from retriever.data.layout import Packed, pack_rows, pad_rows
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.fused_layers import FAMILY, FusedEmbeddings, FusedLayers
+from retriever.encoder.fused_layers import FusedEmbeddings, FusedLayers
+from retriever.encoder.fused_specs import BERT_FAMILY, FAMILY
 from retriever.encoder.text_batches import inference
 from retriever.rng import RngState
 from tests.kernels.oracle import gradient
 from tests.tiny import MAX_POSITIONS, save_tiny_model
 
 LENGTHS = (90, 41, 17, 3, 1)
+NEEDED: dict[str, dict[str, Any]] = {
+    "modernbert": {"mlp_dropout": 0.0},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILY))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), request.param)
+    return save_tiny_model(tmp_path_factory.mktemp("model"), request.param, **NEEDED.get(request.param, {}))
 
 
 @pytest.fixture
@@ -45,10 +57,30 @@ def _packed(folder: Path, *, fused: bool) -> DualEncoder:
     return encoder
 
 
-def test_embeddings_and_gradients_are_the_library_s(folder: Path, tokens: Packed) -> None:
-    """In float64, dropout off: 1e-12 for embeddings, every parameter's gradient to 1e-9."""
-    encoders = [_packed(folder, fused=fused).double().eval() for fused in (False, True)]
-    expected, found = (encoder("passage", tokens) for encoder in encoders)
+def _compute_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's RMSNorms and ModernBERT's rotation compute in float32 whatever they are given; not here."""
+
+    def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    for module in (modeling_llama.LlamaRMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2.Qwen2RMSNorm):
+        monkeypatch.setattr(module, "forward", rms_norm)
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", rms_norm)
+    monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+
+
+def test_embeddings_and_gradients_are_the_library_s(
+    folder: Path, tokens: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, dropout off: 1e-12 for embeddings, every parameter's gradient to 1e-9; of padded texts with the
+    library's layers.
+    """
+    _compute_in_double(monkeypatch)
+    library = DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS))
+    encoders = [encoder.double().eval() for encoder in (library, _packed(folder, fused=True))]
+    rows = np.split(tokens.input_ids.numpy(), tokens.starts[1:-1].numpy())
+    padding = library.passage_tower.config.pad_token_id
+    expected, found = encoders[0]("passage", pad_rows(rows, padding)), encoders[1]("passage", tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for embeddings in (expected, found):
@@ -58,10 +90,9 @@ def test_embeddings_and_gradients_are_the_library_s(folder: Path, tokens: Packed
     for name, p in named[0].items():
         torch.testing.assert_close(named[1][name].grad, p.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
     assert any(isinstance(module, FusedLayers) for module in encoders[1].modules())
-    fused = type(encoders[1].passage_tower.embeddings) is FusedEmbeddings
-    assert fused == (
-        encoders[1].passage_tower.config.model_type != "electra"
-    )  # whose tables are narrower than its layers
+    kind = library.passage_tower.config.model_type  # ELECTRA's tables are narrower than its layers
+    fused = any(isinstance(module, FusedEmbeddings) for module in encoders[1].modules())
+    assert fused == (kind in BERT_FAMILY - {"electra"})
 
 
 def test_dropout_draws_at_every_place_and_replays_bitwise(folder: Path, tokens: Packed) -> None:
@@ -73,29 +104,41 @@ def test_dropout_draws_at_every_place_and_replays_bitwise(folder: Path, tokens: 
     with state.restored():
         again = encoder("passage", tokens)
     assert again.requires_grad and torch.equal(first, again) and not torch.equal(first, other)
-    layer = "encoder.layer.0"
-    names = (f"{layer}.attention.self", f"{layer}.attention.output", f"{layer}.output", "embeddings")
-    places = [encoder.passage_tower.get_submodule(f"{name}.dropout") for name in names]
+    places = _dropouts(encoder)
     seen = []
-    for place in places:  # one at a time
-        for other_place in encoder.modules():
-            if isinstance(other_place, torch.nn.Dropout):
-                other_place.p = 0.5 if other_place is place else 0.0
-        seen.append(encoder("passage", tokens).detach())
+    for name in places:  # one at a time
+        for other_name, (module, rate) in places.items():
+            setattr(module, rate, 0.5 if name == other_name else 0.0)
+        if "layers.1." not in name and "layer.1." not in name:
+            seen.append(encoder("passage", tokens).detach())
+    kind = encoder.passage_tower.config.model_type
+    assert len(seen) == (4 if kind in BERT_FAMILY | {"nomic_bert"} else 3 if kind == "modernbert" else 1)
     encoder.eval()
     seen.append(encoder("passage", tokens).detach())
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def _dropouts(encoder: DualEncoder) -> dict[str, tuple[torch.nn.Module, str]]:
+    """By name, the modules that drop, and what their rate is called; not ModernBERT's second one of a layer, which has
+    to be 0.
+    """
+    named = {name: module for name, module in encoder.named_modules() if not name.endswith("mlp.drop")}
+    places = {name: (module, "p") for name, module in named.items() if isinstance(module, torch.nn.Dropout)}
+    attention = {
+        name: (module, "attention_dropout") for name, module in named.items() if hasattr(module, "attention_dropout")
+    }
+    return places | attention
 
 
 def test_a_dropout_that_is_switched_off_by_hand_draws_nothing(folder: Path, tokens: Packed) -> None:
     encoder = _packed(folder, fused=True).eval()
     expected = encoder("passage", tokens)
     encoder.train()
-    places = [module for module in encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    places = [module for module, _ in _dropouts(encoder).values()]
     for place in places:
         place.eval()
     assert torch.equal(encoder("passage", tokens), expected)
-    encoder.passage_tower.get_submodule("embeddings.dropout").train()
+    places[0].train()
     assert not torch.equal(encoder("passage", tokens), expected)
 
 
@@ -108,9 +151,8 @@ def test_tables_that_are_no_plain_ones_stay_the_library_s(tmp_path: Path, settin
         setattr(encoder.passage_tower.get_submodule("embeddings.word_embeddings"), name, value)
     encoder.pack()
     encoder.fuse_layers()
-    assert (
-        type(encoder.passage_tower.embeddings) is not FusedEmbeddings
-        and type(encoder.passage_tower.encoder) is FusedLayers
+    assert type(encoder.passage_tower.embeddings) is not FusedEmbeddings and isinstance(
+        encoder.passage_tower.encoder, FusedLayers
     )
 
 
@@ -155,17 +197,21 @@ def test_half_precision_is_near_the_library_s(folder: Path, tokens: Packed, dtyp
     direction = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for embeddings in (want, theirs, ours):
         (embeddings * direction).sum().backward()
-    assert ours.dtype == torch.float32 and (ours - want).norm() <= 1.2 * (theirs - want).norm()
+    # Gates and a stream that is not normed leave more to chance at this size.
+    most = 1.2 if exact.passage_tower.config.model_type in BERT_FAMILY else 1.6
+    assert ours.dtype == torch.float32 and (ours - want).norm() <= most * (theirs - want).norm()
     errors = [
         sum(float((gradient(p).double() - gradient(q)).square().sum()) for p, q in _pairs(encoder, exact))
         for encoder in (fused, plain)
     ]
     assert all(gradient(p).dtype == p.dtype and bool(gradient(p).any()) for p in fused.parameters())
-    assert errors[0] ** 0.5 <= 1.2 * errors[1] ** 0.5
+    assert errors[0] ** 0.5 <= most * errors[1] ** 0.5
 
 
 def test_encoding_is_as_exact_in_a_stream_of_float16(folder: Path, tokens: Packed) -> None:
-    """bfloat16 products round far more than the stream does. A pass outside of `inference` has its own bits again."""
+    """bfloat16 products round far more than the stream does. A pass outside of `inference` has its own bits again. A
+    pre-norm stream stays as it is.
+    """
     exact, fused = _packed(folder, fused=False).double().eval(), _packed(folder, fused=True).eval()
     fused.autocast_dtype = torch.bfloat16
     with torch.no_grad():
@@ -173,7 +219,8 @@ def test_encoding_is_as_exact_in_a_stream_of_float16(folder: Path, tokens: Packe
         with inference(fused):
             encoded = fused("passage", tokens)
         again = fused("passage", tokens)
-    assert encoded.dtype == torch.float32 and not torch.equal(encoded, trained) and torch.equal(again, trained)
+    normed = fused.passage_tower.config.model_type in BERT_FAMILY | {"nomic_bert"}
+    assert encoded.dtype == torch.float32 and torch.equal(encoded, trained) != normed and torch.equal(again, trained)
     assert (encoded - want).norm() <= 1.2 * (trained - want).norm()
 
 
@@ -276,12 +323,32 @@ def test_frozen_layers_and_embeddings_get_no_gradient(tmp_path: Path, tokens: Pa
 
 
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / "a", "modernbert"))))
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / "a", "gpt2"))))
     assert not encoder.can_fuse
-    with pytest.raises(ConfigError, match="model.fused: true, but the layers of a 'modernbert' model are not known"):
+    with pytest.raises(ConfigError, match="model.fused: true, but the layers of a 'gpt2' model are not known"):
         encoder.fuse_layers()
     config = AutoConfig.from_pretrained(save_tiny_model(tmp_path / "b"), hidden_act="relu")
     AutoModel.from_config(config).save_pretrained(tmp_path / "c")
     (tmp_path / "c").joinpath("tokenizer.json").write_bytes((tmp_path / "b" / "tokenizer.json").read_bytes())
     relu = copy.deepcopy(DualEncoder.from_pretrained(ModelConfig(str(tmp_path / "c"))))
     assert not relu.can_fuse
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting"),
+    [
+        ("modernbert", {"mlp_dropout": 0.1}),
+        ("modernbert", {"mlp_dropout": 0.0, "mlp_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"hidden_act": "relu"}),
+        ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_settings_that_fused_layers_lack_are_not_fused(
+    tmp_path: Path, architecture: str, setting: dict[str, Any]
+) -> None:
+    usual = NEEDED.get(architecture, {})
+    for number, changes in enumerate(({}, setting)):
+        folder = save_tiny_model(tmp_path / str(number), architecture, **usual | changes)
+        encoder = DualEncoder.from_pretrained(ModelConfig(str(folder)))
+        assert encoder.can_fuse == (number == 0)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layers.api import Norm, gelu_backward, gelu_forward, norm_backward, norm_forward
+from kernels.layers.api import Activation, Norm, gelu_backward, gelu_forward, norm_backward, norm_forward
 from tests.gpu.devices import toy
-from tests.kernels.test_fused_layer import EPS, check_gelu, check_norm, norm_inputs
+from tests.kernels.test_fused_layer import EPS, check_gated, check_gelu, check_norm, check_rotary, norm_inputs
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
@@ -43,6 +43,34 @@ def test_norm_matches_float64(T: int, D: int, dtype: torch.dtype, dropout: float
 def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype, device: str) -> None:
     generator = torch.Generator(device).manual_seed(F)
     check_gelu((3 * torch.randn(toy(device, T, F), device=device, generator=generator)).to(dtype), BOUNDS[dtype], 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("D", "rms", "pre", "dropout"), [(768, False, True, 0.0), (1024, True, True, 0.1), (100, True, False, 0.0)]
+)
+def test_pre_norm_and_rms_norm_match_float64(D: int, rms: bool, pre: bool, dropout: float, device: str) -> None:
+    inputs = norm_inputs(*toy(device, 1001, D), torch.bfloat16, device=device)
+    check_norm(inputs, dropout, torch.tensor([7], device=device), 3e-3, 2e-6, rms=rms, pre=pre)
+
+
+@pytest.mark.parametrize(
+    ("F", "activation", "dtype"),
+    [(1152, "gelu", torch.bfloat16), (3072, "silu", torch.float32), (100, "gelu_tanh", torch.float16)],
+)
+def test_gates_match_float64(F: int, activation: Activation, dtype: torch.dtype, device: str) -> None:
+    gate_up = 3 * torch.randn(1001, 2 * F, generator=torch.Generator().manual_seed(F))
+    check_gated(gate_up[:, : 2 * toy(device, F)[0]].contiguous().to(device, dtype), activation, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "d", "normed", "dtype"),
+    [(12, 12, 64, False, torch.bfloat16), (16, 8, 128, True, torch.bfloat16), (4, 1, 100, True, torch.float32)],
+)
+def test_rotations_match_float64(
+    queries: int, keys: int, d: int, normed: bool, dtype: torch.dtype, device: str
+) -> None:
+    heads = torch.randn(toy(device, 1001)[0], queries + 2 * keys, d, generator=torch.Generator().manual_seed(d))
+    check_rotary(heads.to(device, dtype), queries, keys, normed, (BOUNDS[dtype], 5e-6))
 
 
 def test_gelu_is_accurate_in_the_tails(device: str) -> None:

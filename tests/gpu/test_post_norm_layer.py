@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from kernels.layers import gelu_product
-from kernels.layers.post_norm import SavedActivations
+from kernels.layers.layer import SavedActivations
 from retriever.encoder.fused_layers import fuse
 from retriever.encoder.packed_attention import use_packed_attention
 from retriever.rng import RngState
 from tests.gpu.devices import toy
 from tests.kernels.attention_oracle import texts
-from tests.kernels.test_post_norm_layer import ON, check, make_layer, make_parameters, make_stream, run
+from tests.kernels.test_post_norm_layer import ON, check, given, make_layer, make_parameters, make_stream, run
 
 LENGTHS = [4, 256, 17, 90, 33, 64, 5, 128, 201, 76]
 
@@ -64,7 +64,8 @@ def encode(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None, **
     encoder: Any = tower.encoder
     starts, longest = texts(lengths_on(hidden.device.type), hidden.device.type)
     with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype is not None):
-        return encoder(hidden[None], packed_starts=starts, packed_longest=longest, **more).last_hidden_state[0]
+        given = {"packed_starts": starts, "packed_longest": longest, "packed_positions": starts} | more
+        return encoder(hidden[None], **given).last_hidden_state[0]  # BERT's layers read no positions
 
 
 def gradients(tower: PreTrainedModel, hidden: Tensor, dtype: torch.dtype | None, **more: Any) -> dict[str, Tensor]:
@@ -130,4 +131,4 @@ def test_no_token_is_no_error(device: str) -> None:
     )
     stream = make_stream(0, 128, torch.float32, device)
     run(stream, layer, p, torch.bfloat16).sum().backward()
-    assert all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *p))
+    assert all(v.grad is not None and v.grad.shape == v.shape and not v.grad.any() for v in (stream, *given(p)))

@@ -11,13 +11,14 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 from kernels.attention.reference import Mask, Texts
 from kernels.dropout import keep_mask
-from kernels.layers import post_norm as module
-from kernels.layers.post_norm import (
+from kernels.layers import layer as module
+from kernels.layers.layer import (
+    LayerKind,
     LayerSettings,
     Parameters,
     SavedActivations,
-    post_norm_layer,
     rounded_weights,
+    transformer_layer,
     without_graph,
 )
 from tests.kernels.attention_oracle import dense_attention, texts
@@ -26,6 +27,7 @@ from tests.kernels.oracle import gradient, relative_error
 HEADS, D, F = 2, 8, 12
 LENGTHS = [7, 1, 12, 0, 3]
 EPS = 1e-5
+FIELDS = Parameters._fields[:16]  # what BERT's layer has
 ON, OFF = (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)
 
 
@@ -37,8 +39,13 @@ def make_parameters(
     square, vector, widened, norm = ((D, D), scale), ((D,), scale), ((F, D), scale), ((D,), 0.1)
     shapes = [square, vector] * 4 + [norm, norm, widened, ((F,), scale), ((D, F), scale), vector, norm, norm]
     made = [size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape, size in shapes]
-    shifted = [v + 1 if name.endswith("norm_weight") else v for name, v in zip(Parameters._fields, made, strict=True)]
+    shifted = [v + 1 if name.endswith("norm_weight") else v for name, v in zip(FIELDS, made, strict=True)]
     return Parameters(*(v.to(device, dtype).requires_grad_() for v in shifted))
+
+
+def given(p: Parameters) -> list[Tensor]:
+    """Those that the layer has."""
+    return [v for v in p if v is not None]
 
 
 def make_layer(
@@ -50,7 +57,7 @@ def make_layer(
 ) -> LayerSettings:
     starts, most = texts(lengths, device)
     seeds = torch.tensor([2**40 + 3, 4, 5], device=device).split(1)
-    return LayerSettings(heads, EPS, Texts(starts, longest or most), dropouts, seeds)
+    return LayerSettings(LayerKind(heads, heads, EPS), Texts(starts, longest or most), dropouts, seeds)
 
 
 def make_stream(T: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
@@ -71,22 +78,23 @@ def by_definition(stream: Tensor, layer: LayerSettings, p: Parameters) -> Tensor
         return x * keep_mask(seed, rows, columns, layer.dropouts[place]) / (1 - layer.dropouts[place])
 
     T, D = stream.shape
+    assert p.key_weight is not None and p.value_weight is not None
     query, key, value = (
-        linear(stream, weight, bias).view(T, layer.heads, -1)
+        linear(stream, weight, bias).view(T, layer.kind.heads, -1)
         for weight, bias in ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
     )
     context = dense_attention(
-        query, key, value, layer.texts.starts, Mask((D // layer.heads) ** -0.5, layer.dropouts[0], layer.seeds[0])
+        query, key, value, layer.texts.starts, Mask((D // layer.kind.heads) ** -0.5, layer.dropouts[0], layer.seeds[0])
     )
     added = dropped(linear(context.flatten(1), p.attention_out_weight, p.attention_out_bias), 1)
-    middle = layer_norm(stream + added, (D,), p.attention_norm_weight, p.attention_norm_bias, layer.eps)
+    middle = layer_norm(stream + added, (D,), p.attention_norm_weight, p.attention_norm_bias, layer.kind.eps)
     added = dropped(linear(gelu(linear(middle, p.ffn_in_weight, p.ffn_in_bias)), p.ffn_out_weight, p.ffn_out_bias), 2)
-    return layer_norm(middle + added, (D,), p.ffn_norm_weight, p.ffn_norm_bias, layer.eps)
+    return layer_norm(middle + added, (D,), p.ffn_norm_weight, p.ffn_norm_bias, layer.kind.eps)
 
 
 def run(stream: Tensor, layer: LayerSettings, p: Parameters, dtype: torch.dtype) -> Tensor:
     """The layer computing in `dtype`, by the mean of its two results."""
-    out, low = post_norm_layer(
+    out, low = transformer_layer(
         stream, stream if dtype == stream.dtype else stream.to(dtype), layer, rounded_weights(p, dtype), p
     )
     assert low.dtype == dtype and torch.equal(low, out.to(dtype))
@@ -95,14 +103,14 @@ def run(stream: Tensor, layer: LayerSettings, p: Parameters, dtype: torch.dtype)
 
 def check(layer: LayerSettings, p: Parameters, stream: Tensor, computing: torch.dtype, bound: float) -> None:
     """The result and every gradient against the definition in float64."""
-    exact = Parameters(*(v.detach().double().requires_grad_() for v in p))
+    exact = Parameters(*(v.detach().double().requires_grad_() for v in given(p)))
     exact_stream = stream.detach().double().requires_grad_()
     out, want = run(stream, layer, p, computing), by_definition(exact_stream, layer, exact)
     assert out.dtype == stream.dtype and relative_error(out.detach(), want.detach()) < bound
     dout = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(stream.device)
-    got = torch.autograd.grad(out, (stream, *p), dout.to(stream.dtype))
-    expected = torch.autograd.grad(want, (exact_stream, *exact), dout)
-    for name, a, b in zip(("stream", *Parameters._fields), got, expected, strict=True):
+    got = torch.autograd.grad(out, (stream, *given(p)), dout.to(stream.dtype))
+    expected = torch.autograd.grad(want, (exact_stream, *given(exact)), dout)
+    for name, a, b in zip(("stream", *FIELDS), got, expected, strict=True):
         if name == "key_bias":  # softmax does not see it
             assert a.abs().max() < bound and b.abs().max() < 1e-12
         else:
@@ -128,15 +136,13 @@ def test_results_and_gradients(
 
 @pytest.mark.parametrize("dropouts", [OFF, ON])
 def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        module._PostNormLayer, "clear_saved_tensors_on_access", False
-    )  # a graph serves gradcheck several times
+    monkeypatch.setattr(module._Layer, "clear_saved_tensors_on_access", False)  # a graph serves gradcheck several times
     layer, p = make_layer(dropouts, [3, 1]), make_parameters(4, 6)
 
     def outputs(stream: Tensor, *tensors: Tensor) -> Tensor:
         return run(stream, layer, Parameters(*tensors), torch.float64)
 
-    assert torch.autograd.gradcheck(outputs, (make_stream(4, 4), *p), fast_mode=True)
+    assert torch.autograd.gradcheck(outputs, (make_stream(4, 4), *given(p)), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +162,14 @@ def test_frozen_parameters_cost_nothing(
     layer, p, stream = make_layer(ON), make_parameters(D, F), make_stream(sum(LENGTHS), D)
     weights = torch.randn(stream.shape, dtype=torch.float64)
     (run(stream, layer, p, torch.float64) * weights).sum().backward()
-    some = Parameters(
-        *(v.detach().requires_grad_(name in trained) for name, v in zip(Parameters._fields, p, strict=True))
-    )
+    some = Parameters(*(v.detach().requires_grad_(name in trained) for name, v in zip(FIELDS, given(p), strict=True)))
     weight_gradient = Mock(wraps=module._weight_gradient)
     monkeypatch.setattr(module, "_weight_gradient", weight_gradient)
     beside = stream.detach().requires_grad_(from_stream)
     (run(beside, layer, some, torch.float64) * weights).sum().backward()
     assert weight_gradient.call_count == products
     assert torch.equal(gradient(beside), gradient(stream)) if from_stream else beside.grad is None
-    for name, got, whole in zip(Parameters._fields, some, p, strict=True):
+    for name, got, whole in zip(FIELDS, given(some), given(p), strict=True):
         assert torch.equal(gradient(got), gradient(whole)) if name in trained else got.grad is None
 
 
@@ -174,7 +178,9 @@ def test_layers_may_share_their_parameters() -> None:
     twice = run(run(stream, layer, p, torch.float64), layer, p, torch.float64)
     want = by_definition(by_definition(stream, layer, p), layer, p)
     dout = torch.randn(want.shape, dtype=torch.float64)
-    for got, expected in zip(torch.autograd.grad(twice, p, dout), torch.autograd.grad(want, p, dout), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(twice, given(p), dout), torch.autograd.grad(want, given(p), dout), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -186,7 +192,7 @@ def test_bits_are_the_same_without_a_graph_and_again() -> None:
     with torch.inference_mode():
         inference = run(stream, layer, p, torch.bfloat16)
     assert not without.requires_grad and all(torch.equal(kept[0], other) for other in (kept[1], without, inference))
-    gradients = [torch.autograd.grad(out.square().sum(), (stream, *p)) for out in kept]
+    gradients = [torch.autograd.grad(out.square().sum(), (stream, *given(p))) for out in kept]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -202,7 +208,7 @@ def test_a_pass_without_a_graph_has_the_bits_of_one_with_it(computing: torch.dty
     kept: tuple[Tensor, Tensor] = stream, rounded
     out = stream
     for _ in range(3):
-        kept = post_norm_layer(*kept, layer, read, p)
+        kept = transformer_layer(*kept, layer, read, p)
         out, rounded, _ = without_graph(out, rounded, layer, read, p)
         assert torch.equal(out, kept[0]) and torch.equal(rounded, kept[1])
     assert out.dtype == torch.float32
@@ -213,14 +219,14 @@ def test_products_of_a_pass_without_a_graph_are_used_and_change_no_bit(
     dtype: torch.dtype, computing: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, p, stream = make_layer(ON), make_parameters(D, F, dtype), make_stream(sum(LENGTHS), D, dtype)
-    given = stream, stream if dtype == computing else stream.to(computing), layer, rounded_weights(p, computing), p
-    out, rounded, saved = without_graph(*given)
+    inputs = stream, stream if dtype == computing else stream.to(computing), layer, rounded_weights(p, computing), p
+    out, rounded, saved = without_graph(*inputs)
     assert not any(x.requires_grad for x in (out, rounded, *saved)) and saved.ffn_out.dtype == computing
 
     def gradients(saved: SavedActivations | None) -> list[Tensor]:
-        results = post_norm_layer(*given, saved)
+        results = transformer_layer(*inputs, saved)
         squares = torch.stack([x.double().square().sum() for x in results])
-        return [*results, *torch.autograd.grad(squares.sum(), (stream, *p))]
+        return [*results, *torch.autograd.grad(squares.sum(), (stream, *given(p)))]
 
     expected = gradients(None)
     assert all(torch.equal(a, b) for a, b in zip(expected[:2], (out, rounded), strict=True))
@@ -242,8 +248,8 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
         make_parameters(D, F, torch.float32),
         make_stream(sum(LENGTHS), D, torch.float32),
     )
-    post_norm_layer(stream, stream.bfloat16(), layer, rounded_weights(p, torch.bfloat16), p)[used].sum().backward()
-    assert p.ffn_norm_bias.grad is not None  # Σ over rows of 1
+    transformer_layer(stream, stream.bfloat16(), layer, rounded_weights(p, torch.bfloat16), p)[used].sum().backward()
+    assert p.ffn_norm_bias is not None and p.ffn_norm_bias.grad is not None  # Σ over rows of 1
     torch.testing.assert_close(p.ffn_norm_bias.grad, torch.full((D,), float(len(stream))))
 
 

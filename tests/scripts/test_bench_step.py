@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, modeling_flash_attention_utils
 from transformers.utils import import_utils
 
-from kernels.layers.post_norm import SavedActivations, without_graph
+from kernels.layers.layer import SavedActivations, without_graph
 from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING

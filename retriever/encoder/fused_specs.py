@@ -1,0 +1,189 @@
+"""What fused layers read of the library's layers: which modules hold which parameters, and what each layer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kernels.dispatch import WIDEST_ROW
+from kernels.layers.api import Activation
+from kernels.layers.layer import LayerKind, Parameters
+
+BERT_FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
+LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+FAMILY = BERT_FAMILY | LLAMA_FAMILY | {"modernbert", "nomic_bert"}
+
+_GATES: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on nothing but the position
+
+Place = tuple[nn.Module, str] | None  # a module and the name of what it holds
+
+
+class LayerSpec(NamedTuple):
+    """What a forward pass reads of a layer's modules. Looked up once: finding a module by name is slow for the host."""
+
+    kind: LayerKind
+    places: tuple[Place, ...]  # of `Parameters`, in their order
+    dropouts: tuple[Place, Place, Place]
+    rope: tuple[str, ...] | None = None  # what names the layer's angles to the tower's `rotary_emb`; None: none
+
+    @property
+    def dropout_rates(self) -> tuple[float, float, float]:
+        """Of attention's probabilities, of what attention and the feed-forward part add; 0 in modules that evaluate."""
+        rates = [0.0 if not place or not place[0].training else getattr(*place) for place in self.dropouts]
+        return rates[0], rates[1], rates[2]
+
+    def parameters(self) -> Parameters:
+        """The present ones, past the slow way by which a module finds an attribute."""
+        return Parameters(*[cast(Any, place and place[0]._parameters[place[1]]) for place in self.places])
+
+
+def layer_specs(tower: PreTrainedModel) -> list[LayerSpec]:
+    """One for each layer of a tower that `can_fuse`."""
+    kind = tower.config.model_type
+    return list((_bert if kind in BERT_FAMILY else _OTHERS.get(kind, _llama))(tower))
+
+
+def can_fuse(tower: PreTrainedModel) -> bool:
+    """Whether fused layers compute what those of `tower` do: a known family, plain linear layers and norms, a known
+    activation, dropout nowhere but on attention and on what is added to the stream.
+    """
+    config: Any = tower.config
+    if config.model_type not in FAMILY or config.hidden_size > WIDEST_ROW:
+        return False
+    if config.model_type in BERT_FAMILY:
+        plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
+    else:
+        plain = _has_known_parts(tower)
+    if not plain:
+        return False
+    specs = layer_specs(tower)
+    holders = [place[0] for spec in specs for place in spec.places if place is not None]
+    gated = all(spec.kind.gate is None or not _biased(spec) for spec in specs)
+    return gated and all(type(holder) in (nn.Linear, nn.LayerNorm) or _is_rms(holder) for holder in holders)
+
+
+def _has_known_parts(tower: Any) -> bool:
+    """Whether activation, rotations and dropout are what `_llama`, `_modernbert` and `_nomic` read."""
+    config = tower.config
+    activation = config.hidden_activation if config.model_type == "modernbert" else config.hidden_act
+    ropes = config.rope_parameters
+    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope]
+    if activation not in _GATES or any(rope["rope_type"] not in _ROPES for rope in ropes):
+        return False
+    return config.model_type != "modernbert" or config.mlp_dropout == 0
+
+
+def _is_rms(module: nn.Module) -> bool:
+    """Whether it is the RMSNorm of Llama's family."""
+    return type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def _biased(spec: LayerSpec) -> bool:
+    return spec.parameters().ffn_in_bias is not None
+
+
+def _both(module: nn.Module) -> tuple[Place, Place]:
+    return (module, "weight"), (module, "bias") if "bias" in module._parameters else None
+
+
+def _bert(tower: Any) -> Iterator[LayerSpec]:
+    for layer in tower.encoder.layer:
+        own, attention_out, ffn_out = layer.attention.self, layer.attention.output, layer.output
+        holders = (
+            *(own.query, own.key, own.value, attention_out.dense, attention_out.LayerNorm),
+            *(layer.intermediate.dense, ffn_out.dense, ffn_out.LayerNorm),
+        )
+        kind = LayerKind(own.num_attention_heads, own.num_attention_heads, ffn_out.LayerNorm.eps)
+        dropouts = (own.dropout, "p"), (attention_out.dropout, "p"), (ffn_out.dropout, "p")
+        places = [place for holder in holders for place in _both(holder)]
+        yield LayerSpec(kind, (*places, None, None, None), dropouts)
+
+
+def _modernbert(tower: Any) -> Iterator[LayerSpec]:
+    config, last = tower.config, len(tower.layers) - 1
+    for i, layer in enumerate(tower.layers):
+        attention, mlp = layer.attn, layer.mlp
+        following = tower.final_norm if i == last else tower.layers[i + 1].attn_norm
+        window = attention.sliding_window
+        kind = LayerKind(
+            config.num_attention_heads,
+            config.num_attention_heads,
+            config.norm_eps,
+            window=None if window is None else window - 1,  # theirs counts the token itself
+            gate=_GATES[config.hidden_activation],
+            pre_norm=True,
+            last=i == last,
+        )
+        places = (
+            *(*_both(attention.Wqkv), None, None, None, None),
+            *(*_both(attention.Wo), *_both(layer.mlp_norm)),
+            *(*_both(mlp.Wi), *_both(mlp.Wo), *_both(following)),
+            *(None, None, None),
+        )
+        added = None if isinstance(attention.out_drop, nn.Identity) else (attention.out_drop, "p")
+        yield LayerSpec(kind, places, ((attention, "attention_dropout"), added, None), (config.layer_types[i],))
+
+
+def _llama(tower: Any) -> Iterator[LayerSpec]:
+    config, last = tower.config, len(tower.layers) - 1
+    for i, layer in enumerate(tower.layers):
+        attention, norm = layer.self_attn, layer.post_attention_layernorm
+        following = tower.norm if i == last else tower.layers[i + 1].input_layernorm
+        window = getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":
+            window = config.sliding_window
+        kind = LayerKind(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.rms_norm_eps,
+            attention.scaling,
+            causal=True,
+            window=None if window is None else window - 1,  # theirs counts the token itself
+            gate=_GATES[config.hidden_act],
+            rms=True,
+            pre_norm=True,
+            last=i == last,
+        )
+        yield LayerSpec(kind, _split_places(layer, norm, following), ((attention, "attention_dropout"), None, None), ())
+
+
+def _nomic(tower: Any) -> Iterator[LayerSpec]:
+    config = tower.config
+    for layer in tower.layers:
+        heads, eps = config.num_attention_heads, config.layer_norm_eps
+        kind = LayerKind(heads, heads, eps, layer.self_attn.scaling, gate=_GATES[config.hidden_act])
+        places = _split_places(layer, layer.post_attention_layernorm, layer.post_mlp_layernorm)
+        added = (layer.post_attention_dropout, "p"), (layer.post_mlp_dropout, "p")
+        yield LayerSpec(kind, places, ((layer.self_attn, "attention_dropout"), *added), ())
+
+
+_OTHERS: dict[str, Callable[[Any], Iterator[LayerSpec]]] = {"modernbert": _modernbert, "nomic_bert": _nomic}
+
+
+def _split_places(layer: Any, attention_norm: nn.Module, ffn_norm: nn.Module) -> tuple[Place, ...]:
+    """Of a layer with a linear layer each for queries, keys and values, for the gate and what it multiplies."""
+    attention, mlp = layer.self_attn, layer.mlp
+    holders = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, attention_norm
+    places = [place for holder in holders for place in _both(holder)]
+    places += [*_both(mlp.gate_proj), *_both(mlp.down_proj), *_both(ffn_norm), (mlp.up_proj, "weight")]
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return (*places, *[None if norm is None else (norm, "weight") for norm in norms])
+
+
+def angles(
+    rotary: nn.Module | None, specs: Sequence[LayerSpec], stream: Tensor, positions: Tensor, longest: int
+) -> dict[tuple[str, ...] | None, tuple[Tensor, Tensor] | None]:
+    """By a layer's `rope`: cos and sin [T, d/2] of tokens at `positions` [T] below `longest`, in the stream's dtype."""
+    found: dict[tuple[str, ...] | None, tuple[Tensor, Tensor] | None] = {None: None}
+    for rope in {spec.rope for spec in specs} - {None}:
+        assert rotary is not None and rope is not None
+        each = torch.arange(longest, device=stream.device)[None]
+        tables = (table[0, :, : table.shape[2] // 2] for table in rotary(stream[None], each, *rope))
+        cos, sin = (table.index_select(0, positions) for table in tables)
+        found[rope] = cos, sin
+    return found
