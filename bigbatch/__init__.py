@@ -9,9 +9,10 @@ st          the loss for sentence-transformers' trainer; `import bigbatch.st`
 
 import retriever  # noqa: F401  its `kernels` package is then the one that is found
 from bigbatch.loss import InfoNCE, infonce
+from retriever.callbacks import Callback
 from retriever.config import Config
 from retriever.encoder.bundle import EncoderBundle as Encoder
 from retriever.encoder.bundle import load_encoder
 from retriever.run import Run
 
-__all__ = ["Config", "Encoder", "InfoNCE", "Run", "infonce", "load_encoder"]
+__all__ = ["Callback", "Config", "Encoder", "InfoNCE", "Run", "infonce", "load_encoder"]

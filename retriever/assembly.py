@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint, launch, preflight
@@ -21,12 +23,17 @@ from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import BLOCK_ROWS
+from retriever.optim import Optimizer
+from retriever.outputs import Outputs
 from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast
 from retriever.plan.measure import usable_bytes
 from retriever.plan.report import plan_lines, plan_table
 from retriever.plan.sizes import StepPlanner
+from retriever.rng import RngState
+from retriever.run_folder import held
+from retriever.signals import die_with_launcher
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Prepared:
         launch.agree(world, checkpoint=start, data=self.store.fingerprint, configuration=configuration)
 
 
-def prepare(config: Config) -> Prepared:
+def _prepare(config: Config) -> Prepared:
     """Finds the checkpoint to go on from, and tokenises the texts before the ranks meet: however long it takes, no
     collective waits for it.
     """
@@ -65,6 +72,9 @@ def prepare(config: Config) -> Prepared:
 class Assembly:
     """The parts of a run on this rank; `config` is resolved."""
 
+    prepared: Prepared
+    accelerator: Accelerator
+    world: World
     config: Config
     encoder: DualEncoder
     placed: PlacedEncoder
@@ -75,14 +85,31 @@ class Assembly:
     forecast: Forecast | None  # None where nothing was measured
     total: int  # steps of the whole run
 
-    def plan_table(self, world: World) -> str:
-        """The predicted time and memory of a step; empty where nothing was measured."""
-        if self.forecast is None:
-            return ""
-        return plan_table(self.forecast, self.config, self.total, usable_bytes(world.device))
+
+@contextmanager
+def assembled(config: Config, check: Callable[[Config], None]) -> Iterator[Assembly]:
+    """Locks the run's folder, prepares, joins the ranks and builds the parts; `check` is called before they are built.
+
+    Prints the plan if `run.preflight=only` asks for nothing else. Afterwards environment, process group and random
+    generators are as they were.
+    """
+    die_with_launcher()
+    with held(config), launch.environment_restored():
+        prepared = _prepare(config)
+        with (
+            launch.joined(prepared.config) as (accelerator, world),
+            RngState.capture(world.device).restored(),
+            world.watched(prepared.config.run.timeout_s),
+        ):
+            prepared.agree(world)
+            check(prepared.config)
+            parts = _assemble(prepared, accelerator, world)
+            if config.run.preflight == "only" and parts.forecast is not None:
+                accelerator.print(plan_table(parts.forecast, parts.config, parts.total, usable_bytes(world.device)))
+            yield parts
 
 
-def assemble(prepared: Prepared, world: World) -> Assembly:
+def _assemble(prepared: Prepared, accelerator: Accelerator, world: World) -> Assembly:
     """Builds the encoder, the objective and the batches, and resolves what is left to be measured."""
     config, store = prepared.config, prepared.store
     dtype = AUTOCAST_DTYPES[config.optim.precision]
@@ -101,22 +128,50 @@ def assemble(prepared: Prepared, world: World) -> Assembly:
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
     loader = BatchLoader(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
-    return Assembly(config, encoder, placed, objective, planner, template, loader, forecast, total)
+    return Assembly(
+        prepared, accelerator, world, config, encoder, placed, objective, planner, template, loader, forecast, total
+    )
 
 
-def announce(prepared: Prepared, assembly: Assembly, done: int, world: World, say: Callable[[str], object]) -> None:
+@dataclass(frozen=True)
+class Opened:
+    """A run whose checkpoint is loaded and whose folder is open."""
+
+    optimizer: Optimizer
+    outputs: Outputs
+    done: int  # finished steps
+    saved: int  # of which this run's folder has a checkpoint
+
+
+def open_folder(parts: Assembly) -> Opened:
+    """Makes the optimizer, loads the checkpoint to go on from, opens the run's folder and says what will run."""
+    config, prepared, world, total = parts.config, parts.prepared, parts.world, parts.total
+    last = prepared.last
+    optimizer = Optimizer(config.optim, [parts.encoder, parts.objective], total, world.device)
+    state = checkpoint.TrainingState(parts.encoder, parts.objective, optimizer)
+    done = 0 if last is None else checkpoint.load(last, state, prepared.store.fingerprint)
+    outputs = Outputs(config, state, parts.placed, prepared.tokenizer, prepared.store, world)
+    _announce(parts, done)
+    if last is None:
+        return Opened(optimizer, outputs, done, saved=0)
+    if done == total and not outputs.holds(last):
+        outputs.save(total)  # another run's end: this run's folder gets it too
+    return Opened(optimizer, outputs, done, saved=done if done == total or outputs.holds(last) else 0)
+
+
+def _announce(parts: Assembly, done: int) -> None:
     """Says what will run, checks the gradient if asked to, and says where the run goes on after `done` steps."""
-    config, last, total = assembly.config, prepared.last, assembly.total
-    store, planner = prepared.store, assembly.planner
+    config, prepared, total, say = parts.config, parts.prepared, parts.total, parts.accelerator.print
+    store, planner, last = prepared.store, parts.planner, prepared.last
     if config.run.preflight != "off":
-        say(preflight.summary(config, assembly.encoder, store, planner, total, world))
-        if assembly.forecast is not None:
-            say(plan_lines(assembly.forecast, total))
+        say(preflight.summary(config, parts.encoder, store, planner, total, parts.world))
+        if parts.forecast is not None:
+            say(plan_lines(parts.forecast, total))
         queries, negatives = planner.batch_queries[1], len(store.negatives.ids)
         for warning in preflight.warnings(config, prepared.tokenizer, total, queries, negatives):
             say(f"warning: {warning}")
     if config.run.verify and done < total:
-        say(f"verify  {preflight.verify(config, assembly.encoder, store, assembly.template)}")
+        say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template)}")
     if last is None or not done:
         return
     say(f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")

@@ -15,23 +15,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from eval.evaluate import EvalOptions, check_evaluation, evaluate
-from retriever import checkpoint, launch
-from retriever.assembly import announce, assemble, prepare
+from retriever.assembly import assembled, open_folder
+from retriever.callbacks import Callback
 from retriever.config import Config, ConfigError
 from retriever.data.batch import Batch
 from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.settings import SETTINGS_FILE, settings_of
 from retriever.errors import Stopped
 from retriever.inputs import Eval, Train, configuration
-from retriever.optim import Optimizer
-from retriever.outputs import Outputs
 from retriever.retention import Retention
-from retriever.rng import RngState
-from retriever.run_folder import held
-from retriever.signals import StopSignals, die_with_launcher
+from retriever.signals import StopSignals
 from retriever.step import Backward, StepReport, forward_backward, update
 from retriever.telemetry import Telemetry
-from retriever.wording import counted
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,16 +45,9 @@ class Run:
     locks the run's folder, tokenises the data, joins the other ranks, resolves every `auto` and loads the checkpoint
     that `run.resume` asks for. Leaving writes the report, or after an error closes what is open, and puts back signal
     handlers, environment, process group and generators. Every method is called on every rank, in the same order.
-    Inside, these are set; those up to `retention` stay:
-
-        config       Config, every `auto` resolved
-        world        World: this rank, its device, and the collectives
-        encoder      DualEncoder, in training mode on the rank's device
-        objective    ContrastiveObjective: the loss and its temperature
-        optimizer    Optimizer over the trainable parameters of both
-        retention    Retention: the tokens whose graphs or products a step keeps between its passes
-        done, total  optimizer steps that are finished, and that the whole run takes
-        should_stop  set it to True, on any rank, to end `batches` after the step at hand
+    Inside, these are set: `config`, every `auto` resolved; `world`, the ranks and their collectives; `encoder`,
+    `objective` (the loss) and `optimizer`; `done` and `total`, optimizer steps. `should_stop`, set to True on any rank,
+    ends `batches` after the step at hand.
 
     With `run.preflight=only` the plan is printed, `batches` is empty, `optimizer` is not set, and nothing is left
     behind.
@@ -79,6 +67,7 @@ class Run:
         model: Any = None,
         train: Train | None = None,
         eval: Eval | None = None,  # noqa: A002
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """`config`: a YAML file, a Config or nothing; `overrides`: `key.sub=value` settings that replace its own.
 
@@ -90,6 +79,7 @@ class Run:
         self.done = self.total = 0
         self.should_stop = self._running = False
         self._saved = self._stopping = 0  # the step saved last, the signal that stops the run
+        self._callbacks = tuple(callbacks)
         self._backward: Backward | None = None
 
     def __enter__(self) -> Run:
@@ -124,12 +114,12 @@ class Run:
         Pass each to `forward_backward`, and then call `optimizer_step`, before the next. An evaluation that is due and
         that an earlier start of the run did not come to is made up first.
         """
-        if self.due("evaluate"):
+        if self._due("evaluate"):
             self.evaluate()
         for batch in self._batches:
             self._outputs.check()
             yield batch
-            if self._stopping or self.should_stop:  # leaving saves
+            if self._stops():  # leaving saves
                 return
 
     def forward_backward(self, batch: Batch) -> Backward:
@@ -153,15 +143,20 @@ class Run:
         report = update(self._backward, self.optimizer, self.world)
         self._backward = None
         self.done = report.step + 1
-        self._telemetry.step(report)
-        self._stopping, self.should_stop = self._stop.agreed(self.should_stop)
-        if self.due("evaluate"):
-            self.evaluate()  # saves first: a failed evaluation costs no training
-        elif self.due("save"):
+        self._call("on_step_end", report)
+        self._stops()
+        if self._due("evaluate"):
+            self.evaluate()
+        elif self._due("save"):
             self.save()
         return report
 
-    def due(self, what: Literal["save", "evaluate"]) -> bool:
+    def _stops(self) -> bool:
+        """Whether a signal or a callback of any rank ends the run; the same on every rank."""
+        self._stopping, self.should_stop = self._stop.agreed(self.should_stop)
+        return bool(self._stopping) or self.should_stop
+
+    def _due(self, what: Literal["save", "evaluate"]) -> bool:
         """Whether the run is to be saved or evaluated after the steps that are done.
 
         By `train.save_every` and `train.eval_every`, and after the last step. A run that stops is saved and not
@@ -183,14 +178,18 @@ class Run:
         leaving. Raises ConfigError if the folder holds something else than an export.
         """
         if path is None:
-            with self._telemetry.paused("save"):
-                self._outputs.save(self.done)
-            self._saved = self.done
+            self._begin_save()
+            self._call("on_save")
             return
         folder = Path(path)
         if folder.exists() and not (folder / SETTINGS_FILE).exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder} holds no export; expected a folder that is empty or need not exist yet")
         self._outputs.export(folder, self.done, keep=self.world.is_first)
+
+    def _begin_save(self) -> None:
+        with self._telemetry.paused("save"):
+            self._outputs.save(self.done)
+        self._saved = self.done
 
     def to_sentence_transformer(self, **options: Any) -> SentenceTransformer:
         """The present weights as a SentenceTransformer of its own, made with `options`; also after leaving."""
@@ -208,11 +207,15 @@ class Run:
         """
         if not self._running:
             return self._measures(None)
-        if self._saved != self.done and self.config.eval is not None:
-            self.save()
+        unsaved = self._saved != self.done and self.config.eval is not None
+        if unsaved:
+            self._begin_save()  # a failed evaluation costs no training
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
             measures = self._measures(self._outputs.embeddings)
         self.record(measures)
+        self._call("on_evaluate", measures)
+        if unsaved:
+            self._call("on_save")
         return measures
 
     def _measures(self, folder: Path | None) -> dict[str, float]:
@@ -220,12 +223,12 @@ class Run:
         if asked is None:
             raise ConfigError("eval: expected a section with a path; received null")
         settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
-        bundle = EncoderBundle(self._assembly.placed.whole(world.device), self._prepared.tokenizer, settings)
+        bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
         options = EvalOptions(index=asked.index, k=asked.k, progress=world.is_first)
         result = evaluate(bundle, asked.path, asked.split, asked.metrics, options, folder, world)
         return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
 
-    def record(self, values: Mapping[str, float]) -> None:
+    def record(self, values: Mapping[str, float | None]) -> None:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
 
         With those of `evaluate`, `best/` becomes the export of this step where it is the best one. Raises ValueError
@@ -233,9 +236,11 @@ class Run:
         """
         if "step" in values:
             raise ValueError("expected other names than step, which record adds itself")
-        with self._telemetry.paused("record"):
-            self._telemetry.log(self.done, {name: float(value) for name, value in values.items()})
-            if any(name.startswith("eval/") for name in values):
+        if not self.world.is_first:
+            return
+        self._call("on_log", {name: value if value is None else float(value) for name, value in values.items()})
+        if any(name.startswith("eval/") for name in values):
+            with self._telemetry.paused("record"):
                 self._outputs.publish_best(self.done)
 
     def _is_turn(self, every: int) -> bool:
@@ -243,78 +248,45 @@ class Run:
 
     @contextmanager
     def _live(self) -> Iterator[None]:
-        die_with_launcher()
         self.should_stop, self._stopping, self._backward = False, 0, None
-        with held(self._asked), launch.environment_restored():
-            self._prepared = prepare(self._asked)
-            self.config = self._prepared.config
-            with launch.joined(self.config) as (self._accelerator, self.world):
-                draws = RngState.capture(self.world.device)
-                with draws.restored(), self.world.watched(self.config.run.timeout_s):
-                    self._build()
-                    if self.config.run.preflight == "only":
-                        self._batches = iter(())
-                        yield
-                    else:
-                        yield from self._restored()
-            if self._stopping:
-                raise Stopped(self._stopping, self.done)
+        with assembled(self._asked, _check_evaluation) as parts:
+            self._parts, self.world, self.config, self.total = parts, parts.world, parts.config, parts.total
+            self.encoder, self.objective = parts.encoder, parts.objective
+            self.retention = Retention.from_config(parts.config.batch)
+            if parts.config.run.preflight == "only":
+                self._batches = iter(())
+                yield
+            else:
+                yield from self._opened()
+        if self._stopping:
+            raise Stopped(self._stopping, self.done)
 
-    def _build(self) -> None:
-        """Builds the parts; prints the plan if that is all that was asked for."""
-        self._prepared.agree(self.world)
-        if (asked := self.config.eval) is not None:
-            check_evaluation(asked.path, asked.split, asked.metrics, asked.k, index=asked.index)
-        self._assembly = parts = assemble(self._prepared, self.world)
-        self.config, self.total = parts.config, parts.total
-        self.encoder, self.objective = parts.encoder, parts.objective
-        self.retention = Retention.from_config(self.config.batch)
-        if self.config.run.preflight == "only" and parts.forecast is not None:
-            self._accelerator.print(parts.plan_table(self.world))
-
-    def _restored(self) -> Iterator[None]:
-        """Makes the optimizer, loads the checkpoint to go on from and opens the run's folder; then the loop runs."""
-        config, last, parts, world = self.config, self._prepared.last, self._assembly, self.world
-        self.optimizer = Optimizer(config.optim, [self.encoder, self.objective], self.total, world.device)
-        state = checkpoint.TrainingState(self.encoder, self.objective, self.optimizer)
-        self.done = 0 if last is None else checkpoint.load(last, state, self._prepared.store.fingerprint)
-        self._begun_at, self._saved = self.done, 0
-        self._outputs = Outputs(config, state, parts.placed, self._prepared.tokenizer, self._prepared.store, world)
-        announce(self._prepared, parts, self.done, world, self._accelerator.print)
-        if last is not None and self.done == self.total and not self._outputs.holds(last):
-            self._outputs.save(self.total)  # another run's end: this run's folder gets it too
-        if last is not None and (self.done == self.total or self._outputs.holds(last)):
-            self._saved = self.done
-        self._telemetry = Telemetry(
-            self._accelerator,
-            self._outputs.metrics,
-            finished=self.done,
-            total=self.total,
-            log_every=config.train.log_every,
-            forecast=parts.forecast,
-        )
-        if world.watch is not None:
-            world.watch.before_leaving = partial(self._outputs.close, _LAST_WRITE_S)
-        self._stop = StopSignals(world, self._outputs.save_last_update)
-        loaded = parts.loader.batches(self.done, self.total)
+    def _opened(self) -> Iterator[None]:
+        """Opens the run's folder; then the loop runs."""
+        opened = open_folder(self._parts)
+        self.optimizer, self._outputs, self.done = opened.optimizer, opened.outputs, opened.done
+        self._begun_at, self._saved = opened.done, opened.saved
+        self._telemetry = Telemetry(self._parts.accelerator, self._outputs.metrics, self._parts.forecast)
+        if self.world.watch is not None:
+            self.world.watch.before_leaving = partial(self._outputs.close, _LAST_WRITE_S)
+        self._stop = StopSignals(self.world, self._outputs.save_last_update)
+        loaded = self._parts.loader.batches(self.done, self.total)
         # Closed also after an error: else whichever thread collects it would wait.
         with closing(self._outputs), self._stop, closing(loaded) as self._batches:
+            self._call("on_train_begin")
             yield
-            if (self._stopping or self.should_stop) and self._saved != self.done:
+            if self._stops() and self._saved != self.done:
                 self.save()
             with self._stop.between_steps():
                 self._outputs.finish()
-        self._end()
+                self._call("on_train_end")
 
-    def _end(self) -> None:
-        """Says where the model is. Raises FloatingPointError where no step of the run made an update."""
-        self._telemetry.close()
-        if self._stopping or (self.done < self.total and not self.should_stop):
-            return
-        if not self._begun_at and not self._telemetry.applied:
-            raise FloatingPointError(
-                f"no update was made in {counted(self.done, 'step')}: the gradients overflowed in fp16; "
-                "set optim.precision=bf16, or train for more steps"
-            )
-        export, report = self._outputs.folder / "export", self._outputs.folder / "report.html"
-        self._accelerator.print(f"finished {counted(self.done, 'step')}: model in {export}, curves in {report}")
+    def _call(self, event: str, *arguments: object) -> None:
+        """Calls every callback; the telemetry last, so that a step's own events come before those of its logging."""
+        for callback in (*self._callbacks, self._telemetry):
+            getattr(callback, event)(self, *arguments)
+
+
+def _check_evaluation(config: Config) -> None:
+    if (asked := config.eval) is not None:
+        check_evaluation(asked.path, asked.split, asked.metrics, asked.k, index=asked.index)

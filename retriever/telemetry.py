@@ -15,10 +15,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from retriever.callbacks import Callback
 from retriever.config import ConfigError
 from retriever.files import append_text, json_value, write_text
 from retriever.plan.forecast import Forecast
 from retriever.step import StepReport
+from retriever.wording import counted
 
 _DESCRIPTION = "train"
 _SETTLING_STEPS = 2  # compile, tune and allocate
@@ -26,50 +28,44 @@ _COMPARED_STEPS = 5
 _NOTABLE = 0.1  # relative difference between what was expected and what is
 
 
-class Telemetry:
-    """Reports steps on the first rank; on the others every call does nothing."""
+class Telemetry(Callback):
+    """Reports a run's steps on the first rank."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        metrics: Path,
-        *,
-        finished: int,
-        total: int,
-        log_every: int,
-        forecast: Forecast | None = None,
-    ) -> None:
-        """`finished` of `total` steps are done; a `forecast` is held against the first steps once they have settled."""
-        self._accelerator, self._log_every = accelerator, log_every
+    def __init__(self, accelerator: Accelerator, metrics: Path, forecast: Forecast | None = None) -> None:
+        """`forecast`: is held against the first steps once they have settled."""
+        self._accelerator, self._metrics, self._forecast = accelerator, metrics, forecast
         self._first = accelerator.is_main_process
-        self._metrics, self._total = metrics, total
+        self._applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
+        self._told = False
+        self._step_seconds = list[float]()
+        self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
+
+    def on_train_begin(self, run: Any) -> None:
+        """Shows the bar, and drops what was logged of steps that are done again."""
+        self._begun_at = run.done
         self._bar = tqdm(
-            total=total,
-            initial=finished,
+            total=run.total,
+            initial=run.done,
             desc=_DESCRIPTION,
             unit=" steps",
-            disable=not self._first or finished == total,
+            disable=not self._first or run.done == run.total,
             dynamic_ncols=True,
         )
-        self.applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
-        self._told = False
-        self._forecast, self._step_seconds = forecast, list[float]()
-        self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
         self._since = self._step_started = time.perf_counter()
         if self._first:
-            _forget_after(self._metrics, finished)
+            _forget_after(self._metrics, run.done)
 
-    def step(self, report: StepReport) -> None:
-        """One finished step."""
+    def on_step_end(self, run: Any, report: StepReport) -> None:
+        """Advances the bar, and logs every `train.log_every` steps."""
         now = time.perf_counter()
         self._compare(now - self._step_started)
         self._step_started = now
         self._reports.append(report)
-        done = report.step + 1
-        self.applied = self.applied or math.isfinite(report.grad_norm)
+        self._applied = self._applied or math.isfinite(report.grad_norm)
         if report.grad_norm == 0 and not self._told and self._first:
             self._told = True
-            self._bar.write(f"warning: step {done}: the gradient is 0, so nothing is learned: {_cause(report.loss)}")
+            cause = _cause(report.loss)
+            self._bar.write(f"warning: step {run.done}: the gradient is 0, so nothing is learned: {cause}")
         elapsed = now - self._since
         speed = sum(step.queries for step in self._reports) / elapsed
         waited = sum(step.waited_s for step in self._reports) / elapsed
@@ -78,7 +74,7 @@ class Telemetry:
             refresh=False,
         )
         self._bar.update()
-        if done % self._log_every and done != self._total:
+        if run.done % run.config.train.log_every and run.done != run.total:
             return
         values = {
             "loss": report.loss,
@@ -91,7 +87,7 @@ class Telemetry:
         }
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.log(done, {f"train/{name}": value for name, value in values.items()})
+        run.record({f"train/{name}": value for name, value in values.items()})
         self._since, self._reports = time.perf_counter(), []
 
     def _compare(self, seconds: float) -> None:
@@ -111,12 +107,10 @@ class Telemetry:
                 self._bar.write(f"plan    {what} {measured:.3g} {unit}, where {expected:.3g} {unit} were expected")
         self._forecast = None
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Values of one step, to `metrics.jsonl` and the trackers."""
-        if not self._first:
-            return
-        append_text(self._metrics, json.dumps({"step": step, **values}) + "\n")
-        self._accelerator.log(values, step=step)
+    def on_log(self, run: Any, values: dict[str, Any]) -> None:
+        """Writes `metrics.jsonl` and the trackers."""
+        append_text(self._metrics, json.dumps({"step": run.done, **values}) + "\n")
+        self._accelerator.log(values, step=run.done)
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:
@@ -128,9 +122,21 @@ class Telemetry:
         inside = time.perf_counter() - started
         self._since, self._step_started = self._since + inside, self._step_started + inside
 
-    def close(self) -> None:
-        """Ends the bar."""
+    def on_train_end(self, run: Any) -> None:
+        """Ends the bar, and says where the model is if the run is finished.
+
+        Raises FloatingPointError where no step of the run made an update.
+        """
         self._bar.close()
+        if run.done < run.total:
+            return
+        if not self._begun_at and not self._applied:
+            raise FloatingPointError(
+                f"no update was made in {counted(run.total, 'step')}: the gradients overflowed in fp16; "
+                "set optim.precision=bf16, or train for more steps"
+            )
+        export, report = self._metrics.with_name("export"), self._metrics.with_name("report.html")
+        self._accelerator.print(f"finished {counted(run.total, 'step')}: model in {export}, curves in {report}")
 
 
 def _cause(loss: float) -> str:

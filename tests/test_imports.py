@@ -39,6 +39,7 @@ FLOORS = (
     ("step",),
     ("plan",),
     (
+        "callbacks",
         "checkpoint",
         "damage",
         "telemetry",

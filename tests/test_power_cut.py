@@ -93,15 +93,17 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
 
     with PowerCuts(disk) as cuts:
         run = _outputs(config(disk), monkeypatch)
-        telemetry = Telemetry(Accelerator(), run.metrics, finished=0, total=3, log_every=1)
+        telemetry, state = Telemetry(Accelerator(), run.metrics), SimpleNamespace(done=0, total=4)
+        telemetry.on_train_begin(state)
         for step, value in _EVALUATED.items():
-            telemetry.log(step, {"train/loss": 1.0})
+            state.done = step
+            telemetry.on_log(state, {"train/loss": 1.0})
             run.save(step)
             run.wait()
             cuts.promised = step
-            telemetry.log(step, {"eval/x": value})
+            telemetry.on_log(state, {"eval/x": value})
             run.publish_best(step)
-        telemetry.close()
+        telemetry.on_train_end(state)
     made_up = set[bool]()
     for root, saved in cuts.left(tmp_path / "left"):
         folder = root / "runs" / "run"
@@ -117,12 +119,13 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
         assert checkpoint.steps(found.parent) == [found]
-        telemetry = Telemetry(Accelerator(), again.metrics, finished=step, total=3, log_every=1)
+        telemetry, state = Telemetry(Accelerator(), again.metrics), SimpleNamespace(done=step, total=4)
+        telemetry.on_train_begin(state)
         if lacking := again.lacks_evaluation(step):
             lines += [step]
-            telemetry.log(step, {"eval/x": _EVALUATED[step]})
+            telemetry.on_log(state, {"eval/x": _EVALUATED[step]})
             again.publish_best(step)
-        telemetry.close()
+        telemetry.on_train_end(state)
         made_up.add(lacking)
         assert lines == [s for s in range(1, step + 1) for _ in "ab"]
         best = max(range(1, step + 1), key=_EVALUATED.__getitem__)

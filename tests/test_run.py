@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 import bigbatch
-from bigbatch import Run
+from bigbatch import Callback, Run
 from retriever.config import Config, ConfigError, ModelConfig, SourceConfig
 from retriever.config_file import load
 from retriever.errors import Stopped
@@ -201,6 +202,47 @@ def test_a_second_interrupt_in_a_notebook_stops_at_once(workplace: Path, monkeyp
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
     assert _state() == before and not (workplace / "twice" / ".lock").exists()
+
+
+class _Recorder(Callback):
+    """Writes every event down; marks what is logged, and stops the run after the evaluation of step 4."""
+
+    def __init__(self) -> None:
+        self.events = list[tuple[str, int]]()
+
+    def on_train_begin(self, run: Any) -> None:
+        self.events.append(("begin", run.done))
+
+    def on_step_end(self, run: Any, report: Any) -> None:
+        self.events.append(("step", report.step + 1))
+
+    def on_log(self, run: Any, values: dict[str, Any]) -> None:
+        self.events.append((next(iter(values)), run.done))
+        values["own"] = 1
+
+    def on_evaluate(self, run: Any, measures: Mapping[str, float]) -> None:
+        assert (Path(run.config.run.output_dir) / "best" / "model.safetensors").exists() and measures["eval/MRR@10"] > 0
+        self.events.append(("evaluate", run.done))
+        run.should_stop = run.done == 4
+
+    def on_save(self, run: Any) -> None:
+        self.events.append(("save", run.done))
+
+    def on_train_end(self, run: Any) -> None:
+        assert (Path(run.config.run.output_dir) / "report.html").exists()
+        self.events.append(("end", run.done))
+
+
+def test_a_callback_hears_events_in_transformers_order_and_stops_the_run(workplace: Path) -> None:
+    settings = ["train.log_every=2", "train.save_every=3", "train.eval_every=2", "run.trackers=[]"]
+    recorder, folder = _Recorder(), workplace / "callbacks"
+    run = Run(workplace / "run.yaml", [*settings, f"run.output_dir={folder}"], callbacks=[recorder])
+    run.train()
+    evaluated = [("train/loss", 2), ("eval/MRR@10", 2), ("evaluate", 2), ("save", 2)]
+    first = [("begin", 0), ("step", 1), ("step", 2), *evaluated, ("step", 3), ("save", 3)]
+    assert recorder.events == [*first, ("step", 4), *((name, 4) for name, _ in evaluated), ("end", 4)]
+    assert (folder / "checkpoints" / "step-00000004").is_dir()
+    assert all(line["own"] == 1 for line in metrics(folder))
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:

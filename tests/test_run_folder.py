@@ -253,5 +253,5 @@ def _until(condition: Callable[[], bool]) -> None:
 
 def test_the_train_command_refuses_before_it_computes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _put(workplace / "own" / "export")
-    monkeypatch.setattr("retriever.run.prepare", lambda config: pytest.fail("training began"))
+    monkeypatch.setattr("retriever.assembly._prepare", lambda config: pytest.fail("training began"))
     assert_refused(main, training_command(workplace, "own")[2:], "own/export was not written by a run of this folder")

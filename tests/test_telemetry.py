@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from retriever import telemetry as module
+from retriever.config import Config, TrainConfig
 from retriever.step import StepReport
 from retriever.telemetry import Telemetry
 
@@ -33,7 +35,7 @@ class Accelerator:
     def log(self, values: dict[str, Any], step: int) -> None:
         pass
 
-    def end_training(self) -> None:
+    def print(self, message: str) -> None:
         pass
 
 
@@ -56,10 +58,25 @@ def _report(step: int, waited_s: float = 0.0) -> StepReport:
     )
 
 
-def _telemetry(folder: Path, forecast: Any = None, log_every: int = 2) -> Telemetry:
-    return Telemetry(
-        Accelerator(), folder / "metrics.jsonl", finished=0, total=40, log_every=log_every, forecast=forecast
-    )
+class Run:
+    """A run of 40 steps that logs every second one."""
+
+    total, config = 40, Config(train=TrainConfig(log_every=2))
+
+    def __init__(self, folder: Path, forecast: Any = None, done: int = 0) -> None:
+        self.done = done
+        self.telemetry = Telemetry(Accelerator(), folder / "metrics.jsonl", forecast)
+        self.telemetry.on_train_begin(self)
+
+    def step(self, report: StepReport) -> None:
+        self.done = report.step + 1
+        self.telemetry.on_step_end(self, report)
+
+    def record(self, values: dict[str, Any]) -> None:
+        self.telemetry.on_log(self, values)
+
+    def close(self) -> None:
+        self.telemetry.on_train_end(self)
 
 
 def _lines(folder: Path) -> list[dict[str, float]]:
@@ -67,11 +84,11 @@ def _lines(folder: Path) -> list[dict[str, float]]:
 
 
 def test_speeds_are_those_since_the_last_line(tmp_path: Path, clock: Clock) -> None:
-    telemetry = _telemetry(tmp_path)
+    run = Run(tmp_path)
     for step, seconds in enumerate((1.0, 3.0, 0.5, 0.5)):
         clock.now += seconds
-        telemetry.step(_report(step, waited_s=0.1))
-    telemetry.close()
+        run.step(_report(step, waited_s=0.1))
+    run.close()
     first, second = _lines(tmp_path)
     assert (first["step"], second["step"]) == (2, 4)
     assert (first["train/pairs_per_s"], second["train/pairs_per_s"]) == (32, 128)
@@ -80,33 +97,33 @@ def test_speeds_are_those_since_the_last_line(tmp_path: Path, clock: Clock) -> N
 
 
 def test_pauses_are_left_out(tmp_path: Path, clock: Clock) -> None:
-    telemetry = _telemetry(tmp_path)
+    run = Run(tmp_path)
     for step in range(2):
         clock.now += 1.0
-        telemetry.step(_report(step))
-        with telemetry.paused("evaluate"):
+        run.step(_report(step))
+        with run.telemetry.paused("evaluate"):
             clock.now += 50
     clock.now += 4.0
-    telemetry.step(_report(2))
-    telemetry.step(_report(3))
+    run.step(_report(2))
+    run.step(_report(3))
     assert [line["train/pairs_per_s"] for line in _lines(tmp_path)] == [64, 32]
 
 
 def test_the_bar_says_how_much_was_waited(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry = _telemetry(tmp_path)
+    run = Run(tmp_path)
     clock.now += 1.0
-    telemetry.step(_report(0, waited_s=0.125))
-    telemetry.close()
+    run.step(_report(0, waited_s=0.125))
+    run.close()
     assert "64 pairs/s, 12.5% waiting for data" in capsys.readouterr().err
 
 
 def test_the_bar_says_what_a_pause_is_for(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry = _telemetry(tmp_path)
+    run = Run(tmp_path)
     clock.now += 1.0
-    telemetry.step(_report(0))
-    with telemetry.paused("write checkpoint and export"):
+    run.step(_report(0))
+    with run.telemetry.paused("write checkpoint and export"):
         assert "\rwrite checkpoint and export: " in capsys.readouterr().err
-    telemetry.close()
+    run.close()
     assert "\rtrain: " in capsys.readouterr().err
 
 
@@ -117,11 +134,11 @@ def test_a_forecast_that_is_off_is_said_once(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float, said: str
 ) -> None:
     """The first two steps, slow as they are, do not count, nor does a pause."""
-    telemetry = _telemetry(tmp_path, Expected())
+    run = Run(tmp_path, Expected())
     for step in range(20):
         clock.now += 30.0 if step < 2 else seconds
-        telemetry.step(_report(step))
-        with telemetry.paused("evaluate"):
+        run.step(_report(step))
+        with run.telemetry.paused("evaluate"):
             clock.now += 7
     out = capsys.readouterr().out
     assert (said in out and out.count("were expected") == 1) if said else "expected" not in out
@@ -129,7 +146,7 @@ def test_a_forecast_that_is_off_is_said_once(
 
 def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: Clock) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 1}\n{"step": 6, "tra')
-    Telemetry(Accelerator(), tmp_path / "metrics.jsonl", finished=3, total=40, log_every=2)
+    Run(tmp_path, done=3)
     assert _lines(tmp_path) == [{"step": 2, "a": 1}]
 
 
@@ -139,24 +156,26 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path, clock: C
 def test_a_gradient_of_0_is_told_once_with_its_cause(
     loss: float, cause: str, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    telemetry = _telemetry(tmp_path)
+    run = Run(tmp_path)
     clock.now += 1
-    telemetry.step(_report(0))
+    run.step(_report(0))
     assert "warning" not in capsys.readouterr().err
     for step in (1, 2):
         clock.now += 1
-        telemetry.step(replace(_report(step), loss=loss, grad_norm=0.0))
-    telemetry.close()
+        run.step(replace(_report(step), loss=loss, grad_norm=0.0))
+    run.close()
     said = capsys.readouterr()
     assert (said.out + said.err).count("warning: step 2: the gradient is 0, so nothing is learned: " + cause) == 1
     assert (said.out + said.err).count("warning") == 1
 
 
-def test_only_an_update_counts_as_one(tmp_path: Path, clock: Clock) -> None:
-    telemetry, applied = _telemetry(tmp_path), []
-    for step, norm in enumerate((math.inf, 2.0, math.inf)):
-        clock.now += 1
-        telemetry.step(replace(_report(step), grad_norm=norm))
-        applied.append(telemetry.applied)
-    telemetry.close()
-    assert applied == [False, True, True]
+def test_a_run_without_an_update_is_refused_at_its_end(tmp_path: Path, clock: Clock) -> None:
+    """One update is enough."""
+    for norms, refused in (((math.inf, 2.0, math.inf), False), ((math.inf, math.inf), True)):
+        run = Run(tmp_path)
+        for step, norm in enumerate(norms):
+            clock.now += 1
+            run.step(replace(_report(step), grad_norm=norm))
+        run.done = run.total
+        with pytest.raises(FloatingPointError, match="no update was made") if refused else nullcontext():
+            run.close()

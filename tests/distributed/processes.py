@@ -29,6 +29,7 @@ _IMPORTED = [
     "retriever.loss.contrastive",
     "retriever.optim",
     "retriever.parallel.sharded",
+    "retriever.run",
 ]
 FORKSERVER.set_forkserver_preload(_IMPORTED)
 
