@@ -166,6 +166,10 @@ class BatchConfig:
     retain_products: bool | CountOrNone | Auto = "auto"
     # The queries of a batch come from one source; false: sources are mixed in a batch.
     one_source: bool = True
+    # Passages that a query is compared with, at most: the batch is divided into pools, and a passage is a negative only
+    # of queries in its own pool. The first query that brings a passage decides its pool. null: every passage of the
+    # batch.
+    pool: Annotated[int, Range(3)] | None = None
     # Representations and their gradients in host memory, a few blocks at a time on the device.
     offload: bool = False
 

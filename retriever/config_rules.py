@@ -100,6 +100,9 @@ def _check_data(config: Config) -> None:
 def _check_length_and_evaluation(config: Config) -> None:
     train, evaluation = config.train, config.eval
     given = f"max_steps: {train.max_steps}, epochs: {train.epochs}"
+    pool, least = config.batch.pool, 2 * (1 + config.data.negatives)
+    room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
+    require(pool is None or pool >= least, "batch.pool", room, pool)
     one = (train.max_steps is None) != (train.epochs is None)
     require(one, "train", "exactly one of train.max_steps and train.epochs", given)
     if evaluation is None:

@@ -128,6 +128,9 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
         known[i] = torch.isin(targets.passage_ids, own)
     active, column = targets.positives >= 0, targets.positives.clamp(min=0)
     known[~active] = True
+    if targets.pools is not None:
+        rows, columns = targets.pools.of_columns(targets.passage_ids)
+        known |= rows[:, None] != columns[None, :]
     positive = similarities[row, column]
     if loss.false_negative_margin is not None:
         threshold = false_negatives_from(queries.detach(), passages.detach()[column], loss.false_negative_margin)

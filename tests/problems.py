@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import Pairs
+from kernels.infonce.exclusions import Pairs, Pools
 from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
@@ -27,6 +27,8 @@ class WholeBatch:
     positives: list[int]  # column of each query's positive, -1: ignored
     known: list[list[int]]  # passage ids, the positive's among them; ids of passages outside the batch too
     owners: list[int]  # rank of each passage
+    query_pools: list[int] | None = None
+    passage_pools: list[int] | None = None
 
 
 def random_batch(
@@ -37,11 +39,12 @@ def random_batch(
     ignored: int = 0,
     vocabulary: tuple[int, int] = (40, 150),
     seed: int = 0,
+    pools: int = 0,
 ) -> WholeBatch:
     """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal
     ranks.
 
-    The last of several ranks holds passages only.
+    The last of several ranks holds passages only. With `pools`, a target may be in another pool than its query.
     """
     draw = random.Random(seed)
     ids = draw.sample(range(10_000), passages)
@@ -61,9 +64,12 @@ def random_batch(
     for row in draw.sample(range(queries), ignored):
         columns[row] = -1
     tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
-    return WholeBatch(
-        [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
-    )
+    texts = [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)]
+    whole = WholeBatch(*texts, ids, columns, known, owners)
+    if not pools:
+        return whole
+    of_queries, of_passages = ([draw.randrange(pools) for _ in range(count)] for count in (queries, passages))
+    return replace(whole, query_pools=of_queries, passage_pools=of_passages)
 
 
 def views_batch(*, texts: int = 12, ranks: int = 1) -> WholeBatch:
@@ -107,6 +113,7 @@ def rank_batch(
         torch.tensor([i for k in known for i in k], dtype=torch.int64),
         global_queries=len(whole.positives),
         known_pairs=_known_pairs(whole, rows) if looked_up else None,
+        pools=_pools(whole, rows),
     )
     sides = {"query": [whole.query_tokens[r] for r in rows], "passage": [whole.passage_tokens[c] for c in columns]}
     chunks = []
@@ -119,6 +126,14 @@ def rank_batch(
         chunks += [lambda side=side: filler(side, packed=packed)] * missing
     batch = Batch(0, 0, "test", Chunks(chunks, torch.device("cpu")), targets, (len(rows), len(columns)), 0)
     return batch, rows, columns
+
+
+def _pools(whole: WholeBatch, rows: list[int]) -> Pools | None:
+    if whole.query_pools is None or whole.passage_pools is None:
+        return None
+    ids, of_ids = zip(*sorted(zip(whole.passage_ids, whole.passage_pools, strict=True)), strict=True)
+    of_rows = torch.tensor([whole.query_pools[row] for row in rows], dtype=torch.int64)
+    return Pools(of_rows, torch.tensor(ids), torch.tensor(of_ids))
 
 
 def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
@@ -174,6 +189,8 @@ def oracle_loss(
     def negative(i: int, j: int) -> bool:
         column = whole.positives[i]
         if column < 0 or whole.passage_ids[j] in whole.known[i]:
+            return False
+        if whole.query_pools is not None and whole.query_pools[i] != whole.passage_pools[j]:  # type: ignore[index]
             return False
         return margin is None or not bool(s[i, j] > s[i, column] + margin)
 

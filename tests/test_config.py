@@ -99,6 +99,7 @@ def minimal(tmp_path: Path) -> Path:
         ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
         ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         ("batch.queries=1", "batch.queries: "),
+        ("batch.pool=15", "batch.pool: expected null or at least 16"),
         ("batch.tokens_per_chunk=143", "batch.tokens_per_chunk: expected auto or at least 144"),
         ("loss.temperature=0", "loss.temperature: "),
         ("loss.temperature=.nan", "loss.temperature: "),

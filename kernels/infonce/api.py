@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.dispatch import on_kernels
 from kernels.infonce.deferred import Deferred
 from kernels.infonce.exclusions import Exclusions, MaskTables
+from kernels.infonce.pooled import PooledBlock
 from kernels.infonce.reference import Block, Precision
 from kernels.infonce.two_pass import Passages, first_pass, second_pass
 
@@ -139,12 +140,14 @@ def _block(
     workspace_mib: int | None,
     largest: float | None,
 ) -> Block:
-    block = Block(queries, passages, scale, masks, precision, workspace_mib, largest)
-    if not on_kernels(queries) or not len(queries) or not len(passages):
-        return block
-    from kernels.infonce.passes import TiledBlock
+    kind = Block
+    if on_kernels(queries) and len(queries) and len(passages):
+        from kernels.infonce.passes import TiledBlock
 
-    return TiledBlock(**vars(block))
+        kind = TiledBlock
+    if masks.pools is not None and len(queries) and len(passages):
+        return PooledBlock(queries, passages, scale, masks, precision, workspace_mib, largest, kind)
+    return kind(queries, passages, scale, masks, precision, workspace_mib, largest)
 
 
 def _tables(

@@ -9,18 +9,32 @@ import torch
 from torch import Tensor
 
 
+class Pools(NamedTuple):
+    """A partition of queries and passages, in which a query's negatives are passages of its own pool."""
+
+    rows: Tensor  # [B] int64: the pool of each query
+    ids: Tensor  # [n] int64, ascending: ids of passages, among them all that are asked for
+    of_ids: Tensor  # [n] int64: the pool of each
+
+    def of_columns(self, passage_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The pools of the rows [B] and of the passages `passage_ids` [N]."""
+        return self.rows, self.of_ids[torch.searchsorted(self.ids, passage_ids)]
+
+
 @dataclass(frozen=True)
 class Exclusions:
     """Which query–passage pairs are not counted as negatives. A query's own target is excluded in any case.
 
     Row i excludes every column whose `passage_ids` entry stands in `known_ids[known_ptr[i] : known_ptr[i + 1]]`
-    (any number a row), and every column with s_ij > `threshold[i]`; a threshold of −inf excludes the whole row.
+    (any number a row), every column with s_ij > `threshold[i]` (a threshold of −inf excludes the whole row), and every
+    column of another pool.
     """
 
     passage_ids: Tensor  # [N] int64
     known_ptr: Tensor  # [B + 1] int64
     known_ids: Tensor  # [known_ptr[-1]] int64
     threshold: Tensor | None = None  # [B] in similarity units, before scale
+    pools: Pools | None = None
 
     def of_rows(self, index: Tensor) -> Exclusions:
         """The exclusions of the rows `index` [n] int64."""
@@ -28,7 +42,13 @@ class Exclusions:
         ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         within = torch.arange(int(ptr[-1]), device=index.device) - ptr[:-1].repeat_interleave(counts)
         known_ids = self.known_ids[self.known_ptr[:-1][index].repeat_interleave(counts) + within]
-        return Exclusions(self.passage_ids, ptr, known_ids, None if self.threshold is None else self.threshold[index])
+        return Exclusions(
+            self.passage_ids,
+            ptr,
+            known_ids,
+            None if self.threshold is None else self.threshold[index],
+            None if self.pools is None else self.pools._replace(rows=self.pools.rows[index]),
+        )
 
 
 def known_pairs(exclusions: Exclusions) -> tuple[Tensor, Tensor]:
@@ -73,14 +93,19 @@ class MaskTables:
     targets: Tensor  # [B] int32, −1 where a row has none in these columns
     threshold: Tensor | None  # [B] float32 (float64 for float64 inputs), similarity units
     N: int  # columns
+    pools: tuple[Tensor, Tensor] | None = None  # of rows [B] and of columns [N], int64; None: all are in one
     _by_tile: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=dict)
 
     @staticmethod
     def of(exclusions: Exclusions | None, targets: Tensor, N: int) -> MaskTables:
         """Tables of `exclusions` and of every row's target [B] int64 (−1: none)."""
         nothing = targets.new_empty(0)
-        further = Pairs(nothing, nothing) if exclusions is None else further_pairs(exclusions, targets)
-        return MaskTables.of_pairs(further, targets, None if exclusions is None else exclusions.threshold, N)
+        if exclusions is None:
+            return MaskTables.of_pairs(Pairs(nothing, nothing), targets, None, N)
+        tables = MaskTables.of_pairs(further_pairs(exclusions, targets), targets, exclusions.threshold, N)
+        if exclusions.pools is None:
+            return tables
+        return replace(tables, pools=exclusions.pools.of_columns(exclusions.passage_ids))
 
     @staticmethod
     def of_pairs(further: Pairs, targets: Tensor, threshold: Tensor | None, N: int) -> MaskTables:
@@ -125,7 +150,8 @@ class MaskTables:
         rows = _places(index, len(self.targets))[self.rows]
         keep = rows >= 0
         threshold = None if self.threshold is None else self.threshold[index]
-        return MaskTables(rows[keep], self.columns[keep], self.targets[index], threshold, self.N)
+        pools = None if self.pools is None else (self.pools[0][index], self.pools[1])
+        return MaskTables(rows[keep], self.columns[keep], self.targets[index], threshold, self.N, pools)
 
     def select_columns(self, index: Tensor) -> MaskTables:
         """The tables of the columns `index` [n], ascending."""
@@ -133,7 +159,8 @@ class MaskTables:
         columns = places[self.columns]
         keep = columns >= 0
         targets = torch.where(self.targets >= 0, places[self.targets.clamp(min=0).long()], -1).int()
-        return replace(self, rows=self.rows[keep], columns=columns[keep], targets=targets, N=len(index))
+        pools = None if self.pools is None else (self.pools[0], self.pools[1][index])
+        return replace(self, rows=self.rows[keep], columns=columns[keep], targets=targets, N=len(index), pools=pools)
 
 
 def _places(index: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import Exclusions, Pairs, further_pairs
+from kernels.infonce.exclusions import Exclusions, Pairs, Pools, further_pairs
 from retriever.config import Config, ConfigError
 from retriever.data.chunks import Ahead, Chunking, Chunks
 from retriever.data.layout import OfTensors
@@ -42,6 +42,7 @@ class Targets(OfTensors):
     groups: Groups | None = None  # what a teacher says of some passages, where it is distilled
     known_pairs: KnownPairs | None = None  # of `known_ids`; None: to be looked up where the ranks' passages meet
     ignores: bool | None = None  # whether any row is ignored; None: not asked yet
+    pools: Pools | None = None  # of queries and of all ranks' passages; None: a query sees every passage
 
     def to(self, device: torch.device) -> Targets:
         """A copy on `device`, `ignores` known. Raises ValueError where a positive is none of the N columns."""
@@ -65,6 +66,7 @@ class Targets(OfTensors):
             known_ids=known.known_ids,
             groups=None,
             known_pairs=None,
+            pools=None if self.pools is None else self.pools._replace(rows=self.pools.rows[query_rows]),
         )
 
     def _ignores(self) -> bool:
@@ -107,8 +109,9 @@ class BatchLoader:
         self._queries = Chunking("query", store.queries, template, model.query_max_tokens, budget, packed)
         self._passages = Chunking("passage", store.passages, template, model.passage_max_tokens, budget, packed)
         gathers = config.loss.exchange != "ring" or world.size == 1
-        # Elsewhere the loss looks known pairs up itself.
-        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload
+        # Elsewhere the loss looks known pairs up itself. It needs the passages' ids to find their pools, too.
+        in_pools = config.batch.pool is not None
+        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload and not in_pools
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""
@@ -128,6 +131,7 @@ class BatchLoader:
             global_queries=len(whole.queries),
             groups=scored.groups() if scored is not None and loss.distils else None,
             known_pairs=_known_pairs(mine, known, rank) if self._looks_up else None,
+            pools=_pools(whole, mine),
         )
         if self._world.device.type == "cuda":
             targets = targets.pinned()
@@ -166,6 +170,13 @@ class BatchLoader:
         queries = max(len(self._queries.plan(whole.queries[of_query == rank])) for rank in range(size))
         passages = max(len(self._passages.plan(whole.passages[of_passage == rank])) for rank in range(size))
         return queries, passages
+
+
+def _pools(whole: GlobalBatch, mine: RankSlice) -> Pools | None:
+    """The pools of the slice's queries and of all passages of the batch."""
+    if mine.pools is None or whole.passage_pools is None:
+        return None
+    return Pools(*map(torch.from_numpy, (mine.pools, whole.passages, whole.passage_pools)))
 
 
 def _known_pairs(mine: RankSlice, known: Csr, rank: int) -> KnownPairs:

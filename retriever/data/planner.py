@@ -29,6 +29,8 @@ class GlobalBatch:
     queries: np.ndarray  # [b] int64
     targets: np.ndarray  # [b] int64: the positive drawn for each query
     passages: np.ndarray  # [n] int64, ascending: all targets and negatives
+    query_pools: np.ndarray | None = None  # [b] int64; None: every query sees every passage
+    passage_pools: np.ndarray | None = None  # [n] int64
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class RankSlice:
     targets: np.ndarray  # [B] int64, positions in `passages`
     every_passage: np.ndarray  # [n] int64, rows of the store: all ranks' passages, rank after rank
     counts: tuple[int, ...]  # of each rank's passages
+    pools: np.ndarray | None = None  # [B] int64: the pool of each query
 
 
 class Planner:
@@ -47,7 +50,8 @@ class Planner:
 
     `weights` are each source's passes per epoch. A source's batches in an epoch differ by at most one query and none
     exceeds `queries`; with `one_source` false, sources are mixed within every batch. Where a fractional weight lets two
-    passes over a source meet in a batch, a query may stand in it twice.
+    passes over a source meet in a batch, a query may stand in it twice. With `pool`, a query sees that many passages at
+    most: those that neighbouring queries bring.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class Planner:
         seed: int,
         weights: Sequence[float] | None = None,
         one_source: bool = True,
+        pool: int | None = None,
     ) -> None:
         self._store = store
-        self._negatives = negatives
+        self._negatives, self._pool = negatives, pool
         self._key = _hash(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
         self._one_source = one_source
         weights = weights if weights is not None else [1.0] * len(store.sources)
@@ -87,6 +92,7 @@ class Planner:
             seed=config.run.seed,
             weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
+            pool=config.batch.pool,
         )
         planner._check_negatives()
         return planner
@@ -134,8 +140,14 @@ class Planner:
             queries, passes = (column[index :: self.steps_per_epoch] for column in self._mixed_epoch(epoch))
             name = "mixed"
         targets = self._draw_positives(queries, passes)
-        negatives = self._draw_negatives(queries, passes)
-        return GlobalBatch(step, epoch, name, queries, targets, np.unique(np.concatenate([targets, negatives])))
+        of, negatives = self._draw_negatives(queries, passes)
+        brought = np.concatenate([targets, negatives])
+        if self._pool is None:
+            return GlobalBatch(step, epoch, name, queries, targets, np.unique(brought))
+        passages, first = np.unique(brought, return_index=True)
+        bringer = np.concatenate([np.arange(len(queries)), of])[first]  # [n]: the first query that brings each passage
+        pools = _pools(np.bincount(bringer, minlength=len(queries)), self._pool)
+        return GlobalBatch(step, epoch, name, queries, targets, passages, pools, pools[bringer])
 
     def _make_schedule(self, epoch: int) -> list[tuple[int, int]]:
         """The epoch's batches as (source, part), in their shuffled order."""
@@ -169,10 +181,13 @@ class Planner:
         first = _hash(self._key, np.uint64(4), queries.astype(np.uint64))
         return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
 
-    def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass."""
+    def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass.
+
+        Returns the position of each one's query, and its row.
+        """
         if self._negatives == 0:
-            return np.empty(0, dtype=np.int64)
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         ptr, ids = self._store.negatives.take(queries)
         row = np.repeat(np.arange(len(queries)), np.diff(ptr))
         place = np.arange(len(ids)) - ptr[row]  # within the row
@@ -182,7 +197,7 @@ class Planner:
         order = np.argsort(keys, kind="stable")  # shuffles every row for itself; `row` stays sorted
         count = np.diff(ptr)[row]
         chosen = (place - passes[row] * self._negatives) % np.maximum(count, 1) < self._negatives
-        return ids[order[chosen]]
+        return row[chosen], ids[order[chosen]]
 
 
 def slice_for_rank(
@@ -198,9 +213,9 @@ def slice_for_rank(
     passages, mine = batch.passages[of_passage == rank], of_query == rank
     every_passage = batch.passages[np.argsort(of_passage, kind="stable")]
     counts = tuple(np.bincount(of_passage, minlength=world_size).tolist())
-    return RankSlice(
-        batch.queries[mine], passages, np.searchsorted(passages, batch.targets[mine]), every_passage, counts
-    )
+    targets = np.searchsorted(passages, batch.targets[mine])
+    pools = None if batch.query_pools is None else batch.query_pools[mine]
+    return RankSlice(batch.queries[mine], passages, targets, every_passage, counts, pools)
 
 
 def owners(
@@ -229,6 +244,16 @@ def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
             known = known.within(rank_slice.every_passage)
         return known.take(text_of)
     return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])
+
+
+def _pools(passages: np.ndarray, most: int) -> np.ndarray:
+    """The pool [b] of each query, in order: about equal ones of at most `most` passages, where a query brings fewer.
+
+    passages [b] int64: how many each query brings.
+    """
+    before = passages.cumsum() - passages
+    count = -(-passages.sum() // max(1, most + 1 - passages.max()))  # a pool may end one query's passages late
+    return np.minimum(before, passages.sum() - 1) * count // passages.sum()
 
 
 def _order(key: np.ndarray, n: int) -> np.ndarray:

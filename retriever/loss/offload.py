@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.api import Block, Exclusions, MaskTables
+from kernels.infonce.exclusions import Pools
 from kernels.infonce.terms import Terms
 from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.problem import Problem
@@ -147,7 +148,11 @@ class _Tables:
             within = whole.targets[i] - k * self.size
             targets = torch.where((within >= 0) & (within < count), within, -1)
         threshold = None if whole.threshold is None else whole.threshold[i]
-        return MaskTables(*self._of_block(self.known[owner], a, k), targets, threshold, count)
+        pools = None
+        if whole.pools is not None:
+            rows, columns = whole.pools[owner]
+            pools = rows[i], columns[k * self.size : k * self.size + count]
+        return MaskTables(*self._of_block(self.known[owner], a, k), targets, threshold, count, pools)
 
     def targets_in(self, a: int, k: int) -> tuple[Tensor, Tensor]:
         """The rows of block a whose targets are in own block k, and these, both counted from the start of their
@@ -181,7 +186,9 @@ def _without_rows(problem: Problem, device: torch.device) -> Problem:
     """`problem` with what is a number a row on the device, and without queries and passages."""
     own = problem.exclusions
     threshold = None if own.threshold is None else own.threshold.to(device)
-    exclusions = Exclusions(own.passage_ids.to(device), own.known_ptr.to(device), own.known_ids.to(device), threshold)
+    pools = None if own.pools is None else Pools(*(x.to(device) for x in own.pools))
+    ids = (x.to(device) for x in (own.passage_ids, own.known_ptr, own.known_ids))
+    exclusions = Exclusions(*ids, threshold, pools)
     nothing = problem.queries.new_empty(0, problem.queries.shape[1], device=device)
     return replace(
         problem, queries=nothing, passages=nothing, positives=problem.positives.to(device), exclusions=exclusions

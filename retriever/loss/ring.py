@@ -110,6 +110,7 @@ class BlockMasks:
     threshold: Tensor | None  # [B]
     counts: tuple[int, ...]
     rank: int
+    pools: dict[int, tuple[Tensor, Tensor]] | None = None  # owner -> pools of own queries and of the block's passages
 
     @staticmethod
     def of(problem: Problem, ids: Iterable[tuple[int, Tensor]], counts: tuple[int, ...], rank: int) -> BlockMasks:
@@ -117,16 +118,19 @@ class BlockMasks:
         sweep.
         """
         own, targets = problem.exclusions, problem.positives
-        pairs = {}
+        pairs, pools = {}, dict[int, tuple[Tensor, Tensor]]()
         for owner, passage_ids in ids:
             rows, columns = known_pairs(Exclusions(passage_ids, own.known_ptr, own.known_ids))
             if owner == rank:
                 further = columns != targets[rows]
                 rows, columns = rows[further], columns[further]
             pairs[owner] = rows, columns
-        return BlockMasks(pairs, targets.int(), own.threshold, counts, rank)
+            if own.pools is not None:
+                pools[owner] = own.pools.of_columns(passage_ids)
+        return BlockMasks(pairs, targets.int(), own.threshold, counts, rank, pools or None)
 
     def of_block(self, owner: int) -> MaskTables:
         """The tables of one rank's block."""
         targets = self.targets if owner == self.rank else torch.full_like(self.targets, -1)
-        return MaskTables(*self.pairs[owner], targets, self.threshold, self.counts[owner])
+        pools = None if self.pools is None else self.pools[owner]
+        return MaskTables(*self.pairs[owner], targets, self.threshold, self.counts[owner], pools)

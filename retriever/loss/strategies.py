@@ -112,6 +112,9 @@ def _masked_logits(queries: Tensor, passages: Tensor, exclusions: Exclusions, sc
     excluded[known_pairs(exclusions)] = True
     if exclusions.threshold is not None:
         excluded |= similarities > exclusions.threshold[:, None]
+    if exclusions.pools is not None:
+        rows, columns = exclusions.pools.of_columns(exclusions.passage_ids)
+        excluded |= rows[:, None] != columns[None, :]
     return (scale * similarities).masked_fill(excluded, -torch.inf)
 
 
@@ -126,4 +129,5 @@ def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor)
     ):  # some ranks may have none
         threshold = threshold if threshold is not None else problem.queries.new_full((len(problem.queries),), torch.inf)
         threshold = world.gather_rows(threshold).rows
-    return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold)
+    pools = None if own.pools is None else own.pools._replace(rows=world.gather_rows(own.pools.rows).rows)
+    return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold, pools)

@@ -117,6 +117,24 @@ def test_targets_and_passages_of_a_batch(size: int, queries: int, negatives: int
         assert len(batch.passages) <= len(set(batch.targets.tolist())) + expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 5), st.integers(3, 40), st.integers(0, 99))
+def test_a_pool_has_at_most_so_many_passages(size: int, negatives: int, pool: int, seed: int) -> None:
+    """A pool holds `pool` passages at most; it has the passages that its queries are the first to bring, and every
+    query has one. The batch is the one without pools.
+    """
+    arguments = {"queries": size, "negatives": negatives, "seed": seed}
+    plain = Planner(_store(size, seed=seed), **arguments).plan(0)
+    batch = Planner(_store(size, seed=seed), **arguments, pool=max(pool, 2 + 2 * negatives)).plan(0)
+    assert _same(plain, batch) and batch.query_pools is not None and batch.passage_pools is not None
+    counts = np.bincount(batch.passage_pools)
+    assert counts.max() <= max(pool, 2 + 2 * negatives) and set(batch.query_pools) <= set(batch.passage_pools)
+    assert np.all(np.diff(batch.query_pools) >= 0), "queries next to each other share a pool"
+    first_of = {target: pool for target, pool in zip(batch.targets[::-1], batch.query_pools[::-1], strict=True)}
+    own = dict(zip(batch.passages, batch.passage_pools, strict=True))
+    assert first_of == {target: own[target] for target in first_of}
+
+
 @pytest.mark.parametrize("negatives", [1, 2, 3, 20])
 def test_negatives_and_positives_rotate(negatives: int) -> None:
     """min(k, c) different negatives of each query in every pass; after ceil(c / k) passes all were seen. Positives take

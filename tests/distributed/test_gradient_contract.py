@@ -60,6 +60,7 @@ class Case:
     block_rows: int | None = None  # representations in host memory
     views: bool = False  # texts that are their own positives, with dropout
     looked_up: bool = False  # known pairs beforehand, as a run's loader has them
+    pools: int = 0  # of queries and passages
 
     def __str__(self) -> str:
         features = [
@@ -70,6 +71,7 @@ class Case:
         features += [f"margin={self.margin}"] if self.margin is not None else []
         features += [f"ignored={self.ignored}"] if self.ignored else []
         features += [f"dims={self.dims}"] if self.dims else []
+        features += [f"pools{self.pools}"] if self.pools else []
         features += [self.layers] if self.layers != "padded" else []
         features += [f"retain{self.retain}"] if self.retain else []
         features += [f"products{self.products}"] if self.products else []
@@ -121,7 +123,13 @@ VIEWS = [
     Case("tiled", 40, layers="packed", retain=60, block_rows=4, views=True),
     Case("tiled", 40, layers="fused", retain=30, products=60, views=True),
 ]
-EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED, *VIEWS]
+POOLED = [
+    *(Case(strategy, symmetric=True, margin=0.1, ignored=2, pools=3) for strategy in ("dense", "local", "disco")),
+    Case("tiled", learn_temperature=True, pools=3),
+    Case("tiled", symmetric=True, margin=0.1, ignored=2, pools=3),
+    Case("tiled", symmetric=True, dims=(8, 32), pools=3, block_rows=4),
+]
+EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED, *VIEWS, *POOLED]
 CASES = {
     1: EVERY_CASE,
     2: EVERY_CASE + SHARDED,
@@ -150,7 +158,9 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
 
 
 def _whole(case: Case, ranks: int) -> WholeBatch:
-    return views_batch(ranks=ranks) if case.views else random_batch(ranks=ranks, ignored=case.ignored)
+    if case.views:
+        return views_batch(ranks=ranks)
+    return random_batch(ranks=ranks, ignored=case.ignored, pools=case.pools)
 
 
 def _named_gradients(encoder: DualEncoder, objective: ContrastiveObjective) -> dict[str, Tensor]:

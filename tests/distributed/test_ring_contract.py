@@ -40,6 +40,7 @@ class Case:
     margin: float | None = None
     ignored: int = 0
     dims: tuple[int, ...] = ()
+    pools: int = 0
     temperature: float = 0.1
     unit: bool = True
     owners: str = "unequal"  # unequal | equal | one: everything on the last rank
@@ -64,6 +65,7 @@ CASES = [
     *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
     *(Case(symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
     *(Case(symmetric=s, owners=owners) for s in (False, True) for owners in ("equal", "one")),
+    *(Case(block_rows=r, symmetric=True, margin=0.2, ignored=3, pools=4) for r in (None, 5)),
     *(Case(symmetric=s, temperature=0.005) for s in (False, True)),
     *(Case(symmetric=s, temperature=0.02, unit=False) for s in (False, True)),  # logits of thousands
     *(Case(symmetric=s, precision="bf16", dtype="float32", bound=1e-5) for s in (False, True)),
@@ -88,7 +90,7 @@ def _whole(case: Case, ranks: int) -> WholeBatch:
     """One batch for all numbers of ranks; where unequal, the first rank holds most and the last of several passages
     only.
     """
-    whole, draw = random_batch(ignored=case.ignored), random.Random(ranks)
+    whole, draw = random_batch(ignored=case.ignored, pools=case.pools), random.Random(ranks)
     n, targets = len(whole.owners), set(whole.positives)
     unequal = [draw.choice([0, 0, *range(max(1, ranks - 1) if c in targets else ranks)]) for c in range(n)]
     owners = {"unequal": unequal, "equal": [c % ranks for c in range(n)], "one": [ranks - 1] * n}[case.owners]
