@@ -23,7 +23,7 @@ from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import BLOCK_ROWS
-from retriever.optim import Optimizer
+from retriever.optim import Optimizer, freeze
 from retriever.outputs import Outputs
 from retriever.parallel.sharded import PlacedEncoder
 from retriever.parallel.world import World
@@ -116,6 +116,7 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World) -> Ass
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=dtype).train()
     if config.model.lora is not None:
         adapt(encoder.towers, config.model.lora, config.run.seed)
+    freeze(encoder.towers, config.optim.freeze)
     placed = PlacedEncoder(encoder, world)
     block_rows = BLOCK_ROWS if config.batch.offload else None
     objective = ContrastiveObjective(config.loss, unit_norm=config.model.normalize, block_rows=block_rows)

@@ -226,19 +226,31 @@ class LossConfig:
 class OptimConfig:
     """Optimizer, schedule and precision. Nothing is scaled by the batch size."""
 
-    # torch.optim.AdamW; torch.optim.Adafactor, whose state is small; or Adafactor with momentum and fixed steps, as
-    # Inf-CL trains with it (there with betas [0.9, 0.95], lr 1e-3 and weight_decay 1e-4).
-    name: Literal["adamw", "adafactor", "adafactor_momentum"] = "adamw"
+    # adamw: torch.optim.AdamW; adafactor: torch.optim.Adafactor, whose state is small; adafactor_momentum: Adafactor
+    # with momentum and fixed steps, as Inf-CL trains with it (there with betas [0.9, 0.95], lr 1e-3 and weight_decay
+    # 1e-4); or the import path of a torch optimizer, such as torch.optim.NAdam.
+    name: str = "adamw"
+    # Of an optimizer by import path: what it is called with beside the parameters, lr and weight_decay.
+    arguments: dict[str, Any] | None = None
     # Learning rate at the end of the warm-up.
     lr: Positive = 2.0e-5
     # Decay rates of the means of the gradient (or update) and of its square; torch's Adafactor has none.
     betas: tuple[Share, Share] = (0.9, 0.999)
     # Decoupled weight decay, of matrices only: not of biases, norms and the temperature.
     weight_decay: NotNegative = 0.01
-    # Decay of the learning rate to 0, after the warm-up.
-    schedule: Literal["linear", "cosine"] = "linear"
+    # The learning rate after the warm-up. linear, cosine: it decays to 0; constant: it stays; wsd (warm-up, stable,
+    # decay): it stays, and decays linearly to 0 in the last steps (`decay`).
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     # Linear warm-up: a share of all steps, or a number of steps where it is 1 or more.
     warmup: NotNegative = 0.1
+    # Of the schedule wsd: the steps that decay, a share of all steps or a number of steps where it is 1 or more.
+    decay: NotNegative = 0.1
+    # Modules and parameters of a tower that are not trained, and all that is inside them, such as embeddings or
+    # encoder.layer.0.
+    freeze: tuple[str, ...] = ()
+    # Decay of a running mean of the weights, taken after each update, such as 0.999. Evaluation and export use the
+    # mean. null: none.
+    ema: Share | None = None
     # The gradient is scaled down to this Euclidean norm where it is longer.
     max_grad_norm: Positive = 1.0
     # Of the encoder's products; weights and updates are fp32.

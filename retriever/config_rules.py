@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from retriever.config import Config, flat, from_dict, to_dict
 from retriever.config_tree import require
 
 _AUTO_OR_FALSE = ("auto", False)
+_OPTIMIZERS = ("adamw", "adafactor", "adafactor_momentum")
 _TEACHER = "a teacher's terms gather all passages on the device"
 
 
@@ -32,6 +34,11 @@ def validate(config: Config) -> None:
     require(len(loss.dim_weights) in (0, len(loss.dims)), "loss.dim_weights", weights, list(loss.dim_weights))
     terms = {name: getattr(loss, name) for name in ("contrastive_weight", "kl_weight", "margin_mse_weight")}
     require(any(terms.values()), "loss", f"one of {', '.join(terms)} above 0", terms)
+    known, name = " | ".join(_OPTIMIZERS), config.optim.name
+    path = f"{known}, or an import path such as torch.optim.NAdam"
+    none = f"null with optim.name={name}, which has its own settings"
+    require(config.optim.arguments is None or "." in name, "optim.arguments", none, config.optim.arguments)
+    require(name in _OPTIMIZERS or re.fullmatch(r"\w+(\.\w+)+", name) is not None, "optim.name", path, name)
     _check_length_and_evaluation(config)
 
 
@@ -65,14 +72,14 @@ def _check_together(config: Config, rules: Iterable[Rule]) -> None:
 
 def _beside_each_other(config: Config) -> list[Rule]:
     """What other settings of this configuration leave to a key."""
-    model, offload = config.model, "batch.offload=true"
+    model, optim, offload = config.model, config.optim, "batch.offload=true"
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
         (model.lora is not None, ("model.fused", _AUTO_OR_FALSE, "model.lora")),
         (model.fused is True, ("model.compile", _AUTO_OR_FALSE, "model.fused=true")),
         (model.gradient_checkpointing, ("model.compile", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
-        (config.optim.name == "adafactor", ("optim.betas", ([0.9, 0.999],), "optim.name=adafactor, which has none")),
+        (optim.name == "adafactor", ("optim.betas", ([0.9, 0.999],), "optim.name=adafactor, which has none")),
         (config.batch.offload, ("loss.strategy", ("tiled",), f"{offload}: the others hold a matrix of similarities")),
         (config.batch.offload, ("loss.exchange", ("auto", "ring"), f"{offload}: nothing is gathered")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),
@@ -93,6 +100,9 @@ def _check_data(config: Config) -> None:
             longest, views = config.model.passage_max_tokens, f"model.passage_max_tokens with {key}.format=texts"
             shown = config.model.query_max_tokens
             require(shown == longest, "model.query_max_tokens", f"{longest}, as {views}", shown)
+    pool, least = config.batch.pool, 2 * (1 + config.data.negatives)
+    room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
+    require(pool is None or pool >= least, "batch.pool", room, pool)
     teaches = not config.loss.distils or config.data.negatives >= 1
     require(teaches, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives)
 
@@ -100,9 +110,6 @@ def _check_data(config: Config) -> None:
 def _check_length_and_evaluation(config: Config) -> None:
     train, evaluation = config.train, config.eval
     given = f"max_steps: {train.max_steps}, epochs: {train.epochs}"
-    pool, least = config.batch.pool, 2 * (1 + config.data.negatives)
-    room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
-    require(pool is None or pool >= least, "batch.pool", room, pool)
     one = (train.max_steps is None) != (train.epochs is None)
     require(one, "train", "exactly one of train.max_steps and train.epochs", given)
     if evaluation is None:

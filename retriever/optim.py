@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any
 
@@ -12,32 +13,56 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from retriever.adafactor import MomentumAdafactor
-from retriever.config import OptimConfig
+from retriever.config import ConfigError, OptimConfig
+from retriever.optimizers import make_optimizer
 from retriever.parallel.sharded import spread
 
+_AVERAGE = "average"  # what the running mean of a parameter is called beside its optimizer's state
+_NUMBER = ":number"  # marks a plain number among the tensors of a state
 _SMALLEST_SCALE = 2.0**-4  # of fp16: gradients that overflow below it are no matter of range
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step` of `total_steps`, counted from 0: linear warm-up to `lr`, then linear or cosine decay to
-    0.
+    """The rate of step `step` of `total_steps`, counted from 0: linear warm-up to `lr`, then what `schedule` says.
 
-    `warmup` is a share of all steps, or a number of steps where it is at least 1.
+    `warmup` and `decay` are shares of all steps, or numbers of steps where they are at least 1.
     """
-    warmup_steps = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    warmup_steps, decay_steps = (x if x >= 1 else x * total_steps for x in (config.warmup, config.decay))
     if step + 1 < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        return config.lr * min(1.0, (total_steps - step) / max(1.0, decay_steps))
     progress = (step - max(0.0, warmup_steps - 1)) / max(1.0, total_steps - max(0.0, warmup_steps - 1))
     decay = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * max(0.0, decay)
 
 
+def freeze(towers: nn.ModuleDict, names: Sequence[str]) -> None:
+    """Leaves the parameters of each tower whose dotted name is one of `names`, or inside it, untrained.
+
+    Raises ConfigError where a name is none of a tower's, or where nothing is left to train.
+    """
+    for tower in towers.values():
+        parameters = dict(tower.named_parameters())
+        for frozen in names:
+            inside = [p for name, p in parameters.items() if name == frozen or name.startswith(f"{frozen}.")]
+            if not inside:
+                known = ", ".join(name for name, _ in tower.named_children())
+                raise ConfigError(f"optim.freeze: {frozen!r} is no module or parameter of this model; it has {known}")
+            for parameter in inside:
+                parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in parameters.values()):
+            raise ConfigError(f"optim.freeze: {', '.join(names)} leaves no parameter to train")
+
+
 class Optimizer:
-    """AdamW or a form of Adafactor over the trainable parameters of `modules`; biases, norms and the log-scale do not
+    """The optimizer of `config` over the trainable parameters of `modules`; biases, norms and the log-scale do not
     decay.
 
-    In fp16 the gradients at the representations are scaled (`gradient_scale`) and unscaled after the sum over ranks.
+    With `config.ema` it keeps a running mean of each parameter beside the optimizer's own state. In fp16 the gradients
+    at the representations are scaled (`gradient_scale`) and unscaled after the sum over ranks.
     """
 
     def __init__(
@@ -52,14 +77,7 @@ class Optimizer:
             decayed = [p for p in parameters if p.ndim >= 2]
             plain = [p for p in parameters if p.ndim < 2]
             groups += [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        if config.name == "adamw":
-            self.torch: torch.optim.Optimizer = torch.optim.AdamW(
-                groups, lr=config.lr, betas=config.betas, fused=device.type == "cuda"
-            )
-        elif config.name == "adafactor_momentum":
-            self.torch = MomentumAdafactor(groups, config.lr, config.betas)
-        else:
-            self.torch = torch.optim.Adafactor(groups, lr=config.lr)
+        self.torch = make_optimizer(config, groups, device)
         # Where the device can leave an update out by itself, the host need not ask before it.
         self._skips = config.name == "adamw" and device.type == "cuda" and config.precision != "fp16"
         self._skips = self._skips and not any(isinstance(p, DTensor) for p in self.parameters)
@@ -78,6 +96,37 @@ class Optimizer:
     def gradient_scale(self) -> float:
         """What gradients at the representations are multiplied by before backward; 1 outside fp16."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The running means by parameter; empty without `ema` and before the first update."""
+        state = self.torch.state
+        return {name: state[p][_AVERAGE] for name, p in self.names.items() if _AVERAGE in state.get(p, {})}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their running means, if there are any."""
+        with self.updating:
+            self._exchange_averages()
+            try:
+                yield
+            finally:
+                self._exchange_averages()
+
+    @torch.no_grad()
+    def _exchange_averages(self) -> None:
+        for name, average in self.averages.items():
+            present = self.names[name].clone()
+            self.names[name].copy_(average)
+            average.copy_(present)
+
+    def _average(self, decay: float) -> None:
+        averages = self.averages
+        for name, p in self.names.items():
+            if name in averages:
+                averages[name].lerp_(p.detach(), 1 - decay)
+            else:
+                self.torch.state[p][_AVERAGE] = p.detach().clone()
 
     def set_learning_rate(self, step: int) -> float:
         """Sets and returns the rate of `step`, counted from 0."""
@@ -114,6 +163,8 @@ class Optimizer:
         self.scaler.update()
         if self._skips:
             self._check(norm, step)  # the update's first wait for the device: all is queued
+        if self._config.ema is not None and bool(torch.isfinite(norm)):  # fp16 leaves the others out
+            self._average(self._config.ema)
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise FloatingPointError(
                 f"step {step + 1}: gradients are not finite at a loss scale of {self.scaler.get_scale():g} either; "
@@ -146,18 +197,28 @@ def _total_norm(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as `<parameter>/<quantity>` tensors."""
-    state = optimizer.torch.state
-    return {f"{name}/{key}": value for name, p in optimizer.names.items() for key, value in state.get(p, {}).items()}
+    state, found = optimizer.torch.state, {}
+    for name, p in optimizer.names.items():
+        for key, value in state.get(p, {}).items():
+            if isinstance(value, (int, float)):  # of optimizers by import path
+                key, value = f"{key}{_NUMBER}", torch.tensor(value, dtype=torch.float64)
+            if value is not None:
+                found[f"{name}/{key}"] = value
+    return found
 
 
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restores what `state_tensors` gave. Raises ValueError where a tensor belongs to no parameter."""
     order = {id(p): i for i, p in enumerate(p for group in optimizer.torch.param_groups for p in group["params"])}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | float]] = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
         if name not in optimizer.names:
             raise ValueError(f"the checkpoint holds optimizer state of {name!r}, which this run does not train")
         parameter = optimizer.names[name]
-        state.setdefault(order[id(parameter)], {})[quantity] = spread(value, parameter)
+        of_parameter = state.setdefault(order[id(parameter)], {})
+        if quantity.endswith(_NUMBER):
+            of_parameter[quantity.removesuffix(_NUMBER)] = value.item()
+        else:
+            of_parameter[quantity] = spread(value, parameter)
     optimizer.torch.load_state_dict({"state": state, "param_groups": optimizer.torch.state_dict()["param_groups"]})

@@ -21,7 +21,7 @@ from retriever.data.store import Store
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.export import CARD, Probe, export
 from retriever.model_card import TrainingFacts, evaluation_section
-from retriever.parallel.sharded import PlacedEncoder
+from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
 from retriever.report import write_report
 from retriever.telemetry import read_metrics
@@ -79,7 +79,7 @@ class Outputs:
         aside = stepping and self._world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self._world.device)) if aside else nullcontext():
             snapshot = checkpoint.snapshot(self._state, keep=self._world.is_first)
-            encoder = self._placed.copy(keep=self._world.is_first)
+            encoder = self._copy(keep=self._world.is_first)
         self._saved = step
         if self._world.is_first:
             probe = self._probe(encoder, live=not stepping)  # in the middle of a step the device may lack the memory
@@ -90,14 +90,25 @@ class Outputs:
 
     def export(self, folder: Path, step: int, *, keep: bool) -> None:
         """Writes an export of the present weights, after `step` steps, where `keep`. Every rank calls it."""
-        encoder = self._placed.copy(keep=keep)
+        encoder = self._copy(keep=keep)
         if keep:
             probe = self._probe(encoder, live=True)
             export(encoder, self._tokenizer, self._config, folder, probe, (step, self._facts))
 
+    def _copy(self, *, keep: bool) -> DualEncoder:
+        """The encoder in host memory, of its averaged weights where there are any. Every rank calls it."""
+        encoder = self._placed.copy(keep=keep)
+        averages = whole_tensors(self._state.optimizer.averages, torch.device("cpu"), keep=keep)
+        if averages:
+            for name, parameter in encoder.named_parameters():
+                parameter.data = averages.get(name, parameter.data)
+        return encoder
+
     def _probe(self, encoder: DualEncoder, *, live: bool) -> Probe:
-        """Embeddings by the `live` encoder, or by `encoder`, its copy; in shards no rank can encode alone."""
-        alone = live and not self._world.sharded
+        """Embeddings by the `live` encoder, or by `encoder`, its copy: in shards no rank can encode alone, and only the
+        copy has averaged weights.
+        """
+        alone = live and not self._world.sharded and not self._state.optimizer.averages
         encoder = self._placed.whole(self._world.device) if alone else encoder
         return Probe.of(encoder, self._tokenizer, self._config, self._probe_texts)
 

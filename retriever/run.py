@@ -223,9 +223,10 @@ class Run:
         if asked is None:
             raise ConfigError("eval: expected a section with a path; received null")
         settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
-        bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
         options = EvalOptions(index=asked.index, k=asked.k, progress=world.is_first)
-        result = evaluate(bundle, asked.path, asked.split, asked.metrics, options, folder, world)
+        with self.optimizer.averaged():
+            bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
+            result = evaluate(bundle, asked.path, asked.split, asked.metrics, options, folder, world)
         return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
 
     def record(self, values: Mapping[str, float | None]) -> None:

@@ -35,7 +35,7 @@ FLOORS = (
     ("checksums", "lock", "run_folder"),
     ("data", "encoder", "parallel"),
     ("loss",),
-    ("gradcache", "representations", "retention", "adafactor", "optim"),
+    ("gradcache", "representations", "retention", "adafactor", "optim", "optimizers"),
     ("step",),
     ("plan",),
     (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from retriever.config import OptimConfig
-from retriever.optim import Optimizer, learning_rate, load_state_tensors, state_tensors
+from retriever.config import ConfigError, OptimConfig
+from retriever.optim import Optimizer, freeze, learning_rate, load_state_tensors, state_tensors
 from tests.kernels.oracle import gradient
 
 
@@ -57,6 +58,11 @@ def _rates(total: int, **settings: Any) -> list[float]:
         ),
         ({"schedule": "linear", "warmup": 8}, 4, [0.125, 0.25, 0.375, 0.5]),  # a run that ends while it warms up
         ({"schedule": "cosine", "warmup": 0.1}, 1, [1]),
+        ({"schedule": "constant", "warmup": 2}, 4, [0.5, 1, 1, 1]),
+        ({"schedule": "wsd", "warmup": 2, "decay": 2}, 6, [0.5, 1, 1, 1, 1, 0.5]),
+        ({"schedule": "wsd", "warmup": 0, "decay": 0.6}, 5, [1, 1, 1, 2 / 3, 1 / 3]),
+        ({"schedule": "wsd", "warmup": 3, "decay": 5}, 6, [1 / 3, 2 / 3, 0.8, 0.6, 0.4, 0.2]),  # they meet
+        ({"schedule": "wsd", "decay": 0, "warmup": 0}, 2, [1, 1]),
     ],
 )
 def test_schedules_by_hand(settings: dict[str, Any], total: int, expected: list[float]) -> None:
@@ -66,7 +72,7 @@ def test_schedules_by_hand(settings: dict[str, Any], total: int, expected: list[
     assert _rates(total, **settings) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_every_step_trains(schedule: str) -> None:
     """No step of a run has rate 0 or above lr; the peak is lr; the rate rises in warm-up and falls after it."""
     for total in (1, 2, 3, 17, 1000):
@@ -176,6 +182,105 @@ def test_an_update_is_the_same_whoever_would_have_left_it_out() -> None:
         assert optimizer.clip_and_step(step) == plain.clip_and_step(step)
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert not torch.equal(ours.linear.weight, _Model().linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("torch.optim.NAdam", {"betas": [0.7, 0.9], "decoupled_weight_decay": True}),
+        ("torch.optim.SGD", {"momentum": 0.9}),
+        ("torch.optim.SGD", None),
+        ("tests.test_optim.Counting", None),
+    ],
+)
+def test_an_optimizer_by_import_path_goes_on_bitwise(name: str, arguments: dict[str, Any] | None) -> None:
+    """It updates as its class does by itself, and goes on from its saved state to the same bits."""
+    whole, begun, resumed, direct = (_Model() for _ in range(4))
+    made = [
+        _optimizer(m, name=name, arguments=arguments, schedule="constant", warmup=0) for m in (whole, begun, resumed)
+    ]
+    module, _, kind = name.rpartition(".")
+    decays = [{"params": [p], "weight_decay": 0.01 if p.ndim >= 2 else 0.0} for p in direct.parameters()]
+    reference = getattr(import_module(module), kind)(decays, lr=0.01, **(arguments or {}))
+    for step in range(4):
+        if step == 2:
+            resumed.load_state_dict(begun.state_dict())
+            load_state_tensors(made[2], {key: value.clone() for key, value in state_tensors(made[1]).items()})
+        _set_gradients(made[0], step, 0.01)
+        for p, q in zip(direct.parameters(), whole.parameters(), strict=True):
+            p.grad = None if q.grad is None else q.grad.clone()
+        reference.step()
+        made[0].clip_and_step(step)
+        _set_gradients(made[1 if step < 2 else 2], step, 0.01)
+        made[1 if step < 2 else 2].clip_and_step(step)
+    for p, q, r in zip(whole.parameters(), resumed.parameters(), direct.parameters(), strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(p, r)
+    assert not torch.equal(whole.linear.weight, _Model().linear.weight)
+
+
+class Counting(torch.optim.Optimizer):
+    """Its state has a plain number, which decides the size of an update."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["count"] = state.get("count", 0) + 1
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * group["lr"] / state["count"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "torch.optim.Adamm"}, "optim.name: expected the import path .*'torch.optim.Adamm'"),
+        ({"name": "nowhere.Adam"}, "optim.name: .*nowhere"),
+        ({"name": "torch.optim.Adam", "arguments": {"momentum": 1}}, "optim.arguments: torch.optim.Adam .*momentum"),
+        ({"name": "torch.nn.ParameterList"}, "optim"),
+        ({"name": "torch.optim.Rprop"}, "optim.weight_decay: expected 0 with torch.optim.Rprop"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _optimizer(_Model(), **settings)
+
+
+def test_averages_follow_their_definition_and_are_exchanged_for_a_while() -> None:
+    """mean ← decay · mean + (1 − decay) · weights after each update, from the first one on; saved with the state."""
+    model = _Model()
+    optimizer = _optimizer(model, ema=0.75, warmup=0)
+    expected = None
+    for step in range(3):
+        _set_gradients(optimizer, step)
+        optimizer.set_learning_rate(step)
+        optimizer.clip_and_step(step)
+        weight = model.linear.weight.detach().clone()
+        expected = weight if expected is None else 0.75 * expected + 0.25 * weight
+    assert expected is not None and not torch.allclose(expected, weight)
+    with optimizer.averaged():
+        torch.testing.assert_close(model.linear.weight, expected)
+    assert torch.equal(model.linear.weight, weight)
+    again = _optimizer(_Model(), ema=0.75)
+    load_state_tensors(again, {key: value.clone() for key, value in state_tensors(optimizer).items()})
+    assert torch.equal(again.averages["linear.weight"], optimizer.averages["linear.weight"])
+
+
+def test_frozen_parts_of_a_tower_are_not_trained() -> None:
+    """A module with all that is inside it, or one parameter; a name of nothing, and freezing everything, is refused."""
+    towers = nn.ModuleDict({"query": _Model(), "passage": _Model()})
+    freeze(towers, ["linear", "norm.bias"])
+    trained = {name for name, p in towers.named_parameters() if p.requires_grad}
+    assert trained == {f"{tower}.{name}" for tower in towers for name in ("norm.weight", "log_scale")}
+    with pytest.raises(ConfigError, match="optim.freeze: 'lin' is no module .*linear, norm"):
+        freeze(towers, ["lin"])
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        freeze(towers, ["linear", "norm", "log_scale"])
 
 
 def test_state_of_an_unknown_parameter_is_refused() -> None:

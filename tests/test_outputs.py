@@ -25,7 +25,7 @@ class _Run:
     def __init__(self, folder: Path, device: str, updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.hold = threading.Event()  # until it is set, nothing is written
-        optimizer = SimpleNamespace(updates=updates, updating=threading.RLock())
+        optimizer = SimpleNamespace(updates=updates, updating=threading.RLock(), averages={})
         placed = SimpleNamespace(copy=lambda keep: "the copy", whole=lambda device: "the live encoder")
         store = SimpleNamespace(fingerprint="f1", passages=())
         config = Config(run=RunConfig(output_dir=str(folder)))

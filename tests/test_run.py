@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 import bigbatch
 from bigbatch import Callback, Run
+from eval.evaluate import evaluate
 from retriever.config import Config, ConfigError, ModelConfig, SourceConfig
 from retriever.config_file import load
+from retriever.encoder.bundle import load_encoder
 from retriever.errors import Stopped
 from retriever.inputs import configuration
 from tests.tiny import random_texts
@@ -243,6 +246,36 @@ def test_a_callback_hears_events_in_transformers_order_and_stops_the_run(workpla
     assert recorder.events == [*first, ("step", 4), *((name, 4) for name, _ in evaluated), ("end", 4)]
     assert (folder / "checkpoints" / "step-00000004").is_dir()
     assert all(line["own"] == 1 for line in metrics(folder))
+
+
+def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(workplace: Path) -> None:
+    """Training goes on from the weights themselves, which the checkpoint holds."""
+    settings = [
+        "optim.ema=0.6",
+        "optim.freeze=[embeddings]",
+        "train.max_steps=4",
+        "train.eval_every=0",
+        "optim.warmup=0",
+    ]
+    config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'averaged'}", "run.trackers=[]", *settings])
+    with Run(config) as run:
+        name = "encoder.layer.0.output.dense.weight"
+        expected = None
+        for batch in run.batches():
+            run.forward_backward(batch)
+            run.optimizer_step()
+            present = run.encoder.query_tower.get_parameter(name).detach().clone()
+            expected = present if expected is None else 0.6 * expected + 0.4 * present
+        (values,) = (line for line in metrics(workplace / "averaged") if "eval/MRR@10" in line)
+        assert torch.equal(run.encoder.query_tower.get_parameter(name), present)
+    start, exported = (load_file(workplace / f / "model.safetensors") for f in ("model", "averaged/export"))
+    saved = load_file(workplace / "averaged" / "checkpoints" / "step-00000004" / "model.safetensors")
+    torch.testing.assert_close(exported[name], expected)
+    assert torch.equal(saved[f"encoder.towers.shared.{name}"], present) and not torch.equal(present, exported[name])
+    embeddings = "embeddings.word_embeddings.weight"
+    assert torch.equal(exported[embeddings], start[embeddings]) and not any("embeddings" in key for key in saved)
+    beir = evaluate(load_encoder(workplace / "averaged" / "export"), workplace / "data", "dev", ["MRR@10"])
+    assert beir is not None and beir.means["MRR@10"] == pytest.approx(values["eval/MRR@10"], abs=1e-3)
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:

@@ -34,7 +34,7 @@ class Exclusions:
     known_ptr: Tensor  # [B + 1] int64
     known_ids: Tensor  # [known_ptr[-1]] int64
     threshold: Tensor | None = None  # [B] in similarity units, before scale
-    pools: Pools | None = None
+    pools: Pools | None = field(default=None, kw_only=True)
 
     def of_rows(self, index: Tensor) -> Exclusions:
         """The exclusions of the rows `index` [n] int64."""
@@ -47,7 +47,7 @@ class Exclusions:
             ptr,
             known_ids,
             None if self.threshold is None else self.threshold[index],
-            None if self.pools is None else self.pools._replace(rows=self.pools.rows[index]),
+            pools=None if self.pools is None else self.pools._replace(rows=self.pools.rows[index]),
         )
 
 

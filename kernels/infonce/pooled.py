@@ -60,7 +60,7 @@ class PooledBlock(Block):
             weights = None if column_log_weights is None else column_log_weights[j]
             of_rows, of_columns = block.gradient(row_log_weights[i], weights, of_passages=of_passages)
             dqueries[i] += of_rows
-            if dpassages is not None:
+            if dpassages is not None and of_columns is not None:
                 dpassages[j] = of_columns
         return dqueries, dpassages
 

@@ -162,7 +162,8 @@ class ContrastiveObjective(nn.Module):
             threshold = threshold.masked_fill(
                 targets.positives < 0, -torch.inf
             )  # no column of an ignored row takes part
-        exclusions = Exclusions(targets.passage_ids, targets.known_ptr, targets.known_ids, threshold, targets.pools)
+        ids = targets.passage_ids, targets.known_ptr, targets.known_ids
+        exclusions = Exclusions(*ids, threshold, pools=targets.pools)
         return Problem(
             queries,
             passages,

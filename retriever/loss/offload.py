@@ -187,8 +187,8 @@ def _without_rows(problem: Problem, device: torch.device) -> Problem:
     own = problem.exclusions
     threshold = None if own.threshold is None else own.threshold.to(device)
     pools = None if own.pools is None else Pools(*(x.to(device) for x in own.pools))
-    ids = (x.to(device) for x in (own.passage_ids, own.known_ptr, own.known_ids))
-    exclusions = Exclusions(*ids, threshold, pools)
+    ids, ptr, known = (x.to(device) for x in (own.passage_ids, own.known_ptr, own.known_ids))
+    exclusions = Exclusions(ids, ptr, known, threshold, pools=pools)
     nothing = problem.queries.new_empty(0, problem.queries.shape[1], device=device)
     return replace(
         problem, queries=nothing, passages=nothing, positives=problem.positives.to(device), exclusions=exclusions

@@ -130,4 +130,4 @@ def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor)
         threshold = threshold if threshold is not None else problem.queries.new_full((len(problem.queries),), torch.inf)
         threshold = world.gather_rows(threshold).rows
     pools = None if own.pools is None else own.pools._replace(rows=world.gather_rows(own.pools.rows).rows)
-    return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold, pools)
+    return Exclusions(passage_ids, known_ptr, world.gather_rows(own.known_ids).rows, threshold, pools=pools)

@@ -218,10 +218,13 @@ def _step_lengths(
 
 
 def _state_bytes(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> float:
-    """Of AdamW's two moments, or Adafactor's rows and columns and, in one form of it, momentum in 16 bits."""
-    if config.name == "adamw":
-        return 2 * sum(p.nbytes for p in parameters)
+    """Of AdamW's two moments, which stand for those of an unknown optimizer, or Adafactor's rows and columns and, in
+    one form of it, momentum in 16 bits; and of the running means.
+    """
+    weights = sum(p.nbytes for p in parameters)
+    means = 0 if config.ema is None else weights
+    if not config.name.startswith("adafactor"):
+        return 2 * weights + means
     momentum = sum(2 * p.numel() for p in parameters) if config.name == "adafactor_momentum" else 0
-    return momentum + sum(
-        p.nbytes / p.shape[-1] + p.nbytes / p.shape[-2] if p.ndim >= 2 else p.nbytes for p in parameters
-    )
+    factors = (p.nbytes / p.shape[-1] + p.nbytes / p.shape[-2] if p.ndim >= 2 else p.nbytes for p in parameters)
+    return means + momentum + sum(factors)

@@ -123,7 +123,7 @@ def test_a_pool_has_at_most_so_many_passages(size: int, negatives: int, pool: in
     """A pool holds `pool` passages at most; it has the passages that its queries are the first to bring, and every
     query has one. The batch is the one without pools.
     """
-    arguments = {"queries": size, "negatives": negatives, "seed": seed}
+    arguments: dict[str, Any] = {"queries": size, "negatives": negatives, "seed": seed}
     plain = Planner(_store(size, seed=seed), **arguments).plan(0)
     batch = Planner(_store(size, seed=seed), **arguments, pool=max(pool, 2 + 2 * negatives)).plan(0)
     assert _same(plain, batch) and batch.query_pools is not None and batch.passage_pools is not None
