@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, blocks_of
@@ -26,7 +27,7 @@ def search_flat(
     A score is summed in float64 and rounded to float32. Memory: two blocks of `block_mib` MiB, and 8 bytes for each of
     the Q · k results. Raises ValueError if a query or a passage has a value that is not finite.
     """
-    best = TopK.empty(len(queries), k)
+    best = TopK(len(queries), k)
     searcher = faiss.IndexFlatIP(passages.dimension)
     block_rows = max(1, block_mib * 2**20 // (4 * passages.dimension))
     for start, block in blocks_of(passages, block_rows):  # [n, D] float32
@@ -34,9 +35,10 @@ def search_flat(
         searcher.add(block)
         for first in range(0, len(queries), _QUERIES_AT_ONCE):
             part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-            for group, rows, columns in _candidates(searcher, queries[part], block, best.worst_scores(part), k):
-                scores = _inner_products(queries[first + group], block, rows, columns)
-                best.merge(first + group, rows, scores, order.precedence[start + columns])
+            worst = best.worst_scores(part).numpy()
+            for group, rows, columns in _candidates(searcher, queries[part], block, worst, k):
+                scores = torch.from_numpy(_inner_products(queries[first + group], block, rows, columns))
+                best.merge(first + group, torch.from_numpy(rows), scores, order.precedence[start + columns])
         bar.update(len(block))
     return best
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, passage_ids
@@ -110,12 +111,13 @@ def search(
 
 
 def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
-    best = TopK.empty(len(queries), k)
+    best = TopK(len(queries), k)
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-        scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # [q, k], -1 where it found fewer
-        rows, columns = np.nonzero(positions >= 0)
-        best.merge(part, rows, scores[rows, columns], order.precedence[positions[rows, columns]])
+        found = searcher.search(queries[part], min(k, searcher.ntotal))  # each [q, k]
+        scores, positions = map(torch.from_numpy, found)
+        there = positions >= 0  # -1 where it found fewer
+        best.merge(part, there.nonzero()[:, 0], scores[there], order.precedence[positions[there]])
     return best
 
 

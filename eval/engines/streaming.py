@@ -33,8 +33,6 @@ from retriever.parallel.world import World
 
 _MOST_ROWS = 65_536  # of a block: more gain nothing
 _PAIR_BYTES = 64  # of a query-passage pair, should all pass: score, mask, places, keys, and their sort
-_LOW = 0xFFFF_FFFF
-_EMPTY = -(2**63)  # sorts behind every passage
 _COPY_THREADS = 8
 
 
@@ -84,26 +82,24 @@ def search_streaming(
     world = world or World(torch.device("cpu"))
     size = sizes(len(queries), passages.rows, passages.dimension, k, memory_gib)
     search = _Search(torch.from_numpy(queries).to(world.device), k, size)
-    precedence = torch.from_numpy(order.precedence.astype(np.int64))  # [N]
     with float32_products("tf32"), torch.no_grad():
         for start, stored in _stream(passages, size.block_rows, world):
             block = stored.to(world.device).float()  # [n, D]; returns once the copy is done
-            search.add(block, precedence[start : start + len(block)].to(world.device), start)
+            search.add(block, order.precedence[start : start + len(block)].to(world.device), start)
             bar.update(min(len(block) * world.size, passages.rows - bar.n))
-    return TopK(_to_topk(_of_all_ranks(search.best, world)))
+    search.best.gather(world)
+    return search.best
 
 
 class _Search:
-    """The k best passages of every query so far, as keys [Q, k] int64, descending: score above, then precedence, 0
-    first.
-    """
+    """The k best passages of every query so far."""
 
     def __init__(self, queries: Tensor, k: int, size: Sizes) -> None:
         self._queries, self._k, self._size = queries, k, size
         self._queries64 = queries.double()
         self._norms = self._queries64.norm(dim=1)  # [Q]
         self._slack = 2.0**-9 + 2.0**-16 + queries.shape[1] * 2.0**-22
-        self.best = torch.full((len(queries), k), _EMPTY, dtype=torch.int64, device=queries.device)
+        self.best = TopK(len(queries), k, queries.device)
 
     def add(self, block: Tensor, precedence: Tensor, start: int) -> None:
         """Looks at passages [n, D], the first of which stands at `start` in the collection."""
@@ -120,20 +116,12 @@ class _Search:
         slack = (
             self._slack * longest * self._norms[part] + block.shape[1] * 2.0**-126
         )  # [q]; the last term where products underflow
-        mask = self._candidates(approximate, _scores(self.best[part, -1]).double(), slack)
-        counts = mask.sum(dim=1)  # [q]
+        mask = self._candidates(approximate, self.best.worst_scores(part).double(), slack)
         rows, columns = mask.nonzero(as_tuple=True)  # [P], rows ascending
         del approximate, mask
         if len(rows) == 0:
             return
-        scores = self._exact(part.start + rows, block, columns)
-        places = (
-            torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        )  # of a candidate in its row
-        found = torch.full((len(counts), int(counts.max())), _EMPTY, dtype=torch.int64, device=rows.device)  # [q, m]
-        found[rows, places] = _keys(scores, precedence[columns])
-        merged = torch.cat([self.best[part], found], dim=1).sort(dim=1, descending=True).values  # [q, k + m]
-        self.best[part] = merged[:, : self._k]
+        self.best.merge(part, rows, self._exact(part.start + rows, block, columns), precedence[columns])
 
     def _candidates(self, approximate: Tensor, worst: Tensor, slack: Tensor) -> Tensor:
         """Mask [q, n] that holds every passage that can be among the k best; worst [q] is the k-th best exact score,
@@ -194,27 +182,3 @@ def _stream(passages: Embeddings, block_rows: int, world: World) -> Iterator[tup
             pending = ahead
         if pending is not None:
             yield pending[0], pending[1].result()
-
-
-def _of_all_ranks(best: Tensor, world: World) -> Tensor:
-    """The k best [Q, k] of all ranks' k best."""
-    if world.size == 1:
-        return best
-    every = world.gather_rows(best).rows.view(world.size, *best.shape)
-    return every.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, : best.shape[1]]
-
-
-def _keys(scores: Tensor, precedence: Tensor) -> Tensor:
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one score
-    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).long() << 32 | (_LOW - precedence)
-
-
-def _scores(keys: Tensor) -> Tensor:
-    """The float32 scores of keys, -inf for an empty place."""
-    bits = (keys >> 32).int()
-    return torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits).view(torch.float32).masked_fill(keys == _EMPTY, -torch.inf)
-
-
-def _to_topk(keys: Tensor) -> np.ndarray:
-    """The same places in the keys of `eval.engines.topk`, which ascend and are unsigned."""
-    return ~(keys.cpu().numpy().view(np.uint64) ^ np.uint64(2**63))

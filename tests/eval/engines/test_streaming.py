@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +16,7 @@ from eval.engines.nearest import Engine, SearchOptions, search
 from eval.engines.streaming import Sizes, sizes
 from retriever.config import ConfigError
 from retriever.parallel.world import World
+from tests.distributed.processes import run_on_ranks
 from tests.eval.test_search import Parts, brute_force, same_rankings
 
 
@@ -27,7 +25,7 @@ def unit_vectors(n: int, dimension: int, seed: int) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObject) -> None:
     n, n_queries, dimension = (
@@ -123,31 +121,14 @@ def test_sizes_fit_the_memory() -> None:
         sizes(6_980, 8_841_823, 768, 1000, 0.01)
 
 
-def _rank(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    run = _small_search(World(torch.device("cpu"), rank, 2))
-    if rank == 0:
-        scores = np.stack([found.scores for found in run.values()])
-        np.savez(f"{folder}/run.npz", scores=scores, ids=np.array([found.passage_ids for found in run.values()]))
-    elif run:
-        raise AssertionError("a rank other than the first returned a run")
-    dist.destroy_process_group()
-
-
-def _small_search(world: World | None) -> dict:
+def _small_search(world: World | None, _: Path) -> list[tuple[list[str], list[float]]]:
     streaming.sizes = lambda *_: Sizes(300, 9, 100)
     passages = unit_vectors(2_000, 12, 6)
     passages[500:1_500] = passages[0]
     parts = Parts(passages, [f"p{i}" for i in np.random.default_rng(7).permutation(2_000)], [700])
-    return search(
-        np.vstack([passages[:1], unit_vectors(16, 12, 8)]),
-        [str(i) for i in range(17)],
-        parts,
-        40,
-        SearchOptions(engine="torch"),
-        world,
-    )
+    queries, query_ids = np.vstack([passages[:1], unit_vectors(16, 12, 8)]), [str(i) for i in range(17)]
+    run = search(queries, query_ids, parts, 40, SearchOptions(engine="torch"), world)
+    return [(found.passage_ids, found.scores.tolist()) for found in run.values()]
 
 
 @pytest.mark.parametrize(
@@ -178,9 +159,6 @@ def test_what_searches(device: str, engine: Engine, index: str, by: str, monkeyp
 
 
 def test_two_ranks_give_the_run_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     monkeypatch.setattr(streaming, "sizes", streaming.sizes)  # restored after the test
-    alone = _small_search(None)
-    two = np.load(tmp_path / "run.npz", allow_pickle=False)
-    assert two["ids"].tolist() == [found.passage_ids for found in alone.values()]
-    assert np.array_equal(two["scores"], np.stack([found.scores for found in alone.values()]))
+    alone = [[ids, scores] for ids, scores in _small_search(None, tmp_path)]
+    assert run_on_ranks(_small_search, 2, tmp_path) == [alone, []]
