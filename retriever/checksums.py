@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from retriever.files import alone, make_folder, read_json, write_json
+from retriever.files import alone, make_folder, read_object, write_json
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_64"
@@ -97,13 +97,22 @@ def damaged(folder: Path, *, remembered: bool = True, again: bool = False) -> di
         return {name: found for name, found in zip(expected, problems, strict=True) if found is not None}
 
 
+def unfinish(folder: Path, manifest: str, *, goes_on: bool) -> None:
+    """Removes the manifest and the checksums of a folder that is worked on again, and, where the same work goes on,
+    the files that are damaged, so that they are made again.
+    """
+    if goes_on and (folder / CHECKSUMS).exists():
+        for name in damaged(folder):
+            (folder / name).unlink(missing_ok=True)
+    for name in (manifest, CHECKSUMS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _recorded(folder: Path) -> dict[str, str] | None:
     """File -> checksum; None if the folder has no checksums. Raises ValueError if they cannot be used."""
-    try:
-        written = read_json(folder / CHECKSUMS)
-    except (FileNotFoundError, NotADirectoryError):
+    if (written := read_object(folder / CHECKSUMS)) is None:
         return None
-    files = written.get("files") if isinstance(written, dict) else None
+    files = written.get("files")
     if not isinstance(files, dict) or written.get("algorithm") != _ALGORITHM:
         raise ValueError(f"expected a JSON object of {_ALGORITHM} checksums by file")
     for name in files:

@@ -52,6 +52,17 @@ def read_json(path: Path) -> Any:
     return json_value(path.read_text(encoding="utf-8"))
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file. Raises ValueError if the file holds anything else."""
+    try:
+        found = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {json.dumps(found)[:40]}")
+    return found
+
+
 def json_value(text: str) -> Any:
     """The value that `text` holds as JSON.
 

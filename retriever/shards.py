@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from retriever.checksums import CHECKSUMS, damaged, write_checksums
+from retriever.checksums import damaged, unfinish, write_checksums
 from retriever.config_tree import build
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
-from retriever.files import clean, make_folder, read_json, replace_file, sync, write_array, write_json
+from retriever.files import clean, make_folder, read_object, replace_file, sync, write_array, write_json
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
@@ -115,11 +115,7 @@ class ShardWriter:
         clean(self.folder)
         started = _read_json(self.folder / _JOB) or {}
         same = {key: value for key, value in started.items() if key != _CACHE} == asdict(self.job)
-        if same and (self.folder / CHECKSUMS).exists():
-            for name in damaged(self.folder):  # so that `has` asks for their shards again
-                (self.folder / name).unlink(missing_ok=True)
-        for name in (MANIFEST, CHECKSUMS):
-            (self.folder / name).unlink(missing_ok=True)
+        unfinish(self.folder, MANIFEST, goes_on=same)
         if same:
             return
         for file in self.folder.iterdir():
@@ -285,13 +281,8 @@ def _files(folder: Path, shard: int) -> tuple[Path, Path]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return read_object(path)
     except ValueError as error:
         raise ShardError(
             f"{path}: not readable as JSON ({error}); delete the folder and encode the texts again"
         ) from error
-    if not isinstance(found, dict):
-        raise ShardError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found

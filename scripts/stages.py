@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from eval.collections.collection import file_fingerprint, fingerprint
-from retriever.checksums import CHECKSUMS, damaged, write_checksums
+from retriever.checksums import CHECKSUMS, damaged, unfinish, write_checksums
 from retriever.config import ConfigError
-from retriever.files import clean, read_json, remove, write_array, write_json
+from retriever.files import clean, read_json, read_object, remove, write_array, write_json
 from retriever.lock import working_in
 from retriever.parallel.world import World
 
@@ -153,11 +153,7 @@ def _prepare(name: str, folder: Path, job: Mapping[str, Any], writes: Sequence[s
     clean(folder)
     begun = _read(folder / _JOB) or {}
     same = begun.get("inputs", begun) == job
-    if same and (folder / CHECKSUMS).exists():
-        for file in damaged(folder):  # what is there is not made again
-            (folder / file).unlink(missing_ok=True)
-    for file in (MANIFEST, CHECKSUMS):
-        (folder / file).unlink(missing_ok=True)
+    unfinish(folder, MANIFEST, goes_on=same)
     if not same:
         # Of no job: after a kill while files are removed the next start removes the others.
         write_json(folder / _JOB, {"stage": name, "inputs": None})
@@ -187,9 +183,6 @@ def _entries(folder: Path, writes: Sequence[str]) -> Iterator[tuple[Path, bool]]
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no file, and an empty one where it holds anything else."""
     try:
-        found = read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return read_object(path)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -29,7 +29,7 @@ import numpy as np
 from eval.engines.embeddings import Embeddings, blocks_of
 from retriever.checksums import damaged, write_checksums
 from retriever.config import ConfigError
-from retriever.files import make_folder, read_json, remove, replace_file, write_json
+from retriever.files import make_folder, read_object, remove, replace_file, write_json
 from retriever.lock import LOCK, locked
 from retriever.shards import EmbeddingShards
 
@@ -222,7 +222,6 @@ def _refused(index: str, expected: str) -> ConfigError:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path)
-    except (FileNotFoundError, ValueError):  # absent or damaged: the index is built again
+        return read_object(path) or {}
+    except ValueError:  # damaged: the index is built again
         return {}
-    return found if isinstance(found, dict) else {}
