@@ -7,9 +7,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from retriever.lock import LockedError
 from retriever.run_folder import held, remove_embeddings, remove_run, take
 from retriever.train import main
 from tests.commands import assert_refused
-from tests.workplace import make_workplace, training_command
+from tests.starts import start
+from tests.workplace import make_workplace, training_arguments
 
 NAMES = (
     "config.yaml",
@@ -234,24 +232,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_of_two_starts_one_trains_and_the_other_is_refused(workplace: Path) -> None:
     """The first is named; once it is killed the same command goes on at once."""
     short = ("train.max_steps=6", "run.trackers=[]", "eval=null", "train.eval_every=0", "run.preflight=off")
-    command = training_command(workplace, "twice", *short)
-    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as first:
-        _until(lambda: (workplace / "twice" / ".lock").exists() and (workplace / "twice" / ".lock").read_text() != "")
-        first.send_signal(signal.SIGSTOP)
-        assert_refused(main, command[2:], f"twice is in use by process {first.pid} on {os.uname().nodename} since 2")
-        first.kill()
-    assert main(command[2:]) == 0
-    assert not (workplace / "twice" / ".lock").exists()
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    arguments, lock = training_arguments(workplace, "twice", *short), workplace / "twice" / ".lock"
+    first = start(workplace, arguments)
+    first.until(lambda: lock.exists() and lock.read_text() != "")
+    first.signal(signal.SIGSTOP)
+    process = f"process {first.processes[0].pid} on {os.uname().nodename}"
+    assert_refused(main, arguments, f"twice is in use by {process} since 2")
+    first.signal(signal.SIGKILL)
+    first.wait()
+    assert main(arguments) == 0
+    assert not lock.exists()
 
 
 def test_the_train_command_refuses_before_it_computes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _put(workplace / "own" / "export")
     monkeypatch.setattr("retriever.assembly._prepare", lambda config: pytest.fail("training began"))
-    assert_refused(main, training_command(workplace, "own")[2:], "own/export was not written by a run of this folder")
+    assert_refused(main, training_arguments(workplace, "own"), "own/export was not written by a run of this folder")

@@ -16,7 +16,7 @@ from retriever.encoder.tokenizer import ends_texts
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
 from tests.tiny import save_plain_model
-from tests.workplace import ROOT, make_workplace, metrics, training_command
+from tests.workplace import ROOT, make_workplace, metrics, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +24,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("train"))
 
 
+def _train(workplace: Path, output: str, *overrides: str) -> int:
+    return main(training_arguments(workplace, output, *overrides))
+
+
+def _losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics(run) if "train/loss" in line]
+
+
 def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
     """The losses of a few steps are the resident run's, and `run.verify` checks the offloaded gradient."""
     losses = []
     for offload in ("true", "false"):
-        output = workplace / f"offload-{offload}"
-        settings = [
-            "eval=null",
-            "train.eval_every=0",
-            "train.max_steps=4",
-            "train.log_every=1",
-            "loss.precision=fp32",
-            "run.verify=true",
-        ]
-        arguments = [
-            "--config",
-            str(workplace / "run.yaml"),
-            f"run.output_dir={output}",
-            f"batch.offload={offload}",
-            *settings,
-        ]
-        assert main(arguments) == 0
-        losses.append([line["train/loss"] for line in metrics(output) if "train/loss" in line])
+        settings = (
+            "eval=null train.eval_every=0 train.max_steps=4 train.log_every=1 loss.precision=fp32 run.verify=true"
+        )
+        assert _train(workplace, f"offload-{offload}", *settings.split(), f"batch.offload={offload}") == 0
+        losses.append(_losses(workplace / f"offload-{offload}"))
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -61,18 +56,10 @@ def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkey
 
     monkeypatch.setattr("retriever.step.encode_without_graph", noted)
     for graphs, products in ((0, 0), (150, 200)):
-        output = workplace / f"kept-{graphs}"
+        settings = "eval=null train.eval_every=0 train.max_steps=3 train.log_every=1 model.fused=true"
         kept = (f"batch.retain={graphs}", f"batch.retain_products={products}", "batch.tokens_per_chunk=100")
-        settings = [
-            "eval=null",
-            "train.eval_every=0",
-            "train.max_steps=3",
-            "train.log_every=1",
-            "model.fused=true",
-            *kept,
-        ]
-        assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", *settings]) == 0
-        losses.append([line["train/loss"] for line in metrics(output) if "train/loss" in line])
+        assert _train(workplace, f"kept-{graphs}", *settings.split(), *kept) == 0
+        losses.append(_losses(workplace / f"kept-{graphs}"))
     assert kinds == {(False, False, True), (True, True, True)}
     assert len(losses[0]) == 3 and losses[0] == losses[1]
 
@@ -89,17 +76,7 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
 
     monkeypatch.setattr(ContrastiveObjective, "_problem", noted)
     settings = ["eval=null", "train.eval_every=0", "train.max_steps=1", f"model.normalize={normalize}"]
-    assert (
-        main(
-            [
-                "--config",
-                str(workplace / "run.yaml"),
-                f"run.output_dir={workplace / f'normalize-{normalize}'}",
-                *settings,
-            ]
-        )
-        == 0
-    )
+    assert _train(workplace, f"normalize-{normalize}", *settings) == 0
     assert "finished 1 step: model in" in capsys.readouterr().out
     assert set(largest) == {1.0 if normalize == "true" else None}
 
@@ -108,21 +85,14 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = save_plain_model(workplace / "plain")
-    arguments = [
-        "--config",
-        str(workplace / "run.yaml"),
-        f"model.name_or_path={start}",
-        "model.truncate_dim=12",
-        "run.verify=true",
-    ]
-    settings = ["train.eval_every=0", "train.max_steps=1", "run.trackers=[]"]
-    assert main([*arguments, f"run.output_dir={workplace / 'ended'}", *settings]) == 0
+    settings = f"model.name_or_path={start} model.truncate_dim=12 run.verify=true train.eval_every=0 train.max_steps=1"
+    assert _train(workplace, "ended", *settings.split(), "run.trackers=[]") == 0
     assert "appends nothing" not in capsys.readouterr().out
     resolved = load(workplace / "ended" / "config.yaml").model
     assert (resolved.append_eos, resolved.truncate_dim, resolved.pooling) == (True, 12, "last")
     found = load_encoder(workplace / "ended" / "export")
     assert ends_texts(found.tokenizer) and found.encode(["brain"], "query").shape == (1, 12)
-    assert main([*arguments, f"run.output_dir={workplace / 'endless'}", "model.append_eos=false", *settings]) == 0
+    assert _train(workplace, "endless", *settings.split(), "run.trackers=[]", "model.append_eos=false") == 0
     assert "warning: model.pooling=last, but the tokenizer appends nothing to a text" in capsys.readouterr().out
     assert not ends_texts(load_encoder(workplace / "endless" / "export").tokenizer)
 
@@ -145,7 +115,7 @@ def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewe
 def test_what_cannot_run_stops_the_run_before_its_first_step(
     workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(training_command(workplace, "fresh", "run.trackers=[]", override)[2:]) == 2
+    assert _train(workplace, "fresh", "run.trackers=[]", override) == 2
     assert message in capsys.readouterr().err
     assert not (workplace / "fresh").exists()
 
@@ -153,7 +123,7 @@ def test_what_cannot_run_stops_the_run_before_its_first_step(
 @pytest.mark.parametrize("override", ["run.trackers=[foo]", "optim.lr=-1"])
 def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, override: str) -> None:
     code = "import sys; from retriever.train import main; status = main(sys.argv[1:]); sys.exit(8 if 'torch' in sys.modules else status)"
-    started = [sys.executable, "-c", code, *training_command(workplace, "fresh", override)[2:]]
+    started = [sys.executable, "-c", code, *training_arguments(workplace, "fresh", override)]
     ended = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1

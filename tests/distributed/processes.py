@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,28 +15,7 @@ import torch.multiprocessing as mp
 
 from retriever.parallel.world import World
 from tests.determinism import make_strict
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-# A rank is forked from a process that has imported these once.
-_IMPORTED = [
-    __name__,
-    "transformers.models.bert.modeling_bert",
-    "retriever.encoder.dual_encoder",
-    "retriever.gradcache",
-    "retriever.launch",
-    "retriever.loss.contrastive",
-    "retriever.optim",
-    "retriever.parallel.sharded",
-    "retriever.run",
-]
-FORKSERVER.set_forkserver_preload(_IMPORTED)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.starts import free_port
 
 
 def run_on_ranks(

@@ -9,7 +9,7 @@ from typing import Any
 from bigbatch import Callback, Run
 from retriever.errors import LOST
 from tests.determinism import make_strict
-from tests.distributed.processes import FORKSERVER, free_port
+from tests.starts import FORKSERVER, free_port
 from tests.workplace import make_workplace, metrics
 
 

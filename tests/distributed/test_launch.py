@@ -4,16 +4,16 @@ good time.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import free_port
-from tests.workplace import make_workplace, on_two_ranks, training_command
+from tests.starts import free_port, start
+from tests.workplace import ROOT, make_workplace, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +21,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("launch"))
 
 
-def _command(workplace: Path, output: str, timeout_s: int) -> list[str]:
+def _endless(workplace: Path, output: str, timeout_s: int) -> list[str]:
     """Trains for more steps than anybody waits for."""
     endless = ("train.max_steps=1000000", "train.save_every=2", "train.eval_every=0", "eval=null", "run.trackers=[]")
-    return training_command(workplace, output, *endless, f"run.timeout_s={timeout_s}")
+    return training_arguments(workplace, output, *endless, f"run.timeout_s={timeout_s}")
 
 
 def test_ctrl_c_ends_all_ranks_with_one_line(workplace: Path) -> None:
     """The launcher gets the signal and passes it on; what was saved before is whole."""
-    run, command = workplace / "run", on_two_ranks(_command(workplace, "run", 60))
-    log = run.parent / "log"
+    run, log = workplace / "run", workplace / "log"
+    ranks = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    launcher = f"-m accelerate.commands.launch {ranks} --mixed_precision no --dynamo_backend no"
+    script = str(ROOT / "retriever" / "train.py")
+    command = [sys.executable, *launcher.split(), script, *_endless(workplace, "run", 60)]
     with log.open("wb") as output, subprocess.Popen(command, cwd=run.parent, stdout=output, stderr=output) as process:
         deadline = time.monotonic() + 240
         while not any((run / "checkpoints").glob("step-*/state.json")) and time.monotonic() < deadline:
@@ -48,9 +51,7 @@ def test_ctrl_c_ends_all_ranks_with_one_line(workplace: Path) -> None:
 def test_a_rank_that_is_left_alone_says_so(workplace: Path) -> None:
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ended = subprocess.run(
-        _command(workplace, "alone", 4), env=os.environ | ranks | meeting, capture_output=True, text=True, timeout=120
-    )
-    assert ended.returncode == 2, ended.stderr
+    ended = start(workplace, _endless(workplace, "alone", 4), environment=ranks | meeting).wait()
+    assert ended.statuses == [2], ended.said
     message = "error: rank 0 of 2 did not meet the others within run.timeout_s=4"
-    assert message in ended.stderr and "Traceback" not in ended.stderr
+    assert message in ended.said and "Traceback" not in ended.said

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch.distributed as dist
 from retriever.errors import Stopped
 from retriever.parallel.world import World
 from retriever.signals import StopSignals
+from tests.starts import FORKSERVER, free_port
 
 GRACE_S, LONG_S = 1.0, 60.0
 
@@ -77,16 +76,11 @@ def _rank(rank: int, case: Case, port: int, log: Path) -> None:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int | None], list[str]]]:
     """Both ranks' exit statuses, and what they logged, of every case; all run at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     folder = tmp_path_factory.mktemp("signals")
     running = {}
     for number, (name, case) in enumerate(CASES.items()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        logs = [folder / f"{number}-{rank}" for rank in range(2)]
-        running[name] = [context.Process(target=_rank, args=(rank, case, port, logs[rank])) for rank in range(2)]
+        port, logs = free_port(), [folder / f"{number}-{rank}" for rank in range(2)]
+        running[name] = [FORKSERVER.Process(target=_rank, args=(rank, case, port, logs[rank])) for rank in range(2)]
         for process in running[name]:
             process.start()
     deadline, results = time.monotonic() + LONG_S / 2, {}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from retriever.errors import LOST, RankError, Verdict
 from retriever.parallel.watch import Watch
 from retriever.parallel.world import World
-from tests.distributed.processes import FORKSERVER, free_port
+from tests.starts import FORKSERVER, free_port
 
 RANKS, TIMEOUT_S = 3, 12.0
 COLLECTIVES_WAIT_S = 300  # of torch's own: what ends a rank sooner is the watch

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.lock import locked
 from tests.commands import RankAlone, assert_refused
 from tests.eval.texts import Texts, help_texts, write_beir, write_msmarco
+from tests.starts import start
 from tests.tiny import save_tiny_model
 
 LENGTHS = ["--query-max-tokens", "24", "--passage-max-tokens", "48"]
@@ -276,21 +275,9 @@ def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp
     model, data, _ = folders
     arguments = ["--model", str(model), "--data", str(data), *LENGTHS]
     beir.main([*arguments, "--output-dir", str(tmp_path / "one")])
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [*launch, "-m", "eval.beir", *arguments, "--output-dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("nDCG@10") == 1  # one process prints
+    done = start(tmp_path, [*arguments, "--output-dir", "two"], command="eval.beir", ranks=2).wait()
+    assert done.finished, done.said
+    assert done.said.count("nDCG@10") == 1  # one process prints
     one, two = result_of(tmp_path / "one", "test"), result_of(tmp_path / "two", "test")
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-9)
     runs = [read_trec(tmp_path / folder / "test.trec") for folder in ("one", "two")]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import scripts.demo.model as starting
 from eval.measures import Scores
 from eval.trec import Ranking
 from retriever.errors import RefusedError
+from retriever.train import main as train
 from scripts.code_pairs.pairs import Collection, Settings
+from scripts.demo import parts
 from scripts.demo.report import cluster_interval, outcome
 from scripts.demo.search import WIDTH, Searcher, answer_own_queries, sample_queries
 from tests.tiny import save_tiny_model
@@ -161,6 +164,12 @@ train: {max_steps: 6, log_every: 1}
 """
 
 
+def _train_here(command: Sequence[str], *, check: bool) -> None:
+    """What accelerate would launch in a process of its own."""
+    script = next(place for place, word in enumerate(command) if word.endswith("retriever/train.py"))
+    assert check and "accelerate.commands.launch" in command[:script] and train(command[script + 1 :]) == 0
+
+
 def test_every_part_in_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +202,7 @@ def test_every_part_in_a_row(
     pairs = Settings(packages=("toy",), test_queries=30, dev_queries=5)
     monkeypatch.setattr(command, "form_called", lambda name: command.Form(pairs, 60, ("train.max_steps=5",)))
     monkeypatch.setattr(command, "starting_model", lambda: save_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr(parts.subprocess, "run", _train_here)
     (tmp_path / "demo.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retriever.checksums import CHECKSUMS
+from tests.starts import run
 from tests.torture.kills import STEPS, Runs
 from tests.torture.page import Row
-from tests.torture.starts import run
 
 HOW = ("a flipped bit", "a zeroed half")
 _OUTCOMES = ("refused by name", "made again", "without effect")
@@ -54,8 +54,8 @@ def _make(runs: Runs) -> Path:
     data = str(runs.root / "data")
     for side in ("query", "passage"):
         encode = ("--model", str(runs.root / "model"), "--input", data, "--side", side, "--output", f"shards/{side}")
-        _done(whole, "encode", encode)
-    for command, arguments in (("search", _SEARCH), ("mine", _mine(runs))):
+        _done(whole, "retriever.encode", encode)
+    for command, arguments in (("eval.search", _SEARCH), ("scripts.mine_negatives", _mine(runs))):
         _done(whole, command, arguments)
     return whole
 
@@ -80,14 +80,16 @@ def _kinds(runs: Runs) -> Iterator[Kind]:
         f"run/checkpoints/step-{STEPS:08d}",
         [*runs.arguments, "train.max_steps=1", "eval=null", "train.eval_every=0"],
     )
-    yield Kind("checkpoint", (f"{last}/*", f"{last}/export/*"), "train", runs.arguments)
-    yield Kind("export", ("run/export/*",), "train", runs.arguments)
-    yield Kind("best", ("run/best/*",), "train", runs.arguments)
-    yield Kind("token store", ("cache/**/*",), "train", again, removed=("run",))
-    yield Kind("embedding shards", ("shards/*/*.npy", "shards/*/*.arrow", "shards/*/[cm]*.json"), "search", _SEARCH)
+    yield Kind("checkpoint", (f"{last}/*", f"{last}/export/*"), "retriever.train", runs.arguments)
+    yield Kind("export", ("run/export/*",), "retriever.train", runs.arguments)
+    yield Kind("best", ("run/best/*",), "retriever.train", runs.arguments)
+    yield Kind("token store", ("cache/**/*",), "retriever.train", again, removed=("run",))
+    yield Kind(
+        "embedding shards", ("shards/*/*.npy", "shards/*/*.arrow", "shards/*/[cm]*.json"), "eval.search", _SEARCH
+    )
     index = ("shards/passage/index-*/*",)
-    yield Kind("FAISS index", index, "search", _SEARCH, removed=("found.trec",))
-    yield Kind("mined data", ("mined/*",), "mine", _mine(runs))
+    yield Kind("FAISS index", index, "eval.search", _SEARCH, removed=("found.trec",))
+    yield Kind("mined data", ("mined/*",), "scripts.mine_negatives", _mine(runs))
 
 
 def _try(kind: Kind, whole: Path, file: Path, how: str, draw: random.Random) -> str:

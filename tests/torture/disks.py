@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -18,7 +19,6 @@ from pathlib import Path
 from tests.torture.kills import Runs, ranks_of
 from tests.torture.page import Row
 from tests.torture.phases import read
-from tests.torture.starts import Disturbance
 from tests.workplace import ROOT
 
 _SHUTDOWN, _WITHOUT_LOG = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN: from then on nothing reaches the disk, the journal neither
@@ -105,10 +105,14 @@ def limited(runs: Runs) -> list[str]:
     """What is wrong with how a run ends that may write no large file, and goes on without that limit."""
     logs = runs.root / "limited.logs"
     logs.mkdir()
-    ended = runs.start("limited", 1, Disturbance(file_bytes=100_000), logs=logs).wait()
+    ended = runs.start("limited", 1, before=_limit_files, logs=logs).wait()
     found = _refusal(ended.statuses[0], ended.said, "File too large")
     again = runs.start("limited", 1, logs=logs).wait()
     return found + (runs.differences("limited", 1) if again.finished else [again.said[-1000:]])
+
+
+def _limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 def _refusal(status: int, said: str, reason: str) -> list[str]:

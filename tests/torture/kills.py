@@ -6,15 +6,16 @@ import json
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from retriever.errors import LOST, REFUSED
+from tests.starts import LIMIT_S, Start, nothing, start
 from tests.torture.page import Row
-from tests.torture.phases import OF_EVERY_RANK, Kill, read
-from tests.torture.starts import LIMIT_S, UNDISTURBED, Disturbance, Start, run, start
+from tests.torture.phases import OF_EVERY_RANK, Kill, read, watch
 from tests.workplace import make_workplace
 
 STEPS = 16
@@ -48,7 +49,7 @@ class Runs:
         """The folder of a run that nothing happened to."""
         if ranks not in self._undisturbed:
             folder = self.root / f"undisturbed-{ranks}"
-            ended = run(folder, self.arguments, ranks=ranks)
+            ended = self.start(folder.name, ranks).wait()
             assert ended.finished, ended.said
             self._undisturbed[ranks] = folder
         return self._undisturbed[ranks]
@@ -57,18 +58,27 @@ class Runs:
         self,
         name: str,
         ranks: int,
-        disturbance: Disturbance = UNDISTURBED,
         *,
+        kill: Kill | None = None,
+        before: Callable[[], object] = nothing,
         logs: Path | None = None,
         limit_s: float = LIMIT_S,
     ) -> Start:
-        """Starts the run of a name, or goes on with it."""
+        """Starts the run of a name, or goes on with it. `logs`, by default its folder, holds `log` and `phases`."""
         folder = self.root / name
-        return start(folder, self.arguments, ranks=ranks, logs=logs, limit_s=limit_s, disturbance=disturbance)
+        logs = logs or folder
+        begin = partial(_begin, logs / "phases", kill, before)
+        return start(folder, self.arguments, ranks=ranks, before=begin, log=logs / "log", limit_s=limit_s)
 
     def differences(self, name: str, ranks: int) -> list[str]:
         """Where the run's folder is not the undisturbed one's, byte for byte but for measured times."""
         return [*_differences(_content(self.root / name / "run"), _content(self.undisturbed(ranks) / "run"))]
+
+
+def _begin(log: Path, kill: Kill | None, before: Callable[[], object]) -> None:
+    log.touch()
+    watch(log, kill)
+    before()
 
 
 def _content(run: Path) -> dict[str, object]:
@@ -121,7 +131,7 @@ def ranks_of(ranks: int) -> str:
 
 def _killed(runs: Runs, name: str, ranks: int, kill: Kill, *, together: bool) -> str:
     """Whether a kill fell `in` its phase or `behind` it; empty where the run ended before, or else what went wrong."""
-    ended = runs.start(name, ranks, Disturbance(kill)).wait(together=together)
+    ended = runs.start(name, ranks, kill=kill).wait(together=together)
     expected = (
         -signal.SIGKILL,
         0,

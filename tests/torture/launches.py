@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from retriever import lock
@@ -17,7 +18,6 @@ from retriever.lock import LOCK, Holder
 from tests.torture import phases
 from tests.torture.kills import Runs, ranks_of
 from tests.torture.page import Row
-from tests.torture.starts import Disturbance
 from tests.workplace import ROOT
 
 _STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -88,7 +88,7 @@ def _dead_launcher(runs: Runs, ranks: int, name: str) -> str:
 
 
 def _second_interrupt(runs: Runs, ranks: int, name: str) -> str:
-    started = runs.start(name, ranks, Disturbance(hold_s=_HELD_S))
+    started = runs.start(name, ranks, before=partial(phases.hold_fourth_step, _HELD_S))
     started.until(lambda: started.log.read_text().count(phases.HELD) == ranks)
     before = time.monotonic()
     started.signal(signal.SIGINT)

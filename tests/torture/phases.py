@@ -43,6 +43,8 @@ class Kill:
 
 def watch(log: Path, kill: Kill | None) -> None:
     """Appends `<phase> <seconds>` to `log` after each phase of this process, and `killed in <phase>` at its end."""
+    if kill is not None and kill.rank != int(os.environ.get("RANK", "0")):
+        kill = None
     for phase, place in PHASES.items():
         module, _, path = place.partition(":")
         *owners, name = path.split(".")

@@ -5,11 +5,7 @@ nothing.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from scripts.loop.config import load_loop
 from scripts.loop.rounds import flags
 from scripts.pipeline import main
 from tests.scripts.mining.workplace import Workplace, make_workplace, read
+from tests.starts import start
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,15 +161,10 @@ def test_killed_at_any_moment_it_ends_the_same(
     """SIGKILL while a round trains, then a second start: it goes on from the checkpoint that was written."""
     root = workplace.folder / "killed"
     arguments = [str(workplace.folder / "loop.yaml"), f"output_dir={root}"]
-    command = [sys.executable, "-m", "scripts.pipeline", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not (root / "mined/train/run/checkpoints/step-00000002").exists():
-            assert process.poll() is None and time.monotonic() < deadline, (
-                "the loop ended or stalled before the moment to kill it"
-            )
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
+    started = start(workplace.folder, arguments, command="scripts.pipeline")
+    started.until((root / "mined/train/run/checkpoints/step-00000002").exists)
+    started.signal(signal.SIGKILL)
+    started.wait()
     assert list(json.loads((root / "result.json").read_text())["metrics"]) == ["start", "contrastive"], (
         "what is done so far"
     )

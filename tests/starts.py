@@ -1,26 +1,49 @@
-"""Starts of the training command in forked processes, which have torch and everything else imported already."""
+"""Starts of commands in forked processes, which have torch and everything else imported already."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.torture import phases
-from tests.torture.phases import Kill
+from tests.determinism import make_strict
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.torture.commands"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+# What the commands import, in part late; a process is forked from one that has imported it once.
+FORKSERVER.set_forkserver_preload(
+    [
+        "transformers.models.bert.modeling_bert",
+        "eval.beir",
+        "eval.commands",
+        "eval.search",
+        "retriever.encode",
+        "retriever.plan.report",
+        "retriever.preflight",
+        "retriever.run",
+        "retriever.train",
+        "retriever.verify",
+        "scripts.mine_negatives",
+        "scripts.mining.mine",
+        "tests.distributed.processes",
+    ]
+)
 LIMIT_S = 240.0  # for one start, on a machine that does other things too
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,10 @@ class Start:
             assert not ended and time.monotonic() < self.limit, f"ended with {ended} before:\n{self.log.read_text()}"
             time.sleep(0.005)
 
+    def says(self, line: str) -> None:
+        """Returns once a rank has printed the line. Raises AssertionError where one ends before."""
+        self.until(lambda: line in self.log.read_text().splitlines())
+
     def signal(self, number: int) -> None:
         """Sends a signal to every rank, as a terminal does."""
         for process in self.processes:
@@ -75,76 +102,63 @@ class Start:
         return Ended([process.exitcode or 0 for process in self.processes], self.log.read_text(errors="replace"))
 
 
-@dataclass(frozen=True)
-class Disturbance:
-    """What happens to a start: a kill, a fourth step that takes `hold_s` longer, files of `file_bytes` at most."""
-
-    kill: Kill | None = None
-    hold_s: float = 0.0
-    file_bytes: int | None = None
-
-
-UNDISTURBED = Disturbance()
+def nothing() -> None:
+    """Does nothing."""
 
 
 def start(
     folder: Path,
     arguments: Sequence[str],
     *,
-    command: str = "train",
+    command: str = "retriever.train",
     ranks: int = 1,
-    logs: Path | None = None,
+    before: Callable[[], object] = nothing,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
     limit_s: float = LIMIT_S,
-    disturbance: Disturbance = UNDISTURBED,
 ) -> Start:
-    """Starts a command of `tests.torture.commands` in `folder`; `logs`, by default it too, holds `log` and `phases`."""
-    logs = logs or folder
-    for needed in (folder, logs):
+    """Starts `main` of the module `command` in `folder`, on every rank once the module-level function `before` (or a
+    `partial` of one) was called. `log` receives what is printed, by default a file of that name in `folder`.
+    """
+    log = log or folder / "log"
+    for needed in (folder, log.parent):
         needed.mkdir(parents=True, exist_ok=True)
-    log = logs / "log"
     log.write_text("")
-    (logs / "phases").touch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     inherited = {name: os.environ[name] for name in ("BIGBATCH_CACHE",) if name in os.environ}
     processes: list[BaseProcess] = []
     for rank in range(ranks):
         of_rank = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        job = (command, list(arguments), folder, logs, inherited | of_rank, disturbance)
-        processes.append(_SERVER.Process(target=_run, args=job))
+        variables = {**inherited, **of_rank, **(environment or {})}
+        job = (command, list(arguments), folder, log, variables, before)
+        processes.append(FORKSERVER.Process(target=_run, args=job))
         processes[-1].start()
     return Start(processes, log, time.monotonic() + limit_s)
 
 
-def run(folder: Path, arguments: Sequence[str], *, command: str = "train", ranks: int = 1) -> Ended:
+def run(folder: Path, arguments: Sequence[str], *, command: str = "retriever.train", ranks: int = 1) -> Ended:
     """Starts a command and waits for its end."""
     return start(folder, arguments, command=command, ranks=ranks).wait()
 
 
 def _run(
-    command: str, arguments: list[str], folder: Path, logs: Path, environment: dict[str, str], disturbance: Disturbance
+    command: str,
+    arguments: list[str],
+    folder: Path,
+    log: Path,
+    variables: dict[str, str],
+    before: Callable[[], object],
 ) -> None:
-    from tests.determinism import make_strict
-    from tests.torture.commands import MAINS
-
-    output = os.open(logs / "log", os.O_WRONLY | os.O_APPEND)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.chdir(folder)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(environment)
+    os.environ.update(variables)
     make_strict()
-    kill = disturbance.kill
-    mine = kill is not None and kill.rank == int(environment.get("RANK", "0"))
-    phases.watch(logs / "phases", kill if mine else None)
-    if disturbance.hold_s:
-        phases.hold_fourth_step(disturbance.hold_s)
-    if disturbance.file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (disturbance.file_bytes, disturbance.file_bytes))
+    before()
     status = 1
     try:
-        status = MAINS[command](arguments)
+        status = importlib.import_module(command).main(arguments)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
