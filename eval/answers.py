@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.arguments import evaluation_parser, launched_search
+from eval.arguments import evaluation_command, launched_search
 from eval.collections.collection import Collection, fingerprint
 from eval.measures import Scores, measure_run
 from eval.trec import Run
-from retriever.command import option, run
+from retriever.command import option
 from retriever.data.collection import corpus_tables, passages_of
 from retriever.data.files import FileTable, is_file, kind_of
 from retriever.data.lines import read_lines
@@ -181,23 +181,19 @@ def _words(text: str) -> list[str]:
     return [word.lower() for word in words]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@evaluation_command(
+    "python -m eval.answers",
+    "how often the passages found for a question hold an answer to it",
+    "folder of the passages",
+    option("--questions", required=True, type=Path, help="questions with answers: DPR's csv, JSON or JSON lines"),
+    option(
+        "--regex",
+        action="store_true",
+        help="answers are Python's regular expressions, capitals aside (CuratedTREC)",
+    ),
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m eval.answers`."""
-    parser = evaluation_parser(
-        "python -m eval.answers",
-        "how often the passages found for a question hold an answer to it",
-        "folder of the passages",
-        option("--questions", required=True, type=Path, help="questions with answers: DPR's csv, JSON or JSON lines"),
-        option(
-            "--regex",
-            action="store_true",
-            help="answers are Python's regular expressions, capitals aside (CuratedTREC)",
-        ),
-    )
-    return run(parser, arguments, _evaluate, lower="--batch")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     if odd := [name for name in args.metrics or () if not name.lower().startswith(("success@", "mrr"))]:
         raise RefusedError(
             f"--metrics {' '.join(odd)}: passages that were not found are not judged; expected Success@k or MRR"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from retriever.command import (
     BATCH,
     ENCODER,
+    Body,
+    Command,
     Option,
     above_zero,
     at_least_one,
-    command_parser,
+    command,
     group,
     launched,
     one_of,
@@ -71,15 +73,15 @@ _ENCODING = (
 )
 
 
-def evaluation_parser(
-    prog: str, description: str, data: str, *options: Option, data_required: bool = True
-) -> argparse.ArgumentParser:
-    """A parser with the arguments of every evaluation command (where the run comes from, how texts are encoded, where
+def evaluation_command(
+    prog: str, about: str, data: str, *options: Option, data_required: bool = True
+) -> Callable[[Body], Command]:
+    """As `command`, with the arguments of every evaluation (where the run comes from, how texts are encoded, where
     results go) and `options` of its own. `data` says what --data is.
     """
-    return command_parser(
+    return command(
         prog,
-        description,
+        about,
         one_of(
             option("--model", help="model folder or Hugging Face name"),
             option("--run", type=Path, help="measure this TREC or MS MARCO run instead of a model"),
@@ -96,6 +98,7 @@ def evaluation_parser(
         BATCH,
         *ENCODER,
         group("encoding", *_ENCODING, about="each by default what the model folder says"),
+        lower="--batch",
     )
 
 

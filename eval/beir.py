@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.arguments import evaluation_parser, launched_search
+from eval.arguments import evaluation_command, launched_search
 from eval.collections.collection import read_beir
-from retriever.command import at_least_one, option, run
+from retriever.command import at_least_one, option
 from retriever.data.folders import find_qrels
 from retriever.errors import RefusedError
 
@@ -31,26 +31,22 @@ if TYPE_CHECKING:
 METRICS = ("nDCG@10", "MRR@10", "Recall@100", "MAP")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@evaluation_command(
+    "python -m eval.beir",
+    "evaluate on a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv) or on a folder of many",
+    "folder of the collection, or hf:<name> of a Hugging Face data set of BEIR's form",
+    option("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)"),
+    option("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv"),
+    option("--relevance", type=at_least_one, default=1, help="lowest grade that is relevant for binary measures"),
+    option(
+        "--exclude-self",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="drop a passage whose id is the query's, as BEIR does for every collection (default: do)",
+    ),
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m eval.beir`."""
-    parser = evaluation_parser(
-        "python -m eval.beir",
-        "evaluate on a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv) or on a folder of many",
-        "folder of the collection, or hf:<name> of a Hugging Face data set of BEIR's form",
-        option("--split", nargs="+", default=["test"], help="qrels/<split>.tsv, one or more (default: test)"),
-        option("--qrels", type=Path, help="judgments file instead of qrels/<split>.tsv"),
-        option("--relevance", type=at_least_one, default=1, help="lowest grade that is relevant for binary measures"),
-        option(
-            "--exclude-self",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="drop a passage whose id is the query's, as BEIR does for every collection (default: do)",
-        ),
-    )
-    return run(parser, arguments, _evaluate, lower="--batch")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     if args.qrels is not None and len(args.split) > 1:
         raise RefusedError(f"--qrels is one judgments file, for one --split; received {' '.join(args.split)}")
     folders = collection_folders(args.data)

@@ -19,7 +19,7 @@ from eval.measures import Scores, measure_run
 from eval.outputs import is_result, refuse_foreign
 from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
 from eval.trec import read_run
-from retriever.command import at_least_one, command_parser, one_of, option, run, seed, whole, zero_or_more
+from retriever.command import at_least_one, command, one_of, option, seed, whole, zero_or_more
 from retriever.data.records import DataError
 from retriever.errors import RefusedError
 from retriever.files import write_text
@@ -121,36 +121,32 @@ def format_comparisons(baseline: str, comparisons: Sequence[Comparison], texts: 
     return "\n".join(lines[1:])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m eval.compare`."""
-    parser = command_parser(
-        "python -m eval.compare",
-        "compare runs query by query, the first being the baseline",
-        option("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first"),
-        one_of(
-            option(
-                "--data",
-                type=Path,
-                help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts",
-            ),
-            option("--qrels", type=Path, help="judgments file alone"),
-        ),
-        option("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20"),
-        option("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}"),
+@command(
+    "python -m eval.compare",
+    "compare runs query by query, the first being the baseline",
+    option("runs", nargs="+", type=Path, metavar="RUN", help="TREC or MS MARCO run files, the baseline first"),
+    one_of(
         option(
-            "--relevance",
-            type=at_least_one,
-            help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)",
+            "--data",
+            type=Path,
+            help="folder of the collection, BEIR's layout or MS MARCO's files; shows queries' texts",
         ),
-        option("--permutations", type=whole(1, 10_000_000), default=10_000, help="of the randomisation test"),
-        option("--seed", type=seed, default=0, help="of the randomisation test and the bootstrap"),
-        option("--moved", type=zero_or_more, default=10, help="queries to show"),
-        option("--output", type=Path, help="write the comparison as JSON"),
-    )
-    return run(parser, arguments, _compare_files)
-
-
-def _compare_files(args: argparse.Namespace) -> None:
+        option("--qrels", type=Path, help="judgments file alone"),
+    ),
+    option("--split", help="of --data: qrels/<split>.tsv (default: test), or MS MARCO's dev, dl19, dl20"),
+    option("--metrics", nargs="+", metavar="NAME", default=list(METRICS), help=f"default: {' '.join(METRICS)}"),
+    option(
+        "--relevance",
+        type=at_least_one,
+        help="lowest grade that is relevant for binary measures (default: 1; dl19, dl20: 2)",
+    ),
+    option("--permutations", type=whole(1, 10_000_000), default=10_000, help="of the randomisation test"),
+    option("--seed", type=seed, default=0, help="of the randomisation test and the bootstrap"),
+    option("--moved", type=zero_or_more, default=10, help="queries to show"),
+    option("--output", type=Path, help="write the comparison as JSON"),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m eval.compare`."""
     if len(args.runs) < 2 or len(set(args.runs)) != len(args.runs):
         raise RefusedError(
             f"expected at least two different runs, the baseline first; received {' '.join(map(str, args.runs))}"

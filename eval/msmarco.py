@@ -10,44 +10,39 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from eval.arguments import evaluation_parser, launched_search
+from eval.arguments import evaluation_command, launched_search
 from eval.collections.collection import Collection
 from eval.collections.msmarco import SPLITS, available_splits, count_notes, read_msmarco
 from eval.collections.msmarco_sources import hub_splits, read_hub, read_ir_datasets
-from retriever.command import option, run
+from retriever.command import option
 from retriever.errors import RefusedError
 
 DEFAULT_DATA = {"ir_datasets": "msmarco-passage", "huggingface": "mteb/msmarco"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@evaluation_command(
+    "python -m eval.msmarco",
+    "evaluate on MS MARCO's passages: dev small, TREC DL 2019 and 2020",
+    "folder with MS MARCO's files; of huggingface the name of a data set of BEIR's form (default: mteb/msmarco)",
+    option(
+        "--source",
+        choices=("folder", *DEFAULT_DATA),
+        default="folder",
+        help="where passages, queries and judgments are: a folder, ir_datasets' cache, Hugging Face",
+    ),
+    option(
+        "--corpus",
+        metavar="NAME",
+        help="passages from another Hugging Face data set, as one with titles; "
+        "its figures compare with those of that corpus alone",
+    ),
+    option("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there"),
+    data_required=False,
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m eval.msmarco`."""
-    parser = evaluation_parser(
-        "python -m eval.msmarco",
-        "evaluate on MS MARCO's passages: dev small, TREC DL 2019 and 2020",
-        "folder with MS MARCO's files; of huggingface the name of a data set of BEIR's form (default: mteb/msmarco)",
-        option(
-            "--source",
-            choices=("folder", *DEFAULT_DATA),
-            default="folder",
-            help="where passages, queries and judgments are: a folder, ir_datasets' cache, Hugging Face",
-        ),
-        option(
-            "--corpus",
-            metavar="NAME",
-            help="passages from another Hugging Face data set, as one with titles; "
-            "its figures compare with those of that corpus alone",
-        ),
-        option("--split", nargs="+", choices=tuple(SPLITS), help="default: all whose judgments are there"),
-        data_required=False,
-    )
-    return run(parser, arguments, _evaluate, lower="--batch")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     if args.data is None and args.source == "folder":
         raise RefusedError("--data: expected a folder with MS MARCO's files, or --source ir_datasets or huggingface")
     if args.corpus is not None and args.source != "huggingface":

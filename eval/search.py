@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.arguments import SEARCH, launched_search, options_of
 from eval.outputs import is_run, refuse_foreign
-from retriever.command import at_least_one, command_parser, option, run
+from retriever.command import at_least_one, command, option
 from retriever.wording import counted
 
 if TYPE_CHECKING:
@@ -24,26 +23,21 @@ if TYPE_CHECKING:
 _ALIKE = ("pooling", "normalize", "dimension")  # of a manifest, besides the model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "python -m eval.search",
+    "embedding shards -> a run file",
+    option("--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"),
+    option("--passages", required=True, type=Path, help="folder of passage shards"),
+    option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
+    option("--k", type=at_least_one, default=1000, help="passages a query"),
+    *SEARCH,
+    option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
+    option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
+    option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
+    lower="--memory-gib or --block-mib",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m eval.search`."""
-    parser = command_parser(
-        "python -m eval.search",
-        "embedding shards -> a run file",
-        option(
-            "--queries", required=True, type=Path, help="folder of query shards, as retriever/encode.py writes them"
-        ),
-        option("--passages", required=True, type=Path, help="folder of passage shards"),
-        option("--output", required=True, type=Path, help="the run file; .gz compresses it"),
-        option("--k", type=at_least_one, default=1000, help="passages a query"),
-        *SEARCH,
-        option("--format", choices=("trec", "msmarco"), default="trec", help="of the run file"),
-        option("--exclude-self", action="store_true", help="drop a passage whose id is the query's (ArguAna, Quora)"),
-        option("--block-mib", type=at_least_one, default=256, help="MiB of passages that FAISS holds at once"),
-    )
-    return run(parser, arguments, _search, lower="--memory-gib or --block-mib")
-
-
-def _search(args: argparse.Namespace) -> None:
     from eval.engines.embeddings import load_queries
     from eval.engines.nearest import SearchOptions, search
     from eval.trec import write_msmarco, write_trec

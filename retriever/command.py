@@ -1,8 +1,8 @@
 """What every command shares: its parser, errors in one line, the exit status, and the ranks that it was launched on.
 
-    def main(arguments: Sequence[str] | None = None) -> int:
-        parser = command_parser("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR
-        folder")) return run(parser, arguments, _hold_out)  # _hold_out(args)
+    @command("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR folder"))
+    def main(args: argparse.Namespace) -> None:
+        hold_out(args.data, …)
 
     if __name__ == "__main__":
         sys.exit(main())
@@ -26,6 +26,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from retriever.environment import check_environment
@@ -74,13 +75,6 @@ class _Parser(argparse.ArgumentParser):
 
 class _Terminated(BaseException):
     """The process received SIGTERM."""
-
-
-def command_parser(prog: str, description: str | None, *options: Option) -> argparse.ArgumentParser:
-    """The parser of a command that is started as `prog`; `run` parses with it."""
-    parser = _Parser(prog=prog, description=description, formatter_class=_Help)
-    _add(parser, (*options, option("--debug", action="store_true", help="print the traceback of an error too")))
-    return parser
 
 
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -137,43 +131,56 @@ ENCODER = (
 )
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    arguments: Sequence[str] | None,
-    body: Callable[[argparse.Namespace], None],
-    *,
-    resumes: str = "",
-    lower: str = "the sizes that it was given",
-) -> int:
-    """Calls `body` with the parsed arguments (default: the process's own) and returns the exit status; tells an error
-    in one line.
+Body = Callable[[argparse.Namespace], None]
 
-    `args.command` is the command as it was typed. `resumes` says how an interrupted
-    command goes on, `lower` what to lower where memory runs out. After a lost rank the process ends here.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with _terminable():
-            args = parser.parse_args(words)
-            args.command = f"{parser.prog} {shlex.join(words)}"
-            check_environment()
-            body(args)
-    except SystemExit as ended:  # --help, or a command that this one ran: it has said why
-        if not isinstance(ended.code, int):
-            raise
-        return ended.code
-    except BaseException as error:
-        status, message = _told(error, resumes, lower)
-        if not status:
-            raise
-        if "--debug" in words:
-            traceback.print_exception(error)
-        if _speaks(error):
-            tell(message, "" if isinstance(error, Stopped) else "error: ")
-        if isinstance(error, RankError):
-            os._exit(status)  # an ordinary end would wait for the rank that is no more
-        return status
-    return 0
+
+@dataclass
+class Command:
+    """A command. `resumes` says how it goes on after an interruption, `lower` what to lower where memory runs out."""
+
+    parser: argparse.ArgumentParser
+    body: Body
+    resumes: str
+    lower: str
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int:
+        """Calls `body` with the parsed arguments (default: the process's own) and returns the exit status; tells an
+        error in one line.
+
+        `args.command` is the command as it was typed. After a lost rank the process ends here.
+        """
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            with _terminable():
+                args = self.parser.parse_args(words)
+                args.command = f"{self.parser.prog} {shlex.join(words)}"
+                check_environment()
+                self.body(args)
+        except SystemExit as ended:  # --help, or a command that this one ran: it has said why
+            if not isinstance(ended.code, int):
+                raise
+            return ended.code
+        except BaseException as error:
+            status, message = _told(error, self.resumes, self.lower)
+            if not status:
+                raise
+            if "--debug" in words:
+                traceback.print_exception(error)
+            if _speaks(error):
+                tell(message, "" if isinstance(error, Stopped) else "error: ")
+            if isinstance(error, RankError):
+                os._exit(status)  # an ordinary end would wait for the rank that is no more
+            return status
+        return 0
+
+
+def command(
+    prog: str, about: str | None, *options: Option, resumes: str = "", lower: str = "the sizes that it was given"
+) -> Callable[[Body], Command]:
+    """Makes the function below it the body of a command that is started as `prog`; the others are `Command`'s."""
+    parser = _Parser(prog=prog, description=about, formatter_class=_Help)
+    _add(parser, (*options, option("--debug", action="store_true", help="print the traceback of an error too")))
+    return lambda body: Command(parser, body, resumes, lower)
 
 
 def tell(message: str, prefix: str = "error: ") -> None:

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -14,62 +14,58 @@ from typing import Literal
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever.command import ENCODER, at_least_one, command_parser, launched, option, run
+from retriever.command import ENCODER, at_least_one, command, launched, option
 from retriever.data.collection import corpus_tables, once, query_tables
 from retriever.data.formats import DataError, final_text, read_corpus, read_queries
 from retriever.data.records import shortened_note
 from retriever.files import read_json
 from retriever.wording import counted
 
+_TOLD = "(default: what the model says)"
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+@command(
+    "retriever/encode.py",
+    "texts -> embedding shards (npy, ids, manifest)",
+    option("--model", required=True, help="model folder or Hugging Face name"),
+    option(
+        "--input",
+        required=True,
+        type=Path,
+        help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one",
+    ),
+    option("--side", required=True, choices=("query", "passage")),
+    option("--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept"),
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace what another job left in --output, removed first; else it is refused",
+    ),
+    option("--prompt", help=f"put in front of every text {_TOLD}"),
+    option("--max-tokens", type=at_least_one, help=f"a text's length, prompt and special tokens included {_TOLD}"),
+    option("--pooling", choices=("cls", "mean", "last"), help=_TOLD),
+    option("--normalize", action=argparse.BooleanOptionalAction, help=f"unit vectors {_TOLD}"),
+    option("--title", choices=("join", "drop"), help=f"of a passage {_TOLD}"),
+    option("--title-separator", help=f"between title and text {_TOLD}"),
+    *ENCODER,
+    option(
+        "--compile",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="layers that have no fused version of ours; auto: of passages on a GPU",
+    ),
+    option("--dtype", choices=("float32", "float16"), default="float32", help="of the shards"),
+    option(
+        "--tokens-per-chunk",
+        type=at_least_one,
+        help="the encoder sees at once, padding included (default: 131072, on a CPU 8192)",
+    ),
+    option("--shard-rows", type=at_least_one, help="embeddings a shard (default: 65536)"),
+    resumes="the same command goes on with the shards that are not there yet",
+    lower="--tokens-per-chunk",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `accelerate launch retriever/encode.py`, or `python -m retriever.encode`."""
-    told = "(default: what the model says)"
-    parser = command_parser(
-        "retriever/encode.py",
-        "texts -> embedding shards (npy, ids, manifest)",
-        option("--model", required=True, help="model folder or Hugging Face name"),
-        option(
-            "--input",
-            required=True,
-            type=Path,
-            help="corpus.jsonl, collection.tsv, queries.*, or a folder that holds one",
-        ),
-        option("--side", required=True, choices=("query", "passage")),
-        option(
-            "--output", required=True, type=Path, help="folder for the shards; what is there of the same job is kept"
-        ),
-        option(
-            "--overwrite",
-            action="store_true",
-            help="replace what another job left in --output, removed first; else it is refused",
-        ),
-        option("--prompt", help=f"put in front of every text {told}"),
-        option("--max-tokens", type=at_least_one, help=f"a text's length, prompt and special tokens included {told}"),
-        option("--pooling", choices=("cls", "mean", "last"), help=told),
-        option("--normalize", action=argparse.BooleanOptionalAction, help=f"unit vectors {told}"),
-        option("--title", choices=("join", "drop"), help=f"of a passage {told}"),
-        option("--title-separator", help=f"between title and text {told}"),
-        *ENCODER,
-        option(
-            "--compile",
-            choices=("auto", "true", "false"),
-            default="auto",
-            help="layers that have no fused version of ours; auto: of passages on a GPU",
-        ),
-        option("--dtype", choices=("float32", "float16"), default="float32", help="of the shards"),
-        option(
-            "--tokens-per-chunk",
-            type=at_least_one,
-            help="the encoder sees at once, padding included (default: 131072, on a CPU 8192)",
-        ),
-        option("--shard-rows", type=at_least_one, help="embeddings a shard (default: 65536)"),
-    )
-    resumes = "the same command goes on with the shards that are not there yet"
-    return run(parser, arguments, _encode_file, resumes=resumes, lower="--tokens-per-chunk")
-
-
-def _encode_file(args: argparse.Namespace) -> None:
     from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
     from retriever.encoder.bundle import load_encoder
 

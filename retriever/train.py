@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever import command, config_help
-from retriever.command import option
+from retriever import config_help
+from retriever.command import command, option
 from retriever.config_file import load
 from retriever.errors import RESUMES
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "retriever/train.py",
+    __doc__,
+    option("--config", help="a YAML file; configs/ has examples"),
+    option(
+        "--help-settings",
+        nargs="?",
+        const="",
+        metavar="section",
+        help="print the settings with their meanings, of one section or all, and exit",
+    ),
+    option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
+    resumes=RESUMES,
+    lower="batch.tokens_per_chunk, batch.retain or batch.retain_products",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `accelerate launch retriever/train.py`."""
-    parser = command.command_parser(
-        "retriever/train.py",
-        __doc__,
-        option("--config", help="a YAML file; configs/ has examples"),
-        option(
-            "--help-settings",
-            nargs="?",
-            const="",
-            metavar="section",
-            help="print the settings with their meanings, of one section or all, and exit",
-        ),
-        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
-    )
-    lower = "batch.tokens_per_chunk, batch.retain or batch.retain_products"
-    return command.run(parser, arguments, _train, resumes=RESUMES, lower=lower)
-
-
-def _train(args: argparse.Namespace) -> None:
     if args.help_settings is not None:
         print(config_help.settings_text(args.help_settings))
         return

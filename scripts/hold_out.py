@@ -13,28 +13,24 @@ import argparse
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from retriever.command import at_least_one, command_parser, option, run, seed
+from retriever.command import at_least_one, command, option, seed
 from retriever.wording import counted
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "python -m scripts.hold_out",
+    __doc__,
+    option("--data", required=True, type=Path, help="a BEIR folder"),
+    option("--output", required=True, type=Path, help="a new folder"),
+    option("--split", default="train", help="that is divided"),
+    option("--queries", type=at_least_one, default=160, help="that become dev"),
+    option("--seed", type=seed, default=0, help="default: %(default)s"),
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.hold_out`."""
-    parser = command_parser(
-        "python -m scripts.hold_out",
-        __doc__,
-        option("--data", required=True, type=Path, help="a BEIR folder"),
-        option("--output", required=True, type=Path, help="a new folder"),
-        option("--split", default="train", help="that is divided"),
-        option("--queries", type=at_least_one, default=160, help="that become dev"),
-        option("--seed", type=seed, default=0, help="default: %(default)s"),
-    )
-    return run(parser, arguments, _hold_out)
-
-
-def _hold_out(args: argparse.Namespace) -> None:
     fit, dev = hold_out(args.data, args.output, args.split, args.queries, args.seed)
     print(f"{args.output}: {counted(fit, 'query')} to train on (fit), {dev:,} to choose by (dev)")
 

@@ -19,14 +19,14 @@ import json
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from retriever.command import at_least_one, command_parser, option, run, seed
+from retriever.command import at_least_one, command, option, seed
 from retriever.errors import RefusedError
 from retriever.files import write_json
 from scripts.code_pairs.pairs import Collection, Settings, code_collection, details_collection, split_by_family
@@ -44,38 +44,33 @@ from scripts.code_pairs.sources import (
 FORMAT = 2  # raised where the same sources would give other pairs
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "python -m scripts.make_code_pairs",
+    __doc__,
+    option("--output", type=Path, required=True, help="folder to write"),
+    option(
+        "--packages",
+        nargs="+",
+        default=[STDLIB],
+        metavar="NAME",
+        help=f"import names; {STDLIB}: the standard library (default); auto: it and the well-known packages found",
+    ),
+    option("--seed", type=seed, default=Settings.seed, help="draws the modules held out"),
+    option("--names", choices=("hide", "keep"), default=Settings.names, help="a function's own name in its source"),
+    option(
+        "--test-queries", type=at_least_one, default=Settings.test_queries, help="hold out modules for about so many"
+    ),
+    option("--dev-queries", type=at_least_one, default=Settings.dev_queries, help="likewise"),
+    option("--max-test-per-module", type=at_least_one, default=Settings.max_test_per_module, help="functions"),
+    option(
+        "--max-held-out-module",
+        type=at_least_one,
+        default=Settings.max_held_out_module,
+        help="larger ones train (default %(default)s functions)",
+    ),
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.make_code_pairs`."""
-    default = Settings()
-    parser = command_parser(
-        "python -m scripts.make_code_pairs",
-        __doc__,
-        option("--output", type=Path, required=True, help="folder to write"),
-        option(
-            "--packages",
-            nargs="+",
-            default=[STDLIB],
-            metavar="NAME",
-            help=f"import names; {STDLIB}: the standard library (default); auto: it and the well-known packages found",
-        ),
-        option("--seed", type=seed, default=default.seed, help="draws the modules held out"),
-        option("--names", choices=("hide", "keep"), default=default.names, help="a function's own name in its source"),
-        option(
-            "--test-queries", type=at_least_one, default=default.test_queries, help="hold out modules for about so many"
-        ),
-        option("--dev-queries", type=at_least_one, default=default.dev_queries, help="likewise"),
-        option("--max-test-per-module", type=at_least_one, default=default.max_test_per_module, help="functions"),
-        option(
-            "--max-held-out-module",
-            type=at_least_one,
-            default=default.max_held_out_module,
-            help="larger ones train (default %(default)s functions)",
-        ),
-    )
-    return run(parser, arguments, _build)
-
-
-def _build(args: argparse.Namespace) -> None:
     packages = installed(WELL_KNOWN) if args.packages == ["auto"] else args.packages
     settings = Settings(
         packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,11 @@ from retriever.command import (
     TITLE,
     above_zero,
     at_least_one,
-    command_parser,
+    command,
     group,
     number,
     one_of,
     option,
-    run,
     seed,
 )
 from retriever.wording import counted
@@ -38,18 +37,75 @@ if TYPE_CHECKING:
     from scripts.mining.settings import MiningSettings
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+_FORMATS = ("auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns")
+_SOURCE = (
+    one_of(
+        option("--data", help="a file or folder of any format that training reads"),
+        option("--name", help="a Hugging Face dataset"),
+    ),
+    *(option(f"--{name}", help=f"data.train.<n>.{name}") for name in ("revision", "corpus", "queries")),
+    option("--format", default="auto", choices=_FORMATS, help="default: %(default)s"),
+    option("--split", default="train", help="default: %(default)s"),
+    option("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file"),
+    option("--limit", type=at_least_one, help="of queries that are read, the first ones"),
+    *TITLE,
+)
+_CANDIDATES = (
+    option("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model"),
+    option("--model", help="the present model: folder or Hugging Face name"),
+    option(
+        "--ranks",
+        nargs=2,
+        type=at_least_one,
+        default=(10, 100),
+        metavar=("FIRST", "LAST"),
+        help="of the search (default: 10 100)",
+    ),
+    option("--negatives", type=at_least_one, default=8, help="a query, at most"),
+    option("--pick", choices=("random", "top"), default="random", help="inside the ranks"),
+    option("--seed", type=seed, default=0, help="of --pick random"),
+    option("--index", default="flat", help="of the model's search"),
+)
+_TEACHERS = (
+    "a cross-encoder, bm25 or model, whose scores are written into the data; "
+    "of several the mean of their scores, each standardised within a query"
+)
+_SCORES = (
+    option("--teacher", nargs="+", metavar="NAME", help=_TEACHERS),
+    option("--teacher-max-tokens", type=at_least_one, default=512, help="of a pair"),
+    option("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once"),
+    option(
+        "--judged",
+        type=at_least_one,
+        help="candidates scored a query (default: twice --negatives with a filter, else as many)",
+    ),
+    option("--margin", type=number(), help="drop what scores above the lowest positive's score less this"),
+    option(
+        "--percentage",
+        type=above_zero,
+        help="drop what scores above this share of the lowest positive's score, as 0.95",
+    ),
+)
+_KEPT = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
+
+
+@command(
+    "python -m scripts.mine_negatives",
+    __doc__,
+    group("training source, as an entry of data.train", *_SOURCE),
+    group("candidates", *_CANDIDATES),
+    group("scores", *_SCORES, about="by the teachers; without one, filters use the model's own similarities"),
+    option("--output-dir", required=True, type=Path, help="a new folder for the training data"),
+    option("--work-dir", type=Path, help=_KEPT),
+    *ENCODER,
+    BATCH,
+    THREADS,
+    resumes="the same command goes on where it stopped",
+    lower="--batch or --teacher-batch",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.mine_negatives`."""
-    return run(
-        _parser(),
-        arguments,
-        _mine,
-        resumes="the same command goes on where it stopped",
-        lower="--batch or --teacher-batch",
-    )
-
-
-def _mine(args: argparse.Namespace) -> None:
+    args.faiss_gpu = "off"
     with launched_search(args) as world:
         mine(args, world)
 
@@ -142,73 +198,6 @@ def _no_negatives(counts: Mapping[str, int], settings: MiningSettings) -> str:
     if first > passages:
         return f"no negative: --ranks begins at {first:,}, and there are only {passages:,} passages"
     return f"no negative: ranks {first:,} to {last:,} hold only known positives of a query; choose other --ranks"
-
-
-def _parser() -> argparse.ArgumentParser:
-    formats = ("auto", "msmarco", "beir", "tevatron", "dpr", "flagembedding", "columns")
-    source = (
-        one_of(
-            option("--data", help="a file or folder of any format that training reads"),
-            option("--name", help="a Hugging Face dataset"),
-        ),
-        *(option(f"--{name}", help=f"data.train.<n>.{name}") for name in ("revision", "corpus", "queries")),
-        option("--format", default="auto", choices=formats, help="default: %(default)s"),
-        option("--split", default="train", help="default: %(default)s"),
-        option("--columns", nargs="+", metavar="NAME", help="anchor and positive of a columns file"),
-        option("--limit", type=at_least_one, help="of queries that are read, the first ones"),
-        *TITLE,
-    )
-    candidates = (
-        option("--retrievers", nargs="+", choices=("model", "bm25"), default=["model"], help="default: model"),
-        option("--model", help="the present model: folder or Hugging Face name"),
-        option(
-            "--ranks",
-            nargs=2,
-            type=at_least_one,
-            default=(10, 100),
-            metavar=("FIRST", "LAST"),
-            help="of the search (default: 10 100)",
-        ),
-        option("--negatives", type=at_least_one, default=8, help="a query, at most"),
-        option("--pick", choices=("random", "top"), default="random", help="inside the ranks"),
-        option("--seed", type=seed, default=0, help="of --pick random"),
-        option("--index", default="flat", help="of the model's search"),
-    )
-    teachers = (
-        "a cross-encoder, bm25 or model, whose scores are written into the data; "
-        "of several the mean of their scores, each standardised within a query"
-    )
-    scores = (
-        option("--teacher", nargs="+", metavar="NAME", help=teachers),
-        option("--teacher-max-tokens", type=at_least_one, default=512, help="of a pair"),
-        option("--teacher-batch", type=at_least_one, default=16_384, metavar="TOKENS", help="padded tokens at once"),
-        option(
-            "--judged",
-            type=at_least_one,
-            help="candidates scored a query (default: twice --negatives with a filter, else as many)",
-        ),
-        option("--margin", type=number(), help="drop what scores above the lowest positive's score less this"),
-        option(
-            "--percentage",
-            type=above_zero,
-            help="drop what scores above this share of the lowest positive's score, as 0.95",
-        ),
-    )
-    kept = "passages, embeddings, searches and scores, to be used again (default: <output-dir>.work)"
-    parser = command_parser(
-        "python -m scripts.mine_negatives",
-        __doc__,
-        group("training source, as an entry of data.train", *source),
-        group("candidates", *candidates),
-        group("scores", *scores, about="by the teachers; without one, filters use the model's own similarities"),
-        option("--output-dir", required=True, type=Path, help="a new folder for the training data"),
-        option("--work-dir", type=Path, help=kept),
-        *ENCODER,
-        BATCH,
-        THREADS,
-    )
-    parser.set_defaults(faiss_gpu="off")
-    return parser
 
 
 if __name__ == "__main__":

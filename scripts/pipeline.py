@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "python -m scripts.pipeline",
+    __doc__,
+    option("config", help="a YAML file; configs/loop_*.yaml are examples"),
+    option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
+    resumes="the same command goes on where it stopped",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.pipeline`. If a stage fails, its exit status is returned."""
-    parser = command_parser(
-        "python -m scripts.pipeline",
-        __doc__,
-        option("config", help="a YAML file; configs/loop_*.yaml are examples"),
-        option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
-    )
-    return run(parser, arguments, _run_loop, resumes="the same command goes on where it stopped")
-
-
-def _run_loop(args: argparse.Namespace) -> None:
     from scripts.loop.config import load_loop
     from scripts.loop.rounds import Loop
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from retriever.command import above_zero, at_least_one, command_parser, option, run
+from retriever.command import above_zero, at_least_one, command, option
 from retriever.parallel.cost import GATHER_SHARE, Exchange, Machine, Workload, choose, gather_cost, ring_cost
 
 _GIB = 2**30
@@ -113,35 +113,33 @@ def _seconds(s: float) -> str:
     return f"{s:.{1 if s < 100 else 0}f} s" if s < 1000 else f"{s / 60:,.0f} min"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+_MACHINE, _BERT = Machine(), Model(pairs_per_s=6_800)
+
+
+@command(
+    "python -m scripts.plan_cluster",
+    (__doc__ or "").partition(":")[0],
+    option(
+        "--batches",
+        type=at_least_one,
+        nargs="+",
+        default=[2**k for k in (16, 18, 20, 22, 24)],
+        help="pairs of a global batch",
+    ),
+    option("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024]),
+    option("--pairs-per-s", type=above_zero, default=_BERT.pairs_per_s, help="of the encoder on one GPU"),
+    option("--parameters", type=above_zero, default=_BERT.parameters, help="default: %(default).4g, BERT-base"),
+    option("--dim", type=at_least_one, default=_BERT.dim, help="of an embedding and of the hidden layers"),
+    option("--layers", type=at_least_one, default=_BERT.layers, help="default: %(default)s"),
+    option("--tokens-per-chunk", type=at_least_one, default=_BERT.tokens_per_chunk, help="default: %(default)s"),
+    option("--memory-gib", type=above_zero, default=75.0, help="of a GPU, that a run may use"),
+    option("--gpus-per-node", type=at_least_one, default=_MACHINE.ranks_per_node, help="default: %(default)s"),
+    option("--tflops", type=above_zero, default=_MACHINE.tflops, help="of the loss's products"),
+    option("--inside-gb-s", type=above_zero, default=_MACHINE.inside_gb_s, help="GPU to GPU in a node"),
+    option("--between-gb-s", type=above_zero, default=_MACHINE.between_gb_s, help="a GPU's network card"),
+)
+def main(args: argparse.Namespace) -> None:
     """Prints the table of docs/cluster.md, or one for another machine."""
-    defaults, bert = Machine(), Model(pairs_per_s=6_800)
-    parser = command_parser(
-        "python -m scripts.plan_cluster",
-        (__doc__ or "").partition(":")[0],
-        option(
-            "--batches",
-            type=at_least_one,
-            nargs="+",
-            default=[2**k for k in (16, 18, 20, 22, 24)],
-            help="pairs of a global batch",
-        ),
-        option("--gpus", type=at_least_one, nargs="+", default=[1, 8, 64, 256, 1024]),
-        option("--pairs-per-s", type=above_zero, default=bert.pairs_per_s, help="of the encoder on one GPU"),
-        option("--parameters", type=above_zero, default=bert.parameters, help="default: %(default).4g, BERT-base"),
-        option("--dim", type=at_least_one, default=bert.dim, help="of an embedding and of the hidden layers"),
-        option("--layers", type=at_least_one, default=bert.layers, help="default: %(default)s"),
-        option("--tokens-per-chunk", type=at_least_one, default=bert.tokens_per_chunk, help="default: %(default)s"),
-        option("--memory-gib", type=above_zero, default=75.0, help="of a GPU, that a run may use"),
-        option("--gpus-per-node", type=at_least_one, default=defaults.ranks_per_node, help="default: %(default)s"),
-        option("--tflops", type=above_zero, default=defaults.tflops, help="of the loss's products"),
-        option("--inside-gb-s", type=above_zero, default=defaults.inside_gb_s, help="GPU to GPU in a node"),
-        option("--between-gb-s", type=above_zero, default=defaults.between_gb_s, help="a GPU's network card"),
-    )
-    return run(parser, arguments, _print_table)
-
-
-def _print_table(args: argparse.Namespace) -> None:
     model = Model(args.pairs_per_s, args.parameters, args.dim, args.layers, args.tokens_per_chunk)
     machine = Machine(args.gpus_per_node, args.tflops, args.inside_gb_s, args.between_gb_s)
     print("\n".join(table(args.batches, args.gpus, model, machine, args.memory_gib)))

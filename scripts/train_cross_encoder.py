@@ -11,41 +11,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from retriever.command import TITLE, above_zero, at_least_one, command_parser, option, run, seed
+from retriever.command import TITLE, above_zero, at_least_one, command, option, seed
 from retriever.wording import counted
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command(
+    "python -m scripts.train_cross_encoder",
+    __doc__,
+    option("--data", required=True, help="training data with negatives inside, as scripts.mine_negatives writes them"),
+    option(
+        "--model",
+        required=True,
+        help="an encoder's folder or Hugging Face name, whose body the cross-encoder starts from",
+    ),
+    option("--output-dir", required=True, type=Path, help="a new folder for the model and its tokenizer"),
+    option("--negatives", type=at_least_one, default=7, help="read beside a positive, at most"),
+    option("--queries", type=at_least_one, default=32, help="of an optimizer step"),
+    option("--epochs", type=above_zero, default=1.0, help="default: %(default)s"),
+    option("--lr", type=above_zero, default=5e-5, help="highest rate; linear, a tenth of warm-up"),
+    option("--max-tokens", type=at_least_one, default=256, help="of a pair"),
+    option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"),
+    option("--limit", type=at_least_one, help="of queries, the first ones"),
+    *TITLE,
+    option("--seed", type=seed, default=0, help="default: %(default)s"),
+    lower="--queries, --negatives or --max-tokens",
+)
+def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.train_cross_encoder`."""
-    parser = command_parser(
-        "python -m scripts.train_cross_encoder",
-        __doc__,
-        option(
-            "--data", required=True, help="training data with negatives inside, as scripts.mine_negatives writes them"
-        ),
-        option(
-            "--model",
-            required=True,
-            help="an encoder's folder or Hugging Face name, whose body the cross-encoder starts from",
-        ),
-        option("--output-dir", required=True, type=Path, help="a new folder for the model and its tokenizer"),
-        option("--negatives", type=at_least_one, default=7, help="read beside a positive, at most"),
-        option("--queries", type=at_least_one, default=32, help="of an optimizer step"),
-        option("--epochs", type=above_zero, default=1.0, help="default: %(default)s"),
-        option("--lr", type=above_zero, default=5e-5, help="highest rate; linear, a tenth of warm-up"),
-        option("--max-tokens", type=at_least_one, default=256, help="of a pair"),
-        option("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s"),
-        option("--limit", type=at_least_one, help="of queries, the first ones"),
-        *TITLE,
-        option("--seed", type=seed, default=0, help="default: %(default)s"),
-    )
-    return run(parser, arguments, _train, lower="--queries, --negatives or --max-tokens")
-
-
-def _train(args: argparse.Namespace) -> None:
     import torch
 
     from retriever.config import OptimConfig

@@ -23,33 +23,32 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from retriever import command, encode
-from retriever.command import command_parser, launched, option, run
+from retriever import encode
+from retriever.command import Command, command, launched, option
 from retriever.errors import RankError, RefusedError, Verdict
 from tests.commands import assert_refused
 from tests.workplace import ROOT, make_workplace
 
-# Module, the function with its body, and arguments that it can run with; {out} is what it writes, the other names are
-# what it reads.
+# Module, and arguments that it can run with; {out} is what it writes, the other names are what it reads.
 _SEARCHED = "--bm25 --data {data} --output-dir {out}"
 COMMANDS = {
-    "retriever.train": ("_train", "--config {run} run.output_dir={out}"),
-    "retriever.encode": ("_encode_file", "--model {model} --input {data} --side query --output {out}"),
-    "eval.beir": ("_evaluate", f"{_SEARCHED} --split dev"),
-    "eval.msmarco": ("_evaluate", "--bm25 --data {marco} --output-dir {out}"),
-    "eval.answers": ("_evaluate", f"{_SEARCHED} --questions {{questions}}"),
-    "eval.search": ("_search", "--queries {queries} --passages {passages} --output {out}/run.trec"),
-    "eval.compare": ("_compare_files", "{first} {second} --qrels {qrels} --output {out}/comparison.json"),
-    "scripts.demo.__main__": ("_demo", "--smallest --config {demo} --output-dir {out}"),
-    "scripts.pipeline": ("_run_loop", "{loop} output_dir={out}"),
-    "scripts.mine_negatives": ("_mine", "--data {data} --retrievers bm25 --output-dir {out}"),
-    "scripts.make_code_pairs": ("_build", "--output {out} --packages asyncio --test-queries 4 --dev-queries 2"),
-    "scripts.hold_out": ("_hold_out", "--data {undivided} --output {out} --queries 2"),
-    "scripts.plan_cluster": ("_print_table", "--batches 1"),
-    "scripts.train_cross_encoder": ("_train", "--model {model} --data {mined} --output-dir {out}"),
+    "retriever.train": "--config {run} run.output_dir={out}",
+    "retriever.encode": "--model {model} --input {data} --side query --output {out}",
+    "eval.beir": f"{_SEARCHED} --split dev",
+    "eval.msmarco": "--bm25 --data {marco} --output-dir {out}",
+    "eval.answers": f"{_SEARCHED} --questions {{questions}}",
+    "eval.search": "--queries {queries} --passages {passages} --output {out}/run.trec",
+    "eval.compare": "{first} {second} --qrels {qrels} --output {out}/comparison.json",
+    "scripts.demo.__main__": "--smallest --config {demo} --output-dir {out}",
+    "scripts.pipeline": "{loop} output_dir={out}",
+    "scripts.mine_negatives": "--data {data} --retrievers bm25 --output-dir {out}",
+    "scripts.make_code_pairs": "--output {out} --packages asyncio --test-queries 4 --dev-queries 2",
+    "scripts.hold_out": "--data {undivided} --output {out} --queries 2",
+    "scripts.plan_cluster": "--batches 1",
+    "scripts.train_cross_encoder": "--model {model} --data {mined} --output-dir {out}",
 }
-READERS = [name for name, (_, arguments) in COMMANDS.items() if re.search(r"{(?!out})", arguments)]
-WRITERS = [name for name, (_, arguments) in COMMANDS.items() if "{out}" in arguments]
+READERS = [name for name, arguments in COMMANDS.items() if re.search(r"{(?!out})", arguments)]
+WRITERS = [name for name, arguments in COMMANDS.items() if "{out}" in arguments]
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +102,14 @@ evaluate: {{data: {folder}/data, options: {{split: [dev], metrics: ["nDCG@10"]}}
 
 def words(name: str, places: dict[str, Path], out: Path) -> list[str]:
     """The arguments of a command."""
-    return [word.format(**places, out=out) for word in COMMANDS[name][1].split()]
+    return [word.format(**places, out=out) for word in COMMANDS[name].split()]
 
 
-def main_of(name: str) -> Callable[[Any], int]:
-    """The function that the command is."""
-    return importlib.import_module(name).main
+def main_of(name: str) -> Command:
+    """The command."""
+    found = importlib.import_module(name).main
+    assert isinstance(found, Command)
+    return found
 
 
 def test_the_table_has_every_command() -> None:
@@ -163,7 +164,7 @@ def test_an_error_inside_is_one_line(
     def fails(_: Namespace) -> None:
         raise error
 
-    monkeypatch.setattr(f"{name}.{COMMANDS[name][0]}", fails)
+    monkeypatch.setattr(main_of(name), "body", fails)
     assert_refused(main_of(name), words(name, places, tmp_path), f"error: {message}", status)
     assert main_of(name)(["--debug", *words(name, places, tmp_path)]) == status
     said = capsys.readouterr().err
@@ -182,7 +183,7 @@ def test_a_command_of_its_own_process_ends_with_the_status(script: str) -> None:
 
 
 def _run(body: Callable[[Namespace], None], *arguments: str) -> int:
-    return run(command_parser("command", None, option("--at-once")), arguments, body, lower="--at-once")
+    return command("command", None, option("--at-once"), lower="--at-once")(body)(arguments)
 
 
 def _run_words(body: Callable[[Namespace], None], words: Sequence[str]) -> int:
@@ -246,7 +247,7 @@ def test_ranks_other_than_a_nodes_first_are_silent_but_of_what_fails_them_alone(
 def test_a_lost_rank_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary end would wait for the rank that is no more."""
     ended: list[int] = []
-    monkeypatch.setattr(command.os, "_exit", ended.append)
+    monkeypatch.setattr("retriever.command.os._exit", ended.append)
     error = RankError(Verdict(2, 1, "rank 2 hangs"), 0)
     assert_refused(partial(_run_words, _raiser(error)), [], "error: rank 2 hangs. The same command goes on", 3)
     assert ended == [3]

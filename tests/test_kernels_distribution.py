@@ -62,7 +62,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_A_COMMAND = "import sys; from retriever import command as c; sys.exit(c.run(c.command_parser('any', None), [], print))"
+_A_COMMAND = "import sys; from retriever.command import command; sys.exit(command('any', None)(print)([]))"
 
 
 def _run(code: str, *path: Path) -> subprocess.CompletedProcess[str]:

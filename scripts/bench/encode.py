@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encode_shards import ShardOptions, encode_to_shards
@@ -154,7 +154,22 @@ class EncodeBench:
                     self.time(f"{case},text", method, len(texts), partial(encode, texts), note)
 
 
-def _encode(args: argparse.Namespace) -> None:
+@command(
+    "python -m scripts.bench.encode",
+    __doc__,
+    option("--output", type=Path, default=Path("docs/bench/encode.json")),
+    option("--texts", type=int, default=393_216, help="that are encoded from text"),
+    option("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts"),
+    option("--modes", nargs="*", choices=MODES, default=["packed,fused", "padded"]),
+    option("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text"),
+    option("--tokens-per-chunk", type=int, default=131_072),
+    option("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none"),
+    option("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once"),
+    option("--layers", type=int, default=12),
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.encode`."""
     # cuDNN spends long on a plan for every new shape of padded texts, the peer's.
     torch.backends.cuda.enable_cudnn_sdp(False)
     table = Table.begin(args.command, _PACKAGES, args.output)
@@ -176,25 +191,6 @@ def _encode(args: argparse.Namespace) -> None:
             bench.sentence_transformers(flash=flash)
         for mode in args.modes:
             bench.ours(mode)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.encode`."""
-    parser = command_parser(
-        "python -m scripts.bench.encode",
-        __doc__,
-        option("--output", type=Path, default=Path("docs/bench/encode.json")),
-        option("--texts", type=int, default=393_216, help="that are encoded from text"),
-        option("--distinct", type=int, default=65_536, help="texts that are made; they are repeated up to --texts"),
-        option("--modes", nargs="*", choices=MODES, default=["packed,fused", "padded"]),
-        option("--text-modes", nargs="*", choices=MODES, default=["packed,fused"], help="also from text"),
-        option("--tokens-per-chunk", type=int, default=131_072),
-        option("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none"),
-        option("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once"),
-        option("--layers", type=int, default=12),
-        option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    return run(parser, arguments, _encode)
 
 
 if __name__ == "__main__":

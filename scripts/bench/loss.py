@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 from retriever.parallel.world import World
 from scripts.bench.loss_methods import Method, Problem, methods, random_problem, reference
 from scripts.bench.measure import add_matmul_rate, errors, free_memory, median_ms, peak_extra_mb
@@ -32,6 +32,12 @@ from scripts.bench.tables import Table
 _PACKAGES = ("torch", "triton", "inf-cl", "memeff", "cut-cross-entropy", "liger-kernel", "quack-kernels")
 _TIERS = {"bf16": 0, "high": 4}  # of `methods`
 _WRONG = 0.1  # a gradient further off than this is another function
+OPTIONS = (
+    option("--methods", nargs="*", default=[], help="names, or names and conditions; all if absent"),
+    option("--check", type=int, default=4096, help="global batch of the comparison with float64"),
+    option("--dim", type=int, default=768),
+    option("--seconds", type=float, default=0.7, help="of each timing"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class LossBench:
     table: Table
     world: World
     dim: int
+    seconds: float  # of each timing
     several: bool = False  # cases name the ranks
 
     def case(self, b: int, condition: str = "") -> str:
@@ -83,9 +90,10 @@ class LossBench:
             if self.world.device.type == "cuda":
                 metric = "mb_per_rank" if self.several else "peak_extra_mb"
                 self.table.add(case, method.name, metric, peak_extra_mb(call), "MiB")
-            add(case, method.name, "forward_backward_ms", median_ms(self.world, call))
+            add(case, method.name, "forward_backward_ms", median_ms(self.world, call, self.seconds))
             if not self.several:
-                add(case, method.name, "forward_ms", median_ms(self.world, partial(method.run, problem, False)))
+                forward = partial(method.run, problem, False)
+                add(case, method.name, "forward_ms", median_ms(self.world, forward, self.seconds))
         free_memory(self.world.device)
 
     def accuracy(self, b: int) -> None:
@@ -104,30 +112,24 @@ class LossBench:
                     self.table.add(case, "bigbatch", metric, value, "relative", note)
 
 
-def _loss(args: argparse.Namespace) -> None:
+@command(
+    "python -m scripts.bench.loss",
+    __doc__,
+    option("--output", type=Path, default=Path("docs/bench/loss.json")),
+    option("--sizes", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072]),
+    option("--accuracy-sizes", type=int, nargs="*", default=[4096, 32768]),
+    *OPTIONS,
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.loss`."""
     world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     table = Table.begin(args.command, _PACKAGES, args.output)
     add_matmul_rate(table, world.device)
-    bench = LossBench(table, world, args.dim)
+    bench = LossBench(table, world, args.dim, args.seconds)
     for method, b in bench.cases(methods(), args):
         bench.measure(method, b)
     for b in args.accuracy_sizes:
         bench.accuracy(b)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.loss`."""
-    parser = command_parser(
-        "python -m scripts.bench.loss",
-        __doc__,
-        option("--output", type=Path, default=Path("docs/bench/loss.json")),
-        option("--sizes", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072]),
-        option("--accuracy-sizes", type=int, nargs="*", default=[4096, 32768]),
-        option("--methods", nargs="*", default=[], help="names, or names and conditions; all if absent"),
-        option("--check", type=int, default=4096, help="batch of the comparison with float64"),
-        option("--dim", type=int, default=768),
-    )
-    return run(parser, arguments, _loss)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def timed(device: torch.device, call: Callable[[], object], seconds: float = 0.0
     return Timing(taken, torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None)
 
 
-def median_ms(world: World, call: Callable[[], object], seconds: float = 0.7, most: int = 30) -> float:
+def median_ms(world: World, call: Callable[[], object], seconds: float, most: int = 30) -> float:
     """The median time of calls queued one after another, after one warm-up call. A call that takes longer than
     `seconds` is timed once.
     """

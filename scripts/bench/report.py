@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 from retriever.files import write_text
 from scripts.bench.tables import Row, Table
 
@@ -282,18 +282,18 @@ def plot(table: Table, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _report(args: argparse.Namespace) -> None:
+@command(
+    "python -m scripts.bench.report",
+    __doc__,
+    option("tables", type=Path, nargs="+", help="JSON files of the benchmarks"),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.report`."""
     for path in args.tables:
         table = Table.load(path)
         write_text(path.with_suffix(".md"), markdown(table))
         if path.stem in ("loss", "ring"):
             plot(table, path.with_suffix(".png"))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.report`."""
-    tables = option("tables", type=Path, nargs="+", help="JSON files of the benchmarks")
-    return run(command_parser("python -m scripts.bench.report", __doc__, tables), arguments, _report)
 
 
 if __name__ == "__main__":

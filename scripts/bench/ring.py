@@ -20,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -28,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from retriever.command import command_parser, launched, option, run
+from retriever.command import command, launched, option
 from retriever.parallel.cost import Machine, Workload, gather_cost, ring_cost
-from scripts.bench.loss import LossBench
+from scripts.bench.loss import OPTIONS, LossBench
 from scripts.bench.loss_methods import Method, ring_methods
 from scripts.bench.measure import Silent, median_ms
 from scripts.bench.tables import Table
@@ -54,7 +53,7 @@ def exposed(bench: LossBench, method: Method, b: int) -> None:
     problem, world = bench.problem(b), bench.world
     alone = replace(problem, world=Silent(world.device, world.rank, world.size))
     calls = [partial(method.run, each, True) for each in (problem, alone)]
-    turns = [[median_ms(world, call, 0.5) for call in calls] for _ in range(3)]
+    turns = [[median_ms(world, call, bench.seconds) for call in calls] for _ in range(3)]
     medians = [statistics.median(times) for times in zip(*turns, strict=True)]
     # A GPU that is faster than the others waits for them: of one rank's own times that would count as transfers.
     whole, silent = world.max(torch.tensor(medians, dtype=torch.float64, device=world.device)).tolist()
@@ -64,13 +63,25 @@ def exposed(bench: LossBench, method: Method, b: int) -> None:
     add("exposed_share", (whole - silent) / whole, "of the time")
 
 
-def _ring(args: argparse.Namespace) -> None:
+@command(
+    "python -m scripts.bench.ring",
+    __doc__,
+    option("--output", type=Path, default=Path("docs/bench/ring.json")),
+    option("--parts", nargs="+", choices=_PARTS, default=list(_PARTS)),
+    option("--sizes", type=int, nargs="+", default=[16384, 65536, 131072, 262144, 1048576], help="global batches"),
+    option("--exposed-sizes", type=int, nargs="+", default=[131072, 262144]),
+    *OPTIONS,
+    option("--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes to start, where none are yet"),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.ring`."""
     if "RANK" not in os.environ and args.ranks > 1:
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks))
         subprocess.run([*launcher, *shlex.split(args.command)[1:]], check=True)
         return
     with launched() as world:
-        bench = LossBench(Table.begin(args.command, _PACKAGES, args.output, world=world), world, args.dim, several=True)
+        table = Table.begin(args.command, _PACKAGES, args.output, world=world)
+        bench = LossBench(table, world, args.dim, args.seconds, several=True)
         for method, b in bench.cases(ring_methods(), args) if "methods" in args.parts else ():
             bench.measure(method, b)
             if method.name == "bigbatch" and method.condition != "offload":
@@ -78,25 +89,6 @@ def _ring(args: argparse.Namespace) -> None:
         if "exposed" in args.parts:
             for method, b in product(ring_methods()[:2], args.exposed_sizes):
                 exposed(bench, method, b)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.ring`."""
-    parser = command_parser(
-        "python -m scripts.bench.ring",
-        __doc__,
-        option("--output", type=Path, default=Path("docs/bench/ring.json")),
-        option("--parts", nargs="+", choices=_PARTS, default=list(_PARTS)),
-        option("--methods", nargs="*", default=[], help="names, or names and conditions; all if absent"),
-        option("--sizes", type=int, nargs="+", default=[16384, 65536, 131072, 262144, 1048576], help="global batches"),
-        option("--exposed-sizes", type=int, nargs="+", default=[131072, 262144]),
-        option("--check", type=int, default=4096, help="global batch of the comparison with float64"),
-        option("--dim", type=int, default=768),
-        option(
-            "--ranks", type=int, default=torch.cuda.device_count() or 2, help="processes to start, where none are yet"
-        ),
-    )
-    return run(parser, arguments, _ring)
 
 
 if __name__ == "__main__":

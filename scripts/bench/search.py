@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from eval.engines.faiss_index import index_spec, open_index
 from eval.engines.nearest import SearchOptions, search
 from eval.trec import Ranking
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
 from scripts.bench.measure import timed
@@ -186,7 +186,30 @@ def _status_gib(field: str) -> float | None:
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{field}:")), None)
 
 
-def _search(args: argparse.Namespace) -> None:
+@command(
+    "python -m scripts.bench.search",
+    __doc__,
+    option("--passages", type=int, default=8_841_823, help="0: leave exact search out"),
+    option("--queries", type=int, default=6_980),
+    option("--dimension", type=int, default=768),
+    option("--k", type=int, default=1000),
+    option("--dtype", choices=("float16", "float32"), default="float16", help="of the shards"),
+    option("--memory-gib", type=float, default=16.0, help="of the device"),
+    option("--repeats", type=int, default=2),
+    option("--sample", type=int, default=20, help="queries checked in float64"),
+    option(
+        "--folder",
+        type=Path,
+        help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)",
+    ),
+    option("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out"),
+    option("--ann-queries", type=int, default=1_000),
+    option("--ann-dimension", type=int, default=128),
+    option("--ef-construction", type=int, default=64, help="of HNSW"),
+    option("--output", type=Path, default=Path("docs/bench/search.json")),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.search`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table.begin(args.command, _PACKAGES, args.output)
     table.hardware += f", {faiss.omp_get_max_threads()} threads"
@@ -194,33 +217,6 @@ def _search(args: argparse.Namespace) -> None:
         measure_exact(table, args, device)
     if args.ann_passages:
         measure_indexes(table, args, device)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.search`."""
-    parser = command_parser(
-        "python -m scripts.bench.search",
-        __doc__,
-        option("--passages", type=int, default=8_841_823, help="0: leave exact search out"),
-        option("--queries", type=int, default=6_980),
-        option("--dimension", type=int, default=768),
-        option("--k", type=int, default=1000),
-        option("--dtype", choices=("float16", "float32"), default="float16", help="of the shards"),
-        option("--memory-gib", type=float, default=16.0, help="of the device"),
-        option("--repeats", type=int, default=2),
-        option("--sample", type=int, default=20, help="queries checked in float64"),
-        option(
-            "--folder",
-            type=Path,
-            help="for the shards, deleted again (default: /dev/shm if roomy, else the temporary one)",
-        ),
-        option("--ann-passages", type=int, default=1_000_000, help="0: leave indexes out"),
-        option("--ann-queries", type=int, default=1_000),
-        option("--ann-dimension", type=int, default=128),
-        option("--ef-construction", type=int, default=64, help="of HNSW"),
-        option("--output", type=Path, default=Path("docs/bench/search.json")),
-    )
-    return run(parser, arguments, _search)
 
 
 if __name__ == "__main__":

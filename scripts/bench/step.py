@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import BertConfig
 
-from retriever.command import command_parser, option, run
+from retriever.command import command, option
 from retriever.data.batch import Batch
 from retriever.parallel.world import World
 from retriever.retention import Retention
@@ -201,7 +201,25 @@ def _case(queries: int, condition: str = "") -> str:
     return f"b={queries}" + (f",{condition}" if condition else "")
 
 
-def _step(args: argparse.Namespace) -> None:
+_METHODS, _OTHER_FORMS = ("bigbatch", "floor", *PEERS), ["unretained", "compiled", "padded"]
+
+
+@command(
+    "python -m scripts.bench.step",
+    __doc__,
+    option("--output", type=Path, default=Path("docs/bench/step.json")),
+    option("--sizes", type=int, nargs="*", default=[1024, 16384, 65536], help="pairs (default: %(default)s)"),
+    option("--peers-at", type=int, default=16384, help="where peers and other forms run; 0: nowhere"),
+    option("--forms", nargs="*", choices=FORMS, default=_OTHER_FORMS, help="other forms (default: %(default)s)"),
+    option("--recomputing-at", type=int, default=4096, help="checkpointing against the cache; 0: not"),
+    option("--methods", nargs="*", choices=_METHODS, default=list(_METHODS)),
+    option("--seconds", type=float, default=4.0, help="of each timing"),
+    option("--settings", nargs="*", default=[], metavar="key=value", help="of every run of ours"),
+    option("--model", choices=MODELS, default="bert-base", help="whose shape is measured (default: %(default)s)"),
+    option("--tiny", action="store_true", help="a model of two layers, dimension 32"),
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.bench.step`."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as in training
     # On Hopper torch prefers cuDNN for padded texts, which spends up to a second on a plan for each new shape: most of
     # the time of a short run.
@@ -226,26 +244,6 @@ def _step(args: argparse.Namespace) -> None:
         for queries, form in others + [(args.recomputing_at, form) for form in RECOMPUTING]:
             if ours and queries:
                 bench.measure_form(queries, form)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.bench.step`."""
-    methods, forms = ("bigbatch", "floor", *PEERS), ["unretained", "compiled", "padded"]
-    parser = command_parser(
-        "python -m scripts.bench.step",
-        __doc__,
-        option("--output", type=Path, default=Path("docs/bench/step.json")),
-        option("--sizes", type=int, nargs="*", default=[1024, 16384, 65536], help="pairs (default: %(default)s)"),
-        option("--peers-at", type=int, default=16384, help="where peers and other forms run; 0: nowhere"),
-        option("--forms", nargs="*", choices=FORMS, default=forms, help="other forms of ours (default: %(default)s)"),
-        option("--recomputing-at", type=int, default=4096, help="checkpointing against the cache; 0: not"),
-        option("--methods", nargs="*", choices=methods, default=list(methods)),
-        option("--seconds", type=float, default=4.0, help="of each timing"),
-        option("--settings", nargs="*", default=[], metavar="key=value", help="of every run of ours"),
-        option("--model", choices=MODELS, default="bert-base", help="whose shape is measured (default: %(default)s)"),
-        option("--tiny", action="store_true", help="a model of two layers, dimension 32"),
-    )
-    return run(parser, arguments, _step)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from retriever.command import command_parser, one_of, option, run
+from retriever.command import command, one_of, option
 from retriever.config_file import load
 from retriever.files import write_json
 from retriever.run_folder import remove_run
@@ -59,40 +58,39 @@ def form_called(name: str) -> Form:
     return Form(large, None, lengths + steps)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `python -m scripts.demo`. If training fails, its exit status is returned."""
-    told = {
-        "smallest": "a few steps",
-        "small": "the standard library, batches of 64; the default without a GPU",
-        "large": "every well-known package found, batches of 4,096; the default with a GPU",
-    }
-    sizes = (
-        option(f"--{name}", dest="form", action="store_const", const=name, help=meaning)
-        for name, meaning in told.items()
-    )
-    parser = command_parser(
-        "python -m scripts.demo",
-        __doc__,
-        one_of(*sizes, required=False),
-        option(
-            "--config",
-            type=Path,
-            default=ROOT / "configs" / "demo.yaml",
-            help="of the training run (default: %(default)s)",
-        ),
-        option("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s"),
-        option(
-            "overrides",
-            nargs="*",
-            metavar="key.sub=value",
-            help="settings that replace the configuration's and the form's",
-        ),
-    )
-    return run(parser, arguments, _demo, lower="batch.tokens_per_chunk")
+_FORMS = {
+    "smallest": "a few steps",
+    "small": "the standard library, batches of 64; the default without a GPU",
+    "large": "every well-known package found, batches of 4,096; the default with a GPU",
+}
+_SIZES = [
+    option(f"--{name}", dest="form", action="store_const", const=name, help=meaning) for name, meaning in _FORMS.items()
+]
 
 
-def _demo(args: argparse.Namespace) -> None:
-    """Runs every part in order and leaves `result.json` in the output folder."""
+@command(
+    "python -m scripts.demo",
+    __doc__,
+    one_of(*_SIZES, required=False),
+    option(
+        "--config",
+        type=Path,
+        default=ROOT / "configs" / "demo.yaml",
+        help="of the training run (default: %(default)s)",
+    ),
+    option("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s"),
+    option(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace the configuration's and the form's",
+    ),
+    lower="batch.tokens_per_chunk",
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.demo`: runs every part in order and leaves `result.json` in the output folder. If
+    training fails, its exit status is returned.
+    """
     name, config_file, output = args.form, args.config, args.output_dir
     if name is None:
         import torch

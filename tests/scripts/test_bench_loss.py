@@ -4,8 +4,6 @@ wrong.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from scripts.bench import loss, ring
 from scripts.bench.loss_methods import methods, ring_methods
 from scripts.bench.measure import Silent
 from scripts.bench.tables import Table
+from tests.starts import start
 
-ROOT = Path(__file__).parents[2]
 PEERS = ("inf-cl", "memeff", "cce", "liger", "quack")
 
 
@@ -31,12 +29,8 @@ def _right(table: Table, case: str, method: str) -> bool:
 
 def test_every_loss_of_one_device(tmp_path: Path) -> None:
     output = tmp_path / "loss.json"
-    assert (
-        loss.main(
-            ["--sizes", "70", "130", "--accuracy-sizes", "33", "--check", "66", "--dim", "16", "--output", str(output)]
-        )
-        == 0
-    )
+    sizes = "--sizes 70 130 --accuracy-sizes 33 --check 66 --dim 16 --seconds 0.01"
+    assert loss.main([*sizes.split(), "--output", str(output)]) == 0
     table = Table.load(output)
     for method in methods():
         conditions = f",{method.condition}" if method.condition else ""
@@ -54,12 +48,23 @@ def test_every_loss_of_one_device(tmp_path: Path) -> None:
 
 
 def test_every_loss_of_two_ranks(tmp_path: Path) -> None:
-    output = tmp_path / "ring.json"
-    sizes = "--sizes 64 --exposed-sizes 64 --check 68 --dim 32 --ranks 2"
-    command = [sys.executable, "-m", "scripts.bench.ring", "--output", str(output), *sizes.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = Table.load(output)
+    arguments = [
+        "--output",
+        "ring.json",
+        "--sizes",
+        "64",
+        "--exposed-sizes",
+        "64",
+        "--check",
+        "68",
+        "--dim",
+        "32",
+        "--seconds",
+        "0.02",
+    ]
+    done = start(tmp_path, arguments, command="scripts.bench.ring", ranks=2).wait()
+    assert done.finished, done.said
+    table = Table.load(tmp_path / "ring.json")
     for method in ring_methods():
         condition = f",{method.condition}" if method.condition else ""
         if method.name in PEERS:

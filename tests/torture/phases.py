@@ -20,7 +20,7 @@ from retriever.files import append_text
 PHASES = {
     "store build": "retriever.assembly:build_or_open",
     "resume": "retriever.outputs:Outputs.__init__",
-    "any moment": "retriever.train:_train",
+    "any moment": "retriever.train:main.body",
     "save": "retriever.outputs:Outputs._write",
     "export": "retriever.outputs:Outputs._publish_export",
     "evaluation": "retriever.run:Run.evaluate",

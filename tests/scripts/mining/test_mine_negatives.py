@@ -19,7 +19,7 @@ from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
 from retriever.parallel.world import World
-from scripts.mine_negatives import _parser, main, mine
+from scripts.mine_negatives import main, mine
 from scripts.mining import candidates as candidates_module
 from scripts.mining import scores as scores_module
 from scripts.mining.settings import MiningSettings
@@ -284,7 +284,7 @@ def _mine_on_rank(world: World, folder: Path) -> None:
     """As the command does under a launcher, in small parts, so that each rank has some of each kind of work."""
     scores_module._QUERIES_A_PART = candidates_module._QUERIES_AT_ONCE = candidates_module._BM25_QUERIES = 7
     arguments = ["--data", str(folder / "data"), "--model", str(folder / "model"), "--teacher", str(folder / "teacher")]
-    args = _parser().parse_args(
+    args = main.parser.parse_args(
         [*arguments, "--teacher-max-tokens", "64", "--ranks", "1", "30", "--output-dir", str(folder / "ranks"), *_BOTH]
     )
     mine(args, world)
