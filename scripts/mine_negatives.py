@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.arguments import THREADS, launched_search
+from eval.arguments import THREADS, launched_search, options_of
 from retriever.command import (
     BATCH,
     ENCODER,
@@ -121,17 +121,8 @@ def mine(args: argparse.Namespace, world: World) -> None:
     from scripts.mining.teacher import CrossEncoder
 
     first, last = args.ranks
-    settings = MiningSettings(
-        tuple(args.retrievers),
-        first,
-        last,
-        args.negatives,
-        args.pick,
-        args.margin,
-        args.percentage,
-        args.judged,
-        args.seed,
-    )
+    retrievers = tuple(args.retrievers)
+    settings = options_of(MiningSettings, args, retrievers=retrievers, first_rank=first, last_rank=last)
     names = list(dict.fromkeys(args.teacher or []))
     asks_model = "model" in (*settings.retrievers, *names) or (settings.filters and not names)
     if asks_model and args.model is None:
@@ -140,20 +131,8 @@ def mine(args: argparse.Namespace, world: World) -> None:
         )
     output = Path(args.output_dir)
     check_output(output)
-    path, columns = args.data, tuple(args.columns) if args.columns else None
-    source = open_source(
-        SourceConfig(
-            path,
-            args.name,
-            args.revision,
-            args.format,
-            args.split,
-            columns,
-            args.corpus,
-            args.queries,
-            limit=args.limit,
-        )
-    )
+    columns = tuple(args.columns) if args.columns else None
+    source = open_source(options_of(SourceConfig, args, path=args.data, columns=columns))
     work = args.work_dir or output.with_name(f"{output.name}.work")
     pool = Pool(source, args.title, args.title_separator, work / "pool", world)
     own = sum(query.prompt is not None for query in pool.queries)

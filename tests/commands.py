@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 
+import pytest
 import torch
 
 from retriever.parallel.world import World
@@ -22,6 +26,17 @@ def assert_refused(
     assert found == status, said
     (line,) = (line for line in re.split("[\r\n]", said) if line.startswith("error: "))  # \r: a bar that was wiped out
     assert re.search(message, line) and "Traceback" not in said, said
+
+
+def change_unseen(file: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Changes a bit of a file and keeps its size and time, in a process that has verified nothing yet; returns the
+    content before.
+    """
+    times, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr("retriever.checksums._STARTED", time.time())
+    return content
 
 
 class RankAlone(World):

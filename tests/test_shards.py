@@ -5,8 +5,6 @@ this one's.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from retriever import checksums
 from retriever.shards import ShardError, ShardJob, ShardWriter, open_shards
+from tests.commands import change_unseen
 
 JOB = ShardJob("passage", "hash", "", 144, "mean", True, "fp32", "padded", 3, "float32", "texts", shard_rows=4)
 
@@ -223,11 +221,7 @@ def test_a_changed_bit_that_the_time_does_not_tell_is_found_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fill(tmp_path)
-    file = tmp_path / "00001.npy"
-    times, content = file.stat(), file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    change_unseen(tmp_path / "00001.npy", monkeypatch)
     open_shards(tmp_path)
     with pytest.raises(ShardError, match=r"00001\.npy is damaged"):
         open_shards(tmp_path, again=True)

@@ -49,7 +49,7 @@ def undisturbed(workplace: Path) -> Path:
 def test_training_lowers_the_loss_and_fills_the_run_folder(undisturbed: Path) -> None:
     lines = metrics(undisturbed)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     evaluated = [line["step"] for line in lines if "eval/MRR@10" in line]
     assert evaluated == [10, 20]
     assert sorted(p.name for p in (undisturbed / "checkpoints").iterdir()) == ["step-00000018", "step-00000020"]

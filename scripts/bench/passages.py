@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from string import ascii_lowercase
 
 import numpy as np
@@ -51,7 +50,7 @@ def random_passages(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> tupl
 
 def _words(count: int) -> list[str]:
     """Distinct words, spread over the alphabet."""
-    step = len(ascii_lowercase) ** _LETTERS // count
-    return [
-        "".join(letters) for place, letters in enumerate(product(ascii_lowercase, repeat=_LETTERS)) if place % step == 0
-    ][:count]
+    base = len(ascii_lowercase)
+    step = base**_LETTERS // count
+    places = [base**place for place in reversed(range(_LETTERS))]
+    return ["".join(ascii_lowercase[n * step // place % base] for place in places) for n in range(count)]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from eval import beir, msmarco, search
 from eval.collections.collection import read_beir
 from eval.evaluate import evaluate
 from eval.trec import read_run, read_trec
-from retriever import checksums, encode
+from retriever import encode
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.lock import locked
-from tests.commands import RankAlone, assert_refused
+from tests.commands import RankAlone, assert_refused, change_unseen
 from tests.eval.texts import Texts, help_texts, write_beir, write_msmarco
 from tests.starts import start
 from tests.tiny import save_tiny_model
@@ -61,6 +60,30 @@ def trec_mean(qrels: Any, run: Any, measure: str, name: str, level: int = 1) -> 
     return sum(row[name] for row in values.values()) / len(qrels)
 
 
+def evaluation(folders: tuple[Path, Path, Path], output: Path) -> list[str]:
+    """The arguments that evaluate the model on the BEIR folder."""
+    return f"--model {folders[0]} --data {folders[1]} --output-dir {output}".split() + LENGTHS
+
+
+def encoding(folders: tuple[Path, Path, Path], side: str, output: Path) -> list[str]:
+    """The arguments that encode a side of the BEIR folder."""
+    return f"--model {folders[0]} --input {folders[1]} --side {side} --output {output}".split()
+
+
+def encoded_sides(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The side of each batch that is encoded from now on."""
+    sides: list[str] = []
+    encode_batches = EncoderBundle.encode_batches
+
+    def counted(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
+        for batch in encode_batches(self, texts, side, *options, **more):
+            sides.append(side)
+            yield batch
+
+    monkeypatch.setattr(EncoderBundle, "encode_batches", counted)
+    return sides
+
+
 def result_of(folder: Path, split: str) -> dict[str, Any]:
     return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
 
@@ -68,20 +91,8 @@ def result_of(folder: Path, split: str) -> dict[str, Any]:
 def test_beir_measures_what_brute_force_gives(
     folders: tuple[Path, Path, Path], texts: Texts, tmp_path: Path, capsys: Any
 ) -> None:
-    model, data, _ = folders
-    arguments = [
-        "--model",
-        str(model),
-        "--data",
-        str(data),
-        "--output-dir",
-        str(tmp_path),
-        "--split",
-        "test",
-        "half",
-        *LENGTHS,
-    ]
-    beir.main([*arguments, "--metrics", "nDCG@10", "Recall@20", "MAP"])
+    model = folders[0]
+    beir.main([*evaluation(folders, tmp_path), "--split", "test", "half", "--metrics", "nDCG@10", "Recall@20", "MAP"])
     titled = {i: f"{text[:20]} {text}" for i, text in texts.passages.items()}
     run = reference_run(model, titled, texts.queries)
     for split, qrels in (("test", texts.qrels), ("half", {q: texts.qrels[q] for q in list(texts.qrels)[::2]})):
@@ -111,19 +122,10 @@ def test_beir_measures_what_brute_force_gives(
 def test_shards_that_match_are_used_again_and_others_made_anew(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, data, _ = folders
-    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
+    arguments = evaluation(folders, tmp_path)
     beir.main(arguments)
     first = result_of(tmp_path, "test")
-    sides: list[str] = []
-    encode = EncoderBundle.encode_batches
-
-    def counted(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
-        for batch in encode(self, texts, side, *options, **more):
-            sides.append(side)
-            yield batch
-
-    monkeypatch.setattr(EncoderBundle, "encode_batches", counted)
+    sides = encoded_sides(monkeypatch)
     beir.main(arguments)
     assert sides == []
     again = result_of(tmp_path, "test")
@@ -142,7 +144,6 @@ def test_what_no_evaluation_wrote_is_refused_and_left_alone(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, link: bool
 ) -> None:
     """A person's own files, links, and embeddings that were encoded on purpose, of another model say."""
-    model, data, _ = folders
     folder, entry = tmp_path / "results", tmp_path / "results" / name
     folder.mkdir()
     if "." in name and link:
@@ -152,90 +153,37 @@ def test_what_no_evaluation_wrote_is_refused_and_left_alone(
         entry.write_text('{"thesis": "years of work"}')
     else:
         side = "query" if name.startswith("queries") else "passage"
-        words = [
-            "--model",
-            str(model),
-            "--input",
-            str(data),
-            "--side",
-            side,
-            "--output",
-            str(entry),
-            "--max-tokens",
-            "10",
-        ]
-        assert encode.main(words) == 0
+        assert encode.main([*encoding(folders, side, entry), "--max-tokens", "10"]) == 0
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    sides: list[str] = []
-    encode_batches = EncoderBundle.encode_batches
-
-    def recorded(self: EncoderBundle, texts: Any, side: Any, *options: Any, **more: Any) -> Any:
-        sides.append(side)
-        return encode_batches(self, texts, side, *options, **more)
-
-    monkeypatch.setattr(EncoderBundle, "encode_batches", recorded)
+    sides = encoded_sides(monkeypatch)
     message = (
         "was not written by an evaluation"
         if "." in name
         else "holds embeddings of another job .*--output-dir.* or remove it"
     )
-    assert_refused(
-        beir.main,
-        ["--model", str(model), "--data", str(data), "--output-dir", str(folder), *LENGTHS],
-        f"{entry} {message}",
-    )
+    assert_refused(beir.main, evaluation(folders, folder), f"{entry} {message}")
     assert "passage" not in sides
     assert {file: file.read_bytes() for file in before} == before
 
 
 def test_one_evaluation_works_in_a_folder(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    model, data, _ = folders
     with locked(tmp_path / ".lock", "it"):
-        arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
-        assert_refused(beir.main, arguments, f"{tmp_path} is in use by process {os.getpid()} on ")
-    assert (
-        encode.main(["--model", str(model), "--input", str(data), "--side", "query", "--output", str(tmp_path / "own")])
-        == 0
-    )
+        assert_refused(beir.main, evaluation(folders, tmp_path), f"{tmp_path} is in use by process {os.getpid()} on ")
+    words = encoding(folders, "query", tmp_path / "own")
+    assert encode.main(words) == 0
     with locked(tmp_path / "own" / ".lock", "it"):
-        words = [
-            "--model",
-            str(model),
-            "--input",
-            str(data),
-            "--side",
-            "query",
-            "--output",
-            str(tmp_path / "own"),
-            "--max-tokens",
-            "10",
-        ]
-        assert_refused(encode.main, [*words, "--overwrite"], f"own is in use by process {os.getpid()} on ")
+        again = [*words, "--max-tokens", "10", "--overwrite"]
+        assert_refused(encode.main, again, f"own is in use by process {os.getpid()} on ")
 
 
 def test_search_verifies_embeddings_on_request(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A changed bit that the file's time does not tell."""
-    model, data, _ = folders
     for side in ("query", "passage"):
-        assert (
-            encode.main(["--model", str(model), "--input", str(data), "--side", side, "--output", str(tmp_path / side)])
-            == 0
-        )
-    arguments = [
-        "--queries",
-        str(tmp_path / "query"),
-        "--passages",
-        str(tmp_path / "passage"),
-        "--output",
-        str(tmp_path / "run.trec"),
-    ]
-    file = tmp_path / "passage" / "00000.npy"
-    times, content = file.stat(), file.read_bytes()
-    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    monkeypatch.setattr(checksums, "_STARTED", time.time())
+        assert encode.main(encoding(folders, side, tmp_path / side)) == 0
+    arguments = f"--queries {tmp_path}/query --passages {tmp_path}/passage --output {tmp_path}/run.trec".split()
+    change_unseen(tmp_path / "passage" / "00000.npy", monkeypatch)
     assert search.main(arguments) == 0
     assert_refused(
         search.main, [*arguments, "--verify"], r"00000\.npy is damaged \(its checksum .*writes that shard again"
@@ -245,37 +193,27 @@ def test_search_verifies_embeddings_on_request(
 def test_an_evaluation_verifies_its_embeddings_on_request(
     folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, data, _ = folders
-    arguments = ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path), *LENGTHS]
+    arguments = evaluation(folders, tmp_path)
     assert beir.main(arguments) == 0
     file = tmp_path / "passages" / "00000.npy"
-    times, content = file.stat(), file.read_bytes()
-    changed = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
-    file.write_bytes(changed)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    content = change_unseen(file, monkeypatch)
     assert beir.main(arguments) == 0
-    assert file.read_bytes() == changed
+    assert file.read_bytes() != content
     assert beir.main([*arguments, "--verify"]) == 0
     assert file.read_bytes() == content, "a cache is encoded again"
 
 
 def test_a_run_file_measures_as_it_did_when_it_was_made(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    model, data, _ = folders
-    beir.main(["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "model"), *LENGTHS])
-    beir.main(
-        ["--run", str(tmp_path / "model" / "test.trec"), "--data", str(data), "--output-dir", str(tmp_path / "run")]
-    )
+    beir.main(evaluation(folders, tmp_path / "model"))
+    beir.main(f"--run {tmp_path}/model/test.trec --data {folders[1]} --output-dir {tmp_path}/run".split())
     made, measured = result_of(tmp_path / "model", "test"), result_of(tmp_path / "run", "test")
     assert measured["metrics"] == made["metrics"]
     assert measured["fingerprints"] == {key: made["fingerprints"][key] for key in ("run", "qrels")}
 
 
 def test_two_processes_give_the_run_of_one(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    model, data, _ = folders
-    arguments = ["--model", str(model), "--data", str(data), *LENGTHS]
-    beir.main([*arguments, "--output-dir", str(tmp_path / "one")])
-    done = start(tmp_path, [*arguments, "--output-dir", "two"], command="eval.beir", ranks=2).wait()
+    beir.main(evaluation(folders, tmp_path / "one"))
+    done = start(tmp_path, evaluation(folders, tmp_path / "two"), command="eval.beir", ranks=2).wait()
     assert done.finished, done.said
     assert done.said.count("nDCG@10") == 1  # one process prints
     one, two = result_of(tmp_path / "one", "test"), result_of(tmp_path / "two", "test")
@@ -414,12 +352,7 @@ def test_collections_say_what_does_not_fit(folders: tuple[Path, Path, Path], tex
 def test_what_cannot_be_evaluated_stops_before_the_encoding(
     folders: tuple[Path, Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    model, data, _ = folders
-    assert_refused(
-        beir.main,
-        ["--model", str(model), "--data", str(data), "--output-dir", str(tmp_path / "out"), *arguments],
-        message,
-    )
+    assert_refused(beir.main, [*evaluation(folders, tmp_path / "out"), *arguments], message)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.engines import flat
-from eval.engines.nearest import SearchOptions, search
+from eval.engines.nearest import Engine, SearchOptions, search
+from eval.engines.streaming import Sizes
 from eval.search import main
 from eval.trec import Ranking, read_msmarco, read_trec
 from retriever.shards import ShardJob, ShardWriter
 from tests.commands import assert_refused
 
 MIB_OF_ONE_BLOCK = 1
+ENGINES: tuple[Engine, ...] = ("faiss", "torch")
 
 
 class Parts:
@@ -49,9 +51,9 @@ def same_rankings(a: dict[str, Ranking], b: dict[str, Ranking]) -> bool:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None:
+def test_both_engines_equal_brute_force_with_ties_across_blocks_and_shards(data: st.DataObject) -> None:
     n, n_queries, dimension = (
         data.draw(st.integers(1, 400)),
         data.draw(st.integers(1, 30)),
@@ -63,11 +65,16 @@ def test_equals_brute_force_with_ties_across_shards(data: st.DataObject) -> None
         rng.integers(0, distinct, n)
     ]  # exact in float32
     queries = rng.integers(-3, 4, (n_queries, dimension)).astype(np.float32)
-    ids = [str(i) for i in rng.permutation(n)]
+    ids, query_ids = [str(i) for i in rng.permutation(n)], [f"q{i}" for i in range(n_queries)]
     k = data.draw(st.integers(1, n + 5))
     parts = Parts(passages, ids, data.draw(st.lists(st.integers(0, n), max_size=3)))
-    run = search(queries, [f"q{i}" for i in range(n_queries)], parts, k)
-    assert [found.passage_ids for found in run.values()] == brute_force(queries, passages, ids, k)
+    chosen = Sizes(data.draw(st.integers(1, n)), data.draw(st.integers(1, n_queries)), data.draw(st.integers(1, 50)))
+    expected = brute_force(queries, passages, ids, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.engines.streaming.sizes", lambda *_: chosen)
+        for engine in ENGINES:
+            run = search(queries, query_ids, parts, k, SearchOptions(engine=engine))
+            assert [found.passage_ids for found in run.values()] == expected, engine
 
 
 def test_real_valued_duplicates_tie_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +21,10 @@ from eval.engines.embeddings import Embeddings
 from eval.engines.faiss_gpu import check_faiss_build
 from eval.engines.faiss_index import IndexSpec, check_index, index_spec, open_index
 from eval.engines.nearest import SearchOptions, search
-from retriever import checksums
 from retriever.checksums import write_checksums
 from retriever.config import ConfigError
 from retriever.shards import EmbeddingShards, ShardJob, ShardWriter, open_shards
+from tests.commands import change_unseen
 
 N, D = 11_000, 16
 
@@ -208,13 +206,9 @@ def test_a_saved_index_is_verified_on_request(
     """A changed bit that the file's time does not tell: the index is built again."""
     shards, file = shards_of(tmp_path, vectors[:500]), tmp_path / "index-flat" / "index.faiss"
     open_index(shards, "Flat")
-    times, content = file.stat(), file.read_bytes()
-    changed = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
-    file.write_bytes(changed)
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    monkeypatch.setattr(checksums, "_STARTED", time.time())
+    content = change_unseen(file, monkeypatch)
     open_index(shards, "Flat")
-    assert file.read_bytes() == changed
+    assert file.read_bytes() != content
     open_index(shards, "Flat", verify=True)
     assert file.read_bytes() == content
 

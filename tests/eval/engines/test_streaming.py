@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from eval.engines import streaming
 from eval.engines.nearest import Engine, SearchOptions, search
@@ -23,27 +21,6 @@ from tests.eval.test_search import Parts, brute_force, same_rankings
 def unit_vectors(n: int, dimension: int, seed: int) -> np.ndarray:
     found = np.random.default_rng(seed).standard_normal((n, dimension)).astype(np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-def test_equals_brute_force_with_ties_across_blocks_and_shards(data: st.DataObject) -> None:
-    n, n_queries, dimension = (
-        data.draw(st.integers(1, 400)),
-        data.draw(st.integers(1, 30)),
-        data.draw(st.integers(1, 9)),
-    )
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
-    distinct = data.draw(st.integers(1, n))
-    passages = rng.integers(-3, 4, (distinct, dimension)).astype(np.float32)[rng.integers(0, distinct, n)]
-    queries = rng.integers(-3, 4, (n_queries, dimension)).astype(np.float32)
-    ids, k = [str(i) for i in rng.permutation(n)], data.draw(st.integers(1, n + 5))
-    parts = Parts(passages, ids, data.draw(st.lists(st.integers(0, n), max_size=3)))
-    chosen = Sizes(data.draw(st.integers(1, n)), data.draw(st.integers(1, n_queries)), data.draw(st.integers(1, 50)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "sizes", lambda *_: chosen)
-        run = search(queries, [f"q{i}" for i in range(n_queries)], parts, k, SearchOptions(engine="torch"))
-    assert [found.passage_ids for found in run.values()] == brute_force(queries, passages, ids, k)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
