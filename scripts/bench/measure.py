@@ -73,9 +73,9 @@ def _moment(device: torch.device) -> Any:
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns unreferenced memory to the device."""
-    gc.collect()
+    """Returns unreferenced memory to a GPU."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
