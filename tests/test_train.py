@@ -85,7 +85,7 @@ def _disturb(update: int, moment: Callable[[], object]) -> None:
             moment()
         return as_ever(optimizer, step)
 
-    Optimizer._clip_and_step = disturbed  # type: ignore[method-assign]
+    Optimizer._clip_and_step = disturbed  # type: ignore[assignment, method-assign]
 
 
 def _kill_within(seconds: float) -> None:
@@ -283,8 +283,8 @@ def test_two_ranks_train_as_one(workplace: Path) -> None:
     ]
     assert len(losses[0]) == 12
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    exports = (workplace / run / "export" for run in ("two-ranks", "one-rank"))
-    assert_trained_alike(*exports, workplace / "still")
+    two, one = (workplace / run / "export" for run in ("two-ranks", "one-rank"))
+    assert_trained_alike(two, one, workplace / "still")
 
 
 def test_a_finished_run_can_be_made_longer(
