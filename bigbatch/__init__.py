@@ -1,8 +1,10 @@
 """Bigbatch from Python.
 
 Run         a training run, and a training loop of your own
+Callback    what hears a run's events
 Config      its settings
 Encoder     a trained model: texts in, embeddings out; `load_encoder` opens one
+batch_loss  marks a loss of your own that takes the whole batch; `LossTargets` is what a loss is given
 infonce     the loss as a differentiable function of embeddings; `InfoNCE` as a module
 st          the loss for sentence-transformers' trainer; `import bigbatch.st`
 """
@@ -13,6 +15,7 @@ from retriever.callbacks import Callback
 from retriever.config import Config
 from retriever.encoder.bundle import EncoderBundle as Encoder
 from retriever.encoder.bundle import load_encoder
+from retriever.loss.custom import LossTargets, batch_loss
 from retriever.run import Run
 
-__all__ = ["Callback", "Config", "Encoder", "InfoNCE", "Run", "infonce", "load_encoder"]
+__all__ = ["Callback", "Config", "Encoder", "InfoNCE", "LossTargets", "Run", "batch_loss", "infonce", "load_encoder"]

@@ -22,6 +22,7 @@ from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.custom import CustomLoss, Loss, load_loss
 from retriever.loss.offload import BLOCK_ROWS
 from retriever.optim import Optimizer, freeze
 from retriever.outputs import Outputs
@@ -87,8 +88,10 @@ class Assembly:
 
 
 @contextmanager
-def assembled(config: Config, check: Callable[[Config], None]) -> Iterator[Assembly]:
+def assembled(config: Config, check: Callable[[Config], None], loss: Loss | None = None) -> Iterator[Assembly]:
     """Locks the run's folder, prepares, joins the ranks and builds the parts; `check` is called before they are built.
+
+    `loss`: the function that `loss.custom` names, if it is at hand.
 
     Prints the plan if `run.preflight=only` asks for nothing else. Afterwards environment, process group and random
     generators are as they were.
@@ -103,13 +106,13 @@ def assembled(config: Config, check: Callable[[Config], None]) -> Iterator[Assem
         ):
             prepared.agree(world)
             check(prepared.config)
-            parts = _assemble(prepared, accelerator, world)
+            parts = _assemble(prepared, accelerator, world, loss)
             if config.run.preflight == "only" and parts.forecast is not None:
                 accelerator.print(plan_table(parts.forecast, parts.config, parts.total, usable_bytes(world.device)))
             yield parts
 
 
-def _assemble(prepared: Prepared, accelerator: Accelerator, world: World) -> Assembly:
+def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: Loss | None) -> Assembly:
     """Builds the encoder, the objective and the batches, and resolves what is left to be measured."""
     config, store = prepared.config, prepared.store
     dtype = AUTOCAST_DTYPES[config.optim.precision]
@@ -119,7 +122,9 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World) -> Ass
     freeze(encoder.towers, config.optim.freeze)
     placed = PlacedEncoder(encoder, world)
     block_rows = BLOCK_ROWS if config.batch.offload else None
-    objective = ContrastiveObjective(config.loss, unit_norm=config.model.normalize, block_rows=block_rows)
+    custom = None if config.loss.custom is None else CustomLoss(loss or load_loss(config.loss.custom))
+    unit_norm = config.model.normalize
+    objective = ContrastiveObjective(config.loss, unit_norm=unit_norm, block_rows=block_rows, custom=custom)
     objective.to(world.device)
     config = preflight.resolve(config, encoder, world)
     apply_execution(encoder, config.model)
@@ -172,7 +177,7 @@ def _announce(parts: Assembly, done: int) -> None:
         for warning in preflight.warnings(config, prepared.tokenizer, total, queries, negatives):
             say(f"warning: {warning}")
     if config.run.verify and done < total:
-        say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template)}")
+        say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template, parts.objective.custom)}")
     if last is None or not done:
         return
     say(f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")

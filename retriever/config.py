@@ -182,6 +182,8 @@ class LossConfig:
     `teacher_temperature`.
     """
 
+    # A function of your own instead of InfoNCE, as package.module:function; docs/run.md says what it takes. null: none.
+    custom: str | None = None
     # tiled holds no matrix of similarities; dense, local and disco hold one and give the same gradient.
     strategy: Literal["tiled", "dense", "local", "disco"] = "tiled"
     # What similarities are computed from. bf16: rounded representations; high: two bf16 halves of each number; fp32.
@@ -215,6 +217,11 @@ class LossConfig:
     teacher_temperature: Temperature = 1.0
     # A negative that the teacher scores above the positive less this is no negative. null: all are.
     teacher_margin: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What the contrastive loss is called."""
+        return self.custom or f"{self.strategy} loss"
 
     @property
     def distils(self) -> bool:

@@ -73,6 +73,7 @@ def _check_together(config: Config, rules: Iterable[Rule]) -> None:
 def _beside_each_other(config: Config) -> list[Rule]:
     """What other settings of this configuration leave to a key."""
     model, optim, offload = config.model, config.optim, "batch.offload=true"
+    custom = config.loss.custom is not None
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
@@ -82,6 +83,10 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (optim.name == "adafactor", ("optim.betas", ([0.9, 0.999],), "optim.name=adafactor, which has none")),
         (config.batch.offload, ("loss.strategy", ("tiled",), f"{offload}: the others hold a matrix of similarities")),
         (config.batch.offload, ("loss.exchange", ("auto", "ring"), f"{offload}: nothing is gathered")),
+        (custom, ("batch.offload", (False,), "loss.custom")),
+        (custom, ("loss.strategy", ("tiled",), "loss.custom, which takes its place")),
+        (custom, ("loss.symmetric", (False,), "loss.custom, which takes its place")),
+        (custom, ("loss.learn_temperature", (False,), "loss.custom, whose own parameters are trained")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),
         (config.batch.offload, ("loss.margin_mse_weight", (0,), f"{offload}: {_TEACHER}")),
     ]

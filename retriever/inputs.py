@@ -38,12 +38,14 @@ def configuration(
     model: Any = None,
     train: Train | None = None,
     evaluation: Eval | None = None,
+    loss: Any = None,
 ) -> Config:
-    """The checked configuration of `config` and `overrides`, with `model`, `train` and `evaluation` in their sections.
+    """The checked configuration of `config` and `overrides`, with what else is given in its sections.
 
     `model`: a name, a folder, or anything with sentence-transformers' `save_pretrained`. `train`: sources, or records
     as dicts of one of the formats of docs/data.md. `evaluation`: a BEIR folder, or a name with the texts of queries and
-    corpus by id (a passage may be a dict of title and text) and the judgments. Raises RefusedError.
+    corpus by id (a passage may be a dict of title and text) and the judgments. `loss`: a function or module, of which
+    the name is kept. Raises RefusedError.
     """
     read = config_file.read(config, overrides)
     objects = Path(read.data.cache_dir).expanduser() / "objects"
@@ -54,6 +56,9 @@ def configuration(
         read = replace(read, data=replace(read.data, train=_sources(train, objects)))
     if evaluation is not None:
         read = replace(read, eval=_evaluation(read.eval or EvalConfig(), evaluation, objects))
+    if loss is not None:
+        named = loss if hasattr(loss, "__qualname__") else type(loss)
+        read = replace(read, loss=replace(read.loss, custom=f"{named.__module__}:{named.__qualname__}"))
     config_file.check(read)
     return read
 

@@ -17,6 +17,7 @@ from retriever.data.tokens import TokenTemplate, tokenize_flat
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import has_dropout
 from retriever.encoder.settings import read_model_config
+from retriever.loss.custom import CustomLoss
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
 from retriever.plan.forecast import SIDES
@@ -165,7 +166,7 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             + f"; {config.model.attention} texts, {layers_of(config.model)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
             f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
-            f"tokens; {config.loss.strategy} loss, temperature {config.loss.temperature:g}",
+            f"tokens; {config.loss.title}, temperature {config.loss.temperature:g}",
             f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, "
             f"{config.optim.precision}; output in {config.run.output_dir}",
         )
@@ -189,7 +190,13 @@ def _equal(store: Store) -> str:
     return f"; with the tokens of an earlier one {said}" if said else ""
 
 
-def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTemplate) -> GradientCheck:
+def verify(
+    config: Config,
+    encoder: DualEncoder,
+    store: Store,
+    template: TokenTemplate,
+    custom: CustomLoss | None = None,
+) -> GradientCheck:
     """Compares the cached gradient with that of a whole-batch graph, on a small batch of this run's own data.
 
     Raises ConfigError if they differ. See `retriever.verify`.
@@ -206,7 +213,8 @@ def verify(config: Config, encoder: DualEncoder, store: Store, template: TokenTe
     )
     alone = World(encoder.device)
     batch = BatchLoader(store, Planner.from_config(store, small), template, small, alone).load(0)
-    check = gradient_error(encoder, config.loss, batch, block_rows=_VERIFY_BLOCK_ROWS if config.batch.offload else None)
+    block_rows = _VERIFY_BLOCK_ROWS if config.batch.offload else None
+    check = gradient_error(encoder, config.loss, batch, block_rows=block_rows, custom=custom)
     if not max(check.gradient_error, check.loss_error) <= _VERIFY_BOUND:
         raise ConfigError(
             f"run.verify: {check}; expected at most {_VERIFY_BOUND:g}. Please report it; the run was not started"

@@ -48,7 +48,7 @@ def write_report(path: Path, config: Config, facts: TrainingFacts, lines: Sequen
         sources = ", ".join(f"{name} ({counted(queries, 'query')})" for name, queries in facts.sources)
         parts.append(
             f"<p>Step {last['step']:,}, loss {last['train/loss']:.4f}, {last['train/pairs_per_s']:,.0f} pairs/s; "
-            f"{html.escape(f'{sources} and {facts}; {config.loss.strategy} loss')}.</p>"
+            f"{html.escape(f'{sources} and {facts}; {config.loss.title}')}.</p>"
         )
         parts.append(f"<img alt='loss and learning rate by step' src='data:image/png;base64,{_curves(training)}'>")
     if evaluations:

@@ -23,6 +23,7 @@ from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.settings import SETTINGS_FILE, settings_of
 from retriever.errors import Stopped
 from retriever.inputs import Eval, Train, configuration
+from retriever.loss.custom import Loss
 from retriever.retention import Retention
 from retriever.signals import StopSignals
 from retriever.step import Backward, StepReport, forward_backward, update
@@ -67,19 +68,23 @@ class Run:
         model: Any = None,
         train: Train | None = None,
         eval: Eval | None = None,  # noqa: A002
+        loss: Loss | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """`config`: a YAML file, a Config or nothing; `overrides`: `key.sub=value` settings that replace its own.
 
         What else is given replaces its sections, see `retriever.inputs`. `model`: a name, a folder or a
         SentenceTransformer. `train`: a file, folder or SourceConfig or a list of them, a `datasets.Dataset`, or any
-        iterable of dicts. `eval`: a BEIR folder or `{name: (queries, corpus, qrels)}`.
+        iterable of dicts. `eval`: a BEIR folder or `{name: (queries, corpus, qrels)}`. `loss`: what `loss.custom`
+        would name, see `retriever.loss.custom`.
         """
-        self._asked = self.config = configuration(config, overrides, model=model, train=train, evaluation=eval)
+        self._asked = self.config = configuration(
+            config, overrides, model=model, train=train, evaluation=eval, loss=loss
+        )
         self.done = self.total = 0
         self.should_stop = self._running = False
         self._saved = self._stopping = 0  # the step saved last, the signal that stops the run
-        self._callbacks = tuple(callbacks)
+        self._loss, self._callbacks = loss, tuple(callbacks)
         self._backward: Backward | None = None
 
     def __enter__(self) -> Run:
@@ -250,7 +255,7 @@ class Run:
     @contextmanager
     def _live(self) -> Iterator[None]:
         self.should_stop, self._stopping, self._backward = False, 0, None
-        with assembled(self._asked, _check_evaluation) as parts:
+        with assembled(self._asked, _check_evaluation, self._loss) as parts:
             self._parts, self.world, self.config, self.total = parts, parts.world, parts.config, parts.total
             self.encoder, self.objective = parts.encoder, parts.objective
             self.retention = Retention.from_config(parts.config.batch)

@@ -18,6 +18,7 @@ from retriever.data.tokens import Side
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective, false_negatives_from
+from retriever.loss.custom import CustomLoss, LossTargets
 from retriever.parallel.world import World
 from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState
@@ -46,7 +47,12 @@ class GradientCheck:
 
 
 def gradient_error(
-    encoder: DualEncoder, loss: LossConfig, batch: Batch, *, block_rows: int | None = None
+    encoder: DualEncoder,
+    loss: LossConfig,
+    batch: Batch,
+    *,
+    block_rows: int | None = None,
+    custom: CustomLoss | None = None,
 ) -> GradientCheck:
     """Compares the cached gradient of one rank's `batch` with that of a whole-batch forward pass and autograd.
 
@@ -57,12 +63,13 @@ def gradient_error(
     """
     state = RngState.capture(encoder.device)
     exact = copy.deepcopy(encoder).double().eval()
-    exact.autocast_dtype = None
+    exact.autocast_dtype, custom = None, copy.deepcopy(custom)
     world = World(encoder.device)
     loss = replace(loss, precision="fp32", learn_temperature=False)
 
     with state.restored():
-        objective = ContrastiveObjective(loss, unit_norm=exact.normalize, block_rows=block_rows)
+        objective = ContrastiveObjective(loss, unit_norm=exact.normalize, block_rows=block_rows, custom=custom)
+        objective.double()
         cached = []
         # Every chunk encoded again; then some of them not, and some in part.
         for retention in (NOTHING, _some_of_each(exact, batch)):
@@ -79,7 +86,11 @@ def gradient_error(
             queries, passages = (whole[side][:, :d] for side in ("query", "passage"))
             if loss.dims and exact.normalize:
                 queries, passages = normalize(queries, dim=1), normalize(passages, dim=1)
-            reference = reference + weight * _autograd_loss(queries, passages, batch, loss)
+            if custom is None:
+                value_of = _autograd_loss(queries, passages, batch, loss)
+            else:
+                value_of = _custom_loss(queries, passages, batch.targets.to(queries.device), loss, custom)
+            reference = reference + weight * value_of
         reference.backward()
         expected = _take_gradients(exact)
 
@@ -114,6 +125,32 @@ def _texts(tokens: Padded | Packed) -> list[np.ndarray]:
     if isinstance(tokens, Packed):
         return np.split(tokens.input_ids.cpu().numpy(), tokens.starts[1:-1].cpu().numpy())
     return [ids[mask.bool()].cpu().numpy() for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)]
+
+
+def _custom_loss(queries: Tensor, passages: Tensor, targets: Targets, loss: LossConfig, custom: CustomLoss) -> Tensor:
+    """The function of `loss.custom`, called once with all queries that are not ignored."""
+    active = (targets.positives >= 0).nonzero()[:, 0]
+    column = targets.positives[active]
+    excluded = torch.zeros(len(queries), len(passages), dtype=torch.bool, device=queries.device)
+    scores = queries.new_full(excluded.shape, torch.nan)
+    for i in active.tolist():
+        known = targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]]
+        excluded[i] = torch.isin(targets.passage_ids, known)
+        if targets.groups is not None:
+            group = slice(int(targets.groups.ptr[i]), int(targets.groups.ptr[i + 1]))
+            place = (targets.passage_ids[None, :] == targets.groups.ids[group, None]).nonzero()[:, 1]
+            scores[i, place] = targets.groups.scores[group].to(scores.dtype)
+    if targets.pools is not None:
+        of_rows, of_columns = targets.pools.of_columns(targets.passage_ids)
+        excluded |= of_rows[:, None] != of_columns[None, :]
+    excluded, q = excluded[active], queries[active]
+    if loss.false_negative_margin is not None:
+        threshold = false_negatives_from(q.detach(), passages.detach()[column], loss.false_negative_margin)
+        excluded |= (q @ passages.T).detach() > threshold[:, None]
+    excluded[torch.arange(len(column), device=column.device), column] = False
+    given = scores[active] if targets.groups is not None else None
+    losses = custom.function(q, passages, LossTargets(column, excluded, given, loss.temperature))
+    return loss.contrastive_weight * losses.sum() / targets.global_queries
 
 
 def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossConfig) -> Tensor:

@@ -278,6 +278,38 @@ def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(workpl
     assert beir is not None and beir.means["MRR@10"] == pytest.approx(values["eval/MRR@10"], abs=1e-3)
 
 
+def _margin_loss(workplace: Path) -> Any:
+    """The class of docs/run.md."""
+    page = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import torch\n.*?)\n\n\nbigbatch.Run", page, re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {"__name__": "own"}
+    exec(code[1], names)
+    return names["AdditiveMargin"]
+
+
+def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a parameter, which goes on from where it was; a run without the loss is another run."""
+    kind, folder = _margin_loss(workplace), workplace / "own_loss"
+    settings = [f"run.output_dir={folder}", "eval=null", "train.eval_every=0", "loss.learn_temperature=false"]
+    settings += ["run.trackers=[]", "run.verify=true"]
+    margins = [0.1]
+    for steps in (3, 6):
+        loss = kind()
+        run = Run(workplace / "run.yaml", [*settings, f"train.max_steps={steps}"], loss=loss)
+        run.train()
+        assert "gradient equal to the whole batch's to" in capsys.readouterr().out
+        margins.append(loss.margin.item())
+    assert run.config.loss.custom == "own:AdditiveMargin"
+    assert margins[0] != margins[1] != margins[2] and abs(margins[2] - margins[1]) < 0.05
+    saved = load_file(folder / "checkpoints" / "step-00000006" / "weights.safetensors")
+    assert float(saved["objective.custom.function.margin"]) == margins[2]
+    with pytest.raises(ConfigError, match="loss.custom: 'own:AdditiveMargin' -> None"):
+        Run(workplace / "run.yaml", [*settings, "train.max_steps=9"]).train()
+
+
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:
     config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'failed'}", "run.trackers=[]"])
     before = _state()

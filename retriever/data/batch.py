@@ -98,8 +98,10 @@ class BatchLoader:
     def __init__(self, store: Store, planner: Planner, template: TokenTemplate, config: Config, world: World) -> None:
         """The `auto` values of `config` are resolved. Raises ConfigError where a teacher's scores are missing."""
         self._store, self._planner, self._loss, self._world = store, planner, config.loss, world
-        self._asks_teacher = config.loss.distils or config.loss.teacher_margin is not None
-        if self._asks_teacher and (store.positive_scores is None or store.negative_scores is None):
+        scored = store.positive_scores is not None and store.negative_scores is not None
+        asks, takes = config.loss.distils or config.loss.teacher_margin is not None, config.loss.custom is not None
+        self._asks_teacher = asks or (takes and scored)
+        if asks and not scored:
             raise ConfigError(
                 "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and "
                 "negatives; data.train has none (scripts.mine_negatives --teacher writes them)"
@@ -129,7 +131,7 @@ class BatchLoader:
             torch.from_numpy(np.ascontiguousarray(known.ptr)),
             torch.from_numpy(np.ascontiguousarray(known.ids)),
             global_queries=len(whole.queries),
-            groups=scored.groups() if scored is not None and loss.distils else None,
+            groups=scored.groups() if scored is not None and (loss.distils or loss.custom) else None,
             known_pairs=_known_pairs(mine, known, rank) if self._looks_up else None,
             pools=_pools(whole, mine),
         )

@@ -25,6 +25,7 @@ from kernels.infonce.api import Exclusions
 from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import Groups, Targets
+from retriever.loss.custom import CustomLoss
 from retriever.loss.distill import distill
 from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
@@ -51,14 +52,19 @@ def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Ten
 class ContrastiveObjective(nn.Module):
     """Loss and gradient at the representations; holds the temperature, learned in the log of its inverse."""
 
-    def __init__(self, config: LossConfig, *, unit_norm: bool, block_rows: int | None = None) -> None:
+    def __init__(
+        self, config: LossConfig, *, unit_norm: bool, block_rows: int | None = None, custom: CustomLoss | None = None
+    ) -> None:
         """`unit_norm`: embeddings are unit vectors, taken on trust, and their leading parts are to be where `loss.dims`
         asks for them.
 
         `block_rows`: queries, passages and their gradients are in host memory; the device holds blocks of so many rows.
+
+        `custom`: takes the place of the contrastive loss.
         """
         super().__init__()
         self._config, self._unit_norm, self._block_rows = config, unit_norm, block_rows
+        self.custom = custom
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )
@@ -140,9 +146,11 @@ class ContrastiveObjective(nn.Module):
         taught = distill(problem, groups, config, world) if groups is not None and config.distils else None
         if taught is not None and weight == 0:
             return taught
-        losses, dqueries, dpassages = STRATEGIES[config.strategy](
-            replace(problem, weight=weight * problem.weight), world
-        )
+        weighted = replace(problem, weight=weight * problem.weight)
+        if self.custom is not None:
+            losses, dqueries, dpassages = self.custom(weighted, groups, world)
+        else:
+            losses, dqueries, dpassages = STRATEGIES[config.strategy](weighted, world)
         if taught is None:
             return weight * losses, dqueries, dpassages
         return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]

@@ -32,7 +32,7 @@ def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) 
     negative. Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
     """
     passages = world.gather_rows(problem.passages.to(problem.wire_dtype))  # [n, D]
-    columns = _columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
+    columns = columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
     sizes = groups.ptr.diff()
     rows = torch.repeat_interleave(torch.arange(len(sizes), device=columns.device), sizes)  # [G]
     pairs = torch.arange(len(rows), device=columns.device).split(_PAIRS_AT_ONCE)
@@ -82,7 +82,7 @@ def _sums(x: Tensor, rows: Tensor, count: int) -> Tensor:
     return x.new_zeros(count).index_put((rows,), x, accumulate=True)
 
 
-def _columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
+def columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
     """Where each of ids [G] stands in the gathered passage_ids [n]. Raises ValueError for an id that is not there."""
     ordered, order = passage_ids.sort()
     place = torch.searchsorted(ordered, ids).clamp(max=len(ordered) - 1)

@@ -30,7 +30,7 @@ from retriever.parallel.world import Gathered, World
 def dense(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], dqueries [B, D], dpassages [N, D] from all b × n similarities on every rank."""
     queries, passages = world.gather_rows(problem.queries), world.gather_rows(problem.passages)
-    exclusions = _exclusions_of_all_rows(problem, world, world.gather_rows(problem.exclusions.passage_ids).rows)
+    exclusions = exclusions_of_all_rows(problem, world, world.gather_rows(problem.exclusions.passage_ids).rows)
     offset = torch.where(problem.active, passages.own.start, 0)
     positives = world.gather_rows(problem.positives + offset).rows
     with torch.enable_grad():
@@ -84,7 +84,7 @@ def _own_rows(
         every_q, every_p = queries.rows.detach().requires_grad_(), passages.rows.detach().requires_grad_()
         rows, columns = _masked_logits(q, every_p, exclusions, problem.scale), None  # [B, n]
         if problem.symmetric:
-            exclusions = _exclusions_of_all_rows(problem, world, own.passage_ids)
+            exclusions = exclusions_of_all_rows(problem, world, own.passage_ids)
             columns = _masked_logits(every_q, p, exclusions, problem.scale)  # [b, N]
         losses = _losses(replace(problem, queries=q, passages=p), rows, columns)
         inputs = (q, p, every_p, every_q) if problem.symmetric else (q, p, every_p)
@@ -108,17 +108,23 @@ def _losses(problem: Problem, rows: Tensor, columns: Tensor | None) -> Tensor:
 def _masked_logits(queries: Tensor, passages: Tensor, exclusions: Exclusions, scale: float) -> Tensor:
     """scale · Q Pᵀ with −inf on the excluded pairs."""
     similarities = queries @ passages.T
+    return (scale * similarities).masked_fill(excluded_pairs(similarities, exclusions), -torch.inf)
+
+
+def excluded_pairs(similarities: Tensor, exclusions: Exclusions) -> Tensor:
+    """[b, n] bool: the pairs that are no negatives, targets among them; a threshold alone reads similarities [b, n]."""
     excluded = torch.zeros(similarities.shape, dtype=torch.bool, device=similarities.device)
-    excluded[known_pairs(exclusions)] = True
+    rows, columns = known_pairs(exclusions)[:2]
+    excluded[rows, columns] = True
     if exclusions.threshold is not None:
         excluded |= similarities > exclusions.threshold[:, None]
     if exclusions.pools is not None:
         rows, columns = exclusions.pools.of_columns(exclusions.passage_ids)
         excluded |= rows[:, None] != columns[None, :]
-    return (scale * similarities).masked_fill(excluded, -torch.inf)
+    return excluded
 
 
-def _exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor) -> Exclusions:
+def exclusions_of_all_rows(problem: Problem, world: World, passage_ids: Tensor) -> Exclusions:
     """The exclusions of every rank's queries against the columns of `passage_ids`."""
     own = problem.exclusions
     counts = world.gather_rows(own.known_ptr.diff()).rows
