@@ -304,7 +304,7 @@ def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
         margins.append(loss.margin.item())
     assert run.config.loss.custom == "own:AdditiveMargin"
     assert margins[0] != margins[1] != margins[2] and abs(margins[2] - margins[1]) < 0.05
-    saved = load_file(folder / "checkpoints" / "step-00000006" / "weights.safetensors")
+    saved = load_file(folder / "checkpoints" / "step-00000006" / "model.safetensors")
     assert float(saved["objective.custom.function.margin"]) == margins[2]
     with pytest.raises(ConfigError, match="loss.custom: 'own:AdditiveMargin' -> None"):
         Run(workplace / "run.yaml", [*settings, "train.max_steps=9"]).train()
