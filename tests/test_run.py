@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -308,6 +309,46 @@ def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
     assert float(saved["objective.custom.function.margin"]) == margins[2]
     with pytest.raises(ConfigError, match="loss.custom: 'own:AdditiveMargin' -> None"):
         Run(workplace / "run.yaml", [*settings, "train.max_steps=9"]).train()
+
+
+def test_readmes_loop_trains_by_a_loss_and_a_callback(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, but for the model."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import bigbatch\nimport torch\n.*?)```", page, re.DOTALL)
+    assert code is not None and sum(bool(line.strip()) for line in code[1].splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "my_pairs.csv").open("w", newline="") as stream:
+        rows = csv.DictWriter(stream, ["anchor", "positive"])
+        rows.writeheader()
+        rows.writerows(_records(workplace))
+    names: dict[str, Any] = {"__name__": "own"}
+    exec(code[1].replace("sentence-transformers/all-MiniLM-L6-v2", str(workplace / "model")), names)
+    assert names["run"].done == names["run"].total == 6 and names["run"].config.loss.custom == "own:margin_loss"
+    assert names["model"].encode(["a text"]).shape == (1, 32)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one namespace, as at a prompt, with a tiny model and in fewer and smaller steps."""
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    before, names = _state(), dict[str, Any]()
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            for shown, tried in (("=20", "=4"), ("every=10", "every=2"), ("queries=64", "queries=16")):
+                source = source.replace(shown, tried)
+            exec(source, names)
+            if "MODEL" in names:
+                names["MODEL"] = str(workplace / "model")
+    assert names["run"].done == 4 and (tmp_path / "runs" / "notebook" / "best" / "model.safetensors").exists()
+    assert len(names["losses"].seen) == names["second"].done == 4
+    assert _state() == before
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path) -> None:
