@@ -19,6 +19,7 @@ from typing import Any
 
 from retriever import config_file
 from retriever.config import Config, ConfigError, EvalConfig, SourceConfig
+from retriever.environment import check_environment
 from retriever.files import make_folder, replace_folder
 from retriever.lock import locked
 
@@ -47,6 +48,7 @@ def configuration(
     corpus by id (a passage may be a dict of title and text) and the judgments. `loss`: a function or module, of which
     the name is kept. Raises RefusedError.
     """
+    check_environment()
     read = config_file.read(config, overrides)
     objects = Path(read.data.cache_dir).expanduser() / "objects"
     if model is not None:

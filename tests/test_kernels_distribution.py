@@ -93,8 +93,8 @@ def test_no_module_has_the_name_of_one_of_theirs(theirs: Path) -> None:
 
 
 def test_of_two_in_one_folder_the_later_decides(theirs: Path, tmp_path: Path) -> None:
-    """As pip installs them into one environment. With our `__init__.py` a command says what to do; with theirs both
-    work.
+    """As pip installs them into one environment. With our `__init__.py` a command and `Run` say what to do; with
+    theirs both work.
     """
     shutil.copytree(theirs, tmp_path, dirs_exist_ok=True)
     for package in ("retriever", "kernels"):
@@ -105,6 +105,8 @@ def test_of_two_in_one_folder_the_later_decides(theirs: Path, tmp_path: Path) ->
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert refused.stderr.startswith("error: bigbatch was installed over the distribution kernels")
     assert "pip install --force-reinstall --no-deps kernels==" in refused.stderr
+    from_python = _run("from retriever.inputs import configuration\nconfiguration(None)", tmp_path)
+    assert "bigbatch was installed over the distribution kernels" in from_python.stderr
     shutil.copy(theirs / "kernels" / "__init__.py", tmp_path / "kernels" / "__init__.py")
     both = _run(
         "import retriever.environment as e; e.check_environment()\nimport kernels.infonce.exclusions" + _THEIRS,
