@@ -93,6 +93,7 @@ class LayerKind(NamedTuple):
     window: int | None = None  # of attention, in tokens to each side
     gate: Activation | None = None  # None: GELU without a gate
     rms: bool = False  # RMSNorm
+    unit_offset: bool = False  # the weights of norms are stored less 1 (Gemma)
     pre_norm: bool = False
     last: bool = False  # of pre-norm layers: the stream behind it is that of the model's last norm
 
@@ -127,6 +128,7 @@ class LayerSettings(NamedTuple):
     def norm(self, place: int, added: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor) -> Norm:
         """The norm behind attention (place 1) or behind the feed-forward part (place 2), which added `added`."""
         pre = self.kind.pre_norms[place - 1]
+        weight = weight + 1 if self.kind.unit_offset else weight
         return Norm(added, bias, residual, weight, self.seeds[place], self.dropouts[place], self.kind.rms, pre)
 
 

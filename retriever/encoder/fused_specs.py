@@ -14,7 +14,7 @@ from kernels.layers.api import Activation
 from kernels.layers.layer import LayerKind, Parameters
 
 BERT_FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
-LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LLAMA_FAMILY = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
 FAMILY = BERT_FAMILY | LLAMA_FAMILY | {"modernbert", "nomic_bert"}
 
 _GATES: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -80,7 +80,8 @@ def _has_known_parts(tower: Any) -> bool:
 
 def _is_rms(module: nn.Module) -> bool:
     """Whether it is the RMSNorm of Llama's family."""
-    return type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+    names = ("GemmaRMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+    return type(module).__name__ in names
 
 
 def _biased(spec: LayerSpec) -> bool:
@@ -142,10 +143,11 @@ def _llama(tower: Any) -> Iterator[LayerSpec]:
             config.num_key_value_heads,
             config.rms_norm_eps,
             attention.scaling,
-            causal=True,
+            causal=attention.is_causal,
             window=None if window is None else window - 1,  # theirs counts the token itself
             gate=_GATES[config.hidden_act],
             rms=True,
+            unit_offset=config.model_type == "gemma",
             pre_norm=True,
             last=i == last,
         )

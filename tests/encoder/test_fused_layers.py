@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
+from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.modernbert import modeling_modernbert
@@ -63,6 +64,10 @@ def _compute_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     def rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
+    def offset_rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    monkeypatch.setattr(modeling_gemma.GemmaRMSNorm, "forward", offset_rms_norm)
     for module in (modeling_llama.LlamaRMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2.Qwen2RMSNorm):
         monkeypatch.setattr(module, "forward", rms_norm)
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", rms_norm)
