@@ -27,7 +27,8 @@ from bigbatch.loss import infonce
 from kernels.infonce.api import Precision
 from retriever.data.layout import Packed
 from retriever.encoder.architectures import PACKED
-from retriever.encoder.fused_layers import can_fuse, fuse
+from retriever.encoder.fused_layers import fuse
+from retriever.encoder.fused_specs import unfused_because
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -134,7 +135,7 @@ def unpad(model: SentenceTransformer) -> SentenceTransformer:
     if tower.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected weights in torch.float32, received {tower.dtype}")
     use_packed_attention(tower)
-    if can_fuse(tower):
+    if unfused_because(tower) is None:
         fuse(tower)
     tower.forward = partial(_unpadded, tower.forward)
     return model

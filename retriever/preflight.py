@@ -163,7 +163,7 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, "
             f"{encoder.pooling} pooling"
             + (f", in shards on {world.size} ranks" if world.sharded else "")
-            + f"; {config.model.attention} texts, {layers_of(config.model)}",
+            + f"; {modes(config.model, encoder)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
             f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
             f"tokens; {config.loss.title}, temperature {config.loss.temperature:g}",
@@ -171,6 +171,12 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             f"{config.optim.precision}; output in {config.run.output_dir}",
         )
     )
+
+
+def modes(model: ModelConfig, encoder: DualEncoder) -> str:
+    """How the towers compute, and why layers of packed texts are not fused, unless a setting says so."""
+    reason = encoder.unfused_because if model.attention == "packed" and not model.fused else None
+    return f"{model.attention} texts, {layers_of(model)}" + (f" (not fused: {reason})" if reason else "")
 
 
 def _queries(planner: Planner, asked: int) -> str:

@@ -19,12 +19,14 @@ from retriever.config import (
     ConfigError,
     DataConfig,
     EvalConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
 )
 from retriever.encoder.bundle import load_tokenizer
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.lora import adapt
 from retriever.parallel.world import World
 from retriever.plan.forecast import Forecast, Memory, Workload
 from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
@@ -165,3 +167,17 @@ def test_only_prints_the_plan_and_leaves_nothing(
     out = capsys.readouterr().out
     assert "a step" in out and "30 steps" in out and "20  " in out and "encoded once" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_what_keeps_layers_from_being_fused_is_named(tmp_path: Path) -> None:
+    packed = ModelConfig("m", attention="packed", fused=False, compile=True)
+    plain, adapted, other = (
+        DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / str(i), architecture))))
+        for i, architecture in enumerate(("qwen3", "qwen3", "gpt2"))
+    )
+    adapt(adapted.towers, LoraConfig(), seed=0)
+    assert preflight.modes(packed, plain) == "packed texts, compiled layers"
+    because = "packed texts, compiled layers (not fused: "
+    assert preflight.modes(packed, adapted) == because + "it has LoRA adapters)"
+    assert preflight.modes(packed, other) == because + "the layers of a 'gpt2' model are not known)"
+    assert preflight.modes(replace(packed, attention="padded"), other) == "padded texts, compiled layers"

@@ -16,7 +16,8 @@ from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
 from retriever.encoder.compiled_layers import compile_layer
-from retriever.encoder.fused_layers import FusedLayers, can_fuse, fuse
+from retriever.encoder.fused_layers import FusedLayers, fuse
+from retriever.encoder.fused_specs import unfused_because
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.pretrained import load_model
@@ -154,18 +155,20 @@ class DualEncoder(nn.Module):
         self.packed = True
 
     @property
+    def unfused_because(self) -> str | None:
+        """What `fuse_layers` lacks for one of the towers; None if it has everything."""
+        return next(filter(None, map(unfused_because, self.each_tower)), None)
+
+    @property
     def can_fuse(self) -> bool:
         """Whether `fuse_layers` knows every tower's layers."""
-        return all(can_fuse(tower) for tower in self.each_tower)
+        return self.unfused_because is None
 
     def fuse_layers(self) -> None:
-        """Replaces the layers of packed towers by fused ones. Raises ConfigError for towers that `can_fuse` does not
-        know.
-        """
+        """Replaces the layers of packed towers by fused ones. Raises ConfigError, with the reason, if it cannot."""
+        if reason := self.unfused_because:
+            raise ConfigError(f"model.fused: true, but {reason}; set it to auto")
         for tower in self.each_tower:
-            if not can_fuse(tower):
-                kind = f"a {tower.config.model_type!r} model"
-                raise ConfigError(f"model.fused: true, but the layers of {kind} are not known; set it to auto")
             fuse(tower)
 
     @property

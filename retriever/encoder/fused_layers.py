@@ -29,11 +29,9 @@ from kernels.layers.layer import (
     transformer_layer,
     without_graph,
 )
-from retriever.encoder.fused_specs import BERT_FAMILY, LayerSpec, angles, can_fuse, layer_specs
+from retriever.encoder.fused_specs import BERT_FAMILY, LayerSpec, angles, layer_specs
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
-
-__all__ = ["FusedEmbeddings", "FusedLayers", "can_fuse", "fuse"]
 
 
 def fuse(tower: PreTrainedModel) -> None:

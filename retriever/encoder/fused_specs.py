@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kernels.dispatch import WIDEST_ROW
 from kernels.layers.api import Activation
 from kernels.layers.layer import LayerKind, Parameters
+from retriever.encoder.lora import LoraLinear
 
 BERT_FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 LLAMA_FAMILY = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
@@ -43,49 +44,58 @@ class LayerSpec(NamedTuple):
 
 
 def layer_specs(tower: PreTrainedModel) -> list[LayerSpec]:
-    """One for each layer of a tower that `can_fuse`."""
+    """One for each layer of a tower that can be fused."""
     kind = tower.config.model_type
     return list((_bert if kind in BERT_FAMILY else _OTHERS.get(kind, _llama))(tower))
 
 
-def can_fuse(tower: PreTrainedModel) -> bool:
-    """Whether fused layers compute what those of `tower` do: a known family, plain linear layers and norms, a known
-    activation, dropout nowhere but on attention and on what is added to the stream.
-    """
+def unfused_because(tower: PreTrainedModel) -> str | None:
+    """What fused layers lack for this tower; None if they compute what its own layers do."""
     config: Any = tower.config
-    if config.model_type not in FAMILY or config.hidden_size > WIDEST_ROW:
-        return False
-    if config.model_type in BERT_FAMILY:
+    kind = config.model_type
+    if kind not in FAMILY:
+        return f"the layers of a {kind!r} model are not known"
+    if config.hidden_size > WIDEST_ROW:
+        return f"its layers are {config.hidden_size} wide, and at most {WIDEST_ROW} is possible"
+    if any(isinstance(module, LoraLinear) for module in tower.modules()):
+        return "it has LoRA adapters"
+    if kind in BERT_FAMILY:
         plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
+        lacks = None if plain else "it is a decoder, cuts its feed-forward part into chunks, or has another GELU"
     else:
-        plain = _has_known_parts(tower)
-    if not plain:
-        return False
-    specs = layer_specs(tower)
-    holders = [place[0] for spec in specs for place in spec.places if place is not None]
-    gated = all(spec.kind.gate is None or not _biased(spec) for spec in specs)
-    return gated and all(type(holder) in (nn.Linear, nn.LayerNorm) or _is_rms(holder) for holder in holders)
+        lacks = _unknown_part(tower)
+    return lacks or _unknown_module(layer_specs(tower))
 
 
-def _has_known_parts(tower: Any) -> bool:
-    """Whether activation, rotations and dropout are what `_llama`, `_modernbert` and `_nomic` read."""
+def _unknown_part(tower: Any) -> str | None:
+    """What `_llama`, `_modernbert` and `_nomic` do not read: another activation, rotation or dropout."""
     config = tower.config
     activation = config.hidden_activation if config.model_type == "modernbert" else config.hidden_act
+    if activation not in _GATES:
+        return f"its activation is {activation}"
     ropes = config.rope_parameters
-    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope]
-    if activation not in _GATES or any(rope["rope_type"] not in _ROPES for rope in ropes):
-        return False
-    return config.model_type != "modernbert" or config.mlp_dropout == 0
+    for rope in [ropes] if "rope_type" in ropes else filter(None, ropes.values()):
+        if rope["rope_type"] not in _ROPES:
+            return f"its rotations are of rope_type {rope['rope_type']}"
+    if getattr(config, "mlp_dropout", 0) > 0:
+        return f"it has mlp_dropout={config.mlp_dropout}"
+    return None
+
+
+def _unknown_module(specs: list[LayerSpec]) -> str | None:
+    """A module that is no plain linear layer or norm, or a bias that gated parts lack."""
+    for holder in (place[0] for spec in specs for place in spec.places if place is not None):
+        if type(holder) not in (nn.Linear, nn.LayerNorm) and not _is_rms(holder):
+            return f"it has a {type(holder).__name__}"
+    if any(spec.kind.gate is not None and spec.parameters().ffn_in_bias is not None for spec in specs):
+        return "its gated feed-forward part has biases"
+    return None
 
 
 def _is_rms(module: nn.Module) -> bool:
     """Whether it is the RMSNorm of Llama's family."""
     names = ("GemmaRMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
     return type(module).__name__ in names
-
-
-def _biased(spec: LayerSpec) -> bool:
-    return spec.parameters().ffn_in_bias is not None
 
 
 def _both(module: nn.Module) -> tuple[Place, Place]:

@@ -35,6 +35,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "modernbert": {"mlp_dropout": 0.0},
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILY))
@@ -340,20 +341,21 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "setting"),
+    ("architecture", "setting", "reason"),
     [
-        ("modernbert", {"mlp_dropout": 0.1}),
-        ("modernbert", {"mlp_dropout": 0.0, "mlp_bias": True}),
-        ("llama", {"mlp_bias": True}),
-        ("llama", {"hidden_act": "relu"}),
-        ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("modernbert", {"mlp_dropout": 0.1}, "it has mlp_dropout=0.1"),
+        ("modernbert", {"mlp_dropout": 0.0, "mlp_bias": True}, "its gated feed-forward part has biases"),
+        ("llama", {"hidden_act": "relu"}, "its activation is relu"),
+        ("qwen3", {"rope_parameters": DYNAMIC}, "its rotations are of rope_type dynamic"),
     ],
 )
-def test_settings_that_fused_layers_lack_are_not_fused(
-    tmp_path: Path, architecture: str, setting: dict[str, Any]
+def test_settings_that_fused_layers_lack_are_named(
+    tmp_path: Path, architecture: str, setting: dict[str, Any], reason: str
 ) -> None:
     usual = NEEDED.get(architecture, {})
     for number, changes in enumerate(({}, setting)):
         folder = save_tiny_model(tmp_path / str(number), architecture, **usual | changes)
         encoder = DualEncoder.from_pretrained(ModelConfig(str(folder)))
-        assert encoder.can_fuse == (number == 0)
+        assert encoder.unfused_because == (reason if number else None)
+    with pytest.raises(ConfigError, match=f"model.fused: true, but {reason}; set it to auto"):
+        encoder.fuse_layers()
