@@ -23,7 +23,8 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, pack_rows, pad_rows
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.encoder.fused_layers import FusedEmbeddings, FusedLayers
+from retriever.encoder.fused_embeddings import FusedEmbeddings
+from retriever.encoder.fused_layers import FusedLayers
 from retriever.encoder.fused_specs import BERT_FAMILY, FAMILY
 from retriever.encoder.text_batches import inference
 from retriever.rng import RngState
