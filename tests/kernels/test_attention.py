@@ -28,6 +28,8 @@ LENGTHS = [3, 0, 5, 7, 1, 9, 4, 0]
         (2, {"dropout": 0.3, "seed": SEED, "causal": True}),
         (1, {"dropout": 0.1, "seed": SEED, "window": 2}),
         (4, {"causal": True, "window": 1}),
+        (4, {"window": max(LENGTHS) - 2}),  # hides two pairs of the longest text
+        (4, {"window": max(LENGTHS) - 1}),
     ],
 )
 def test_matches_its_definition(
