@@ -67,7 +67,8 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
         SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None),
         SimpleNamespace(fingerprint="f1", passages=()),
     )
-    run = Outputs(config, None, placed, None, store, World(torch.device("cpu")))  # type: ignore[arg-type]
+    state = SimpleNamespace(optimizer=SimpleNamespace(averages={}))
+    run = Outputs(config, state, placed, None, store, World(torch.device("cpu")))  # type: ignore[arg-type]
     return run
 
 
