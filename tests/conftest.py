@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("BIGBATCH_CACHE", tempfile.mkdtemp(prefix="bigbatch-tests-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,10 +16,17 @@ import pytest  # noqa: E402
 
 import retriever  # noqa: E402, F401 (its `kernels`, where another distribution's comes first on the path)
 from tests.determinism import make_strict  # noqa: E402
+from tests.workplace import make_workplace  # noqa: E402
 
 make_strict()
 # A shell's background job ignores Ctrl-C, and so would every command that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small training run of `tests.workplace`, one for each file of tests."""
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
 def pytest_collection_finish() -> None:

@@ -32,12 +32,7 @@ from retriever.encoder.bundle import load_encoder
 from retriever.errors import Stopped
 from retriever.inputs import configuration
 from tests.tiny import random_texts
-from tests.workplace import ROOT, make_workplace, metrics
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("run"))
+from tests.workplace import ROOT, metrics
 
 
 def _records(workplace: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from retriever.run_folder import held, remove_embeddings, remove_run, take
 from retriever.train import main
 from tests.commands import assert_refused
 from tests.starts import start
-from tests.workplace import make_workplace, training_arguments
+from tests.workplace import training_arguments
 
 NAMES = (
     "config.yaml",
@@ -222,11 +222,6 @@ def test_ranks_but_the_first_and_a_preflight_hold_nothing(
         monkeypatch.setenv("RANK", "1")
         with held(config):
             pass
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("run_folder"))
 
 
 def test_of_two_starts_one_trains_and_the_other_is_refused(workplace: Path) -> None:

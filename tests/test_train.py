@@ -23,12 +23,7 @@ from retriever.optim import Optimizer
 from retriever.train import main
 from tests.starts import Ended, start
 from tests.tiny import save_tiny_model
-from tests.workplace import assert_trained_alike, make_workplace, metrics, training_arguments
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("train"))
+from tests.workplace import assert_trained_alike, metrics, training_arguments
 
 
 @pytest.fixture(scope="module")

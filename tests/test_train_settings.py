@@ -16,12 +16,7 @@ from retriever.encoder.tokenizer import ends_texts
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.train import main
 from tests.tiny import save_plain_model
-from tests.workplace import ROOT, make_workplace, metrics, training_arguments
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("train"))
+from tests.workplace import ROOT, metrics, training_arguments
 
 
 def _train(workplace: Path, output: str, *overrides: str) -> int:

@@ -10,15 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.starts import free_port, start
-from tests.workplace import ROOT, make_workplace, training_arguments
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workplace(tmp_path_factory.mktemp("launch"))
+from tests.workplace import ROOT, training_arguments
 
 
 def _endless(workplace: Path, output: str, timeout_s: int) -> list[str]:
