@@ -131,13 +131,6 @@ def ring_cost(work: Workload, machine: Machine) -> Estimate:
     return Estimate(compute, transfer, exposed, held / 2**20 + work.workspace_mib)
 
 
-def hiding_queries(machine: Machine, ranks: int, precision: str = "bf16") -> int:
-    """The global number of queries from which a ring hides its transfers; neither N nor D plays a part."""
-    narrow = _BYTES[precision]
-    per_rank = max(narrow / 2, (narrow + 4) / 6) * machine.tflops / _SLOWER[precision] * 1e3 / machine.hop_gb_s(ranks)
-    return ranks * int(-(-per_rank // 1))
-
-
 def choose(work: Workload, machine: Machine, budget_mib: float) -> Exchange:
     """The faster exchange of those whose memory stays within the budget; the ring, which needs least, where none
     does.
