@@ -14,6 +14,7 @@ from scipy import stats
 from retriever.errors import RefusedError
 
 _AT_ONCE = 2**21  # float64 values that one batch of resamples holds
+_RESAMPLES = 10_000
 
 
 def paired_t_test(differences: np.ndarray) -> tuple[float, float]:
@@ -47,16 +48,27 @@ def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed
 
 
 def bootstrap_interval(
-    differences: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    differences: np.ndarray, clusters: Sequence[str] | None = None, *, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of mean(d) over queries drawn with replacement. Raises RefusedError where Q < 2."""
+    """Percentile interval of mean(d) over queries drawn with replacement, or over whole clusters of them.
+
+    `clusters` [Q] names the cluster of each query; by default each is its own. Raises RefusedError where there are
+    fewer than two. (Field and Welsh 2007, the cluster bootstrap)
+    """
     d = _checked(differences)
-    batch = max(1, _AT_ONCE // len(d))
-    rng = np.random.default_rng(seed)
+    names, members = np.unique(np.arange(len(d)) if clusters is None else clusters, return_inverse=True)
+    if len(names) < 2:
+        raise RefusedError("1 cluster: expected at least two, one alone says nothing of how clusters differ")
+
+    def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis) / sizes.sum(axis)
+
+    of_clusters = np.bincount(members, weights=d), np.bincount(members)  # [C], [C]
+    drawn = {"n_resamples": _RESAMPLES, "batch": max(1, _AT_ONCE // len(names)), "rng": np.random.default_rng(seed)}
     found = stats.bootstrap(
-        (d,), np.mean, n_resamples=resamples, batch=batch, confidence_level=confidence, method="percentile", rng=rng
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        of_clusters, mean, paired=True, confidence_level=confidence, method="percentile", **drawn
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

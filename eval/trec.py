@@ -64,22 +64,18 @@ def ranking(passage_ids: Sequence[str], scores: Sequence[float] | np.ndarray) ->
     return Ranking([passage_ids[i] for i in order], rounded[order])
 
 
-def write_trec(path: str | Path, run: Run, tag: str = TAG) -> None:
+def write_trec(path: str | Path, run: Run) -> None:
     """`query-id Q0 passage-id rank score tag`, ranks from 1; a float32 score reads back to the same float32.
 
-    Raises DataError where an id or the tag is empty or has white space in it, which the format cannot hold.
+    Raises DataError where an id is empty or has white space in it, which the format cannot hold.
     """
-    _require_words([tag], "run tag")
     # 9 digits name a float32 uniquely
-    _write(path, run, lambda query, passage, rank, score: f"{query} Q0 {passage} {rank} {score:.9g} {tag}\n")
+    _write(path, run, lambda query, passage, rank, score: f"{query} Q0 {passage} {rank} {score:.9g} {TAG}\n")
 
 
-def write_msmarco(path: str | Path, run: Run, k: int | None = None) -> None:
-    """`query-id<tab>passage-id<tab>rank`, the first `k` passages of each query (None: all), ranks from 1. Raises as
-    `write_trec`.
-    """
-    first = {query_id: Ranking(passage_ids[:k], scores[:k]) for query_id, (passage_ids, scores) in run.items()}
-    _write(path, first, lambda query, passage, rank, score: f"{query}\t{passage}\t{rank}\n")
+def write_msmarco(path: str | Path, run: Run) -> None:
+    """`query-id<tab>passage-id<tab>rank`, ranks from 1. Raises as `write_trec`."""
+    _write(path, run, lambda query, passage, rank, score: f"{query}\t{passage}\t{rank}\n")
 
 
 def read_trec(path: str | Path) -> dict[str, Ranking]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
-from scipy import stats
 
 from eval.measures import Scores
 from eval.report import format_table
+from eval.significance import bootstrap_interval
 from retriever.config import Config
 from retriever.verify import GradientCheck
 from retriever.wording import counted
@@ -31,7 +29,7 @@ def outcome(scores: Mapping[str, Scores], modules: Mapping[str, str]) -> dict[st
     return {
         "rows": {name: row.means for name, row in scores.items()},
         "gain": float(differences.mean()),
-        "interval": cluster_interval(differences, clusters),
+        "interval": bootstrap_interval(differences, clusters),
         "queries": len(clusters),
         "modules": len(set(clusters)),
     }
@@ -54,32 +52,3 @@ def table(result: Mapping[str, Any], config: Config, speed: Mapping[str, float],
             f"exactness, in float64: {check}",
         )
     )
-
-
-def cluster_interval(
-    values: np.ndarray, clusters: Sequence[str], *, level: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile interval of the mean of `values` [Q] when whole clusters are drawn again with replacement.
-
-    `clusters` [Q] names each value's cluster. For a paired comparison the values are differences, query by query.
-    Raises ValueError for fewer than two clusters or differing lengths. (Field and Welsh 2007, the cluster bootstrap)
-    """
-    names, members = np.unique(clusters, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"{len(names)} cluster: expected at least two, one alone says nothing of how clusters differ")
-
-    def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-        return sums.sum(axis) / sizes.sum(axis)
-
-    of_clusters = np.bincount(members, weights=values), np.bincount(members)  # [C], [C]
-    rng = np.random.default_rng(seed)
-    drawn = stats.bootstrap(
-        of_clusters,
-        mean,
-        paired=True,
-        n_resamples=samples,
-        method="percentile",
-        confidence_level=level,
-        random_state=rng,
-    )
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)

@@ -37,10 +37,11 @@ def test_float32_scores_read_back_bitwise(tmp_path_factory: pytest.TempPathFacto
 
 def test_files_hold_the_fields_of_their_format(tmp_path: Path) -> None:
     run = {"q1": ranking(["b", "a"], [2.0, 0.1]), "q2": ranking(["c"], [-1.5])}
-    write_trec(tmp_path / "run.trec", run, tag="tag")
-    assert (tmp_path / "run.trec").read_text() == "q1 Q0 b 1 2 tag\nq1 Q0 a 2 0.100000001 tag\nq2 Q0 c 1 -1.5 tag\n"
-    write_msmarco(tmp_path / "run.tsv.gz", run, k=1)
-    assert gzip.decompress((tmp_path / "run.tsv.gz").read_bytes()) == b"q1\tb\t1\nq2\tc\t1\n"
+    write_trec(tmp_path / "run.trec", run)
+    lines = ["q1 Q0 b 1 2 bigbatch", "q1 Q0 a 2 0.100000001 bigbatch", "q2 Q0 c 1 -1.5 bigbatch"]
+    assert (tmp_path / "run.trec").read_text().splitlines() == lines
+    write_msmarco(tmp_path / "run.tsv.gz", run)
+    assert gzip.decompress((tmp_path / "run.tsv.gz").read_bytes()) == b"q1\tb\t1\nq1\ta\t2\nq2\tc\t1\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.trec", "run.tsv.gz"]
 
 

@@ -15,12 +15,13 @@ import pytest
 import scripts.demo.__main__ as command
 import scripts.demo.model as starting
 from eval.measures import Scores
+from eval.significance import bootstrap_interval
 from eval.trec import Ranking
 from retriever.errors import RefusedError
 from retriever.train import main as train
 from scripts.code_pairs.pairs import Collection, Settings
 from scripts.demo import parts
-from scripts.demo.report import cluster_interval, outcome
+from scripts.demo.report import outcome
 from scripts.demo.search import WIDTH, Searcher, answer_own_queries, sample_queries
 from tests.tiny import save_tiny_model
 
@@ -28,13 +29,13 @@ from tests.tiny import save_tiny_model
 def test_the_interval_is_that_of_all_possible_draws_of_clusters() -> None:
     values, clusters = np.array([1.0, 1.0, 1.0, 4.0]), ["a", "a", "a", "b"]
     # (a, a), (a, b) twice, (b, b): means 1, 1.75, 1.75, 4, with probability ¼ each
-    assert cluster_interval(values, clusters) == (1.0, 4.0)
-    assert cluster_interval(values, clusters, level=0.4) == (1.75, 1.75)
+    assert bootstrap_interval(values, clusters) == (1.0, 4.0)
+    assert bootstrap_interval(values, clusters, confidence=0.4) == (1.75, 1.75)
 
 
 def test_the_interval_needs_clusters() -> None:
     with pytest.raises(ValueError, match="expected at least two"):
-        cluster_interval(np.ones(3), ["a"] * 3)
+        bootstrap_interval(np.ones(3), ["a"] * 3)
 
 
 def test_the_outcome_pairs_queries_and_groups_them_by_module() -> None:
