@@ -223,6 +223,7 @@ def test_a_larger_loss_takes_more(run: Run, changes: dict[str, Any], operations:
 
     A larger one may take two. Its memory beyond the workspace grows by rows, that of a matrix of similarities by pairs.
     """
+    run.limit(1e12)
     run.patch.setattr(sizes, "measure_loss", lambda *given: Cost(1.0, 2.0**24))
     run.patch.setattr(sizes, "_MEASURED_PAIRS", {("cpu", True): 2**16, ("cpu", False): 2**16})
     _, forecast = run.measured(preflight="only", loss=changes)
