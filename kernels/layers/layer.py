@@ -144,7 +144,8 @@ class SavedActivations(NamedTuple):
 
 def rounded_weights(parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
     """`parameters` as matrix products in `dtype` read them; no gradient flows back through this."""
-    p = Parameters(*(None if parameter is None else parameter.detach() for parameter in parameters))  # type: ignore[arg-type]
+    detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in parameters]
+    p = Parameters(*detached)
     ffn_out = p.ffn_out_weight.to(dtype)
     joined = [
         torch.cat(given).to(dtype) if (given := [part for part in parts if part is not None]) else None

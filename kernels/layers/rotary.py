@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels that norm and rotate the heads of queries and keys: one pass over memory forward, one backward.
 
-With x a head, x̂ = x · rstd (RMSNorm; left out where there are no weights) and y = weight · x̂, each pair of y is turned
-by the angle of its token:
+With x a head, x̂ = x · rstd (RMSNorm; left out where there are no weights) and y = weight · x̂, each pair of y is
+turned by the angle of its token:
 
     out_j = y_j cos_j − y_{j + d/2} sin_j,    out_{j + d/2} = y_{j + d/2} cos_j + y_j sin_j
 

@@ -1,5 +1,5 @@
-"""Fused layers of every architecture but BERT's kin are as exact as the library's under autocast; every architecture that
-takes packed texts is replayed bitwise.
+"""Fused layers of every architecture but BERT's kin are as exact as the library's under autocast; every architecture
+that takes packed texts is replayed bitwise.
 """
 
 from __future__ import annotations
