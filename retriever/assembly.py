@@ -21,6 +21,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
+from retriever.guide import vectors_of
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.custom import CustomLoss, Loss, load_loss
 from retriever.loss.offload import BLOCK_ROWS
@@ -64,6 +65,8 @@ def _prepare(config: Config) -> Prepared:
     tokenizer = training_tokenizer(config.model)
     config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
     store = build_or_open(config, tokenizer)
+    if config.loss.guide is not None:
+        store.guide = vectors_of(config, store)
     if config.run.preflight == "only":  # leaves nothing behind
         config = replace(config, run=replace(config.run, trackers=()))
     return Prepared(config, last, tokenizer, store)

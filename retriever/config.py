@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 
@@ -174,6 +174,9 @@ class BatchConfig:
     offload: bool = False
 
 
+Direction = Literal["query_to_passage", "passage_to_query", "query_to_query", "passage_to_passage"]
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """The objective: contrastive, distilled from a teacher, or both.
@@ -194,8 +197,26 @@ class LossConfig:
     temperature: Temperature = 0.02
     # Train the temperature, from `temperature` on.
     learn_temperature: bool = False
-    # Half the loss is that of finding a passage's query.
+    # Half the loss is that of finding a passage's query: short for the directions [query_to_passage, passage_to_query],
+    # partition per_direction.
     symmetric: bool = False
+    # What is compared: a query with passages (always), its target with queries, the query with queries, its target with
+    # passages.
+    directions: tuple[Direction, ...] = ("query_to_passage",)
+    # joint: one softmax over all directions. per_direction: one for each, of which the loss is the mean.
+    partition: Literal["joint", "per_direction"] = "joint"
+    # Negatives whose logits grow by hardness_strength times their similarity, without a gradient: a query's own ones,
+    # those in_batch of other queries, or all.
+    hardness: Literal["none", "own", "in_batch", "all"] = "none"
+    # Strength of `hardness`; 5 (own) and 9 (in_batch) have been used.
+    hardness_strength: NotNegative = 0.0
+    # Guide model, a folder or Hugging Face name. What it finds more similar to a query than the positive less a margin
+    # is no negative. null: none. Its vectors of all texts are computed once, with its own prompts and lengths.
+    guide: str | None = None
+    # The margin of `guide`: a larger one leaves out more, unlike false_negative_margin.
+    guide_margin: NotNegative = 0.0
+    # absolute: guide_margin is a difference of similarities; relative: a share of the positive's, which is above 0.
+    guide_margin_kind: Literal["absolute", "relative"] = "absolute"
     # Another positive of a query is not its negative.
     mask_known_positives: bool = True
     # A passage more similar to the query than the positive by more than this is no negative; in units of similarity,
@@ -222,6 +243,18 @@ class LossConfig:
     def title(self) -> str:
         """What the contrastive loss is called."""
         return self.custom or f"{self.strategy} loss"
+
+    @property
+    def softmaxes(self) -> tuple[tuple[Direction, ...], Literal["joint", "per_direction"]]:
+        """The directions, in a fixed order, and their partition; those of `symmetric` where it is set."""
+        if self.symmetric:
+            return ("query_to_passage", "passage_to_query"), "per_direction"
+        return tuple(d for d in get_args(Direction) if d in self.directions), self.partition
+
+    @property
+    def needs_own_negatives(self) -> bool:
+        """Whether the loss asks which negatives are a query's own."""
+        return self.hardness in ("own", "in_batch") or "passage_to_passage" in self.directions
 
     @property
     def distils(self) -> bool:

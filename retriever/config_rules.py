@@ -39,6 +39,7 @@ def validate(config: Config) -> None:
     none = f"null with optim.name={name}, which has its own settings"
     require(config.optim.arguments is None or "." in name, "optim.arguments", none, config.optim.arguments)
     require(name in _OPTIMIZERS or re.fullmatch(r"\w+(\.\w+)+", name) is not None, "optim.name", path, name)
+    _check_directions(config)
     _check_length_and_evaluation(config)
 
 
@@ -72,8 +73,9 @@ def _check_together(config: Config, rules: Iterable[Rule]) -> None:
 
 def _beside_each_other(config: Config) -> list[Rule]:
     """What other settings of this configuration leave to a key."""
-    model, optim, offload = config.model, config.optim, "batch.offload=true"
-    custom = config.loss.custom is not None
+    model, loss, optim, offload = config.model, config.loss, config.optim, "batch.offload=true"
+    one, two = ["query_to_passage"], ["query_to_passage", "passage_to_query"]
+    custom = loss.custom is not None
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
@@ -81,16 +83,34 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (model.fused is True, ("model.compile", _AUTO_OR_FALSE, "model.fused=true")),
         (model.gradient_checkpointing, ("model.compile", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
         (optim.name == "adafactor", ("optim.betas", ([0.9, 0.999],), "optim.name=adafactor, which has none")),
+        (loss.symmetric, ("loss.directions", (one,), "loss.symmetric=true")),
+        (len(loss.directions) > 1, ("loss.strategy", ("tiled",), "several of loss.directions")),
+        (loss.hardness != "none", ("loss.strategy", ("tiled",), f"loss.hardness={loss.hardness}")),
+        (loss.guide is not None, ("loss.strategy", ("tiled",), "loss.guide")),
+        (config.batch.offload, ("loss.guide", (None,), offload)),
+        (config.batch.offload, ("loss.directions", (one, two, two[::-1]), offload)),
+        (config.batch.pool is not None, ("loss.directions", (one, two, two[::-1]), "batch.pool")),
         (config.batch.offload, ("loss.strategy", ("tiled",), f"{offload}: the others hold a matrix of similarities")),
         (config.batch.offload, ("loss.exchange", ("auto", "ring"), f"{offload}: nothing is gathered")),
         (custom, ("batch.offload", (False,), "loss.custom")),
         (custom, ("loss.strategy", ("tiled",), "loss.custom, which takes its place")),
         (custom, ("loss.symmetric", (False,), "loss.custom, which takes its place")),
+        (custom, ("loss.directions", (one,), "loss.custom, which takes its place")),
+        (custom, ("loss.hardness", ("none",), "loss.custom, which takes its place")),
+        (custom, ("loss.guide", (None,), "loss.custom, which takes its place")),
         (custom, ("loss.learn_temperature", (False,), "loss.custom, whose own parameters are trained")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),
         (config.batch.offload, ("loss.margin_mse_weight", (0,), f"{offload}: {_TEACHER}")),
     ]
     return [rule for holds, rule in rules if holds]
+
+
+def _check_directions(config: Config) -> None:
+    loss = config.loss
+    distinct = "query_to_passage" in loss.directions and len(set(loss.directions)) == len(loss.directions)
+    require(distinct, "loss.directions", "query_to_passage and others, each once", list(loss.directions))
+    strong = (loss.hardness == "none") == (loss.hardness_strength == 0)
+    require(strong, "loss.hardness_strength", "above 0 with loss.hardness, else 0", loss.hardness_strength)
 
 
 def _check_data(config: Config) -> None:

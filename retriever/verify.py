@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, mse_loss, normalize
 
+from kernels.infonce.api import Lists
 from retriever.config import ConfigError, LossConfig
 from retriever.data.batch import Batch, Targets
 from retriever.data.chunks import Chunk
@@ -154,33 +155,60 @@ def _custom_loss(queries: Tensor, passages: Tensor, targets: Targets, loss: Loss
 
 
 def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossConfig) -> Tensor:
-    """The objective written out plainly over the full similarity matrix, for autograd."""
+    """The objective written out plainly over the full similarity matrices, for autograd."""
     targets = batch.targets.to(queries.device)
-    similarities = queries @ passages.T
-    logits = similarities / loss.temperature
-    row = torch.arange(len(queries), device=queries.device)
-    known = torch.zeros(similarities.shape, dtype=torch.bool, device=queries.device)
-    for i in row.tolist():
-        own = targets.known_ids[targets.known_ptr[i] : targets.known_ptr[i + 1]]
-        known[i] = torch.isin(targets.passage_ids, own)
     active, column = targets.positives >= 0, targets.positives.clamp(min=0)
-    known[~active] = True
+    known, own = _listed(targets.exclusions.known, targets.passage_ids), torch.zeros_like(active)[:, None]
+    if targets.own is not None:
+        own = _listed(targets.own, targets.passage_ids)
     if targets.pools is not None:
-        rows, columns = targets.pools.of_columns(targets.passage_ids)
-        known |= rows[:, None] != columns[None, :]
-    positive = similarities[row, column]
+        pools, of_passages = targets.pools.of_columns(targets.passage_ids)
+        known = known | (pools[:, None] != of_passages[None, :])
+    similarities = queries @ passages.T
+    positive = similarities.gather(1, column[:, None])[:, 0]
+    threshold = torch.full_like(positive, torch.inf)
     if loss.false_negative_margin is not None:
         threshold = false_negatives_from(queries.detach(), passages.detach()[column], loss.false_negative_margin)
-        known |= similarities.detach() > threshold[:, None]
-    negatives = logits.masked_fill(known, -torch.inf)
+
+    def negatives(x: Tensor, excluded: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+        """The logits of similarities x [B, n], −inf where a pair is none of row i's negatives; `rows` [B, G] and
+        `columns` [n, G] are a guide's vectors.
+        """
+        excluded = excluded | ~active[:, None] | (x.detach() > threshold[:, None])
+        if targets.guide is not None and rows is not None and columns is not None:
+            excluded |= rows.double() @ columns.double().T > targets.guide.limit[:, None]
+        return (x / loss.temperature).masked_fill(excluded, -torch.inf)
+
+    guide_q, guide_p, _ = targets.guide or (None, None, None)
+    guide_t = None if guide_p is None else guide_p[column]
+    plain = negatives(similarities, known, guide_q, guide_p)
+    harder = {"none": torch.zeros_like(own), "own": own, "in_batch": ~own, "all": torch.ones_like(own)}[loss.hardness]
+    of_queries = known[:, column] | ~active[None, :]  # a query whose target is known to another is no negative of it
+    logits = {
+        "query_to_passage": plain + loss.hardness_strength * harder * similarities.detach(),
+        "passage_to_query": plain.T[column],
+        "query_to_query": negatives(queries @ queries.T, of_queries, guide_q, guide_q),
+        "passage_to_passage": negatives(passages[column] @ passages.T, known | own, guide_t, guide_p),
+    }
+    directions, partition = loss.softmaxes
     s = positive / loss.temperature
-    losses = torch.logaddexp(s, negatives.logsumexp(dim=1)) - s
-    if loss.symmetric:
-        losses = 0.5 * (losses + torch.logaddexp(s, negatives.logsumexp(dim=0)[column]) - s)
+    if partition == "joint":
+        count = 1 + ("passage_to_query" in directions)  # the target stands in both of these
+        losses = torch.cat([*(logits[d] for d in directions), s[:, None].expand(-1, count)], 1).logsumexp(1) - s
+    else:
+        each = [torch.cat([logits[d], s[:, None]], 1).logsumexp(1) - s for d in directions]
+        losses = torch.stack(each).mean(0)
     total = loss.contrastive_weight * losses.where(active, 0.0).sum()
     if targets.groups is not None and loss.distils:
-        total = total + sum(_taught_loss(logits[i], targets, i, loss) for i in row[active].tolist())
+        rows = torch.arange(len(queries), device=queries.device)[active].tolist()
+        total = total + sum(_taught_loss(similarities[i] / loss.temperature, targets, i, loss) for i in rows)
     return total / targets.global_queries
+
+
+def _listed(lists: Lists, passage_ids: Tensor) -> Tensor:
+    """[B, N] bool: which passages each row's list has."""
+    rows = [torch.isin(passage_ids, ids) for ids in lists.ids.split(lists.ptr.diff().tolist())]
+    return torch.stack(rows) if rows else passage_ids.new_empty(0, len(passage_ids), dtype=torch.bool)
 
 
 def _taught_loss(logits: Tensor, targets: Targets, i: int, loss: LossConfig) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import Pairs, Pools
+from kernels.infonce.rules import Guide, Lists, Pairs, Pools, guide_vectors
 from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
@@ -29,6 +29,8 @@ class WholeBatch:
     owners: list[int]  # rank of each passage
     query_pools: list[int] | None = None
     passage_pools: list[int] | None = None
+    own: list[list[int]] = field(default_factory=list)  # passage ids of each query's own negatives; empty: not asked
+    guide: Guide | None = None  # over all queries and passages
 
 
 def random_batch(
@@ -40,6 +42,8 @@ def random_batch(
     vocabulary: tuple[int, int] = (40, 150),
     seed: int = 0,
     pools: int = 0,
+    own: bool = False,
+    guide: bool = False,
 ) -> WholeBatch:
     """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal
     ranks.
@@ -64,12 +68,24 @@ def random_batch(
     for row in draw.sample(range(queries), ignored):
         columns[row] = -1
     tokens = lambda longest: np.array([draw.randrange(*vocabulary) for _ in range(draw.randint(2, longest))])  # noqa: E731
-    texts = [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)]
-    whole = WholeBatch(*texts, ids, columns, known, owners)
-    if not pools:
-        return whole
-    of_queries, of_passages = ([draw.randrange(pools) for _ in range(count)] for count in (queries, passages))
-    return replace(whole, query_pools=of_queries, passage_pools=of_passages)
+    whole = WholeBatch(
+        [tokens(7) for _ in range(queries)], [tokens(19) for _ in range(passages)], ids, columns, known, owners
+    )
+    if pools:
+        of_queries, of_passages = ([draw.randrange(pools) for _ in range(count)] for count in (queries, passages))
+        whole = replace(whole, query_pools=of_queries, passage_pools=of_passages)
+    if own:
+        whole = replace(whole, own=[sorted(draw.sample(ids, 4)) for _ in range(queries)])
+    return replace(whole, guide=_random_guide(whole, seed)) if guide else whole
+
+
+def _random_guide(whole: WholeBatch, seed: int) -> Guide:
+    """Excludes what is more similar than the target less 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = len(whole.positives), len(whole.passage_ids)
+    queries, passages = (guide_vectors(torch.randn(n, 5, generator=generator)) for n in sizes)
+    targets = passages[torch.tensor(whole.positives).clamp(min=0)]
+    return Guide(queries, passages, (queries.float() * targets.float()).sum(1) - 0.1)
 
 
 def views_batch(*, texts: int = 12, ranks: int = 1) -> WholeBatch:
@@ -109,9 +125,10 @@ def rank_batch(
     targets = Targets(
         torch.tensor([local[whole.positives[r]] if whole.positives[r] >= 0 else -1 for r in rows], dtype=torch.int64),
         torch.tensor([whole.passage_ids[c] for c in columns], dtype=torch.int64),
-        torch.tensor([0, *np.cumsum([len(k) for k in known])], dtype=torch.int64),
-        torch.tensor([i for k in known for i in k], dtype=torch.int64),
+        *_lists(known),
         global_queries=len(whole.positives),
+        own=_lists([whole.own[r] for r in rows]) if whole.own else None,
+        guide=whole.guide and Guide(whole.guide.queries[rows], whole.guide.passages[columns], whole.guide.limit[rows]),
         known_pairs=_known_pairs(whole, rows) if looked_up else None,
         pools=_pools(whole, rows),
     )
@@ -134,6 +151,11 @@ def _pools(whole: WholeBatch, rows: list[int]) -> Pools | None:
     ids, of_ids = zip(*sorted(zip(whole.passage_ids, whole.passage_pools, strict=True)), strict=True)
     of_rows = torch.tensor([whole.query_pools[row] for row in rows], dtype=torch.int64)
     return Pools(of_rows, torch.tensor(ids), torch.tensor(of_ids))
+
+
+def _lists(rows: list[list[int]]) -> Lists:
+    ptr = torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int64)
+    return Lists(ptr, torch.tensor([i for row in rows for i in row], dtype=torch.int64))
 
 
 def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
@@ -180,28 +202,66 @@ def oracle_loss(
     *,
     symmetric: bool = False,
     margin: float | None = None,
+    directions: Sequence[str] = ("query_to_passage",),
+    partition: str = "joint",
+    hardness: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """The loss of the whole batch, each term summed as it is defined, for autograd in one process."""
-    scale = log_scale.exp()
-    s = queries @ passages.T
-    b, n = s.shape
+    """The loss of the whole batch, each term summed as it is defined, for autograd in one process.
 
-    def negative(i: int, j: int) -> bool:
-        column = whole.positives[i]
-        if column < 0 or whole.passage_ids[j] in whole.known[i]:
+    hardness: α of own and of other negatives.
+    """
+    if symmetric:
+        directions, partition = ("query_to_passage", "passage_to_query"), "per_direction"
+    scale, guide = log_scale.exp(), whole.guide
+    s, among_queries, among_passages = queries @ passages.T, queries @ queries.T, passages @ passages.T
+    b, n = s.shape
+    own = [set(ids) for ids in whole.own] or [set[int]()] * b
+
+    def excluded(i: int, similarity: Tensor, g: Tensor | None, h: Tensor | None) -> bool:
+        """By margin or guide; g and h are the guide's vectors of the two texts."""
+        limit = torch.inf if margin is None else s[i, whole.positives[i]] + margin
+        guided = (
+            guide is not None and g is not None and h is not None and bool(g.double() @ h.double() > guide.limit[i])
+        )
+        return guided or bool(similarity > limit)
+
+    def passage_to(i: int, j: int) -> bool:
+        """Whether passage j is a negative of query i."""
+        if whole.positives[i] < 0 or whole.passage_ids[j] in whole.known[i]:
             return False
         if whole.query_pools is not None and whole.query_pools[i] != whole.passage_pools[j]:  # type: ignore[index]
             return False
-        return margin is None or not bool(s[i, j] > s[i, column] + margin)
+        return not excluded(i, s[i, j], guide and guide.queries[i], guide and guide.passages[j])
+
+    def query_to(i: int, k: int) -> bool:
+        if whole.positives[k] < 0 or k == i or whole.passage_ids[whole.positives[k]] in whole.known[i]:
+            return False
+        return not excluded(i, among_queries[i, k], guide and guide.queries[i], guide and guide.queries[k])
+
+    def passage_to_target(i: int, t: int, j: int) -> bool:
+        if j == t or whole.passage_ids[j] in {*whole.known[i], *own[i]}:
+            return False
+        return not excluded(i, among_passages[t, j], guide and guide.passages[t], guide and guide.passages[j])
+
+    def logits(direction: str, i: int, t: int) -> list[Tensor]:
+        if direction == "query_to_passage":
+            alphas = [hardness[whole.passage_ids[j] not in own[i]] for j in range(n)]
+            return [scale * s[i, j] + alphas[j] * s[i, j].detach() for j in range(n) if passage_to(i, j)]
+        if direction == "passage_to_query":
+            return [scale * s[k, t] for k in range(b) if passage_to(k, t)]
+        if direction == "query_to_query":
+            return [scale * among_queries[i, k] for k in range(b) if query_to(i, k)]
+        return [scale * among_passages[t, j] for j in range(n) if passage_to_target(i, t, j)]
 
     total = s.new_zeros(())
     for i, t in enumerate(whole.positives):
         if t < 0:
             continue
-        row = torch.stack([s[i, t], *(s[i, j] for j in range(n) if negative(i, j))])
-        loss = torch.logsumexp(scale * row, dim=0) - scale * s[i, t]
-        if symmetric:
-            column = torch.stack([s[i, t], *(s[k, t] for k in range(b) if negative(k, t))])
-            loss = 0.5 * (loss + torch.logsumexp(scale * column, dim=0) - scale * s[i, t])
-        total = total + loss
+        target, each = scale * s[i, t], {direction: logits(direction, i, t) for direction in directions}
+        if partition == "joint":
+            pools = [[x for part in each.values() for x in part] + [target] * ("passage_to_query" in each)]
+        else:
+            pools = list(each.values())
+        losses = [torch.stack([target, *pool]).logsumexp(dim=0) - target for pool in pools]
+        total = total + torch.stack(losses).mean()
     return total / b

@@ -47,6 +47,7 @@ FLOORS = (
         "verify",
         "shards",
         "encode_shards",
+        "guide",
         "export",
         "model_card",
         "older_readers",

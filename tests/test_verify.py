@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels.infonce.reference import Block
 from kernels.layers.layer import SavedActivations, without_graph
 from retriever import verify
-from retriever.config import LossConfig, ModelConfig
+from retriever.config import Direction, LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
@@ -58,6 +59,24 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     assert (check.queries, check.passages, check.chunks) == (8, 14, len(batch.chunks)) and check.chunks > 4
     assert f"{check.gradient_error:.1e}" in str(check)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"directions": get_args(Direction), "hardness": "in_batch", "hardness_strength": 5.0},
+        {"directions": get_args(Direction), "partition": "per_direction", "false_negative_margin": 0.05},
+        {"hardness": "own", "hardness_strength": 9.0, "symmetric": True},
+    ],
+)
+def test_kinds_of_negatives_are_checked(encoder: DualEncoder, loss: dict[str, Any]) -> None:
+    """Directions, hardness and a guide model; a guide that is left out is found."""
+    batch = rank_batch(random_batch(queries=8, passages=14, ignored=1, own=True, guide=True), 0, 40)[0]
+    check = gradient_error(encoder, LossConfig(temperature=0.1, **loss), batch)
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Block, "_guided", lambda block, logits, i, j: logits)
+        assert gradient_error(encoder, LossConfig(temperature=0.1, **loss), batch).gradient_error > BROKEN
 
 
 @pytest.mark.parametrize("normalize", [True, False])

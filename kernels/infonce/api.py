@@ -17,9 +17,12 @@ from kernels.infonce.deferred import Deferred
 from kernels.infonce.exclusions import Exclusions, MaskTables
 from kernels.infonce.pooled import PooledBlock
 from kernels.infonce.reference import Block, Precision
-from kernels.infonce.two_pass import Passages, first_pass, second_pass
+from kernels.infonce.rules import Guide, Hardness, Lists
+from kernels.infonce.two_pass import Direction, Passages, first_pass, second_pass
 
-__all__ = ["Block", "Exclusions", "InfoNCE", "MaskTables", "Precision", "block_of", "infonce"]
+__all__ = [
+    "Block", "Exclusions", "Guide", "Hardness", "InfoNCE", "Lists", "MaskTables", "Precision", "block_of", "infonce",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ def infonce(
     gradients.
 
     neg is what `exclusions` leaves, the target excepted in any case. `symmetric`: ½(row + column), the column term of
-    query i being log(e^{x_it} + Σ_{k : (k,t) ∈ neg} e^{x_kt}) − x_it. A row with target −1 has loss 0 and is no
-    negative of any passage; a row without negatives has loss 0 and gradient 0.
+    query i being log(e^{x_it} + Σ_{k : (k,t) ∈ neg} e^{x_kt}) − x_it. A negative's x_ij is larger by its hardness ·
+    stop_gradient(s_ij). A row with target −1 has loss 0 and is no negative of any passage; a row without negatives has
+    loss 0 and gradient 0.
 
     queries [B, D], passages [N, D]: one floating dtype and device, rows may be strided. targets [B] int64 in −1..N−1.
     weights [B] ≥ 0, None: ones; the gradients are of Σ_i weights_i · loss_i. `precision`: "bf16" (rounded inputs, fp32
@@ -103,10 +107,10 @@ def _infonce(block: Block, targets: Tensor, weights: Tensor, *, symmetric: bool,
             loss, dqueries, dpassages, along = one_pass.infonce(block, targets, weights)
             return InfoNCE(loss, dqueries, dpassages, along.sum() / block.scale)
     passages = Passages(block, targets)
-    terms = first_pass(passages, targets, weights, symmetric=symmetric)
+    loss, terms = first_pass([Direction(passages, columns=symmetric)], targets, weights)
     if not gradients:
-        return InfoNCE(terms.loss)
-    return InfoNCE(terms.loss, *second_pass(passages, terms), passages.along.sum() / block.scale)
+        return InfoNCE(loss)
+    return InfoNCE(loss, *second_pass(passages, terms[0]), passages.along.sum() / block.scale)
 
 
 def block_of(
@@ -169,6 +173,8 @@ def _tables(
             raise ValueError("expected exclusions.passage_ids, known_ptr and known_ids as int64")
         if exclusions.threshold is not None:
             _check_vector("exclusions.threshold", exclusions.threshold, B, queries)
+        if exclusions.guide is not None:
+            _check_guide(exclusions.guide, B, N, queries)
     return MaskTables.of(exclusions, torch.full((B,), -1, device=queries.device) if targets is None else targets, N)
 
 
@@ -188,6 +194,14 @@ def _check(queries: Tensor, passages: Tensor, scale: float, precision: str, work
         raise ValueError(f"expected precision bf16, high or fp32, received {precision!r}")
     if workspace_mib is not None and workspace_mib < 1:
         raise ValueError(f"expected workspace_mib of at least 1, received {workspace_mib}")
+
+
+def _check_guide(guide: Guide, B: int, N: int, like: Tensor) -> None:
+    _check_vector("exclusions.guide.limit", guide.limit, B, like)
+    rows, half = (len(guide.queries), len(guide.passages)), guide.queries.dtype == guide.passages.dtype == torch.float16
+    if rows != (B, N) or not half or guide.queries.shape[1:] != guide.passages.shape[1:]:
+        received = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (guide.queries, guide.passages))
+        raise ValueError(f"exclusions.guide: expected float16 [{B}, G] and [{N}, G], received {received}")
 
 
 def _some_ignored(extent: Deferred, N: int) -> bool:

@@ -78,13 +78,13 @@ class TiledBlock(Block):
         if self.largest is None:
             lengths = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in self.operands)
             norms = [length.amax(0, keepdim=True) for length in lengths]
-            most = norms[0] * norms[1] * (self.scale * LOG2E)
+            most = norms[0] * norms[1] * (self._largest_scale * LOG2E)
             top, bound = most - _HEADROOM, Deferred(most)
         else:
-            known = self.largest * _ROUNDING * self.scale * LOG2E
+            known = self.largest * _ROUNDING * self._largest_scale * LOG2E
             top = queries.new_full((1,), known - _HEADROOM, dtype=torch.float32)
             bound = Deferred(torch.tensor([known], device="cpu"))
-        if self.scale <= _UNIT_SCALE or bound.get()[0] <= _SAFE_BOUND:
+        if self._largest_scale <= _UNIT_SCALE or bound.get()[0] <= _SAFE_BOUND:
             return Shifts(top.expand(len(queries)).contiguous(), top, bound, False)
         return Shifts(self._sampled_shifts(queries, passages, top), top, bound, True)
 
@@ -176,14 +176,16 @@ class TiledBlock(Block):
         asked = asked._replace(
             row_shift=None if asked.row_shift is None else asked.row_shift[i],
             column_shift=None if asked.column_shift is None else asked.column_shift[j],
+            own_factor=self.own_scale / self.in_batch_scale,
             written=written[0] if written else None,
             residual=written[1] if len(written) > 1 else None,
             accurate=self.precision == "high",
             row_start=i.start,
             column_start=j.start,
         )
-        kernel = tiles_hopper if tiles_hopper.can_do(asked) and tiles_hopper.fits(queries) else tiles
-        return kernel.tile_pass(queries[i], passages[j], self.scale, self.masks, asked)
+        hopper = self.masks.guide is None and tiles_hopper.can_do(asked) and tiles_hopper.fits(queries)
+        kernel = tiles_hopper if hopper else tiles
+        return kernel.tile_pass(queries[i], passages[j], self.in_batch_scale, self.masks, asked)
 
     def rows_at_once(self) -> int:
         """How many rows of logits, over all columns, fit in the workspace; if possible whole waves of dQ's tiles."""
@@ -219,6 +221,10 @@ class TiledBlock(Block):
         return min(_AUTO_WORKSPACE, free // 2)
 
     @property
+    def _largest_scale(self) -> float:
+        return max(self.in_batch_scale, self.own_scale)
+
+    @property
     def _bytes_each(self) -> int:
         return 2 if self.precision == "bf16" else 4
 
@@ -245,7 +251,7 @@ class TiledBlock(Block):
         """A shift below the largest logit of each row of x with a sample of `others`, and at most `top`."""
         sample = others[:: max(1, len(others) // _SAMPLE)][:_SAMPLE]
         largest = torch.cat([(x[i] @ sample.T).amax(dim=1).float() for i in slices(len(x), 65536)])
-        return torch.minimum((largest * (self.scale * LOG2E)).add_(_HEADROOM / 2), top)
+        return torch.minimum((largest * (self.in_batch_scale * LOG2E)).add_(_HEADROOM / 2), top)
 
     def _gradient_pass(self, row_log_weights: Tensor, column_log_weights: Tensor | None) -> Pass:
         """The pass that writes scale · 2^x · weight, by factors and an offset where that is safe, else by shifts."""

@@ -33,7 +33,8 @@ class Block:
     matrix.
 
     With s_ij = ⟨q_i, p_j⟩ and neg the pairs that `masks` leave. A target is a known positive and so never a negative:
-    its own term is added by the caller. Results are float32 (float64 for float64 inputs). Blocks are made by
+    its own term is added by the caller. A negative's logit is scale · s_ij + α · stop_gradient(s_ij), α being the
+    pair's hardness in `masks`, mostly 0. Results are float32 (float64 for float64 inputs). Blocks are made by
     `kernels.infonce.api.block_of`, which checks what they are made of and takes the subclass on Triton's kernels.
     """
 
@@ -45,8 +46,18 @@ class Block:
     workspace_mib: int | None = None
     largest: float | None = None
 
+    @property
+    def in_batch_scale(self) -> float:
+        """What a negative's logit is to its similarity."""
+        return self.scale + self.masks.hardness.in_batch
+
+    @property
+    def own_scale(self) -> float:
+        """`in_batch_scale` of a query's own negatives."""
+        return self.scale + self.masks.hardness.own
+
     def lse(self, columns: bool = False) -> tuple[Tensor, Tensor | None]:
-        """row_lse_i = log Σ_{j : (i,j) ∈ neg} exp(scale · s_ij), [B], and, where `columns`, the same over i, [N] (else
+        """row_lse_i = log Σ_{j : (i,j) ∈ neg} exp(logit_ij), [B], and, where `columns`, the same over i, [N] (else
         None); −inf where nothing is left to sum.
         """
         queries, passages = self._values()
@@ -68,9 +79,9 @@ class Block:
     ) -> tuple[Tensor, Tensor | None]:
         """dqueries [B, D] = scale · G P and, where `of_passages`, dpassages [N, D] = scale · Gᵀ Q (else None).
 
-        G_ij = exp(scale · s_ij + row_log_weights_i) + exp(scale · s_ij + column_log_weights_j) on the negatives, else
-        0: with row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that
-        contains these negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out.
+        G_ij = exp(logit_ij + row_log_weights_i) + exp(logit_ij + column_log_weights_j) on the negatives, else 0: with
+        row_log_weights = log w − row_lse' this is the gradient of Σ_i w_i · row_lse'_i for any lse' that contains these
+        negatives. row_log_weights [B], column_log_weights [N] or None: −inf leaves a row or column out.
         A `dqueries` [B, D] that is passed in, contiguous, is added to in place and returned, so that blocks sum up.
         """
         queries, passages = self._values()
@@ -116,16 +127,31 @@ class Block:
         return rounded(self.queries, self.precision), rounded(self.passages, self.precision)
 
     def _tiles(self, queries: Tensor, passages: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Every tile of scale · Q Pᵀ with −inf on the excluded pairs, and the slices it stands at."""
-        rows, columns = self.masks.pairs()
+        """Every tile of negatives' logits with −inf on the excluded pairs, and the slices it stands at."""
+        excluded, own = self.masks.pairs(), self.masks.further.split()[1]
         for r in range(0, len(queries), _TILE_ROWS):
             i = slice(r, min(r + _TILE_ROWS, len(queries)))
             for c in range(0, len(passages), _TILE_COLUMNS):
                 j = slice(c, min(c + _TILE_COLUMNS, len(passages)))
                 similarities = queries[i] @ passages[j].T
-                logits = self.scale * similarities
-                inside = (rows >= i.start) & (rows < i.stop) & (columns >= j.start) & (columns < j.stop)
-                logits[rows[inside] - i.start, columns[inside] - j.start] = -torch.inf
+                logits = self.in_batch_scale * similarities
+                at = _inside(own.rows, own.columns, i, j)
+                logits[at] = self.own_scale * similarities[at]
+                logits[_inside(*excluded, i, j)] = -torch.inf
                 if self.masks.threshold is not None:
                     logits.masked_fill_(similarities > self.masks.threshold[i, None], -torch.inf)
-                yield i, j, logits
+                yield i, j, self._guided(logits, i, j)
+
+    def _guided(self, logits: Tensor, i: slice, j: slice) -> Tensor:
+        """The tile of logits at `i` and `j` with −inf on the pairs that the guide excludes, in place."""
+        guide = self.masks.guide
+        if guide is None:
+            return logits
+        similarities = guide.queries[i].float() @ guide.passages[j].float().T
+        return logits.masked_fill_(similarities > guide.limit[i, None], -torch.inf)
+
+
+def _inside(rows: Tensor, columns: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
+    """Those of the pairs that lie in the tile at `i` and `j`, counted from its corner."""
+    inside = (rows >= i.start) & (rows < i.stop) & (columns >= j.start) & (columns < j.stop)
+    return rows[inside] - i.start, columns[inside] - j.start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,32 +11,40 @@ from torch import Tensor
 
 
 class Terms(NamedTuple):
-    """What follows from the log-sum-exps; −inf and 0 leave a row or a column out of the gradient."""
+    """What the gradient of one set of blocks needs; −inf and 0 leave a row or a column out of it."""
 
-    loss: Tensor  # [B]
     row_log_weights: Tensor  # [B]: log of what e^logit is multiplied with in row i's part of the gradient at the logits
-    column_log_weights: Tensor | None  # [N]: likewise for the columns; None in one direction
+    column_log_weights: Tensor | None  # [N]: likewise for the columns; None: no direction sums over them
     target_gradient: Tensor  # [B]: −dL/dlogit of the row's target
 
-    @staticmethod
-    def of(row_lse: Tensor, column_lse: Tensor | None, logit: Tensor, targets: Tensor, weights: Tensor) -> Terms:
-        """logit [B] is that of the target; row_lse [B] and column_lse [N] (None: one direction) are of the negatives;
-        weights [B] ≥ 0.
 
-        loss = log(1 + e^{lse − logit}), whose gradient at the target's logit is −w·σ(lse − logit), and at a negative's
-        logit s w·σ(lse − logit)·e^{s − lse}. Symmetric, both directions count half.
+class Losses(NamedTuple):
+    """Every query's loss, and how its gradient is shared out."""
+
+    loss: Tensor  # [B]
+    shares: list[Tensor]  # of each direction [B]: the gradient at the log-sum-exp of its negatives
+    target_gradient: Tensor  # [B]: −dL/dlogit of the row's target, the sum of the shares
+
+    @staticmethod
+    def of(lses: Sequence[Tensor], logit: Tensor, weights: Tensor, joint_targets: int = 0) -> Losses:
+        """lses: of each direction [B], log Σ e^{negative's logit}; logit [B] of the target; weights [B] ≥ 0 of losses.
+
+        Each direction has a softmax of its own, and the loss is their mean: log(1 + e^{lse − logit}), whose gradient at
+        the target's logit is −w·σ(lse − logit), and at a negative's logit s w·σ(lse − logit)·e^{s − lse}. With
+        `joint_targets` m ≥ 1 there is one softmax over all directions, in which the target stands m times: the loss is
+        log(m + e^{lse − logit}) with the lse of all.
         """
-        against_row = row_lse - logit
-        loss, of_rows = log_one_plus_exp(against_row), weights * against_row.sigmoid()
-        target_gradient, column_log_weights = of_rows, None
-        if column_lse is not None:
-            against_column = column_lse[targets] - logit
-            loss = (loss + log_one_plus_exp(against_column)) / 2
-            of_rows, of_columns = of_rows / 2, weights * against_column.sigmoid() / 2
-            target_gradient = of_rows + of_columns
-            # A passage that several queries have as target has a term for each.
-            column_log_weights = _log_weights(sum_by_target(of_columns, targets, len(column_lse)), column_lse)
-        return Terms(loss, _log_weights(of_rows, row_lse), column_log_weights, target_gradient)
+        pools = [lses] if joint_targets else [[lse] for lse in lses]
+        log_m = math.log(max(1, joint_targets))
+        loss, target_gradient, shares = torch.zeros_like(logit), torch.zeros_like(logit), []
+        for pool in pools:
+            lse = pool[0] if len(pool) == 1 else torch.stack(list(pool)).logsumexp(dim=0)
+            against = lse - logit - log_m
+            of_pool = weights * against.sigmoid() / len(pools)
+            loss = loss + (log_one_plus_exp(against) + log_m) / len(pools)
+            target_gradient = target_gradient + of_pool
+            shares += [of_pool * (part - lse).nan_to_num(nan=0.0).exp() for part in pool]  # NaN: both are −inf
+        return Losses(loss, shares, target_gradient)
 
 
 def log_one_plus_exp(x: Tensor) -> Tensor:
@@ -53,5 +63,8 @@ def sum_by_target(values: Tensor, targets: Tensor, N: int) -> Tensor:
     return torch._index_put_impl_(values.new_zeros(N), (targets,), values, accumulate=True, unsafe=True)
 
 
-def _log_weights(target_gradient: Tensor, lse: Tensor) -> Tensor:
-    return torch.where(target_gradient > 0, target_gradient.log() - lse, -torch.inf)
+def log_weights(share: Tensor, lse: Tensor) -> Tensor:
+    """log of what e^logit is multiplied with in the gradient, where all e^logit sum to e^lse and their gradients to
+    `share`.
+    """
+    return torch.where(share > 0, share.log() - lse, -torch.inf)

@@ -2,7 +2,7 @@
 """The Triton kernel of the contrastive loss: one pass over the tiles of scale · Q Pᵀ.
 
 `tile_pass` visits every tile of logits x_ij = scale · log₂e · ⟨q_i, p_j⟩ (base 2 throughout) once, drops the excluded
-pairs and, as asked,
+pairs, multiplies those of own negatives with their factor and, as asked,
 
     writes   E_ij = 2^(x_ij − row_shift_i) [+ 2^(x_ij − column_shift_j)]
              as bf16, as a bf16 pair (value, residual) or as fp32;
@@ -73,6 +73,7 @@ class Pass(NamedTuple):
     maximum: bool = False  # by maxima instead of sums
     clamp: bool = False
     accurate: bool = False
+    own_factor: float = 1.0  # of own negatives' logits, where the masks list these
     row_start: int = 0
     column_start: int = 0
 
@@ -85,7 +86,7 @@ def _exponential(x, scale_log2, shift, CLAMP: tl.constexpr):
     return tl.exp2(y)
 
 
-@triton.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride"])
+@triton.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride", "own_factor"])
 def _tile_pass(
     queries,  # descriptor [B, D]
     passages,  # descriptor [N, D]
@@ -95,17 +96,23 @@ def _tile_pass(
     column_shift,  # [N] or None
     targets,  # [all rows] int32: a column excluded from each row, −1: none
     threshold,  # [all rows] or None, in similarity units
-    pair_ptr,  # [all row tiles · all column tiles + 1] int32 or None: further excluded pairs, by tile
+    pair_ptr,  # [all row tiles · all column tiles + 1] int32 or None: further pairs, by tile
     pair_rows,
     pair_columns,
+    pair_term,  # −inf: excluded, 0: own negative; None: all are excluded
+    guide_limit,  # [all rows] or None: pairs that the guide finds more similar are excluded
+    guide_queries,  # descriptor [all rows, G]
+    guide_passages,  # descriptor [all columns, G]
     row_out,  # [column tiles, B] or None
     column_out,  # [row tiles, N] or None
     B,
     N,
     D,
+    G,
     row_start,  # where this block stands in the masks
     column_start,
     pair_stride,
+    own_factor,
     scale_log2,
     # FACTORED: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j),
     # with one exponential where that is safe
@@ -135,6 +142,13 @@ def _tile_pass(
         first_column = column_tile * BLOCK_N
 
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        if guide_limit is not None:
+            for g in tl.range(0, G, BLOCK_D):
+                guide_q = guide_queries.load([row_start + first_row, g])
+                x = tl.dot(guide_q, guide_passages.load([column_start + first_column, g]).T, x, input_precision="ieee")
+            guide_rows = first_row + tl.arange(0, BLOCK_B)
+            limit = tl.load(guide_limit + row_start + guide_rows, guide_rows < B, other=0.0)
+            x = tl.where(x > limit[:, None], -float("inf"), 0.0)  # −inf stays when the similarities are added
         if CHUNK is None:
             for d in tl.range(0, D, BLOCK_D):
                 x = tl.dot(
@@ -176,7 +190,11 @@ def _tile_pass(
             )
             for pair in tl.range(tl.load(pairs), tl.load(pairs + 1)):
                 row = mask_rows == tl.load(pair_rows + pair)
-                x = tl.where(row[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :], -float("inf"), x)
+                here = row[:, None] & (mask_columns == tl.load(pair_columns + pair))[None, :]
+                if pair_term is None:
+                    x = tl.where(here, -float("inf"), x)
+                else:
+                    x = tl.where(here, x * own_factor + tl.load(pair_term + pair), x)
 
         if MAXIMUM:
             x *= scale_log2
@@ -223,6 +241,10 @@ def aligned(x: Tensor) -> Tensor:
     return copy.copy_(x)
 
 
+def _descriptor(x: Tensor, rows: int, inner: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(aligned(x), [rows, inner])
+
+
 def tile_pass(
     queries: Tensor, passages: Tensor, scale: float, masks: MaskTables, asked: Pass, tile: Tile | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -239,30 +261,33 @@ def tile_pass(
     column_out = queries.new_empty(row_tiles, N, dtype=torch.float32) if asked.columns else None
     block = [tile.rows, tile.columns]
     programs = persistent_grid(queries, row_tiles * column_tiles, 1)
-    pair_ptr, pair_rows, pair_columns = masks.pairs_by_tile(tile.rows, tile.columns)
-    if pair_ptr is not None and (asked.row_start % tile.rows or asked.column_start % tile.columns):
+    pairs, guide = masks.pairs_by_tile(tile.rows, tile.columns), masks.guide
+    if pairs[0] is not None and (asked.row_start % tile.rows or asked.column_start % tile.columns):
         start = f"{asked.row_start}, {asked.column_start}"
         raise ValueError(f"expected a block that starts on a tile of {tile.rows} × {tile.columns}, received {start}")
     _tile_pass[(programs,)](
-        TensorDescriptor.from_tensor(queries, [tile.rows, tile.inner]),
-        TensorDescriptor.from_tensor(passages, [tile.columns, tile.inner]),
+        _descriptor(queries, tile.rows, tile.inner),
+        _descriptor(passages, tile.columns, tile.inner),
         TensorDescriptor.from_tensor(asked.written, block) if asked.written is not None else None,
         TensorDescriptor.from_tensor(asked.residual, block) if asked.residual is not None else None,
         asked.row_shift,
         asked.column_shift,
         masks.targets,
         masks.threshold,
-        pair_ptr,
-        pair_rows,
-        pair_columns,
+        *pairs,
+        None if guide is None else guide.limit,
+        None if guide is None else _descriptor(guide.queries, tile.rows, tile.inner),
+        None if guide is None else _descriptor(guide.passages, tile.columns, tile.inner),
         row_out,
         column_out,
         B,
         N,
         D,
+        0 if guide is None else guide.queries.shape[1],
         asked.row_start,
         asked.column_start,
         triton.cdiv(masks.N, tile.columns),
+        asked.own_factor,
         scale * LOG2E,
         asked.offset or 0.0,
         FACTORED=asked.offset is not None,

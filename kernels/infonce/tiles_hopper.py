@@ -75,8 +75,8 @@ def _exponentials(
 @gluon.jit
 def _reduce(
     q_stages, p_stages, staging, ready, free, begun, written, row_shift, column_shift, targets, threshold,
-    pair_ptr, pair_rows, pair_columns, row_out, column_out,
-    B, N, D, row_start, column_start, pair_stride, scale_log2, offset, FACTORED: gl.constexpr,
+    pair_ptr, pair_rows, pair_columns, pair_term, row_out, column_out,
+    B, N, D, row_start, column_start, pair_stride, own_factor, scale_log2, offset, FACTORED: gl.constexpr,
     RAGGED_COLUMNS: gl.constexpr,
     LOWER: gl.constexpr,
 ):
@@ -116,7 +116,10 @@ def _reduce(
                 column = gl.load(pair_columns + pair) - column_start - first_column
                 here = (gl.arange(0, ROWS, gl.SliceLayout(1, TILE)) == row)[:, None]
                 here &= (gl.arange(0, COLUMNS, gl.SliceLayout(0, TILE)) == column)[None, :]
-                x = gl.where(here, -float("inf"), x)
+                if pair_term is None:
+                    x = gl.where(here, -float("inf"), x)
+                else:
+                    x = gl.where(here, x * own_factor + gl.load(pair_term + pair), x)
 
         left, right = halves(x)
         total = _exponentials(
@@ -136,7 +139,7 @@ def _reduce(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride"])
+@gluon.jit(do_not_specialize=["B", "N", "row_start", "column_start", "pair_stride", "own_factor"])
 def _tile_pass_hopper(
     queries,  # descriptor [B, D], blocks of 64 × 64
     passages,  # descriptor [N, D], blocks of 256 × 64
@@ -148,6 +151,7 @@ def _tile_pass_hopper(
     pair_ptr,  # by tiles of 64 × 256
     pair_rows,
     pair_columns,
+    pair_term,
     row_out,
     column_out,  # [2 · row tiles, N] or None
     B,
@@ -156,6 +160,7 @@ def _tile_pass_hopper(
     row_start,
     column_start,
     pair_stride,
+    own_factor,
     scale_log2,
     offset,
     FACTORED: gl.constexpr,
@@ -168,16 +173,14 @@ def _tile_pass_hopper(
             (_reduce, (
                 q_stages, p_stages, staging.index(0), ready, free, begun, written, row_shift, column_shift, targets,
                 threshold,
-                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride,
-                scale_log2,
-                offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(0),
+                pair_ptr, pair_rows, pair_columns, pair_term, row_out, column_out, B, N, D, row_start, column_start,
+                pair_stride, own_factor, scale_log2, offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(0),
             )),
             (_reduce, (
                 q_stages, p_stages, staging.index(1), ready, free, begun, written, row_shift, column_shift, targets,
                 threshold,
-                pair_ptr, pair_rows, pair_columns, row_out, column_out, B, N, D, row_start, column_start, pair_stride,
-                scale_log2,
-                offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(1),
+                pair_ptr, pair_rows, pair_columns, pair_term, row_out, column_out, B, N, D, row_start, column_start,
+                pair_stride, own_factor, scale_log2, offset, FACTORED, RAGGED_COLUMNS, gl.constexpr(1),
             )),
             (copy_tiles, (queries, passages, q_stages, p_stages, ready, free, B, N, D)),
         ],
@@ -226,6 +229,7 @@ def tile_pass(
         asked.row_start,
         asked.column_start,
         triton.cdiv(masks.N, 256),
+        asked.own_factor,
         scale * LOG2E,
         asked.offset or 0.0,
         FACTORED=asked.offset is not None,

@@ -7,13 +7,15 @@ where blocks come from, and adds up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels.infonce.reference import Block
-from kernels.infonce.terms import Terms
+from kernels.infonce.terms import Losses, Terms, log_weights, sum_by_target
 
 
 class Step(NamedTuple):
@@ -60,12 +62,36 @@ class Passages:
         return dqueries, dpassages
 
 
-def first_pass(passages: Passages, targets: Tensor, weights: Tensor, *, symmetric: bool) -> Terms:
-    """The losses [B] and what the second pass needs; targets [B]: the column of each query's target among own passages,
-    weights [B] ≥ 0: of its loss, 0 where it is ignored.
+class Direction(NamedTuple):
+    """Blocks from one source of passages, and which of their sums are a direction of the loss."""
+
+    passages: Passages
+    rows: bool = True  # every query among its passages
+    columns: bool = False  # every target among its queries
+
+
+def first_pass(
+    directions: Sequence[Direction], targets: Tensor, weights: Tensor, joint_targets: int = 0
+) -> tuple[Tensor, list[Terms]]:
+    """The losses [B] and what the second pass of each of `directions` needs.
+
+    The first one's own passages hold the targets: targets [B] are columns among them. weights [B] ≥ 0: of a query's
+    loss, 0 where it is ignored. `joint_targets` is that of `Losses.of`.
     """
-    row_lse, column_lse, logits = _answered(passages.forward(), lambda step: step.block.lse(symmetric))
-    return Terms.of(row_lse, column_lse, logits, targets, weights)
+    sums = [_answered(d.passages.forward(), partial(_lse, columns=d.columns)) for d in directions]
+    lses = []
+    for direction, (row_lse, column_lse, _) in zip(directions, sums, strict=True):
+        lses += [row_lse] if direction.rows else []
+        lses += [column_lse[targets]] if direction.columns else []
+    loss, shares, target_gradient = Losses.of(lses, sums[0][2], weights, joint_targets)
+    terms: list[Terms] = []
+    for direction, (row_lse, column_lse, _) in zip(directions, sums, strict=True):
+        of_rows = log_weights(shares.pop(0), row_lse) if direction.rows else torch.full_like(row_lse, -torch.inf)
+        of_columns = None
+        if direction.columns:  # a passage that several queries have as target has a term for each
+            of_columns = log_weights(sum_by_target(shares.pop(0), targets, len(column_lse)), column_lse)
+        terms.append(Terms(of_rows, of_columns, torch.zeros_like(loss) if terms else target_gradient))
+    return loss, terms
 
 
 def second_pass(passages: Passages, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -79,6 +105,10 @@ def second_pass(passages: Passages, terms: Terms) -> tuple[Tensor, Tensor]:
 
     dqueries, dpassages = _answered(passages.backward(terms), gradient)
     return dqueries, dpassages
+
+
+def _lse(step: Step, columns: bool) -> tuple[Tensor, Tensor | None]:
+    return step.block.lse(columns)
 
 
 def _answered(steps: Generator[Step, Any, Any], answer: Callable[[Step], Any]) -> Any:

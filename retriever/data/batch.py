@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.infonce.exclusions import Exclusions, Pairs, Pools, further_pairs
+from kernels.infonce.exclusions import Exclusions, further_pairs
+from kernels.infonce.rules import Guide, Lists, Pairs, Pools
 from retriever.config import Config, ConfigError
 from retriever.data.chunks import Ahead, Chunking, Chunks
 from retriever.data.layout import OfTensors
@@ -24,9 +25,11 @@ from retriever.parallel.world import World
 
 
 class KnownPairs(NamedTuple):
-    """Which of this rank's queries and all ranks' passages are no negatives, looked up beforehand."""
+    """Which of this rank's queries and all ranks' passages are no plain negatives, looked up beforehand."""
 
-    pairs: Pairs  # the queries' own targets aside; columns counted over all ranks' passages, rank after rank
+    # Without the queries' own targets, with their own negatives where the loss asks for these; columns counted over all
+    # ranks' passages, rank after rank.
+    pairs: Pairs
     counts: tuple[int, ...]  # passages of each rank
 
 
@@ -43,11 +46,19 @@ class Targets(OfTensors):
     known_pairs: KnownPairs | None = None  # of `known_ids`; None: to be looked up where the ranks' passages meet
     ignores: bool | None = None  # whether any row is ignored; None: not asked yet
     pools: Pools | None = None  # of queries and of all ranks' passages; None: a query sees every passage
+    own: Lists | None = None  # each row's own negatives in the global batch, where the loss asks for them
+    guide: Guide | None = None  # a guide model's vectors, where there is one
 
     def to(self, device: torch.device) -> Targets:
         """A copy on `device`, `ignores` known. Raises ValueError where a positive is none of the N columns."""
         ignores = self._ignores() if self.ignores is None else self.ignores
         return replace(super().to(device), ignores=ignores)
+
+    @property
+    def exclusions(self) -> Exclusions:
+        """Which pairs are no negatives, by what is known of the texts."""
+        ids = self.passage_ids, self.known_ptr, self.known_ids
+        return Exclusions(*ids, guide=self.guide, own=self.own, pools=self.pools)
 
     def reordered(self, query_rows: Tensor, passage_rows: Tensor) -> Targets:
         """The targets of a batch whose row i is query_rows[i] [B] of the queries, passage_rows[i] [N] of the passages.
@@ -57,16 +68,19 @@ class Targets(OfTensors):
         column_of = torch.empty_like(passage_rows)
         column_of[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
         positives = self.positives[query_rows]
-        known = Exclusions(self.passage_ids, self.known_ptr, self.known_ids).of_rows(query_rows)
+        exclusions = self.exclusions.of_rows(query_rows)
+        guide = exclusions.guide
         return replace(
             self,
             positives=column_of[positives.clamp(min=0)].where(positives >= 0, -1),
             passage_ids=self.passage_ids[passage_rows],
-            known_ptr=known.known_ptr,
-            known_ids=known.known_ids,
+            known_ptr=exclusions.known_ptr,
+            known_ids=exclusions.known_ids,
+            own=exclusions.own,
+            guide=None if guide is None else guide._replace(passages=guide.passages[passage_rows]),
             groups=None,
             known_pairs=None,
-            pools=None if self.pools is None else self.pools._replace(rows=self.pools.rows[query_rows]),
+            pools=exclusions.pools,
         )
 
     def _ignores(self) -> bool:
@@ -125,16 +139,19 @@ class BatchLoader:
         scored = scored_negatives(store, mine, whole.passages, loss.teacher_margin) if self._asks_teacher else None
         if scored is not None and scored.are_false.any():
             known = scored.add_to(known)
+        own = store.negatives.take(mine.queries).within(whole.passages) if loss.needs_own_negatives else None
         targets = Targets(
             torch.from_numpy(mine.targets),
             torch.from_numpy(mine.passages),
-            torch.from_numpy(np.ascontiguousarray(known.ptr)),
-            torch.from_numpy(np.ascontiguousarray(known.ids)),
+            *_lists(known),
             global_queries=len(whole.queries),
+            own=None if own is None else _lists(own),
+            guide=store.guide and store.guide.of(mine.queries, mine.passages, mine.targets, loss),
             groups=scored.groups() if scored is not None and (loss.distils or loss.custom) else None,
-            known_pairs=_known_pairs(mine, known, rank) if self._looks_up else None,
             pools=_pools(whole, mine),
         )
+        if self._looks_up:
+            targets = replace(targets, known_pairs=_known_pairs(mine, targets.exclusions, rank))
         if self._world.device.type == "cuda":
             targets = targets.pinned()
         most = self._most_chunks(whole, *lengths) if self._world.sharded else (0, 0)
@@ -181,10 +198,12 @@ def _pools(whole: GlobalBatch, mine: RankSlice) -> Pools | None:
     return Pools(*map(torch.from_numpy, (mine.pools, whole.passages, whole.passage_pools)))
 
 
-def _known_pairs(mine: RankSlice, known: Csr, rank: int) -> KnownPairs:
-    """The pairs of the slice's queries and the passages `known` to them among all ranks' passages."""
-    exclusions = Exclusions(
-        *(torch.from_numpy(np.ascontiguousarray(ids)) for ids in (mine.every_passage, known.ptr, known.ids))
-    )
+def _lists(relation: Csr) -> Lists:
+    return Lists(*(torch.from_numpy(np.ascontiguousarray(part)) for part in relation))
+
+
+def _known_pairs(mine: RankSlice, exclusions: Exclusions, rank: int) -> KnownPairs:
+    """The listed pairs of the slice's queries among all ranks' passages."""
+    exclusions = replace(exclusions, passage_ids=torch.from_numpy(np.ascontiguousarray(mine.every_passage)))
     targets = torch.from_numpy(mine.targets + sum(mine.counts[:rank]))
     return KnownPairs(further_pairs(exclusions, targets), mine.counts)

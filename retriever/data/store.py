@@ -22,6 +22,7 @@ from retriever.checksums import damaged, own_cache
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import open_source
+from retriever.data.guide import GuideVectors
 from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
@@ -73,6 +74,7 @@ class Store:
         self.known = self._relation("known")
         self.positive_scores = self._scores("positives")  # [positives.ptr[-1]] or None
         self.negative_scores = self._scores("negatives")  # [negatives.ptr[-1]] or None
+        self.guide: GuideVectors | None = None  # of a run that has a guide model
 
     def _relation(self, name: str) -> Csr:
         return Csr(load_array(self._relations / f"{name}.ptr.npy"), load_array(self._relations / f"{name}.ids.npy"))
@@ -114,7 +116,7 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
         with replace_folder(folder) as building:
             StoreBuilder(building, config, tokenizer, progress).build(sources, manifest)
 
-    _ensure(folder, lambda: _problem(folder, data.verify), make)
+    made_once(folder, lambda: _problem(folder, data.verify), make)
     return Store(folder, _encoded(folder, config, tokenizer))
 
 
@@ -147,11 +149,11 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
         positives, negatives = (store.positives, store.positive_scores), (store.negatives, store.negative_scores)
         write_encoded(encoded, equal, {"positives": positives, "known": (store.known, None), "negatives": negatives})
 
-    _ensure(encoded, problem, make)
+    made_once(encoded, problem, make)
     return encoded
 
 
-def _ensure(folder: Path, find_problem: Callable[[], str | None], make: Callable[[], None]) -> None:
+def made_once(folder: Path, find_problem: Callable[[], str | None], make: Callable[[], None]) -> None:
     """Makes `folder` where something is wrong with it. One process makes it, the others wait and use it."""
     if find_problem() is None:
         return

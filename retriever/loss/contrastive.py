@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.infonce.api import Exclusions
+from kernels.infonce.api import Hardness
 from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import Groups, Targets
@@ -47,6 +47,12 @@ def false_negatives_from(queries: Tensor, targets: Tensor, margin: float) -> Ten
         torch.finfo(similarity.dtype).eps ** (2 / 3) * queries.norm(dim=1) * targets.norm(dim=1)
     )  # 2.4e-5 of unit vectors in float32
     return similarity + rounding.clamp(min=margin)
+
+
+def _inner_product(x: Tensor, y: Tensor) -> Tensor:
+    """Σ over all numbers of x · y [rows, D], in double precision."""
+    parts = zip(x.split(_ROWS_AT_ONCE), y.split(_ROWS_AT_ONCE), strict=True)
+    return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
 
 
 class ContrastiveObjective(nn.Module):
@@ -129,9 +135,12 @@ class ContrastiveObjective(nn.Module):
         problem = self._problem(queries, passages, targets, gradient_scale, temperature)
         row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
         if self.log_scale.requires_grad:
-            # dL/d(log scale) = Σ_ij dL/ds_ij · s_ij = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
-            parts = zip(problem.queries.split(_ROWS_AT_ONCE), dqueries.split(_ROWS_AT_ONCE), strict=True)
-            gradient = torch.stack([(q.double() * dq.double()).sum() for q, dq in parts]).sum().to(self.log_scale)
+            # dL/d(log scale) = Σ dL/ds · s over all pairs = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
+            gradient = _inner_product(problem.queries, dqueries)
+            if "query_to_query" in problem.directions or "passage_to_passage" in problem.directions:
+                # Then each pair is counted at both of its ends.
+                gradient = (gradient + _inner_product(problem.passages, dpassages)) / 2
+            gradient = gradient.to(self.log_scale)
             self.log_scale.grad = gradient if self.log_scale.grad is None else self.log_scale.grad + gradient
         loss = row_losses.sum() / targets.global_queries
         return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)
@@ -170,8 +179,13 @@ class ContrastiveObjective(nn.Module):
             threshold = threshold.masked_fill(
                 targets.positives < 0, -torch.inf
             )  # no column of an ignored row takes part
-        ids = targets.passage_ids, targets.known_ptr, targets.known_ids
-        exclusions = Exclusions(*ids, threshold, pools=targets.pools)
+        strength = self._config.hardness_strength
+        hardness = Hardness(
+            strength if self._config.hardness in ("own", "all") else 0.0,
+            strength if self._config.hardness in ("in_batch", "all") else 0.0,
+        )
+        exclusions = replace(targets.exclusions, threshold=threshold, hardness=hardness)
+        directions, partition = self._config.softmaxes
         return Problem(
             queries,
             passages,
@@ -179,7 +193,8 @@ class ContrastiveObjective(nn.Module):
             exclusions,
             scale=1.0 / temperature,
             weight=gradient_scale / targets.global_queries,
-            symmetric=self._config.symmetric,
+            directions=directions,
+            partition=partition,
             precision=self._config.precision,
             workspace_mib=None if self._config.workspace_mib == "auto" else self._config.workspace_mib,
             exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1

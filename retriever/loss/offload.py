@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Block, Exclusions, MaskTables
-from kernels.infonce.exclusions import Pools
+from kernels.infonce.api import Block, Lists, MaskTables
+from kernels.infonce.rules import Pairs, Pools
 from kernels.infonce.terms import Terms
 from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.problem import Problem
@@ -32,7 +32,7 @@ from retriever.parallel.world import World
 # In bf16 on an H100, the work on a block hides copies at 30 GB/s, those of a sweep's first block aside.
 BLOCK_ROWS = 32_768
 
-PairsByBlock = dict[tuple[int, int], tuple[Tensor, Tensor]]
+PairsByBlock = dict[tuple[int, int], Pairs]
 
 
 def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,22 +42,24 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     8·b·n·D operations; the device holds about 28·R·D bytes of blocks of R rows in bf16 (40 with several ranks) and the
     workspace. (Cheng et al. 2024, arXiv:2410.17243)
     """
-    passages = HostPassages(problem, world)
-    found = passages.problem.contrast(passages)
-    passages.copies.finish()
+    copies = CopyStream(world.device)
+    on_device = _without_rows(problem, world.device)
+    found = on_device.contrast(lambda part: HostPassages(problem, part, world, copies))
+    copies.finish()
     return found
 
 
 class HostPassages(Passages):
     """All ranks' passages in blocks from host memory, which go round the ring for each block of own queries."""
 
-    def __init__(self, problem: Problem, world: World) -> None:
-        self.problem, self._world = _without_rows(problem, world.device), world
-        self._tables, self.copies = _Tables.of(self.problem, world), CopyStream(world.device)
-        size, blocks = self._tables.size, _blocks(world.counts(len(problem.queries)), self._tables.size)
-        passages = _host_copy(problem.passages, problem, world)
-        self._queries = HostRows(_host_copy(problem.queries, problem, world), size, blocks, self.copies)
-        self._passages = HostRows(passages, size, len(self._tables.counts), self.copies)
+    def __init__(self, on_host: Problem, problem: Problem, world: World, copies: CopyStream) -> None:
+        """`problem` without queries and passages, which those of `on_host` are, is on the device."""
+        self.problem, self._world = problem, world
+        self._tables = _Tables.of(problem, world)
+        size, blocks = self._tables.size, _blocks(world.counts(len(problem.positives)), self._tables.size)
+        passages = _host_copy(on_host.passages, problem, world)
+        self._queries = HostRows(_host_copy(on_host.queries, problem, world), size, blocks, copies)
+        self._passages = HostRows(passages, size, len(self._tables.counts), copies)
 
     def forward(self) -> FirstPass:
         logits = torch.zeros_like(self.problem.positives, dtype=self._queries.sums.dtype)  # [B]
@@ -122,7 +124,7 @@ class _Tables:
     size: int  # rows of a block
     counts: list[tuple[int, ...]]  # of each block of passages, the rows of every rank
     whole: BlockMasks  # of blocks that are ranks
-    known: dict[int, PairsByBlock]  # owner -> pairs
+    further: dict[int, PairsByBlock]  # owner -> pairs
     targets: PairsByBlock  # own rows that are not ignored, and their columns
 
     @staticmethod
@@ -136,9 +138,10 @@ class _Tables:
         blocks = _blocks(ranks, size)
         counts = [tuple(min(max(n - k * size, 0), size) for n in ranks) for k in range(blocks)]
         whole = BlockMasks.of(problem, Ring(world, ranks, ids).forth(), ranks, world.rank)
-        known = {owner: _by_block(rows, columns, size, blocks) for owner, (rows, columns) in whole.pairs.items()}
+        further = {owner: _by_block(pairs, size, blocks) for owner, pairs in whole.pairs.items()}
         active = problem.active.nonzero()[:, 0]
-        return _Tables(size, counts, whole, known, _by_block(active, problem.positives[active], size, blocks))
+        targets = _by_block(Pairs(active, problem.positives[active]), size, blocks)
+        return _Tables(size, counts, whole, further, targets)
 
     def masks(self, a: int, k: int, owner: int) -> MaskTables:
         """The tables of own queries in block a and of the passages in an owner's block k."""
@@ -147,22 +150,24 @@ class _Tables:
         if owner == whole.rank:
             within = whole.targets[i] - k * self.size
             targets = torch.where((within >= 0) & (within < count), within, -1)
-        threshold = None if whole.threshold is None else whole.threshold[i]
-        pools = None
+        own, pools = whole.exclusions, None
         if whole.pools is not None:
             rows, columns = whole.pools[owner]
             pools = rows[i], columns[k * self.size : k * self.size + count]
-        return MaskTables(*self._of_block(self.known[owner], a, k), targets, threshold, count, pools)
+        threshold = None if own.threshold is None else own.threshold[i]
+        further = self._of_block(self.further[owner], a, k)
+        return MaskTables(further, targets, threshold, count, hardness=own.hardness, pools=pools)
 
     def targets_in(self, a: int, k: int) -> tuple[Tensor, Tensor]:
         """The rows of block a whose targets are in own block k, and these, both counted from the start of their
         block.
         """
-        return self._of_block(self.targets, a, k)
+        found = self._of_block(self.targets, a, k)
+        return found.rows, found.columns
 
-    def _of_block(self, pairs: PairsByBlock, a: int, k: int) -> tuple[Tensor, Tensor]:
+    def _of_block(self, pairs: PairsByBlock, a: int, k: int) -> Pairs:
         nothing = self.whole.targets.new_empty(0, dtype=torch.int64)
-        return pairs.get((a, k), (nothing, nothing))
+        return pairs.get((a, k), Pairs(nothing, nothing))
 
 
 def _blocks(counts: Sequence[int], size: int) -> int:
@@ -170,25 +175,29 @@ def _blocks(counts: Sequence[int], size: int) -> int:
     return max(1, -(-max(counts) // size))
 
 
-def _by_block(rows: Tensor, columns: Tensor, size: int, blocks: int) -> PairsByBlock:
-    """The pairs (rows, columns), rows ascending, of each two blocks that have some, counted from the start of the
-    blocks; there are `blocks` of columns.
+def _by_block(pairs: Pairs, size: int, blocks: int) -> PairsByBlock:
+    """The pairs of each two blocks that have some, counted from the start of the blocks; there are `blocks` of
+    columns.
     """
-    key, order = (rows // size * blocks + columns // size).sort(stable=True)
+    key, order = (pairs.rows // size * blocks + pairs.columns // size).sort(stable=True)
     present, counts = key.unique_consecutive(return_counts=True)
-    parts = [x[order].remainder(size).split(counts.tolist()) for x in (rows, columns)]
-    return {
-        divmod(number, blocks): part for number, part in zip(present.tolist(), zip(*parts, strict=True), strict=True)
-    }
+    within = pairs._replace(rows=pairs.rows % size, columns=pairs.columns % size)
+    parts = order.split(counts.tolist())
+    return {divmod(number, blocks): within.select(part) for number, part in zip(present.tolist(), parts, strict=True)}
 
 
 def _without_rows(problem: Problem, device: torch.device) -> Problem:
     """`problem` with what is a number a row on the device, and without queries and passages."""
-    own = problem.exclusions
-    threshold = None if own.threshold is None else own.threshold.to(device)
-    pools = None if own.pools is None else Pools(*(x.to(device) for x in own.pools))
-    ids, ptr, known = (x.to(device) for x in (own.passage_ids, own.known_ptr, own.known_ids))
-    exclusions = Exclusions(ids, ptr, known, threshold, pools=pools)
+    on_host = problem.exclusions
+    exclusions = replace(
+        on_host,
+        passage_ids=on_host.passage_ids.to(device),
+        known_ptr=on_host.known_ptr.to(device),
+        known_ids=on_host.known_ids.to(device),
+        threshold=None if on_host.threshold is None else on_host.threshold.to(device),
+        pools=None if on_host.pools is None else Pools(*(x.to(device) for x in on_host.pools)),
+        own=None if on_host.own is None else Lists(*(x.to(device) for x in on_host.own)),
+    )
     nothing = problem.queries.new_empty(0, problem.queries.shape[1], device=device)
     return replace(
         problem, queries=nothing, passages=nothing, positives=problem.positives.to(device), exclusions=exclusions

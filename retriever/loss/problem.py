@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Block, Exclusions, MaskTables, Precision, block_of
-from kernels.infonce.two_pass import Passages, first_pass, second_pass
+from kernels.infonce.api import Block, Exclusions, Hardness, MaskTables, Precision, block_of
+from kernels.infonce.two_pass import Direction, Passages, first_pass, second_pass
 from retriever.data.batch import KnownPairs
+
+_QUERY_TO_PASSAGE = ("query_to_passage",)
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,9 @@ class Problem:
     exclusions: Exclusions  # the positive of a row is among its exclusions
     scale: float
     weight: float  # of each query's loss in the gradient: 1 / global queries, times the gradient scale
-    symmetric: bool
     precision: Precision
+    directions: tuple[str, ...] = _QUERY_TO_PASSAGE
+    partition: Literal["joint", "per_direction"] = "joint"
     workspace_mib: int | None = None  # of the tiled strategy on a GPU; None: up to 1 GiB of what is free
     exchange: Literal["ring", "gather"] = "gather"  # how the ranks of the tiled strategy see each other's passages
     block_rows: int | None = None  # of the tiled strategy's blocks where queries and passages are in host memory
@@ -45,6 +49,11 @@ class Problem:
         return self.positives.clamp(min=0)
 
     @property
+    def guide_passages(self) -> Tensor | None:
+        """A guide's vectors [N, G] of own passages, where there is one."""
+        return None if self.exclusions.guide is None else self.exclusions.guide.passages
+
+    @property
     def wire_dtype(self) -> torch.dtype:
         """The dtype in which representations go to other ranks and to host memory: their values are exact in it."""
         return torch.bfloat16 if self.precision == "bf16" else self.passages.dtype
@@ -56,9 +65,83 @@ class Problem:
             precision=self.precision, workspace_mib=self.workspace_mib, largest=self.largest,
         )  # fmt: skip
 
-    def contrast(self, passages: Passages) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [B] and both gradients in two passes. (Cheng et al. 2024, arXiv:2410.17243)"""
+    @property
+    def symmetric(self) -> bool:
+        """Whether a target is compared with all queries."""
+        return "passage_to_query" in self.directions
+
+    def contrast(self, passages_of: Callable[[Problem], Passages]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [B] and both gradients in two passes over the blocks of every direction, which `passages_of` brings.
+        (Cheng et al. 2024, arXiv:2410.17243)
+        """
         weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
         weights.masked_fill_(self.active, self.weight)
-        terms = first_pass(passages, self.columns, weights, symmetric=self.symmetric)
-        return terms.loss.where(self.active, 0.0), *second_pass(passages, terms)
+        parts = list(self._parts())
+        directions = [Direction(passages_of(part), rows, part.symmetric) for part, rows in parts]
+        joint_targets = 0 if self.partition == "per_direction" else 1 + self.symmetric
+        loss, terms = first_pass(directions, self.columns, weights, joint_targets)
+        found = [second_pass(direction.passages, term) for direction, term in zip(directions, terms, strict=True)]
+        dqueries, dpassages = found[0]
+        for (part, _), (drows, dcolumns) in zip(parts[1:], found[1:], strict=True):
+            if part.directions == ("passage_to_query",):
+                dqueries, dpassages = dqueries + drows, dpassages + dcolumns
+            elif part.passages is self.passages:  # passage to passage
+                dpassages = dpassages + dcolumns
+                dpassages.index_put_((self.columns,), drows, accumulate=True)
+            else:
+                dqueries = dqueries + drows
+                dqueries.index_put_((self._askers,), dcolumns, accumulate=True)
+        return loss.where(self.active, 0.0), dqueries, dpassages
+
+    @cached_property
+    def _askers(self) -> Tensor:
+        """Rows of the queries that are not ignored."""
+        if self.ignores is False:
+            return torch.arange(len(self.queries), device=self.queries.device)
+        return self.active.nonzero()[:, 0]
+
+    def _parts(self) -> Iterator[tuple[Problem, bool]]:
+        """Problems of queries and passages whose sums make up the directions, and whether those over rows are one. The
+        first has the queries and the passages.
+        """
+        own, apart = self.exclusions, self.symmetric and any(self.exclusions.hardness)
+        plain = replace(own, hardness=Hardness())
+        yield replace(self, directions=_QUERY_TO_PASSAGE) if apart else self, True
+        if apart:  # hardness is of query to passage alone
+            yield replace(self, exclusions=plain, directions=("passage_to_query",)), False
+        if "query_to_query" in self.directions:
+            yield self._among_queries(), True
+        if "passage_to_passage" in self.directions:
+            yield self._among_passages(), True
+
+    def _among_queries(self) -> Problem:
+        """Queries against queries: one whose target is known to a query is no negative of it."""
+        own, askers = self.exclusions, self._askers
+        place = torch.full_like(self.positives, -1)
+        place[askers] = torch.arange(len(askers), device=place.device)
+        guide = None if own.guide is None else own.guide._replace(passages=own.guide.queries[askers])
+        exclusions = replace(
+            own, passage_ids=own.passage_ids[self.columns[askers]], guide=guide, hardness=Hardness(), own=None
+        )
+        return replace(
+            self,
+            passages=self.queries[askers],
+            positives=place,
+            exclusions=exclusions,
+            directions=_QUERY_TO_PASSAGE,
+            known_pairs=None,
+        )
+
+    def _among_passages(self) -> Problem:
+        """Targets in place of their queries, against passages: a query's own negatives are none of its target."""
+        own, known = self.exclusions, self.known_pairs
+        lists = own.known if own.own is None else own.known.joined(own.own)
+        guide = None if own.guide is None else own.guide._replace(queries=own.guide.passages[self.columns])
+        exclusions = replace(own, known_ptr=lists.ptr, known_ids=lists.ids, guide=guide, hardness=Hardness(), own=None)
+        return replace(
+            self,
+            queries=self.passages[self.columns],
+            exclusions=exclusions,
+            directions=_QUERY_TO_PASSAGE,
+            known_pairs=None if known is None else known._replace(pairs=known.pairs._replace(term=None)),
+        )

@@ -9,14 +9,15 @@ one-directional.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.infonce.api import Block, Exclusions, MaskTables
-from kernels.infonce.exclusions import known_pairs
+from kernels.infonce.exclusions import further_pairs
+from kernels.infonce.rules import Pairs
 from kernels.infonce.terms import Terms
 from kernels.infonce.two_pass import FirstPass, Passages, SecondPass, Step
 from retriever.loss.problem import Problem
@@ -29,7 +30,7 @@ def ring(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 
     A rank holds its own rows, two blocks of passages and three of their gradients, whatever the number of ranks.
     """
-    return problem.contrast(RingPassages(problem, world))
+    return problem.contrast(lambda part: RingPassages(part, world))
 
 
 class RingPassages(Passages):
@@ -41,24 +42,28 @@ class RingPassages(Passages):
         self._counts = world.counts(len(own))
         # Ids go round ahead of the passages, whose first hop is under way while known pairs are looked up.
         ids = Ring(world, self._counts, problem.exclusions.passage_ids).forth()
-        self._ring = Ring(world, self._counts, own)
-        self._forth = self._ring.forth()
+        self._rings = [Ring(world, self._counts, rows) for rows in (own, problem.guide_passages) if rows is not None]
+        self._forth = [ring.forth() for ring in self._rings]
         self._masks = BlockMasks.of(problem, ids, self._counts, world.rank)
-        super().__init__(problem.block(self._queries, own, self._masks.of_block(world.rank)), problem.columns)
+        masks = self._masks.of_block(world.rank, problem.guide_passages)
+        super().__init__(problem.block(self._queries, own, masks), problem.columns)
 
     def forward(self) -> FirstPass:
         row_lse, column_lse = yield from lse_of_round(self._world, self._counts, self._blocks(self._forth))
         return row_lse, column_lse, self.own.target_logits(self.targets)
 
     def backward(self, terms: Terms) -> SecondPass:
-        blocks, weights = self._blocks(self._ring.back()), terms.column_log_weights
+        blocks, weights = self._blocks([ring.back() for ring in self._rings]), terms.column_log_weights
         dqueries, dpassages = yield from gradient_of_round(self._world, self._counts, blocks, weights)
         self.own.add_target_gradient(dqueries, dpassages, self.targets, terms.target_gradient)
         return dqueries, dpassages
 
-    def _blocks(self, passages: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, Block]]:
-        for owner, rows in passages:
-            yield owner, self._problem.block(self._queries, rows, self._masks.of_block(owner))
+    def _blocks(self, sweeps: Sequence[Iterator[tuple[int, Tensor]]]) -> Iterator[tuple[int, Block]]:
+        """The block of every owner; the sweeps bring passages and, where there is a guide, its vectors of them."""
+        for arrived in zip(*sweeps, strict=True):
+            owner, rows = arrived[0]
+            guide = arrived[1][1] if len(arrived) > 1 else None
+            yield owner, self._problem.block(self._queries, rows, self._masks.of_block(owner, guide))
 
 
 def lse_of_round(
@@ -105,9 +110,9 @@ class BlockMasks:
     of ranks.
     """
 
-    pairs: dict[int, tuple[Tensor, Tensor]]  # owner -> rows, columns of the block; without the rows' own targets
+    pairs: dict[int, Pairs]  # of each owner's block; without the rows' own targets
     targets: Tensor  # [B] int32, −1 where a row is ignored
-    threshold: Tensor | None  # [B]
+    exclusions: Exclusions  # own ones
     counts: tuple[int, ...]
     rank: int
     pools: dict[int, tuple[Tensor, Tensor]] | None = None  # owner -> pools of own queries and of the block's passages
@@ -118,19 +123,20 @@ class BlockMasks:
         sweep.
         """
         own, targets = problem.exclusions, problem.positives
-        pairs, pools = {}, dict[int, tuple[Tensor, Tensor]]()
+        nowhere = torch.full_like(targets, -1)
+        pairs, pools = dict[int, Pairs](), dict[int, tuple[Tensor, Tensor]]()
         for owner, passage_ids in ids:
-            rows, columns = known_pairs(Exclusions(passage_ids, own.known_ptr, own.known_ids))
-            if owner == rank:
-                further = columns != targets[rows]
-                rows, columns = rows[further], columns[further]
-            pairs[owner] = rows, columns
+            of_block = replace(own, passage_ids=passage_ids)
+            pairs[owner] = further_pairs(of_block, targets if owner == rank else nowhere)
             if own.pools is not None:
                 pools[owner] = own.pools.of_columns(passage_ids)
-        return BlockMasks(pairs, targets.int(), own.threshold, counts, rank, pools or None)
+        return BlockMasks(pairs, targets.int(), replace(own, pools=None), counts, rank, pools or None)
 
-    def of_block(self, owner: int) -> MaskTables:
-        """The tables of one rank's block."""
+    def of_block(self, owner: int, guide: Tensor | None) -> MaskTables:
+        """The tables of one rank's block, whose vectors of the guide are `guide` [its passages, G]."""
         targets = self.targets if owner == self.rank else torch.full_like(self.targets, -1)
-        pools = None if self.pools is None else self.pools[owner]
-        return MaskTables(*self.pairs[owner], targets, self.threshold, self.counts[owner], pools)
+        exclusions, guided = self.exclusions, self.exclusions.guide
+        if guided is not None and guide is not None:
+            exclusions = replace(exclusions, guide=guided._replace(passages=guide))
+        tables = MaskTables.of_pairs(self.pairs[owner], exclusions, targets, self.counts[owner])
+        return tables if self.pools is None else replace(tables, pools=self.pools[owner])

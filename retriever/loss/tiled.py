@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.infonce.api import Block, MaskTables, infonce
+from kernels.infonce.api import MaskTables, infonce
 from kernels.infonce.terms import Terms
 from kernels.infonce.two_pass import FirstPass, Passages, SecondPass
 from retriever.loss.offload import offloaded
@@ -31,61 +32,79 @@ def tiled(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
 def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """`tiled` with all ranks' passages at hand, in the loss's own precision; their gradients come home in float32 by a
     reduce-scatter.
-
-    Where the batch comes without its known pairs, passages are on their way while those are looked up.
     """
-    queries, own = problem.queries.to(problem.wire_dtype), problem.passages.to(problem.wire_dtype)
-    counts, known = _counts(problem, world), problem.known_pairs
-    start = sum(counts[: world.rank])
-    ids = None
-    if known is None:
-        ids = world.begin_gather(problem.exclusions.passage_ids, counts)  # few bytes, and needed first
-    arriving = world.begin_gather(own, counts)
-    targets = torch.where(problem.active, problem.positives + start, -1) if start else problem.positives
-    if ids is not None:
-        masks = MaskTables.of(replace(problem.exclusions, passage_ids=ids.wait()), targets, sum(counts))
-    else:
-        assert known is not None
-        masks = MaskTables.of_pairs(known.pairs, targets, problem.exclusions.threshold, sum(counts))
-    passages = Gathered(arriving.wait(), counts, world.rank)
-    if problem.symmetric and world.size > 1:
-        block = problem.block(queries, passages.rows, masks)
-        return problem.contrast(GatheredPassages(block, problem.columns + start, passages, world))
+    if problem.directions != ("query_to_passage",):
+        return problem.contrast(lambda part: GatheredPassages(part, world))
+    every = _Gathering.of(problem, world)
+    queries = problem.queries.to(problem.wire_dtype)
     dtype = torch.promote_types(problem.queries.dtype, torch.float32)
     result = infonce(
         queries,
-        passages.rows,
-        targets,
+        every.passages.rows,
+        every.targets,
         problem.scale,
-        exclusions=masks,
+        exclusions=every.masks,
         weights=queries.new_full((len(queries),), problem.weight, dtype=dtype),
-        symmetric=problem.symmetric,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
         ignored=problem.ignores,
         largest=problem.largest,
     )
     assert result.dqueries is not None and result.dpassages is not None
-    return result.loss, result.dqueries, world.reduce_rows(result.dpassages, counts)
+    return result.loss, result.dqueries, world.reduce_rows(result.dpassages, every.passages.counts)
+
+
+class _Gathering(NamedTuple):
+    """All ranks' passages, and what counts among them."""
+
+    passages: Gathered
+    targets: Tensor  # [B]: columns over all ranks' passages, −1 where a row is ignored
+    masks: MaskTables
+
+    @staticmethod
+    def of(problem: Problem, world: World) -> _Gathering:
+        """Every rank calls it. Where the batch comes without its known pairs, passages are on their way while those are
+        looked up.
+        """
+        counts, known, exclusions = _counts(problem, world), problem.known_pairs, problem.exclusions
+        start = sum(counts[: world.rank])
+        ids = None
+        if known is None:
+            ids = world.begin_gather(exclusions.passage_ids, counts)  # few bytes, and needed first
+        arriving = world.begin_gather(problem.passages.to(problem.wire_dtype), counts)
+        guide = exclusions.guide
+        if guide is not None:
+            every = world.gather_rows(guide.passages, counts).rows
+            exclusions = replace(exclusions, guide=guide._replace(passages=every))
+        targets = torch.where(problem.active, problem.positives + start, -1) if start else problem.positives
+        if ids is not None:
+            masks = MaskTables.of(replace(exclusions, passage_ids=ids.wait()), targets, sum(counts))
+        else:
+            assert known is not None
+            masks = MaskTables.of_pairs(known.pairs, exclusions, targets, sum(counts))
+        return _Gathering(Gathered(arriving.wait(), counts, world.rank), targets, masks)
 
 
 class GatheredPassages(Passages):
     """All ranks' passages in one block; a passage's column sum is known when all ranks' queries have been seen."""
 
-    def __init__(self, block: Block, targets: Tensor, gathered: Gathered, world: World) -> None:
-        super().__init__(block, targets)
-        self._gathered, self._world = gathered, world
+    def __init__(self, problem: Problem, world: World) -> None:
+        self._gathered, targets, masks = _Gathering.of(problem, world)
+        block = problem.block(problem.queries.to(problem.wire_dtype), self._gathered.rows, masks)
+        super().__init__(block, targets.clamp(min=0))
+        self._world = world
 
     def forward(self) -> FirstPass:
         row_lse, column_lse, logits = yield from super().forward()
-        assert column_lse is not None
-        return row_lse, self._world.logsumexp(column_lse)[self._gathered.own], logits
+        own = None if column_lse is None else self._world.logsumexp(column_lse)[self._gathered.own]
+        return row_lse, own, logits
 
     def backward(self, terms: Terms) -> SecondPass:
-        assert terms.column_log_weights is not None
         counts = self._gathered.counts
-        weights = self._world.gather_rows(terms.column_log_weights, counts).rows
-        dqueries, dpassages = yield from super().backward(terms._replace(column_log_weights=weights))
+        if terms.column_log_weights is not None:
+            every = self._world.gather_rows(terms.column_log_weights, counts).rows
+            terms = terms._replace(column_log_weights=every)
+        dqueries, dpassages = yield from super().backward(terms)
         return dqueries, self._world.reduce_rows(dpassages, counts)
 
 

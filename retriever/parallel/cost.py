@@ -160,7 +160,9 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
         free = world.least(torch.cuda.mem_get_info(world.device)[0]) / 2**20
     workspace = _AUTO_WORKSPACE_MIB if loss.workspace_mib == "auto" else loss.workspace_mib
     passages = config.batch.queries * (1 + config.data.negatives)
-    work = Workload(config.batch.queries, passages, dim, world.size, loss.symmetric, loss.precision, workspace)
+    work = Workload(
+        config.batch.queries, passages, dim, world.size, len(loss.softmaxes[0]) > 1, loss.precision, workspace
+    )
     machine = Machine.here()
     fewest = int(world.least(machine.ranks_per_node))  # nodes may be of unequal size
     return choose(work, replace(machine, ranks_per_node=fewest), GATHER_SHARE * free)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.infonce.exclusions import Pairs
+from kernels.infonce.rules import Pairs
 from kernels.layers.layer import SavedActivations
 from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets

@@ -192,7 +192,8 @@ class StepPlanner:
             return Cost(seconds * pairs, peak_bytes * pairs)
         workspace_mib = float(config.workspace_mib)
         measured, operations = (
-            gathered_operations(*n, config.symmetric, config.precision, workspace_mib) for n in (part, whole)
+            gathered_operations(*n, len(config.softmaxes[0]) > 1, config.precision, workspace_mib)
+            for n in (part, whole)
         )
         if config.exchange == "ring" and ranks > 1:
             operations = RING_OPERATIONS

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from kernels.infonce.api import Exclusions, infonce
-from kernels.infonce.exclusions import Pairs
+from kernels.infonce.exclusions import known_pairs
+from kernels.infonce.rules import Guide, Pairs, guide_vectors
 from kernels.matmul import float32_products
 from retriever.config import LossConfig
 from retriever.data.batch import KnownPairs, Targets
@@ -32,6 +33,7 @@ from scripts.bench.measure import Result
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 LossOf = Callable[["Problem", Tensor, Tensor], Tensor]  # (problem, queries, passages) -> this rank's part of the loss
 _ROWS_DRAWN = 65_536
+_GUIDE_DIM = 384
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,23 @@ class Problem:
         return self.at + self.world.rank * len(self.queries)
 
     @cached_property
-    def known(self) -> Tensor:
-        """A second positive for each query: a random row [B] of this rank."""
-        generator = torch.Generator(self.queries.device).manual_seed(0)
-        return torch.randint(len(self.queries), self.at.shape, device=self.queries.device, generator=generator)
+    def known(self) -> Exclusions:
+        """Every query has a second positive, a random row of this rank."""
+        B, device = len(self.queries), self.queries.device
+        generator = torch.Generator(device).manual_seed(0)
+        second = torch.randint(B, (B,), device=device, generator=generator)
+        known = torch.stack([self.at, second], dim=1).flatten()
+        return Exclusions(self.at, torch.arange(0, 2 * B + 1, 2, device=device), known)
+
+    @cached_property
+    def guided(self) -> Exclusions:
+        """A guide's vectors of 384 dimensions, of which about one pair in a thousand is as similar as a positive."""
+        B, device = len(self.queries), self.queries.device
+        generator = torch.Generator(device).manual_seed(0)
+        queries, noise = (torch.randn(B, _GUIDE_DIM, device=device, generator=generator) for _ in range(2))
+        vectors = guide_vectors(queries), guide_vectors(0.16 * queries + noise)
+        limit = (vectors[0].float() * vectors[1].float()).sum(dim=1)
+        return Exclusions(self.at, torch.arange(B + 1, device=device), self.at, guide=Guide(*vectors, limit))
 
     @cached_property
     def on_host(self) -> tuple[Tensor, Tensor]:
@@ -77,9 +92,9 @@ class Problem:
         known = KnownPairs(Pairs(none, none), (B,) * self.world.size)
         more |= {"known_pairs": known, "ignores": False, "largest": 1.0}  # of unit vectors
         queries, passages, weight = self.queries.to(dtype), self.passages.to(dtype), 1 / (B * self.world.size)
-        return strategy.Problem(
-            queries, passages, self.at, exclusions, 1 / self.temperature, weight, symmetric, "bf16", **more
-        )
+        if symmetric:
+            more |= {"directions": ("query_to_passage", "passage_to_query"), "partition": "per_direction"}
+        return strategy.Problem(queries, passages, self.at, exclusions, 1 / self.temperature, weight, "bf16", **more)
 
 
 def random_problem(
@@ -99,14 +114,18 @@ def random_problem(
     return Problem(sides[0], sides[1], temperature, world)
 
 
-def reference(problem: Problem, *, symmetric: bool = False, masked: bool = False) -> Result:
+def reference(problem: Problem, *, symmetric: bool = False, exclusions: Exclusions | None = None) -> Result:
     """The result that this rank should have: the definition over all ranks' rows, by float64 autograd."""
     gathered = [problem.world.gather_rows(side) for side in (problem.queries, problem.passages)]
     q, p = (side.rows.double().requires_grad_() for side in gathered)
     logits = q @ p.T / problem.temperature
     targets = torch.arange(len(q), device=q.device)
-    if masked:
-        excluded = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.known[:, None], True)
+    if exclusions is not None:
+        known, guide = known_pairs(exclusions), exclusions.guide
+        excluded = torch.zeros_like(logits, dtype=torch.bool)
+        excluded[known.rows, known.columns] = True
+        if guide is not None:
+            excluded |= guide.queries.double() @ guide.passages.double().T > guide.limit[:, None]
         logits = logits.masked_fill(excluded.fill_diagonal_(False), -torch.inf)
     loss = cross_entropy(logits, targets)
     if symmetric:
@@ -126,7 +145,7 @@ class Method:
     largest: int = 131_072  # global batch
     note: str = ""
     symmetric: bool = False
-    masked: bool = False
+    exclusions: Callable[[Problem], Exclusions] | None = None  # of the problem, what else is no negative
 
     def is_among(self, names: Sequence[str]) -> bool:
         """Whether `names` is empty or holds the method's name, or its name and condition."""
@@ -140,7 +159,8 @@ def methods() -> list[Method]:
         Method("bigbatch", "", _infonce, 2**20, note),
         Method("bigbatch", "workspace=256", partial(_infonce, workspace_mib=256), note=note),
         Method("bigbatch", "symmetric", partial(_infonce, symmetric=True), note=note, symmetric=True),
-        Method("bigbatch", "known=1", partial(_infonce, masked=True), note=note, masked=True),
+        _excluding("known=1", lambda problem: problem.known),
+        _excluding("guide=384", lambda problem: problem.guided),
         Method("bigbatch", "high", partial(_infonce, precision="high"), 65_536, note),
         Method("dense", "", _fp32_peer(_dense), 65_536, "fp32 logits of tf32 products, fp32 gradients"),
         Method("dense", "bf16 logits", _dense_bf16, 65_536, "autocast, bf16 gradients"),
@@ -176,11 +196,15 @@ def ring_methods() -> list[Method]:
     ]
 
 
-def _infonce(problem: Problem, gradients: bool, *, masked: bool = False, **options: Any) -> Found:
+def _excluding(condition: str, exclusions: Callable[[Problem], Exclusions]) -> Method:
+    def run(problem: Problem, gradients: bool) -> Found:
+        return _infonce(problem, gradients, exclusions=exclusions(problem))
+
+    return Method("bigbatch", condition, run, note="fp32 gradients", exclusions=exclusions)
+
+
+def _infonce(problem: Problem, gradients: bool, **options: Any) -> Found:
     b, device = len(problem.queries), problem.queries.device
-    if masked:
-        known = torch.stack([problem.at, problem.known], dim=1).flatten()
-        options["exclusions"] = Exclusions(problem.at, torch.arange(0, 2 * b + 1, 2, device=device), known)
     weights = torch.full((b,), 1 / b, device=device)
     sides = (problem.queries, problem.passages)
     out = infonce(*sides, problem.at, 1 / problem.temperature, weights=weights, gradients=gradients, **options)

@@ -192,7 +192,7 @@ def test_known_pairs_are_looked_up_among_all_ranks_passages(store: Store, world_
                 expected += [(i, ids.index(k)) for k in known - {int(targets.passage_ids[column])} if k in ids]
             pairs = targets.known_pairs.pairs
             assert pairs.rows.tolist() == sorted(pairs.rows.tolist()), f"rank {rank}: rows do not ascend"
-            assert sorted(zip(*(x.tolist() for x in pairs), strict=True)) == sorted(expected)
+            assert sorted(zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True)) == sorted(expected)
             found += len(expected)
     assert found > 0, "no query knows a second passage of its batch: this proves little"
 

@@ -10,14 +10,14 @@ import random
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from retriever.config import LossConfig
+from retriever.config import Direction, LossConfig
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
@@ -25,6 +25,7 @@ from tests.problems import WholeBatch, oracle_loss, random_batch, rank_batch
 
 D = 12
 DIM_WEIGHTS = (1.0, 0.3)
+HARDNESS = 4.0  # α
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Case:
     precision: str = "fp32"
     dtype: str = "float64"
     symmetric: bool = False
+    directions: tuple[Direction, ...] = ("query_to_passage",)
+    partition: str = "joint"
+    hardness: str = "none"
+    guide: bool = False
     learn_temperature: bool = False
     margin: float | None = None
     ignored: int = 0
@@ -54,6 +59,10 @@ class Case:
             temperature=self.temperature,
             learn_temperature=self.learn_temperature,
             symmetric=self.symmetric,
+            directions=self.directions,
+            partition=self.partition,  # type: ignore[arg-type]
+            hardness=self.hardness,  # type: ignore[arg-type]
+            hardness_strength=HARDNESS,
             false_negative_margin=self.margin,
             dims=self.dims,
             dim_weights=DIM_WEIGHTS[: len(self.dims)],
@@ -61,7 +70,28 @@ class Case:
 
 
 FEATURES = ((False, 0.2, 3), (True, 0.2, 3), (False, None, 0), (True, None, 3))  # symmetric, margin, ignored
+EVERY = get_args(Direction)
+SOFTMAXES = [
+    (EVERY, "joint"),
+    (EVERY, "per_direction"),
+    (EVERY[:2], "joint"),
+    (EVERY[:3:2], "joint"),
+    ((EVERY[0], EVERY[3]), "joint"),
+]
+# Directions, guide and hardness, in a ring and gathered.
+KINDS_OF_NEGATIVES = [
+    *(Case(directions=d, partition=p, learn_temperature=True) for d, p in SOFTMAXES),
+    Case(directions=EVERY, margin=0.2, ignored=3, guide=True, hardness="in_batch", learn_temperature=True),
+    Case(directions=EVERY, partition="per_direction", hardness="own", dims=(4, D), owners="one"),
+    *(Case(hardness=h) for h in ("own", "in_batch", "all")),
+    Case(symmetric=True, hardness="own", learn_temperature=True),
+    Case(guide=True),
+    Case(guide=True, symmetric=True, ignored=2),
+]
 CASES = [
+    *(replace(case, exchange=exchange) for case in KINDS_OF_NEGATIVES for exchange in ("ring", "gather")),
+    Case(block_rows=7, directions=EVERY[:2], hardness="own", ignored=2, learn_temperature=True),
+    Case(block_rows=7, hardness="all"),
     *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
     *(Case(symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
     *(Case(symmetric=s, owners=owners) for s in (False, True) for owners in ("equal", "one")),
@@ -90,7 +120,10 @@ def _whole(case: Case, ranks: int) -> WholeBatch:
     """One batch for all numbers of ranks; where unequal, the first rank holds most and the last of several passages
     only.
     """
-    whole, draw = random_batch(ignored=case.ignored, pools=case.pools), random.Random(ranks)
+    whole = random_batch(
+        ignored=case.ignored, own=case.config().needs_own_negatives, guide=case.guide, pools=case.pools
+    )
+    draw = random.Random(ranks)
     n, targets = len(whole.owners), set(whole.positives)
     unequal = [draw.choice([0, 0, *range(max(1, ranks - 1) if c in targets else ranks)]) for c in range(n)]
     owners = {"unequal": unequal, "equal": [c % ranks for c in range(n)], "one": [ranks - 1] * n}[case.owners]
@@ -115,7 +148,15 @@ def _oracle(case: Case) -> tuple[Tensor, ...]:
     log_scale = torch.tensor(-math.log(case.temperature), dtype=torch.float64, requires_grad=True)
     q, p = (x.double().clone().requires_grad_() for x in _vectors(whole, case))
     cuts = [(normalize(q[:, :d]), normalize(p[:, :d])) for d in case.dims] or [(q, p)]
-    losses = [oracle_loss(*cut, whole, log_scale, symmetric=case.symmetric, margin=case.margin) for cut in cuts]
+    alpha = {"own": (HARDNESS, 0.0), "in_batch": (0.0, HARDNESS), "all": (HARDNESS, HARDNESS)}
+    asked = {
+        "symmetric": case.symmetric,
+        "margin": case.margin,
+        "directions": case.directions,
+        "partition": case.partition,
+        "hardness": alpha.get(case.hardness, (0.0, 0.0)),
+    }
+    losses = [oracle_loss(*cut, whole, log_scale, **asked) for cut in cuts]  # type: ignore[arg-type]
     loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
     return loss.detach(), *torch.autograd.grad(loss, (q, p, log_scale))
 

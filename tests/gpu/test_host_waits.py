@@ -15,6 +15,7 @@ from transformers import BertConfig
 from kernels.infonce.api import infonce
 from kernels.infonce.deferred import Deferred
 from kernels.infonce.exclusions import Exclusions, MaskTables
+from kernels.infonce.rules import Pairs
 from retriever.data.batch import Batch
 from retriever.data.store import Store
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -125,12 +126,11 @@ def test_what_is_known_beforehand_changes_no_result(symmetric: bool, ignored: bo
     known = torch.randint(0, N, (2 * B,), generator=generator)
     exclusions = Exclusions(torch.arange(N), torch.arange(0, 2 * B + 1, 2), known)
     tables = MaskTables.of(exclusions, targets, N)
-    tables = MaskTables(tables.rows.to(device), tables.columns.to(device), tables.targets.to(device), None, N)
+    tables = MaskTables(Pairs(*(x.to(device) for x in tables.further[:2])), tables.targets.to(device), None, N)
     queries, passages, targets = queries.to(device).bfloat16(), passages.to(device).bfloat16(), targets.to(device)
     weights = torch.rand(B, device=device) / B
-    excluded = excluded_matrix(
-        queries, passages, Exclusions(*(x.to(device) for x in (torch.arange(N), exclusions.known_ptr, known)))
-    )
+    exclusions = Exclusions(torch.arange(N, device=device), exclusions.known_ptr.to(device), known.to(device))
+    excluded = excluded_matrix(queries, passages, exclusions)
     want = dense_infonce(queries, passages, targets, scale, weights, excluded, symmetric)
     got = infonce(
         queries,

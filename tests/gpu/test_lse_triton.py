@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.infonce.api import Exclusions, block_of, infonce
+from kernels.infonce.api import Exclusions, Guide, Hardness, Lists, Precision, block_of, infonce
+from kernels.infonce.rules import guide_vectors
 from tests.gpu.devices import toy
-from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
+from tests.kernels.oracle import dense_infonce, excluded_matrix, hardness_matrix, relative_error
 
 
 def problem(
@@ -31,7 +32,8 @@ def exclusions_for(device: str, B: int, N: int, most: int) -> Exclusions:
     threshold = 0.15 + 0.1 * torch.randn(B, generator=generator)
     threshold[0] = -torch.inf
     ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Exclusions(*(x.to(device) for x in (torch.arange(N) // 2, ptr, known, threshold)))
+    ids = torch.arange(N, device=device) // 2
+    return Exclusions(ids, ptr.to(device), known.to(device), threshold.to(device))
 
 
 # Few sizes: Triton's own pass is compiled for every number of tiles up to that of the GPU's programs, seconds a kernel.
@@ -80,6 +82,40 @@ def test_matches_float64(
     assert relative_error(got.loss, want[0]) <= slack * max(1e-4, bound / 10)
     assert relative_error(got.dqueries, want[1]) <= slack * bound
     assert relative_error(got.dpassages, want[2]) <= slack * bound
+
+
+@pytest.mark.parametrize(("guided", "hardness"), [(True, (0.0, 0.0)), (False, (5.0, 0.0)), (True, (0.0, 9.0))])
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 4e-3), ("high", 1e-5)])
+def test_a_guide_and_hard_negatives_match_float64(
+    guided: bool, hardness: tuple[float, float], precision: Precision, bound: float, device: str
+) -> None:
+    """In one pass over the tiles, and in two where symmetric."""
+    B, N = toy(device, 1000, 3001, most=90)
+    queries, passages, targets = problem(device, B, N, 256)
+    weights = torch.rand(B, device=device) / B
+    generator = torch.Generator(device).manual_seed(1)
+    vectors = [guide_vectors(torch.randn(n, 100, device=device, generator=generator)) for n in (B, N)]
+    limit = 0.1 * torch.randn(B, device=device, generator=generator)
+    own = torch.rand(B, N, device=device, generator=generator).topk(5, dim=1).indices  # distinct in a row
+    exclusions = Exclusions(
+        torch.arange(N, device=device),
+        torch.arange(B + 1, device=device),
+        targets,
+        guide=Guide(vectors[0], vectors[1], limit) if guided else None,
+        hardness=Hardness(*hardness),
+        own=Lists(5 * torch.arange(B + 1, device=device), own.flatten()),
+    )
+    excluded, harder = excluded_matrix(queries, passages, exclusions), hardness_matrix(exclusions)
+    for symmetric in (False, True):
+        want = dense_infonce(queries, passages, targets, 50.0, weights, excluded, symmetric, harder)
+        got = infonce(
+            queries, passages, targets, 50.0,
+            exclusions=exclusions, weights=weights, symmetric=symmetric, precision=precision,
+        )  # fmt: skip
+        assert want[1].norm() > 0 and want[2].norm() > 0
+        assert relative_error(got.loss, want[0]) <= max(1e-4, bound / 10)
+        assert relative_error(got.dqueries, want[1]) <= bound
+        assert relative_error(got.dpassages, want[2]) <= bound
 
 
 @pytest.mark.parametrize(("scale", "norm", "symmetric"), [(200.0, 3.0, True), (0.5, 40.0, False)])

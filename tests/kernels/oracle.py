@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,31 @@ def excluded_matrix(queries: Tensor, passages: Tensor, exclusions: Exclusions) -
     for row in range(len(queries)):
         known = exclusions.known_ids[ptr[row] : ptr[row + 1]]
         excluded[row] = torch.isin(exclusions.passage_ids, known)
+    if exclusions.guide is not None:
+        guide = exclusions.guide
+        excluded |= guide.queries.double() @ guide.passages.double().T > guide.limit.double()[:, None]
     if exclusions.threshold is not None:
         excluded |= queries.double() @ passages.double().T > exclusions.threshold.double()[:, None]
     return excluded
 
 
+def hardness_matrix(exclusions: Exclusions) -> Tensor:
+    """[B, N] float64: α of every pair, row by row."""
+    assert exclusions.own is not None
+    own, in_batch = exclusions.hardness
+    ids = [exclusions.own.ids[a:b] for a, b in itertools.pairwise(exclusions.own.ptr.tolist())]
+    return torch.stack([torch.where(torch.isin(exclusions.passage_ids, row), own, in_batch).double() for row in ids])
+
+
 def dense_infonce(
-    queries: Tensor, passages: Tensor, targets: Tensor, scale: float, weights: Tensor, excluded: Tensor, symmetric: bool
+    queries: Tensor,
+    passages: Tensor,
+    targets: Tensor,
+    scale: float,
+    weights: Tensor,
+    excluded: Tensor,
+    symmetric: bool,
+    hardness: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [B], dqueries, dpassages, dscale) in float64; the gradients are of Σ weights · loss."""
     q, p = queries.double().requires_grad_(), passages.double().requires_grad_()
@@ -32,7 +52,8 @@ def dense_infonce(
     dropped = excluded.clone()
     dropped[rows[kept], targets[kept]] = True
     dropped[~kept] = True
-    negatives = logits.masked_fill(dropped, -1e300)  # finite: −inf has no gradient
+    harder = logits + hardness * (q @ p.T).detach()
+    negatives = harder.masked_fill(dropped, -1e300)  # finite: −inf has no gradient
     target = logits[rows, column]
     loss = torch.logaddexp(negatives.logsumexp(1), target) - target
     if symmetric:

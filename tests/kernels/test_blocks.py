@@ -15,13 +15,14 @@ import triton
 
 from kernels.infonce.api import block_of
 from kernels.infonce.exclusions import MaskTables
+from kernels.infonce.rules import Pairs
 
 PROGRAM = """
 import numpy, torch
-from kernels.infonce.exclusions import MaskTables, known_pairs
+from kernels.infonce.exclusions import MaskTables
 from kernels.dispatch import on_kernels
 from kernels.infonce.api import Exclusions, block_of
-from kernels.infonce.two_pass import Passages, Step, first_pass, second_pass
+from kernels.infonce.two_pass import Direction, Passages, Step, first_pass, second_pass
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 numpy.seterr(over="ignore")
@@ -40,9 +41,7 @@ blocks = []
 for columns in (slice(0, 32), slice(32, N)):
     ids = Exclusions(exclusions.passage_ids[columns], ptr, exclusions.known_ids, exclusions.threshold)
     own = targets if columns.start == 0 else torch.full_like(targets, -1)
-    rows, at = known_pairs(ids)
-    further = at != own[rows]
-    masks = MaskTables(rows[further], at[further], own.int(), exclusions.threshold, len(p[columns]))
+    masks = MaskTables.of(ids, own, len(p[columns]))
     blocks.append(block_of(q, p[columns], scale, masks))
 
 # The passages of the second block are remembered ones, whose gradient nobody wants where `frozen`.
@@ -63,10 +62,10 @@ class WithBank(Passages):
 got = []
 for frozen in (False, True):
     passages = WithBank(blocks[0], targets)
-    terms = first_pass(passages, targets, weights, symmetric=False)
-    dqueries, dpassages = second_pass(passages, terms)
+    loss, terms = first_pass([Direction(passages)], targets, weights)
+    dqueries, dpassages = second_pass(passages, terms[0])
     assert (passages.bank is None) == frozen
-    got.append((terms.loss, dqueries, torch.cat([dpassages, want[2][32:] if frozen else passages.bank])))
+    got.append((loss, dqueries, torch.cat([dpassages, want[2][32:] if frozen else passages.bank])))
 for x, y in zip(got[0] + got[1], want[:3] + want[:3]):
     assert y.norm() > 1e-3 and relative_error(x, y) < {bound}, relative_error(x, y)
 """
@@ -98,6 +97,6 @@ def test_blocks_add_up_to_the_definition_on_the_kernels() -> None:
 
 def test_tables_of_other_shapes_are_refused() -> None:
     nothing = torch.empty(0, dtype=torch.int64)
-    masks = MaskTables(nothing, nothing, torch.full((3,), -1, dtype=torch.int32), None, 4)
+    masks = MaskTables(Pairs(nothing, nothing), torch.full((3,), -1, dtype=torch.int32), None, 4)
     with pytest.raises(ValueError, match="tables of 3 rows and 5 columns, received 3 rows and 4 columns"):
         block_of(torch.ones(3, 2), torch.ones(5, 2), 1.0, masks)

@@ -13,8 +13,9 @@ from kernels.layers import gelu_hopper
 from tests.kernels.compiling import SHARED_LIMIT, compile_kernel
 
 ARCHITECTURES = sorted(SHARED_LIMIT)
-INTEGERS = ("B", "N", "D", "row_start", "column_start", "pair_stride")
+INTEGERS = ("B", "N", "D", "G", "row_start", "column_start", "pair_stride")
 PAIRS = {"pair_ptr": "*i32", "pair_rows": "*i32", "pair_columns": "*i32"}
+OWN = PAIRS | {"pair_term": "*fp32", "own_factor": "fp32"}
 ROWS, COLUMNS = {"row_shift": "*fp32", "row_out": "*fp32"}, {"column_out": "*fp32"}
 
 TILE_VARIANTS: dict[str, tuple[str, dict[str, str], list[str], dict[str, Any]]] = {
@@ -22,6 +23,9 @@ TILE_VARIANTS: dict[str, tuple[str, dict[str, str], list[str], dict[str, Any]]] 
     "row and column sums": ("fp16", ROWS | COLUMNS | {"threshold": "*fp32"} | PAIRS, [], {"CLAMP": True}),
     "gradient of both": ("bf16", {"row_shift": "*fp32", "column_shift": "*fp32"}, ["bf16"], {"FACTORED": True}),
     "maxima": ("bf16", {"row_out": "*fp32"} | COLUMNS, [], {"MAXIMUM": True, "RAGGED_COLUMNS": True}),
+    "guide": ("bf16", ROWS | {"guide_limit": "*fp32"} | OWN, ["bf16"], {}),
+    "guide of both": ("bf16", ROWS | COLUMNS | {"guide_limit": "*fp32"} | PAIRS, [], {}),
+    "guide, fp32": ("fp32", ROWS | {"guide_limit": "*fp32"}, ["fp32"], {}),
     "high": ("bf16", ROWS, ["bf16", "bf16"], {"CHUNK": 256}),
     "high of fp32": ("fp32", ROWS, ["bf16", "bf16"], {"CHUNK": 256, "PRECISION": "tf32x3"}),
     "fp32": ("fp32", ROWS, ["fp32"], {}),
@@ -34,10 +38,10 @@ def test_tile_pass(variant: str, arch: int) -> None:
     dtype, arguments, written, constants = TILE_VARIANTS[variant]
     tile = tiles.tile_for(torch.float32 if dtype == "fp32" else torch.bfloat16, arch // 10)
     types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
-    types |= {
-        "queries": f"tensordesc<{dtype}[{tile.rows},{tile.inner}]>",
-        "passages": f"tensordesc<{dtype}[{tile.columns},{tile.inner}]>",
-    }
+    sides = {"": dtype, "guide_": "fp16"} if "guide_limit" in arguments else {"": dtype}
+    for name, kind in sides.items():
+        types[f"{name}queries"] = f"tensordesc<{kind}[{tile.rows},{tile.inner}]>"
+        types[f"{name}passages"] = f"tensordesc<{kind}[{tile.columns},{tile.inner}]>"
     types |= {
         name: f"tensordesc<{kind}[{tile.rows},{tile.columns}]>"
         for name, kind in zip(("written", "residual"), written, strict=False)
@@ -64,6 +68,7 @@ def test_tile_pass(variant: str, arch: int) -> None:
 HOPPER_VARIANTS = {
     "row sums": (ROWS, False, {}),
     "row sums, written": (ROWS | {"threshold": "*fp32"} | PAIRS, True, {}),
+    "row sums, written, own negatives": (ROWS | OWN, True, {}),
     "row and column sums": (ROWS | COLUMNS | PAIRS, False, {"RAGGED_COLUMNS": True}),
     "gradient of both": ({"row_shift": "*fp32", "column_shift": "*fp32"}, True, {}),
     "gradient of both, factored": ({"row_shift": "*fp32", "column_shift": "*fp32"} | PAIRS, True, {"FACTORED": True}),
@@ -75,6 +80,7 @@ def test_hopper_tile_pass(variant: str) -> None:
     arguments, written, constants = HOPPER_VARIANTS[variant]
     layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
     types = dict.fromkeys(INTEGERS, "i32") | {"targets": "*i32", "scale_log2": "fp32", "offset": "fp32"} | arguments
+    del types["G"]
     types |= {"queries": f"tensordesc<bf16[64, 64],{layout}>", "passages": f"tensordesc<bf16[256, 64],{layout}>"}
     if written:
         types["written"] = f"tensordesc<bf16[64, 128],{layout}>"

@@ -25,6 +25,9 @@ CASES = [
     "matches(B=40, N=70, D=48, scale=50.0, most=3, told=True)",
     "matches(B=65, N=90, D=48, scale=50.0, symmetric=True, most=3, ignored=False, told=True)",
     "matches(B=40, N=70, D=48, scale=200.0, ignored=False, told=True)",
+    "matches(B=65, N=90, D=48, scale=50.0, symmetric=True, threshold=True, guide=40, hardness=(9.0, 0.0))",
+    "matches(B=40, N=70, D=48, scale=50.0, most=3, hardness=(0.0, 9.0))",
+    "matches(B=40, N=70, D=48, scale=200.0, norm=3.0, most=12, guide=16, hardness=(90.0, 5.0))",
     "matches_ring(B=40, N=70, D=48, scale=20.0)",
     "matches_ring(B=40, N=70, D=48, scale=20.0, largest=1.0)",
 ]
@@ -32,8 +35,9 @@ CASES = [
 PROGRAM = """
 import numpy, torch
 from kernels.infonce import tiles
-from kernels.infonce.api import Exclusions, block_of, infonce
-from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
+from kernels.infonce.api import Exclusions, Guide, Hardness, Lists, block_of, infonce
+from kernels.infonce.rules import guide_vectors
+from tests.kernels.oracle import dense_infonce, excluded_matrix, hardness_matrix, relative_error
 
 launched = []
 launch = tiles._tile_pass.run
@@ -41,19 +45,26 @@ tiles._tile_pass.run = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
 numpy.seterr(over="ignore")
 torch.manual_seed(0)
 
-def problem(B, N, D, norm, most, threshold):
+def problem(B, N, D, norm, most, threshold, guide=0, hardness=(0.0, 0.0)):
     q, p = (norm * torch.nn.functional.normalize(torch.randn(n, D), dim=1) for n in (B, N))
     counts = torch.randint(0, most + 1, (B,))
     ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     limit = 0.1 * norm**2 * (1 + torch.randn(B)) if threshold else None
     known = torch.randint(0, N, (int(ptr[-1]),))
-    return q, p, Exclusions(torch.randperm(N) // 2, ptr, known, limit)
+    guided = Guide(*(guide_vectors(torch.randn(n, guide)) for n in (B, N)), 0.2 * torch.randn(B)) if guide else None
+    own = torch.stack([torch.randperm(N)[:3] for _ in range(B)])  # some are in no column
+    own = Lists(own.shape[1] * torch.arange(B + 1), own.flatten())
+    return q, p, Exclusions(torch.randperm(N) // 2, ptr, known, limit, guided, Hardness(*hardness), own)
 
-def matches(B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, workspace_mib=None, ignored=True, told=False):
-    q, p, exclusions = problem(B, N, D, norm, most, threshold)
+def matches(
+    B, N, D, scale, symmetric=False, most=0, threshold=False, norm=1.0, workspace_mib=None, ignored=True, told=False,
+    guide=0, hardness=(0.0, 0.0),
+):
+    q, p, exclusions = problem(B, N, D, norm, most, threshold, guide, hardness)
     targets, weights = torch.randint(-1 if B > 1 and ignored else 0, N, (B,)), torch.rand(B) / B
     targets[0] = -1 if ignored and told else targets[0]
-    want = dense_infonce(q, p, targets, scale, weights, excluded_matrix(q, p, exclusions), symmetric)
+    excluded = excluded_matrix(q, p, exclusions)
+    want = dense_infonce(q, p, targets, scale, weights, excluded, symmetric, hardness_matrix(exclusions))
     options = dict(exclusions=exclusions, weights=weights, symmetric=symmetric, precision="fp32", workspace_mib=workspace_mib)
     if told:
         options |= dict(ignored=ignored, largest=norm**2)

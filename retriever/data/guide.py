@@ -1,0 +1,40 @@
+"""A guide model's vectors of the training texts, and which negatives they rule out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kernels.infonce.rules import Guide
+from retriever.config import LossConfig
+from retriever.data.records import DataError
+from retriever.data.text_table import load_array
+
+FILES = "queries.npy", "passages.npy"
+
+
+class GuideVectors:
+    """Vectors [rows, G] float16 of every query and passage of a store, memory-mapped; made by `guide_vectors`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.queries, self.passages = (load_array(folder / name) for name in FILES)
+
+    def of(self, query_rows: np.ndarray, passage_rows: np.ndarray, positives: np.ndarray, loss: LossConfig) -> Guide:
+        """Those of some rows [B] and [N], and the queries' limits: the similarity of the positive, passage positives
+        [B] of these, less `loss.guide_margin` or less this share of it. Raises DataError for a share of a similarity
+        that is not above 0.
+        """
+        queries, passages = torch.from_numpy(self.queries[query_rows]), torch.from_numpy(self.passages[passage_rows])
+        targets = (queries.float() * passages[torch.from_numpy(positives)].float()).sum(dim=1)  # [B], exact
+        if loss.guide_margin_kind == "absolute":
+            return Guide(queries, passages, targets - loss.guide_margin)
+        least = float(targets.min()) if len(targets) else 1.0
+        if loss.guide_margin > 0 and least <= 0:
+            row = int(query_rows[int(targets.argmin())])
+            raise DataError(
+                f"by loss.guide, query {row} of the store and its positive have a similarity of {least:.3f}; expected "
+                "one above 0 with loss.guide_margin_kind=relative: use absolute, or leave the pair out"
+            )
+        return Guide(queries, passages, targets * (1.0 - loss.guide_margin))
