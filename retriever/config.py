@@ -205,6 +205,8 @@ class LossConfig:
     directions: tuple[Direction, ...] = ("query_to_passage",)
     # joint: one softmax over all directions. per_direction: one for each, of which the loss is the mean.
     partition: Literal["joint", "per_direction"] = "joint"
+    # Positives of a query in a batch, each with a term of its own; the loss of a query is their mean.
+    positives: Count = 1
     # Negatives whose logits grow by hardness_strength times their similarity, without a gradient: a query's own ones,
     # those in_batch of other queries, or all.
     hardness: Literal["none", "own", "in_batch", "all"] = "none"

@@ -87,6 +87,13 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (len(loss.directions) > 1, ("loss.strategy", ("tiled",), "several of loss.directions")),
         (loss.hardness != "none", ("loss.strategy", ("tiled",), f"loss.hardness={loss.hardness}")),
         (loss.guide is not None, ("loss.strategy", ("tiled",), "loss.guide")),
+        (loss.positives > 1, ("loss.strategy", ("tiled",), "several loss.positives")),
+        (loss.positives > 1, ("loss.mask_known_positives", (True,), "several loss.positives")),
+        (loss.positives > 1, ("loss.symmetric", (False,), "several loss.positives")),
+        (
+            loss.positives > 1,
+            ("loss.directions", (one, ["query_to_passage", "passage_to_passage"]), "several loss.pos"),
+        ),
         (config.batch.offload, ("loss.guide", (None,), offload)),
         (config.batch.offload, ("loss.directions", (one, two, two[::-1]), offload)),
         (config.batch.pool is not None, ("loss.directions", (one, two, two[::-1]), "batch.pool")),
@@ -125,7 +132,7 @@ def _check_data(config: Config) -> None:
             longest, views = config.model.passage_max_tokens, f"model.passage_max_tokens with {key}.format=texts"
             shown = config.model.query_max_tokens
             require(shown == longest, "model.query_max_tokens", f"{longest}, as {views}", shown)
-    pool, least = config.batch.pool, 2 * (1 + config.data.negatives)
+    pool, least = config.batch.pool, 2 * (config.loss.positives + config.data.negatives)
     room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
     require(pool is None or pool >= least, "batch.pool", room, pool)
     teaches = not config.loss.distils or config.data.negatives >= 1

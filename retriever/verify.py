@@ -198,10 +198,12 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
     else:
         each = [torch.cat([logits[d], s[:, None]], 1).logsumexp(1) - s for d in directions]
         losses = torch.stack(each).mean(0)
-    total = loss.contrastive_weight * losses.where(active, 0.0).sum()
+    shares = torch.ones_like(positive) if targets.shares is None else targets.shares
+    total = loss.contrastive_weight * (shares * losses).where(active, 0.0).sum()
     if targets.groups is not None and loss.distils:
         rows = torch.arange(len(queries), device=queries.device)[active].tolist()
-        total = total + sum(_taught_loss(similarities[i] / loss.temperature, targets, i, loss) for i in rows)
+        students = similarities / loss.temperature
+        total = total + sum(shares[i] * _taught_loss(students[i], targets, i, loss) for i in rows)
     return total / targets.global_queries
 
 

@@ -31,6 +31,7 @@ class WholeBatch:
     passage_pools: list[int] | None = None
     own: list[list[int]] = field(default_factory=list)  # passage ids of each query's own negatives; empty: not asked
     guide: Guide | None = None  # over all queries and passages
+    shares: list[float] = field(default_factory=list)  # of each query in a loss that several have; empty: 1 each
 
 
 def random_batch(
@@ -44,6 +45,7 @@ def random_batch(
     pools: int = 0,
     own: bool = False,
     guide: bool = False,
+    shared: bool = False,
 ) -> WholeBatch:
     """Shared positives, a passage that is one query's negative and another's positive, several known positives, unequal
     ranks.
@@ -74,6 +76,8 @@ def random_batch(
     if pools:
         of_queries, of_passages = ([draw.randrange(pools) for _ in range(count)] for count in (queries, passages))
         whole = replace(whole, query_pools=of_queries, passage_pools=of_passages)
+    if shared:  # thirds and a half, as of queries with three and two positives
+        whole = replace(whole, shares=[(1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1)[row % 6] for row in range(queries)])
     if own:
         whole = replace(whole, own=[sorted(draw.sample(ids, 4)) for _ in range(queries)])
     return replace(whole, guide=_random_guide(whole, seed)) if guide else whole
@@ -126,7 +130,8 @@ def rank_batch(
         torch.tensor([local[whole.positives[r]] if whole.positives[r] >= 0 else -1 for r in rows], dtype=torch.int64),
         torch.tensor([whole.passage_ids[c] for c in columns], dtype=torch.int64),
         *_lists(known),
-        global_queries=len(whole.positives),
+        global_queries=round(sum(whole.shares)) if whole.shares else len(whole.positives),
+        shares=torch.tensor([whole.shares[r] for r in rows], dtype=torch.float64) if whole.shares else None,
         own=_lists([whole.own[r] for r in rows]) if whole.own else None,
         guide=whole.guide and Guide(whole.guide.queries[rows], whole.guide.passages[columns], whole.guide.limit[rows]),
         known_pairs=_known_pairs(whole, rows) if looked_up else None,
@@ -263,5 +268,5 @@ def oracle_loss(
         else:
             pools = list(each.values())
         losses = [torch.stack([target, *pool]).logsumexp(dim=0) - target for pool in pools]
-        total = total + torch.stack(losses).mean()
-    return total / b
+        total = total + (whole.shares[i] if whole.shares else 1.0) * torch.stack(losses).mean()
+    return total / (round(sum(whole.shares)) if whole.shares else b)

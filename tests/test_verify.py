@@ -67,11 +67,14 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
         {"directions": get_args(Direction), "hardness": "in_batch", "hardness_strength": 5.0},
         {"directions": get_args(Direction), "partition": "per_direction", "false_negative_margin": 0.05},
         {"hardness": "own", "hardness_strength": 9.0, "symmetric": True},
+        {"positives": 3},
     ],
 )
 def test_kinds_of_negatives_are_checked(encoder: DualEncoder, loss: dict[str, Any]) -> None:
     """Directions, hardness and a guide model; a guide that is left out is found."""
-    batch = rank_batch(random_batch(queries=8, passages=14, ignored=1, own=True, guide=True), 0, 40)[0]
+    batch = rank_batch(
+        random_batch(queries=8, passages=14, ignored=1, own=True, guide=True, shared="positives" in loss), 0, 40
+    )[0]
     check = gradient_error(encoder, LossConfig(temperature=0.1, **loss), batch)
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     with pytest.MonkeyPatch.context() as patched:

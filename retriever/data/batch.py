@@ -46,6 +46,7 @@ class Targets(OfTensors):
     known_pairs: KnownPairs | None = None  # of `known_ids`; None: to be looked up where the ranks' passages meet
     ignores: bool | None = None  # whether any row is ignored; None: not asked yet
     pools: Pools | None = None  # of queries and of all ranks' passages; None: a query sees every passage
+    shares: Tensor | None = None  # [B] float64: of a query's loss, where it stands once for each of several positives
     own: Lists | None = None  # each row's own negatives in the global batch, where the loss asks for them
     guide: Guide | None = None  # a guide model's vectors, where there is one
 
@@ -76,6 +77,7 @@ class Targets(OfTensors):
             passage_ids=self.passage_ids[passage_rows],
             known_ptr=exclusions.known_ptr,
             known_ids=exclusions.known_ids,
+            shares=None if self.shares is None else self.shares[query_rows],
             own=exclusions.own,
             guide=None if guide is None else guide._replace(passages=guide.passages[passage_rows]),
             groups=None,
@@ -144,7 +146,8 @@ class BatchLoader:
             torch.from_numpy(mine.targets),
             torch.from_numpy(mine.passages),
             *_lists(known),
-            global_queries=len(whole.queries),
+            global_queries=whole.query_count,
+            shares=None if mine.shares is None else torch.from_numpy(mine.shares),
             own=None if own is None else _lists(own),
             guide=store.guide and store.guide.of(mine.queries, mine.passages, mine.targets, loss),
             groups=scored.groups() if scored is not None and (loss.distils or loss.custom) else None,

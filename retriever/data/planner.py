@@ -21,7 +21,9 @@ _MANY_KNOWN = 64  # passages a query
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One step's batch over all ranks, in rows of the store. Every passage stands once."""
+    """One step's batch over all ranks, in rows of the store. Every passage stands once, a query once for each of its
+    positives that are drawn.
+    """
 
     step: int
     epoch: int
@@ -31,6 +33,12 @@ class GlobalBatch:
     passages: np.ndarray  # [n] int64, ascending: all targets and negatives
     query_pools: np.ndarray | None = None  # [b] int64; None: every query sees every passage
     passage_pools: np.ndarray | None = None  # [n] int64
+    shares: np.ndarray | None = None  # [b] float64: 1 / times that the query stands; None: 1 each
+
+    @property
+    def query_count(self) -> int:
+        """Queries, each counted once."""
+        return len(self.queries) if self.shares is None else round(self.shares.sum())
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class RankSlice:
     every_passage: np.ndarray  # [n] int64, rows of the store: all ranks' passages, rank after rank
     counts: tuple[int, ...]  # of each rank's passages
     pools: np.ndarray | None = None  # [B] int64: the pool of each query
+    shares: np.ndarray | None = None  # [B] float64, as a GlobalBatch has them
 
 
 class Planner:
@@ -53,6 +62,8 @@ class Planner:
     passes over a source meet in a batch, a query may stand in it twice. With `pool`, a query sees that many passages at
     most: those that neighbouring queries bring.
     """
+
+    positives = 1  # of a query in a batch, at most
 
     def __init__(
         self,
@@ -94,6 +105,7 @@ class Planner:
             one_source=config.batch.one_source,
             pool=config.batch.pool,
         )
+        planner.positives = config.loss.positives
         planner._check_negatives()
         return planner
 
@@ -139,15 +151,16 @@ class Planner:
         else:
             queries, passes = (column[index :: self.steps_per_epoch] for column in self._mixed_epoch(epoch))
             name = "mixed"
-        targets = self._draw_positives(queries, passes)
+        rows, targets = self._draw_positives(queries, passes)
         of, negatives = self._draw_negatives(queries, passes)
         brought = np.concatenate([targets, negatives])
+        shares = None if self.positives == 1 else 1.0 / np.bincount(rows)[rows]
         if self._pool is None:
-            return GlobalBatch(step, epoch, name, queries, targets, np.unique(brought))
+            return GlobalBatch(step, epoch, name, queries[rows], targets, np.unique(brought), shares=shares)
         passages, first = np.unique(brought, return_index=True)
-        bringer = np.concatenate([np.arange(len(queries)), of])[first]  # [n]: the first query that brings each passage
+        bringer = np.concatenate([rows, of])[first]  # [n]: the first query that brings each passage
         pools = _pools(np.bincount(bringer, minlength=len(queries)), self._pool)
-        return GlobalBatch(step, epoch, name, queries, targets, passages, pools, pools[bringer])
+        return GlobalBatch(step, epoch, name, queries[rows], targets, passages, pools[rows], pools[bringer], shares)
 
     def _make_schedule(self, epoch: int) -> list[tuple[int, int]]:
         """The epoch's batches as (source, part), in their shuffled order."""
@@ -173,13 +186,18 @@ class Planner:
         order = _order(_hash(self._key, np.uint64(3), np.uint64(epoch)), len(queries))
         return queries[order], turns[order]
 
-    def _draw_positives(self, queries: np.ndarray, passes: np.ndarray) -> np.ndarray:
-        """One positive of each query: a random first one, then the next in every pass."""
+    def _draw_positives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(position in `queries`, positive) of at most `positives` of each query: random first ones, then the next in
+        every pass.
+        """
         ptr, ids = self._store.positives
-        start = ptr[queries]
-        count = (ptr[queries + 1] - start).astype(np.uint64)
-        first = _hash(self._key, np.uint64(4), queries.astype(np.uint64))
-        return np.asarray(ids[start + ((first % count + passes.astype(np.uint64)) % count).astype(np.int64)])
+        count = ptr[queries + 1] - ptr[queries]
+        first = _hash(self._key, np.uint64(4), queries.astype(np.uint64)) % count.astype(np.uint64)
+        drawn = np.minimum(count, self.positives)
+        rows = np.repeat(np.arange(len(queries)), drawn)
+        place = np.arange(len(rows)) - (np.cumsum(drawn) - drawn)[rows]  # within the query's
+        place += first.astype(np.int64)[rows] + passes[rows] * self.positives
+        return rows, np.asarray(ids[ptr[queries[rows]] + place % count[rows]])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass.
@@ -215,7 +233,8 @@ def slice_for_rank(
     counts = tuple(np.bincount(of_passage, minlength=world_size).tolist())
     targets = np.searchsorted(passages, batch.targets[mine])
     pools = None if batch.query_pools is None else batch.query_pools[mine]
-    return RankSlice(batch.queries[mine], passages, targets, every_passage, counts, pools)
+    shares = None if batch.shares is None else batch.shares[mine]
+    return RankSlice(batch.queries[mine], passages, targets, every_passage, counts, pools, shares)
 
 
 def owners(

@@ -142,6 +142,8 @@ class ContrastiveObjective(nn.Module):
                 gradient = (gradient + _inner_product(problem.passages, dpassages)) / 2
             gradient = gradient.to(self.log_scale)
             self.log_scale.grad = gradient if self.log_scale.grad is None else self.log_scale.grad + gradient
+        if targets.shares is not None:
+            row_losses = row_losses * targets.shares.to(row_losses)
         loss = row_losses.sum() / targets.global_queries
         return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)
 
@@ -200,6 +202,7 @@ class ContrastiveObjective(nn.Module):
             exchange="ring" if self._config.exchange == "ring" else "gather",  # auto is settled before step 1
             known_pairs=targets.known_pairs,
             ignores=targets.ignores,
+            shares=targets.shares,
             largest=1.0 if self._unit_norm else None,
             block_rows=self._block_rows,
         )

@@ -48,6 +48,8 @@ def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) 
             values, gradient = term(students, teachers, rows, groups.ptr)
             losses, dstudents = losses + weight * values, dstudents + weight * gradient
     dstudents = (problem.weight * problem.scale * dstudents).where(problem.active[rows], 0.0)[:, None]  # [G, 1]
+    if problem.shares is not None:
+        dstudents = dstudents * problem.shares.to(dstudents)[rows, None]
     dqueries, dpassages = torch.zeros_like(q), torch.zeros_like(p, dtype=q.dtype)
     for part in pairs:  # index_put_ sorts before it adds: the same sums every time, on a GPU too
         dqueries.index_put_((rows[part],), dstudents[part] * p[columns[part]], accumulate=True)

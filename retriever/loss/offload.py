@@ -199,8 +199,10 @@ def _without_rows(problem: Problem, device: torch.device) -> Problem:
         own=None if on_host.own is None else Lists(*(x.to(device) for x in on_host.own)),
     )
     nothing = problem.queries.new_empty(0, problem.queries.shape[1], device=device)
+    shares = None if problem.shares is None else problem.shares.to(device)
+    positives = problem.positives.to(device)
     return replace(
-        problem, queries=nothing, passages=nothing, positives=problem.positives.to(device), exclusions=exclusions
+        problem, queries=nothing, passages=nothing, positives=positives, exclusions=exclusions, shares=shares
     )
 
 

@@ -36,6 +36,7 @@ class Problem:
     # What is known beforehand, so that the host need not wait for the device to say it; None: it is asked.
     known_pairs: KnownPairs | None = None  # those of `exclusions`
     ignores: bool | None = None  # whether any row is ignored
+    shares: Tensor | None = None  # [B] of each row in its query's loss; None: 1 each
     largest: float | None = None  # similarity that none exceeds, rounding apart
 
     @cached_property
@@ -47,6 +48,13 @@ class Problem:
     def columns(self) -> Tensor:
         """Column [B] of each row's positive; column 0 stands in where the row is ignored."""
         return self.positives.clamp(min=0)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Of each row's loss [B] in the gradient, 0 where the row is ignored."""
+        weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
+        weights.masked_fill_(self.active, self.weight)
+        return weights if self.shares is None else weights * self.shares.to(weights)
 
     @property
     def guide_passages(self) -> Tensor | None:
@@ -74,12 +82,10 @@ class Problem:
         """Losses [B] and both gradients in two passes over the blocks of every direction, which `passages_of` brings.
         (Cheng et al. 2024, arXiv:2410.17243)
         """
-        weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
-        weights.masked_fill_(self.active, self.weight)
         parts = list(self._parts())
         directions = [Direction(passages_of(part), rows, part.symmetric) for part, rows in parts]
         joint_targets = 0 if self.partition == "per_direction" else 1 + self.symmetric
-        loss, terms = first_pass(directions, self.columns, weights, joint_targets)
+        loss, terms = first_pass(directions, self.columns, self.weights, joint_targets)
         found = [second_pass(direction.passages, term) for direction, term in zip(directions, terms, strict=True)]
         dqueries, dpassages = found[0]
         for (part, _), (drows, dcolumns) in zip(parts[1:], found[1:], strict=True):

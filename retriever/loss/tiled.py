@@ -36,15 +36,13 @@ def gathered(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     if problem.directions != ("query_to_passage",):
         return problem.contrast(lambda part: GatheredPassages(part, world))
     every = _Gathering.of(problem, world)
-    queries = problem.queries.to(problem.wire_dtype)
-    dtype = torch.promote_types(problem.queries.dtype, torch.float32)
     result = infonce(
-        queries,
+        problem.queries.to(problem.wire_dtype),
         every.passages.rows,
         every.targets,
         problem.scale,
         exclusions=every.masks,
-        weights=queries.new_full((len(queries),), problem.weight, dtype=dtype),
+        weights=problem.weights,
         precision=problem.precision,
         workspace_mib=problem.workspace_mib,
         ignored=problem.ignores,

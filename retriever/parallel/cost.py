@@ -159,7 +159,7 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
     if world.device.type == "cuda":
         free = world.least(torch.cuda.mem_get_info(world.device)[0]) / 2**20
     workspace = _AUTO_WORKSPACE_MIB if loss.workspace_mib == "auto" else loss.workspace_mib
-    passages = config.batch.queries * (1 + config.data.negatives)
+    passages = config.batch.queries * (loss.positives + config.data.negatives)
     work = Workload(
         config.batch.queries, passages, dim, world.size, len(loss.softmaxes[0]) > 1, loss.precision, workspace
     )

@@ -41,6 +41,7 @@ class Case:
     partition: str = "joint"
     hardness: str = "none"
     guide: bool = False
+    shared: bool = False  # rows are shares of a query's loss
     learn_temperature: bool = False
     margin: float | None = None
     ignored: int = 0
@@ -86,12 +87,14 @@ KINDS_OF_NEGATIVES = [
     *(Case(hardness=h) for h in ("own", "in_batch", "all")),
     Case(symmetric=True, hardness="own", learn_temperature=True),
     Case(guide=True),
+    Case(shared=True, margin=0.2, ignored=2),
+    Case(shared=True, directions=(EVERY[0], EVERY[3]), learn_temperature=True),
     Case(guide=True, symmetric=True, ignored=2),
 ]
 CASES = [
     *(replace(case, exchange=exchange) for case in KINDS_OF_NEGATIVES for exchange in ("ring", "gather")),
     Case(block_rows=7, directions=EVERY[:2], hardness="own", ignored=2, learn_temperature=True),
-    Case(block_rows=7, hardness="all"),
+    Case(block_rows=7, hardness="all", shared=True),
     *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
     *(Case(symmetric=s, learn_temperature=True, dims=(4, D)) for s in (False, True)),
     *(Case(symmetric=s, owners=owners) for s in (False, True) for owners in ("equal", "one")),
@@ -121,7 +124,11 @@ def _whole(case: Case, ranks: int) -> WholeBatch:
     only.
     """
     whole = random_batch(
-        ignored=case.ignored, own=case.config().needs_own_negatives, guide=case.guide, pools=case.pools
+        ignored=case.ignored,
+        own=case.config().needs_own_negatives,
+        guide=case.guide,
+        pools=case.pools,
+        shared=case.shared,
     )
     draw = random.Random(ranks)
     n, targets = len(whole.owners), set(whole.positives)
