@@ -236,6 +236,8 @@ class LossConfig:
     kl_weight: NotNegative = 0.0
     # Weight of the squared error of the margins between positive and negatives, against the teacher's.
     margin_mse_weight: NotNegative = 0.0
+    # Weight of CoSENT: of all scored pairs in the batch, the more similar is the one with the higher score.
+    cosent_weight: NotNegative = 0.0
     # The teacher's scores are divided by it.
     teacher_temperature: Temperature = 1.0
     # A negative that the teacher scores above the positive less this is no negative. null: all are.
@@ -261,6 +263,11 @@ class LossConfig:
     @property
     def distils(self) -> bool:
         """Whether a teacher's scores take part in the loss."""
+        return self.compares_negatives or self.cosent_weight > 0
+
+    @property
+    def compares_negatives(self) -> bool:
+        """Whether a teacher's scores of negatives are asked for."""
         return self.kl_weight > 0 or self.margin_mse_weight > 0
 
 

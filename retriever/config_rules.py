@@ -12,6 +12,7 @@ from retriever.config_tree import require
 
 _AUTO_OR_FALSE = ("auto", False)
 _OPTIMIZERS = ("adamw", "adafactor", "adafactor_momentum")
+_WEIGHTS = "contrastive_weight", "kl_weight", "margin_mse_weight", "cosent_weight"
 _TEACHER = "a teacher's terms gather all passages on the device"
 
 
@@ -32,7 +33,7 @@ def validate(config: Config) -> None:
         require(batch.tokens_per_chunk >= longest, "batch.tokens_per_chunk", least, batch.tokens_per_chunk)
     weights = f"[] or {len(loss.dims)} numbers, one for each of loss.dims"
     require(len(loss.dim_weights) in (0, len(loss.dims)), "loss.dim_weights", weights, list(loss.dim_weights))
-    terms = {name: getattr(loss, name) for name in ("contrastive_weight", "kl_weight", "margin_mse_weight")}
+    terms = {name: getattr(loss, name) for name in _WEIGHTS}
     require(any(terms.values()), "loss", f"one of {', '.join(terms)} above 0", terms)
     known, name = " | ".join(_OPTIMIZERS), config.optim.name
     path = f"{known}, or an import path such as torch.optim.NAdam"
@@ -107,6 +108,8 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (custom, ("loss.guide", (None,), "loss.custom, which takes its place")),
         (custom, ("loss.learn_temperature", (False,), "loss.custom, whose own parameters are trained")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),
+        (loss.positives > 1, ("loss.cosent_weight", (0,), "several loss.positives")),
+        (config.batch.offload, ("loss.cosent_weight", (0,), f"{offload}: {_TEACHER}")),
         (config.batch.offload, ("loss.margin_mse_weight", (0,), f"{offload}: {_TEACHER}")),
     ]
     return [rule for holds, rule in rules if holds]
@@ -135,7 +138,7 @@ def _check_data(config: Config) -> None:
     pool, least = config.batch.pool, 2 * (config.loss.positives + config.data.negatives)
     room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
     require(pool is None or pool >= least, "batch.pool", room, pool)
-    teaches = not config.loss.distils or config.data.negatives >= 1
+    teaches = not config.loss.compares_negatives or config.data.negatives >= 1
     require(teaches, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives)
 
 

@@ -200,7 +200,9 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
         losses = torch.stack(each).mean(0)
     shares = torch.ones_like(positive) if targets.shares is None else targets.shares
     total = loss.contrastive_weight * (shares * losses).where(active, 0.0).sum()
-    if targets.groups is not None and loss.distils:
+    if loss.cosent_weight > 0:
+        total = total + loss.cosent_weight * targets.global_queries * _cosent(similarities, targets, loss)
+    if loss.compares_negatives:
         rows = torch.arange(len(queries), device=queries.device)[active].tolist()
         students = similarities / loss.temperature
         total = total + sum(shares[i] * _taught_loss(students[i], targets, i, loss) for i in rows)
@@ -211,6 +213,18 @@ def _listed(lists: Lists, passage_ids: Tensor) -> Tensor:
     """[B, N] bool: which passages each row's list has."""
     rows = [torch.isin(passage_ids, ids) for ids in lists.ids.split(lists.ptr.diff().tolist())]
     return torch.stack(rows) if rows else passage_ids.new_empty(0, len(passage_ids), dtype=torch.bool)
+
+
+def _cosent(similarities: Tensor, targets: Targets, loss: LossConfig) -> Tensor:
+    """log(1 + Σ e^{s_a − s_b}) over all scored pairs a and b of which b has the higher score."""
+    assert targets.groups is not None
+    ptr, ids, scores = targets.groups
+    rows = torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
+    kept = targets.positives[rows] >= 0
+    columns = (targets.passage_ids[None, :] == ids[:, None]).nonzero()[:, 1]
+    s, t = similarities[rows, columns][kept] / loss.temperature, scores[kept]
+    differences = (s[:, None] - s[None, :])[t[:, None] < t[None, :]]
+    return torch.cat([s.new_zeros(1), differences]).logsumexp(0)
 
 
 def _taught_loss(logits: Tensor, targets: Targets, i: int, loss: LossConfig) -> Tensor:

@@ -96,7 +96,10 @@ def minimal(tmp_path: Path) -> Path:
         ("data.train=[{path: x, columns: [a, a]}]", "data.train.0.columns: expected names of different columns"),
         ("batch.retain_products=-1", "batch.retain_products: expected true or false"),
         ("loss.kl_weight=-1", "loss.kl_weight: expected a number of at least 0, received -1"),
-        ("loss.contrastive_weight=0", "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight above 0"),
+        (
+            "loss.contrastive_weight=0",
+            "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight, cosent",
+        ),
         ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         ("batch.queries=1", "batch.queries: "),
         ("batch.pool=15", "batch.pool: expected null or at least 16"),
@@ -111,6 +114,9 @@ def minimal(tmp_path: Path) -> Path:
         ("loss.hardness=own", "loss.hardness_strength: expected above 0 with loss.hardness, else 0"),
         ("loss.hardness_strength=5", "loss.hardness_strength: expected above 0 with loss.hardness, else 0"),
         ("loss={strategy: local, hardness: all, hardness_strength: 5}", "loss.strategy: expected tiled with loss.hard"),
+        ("loss={positives: 2, strategy: dense}", "loss.strategy: expected tiled with several loss.positives"),
+        ("loss={positives: 2, symmetric: true}", "loss.symmetric: expected false with several loss.positives"),
+        ("loss={positives: 2, cosent_weight: 1}", "loss.cosent_weight: expected 0 with several loss.positives"),
         ("loss={strategy: disco, guide: folder}", "loss.strategy: expected tiled with loss.guide"),
         ("optim.lr=-1e-5", "optim.lr: "),
         ("optim.warmup=-1", "optim.warmup: "),
@@ -175,6 +181,7 @@ def test_every_refusal_names_its_key(minimal: Path, override: str, message: str)
     [
         ("loss.strategy=dense", "loss.strategy: expected tiled with batch.offload=true"),
         ("loss.exchange=gather", "loss.exchange: expected auto or ring with batch.offload=true"),
+        ("loss.cosent_weight=1", "loss.cosent_weight: expected 0 with batch.offload=true"),
         ("loss.guide=folder", "loss.guide: expected none with batch.offload=true"),
         (
             "loss.directions=[query_to_passage,query_to_query]",

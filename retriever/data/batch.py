@@ -115,13 +115,16 @@ class BatchLoader:
         """The `auto` values of `config` are resolved. Raises ConfigError where a teacher's scores are missing."""
         self._store, self._planner, self._loss, self._world = store, planner, config.loss, world
         scored = store.positive_scores is not None and store.negative_scores is not None
-        asks, takes = config.loss.distils or config.loss.teacher_margin is not None, config.loss.custom is not None
-        self._asks_teacher = asks or (takes and scored)
-        if asks and not scored:
+        takes = config.loss.custom is not None and scored
+        self._asks_teacher = config.loss.distils or config.loss.teacher_margin is not None or takes
+        compares = config.loss.compares_negatives or config.loss.teacher_margin is not None
+        if compares and not scored:
             raise ConfigError(
                 "loss: kl_weight, margin_mse_weight and teacher_margin need a teacher's scores of positives and "
                 "negatives; data.train has none (scripts.mine_negatives --teacher writes them)"
             )
+        if self._asks_teacher and store.positive_scores is None:
+            raise ConfigError("loss: cosent_weight needs scores of the positives; data.train has none")
         model, budget = config.model, int(config.batch.tokens_per_chunk)
         packed = model.attention == "packed"
         self._queries = Chunking("query", store.queries, template, model.query_max_tokens, budget, packed)

@@ -56,7 +56,7 @@ def scored_negatives(
     Without a `margin` no negative is false. A negative that another query brought into the batch counts as one that
     this query drew: no score that is there is wasted.
     """
-    assert store.positive_scores is not None and store.negative_scores is not None  # the loader has checked it
+    assert store.positive_scores is not None  # the loader has checked it
     queries, targets = rank_slice.queries, rank_slice.passages[rank_slice.targets]
     rows, ids, scores = _scored(store.positives, store.positive_scores, queries)
     target_scores = scores[ids == targets[rows]]  # one in each row: a target is a positive of its query
@@ -69,10 +69,12 @@ def scored_negatives(
     return ScoredNegatives(rows, ids, scores, are_false, targets, target_scores)
 
 
-def _scored(relation: Csr, scores: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row of `queries`, passage, score) [n] of the relation's pairs of `queries`."""
+def _scored(relation: Csr, scores: np.ndarray | None, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row of `queries`, passage, score) [n] of the relation's pairs of `queries`; NaN where there is no score."""
     ptr, ids = relation.take(queries)
     rows = np.repeat(np.arange(len(queries)), np.diff(ptr))
+    if scores is None:
+        return rows, ids, np.full(len(ids), np.nan, np.float32)
     return rows, ids, Csr(relation.ptr, scores).take(queries).ids
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels.infonce.api import Hardness
 from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.batch import Targets
 from retriever.loss.custom import CustomLoss
 from retriever.loss.distill import distill
 from retriever.loss.matryoshka import over_leading_dimensions
@@ -133,7 +133,7 @@ class ContrastiveObjective(nn.Module):
         temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem = self._problem(queries, passages, targets, gradient_scale, temperature)
-        row_losses, dqueries, dpassages = self._terms(problem, targets.groups, world)
+        row_losses, dqueries, dpassages = self._terms(problem, targets, world)
         if self.log_scale.requires_grad:
             # dL/d(log scale) = Σ dL/ds · s over all pairs = Σ_i ⟨q_i, dL/dq_i⟩: no second pass over the similarities.
             gradient = _inner_product(problem.queries, dqueries)
@@ -147,19 +147,20 @@ class ContrastiveObjective(nn.Module):
         loss = row_losses.sum() / targets.global_queries
         return loss, dqueries.to(queries.dtype), dpassages.to(passages.dtype)
 
-    def _terms(self, problem: Problem, groups: Groups | None, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    def _terms(self, problem: Problem, targets: Targets, world: World) -> tuple[Tensor, Tensor, Tensor]:
         """Per-row losses [B], dqueries and dpassages of the weighted sum of the contrastive and the teacher's terms."""
         config, weight = self._config, self._config.contrastive_weight
-        if config.distils and groups is None:
+        if config.distils and targets.groups is None:
             raise ValueError(
-                "loss.kl_weight or loss.margin_mse_weight is above 0, but the batch has no Targets.groups of a teacher"
+                "a teacher's loss.kl_weight, margin_mse_weight or cosent_weight is above 0, but the batch has no "
+                "Targets.groups of a teacher"
             )
-        taught = distill(problem, groups, config, world) if groups is not None and config.distils else None
+        taught = distill(problem, targets, config, world) if config.distils else None
         if taught is not None and weight == 0:
             return taught
         weighted = replace(problem, weight=weight * problem.weight)
         if self.custom is not None:
-            losses, dqueries, dpassages = self.custom(weighted, groups, world)
+            losses, dqueries, dpassages = self.custom(weighted, targets.groups, world)
         else:
             losses, dqueries, dpassages = STRATEGIES[config.strategy](weighted, world)
         if taught is None:

@@ -6,7 +6,12 @@ entry is the target 0:
     kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)
     margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²
 
-(Hinton et al. 2015, arXiv:1503.02531; Hofstätter et al. 2020, arXiv:2010.02666.)
+(Hinton et al. 2015, arXiv:1503.02531; Hofstätter et al. 2020, arXiv:2010.02666.) CoSENT (Su 2022,
+kexue.fm/archives/8847) takes all scored pairs a, b of the batch together:
+
+    cosent = log(1 + Σ_{a, b : t_a < t_b} exp(s_a − s_b))
+
+by sorting the pairs and log-sum-exps of all that come before or behind one: its memory is linear.
 
 A query lives on its target's rank, its negatives anywhere: passages are gathered, and their gradients summed over
 ranks.
@@ -17,20 +22,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.infonce.terms import log_one_plus_exp
 from retriever.config import LossConfig
-from retriever.data.batch import Groups
+from retriever.data.batch import Targets
 from retriever.loss.problem import Problem
 from retriever.parallel.world import World
 
 _PAIRS_AT_ONCE = 65_536  # whose embeddings are held beside one another
 
 
-def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
+def distill(problem: Problem, targets: Targets, config: LossConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [B], and `problem.weight` times their gradients dqueries [B, D] and dpassages [N, D].
 
-    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse; 0 where the row is ignored or its group has no
-    negative. Every rank calls it. Raises ValueError where a group names a passage that no rank holds.
+    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse, 0 where its group has no negative, and a share
+    of cosent_weight · cosent · global queries; 0 where the row is ignored. Every rank calls it. Raises ValueError where
+    a group names a passage that no rank holds.
     """
+    groups = targets.groups
+    assert groups is not None
     passages = world.gather_rows(problem.passages.to(problem.wire_dtype))  # [n, D]
     columns = columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
     sizes = groups.ptr.diff()
@@ -47,6 +56,11 @@ def distill(problem: Problem, groups: Groups, config: LossConfig, world: World) 
         if weight > 0:
             values, gradient = term(students, teachers, rows, groups.ptr)
             losses, dstudents = losses + weight * values, dstudents + weight * gradient
+    if config.cosent_weight > 0:
+        kept, weight = problem.active[rows].nonzero()[:, 0], config.cosent_weight * targets.global_queries
+        values, gradient = _cosent(students[kept], teachers[kept], world)
+        losses = losses.index_put((rows[kept],), weight * values, accumulate=True)
+        dstudents = dstudents.index_put((kept,), weight * gradient, accumulate=True)
     dstudents = (problem.weight * problem.scale * dstudents).where(problem.active[rows], 0.0)[:, None]  # [G, 1]
     if problem.shares is not None:
         dstudents = dstudents * problem.shares.to(dstudents)[rows, None]
@@ -71,6 +85,27 @@ def _margin_mse(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -
     slopes = 2 * errors / negatives
     at_targets = torch.zeros_like(students).index_put((first,), slopes, accumulate=True)
     return _sums(errors * errors / negatives, rows, len(ptr) - 1), at_targets - slopes
+
+
+def _cosent(students: Tensor, teachers: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """What each of this rank's scored pairs [G] has in the one value of all ranks' pairs, and its gradient at the
+    students' logits [G].
+    """
+    every = world.gather_rows(students)
+    scores, order = world.gather_rows(teachers, every.counts).rows.sort(stable=True)
+    x = every.rows[order]  # [n]
+    lower, not_higher = (torch.searchsorted(scores, scores, right=right) for right in (False, True))
+    below = _running_logsumexp(x)[lower] - x  # of the pairs in which each has the higher score
+    above = _running_logsumexp(-x.flip(0))[len(x) - not_higher] + x  # the lower one
+    total = below.logsumexp(0)
+    shares, against = ((part - total.clamp(min=torch.finfo(x.dtype).min)).exp() for part in (below, above))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[every.own]
+    return (log_one_plus_exp(total) * shares)[back], (total.sigmoid() * (against - shares))[back]
+
+
+def _running_logsumexp(x: Tensor) -> Tensor:
+    """log Σ e^x of the first 0, 1, … n of x [n]."""
+    return torch.cat([x.new_full((1,), -torch.inf), x.logcumsumexp(0)])
 
 
 def _log_softmax(x: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -92,6 +92,31 @@ def test_every_query_once_per_pass_in_even_batches(
                 assert np.all((batch.queries >= source.first) & (batch.queries < source.last))
 
 
+@pytest.mark.parametrize("positives", [2, 5])
+def test_several_positives_of_a_query(positives: int) -> None:
+    """A query stands once for each, with shares that sum to one; they rotate, and one of each is as it always was."""
+    store = _store(40)
+    one, several = (Planner(store, queries=9, negatives=2, seed=3) for _ in range(2))
+    several.positives = positives
+    seen: dict[int, set[int]] = {}
+    for alone, batch in zip(_epoch(one, 1), _epoch(several, 1), strict=True):
+        assert batch.shares is not None and batch.query_count == len(alone.queries) == alone.query_count
+        assert np.array_equal(np.unique(batch.queries), np.unique(alone.queries))
+        for query in alone.queries:
+            rows = np.flatnonzero(batch.queries == query)
+            known, drawn = set(store.positives.row(query).tolist()), batch.targets[rows].tolist()
+            assert len(set(drawn)) == len(drawn) == min(positives, len(known)) and set(drawn) <= known
+            assert np.allclose(batch.shares[rows], 1 / len(drawn))
+            seen.setdefault(int(query), set()).update(drawn)
+        assert set(batch.targets) <= set(batch.passages)
+        part = slice_for_rank(batch, np.ones(len(batch.queries)), np.ones(len(batch.passages)), 1, 2)
+        assert part.shares is not None and len(part.shares) == len(part.queries)
+    for batch in _epoch(several, 2):
+        for query, target in zip(batch.queries.tolist(), batch.targets.tolist(), strict=True):
+            seen[query].add(target)
+    assert all(len(found) == min(2 * positives, len(store.positives.row(q))) for q, found in seen.items())
+
+
 def test_sources_mix_in_proportion_where_asked() -> None:
     """With one_source false every batch of a large epoch holds queries of every source, about as many as its share."""
     planner = Planner(_store(300, 100), queries=40, negatives=0, seed=5, one_source=False)

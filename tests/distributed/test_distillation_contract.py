@@ -39,6 +39,7 @@ class Case:
     learn_temperature: bool = False
     ignored: int = 0
     dims: tuple[int, ...] = ()
+    cosent: float = 0.0
     temperature: float = 1.0  # the teacher's
 
     def config(self) -> LossConfig:
@@ -52,6 +53,7 @@ class Case:
             contrastive_weight=self.contrastive,
             kl_weight=self.kl,
             margin_mse_weight=self.margin_mse,
+            cosent_weight=self.cosent,
             teacher_temperature=self.temperature,
         )
 
@@ -62,6 +64,8 @@ CASES = (
     Case(contrastive=0.3, kl=0.7, margin_mse=0.02, learn_temperature=True, temperature=2.5),
     Case(contrastive=0.3, kl=0.7, margin_mse=0.02, strategy="dense", ignored=3),
     Case(kl=2.0, margin_mse=0.5, dims=(8, 32), learn_temperature=True, ignored=2),
+    Case(contrastive=0, cosent=1.0),
+    Case(contrastive=0.3, kl=0.5, cosent=0.2, dims=(8, 32), learn_temperature=True, ignored=3),
 )
 
 
@@ -71,7 +75,7 @@ def _groups(whole: WholeBatch) -> list[list[tuple[int, float]]]:
     for row, column in enumerate(whole.positives):
         others = draw.sample(whole.passage_ids, draw.choice([0, 2, 3, 7]))
         ids = [whole.passage_ids[max(column, 0)], *(i for i in others if i not in whole.known[row])]
-        groups.append([(i, draw.gauss(0, 3)) for i in ids] if row % 5 else [])
+        groups.append([(i, round(draw.gauss(0, 3), 1)) for i in ids] if row % 5 else [])  # some are equal
     return groups
 
 
@@ -82,8 +86,8 @@ def _as_tensors(groups: list[list[tuple[int, float]]]) -> Groups:
 
 
 def _oracle(queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Tensor, case: Case) -> Tensor:
-    """The three terms of the whole batch by autograd; the teacher's are torch's own kl_div and mse_loss, query by
-    query.
+    """The terms of the whole batch by autograd; the teacher's are torch's own kl_div and mse_loss, query by query, and
+    CoSENT pair by pair.
     """
     total = case.contrastive * oracle_loss(queries, passages, whole, log_scale)
     logits, column = log_scale.exp() * queries @ passages.T, {i: c for c, i in enumerate(whole.passage_ids)}
@@ -94,7 +98,14 @@ def _oracle(queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Ten
             kl = kl_div(student.log_softmax(0), teacher.softmax(0), reduction="sum")
             mse = mse_loss(student[0] - student[1:], teacher[0] - teacher[1:])
             total = total + (case.kl * kl + case.margin_mse * mse) / len(whole.positives)
-    return total
+    scored = [
+        (logits[row, column[i]], score)
+        for row, group in enumerate(_groups(whole))
+        for i, score in group
+        if whole.positives[row] >= 0
+    ]
+    differences = [low - high for low, a in scored for high, b in scored if a < b]
+    return total + case.cosent * torch.stack([logits.new_zeros(()), *differences]).logsumexp(0)
 
 
 def _encoder(folder: Path) -> DualEncoder:

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss, MultipleNegativesRankingLoss
-from sentence_transformers.util import dot_score
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CoSENTLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import dot_score, pairwise_dot_score
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from kernels.infonce.rules import Guide, Lists, guide_vectors
 from retriever.config import Direction, LossConfig
-from retriever.data.batch import Targets
+from retriever.data.batch import Groups, Targets
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 
@@ -40,12 +44,14 @@ def _columns(count: int) -> list[Tensor]:
     ]
 
 
-def _ours(columns: list[Tensor], guide: Guide | None = None, **settings: Any) -> list[Tensor]:
+def _ours(
+    columns: list[Tensor], guide: Guide | None = None, groups: Groups | None = None, **settings: Any
+) -> list[Tensor]:
     """Loss and gradients at the columns: anchors, positives, negatives."""
     own = torch.arange(B)[:, None] + B * torch.arange(1, len(columns) - 1)
     lists = Lists(torch.arange(B + 1) * own.shape[1], own.flatten())
     ids = torch.arange(B * (len(columns) - 1))
-    targets = Targets(torch.arange(B), ids, torch.arange(B + 1), torch.arange(B), B, own=lists, guide=guide)
+    targets = Targets(torch.arange(B), ids, torch.arange(B + 1), torch.arange(B), B, groups, own=lists, guide=guide)
     objective = ContrastiveObjective(LossConfig(temperature=0.05, precision="fp32", **settings), unit_norm=True)
     queries, passages = columns[0].detach(), torch.cat(columns[1:]).detach()
     loss, dqueries, dpassages = objective(queries, passages, targets, World(torch.device("cpu")))
@@ -99,3 +105,13 @@ def test_a_guide(directions: tuple[Direction, ...], negatives: int, kind: Any) -
     found = _ours(columns, Guide(vectors[0], torch.cat(vectors[1:]), limit), directions=directions)
     assert abs(found[0] - plain[0]) > 1e-3, "the guide leaves nothing out"
     _compare(found, loss, columns)
+
+
+def test_cosent() -> None:
+    """Scored pairs, each a query and its positive; some scores are equal."""
+    columns, scores = _columns(2), torch.tensor([1.0, 0.2, 0.2, 0.9, 0.0, 0.5, 0.5, 0.5, 0.7])
+    theirs = CoSENTLoss(nn.Identity(), scale=20.0, similarity_fct=pairwise_dot_score)  # type: ignore[arg-type]
+    found = _ours(
+        columns, groups=Groups(torch.arange(B + 1), torch.arange(B), scores), contrastive_weight=0.0, cosent_weight=1.0
+    )
+    _compare(found, theirs.compute_loss_from_embeddings(columns, scores), columns)
