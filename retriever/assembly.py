@@ -21,7 +21,6 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
-from retriever.guide import vectors_of
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.custom import CustomLoss, Loss, load_loss
 from retriever.loss.offload import BLOCK_ROWS
@@ -36,6 +35,7 @@ from retriever.plan.sizes import StepPlanner
 from retriever.rng import RngState
 from retriever.run_folder import held
 from retriever.signals import die_with_launcher
+from retriever.text_vectors import vectors_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def _prepare(config: Config) -> Prepared:
     config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
     store = build_or_open(config, tokenizer)
     if config.loss.guide is not None:
-        store.guide = vectors_of(config, store)
+        store.guide = vectors_of(config, store, "guide")
+    if config.loss.teacher is not None:
+        store.teacher = vectors_of(config, store, "teacher")
     if config.run.preflight == "only":  # leaves nothing behind
         config = replace(config, run=replace(config.run, trackers=()))
     return Prepared(config, last, tokenizer, store)

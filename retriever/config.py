@@ -238,6 +238,14 @@ class LossConfig:
     margin_mse_weight: NotNegative = 0.0
     # Weight of CoSENT: of all scored pairs in the batch, the more similar is the one with the higher score.
     cosent_weight: NotNegative = 0.0
+    # Weight of the distance between embeddings and those of `teacher`: the mean over queries and that over passages,
+    # half each.
+    embedding_weight: NotNegative = 0.0
+    # mse: the mean of squared differences; cosine: 1 less the cosine similarity.
+    embedding_distance: Literal["mse", "cosine"] = "mse"
+    # Model, a folder or Hugging Face name, whose embeddings are distilled. Those of all texts are computed once, with
+    # its own prompts and lengths. null: none.
+    teacher: str | None = None
     # The teacher's scores are divided by it.
     teacher_temperature: Temperature = 1.0
     # A negative that the teacher scores above the positive less this is no negative. null: all are.

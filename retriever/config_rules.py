@@ -12,7 +12,7 @@ from retriever.config_tree import require
 
 _AUTO_OR_FALSE = ("auto", False)
 _OPTIMIZERS = ("adamw", "adafactor", "adafactor_momentum")
-_WEIGHTS = "contrastive_weight", "kl_weight", "margin_mse_weight", "cosent_weight"
+_WEIGHTS = "contrastive_weight", "kl_weight", "margin_mse_weight", "cosent_weight", "embedding_weight"
 _TEACHER = "a teacher's terms gather all passages on the device"
 
 
@@ -41,6 +41,8 @@ def validate(config: Config) -> None:
     require(config.optim.arguments is None or "." in name, "optim.arguments", none, config.optim.arguments)
     require(name in _OPTIMIZERS or re.fullmatch(r"\w+(\.\w+)+", name) is not None, "optim.name", path, name)
     _check_directions(config)
+    given = (loss.teacher is None) == (loss.embedding_weight == 0)
+    require(given, "loss.embedding_weight", "above 0 with loss.teacher, else 0", loss.embedding_weight)
     _check_length_and_evaluation(config)
 
 
@@ -106,6 +108,7 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (custom, ("loss.directions", (one,), "loss.custom, which takes its place")),
         (custom, ("loss.hardness", ("none",), "loss.custom, which takes its place")),
         (custom, ("loss.guide", (None,), "loss.custom, which takes its place")),
+        (custom, ("loss.positives", (1,), "loss.custom")),
         (custom, ("loss.learn_temperature", (False,), "loss.custom, whose own parameters are trained")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),
         (loss.positives > 1, ("loss.cosent_weight", (0,), "several loss.positives")),

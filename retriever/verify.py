@@ -20,6 +20,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective, false_negatives_from
 from retriever.loss.custom import CustomLoss, LossTargets
+from retriever.loss.embedding import distances
 from retriever.parallel.world import World
 from retriever.retention import NOTHING, Retention
 from retriever.rng import RngState
@@ -92,6 +93,8 @@ def gradient_error(
             else:
                 value_of = _custom_loss(queries, passages, batch.targets.to(queries.device), loss, custom)
             reference = reference + weight * value_of
+        if batch.targets.teacher is not None:
+            reference = reference + _teacher_distance(whole, batch.targets, loss)
         reference.backward()
         expected = _take_gradients(exact)
 
@@ -213,6 +216,17 @@ def _listed(lists: Lists, passage_ids: Tensor) -> Tensor:
     """[B, N] bool: which passages each row's list has."""
     rows = [torch.isin(passage_ids, ids) for ids in lists.ids.split(lists.ptr.diff().tolist())]
     return torch.stack(rows) if rows else passage_ids.new_empty(0, len(passage_ids), dtype=torch.bool)
+
+
+def _teacher_distance(whole: dict[str, Tensor], targets: Targets, loss: LossConfig) -> Tensor:
+    """Half the mean distance of queries from the teacher's, and half that of passages."""
+    assert targets.teacher is not None
+    queries, passages = (
+        distances(x, of_teacher.to(x.device), loss)
+        for x, of_teacher in zip((whole["query"], whole["passage"]), targets.teacher, strict=True)
+    )
+    shares = 1.0 if targets.shares is None else targets.shares.to(queries.device)
+    return loss.embedding_weight / 2 * ((shares * queries).sum() / targets.global_queries + passages.mean())
 
 
 def _cosent(similarities: Tensor, targets: Targets, loss: LossConfig) -> Tensor:

@@ -98,7 +98,7 @@ def minimal(tmp_path: Path) -> Path:
         ("loss.kl_weight=-1", "loss.kl_weight: expected a number of at least 0, received -1"),
         (
             "loss.contrastive_weight=0",
-            "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight, cosent",
+            "loss: expected one of contrastive_weight, kl_weight, margin_mse_weight, cosent_weight, emb",
         ),
         ("loss={teacher_temperature: 0}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         ("batch.queries=1", "batch.queries: "),

@@ -47,7 +47,7 @@ FLOORS = (
         "verify",
         "shards",
         "encode_shards",
-        "guide",
+        "text_vectors",
         "export",
         "model_card",
         "older_readers",

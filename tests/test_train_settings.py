@@ -39,6 +39,30 @@ def test_representations_in_host_memory_train_as_well(workplace: Path) -> None:
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_kinds_of_negatives_positives_and_a_teacher_are_checked_before_the_first_step(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is its own guide and teacher here."""
+    start = load(workplace / "run.yaml").model.name_or_path
+    settings = [
+        "loss.directions=[query_to_passage,passage_to_passage]",
+        "loss.positives=2",
+        "loss.hardness=own",
+        "loss.hardness_strength=5",
+        f"loss.guide={start}",
+        "loss.guide_margin=0.05",
+        f"loss.teacher={start}",
+        "loss.embedding_weight=0.5",
+        "model.query_prompt=find ",
+    ]
+    output = workplace / "kinds"
+    common = ["eval=null", "train.eval_every=0", "train.max_steps=2", "train.log_every=1", "run.verify=true"]
+    assert main(["--config", str(workplace / "run.yaml"), f"run.output_dir={output}", *common, *settings]) == 0
+    said = capsys.readouterr().out
+    assert "gradient equal to the whole batch's" in said and "finished 2 steps" in said
+    assert len([line for line in metrics(output) if "train/loss" in line]) == 2
+
+
 def test_what_is_kept_between_the_passes_changes_no_loss(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step keeps what `batch` says of its first chunks."""
     begun = gradcache.encode_without_graph

@@ -15,6 +15,7 @@ from kernels.layers.layer import SavedActivations, without_graph
 from retriever import verify
 from retriever.config import Direction, LossConfig, ModelConfig
 from retriever.data.batch import Batch, Groups
+from retriever.data.text_vectors import TeacherVectors
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import FirstPass, backward_through_encoder
@@ -68,13 +69,18 @@ def test_a_sound_setup_is_exact(encoder: DualEncoder, batch: Batch, strategy: st
         {"directions": get_args(Direction), "partition": "per_direction", "false_negative_margin": 0.05},
         {"hardness": "own", "hardness_strength": 9.0, "symmetric": True},
         {"positives": 3},
+        {"embedding_weight": 2.0, "teacher": "given"},
+        {"embedding_weight": 2.0, "embedding_distance": "cosine", "positives": 3, "teacher": "given"},
     ],
 )
 def test_kinds_of_negatives_are_checked(encoder: DualEncoder, loss: dict[str, Any]) -> None:
-    """Directions, hardness and a guide model; a guide that is left out is found."""
+    """Directions, hardness, a guide model, several positives, a teacher's embeddings; a guide left out is found."""
     batch = rank_batch(
         random_batch(queries=8, passages=14, ignored=1, own=True, guide=True, shared="positives" in loss), 0, 40
     )[0]
+    if "teacher" in loss:
+        teacher = TeacherVectors(*(torch.randn(n, encoder.dimension).half() for n in batch.sizes))
+        batch = replace(batch, targets=replace(batch.targets, teacher=teacher))
     check = gradient_error(encoder, LossConfig(temperature=0.1, **loss), batch)
     assert check.gradient_error < BOUND and check.loss_error < BOUND
     with pytest.MonkeyPatch.context() as patched:

@@ -20,6 +20,7 @@ from retriever.data.layout import OfTensors
 from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, owners, slice_for_rank
 from retriever.data.store import Csr, Store
 from retriever.data.teacher import Groups, scored_negatives
+from retriever.data.text_vectors import TeacherVectors
 from retriever.data.tokens import TokenTemplate
 from retriever.parallel.world import World
 
@@ -49,6 +50,7 @@ class Targets(OfTensors):
     shares: Tensor | None = None  # [B] float64: of a query's loss, where it stands once for each of several positives
     own: Lists | None = None  # each row's own negatives in the global batch, where the loss asks for them
     guide: Guide | None = None  # a guide model's vectors, where there is one
+    teacher: TeacherVectors | None = None  # a teacher's embeddings, where they are distilled
 
     def to(self, device: torch.device) -> Targets:
         """A copy on `device`, `ignores` known. Raises ValueError where a positive is none of the N columns."""
@@ -70,7 +72,7 @@ class Targets(OfTensors):
         column_of[passage_rows] = torch.arange(len(passage_rows))  # [N]: where each passage stands now
         positives = self.positives[query_rows]
         exclusions = self.exclusions.of_rows(query_rows)
-        guide = exclusions.guide
+        guide, teacher = exclusions.guide, self.teacher
         return replace(
             self,
             positives=column_of[positives.clamp(min=0)].where(positives >= 0, -1),
@@ -80,6 +82,7 @@ class Targets(OfTensors):
             shares=None if self.shares is None else self.shares[query_rows],
             own=exclusions.own,
             guide=None if guide is None else guide._replace(passages=guide.passages[passage_rows]),
+            teacher=teacher and TeacherVectors(teacher.queries[query_rows], teacher.passages[passage_rows]),
             groups=None,
             known_pairs=None,
             pools=exclusions.pools,
@@ -152,7 +155,8 @@ class BatchLoader:
             global_queries=whole.query_count,
             shares=None if mine.shares is None else torch.from_numpy(mine.shares),
             own=None if own is None else _lists(own),
-            guide=store.guide and store.guide.of(mine.queries, mine.passages, mine.targets, loss),
+            guide=None if store.guide is None else store.guide.guide(mine.queries, mine.passages, mine.targets, loss),
+            teacher=None if store.teacher is None else store.teacher.of(mine.queries, mine.passages),
             groups=scored.groups() if scored is not None and (loss.distils or loss.custom) else None,
             pools=_pools(whole, mine),
         )

@@ -22,10 +22,10 @@ from retriever.checksums import damaged, own_cache
 from retriever.config import Config
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import open_source
-from retriever.data.guide import GuideVectors
 from retriever.data.relations import Csr
 from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
+from retriever.data.text_vectors import TextVectors
 from retriever.data.tokens import TokenTemplate, described_tokenizer
 from retriever.files import clean, make_folder, read_json, remove, replace_folder
 from retriever.lock import LockedError, locked
@@ -74,7 +74,8 @@ class Store:
         self.known = self._relation("known")
         self.positive_scores = self._scores("positives")  # [positives.ptr[-1]] or None
         self.negative_scores = self._scores("negatives")  # [negatives.ptr[-1]] or None
-        self.guide: GuideVectors | None = None  # of a run that has a guide model
+        self.guide: TextVectors | None = None  # of a run that has a guide model
+        self.teacher: TextVectors | None = None  # of a run that distils a teacher's embeddings
 
     def _relation(self, name: str) -> Csr:
         return Csr(load_array(self._relations / f"{name}.ptr.npy"), load_array(self._relations / f"{name}.ids.npy"))

@@ -27,6 +27,7 @@ from retriever.config import LossConfig
 from retriever.data.batch import Targets
 from retriever.loss.custom import CustomLoss
 from retriever.loss.distill import distill
+from retriever.loss.embedding import distil_embeddings
 from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
@@ -114,6 +115,30 @@ class ContrastiveObjective(nn.Module):
         present one; None: it is read here, and where it is learned the host waits for it.
         """
         targets, temperature = targets.to(queries.device), self.temperature if temperature is None else temperature
+        loss, dqueries, dpassages = self._over_dims(queries, passages, targets, world, gradient_scale, temperature)
+        if targets.teacher is None:
+            return loss, dqueries, dpassages
+        ones = torch.ones_like(passages[:, 0])
+        shares = torch.ones_like(queries[:, 0]) if targets.shares is None else targets.shares.to(queries.dtype)
+        sides = (
+            (queries, targets.teacher.queries, shares / targets.global_queries, dqueries),
+            (passages, targets.teacher.passages, ones / world.sum(ones.sum().to(world.device)).to(ones), dpassages),
+        )
+        for embeddings, teacher, weights, gradient in sides:
+            value, more = distil_embeddings(embeddings, teacher, weights, self._config)
+            gradient += gradient_scale * more
+            loss = loss + value.to(loss)
+        return loss, dqueries, dpassages
+
+    def _over_dims(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        targets: Targets,
+        world: World,
+        gradient_scale: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not self._config.dims:
             return self._contrast(queries, passages, targets, world, gradient_scale, temperature)
         weights = self._config.dim_weights or (1.0,) * len(self._config.dims)

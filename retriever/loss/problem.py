@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from kernels.infonce.two_pass import Direction, Passages, first_pass, second_pas
 from retriever.data.batch import KnownPairs
 
 _QUERY_TO_PASSAGE = ("query_to_passage",)
+
+
+class _Part(NamedTuple):
+    """Some rows against some columns, and of which query or passage each of these is; None: of that in its place."""
+
+    problem: Problem
+    rows: tuple[Literal["query", "passage"], Tensor | None] = ("query", None)
+    columns: tuple[Literal["query", "passage"], Tensor | None] = ("passage", None)
+    rows_count: bool = True  # whether its sums over columns, of every row, are a direction
 
 
 @dataclass(frozen=True)
@@ -83,21 +92,18 @@ class Problem:
         (Cheng et al. 2024, arXiv:2410.17243)
         """
         parts = list(self._parts())
-        directions = [Direction(passages_of(part), rows, part.symmetric) for part, rows in parts]
+        directions = [Direction(passages_of(part.problem), part.rows_count, part.problem.symmetric) for part in parts]
         joint_targets = 0 if self.partition == "per_direction" else 1 + self.symmetric
         loss, terms = first_pass(directions, self.columns, self.weights, joint_targets)
         found = [second_pass(direction.passages, term) for direction, term in zip(directions, terms, strict=True)]
-        dqueries, dpassages = found[0]
-        for (part, _), (drows, dcolumns) in zip(parts[1:], found[1:], strict=True):
-            if part.directions == ("passage_to_query",):
-                dqueries, dpassages = dqueries + drows, dpassages + dcolumns
-            elif part.passages is self.passages:  # passage to passage
-                dpassages = dpassages + dcolumns
-                dpassages.index_put_((self.columns,), drows, accumulate=True)
-            else:
-                dqueries = dqueries + drows
-                dqueries.index_put_((self._askers,), dcolumns, accumulate=True)
-        return loss.where(self.active, 0.0), dqueries, dpassages
+        gradients = {"query": found[0][0], "passage": found[0][1]}
+        for part, further in zip(parts[1:], found[1:], strict=True):
+            for (side, rows), gradient in zip((part.rows, part.columns), further, strict=True):
+                if rows is None:
+                    gradients[side] += gradient
+                else:
+                    gradients[side].index_put_((rows,), gradient, accumulate=True)
+        return loss.where(self.active, 0.0), gradients["query"], gradients["passage"]
 
     @cached_property
     def _askers(self) -> Tensor:
@@ -106,19 +112,19 @@ class Problem:
             return torch.arange(len(self.queries), device=self.queries.device)
         return self.active.nonzero()[:, 0]
 
-    def _parts(self) -> Iterator[tuple[Problem, bool]]:
-        """Problems of queries and passages whose sums make up the directions, and whether those over rows are one. The
-        first has the queries and the passages.
+    def _parts(self) -> Iterator[_Part]:
+        """Problems of one query or target against others, whose sums make up the directions. The first has the queries
+        and the passages.
         """
-        own, apart = self.exclusions, self.symmetric and any(self.exclusions.hardness)
-        plain = replace(own, hardness=Hardness())
-        yield replace(self, directions=_QUERY_TO_PASSAGE) if apart else self, True
+        apart = self.symmetric and any(self.exclusions.hardness)
+        yield _Part(replace(self, directions=_QUERY_TO_PASSAGE) if apart else self)
         if apart:  # hardness is of query to passage alone
-            yield replace(self, exclusions=plain, directions=("passage_to_query",)), False
+            plain = replace(self.exclusions, hardness=Hardness())
+            yield _Part(replace(self, exclusions=plain, directions=("passage_to_query",)), rows_count=False)
         if "query_to_query" in self.directions:
-            yield self._among_queries(), True
+            yield _Part(self._among_queries(), columns=("query", self._askers))
         if "passage_to_passage" in self.directions:
-            yield self._among_passages(), True
+            yield _Part(self._among_passages(), rows=("passage", self.columns))
 
     def _among_queries(self) -> Problem:
         """Queries against queries: one whose target is known to a query is no negative of it."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retriever.config import Direction, LossConfig
+from retriever.data.text_vectors import TeacherVectors
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
@@ -42,6 +43,7 @@ class Case:
     hardness: str = "none"
     guide: bool = False
     shared: bool = False  # rows are shares of a query's loss
+    teacher: str = ""  # the distance of embeddings from it
     learn_temperature: bool = False
     margin: float | None = None
     ignored: int = 0
@@ -64,6 +66,8 @@ class Case:
             partition=self.partition,  # type: ignore[arg-type]
             hardness=self.hardness,  # type: ignore[arg-type]
             hardness_strength=HARDNESS,
+            embedding_weight=0.7 if self.teacher else 0.0,
+            embedding_distance=self.teacher or "mse",  # type: ignore[arg-type]
             false_negative_margin=self.margin,
             dims=self.dims,
             dim_weights=DIM_WEIGHTS[: len(self.dims)],
@@ -88,6 +92,8 @@ KINDS_OF_NEGATIVES = [
     Case(symmetric=True, hardness="own", learn_temperature=True),
     Case(guide=True),
     Case(shared=True, margin=0.2, ignored=2),
+    Case(teacher="mse", shared=True),
+    Case(teacher="cosine", dims=(4, D), unit=False, temperature=1.0),
     Case(shared=True, directions=(EVERY[0], EVERY[3]), learn_temperature=True),
     Case(guide=True, symmetric=True, ignored=2),
 ]
@@ -148,6 +154,23 @@ def _vectors(whole: WholeBatch, case: Case) -> tuple[Tensor, Tensor]:
     return rounded[0].to(dtype), rounded[1].to(dtype)
 
 
+def _teacher(whole: WholeBatch) -> TeacherVectors:
+    draw = torch.Generator().manual_seed(4)
+    sizes = len(whole.positives), len(whole.passage_ids)
+    return TeacherVectors(*(torch.randn(n, D, generator=draw).half() for n in sizes))
+
+
+def _distance(q: Tensor, p: Tensor, whole: WholeBatch, kind: str) -> Tensor:
+    """Of all queries and all passages from the teacher's, half each."""
+    both = zip((q, p), _teacher(whole), strict=True)
+    if kind == "mse":
+        queries, passages = ((x - y.to(x)).square().mean(1) for x, y in both)
+    else:
+        queries, passages = (1 - (normalize(x) * normalize(y.to(x))).sum(1) for x, y in both)
+    shares = torch.tensor(whole.shares) if whole.shares else torch.ones(len(q))
+    return 0.35 * ((queries * shares.to(queries)).sum() / shares.sum().round() + passages.mean())
+
+
 @cache
 def _oracle(case: Case) -> tuple[Tensor, ...]:
     """Loss, dqueries, dpassages and the gradient of log scale of the whole batch, in float64 by autograd."""
@@ -165,6 +188,8 @@ def _oracle(case: Case) -> tuple[Tensor, ...]:
     }
     losses = [oracle_loss(*cut, whole, log_scale, **asked) for cut in cuts]  # type: ignore[arg-type]
     loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
+    if case.teacher:
+        loss = loss + _distance(q, p, whole, case.teacher)
     return loss.detach(), *torch.autograd.grad(loss, (q, p, log_scale))
 
 
@@ -178,7 +203,11 @@ def _compute_case(world: World, case: Case) -> dict[str, Any]:
     q, p = _vectors(whole, case)
     batch, rows, columns = rank_batch(whole, world.rank, 10**6)
     objective = ContrastiveObjective(case.config(), block_rows=case.block_rows, unit_norm=True)
-    loss, dq, dp = objective(q[rows], p[columns], batch.targets, world)
+    targets = batch.targets
+    if case.teacher:
+        queries, passages = _teacher(whole)
+        targets = replace(targets, teacher=TeacherVectors(queries[rows], passages[columns]))
+    loss, dq, dp = objective(q[rows], p[columns], targets, world)
     dscale = torch.zeros(()) if objective.log_scale.grad is None else objective.log_scale.grad
     return {
         "rows": rows,

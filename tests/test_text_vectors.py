@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels.infonce.rules import guide_vectors
-from retriever import guide
+from retriever import text_vectors
 from retriever.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, SourceConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
@@ -57,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     opened = build_or_open(_config(folder), tiny_tokenizer(), progress=False)
-    opened.guide = guide.vectors_of(_config(folder), opened)
+    opened.guide = text_vectors.vectors_of(_config(folder), opened, "guide")
     return opened
 
 
@@ -76,16 +76,16 @@ def test_every_text_has_the_vector_that_encode_gives_it(store: Store) -> None:
 def test_they_are_computed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """For one guide: another prompt makes others."""
     config, encoded = _config(store.folder.parents[1]), []
-    monkeypatch.setattr(guide, "_encode", lambda bundle, config, folder: encoded.append(folder))
+    monkeypatch.setattr(text_vectors, "_encode", lambda config, kind, precision, folder: encoded.append(folder))
     assert store.guide is not None
-    assert np.array_equal(guide.vectors_of(config, store).queries, store.guide.queries)
+    assert np.array_equal(text_vectors.vectors_of(config, store, "guide").queries, store.guide.queries)
     assert not encoded
     other = replace(SETTINGS, query_prompt="an old ")
     settings = store.folder.parents[1] / "guide" / SETTINGS_FILE
     before = settings.read_text()
     settings.write_text(json.dumps(asdict(other) | {"format_version": 1}))
     with pytest.raises(FileNotFoundError):
-        guide.vectors_of(config, store)
+        text_vectors.vectors_of(config, store, "guide")
     settings.write_text(before)
     assert len(encoded) == 1
 

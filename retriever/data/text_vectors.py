@@ -1,11 +1,13 @@
-"""A guide model's vectors of the training texts, and which negatives they rule out."""
+"""Another model's vectors of the training texts: which negatives a guide rules out, and a teacher's embeddings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kernels.infonce.rules import Guide
 from retriever.config import LossConfig
@@ -15,18 +17,29 @@ from retriever.data.text_table import load_array
 FILES = "queries.npy", "passages.npy"
 
 
-class GuideVectors:
-    """Vectors [rows, G] float16 of every query and passage of a store, memory-mapped; made by `guide_vectors`."""
+class TeacherVectors(NamedTuple):
+    """A teacher's embeddings of a batch's texts."""
+
+    queries: Tensor  # [B, D] float16
+    passages: Tensor  # [N, D] float16
+
+
+class TextVectors:
+    """Vectors [rows, G] float16 of every query and passage of a store, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self.queries, self.passages = (load_array(folder / name) for name in FILES)
 
-    def of(self, query_rows: np.ndarray, passage_rows: np.ndarray, positives: np.ndarray, loss: LossConfig) -> Guide:
-        """Those of some rows [B] and [N], and the queries' limits: the similarity of the positive, passage positives
-        [B] of these, less `loss.guide_margin` or less this share of it. Raises DataError for a share of a similarity
-        that is not above 0.
+    def of(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> TeacherVectors:
+        """Those of some rows [B] and [N]."""
+        return TeacherVectors(*map(torch.from_numpy, (self.queries[query_rows], self.passages[passage_rows])))
+
+    def guide(self, query_rows: np.ndarray, passage_rows: np.ndarray, positives: np.ndarray, loss: LossConfig) -> Guide:
+        """Those of some rows [B] and [N], made by `guide_vectors`, and the queries' limits: the similarity of the
+        positive, passage positives [B] of these, less `loss.guide_margin` or less this share of it. Raises DataError
+        for a share of a similarity that is not above 0.
         """
-        queries, passages = torch.from_numpy(self.queries[query_rows]), torch.from_numpy(self.passages[passage_rows])
+        queries, passages = self.of(query_rows, passage_rows)
         targets = (queries.float() * passages[torch.from_numpy(positives)].float()).sum(dim=1)  # [B], exact
         if loss.guide_margin_kind == "absolute":
             return Guide(queries, passages, targets - loss.guide_margin)
