@@ -79,6 +79,12 @@ memory. `text`: from text to shards on disk (for sentence-transformers, to host 
 cosine between a passage's embedding and that of the padded fp32 encoder, over a sample. cuDNN's attention is off,
 because it builds a plan for every new shape of padded texts. `Bigbatch is` gives Bigbatch's speed as a multiple of
 the method's.""",
+    "accuracy": """\
+Training by several methods over the same data, evaluated after the last step. A line without a seed is the mean over
+seeds; its note has the least and the most. `gradient` is ‖g − g*‖/‖g*‖ at the first batch, where g* has one graph over
+all chunks; `other masks` is the same for a g* under other dropout masks. `replayed`: the second pass repeats the masks
+of the first one; `redrawn`: it draws its own; `undropped`: without dropout. `accumulated` adds the gradients of small
+batches, whose queries have the negatives of their small batch only.""",
 }
 PAGES = {
     "loss": Page(
@@ -150,6 +156,22 @@ PAGES = {
                 },
             ),
             Section("Exactness", "", {"cosine_min": ("worst cosine", "{:.6f}")}),
+        ),
+    ),
+    "accuracy": Page(
+        "Accuracy by method",
+        _TEXTS["accuracy"],
+        (
+            Section(
+                "",
+                "",
+                {
+                    "nDCG@10": ("nDCG@10", "{:.4f}"),
+                    "gradient_error": ("gradient", "{:.1e}"),
+                    "other_masks": ("other masks", "{:.1e}"),
+                    "seconds": ("s a step", "{:.3f}"),
+                },
+            ),
         ),
     ),
 }
