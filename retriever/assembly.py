@@ -21,6 +21,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
 from retriever.encoder.tokenizer import ends_texts, training_tokenizer
+from retriever.loss.bank import Bank
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.custom import CustomLoss, Loss, load_loss
 from retriever.loss.offload import BLOCK_ROWS
@@ -134,6 +135,7 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: 
     config = preflight.resolve(config, encoder, world)
     apply_execution(encoder, config.model)
     check_replay(encoder, config.model)
+    objective.bank = Bank.from_config(config, encoder, world)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(prepared.tokenizer)
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
@@ -159,7 +161,10 @@ def open_folder(parts: Assembly) -> Opened:
     config, prepared, world, total = parts.config, parts.prepared, parts.world, parts.total
     last = prepared.last
     optimizer = Optimizer(config.optim, [parts.encoder, parts.objective], total, world.device)
-    state = checkpoint.TrainingState(parts.encoder, parts.objective, optimizer)
+    bank = parts.objective.bank
+    if bank is not None:
+        optimizer.torch.register_step_post_hook(bank.follow_update)
+    state = checkpoint.TrainingState(parts.encoder, parts.objective, optimizer, bank)
     done = 0 if last is None else checkpoint.load(last, state, prepared.store.fingerprint)
     outputs = Outputs(config, state, parts.placed, prepared.tokenizer, prepared.store, world)
     _announce(parts, done)

@@ -23,11 +23,13 @@ from retriever.checksums import write_checksums
 from retriever.config import Config, ConfigError, RunConfig, adopt_auto, differences, from_dict, to_dict
 from retriever.damage import EXPORT, FORMAT_VERSION, NAME, OPTIMIZER, STATE, WEIGHTS, DamageError, damage, read_state
 from retriever.files import remove, replace_folder
+from retriever.loss.bank import Bank
 from retriever.optim import Optimizer, load_state_tensors, state_tensors
 from retriever.parallel.sharded import spread, whole_tensors
 from retriever.run_folder import CHECKPOINTS
 
 FOLDER, EXPORTED = CHECKPOINTS, "export.json"  # inside a run's folder; which step's export it shows
+_BANK = "bank/"  # before the names of a memory bank's tensors among the weights
 # Of a fingerprint: words that are summed at once, a factor whose multiples look random.
 _PART, _GOLDEN = 1 << 22, 0x1E3779B97F4A7C15
 _LENGTHS = ("train.max_steps", "train.epochs")
@@ -48,6 +50,7 @@ class TrainingState:
     encoder: nn.Module
     objective: nn.Module
     optimizer: Optimizer
+    bank: Bank | None = None
 
     def modules(self) -> nn.ModuleDict:
         """What holds weights, under the names they are stored by."""
@@ -75,6 +78,9 @@ def snapshot(state: TrainingState, *, keep: bool = True) -> Snapshot:
     """
     frozen, host = state.frozen(), torch.device("cpu")
     trained = {name: tensor for name, tensor in state.modules().state_dict().items() if name not in frozen}
+    if state.bank is not None:
+        held = state.bank.tensors(state.optimizer.updates)
+        trained |= {f"{_BANK}{name}": tensor for name, tensor in held.items()}
     return Snapshot(
         whole_tensors(trained, host, keep=keep),
         whole_tensors(state_tensors(state.optimizer), host, keep=keep),
@@ -126,6 +132,9 @@ def load(folder: Path, state: TrainingState, store_fingerprint: str) -> int:
     modules = state.modules()
     try:
         current, saved = modules.state_dict(), load_file(folder / WEIGHTS)
+        held = {name.removeprefix(_BANK): saved.pop(name) for name in [*saved] if name.startswith(_BANK)}
+        if state.bank is not None:
+            state.bank.load(held)
         trained = {name: spread(tensor, current[name]) if name in current else tensor for name, tensor in saved.items()}
         modules.load_state_dict({**trained, **frozen})
         load_state_tensors(state.optimizer, load_file(folder / OPTIMIZER))

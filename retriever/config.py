@@ -224,6 +224,13 @@ class LossConfig:
     # A passage more similar to the query than the positive by more than this is no negative; in units of similarity,
     # before temperature. null: all are.
     false_negative_margin: NotNegative | None = None
+    # What earlier steps add to the loss, without a gradient. moco: their passages, encoded by a moving average of the
+    # encoder's weights; contaccum: their queries and passages as they were then; none: nothing.
+    bank: Literal["none", "moco", "contaccum"] = "none"
+    # Optimizer steps whose texts the bank holds; a step enters whole, and the oldest leaves.
+    bank_steps: Count = 8
+    # Share of itself that the moving average of moco keeps at each update.
+    bank_momentum: Share = 0.999
     # Matryoshka: leading dimensions, such as [768, 256, 64], whose losses are summed. Empty: all dimensions at once.
     dims: tuple[Count, ...] = ()
     # Weight of the loss of each of dims. Empty: 1 each.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from retriever.config import Config, flat, from_dict, to_dict
+from retriever.config import Config, LossConfig, flat, from_dict, to_dict
 from retriever.config_tree import require
 
 _AUTO_OR_FALSE = ("auto", False)
@@ -56,6 +56,7 @@ def check_sharded(config: Config) -> None:
             ("run.preflight", ("auto", "off"), fsdp),
             ("model.fused", _AUTO_OR_FALSE, fsdp),
             ("model.compile", _AUTO_OR_FALSE, fsdp),
+            ("loss.bank", ("none", "contaccum"), fsdp),
             ("optim.name", ("adamw",), fsdp),
             ("optim.precision", ("bf16", "fp32"), fsdp),
             ("batch.retain", _AUTO_OR_FALSE, fsdp),
@@ -115,7 +116,22 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (config.batch.offload, ("loss.cosent_weight", (0,), f"{offload}: {_TEACHER}")),
         (config.batch.offload, ("loss.margin_mse_weight", (0,), f"{offload}: {_TEACHER}")),
     ]
-    return [rule for holds, rule in rules if holds]
+    return [rule for holds, rule in rules if holds] + (_beside_a_bank(loss) if loss.bank != "none" else [])
+
+
+def _beside_a_bank(loss: LossConfig) -> list[Rule]:
+    """What a memory bank leaves to other settings: of its rows, only known positives are known."""
+    bank, one, two = f"loss.bank={loss.bank}", ["query_to_passage"], ["query_to_passage", "passage_to_query"]
+    weights = ("kl_weight", "margin_mse_weight", "cosent_weight", "embedding_weight")
+    return [
+        *((f"loss.{weight}", (0,), bank) for weight in weights),
+        ("loss.custom", (None,), bank),
+        ("loss.directions", (one, two, two[::-1]), bank),
+        ("loss.positives", (1,), bank),
+        ("loss.hardness", ("none",), bank),
+        ("loss.guide", (None,), bank),
+        ("batch.pool", (None,), bank),
+    ]
 
 
 def _check_directions(config: Config) -> None:

@@ -20,6 +20,7 @@ from kernels.layers.layer import SavedActivations
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.loss.bank import Part
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from retriever.representations import DeviceBuffer, HostBuffer, Representations, RowSlice
@@ -80,14 +81,17 @@ def representation_gradients(
 ) -> tuple[Tensor, Representations]:
     """This rank's share of the loss over all ranks' passages, and `scale` times its gradient at the representations.
 
+    Where there is a memory bank, its rows take part, and it takes these representations for later steps.
     The gradient of a learned temperature is left on the objective's parameter, with the same scale. `temperature`: its
     present value, if the caller knows it.
     """
     targets = batch.targets if representations.order is None else batch.targets.reordered(*representations.order)
-    loss, dqueries, dpassages = objective(
-        representations.query, representations.passage, targets, world, scale, temperature
-    )
-    return loss, Representations(dqueries, dpassages)
+    own = part = Part(representations.query, representations.passage, targets)
+    if objective.bank is not None:
+        part = objective.bank.join(batch.step, own)
+        objective.bank.add(batch, own)
+    loss, dqueries, dpassages = objective(part.queries, part.passages, part.targets, world, scale, temperature)
+    return loss, Representations(dqueries[: len(own.queries)], dpassages[: len(own.passages)])
 
 
 def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:

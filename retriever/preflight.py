@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever.config import Config, ConfigError, ModelConfig
+from retriever.config import Config, ConfigError, LossConfig, ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.files import exists
 from retriever.data.planner import Planner
@@ -166,7 +166,7 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             + f"; {modes(config.model, encoder)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
             f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
-            f"tokens; {config.loss.title}, temperature {config.loss.temperature:g}",
+            f"tokens; {config.loss.title}, temperature {config.loss.temperature:g}{_bank(config.loss)}",
             f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, "
             f"{config.optim.precision}; output in {config.run.output_dir}",
         )
@@ -186,6 +186,10 @@ def _queries(planner: Planner, asked: int) -> str:
     return (
         found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
     )
+
+
+def _bank(loss: LossConfig) -> str:
+    return "" if loss.bank == "none" else f"; bank {loss.bank} of {counted(loss.bank_steps, 'step')}"
 
 
 def _equal(store: Store) -> str:

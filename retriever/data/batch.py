@@ -133,9 +133,9 @@ class BatchLoader:
         self._queries = Chunking("query", store.queries, template, model.query_max_tokens, budget, packed)
         self._passages = Chunking("passage", store.passages, template, model.passage_max_tokens, budget, packed)
         gathers = config.loss.exchange != "ring" or world.size == 1
-        # Elsewhere the loss looks known pairs up itself. It needs the passages' ids to find their pools, too.
-        in_pools = config.batch.pool is not None
-        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload and not in_pools
+        # Elsewhere the loss looks known pairs up itself. For pools and a bank it needs ids in any case.
+        more = config.batch.pool is not None or config.loss.bank != "none"
+        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload and not more
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""
@@ -143,7 +143,7 @@ class BatchLoader:
         whole = self._planner.plan(step)
         lengths = self._queries.lengths(whole.queries), self._passages.lengths(whole.passages)
         mine = slice_for_rank(whole, *lengths, rank, self._world.size)
-        known = known_positives(store, mine, loss.mask_known_positives)
+        known = known_positives(store, mine, loss.mask_known_positives, in_batch=loss.bank == "none")
         scored = scored_negatives(store, mine, whole.passages, loss.teacher_margin) if self._asks_teacher else None
         if scored is not None and scored.are_false.any():
             known = scored.add_to(known)

@@ -250,16 +250,16 @@ def owners(
     return owner[target], owner
 
 
-def known_positives(store: Store, rank_slice: RankSlice, masked: bool) -> Csr:
+def known_positives(store: Store, rank_slice: RankSlice, masked: bool, *, in_batch: bool = True) -> Csr:
     """The passages that are no negatives of each query: all its known positives or, unless `masked`, its target alone.
 
-    Where a text has very many positives, only those in the batch are listed: every query of the text would list all of
-    them.
+    Where a text has very many positives, only those in the batch are listed if `in_batch`: every query of the text
+    would list all of them.
     """
     if masked:
         texts, text_of = np.unique(store.same_text[rank_slice.queries], return_inverse=True)
         known = store.known.take(texts)
-        if np.diff(known.ptr)[text_of].sum() > _MANY_KNOWN * len(text_of):
+        if in_batch and np.diff(known.ptr)[text_of].sum() > _MANY_KNOWN * len(text_of):
             known = known.within(rank_slice.every_passage)
         return known.take(text_of)
     return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])

@@ -25,6 +25,7 @@ from kernels.infonce.api import Hardness
 from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
 from retriever.data.batch import Targets
+from retriever.loss.bank import Bank
 from retriever.loss.custom import CustomLoss
 from retriever.loss.distill import distill
 from retriever.loss.embedding import distil_embeddings
@@ -72,6 +73,7 @@ class ContrastiveObjective(nn.Module):
         super().__init__()
         self._config, self._unit_norm, self._block_rows = config, unit_norm, block_rows
         self.custom = custom
+        self.bank: Bank | None = None  # what earlier steps add to a part before it comes here
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature), dtype=torch.float64), requires_grad=config.learn_temperature
         )

@@ -181,7 +181,11 @@ class StepPlanner:
         config, ranks = self._config.loss, self._world.size
         tiled, device = config.strategy == "tiled", self._world.device
         seen_ranks = 1 if config.strategy == "local" else ranks
-        whole = len(self._lengths["query"]), len(self._lengths["passage"]) * seen_ranks
+        held = config.bank_steps if config.bank != "none" else 0  # batches in a full bank
+        queries, passages = (len(self._lengths[side]) for side in SIDES)
+        if config.bank == "contaccum":
+            queries *= 1 + held
+        whole = queries, passages * (1 + held) * seen_ranks
         share = min(1.0, sqrt(_MEASURED_PAIRS[device.type, tiled] / prod(whole)))
         part = max(1, int(share * whole[0])), max(1, int(share * whole[1]))
         seconds, peak_bytes = measure_loss(self._objective, *part, self._encoder.dimension, device)
