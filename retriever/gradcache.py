@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.layers.layer import SavedActivations
 from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk
+from retriever.encoder.batch_norm import running_values_kept
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.bank import Part
 from retriever.loss.contrastive import ContrastiveObjective
@@ -96,9 +97,10 @@ def representation_gradients(
 
 def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:
     """Backpropagates each chunk's rows of the gradient, through the graph it kept or a new one."""
-    for row_slice, embeddings in zip(first.row_slices, _with_graphs(encoder, batch, first), strict=True):
-        rows = getattr(gradients, row_slice.side)[row_slice.rows]
-        embeddings.backward(rows.to(embeddings.device, non_blocking=True))
+    with running_values_kept(encoder):
+        for row_slice, embeddings in zip(first.row_slices, _with_graphs(encoder, batch, first), strict=True):
+            rows = getattr(gradients, row_slice.side)[row_slice.rows]
+            embeddings.backward(rows.to(embeddings.device, non_blocking=True))
 
 
 def _with_graphs(encoder: DualEncoder, batch: Batch, first: FirstPass) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from retriever.data.files import exists
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import TokenTemplate, tokenize_flat
+from retriever.encoder.batch_norm import batch_norms
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import has_dropout
 from retriever.encoder.settings import read_model_config
@@ -63,6 +64,7 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
             f"{config.model.name_or_path}"
         )
     _check_views(config, encoder)
+    _check_batch_norms(config, encoder, world)
     return replace(
         config,
         model=replace(_modes(config.model, encoder, world), pooling=encoder.pooling, truncate_dim=encoder.truncate_dim),
@@ -83,6 +85,21 @@ def _check_views(config: Config, encoder: DualEncoder) -> None:
             f"{key}.format: texts, but {config.model.name_or_path} has no dropout, so that both views of a text are "
             "equal; raise the dropout in its config.json (BERT's hidden_dropout_prob), or train on pairs"
         )
+
+
+def _check_batch_norms(config: Config, encoder: DualEncoder, world: World) -> None:
+    """Raises ConfigError where the model has batch normalisation, and what a chunk is, is not the user's choice."""
+    name = next(iter(batch_norms(encoder)), None)
+    if name is None:
+        return
+    has = f"{config.model.name_or_path} has batch normalisation ({name})"
+    if config.batch.tokens_per_chunk == "auto":
+        raise ConfigError(
+            f"batch.tokens_per_chunk: auto, but {has}: each chunk normalises by its own rows, so the gradient depends "
+            "on the size of chunks; set it to a number of tokens"
+        )
+    if world.size > 1:
+        raise ConfigError(f"{has}, whose running values would differ among {world.size} ranks; train on one GPU")
 
 
 def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:
@@ -158,6 +175,9 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
     towers = "tied" if encoder.tied else "untied"
+    by_chunk = (
+        ", by whose rows batch normalisation computes: the gradient depends on them" if batch_norms(encoder) else ""
+    )
     return "\n".join(
         (
             f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, "
@@ -166,7 +186,7 @@ def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner
             + f"; {modes(config.model, encoder)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
             f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
-            f"tokens; {config.loss.title}, temperature {config.loss.temperature:g}{_bank(config.loss)}",
+            f"tokens{by_chunk}; {config.loss.title}, temperature {config.loss.temperature:g}{_bank(config.loss)}",
             f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, "
             f"{config.optim.precision}; output in {config.run.output_dir}",
         )

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from retriever.encoder.dual_encoder import DualEncoder
 
 MAX_POSITIONS = 256
 
@@ -135,6 +138,20 @@ def save_plain_model(folder: str | Path, architecture: str = "llama", **tokenize
         found = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(found | changes))
     return folder
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over the tokens of a chunk [..., H], padding too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def add_batch_norm(encoder: DualEncoder) -> None:
+    """Puts batch normalisation in the place of the last layer's last norm, in every tower."""
+    for tower in encoder.each_tower:
+        norm = tower.encoder.layer[-1].output.LayerNorm = TokenBatchNorm(32)  # type: ignore[union-attr, index]
+        norm.bias.data = torch.linspace(-1, 1, 32)  # else the mean of a chunk of one text would be zero
 
 
 def random_texts(count: int, *, shortest: int = 1, longest: int = 24, seed: int = 0) -> list[str]:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from retriever.config import ConfigError
 
 ENCODERS = frozenset(
@@ -45,17 +42,6 @@ def check_architecture(config: Any, name: str) -> None:
             f"model {name} is a {config.model_type!r} model, an architecture on which padding, gradients and the "
             f"replay of dropout have not been verified; expected one of {known}"
         )
-
-
-def check_modules(model: nn.Module, name: str) -> None:
-    """Raises ConfigError where a module couples the rows of a batch, which no chunking may do."""
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise ConfigError(
-                f"model {name} has a {type(module).__name__} at {path!r}; in train mode its output depends on the "
-                "other rows of a chunk, so the gradient would depend on the chunking; expected a model without batch "
-                "normalisation"
-            )
 
 
 def is_decoder(config: Any) -> bool:

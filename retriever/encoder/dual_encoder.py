@@ -14,7 +14,7 @@ from kernels.layers.layer import SavedActivations
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import PACKED, check_lengths, check_modules, is_decoder
+from retriever.encoder.architectures import PACKED, check_lengths, is_decoder
 from retriever.encoder.compiled_layers import compile_layer
 from retriever.encoder.fused_layers import FusedLayers, fuse
 from retriever.encoder.fused_specs import unfused_because
@@ -216,8 +216,7 @@ def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     """One side's transformer in fp32, in train mode.
 
-    Raises ConfigError where its weights cannot be read, one that embeddings depend on is missing, or a module couples a
-    batch's rows.
+    Raises ConfigError where its weights cannot be read or one that embeddings depend on is missing.
     """
     name = str(name_or_path)
     model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
@@ -226,7 +225,6 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
         raise ConfigError(f"model {name} {lacks}; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
-    check_modules(model, name)
     return cast(PreTrainedModel, model.train())
 
 

@@ -13,6 +13,7 @@ from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import SIDES
 from retriever.encoder.architectures import longest_input
+from retriever.encoder.batch_norm import running_values_kept
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.rng import RngState
 
@@ -47,7 +48,7 @@ def check_replay(encoder: DualEncoder, model: ModelConfig) -> None:
     Texts are longer than a tile of attention, and shorter. Leaves the generators as they were. Raises ConfigError if
     the embeddings differ in a bit.
     """
-    with RngState.capture(encoder.device).restored():
+    with RngState.capture(encoder.device).restored(), running_values_kept(encoder):
         for longest in (max(_LENGTHS), min(_LENGTHS[1:3])):
             tokens = _probe_texts(encoder, longest)
             for side in SIDES:
@@ -72,7 +73,7 @@ def has_dropout(encoder: DualEncoder) -> bool:
     were.
     """
     tokens = _probe_texts(encoder, max(_LENGTHS))
-    with RngState.capture(encoder.device).restored():
+    with RngState.capture(encoder.device).restored(), running_values_kept(encoder):
         return not torch.equal(encoder("passage", tokens), encoder("passage", tokens))
 
 

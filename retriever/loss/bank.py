@@ -66,11 +66,12 @@ class Bank:
         return bank
 
     def follow(self, encoder: DualEncoder) -> None:
-        """From now on, entries are encoded by a copy of the passage tower. The copy shares weights that stay as they
-        are.
+        """From now on, entries are encoded by a copy of the passage tower. It shares what no update changes: weights
+        that are not trained, and buffers.
         """
         tower = encoder.passage_tower
-        own = copy.deepcopy(tower, {id(p): p for p in tower.parameters() if not p.requires_grad})
+        shared = [*(p for p in tower.parameters() if not p.requires_grad), *tower.buffers()]
+        own = copy.deepcopy(tower, {id(tensor): tensor for tensor in shared})
         followed = dict(tower.named_parameters())
         self._weights = {name: (p, followed[name]) for name, p in own.named_parameters() if p.requires_grad}
         self._follower = DualEncoder(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from retriever.config import OptimConfig
 from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
+from retriever.encoder.batch_norm import running_values_kept
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.optim import Optimizer
@@ -74,9 +75,14 @@ def allocated_bytes(device: torch.device) -> float:
 
 @contextmanager
 def undisturbed(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Restores the generators on exit, clears the gradients of `modules`, and frees cached memory."""
+    """Restores the generators on exit, clears the gradients of `modules`, and frees cached memory.
+
+    Running values of batch normalisation do not change inside.
+    """
     try:
-        with RngState.capture(device).restored():
+        with RngState.capture(device).restored(), ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(running_values_kept(module))
             yield
     finally:
         for module in modules:

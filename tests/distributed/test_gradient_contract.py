@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retriever.config import LossConfig, ModelConfig
+from retriever.encoder.batch_norm import batch_norms
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
@@ -34,7 +35,7 @@ from tests.problems import (
     rank_batch,
     views_batch,
 )
-from tests.tiny import save_tiny_model
+from tests.tiny import add_batch_norm, save_tiny_model
 
 BOUND = 1e-9
 DIM_WEIGHTS = (1.0, 0.3)
@@ -59,13 +60,27 @@ class Case:
     checkpointing: bool = False
     block_rows: int | None = None  # representations in host memory
     views: bool = False  # texts that are their own positives, with dropout
+    batch_norm: bool = False  # of the chunks' tokens, with dropout
     looked_up: bool = False  # known pairs beforehand, as a run's loader has them
     pools: int = 0  # of queries and passages
+
+    @property
+    def by_chunk(self) -> bool:
+        """Whether an embedding depends on its chunk."""
+        return self.views or self.batch_norm
 
     def __str__(self) -> str:
         features = [
             name
-            for name in ("symmetric", "learn_temperature", "sharded", "checkpointing", "views", "looked_up")
+            for name in (
+                "symmetric",
+                "learn_temperature",
+                "sharded",
+                "checkpointing",
+                "views",
+                "batch_norm",
+                "looked_up",
+            )
             if getattr(self, name)
         ]
         features += [f"margin={self.margin}"] if self.margin is not None else []
@@ -117,7 +132,10 @@ OFFLOADED = [
     Case("tiled", dims=(8, 32), learn_temperature=True, block_rows=8),
     Case("tiled", 19, layers="fused", products=10**6, block_rows=5),
 ]
-VIEWS = [
+BY_CHUNK = [  # the reference is one graph over the same chunks
+    Case("tiled", batch_norm=True),
+    Case("dense", 40, tied=False, symmetric=True, retain=60, batch_norm=True),
+    Case("tiled", 40, block_rows=4, views=True, batch_norm=True),
     Case("tiled", views=True),
     Case("dense", 19, tied=False, symmetric=True, learn_temperature=True, views=True),
     Case("tiled", 40, layers="packed", retain=60, block_rows=4, views=True),
@@ -129,7 +147,7 @@ POOLED = [
     Case("tiled", symmetric=True, margin=0.1, ignored=2, pools=3),
     Case("tiled", symmetric=True, dims=(8, 32), pools=3, block_rows=4),
 ]
-EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED, *VIEWS, *POOLED]
+EVERY_CASE = [*itertools.chain(*LOSSES.values()), *ENCODINGS, *LOOKED_UP, *OFFLOADED, *BY_CHUNK, *POOLED]
 CASES = {
     1: EVERY_CASE,
     2: EVERY_CASE + SHARDED,
@@ -150,11 +168,13 @@ def _encoder(folder: Path, case: Case) -> DualEncoder:
         with torch.no_grad():
             for p in encoder.query_tower.parameters():
                 p.add_(0.02 * torch.randn_like(p))
+    if case.batch_norm:
+        add_batch_norm(encoder)
     if case.layers != "padded":
         encoder.pack()
     if case.layers == "fused":
         encoder.fuse_layers()
-    return encoder.double().train(case.views)
+    return encoder.double().train(case.by_chunk)
 
 
 def _whole(case: Case, ranks: int) -> WholeBatch:
@@ -208,14 +228,17 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
         looked_up=False,
         block_rows=None,
     )
-    if not case.views:
+    if not case.by_chunk:
         plain = replace(plain, tokens_per_chunk=0, layers="padded")
-    expected_loss, expected = _oracle(folder, plain, world.size)
+    expected_loss, expected, running = _oracle(folder, plain, world.size)
     total = torch.stack([g.norm() for g in expected.values()]).norm()
     errors = {name: (found[name] - g).norm() for name, g in expected.items() if name in found}
     return {
         "missing": sorted(expected.keys() ^ found.keys()),
         "norm": total.item(),
+        "running": float(
+            world.size == 1 and not all(map(torch.equal, _running_values(encoder), running))  # each rank has its own
+        ),
         "loss": abs(loss.item() / expected_loss - 1),
         "together": (torch.stack(list(errors.values())).norm() / total).item(),
         "worst": max(
@@ -227,13 +250,13 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
 
 
 @cache
-def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor]]:
+def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tensor], list[Tensor]]:
     """Loss and gradients of the whole batch in one process and one graph: of the padded batch, whatever the strategy,
     chunks and layers of `case`; or, with dropout, of the same chunks in the same layers under the same random states.
     """
     whole = _whole(case, ranks)
     encoder, objective = _encoder(folder, case), _objective(case)
-    if case.views:
+    if case.by_chunk:
         parts = [rank_batch(whole, rank, case.tokens_per_chunk, packed=encoder.packed) for rank in range(ranks)]
         sizes = len(whole.query_tokens), len(whole.passage_tokens)
         queries, passages = encode_in_chunks(encoder, parts, sizes)
@@ -246,7 +269,11 @@ def _oracle(folder: Path, case: Case, ranks: int) -> tuple[float, dict[str, Tens
     ]
     loss = torch.stack([w * value for w, value in zip(DIM_WEIGHTS, losses, strict=False)]).sum()
     loss.backward()
-    return loss.item(), _named_gradients(encoder, objective)
+    return loss.item(), _named_gradients(encoder, objective), _running_values(encoder)
+
+
+def _running_values(encoder: DualEncoder) -> list[Tensor]:
+    return [buffer for norm in batch_norms(encoder).values() for buffer in norm.buffers()]
 
 
 def _objective(case: Case) -> ContrastiveObjective:
@@ -279,6 +306,6 @@ def test_loss_and_gradient_equal_one_process_over_the_whole_batch(
     for case in map(str, CASES[world_size]):
         for rank, result in enumerate(r[case] for r in ranks):
             assert result["norm"] > 1e-3, f"{case}: the oracle's gradient is zero"
-            if result["missing"] or max(result["loss"], result["together"], result["worst"]) > BOUND:
+            if result["missing"] or max(result[name] for name in ("loss", "together", "worst", "running")) > BOUND:
                 failures.append(f"W={world_size} rank {rank} {case}: {result}")
     assert not failures, "\n".join(failures)

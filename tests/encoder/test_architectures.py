@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModel
 
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
-from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, check_modules, longest_input
+from retriever.encoder.architectures import DECODERS, ENCODERS, PACKED, check_lengths, longest_input
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.pooling import PoolingMode
 from retriever.rng import RngState
@@ -207,12 +207,6 @@ def test_an_unverified_architecture_is_refused(tmp_path: Path) -> None:
     AutoModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"^model {tmp_path} is a 'roformer' model.*expected one of albert"):
         DualEncoder.from_pretrained(ModelConfig(str(tmp_path)))
-
-
-def test_batch_normalisation_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ConfigError, match="BatchNorm1d at '1'"):
-        check_modules(model, "some-model")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
