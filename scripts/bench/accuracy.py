@@ -2,6 +2,7 @@
 
     python -m scripts.bench.accuracy --config configs/x.yaml --methods replayed redrawn undropped --sizes 1024 16384
     python -m scripts.bench.accuracy --config configs/x.yaml --methods dense local disco tiled accumulated
+    python -m scripts.bench.accuracy --config configs/x.yaml --methods tiled small moco contaccum --sizes 4096
 
 The configuration needs a section `eval`. A run of each method, batch size and seed trains as it says and is evaluated
 after its last step. Started again, the command goes on after the rows of its JSON.
@@ -85,6 +86,7 @@ class Method:
 
     settings: tuple[str, ...] = ()
     dropout: bool = True
+    bank: str | None = None  # loss.bank of runs over small batches, of which bank and batch together fill the size
     inside: Callable[[int], AbstractContextManager[object]] = lambda _: nullcontext()  # of the size of a small batch
 
 
@@ -93,6 +95,9 @@ METHODS = {
     "redrawn": Method(_NOTHING_KEPT, inside=lambda _: masks_redrawn()),
     "undropped": Method(_NOTHING_KEPT, dropout=False),
     **{strategy: Method((f"loss.strategy={strategy}",)) for strategy in ("dense", "local", "disco", "tiled")},
+    "small": Method(bank="none"),
+    "moco": Method(bank="moco"),
+    "contaccum": Method(bank="contaccum"),
     "accumulated": Method(inside=lambda size: patch.dict(STRATEGIES, tiled=in_small_batches(size))),
 }
 
@@ -141,6 +146,13 @@ def measured(config: Config, method: Method, small: int, *, errors: bool) -> dic
     return found | {name.removeprefix("eval/"): (x, "") for name, x in named if name.startswith("eval/")}
 
 
+def _batch(method: Method, size: int, small: int) -> list[str]:
+    """The settings of a method's batch and bank."""
+    if method.bank is None:
+        return [f"batch.queries={size}"]
+    return [f"batch.queries={small}", f"loss.bank={method.bank}", f"loss.bank_steps={max(1, size // small - 1)}"]
+
+
 def _add_means(table: Table, case: str, method: str) -> None:
     """A row for each figure over all seeds, in place of an earlier one, whose note has the least and the most."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -161,7 +173,7 @@ def _add_means(table: Table, case: str, method: str) -> None:
     option("--methods", nargs="+", choices=METHODS, default=list(METHODS)),
     option("--sizes", type=int, nargs="+", default=[1024, 16384], help="queries of a batch"),
     option("--seeds", type=int, nargs="+", default=[0, 1, 2]),
-    option("--small", type=int, default=256, help="queries of a small batch of the method accumulated"),
+    option("--small", type=int, default=256, help="queries of the small batches that some methods have"),
     option("--errors", action="store_true", help="measure the gradient's error at the first batch too"),
     option("--settings", nargs="*", default=[], metavar="key=value", help="of every run"),
 )
@@ -178,8 +190,8 @@ def main(args: argparse.Namespace) -> None:
             if any((row.case, row.method) == (at, name) for row in table.rows):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                fixed = (f"run.output_dir={folder}/run", f"run.seed={seed}", f"batch.queries={size}")
-                config = load(args.config, [*args.settings, *rarely, *method.settings, *fixed])
+                settings = [*args.settings, *rarely, *method.settings, *_batch(method, size, args.small)]
+                config = load(args.config, [*settings, f"run.output_dir={folder}/run", f"run.seed={seed}"])
                 found = measured(config, method, args.small, errors=args.errors)
             for metric, (value, unit) in found.items():
                 table.add(at, name, metric, value, unit)

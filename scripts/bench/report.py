@@ -84,7 +84,8 @@ Training by several methods over the same data, evaluated after the last step. A
 seeds; its note has the least and the most. `gradient` is ‖g − g*‖/‖g*‖ at the first batch, where g* has one graph over
 all chunks; `other masks` is the same for a g* under other dropout masks. `replayed`: the second pass repeats the masks
 of the first one; `redrawn`: it draws its own; `undropped`: without dropout. `accumulated` adds the gradients of small
-batches, whose queries have the negatives of their small batch only.""",
+batches, whose queries have the negatives of their small batch only. `small` updates after each small batch; `moco` and
+`contaccum` do so with a memory bank that makes up for the size.""",
 }
 PAGES = {
     "loss": Page(

@@ -15,7 +15,8 @@ def test_methods_differ_by_their_gradients_and_are_measured_once(tmp_path: Path)
     workplace, output = make_workplace(tmp_path / "w"), tmp_path / "accuracy.json"
     settings = ["train.max_steps=2", "optim.precision=fp32", "loss.precision=fp32", 'eval.metrics=["nDCG@10"]']
     command = ["--config", str(workplace / "run.yaml"), "--sizes", "24", "--small", "8", "--output", str(output)]
-    command += ["--errors", "--settings", *settings, "--methods", "replayed", "redrawn", "accumulated", "--seeds", "0"]
+    command += ["--errors", "--settings", *settings, "--methods", "replayed", "redrawn", "accumulated", "contaccum"]
+    command += ["--seeds", "0"]
     assert main(command) == 0
     table = Table.load(output)
 
@@ -26,7 +27,7 @@ def test_methods_differ_by_their_gradients_and_are_measured_once(tmp_path: Path)
 
     assert figure("replayed", "gradient_error") < 1e-5
     assert figure("redrawn", "gradient_error") > 0.05 and figure("redrawn", "other_masks") > 0.05
-    assert all(0 < figure(name, "nDCG@10") <= 1 for name in ("replayed", "redrawn", "accumulated"))
+    assert all(0 < figure(name, "nDCG@10") <= 1 for name in ("replayed", "redrawn", "accumulated", "contaccum"))
     assert figure("accumulated", "nDCG@10") != figure("replayed", "nDCG@10")
     rows = [row for row in table.rows if "seed=0" in row.case]
     rows += [replace(row, case="b=24,seed=1", value=0.5) for row in rows if row.metric == "nDCG@10"]
