@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from retriever import checkpoint, launch, preflight
+from retriever import checkpoint, launch, preflight, resume
 from retriever.config import Config, differences
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
@@ -59,9 +59,9 @@ def _prepare(config: Config) -> Prepared:
     """Finds the checkpoint to go on from, and tokenises the texts before the ranks meet: however long it takes, no
     collective waits for it.
     """
-    last = checkpoint.find(config.run)
+    last = resume.find(config.run)
     if last is not None:
-        config = checkpoint.continued(config, last)
+        config = resume.continued(config, last)
     preflight.check_paths(config)
     tokenizer = training_tokenizer(config.model)
     config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
@@ -191,6 +191,6 @@ def _announce(parts: Assembly, done: int) -> None:
     if last is None or not done:
         return
     say(f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")
-    if checkpoint.length_of(checkpoint.config_of(last)) != checkpoint.length_of(config):
+    if resume.length_of(checkpoint.config_of(last)) != resume.length_of(config):
         schedule = f"from here on the learning rate follows the schedule of {total:,} steps"
         say(f"note: this run is longer than it was planned before: {schedule}")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retriever import checkpoint
+from retriever import checkpoint, resume
 from retriever.checkpoint import TrainingState
 from retriever.config import (
     Config,
@@ -200,7 +200,7 @@ def test_a_copy_beside_the_checkpoints_is_left_alone(config: Config) -> None:
     root = Path(config.run.output_dir) / checkpoint.FOLDER
     copy = shutil.copytree(_save(config, 3), root / "step-00000003-best")
     newest = _save(config, 4)
-    assert checkpoint.find(config.run) == newest and checkpoint.finished_steps(copy) == 3
+    assert resume.find(config.run) == newest and checkpoint.finished_steps(copy) == 3
     checkpoint.keep_last(root, 1)
     assert sorted(p.name for p in root.iterdir()) == [copy.name, newest.name]
 
@@ -208,16 +208,16 @@ def test_a_copy_beside_the_checkpoints_is_left_alone(config: Config) -> None:
 def test_resume_finds_the_checkpoint_that_was_asked_for(config: Config, tmp_path: Path) -> None:
     """auto: the newest or none; a path: that one; never: none, and no run in the folder."""
     run = config.run
-    assert checkpoint.find(run) is None and checkpoint.find(replace(run, resume="never")) is None
+    assert resume.find(run) is None and resume.find(replace(run, resume="never")) is None
     old, new = _save(config, 3), _save(config, 5)
-    assert checkpoint.find(run) == new
+    assert resume.find(run) == new
     with pytest.raises(ConfigError, match=f"{old.name} is followed by {new.name}"):
-        checkpoint.find(replace(run, resume=str(old)))
-    assert checkpoint.find(replace(run, resume=str(old), output_dir=str(tmp_path / "another"))) == old
+        resume.find(replace(run, resume=str(old)))
+    assert resume.find(replace(run, resume=str(old), output_dir=str(tmp_path / "another"))) == old
     with pytest.raises(ConfigError, match="run.resume: never"):
-        checkpoint.find(replace(run, resume="never"))
+        resume.find(replace(run, resume="never"))
     with pytest.raises(ConfigError, match="no checkpoint"):
-        checkpoint.find(replace(run, resume=str(tmp_path)))
+        resume.find(replace(run, resume=str(tmp_path)))
 
 
 def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(config: Config, tmp_path: Path) -> None:
@@ -231,27 +231,26 @@ def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(conf
     with pytest.raises(
         ConfigError, match=r"is of another run than the one in .*own; run.resume=auto goes on with that"
     ):
-        checkpoint.find(replace(own.run, resume=str(named)))
-    assert checkpoint.find(begun.run) == named
+        resume.find(replace(own.run, resume=str(named)))
+    assert resume.find(begun.run) == named
     _save(begun, 4)
     last = _save(begun, 6)
     shutil.rmtree(named)  # as that run itself does in time
-    assert checkpoint.find(begun.run) == last
+    assert resume.find(begun.run) == last
     (last / "state.json").unlink()
     with pytest.raises(ConfigError, match="bring the file back, or remove .*: the run then goes on from step-00000004"):
-        checkpoint.find(begun.run)
+        resume.find(begun.run)
 
 
-@pytest.mark.parametrize("resume", ["auto", "never", "named"])
-def test_a_folder_of_exports_without_checkpoints_is_left_alone(config: Config, tmp_path: Path, resume: str) -> None:
+@pytest.mark.parametrize("asked", ["auto", "never", "named"])
+def test_a_folder_of_exports_without_checkpoints_is_left_alone(config: Config, tmp_path: Path, asked: str) -> None:
     """Whoever removes the checkpoints of a finished run keeps its model."""
-    run = replace(
-        config.run, output_dir=str(tmp_path / "finished"), resume=str(_save(config, 3)) if resume == "named" else resume
-    )
+    named = str(_save(config, 3)) if asked == "named" else asked
+    run = replace(config.run, output_dir=str(tmp_path / "finished"), resume=named)
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "export.json").write_text('{"step": 3}')
     with pytest.raises(ConfigError, match="finished holds the exports of a run without its checkpoints"):
-        checkpoint.find(run)
+        resume.find(run)
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(config: Config) -> None:
@@ -268,7 +267,7 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
     """Logging, saving, trackers and places may differ; any other key stops with a list of all that differ."""
     resolved = replace(config, batch=replace(config.batch, tokens_per_chunk=512))
     saved = _save(replace(resolved, batch=replace(resolved.batch, retain=1000, retain_products=2000)), 3)
-    assert checkpoint.continued(config, saved) == resolved  # what is kept between the passes is decided anew
+    assert resume.continued(config, saved) == resolved  # what is kept between the passes is decided anew
     free = replace(
         config,
         batch=replace(config.batch, retain=5, retain_products=7),
@@ -278,13 +277,13 @@ def test_a_resume_keeps_what_auto_was_and_refuses_what_changes_the_result(config
             config.data, cache_dir="elsewhere", train=(SourceConfig(path="elsewhere/x"),)
         ),  # the store knows what is in it
     )
-    assert checkpoint.continued(free, saved) == replace(free, batch=replace(free.batch, tokens_per_chunk=512))
+    assert resume.continued(free, saved) == replace(free, batch=replace(free.batch, tokens_per_chunk=512))
     changed = replace(config, optim=replace(config.optim, lr=1.0), run=replace(config.run, seed=7))
     with pytest.raises(ConfigError, match=r"(?s)optim.lr: 0.001 -> 1.0.*run.seed: 0 -> 7"):
-        checkpoint.continued(changed, saved)
+        resume.continued(changed, saved)
     heavier = replace(config, data=replace(config.data, train=(SourceConfig(path="x", weight=2.0),)))
     with pytest.raises(ConfigError, match="data.train"):
-        checkpoint.continued(heavier, saved)
+        resume.continued(heavier, saved)
 
 
 def test_frozen_weights_are_not_saved_and_must_be_the_same_again(config: Config, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retriever import checkpoint
+from retriever import checkpoint, resume
 from retriever.checkpoint import Snapshot, TrainingState
 from retriever.config import Config, ConfigError, RunConfig
 from retriever.damage import damage
@@ -88,7 +88,7 @@ def test_values_that_are_not_those_written_are_damage(config: Config, name: str,
     else:
         save_file({key: tensor for key, tensor in _TENSORS.items() if key != "bias"}, file)
     assert len(load_file(file)) == len(_TENSORS) - (how == "without a tensor"), "it is still a file of tensors"
-    said = _refused(lambda: checkpoint.find(config.run))
+    said = _refused(lambda: resume.find(config.run))
     assert re.match(rf"{file} is damaged \(its checksum is \w{{16}}; \w{{16}} was written\)", said), said
     assert said.endswith(f"remove {last}: the run then goes on from {before.name}")
 
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_the_folders_is_damage(config: Config, step: object, 
     state = json.loads((last / "state.json").read_text()) | {"step": step}
     (last / "state.json").write_text(json.dumps(state))
     for _ in range(2):
-        said = _refused(lambda: checkpoint.find(config.run))
+        said = _refused(lambda: resume.find(config.run))
         assert (
             said.startswith(f"{last / 'state.json'} is damaged (step: expected {expected})") and before.name in said
         ), said
@@ -115,14 +115,14 @@ def test_a_step_that_is_not_the_folders_is_damage(config: Config, step: object, 
 def test_checksums_that_cannot_be_used_are_damage(config: Config, content: str) -> None:
     last = _save(config, 5)
     (last / "checksums.json").write_text(content)
-    assert _refused(lambda: checkpoint.find(config.run)).startswith(f"{last / 'checksums.json'} is damaged (")
+    assert _refused(lambda: resume.find(config.run)).startswith(f"{last / 'checksums.json'} is damaged (")
 
 
 def test_a_checkpoint_without_checksums_opens_with_a_notice(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """Once, however often it is looked at."""
     last = _save(config, 5)
     (last / "checksums.json").unlink()
-    assert checkpoint.find(config.run) == last == checkpoint.find(config.run)
+    assert resume.find(config.run) == last == resume.find(config.run)
     notice = f"note: {last} is of an earlier version and has no checksums: its files are not verified\n"
     assert capsys.readouterr().out == notice
 
@@ -144,17 +144,17 @@ _FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "export/mo
 def test_a_damaged_checkpoint_is_named_with_the_whole_one_before_it(config: Config, name: str, how: str) -> None:
     """Each file cut short, empty, zeros as a disk leaves it that lost its power, or not there."""
     oldest, before, last = (_save(config, step) for step in (2, 3, 5))
-    assert checkpoint.find(config.run) == last
+    assert resume.find(config.run) == last
     _damage(last / name, how)
-    said = _refused(lambda: checkpoint.find(config.run))
+    said = _refused(lambda: resume.find(config.run))
     assert (
         said.startswith(f"{last / name}") and f"remove {last}" in said and said.endswith(f"goes on from {before.name}")
     ), said
     _damage(before / "model.safetensors", "short")
-    said = _refused(lambda: checkpoint.find(config.run))
+    said = _refused(lambda: resume.find(config.run))
     assert said.endswith(f"remove {before}, {last}: the run then goes on from {oldest.name}")
     shutil.rmtree(oldest)
-    assert "no checkpoint before it is whole" in _refused(lambda: checkpoint.find(config.run))
+    assert "no checkpoint before it is whole" in _refused(lambda: resume.find(config.run))
 
 
 _EXPORTS = {
@@ -186,8 +186,8 @@ def test_a_state_that_says_too_little_is_damaged(config: Config, content: str) -
     """Whatever JSON stands in it, and whoever asks."""
     before, last = _save(config, 3), _save(config, 5)
     (last / "state.json").write_text(content)
-    assert _refused(lambda: checkpoint.find(config.run)).endswith(f"goes on from {before.name}")
-    for asked in (checkpoint.finished_steps, lambda folder: checkpoint.continued(config, folder)):
+    assert _refused(lambda: resume.find(config.run)).endswith(f"goes on from {before.name}")
+    for asked in (checkpoint.finished_steps, lambda folder: resume.continued(config, folder)):
         said = _refused(lambda asked=asked: asked(last))  # type: ignore[misc]
         assert said.startswith(f"{last} is no checkpoint to go on from: {last / 'state.json'} is damaged ("), said
 
@@ -197,7 +197,7 @@ def test_a_state_of_another_format_is_not_damaged(config: Config) -> None:
     saved = _save(config, 3)
     (saved / "state.json").write_text('{"format_version": 99}')
     (saved / "checksums.json").unlink()
-    assert damage(saved) is None and checkpoint.find(config.run) == saved
+    assert damage(saved) is None and resume.find(config.run) == saved
     assert "checkpoint format 99; this version reads 1" in _refused(lambda: checkpoint.finished_steps(saved))
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_refused(config: Conf
         ConfigError,
         match=r"run.resume: .*kept is no checkpoint to go on from: .*kept/optimizer\.safetensors is damaged",
     ):
-        checkpoint.find(replace(config.run, resume=str(named)))
+        resume.find(replace(config.run, resume=str(named)))
 
 
 @pytest.mark.parametrize("name", _FILES)
@@ -226,13 +226,13 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(config: Config, name: 
 
     expected = unreadable(last / name)
     for run in (config.run, replace(config.run, resume=str(last))):
-        assert _refused(lambda run=run: checkpoint.find(run)) == expected  # type: ignore[misc]
+        assert _refused(lambda run=run: resume.find(run)) == expected  # type: ignore[misc]
     (last / name).unlink()
     (last / name).write_bytes(content)
-    assert checkpoint.find(config.run) == last
+    assert resume.find(config.run) == last
     _damage(last / name, "short")
     expected = unreadable(before / name)
-    said = _refused(lambda: checkpoint.find(config.run))
+    said = _refused(lambda: resume.find(config.run))
     assert said.startswith(f"{last / name} is damaged") and said.endswith(expected) and "remove" not in said
     assert damage(oldest) is None
 

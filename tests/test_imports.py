@@ -55,6 +55,7 @@ FLOORS = (
         "preflight",
         "launch",
         "report",
+        "resume",
     ),
     ("command", "assembly", "inputs"),
     ("run", "train", "encode"),

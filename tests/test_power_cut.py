@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from eval.engines import bm25_index
 from eval.engines.bm25 import Bm25
 from eval.engines.faiss_index import open_index
-from retriever import checkpoint, files, outputs
+from retriever import checkpoint, files, outputs, resume
 from retriever.checkpoint import Snapshot
 from retriever.config import Config, DataConfig, RunConfig, SourceConfig, TrainConfig
 from retriever.damage import damage
@@ -108,7 +108,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
     made_up = set[bool]()
     for root, saved in cuts.left(tmp_path / "left"):
         folder = root / "runs" / "run"
-        found = checkpoint.find(config(root).run)
+        found = resume.find(config(root).run)
         if found is None:
             assert saved is None
             continue
