@@ -25,7 +25,8 @@ import torch
 
 from retriever.command import command, option
 from retriever.parallel.world import World
-from scripts.bench.loss_methods import Method, Problem, methods, random_problem, reference
+from scripts.bench.loss_methods import Method, methods
+from scripts.bench.loss_problem import Problem, random_problem, reference
 from scripts.bench.measure import add_matmul_rate, errors, free_memory, median_ms, peak_extra_mb
 from scripts.bench.tables import Table
 

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.report docs/bench/*.json
 
-Page and plot are written beside the JSON. A section has one line for each case and method that has the section's first
+Page and plot are written beside the JSON. A table has one line for each case and method that has the table's first
 figure, or the reason why it has none.
 """
 
@@ -12,170 +12,15 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from retriever.command import command, option
 from retriever.files import write_text
+from scripts.bench.pages import PAGES, Columns, Page
 from scripts.bench.tables import Row, Table
 
 MATMUL = ("8192x8192x8192", "floor", "matmul_tflops")
 _LEADS = ("forward_backward_ms", "pairs_per_s", "passages_per_s")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table of a page. `columns` maps a metric to its heading and format; the first metric decides which rows are
-    shown.
-    """
-
-    title: str
-    text: str
-    columns: dict[str, tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Page:
-    """The text and the sections of a benchmark's page."""
-
-    title: str
-    text: str
-    sections: tuple[Section, ...]
-
-
-_ERRORS = Section(
-    "Error against float64",
-    "`gradient` is the larger of ‖Δ‖/‖reference‖ for dQ and dP; `loss` is the relative error of the loss.",
-    {"gradient_error": ("gradient", "{:.1e}"), "loss_error": ("loss", "{:.1e}")},
-)
-_TIME = {"forward_backward_ms": ("ms", "{:,.2f}"), "lead": ("Bigbatch is", "{:.2f}×")}
-_TEXTS = {
-    "loss": """\
-InfoNCE over bf16 unit vectors with one positive per query, at temperature 0.02. `ms` is the median time of a forward
-and a backward pass. `share` is the fraction of the matmul rate of the same run, counting 8·b²·d operations. The loss
-needs 6·b²·d where a row of similarities fits the workspace, so a share can exceed 100%. `MiB` is the peak memory that
-a call adds to its inputs, including gradients and cuBLAS's workspaces. `Bigbatch is` gives Bigbatch's speed as a
-multiple of the method's.""",
-    "ring": """\
-InfoNCE over bf16 unit vectors with one positive per query, at temperature 0.02; b counts the pairs of all ranks. `ms`
-is the median time of a forward and a backward pass on the slowest rank. `MiB per rank` is the peak memory that a call
-adds to its inputs, including gradients. `predicted` is the estimate of `retriever/parallel/cost.py` at that commit.
-`exposed` is (time − time with local copies in place of transfers) / time. `Bigbatch is` gives Bigbatch's speed as a
-multiple of the method's.""",
-    "step": """\
-BERT-base, or the shape that the command names as `--model`, with random weights and its own dropout (BERT's 0.1),
-bf16 autocast, AdamW, temperature 0.02. Pairs have MS MARCO's lengths (queries around 9 tokens, passages around 76)
-and come from a token store through the loader's threads. Bigbatch's times are means over whole steps, waits included;
-a peer's time is that of its fastest step. `floor` is one pass: every chunk is encoded once with its graph, and a
-fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings · real tokens, divided by the matmul
-rate of the same run. Values in parentheses are the prediction made before the run. `graphs` and `products` are the
-shares of tokens whose chunks keep their graphs or their saved activations between the passes. `waited` is the share
-of the step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best form as a multiple of the
-method's. Every form of Bigbatch is checked before it is timed: its gradient against fp32, and replayed chunks against
-kept ones, bitwise (except embedding tables, whose gradients torch may sum by atomics).""",
-    "encode": """\
-BERT-base with random weights, bf16, passages of 76 tokens on average. `ids`: from token ids to embeddings in host
-memory. `text`: from text to shards on disk (for sentence-transformers, to host memory). `worst cosine` is the lowest
-cosine between a passage's embedding and that of the padded fp32 encoder, over a sample. cuDNN's attention is off,
-because it builds a plan for every new shape of padded texts. `Bigbatch is` gives Bigbatch's speed as a multiple of
-the method's.""",
-    "accuracy": """\
-Training by several methods over the same data, evaluated after the last step. A line without a seed is the mean over
-seeds; its note has the least and the most. `gradient` is ‖g − g*‖/‖g*‖ at the first batch, where g* has one graph over
-all chunks; `other masks` is the same for a g* under other dropout masks. `replayed`: the second pass repeats the masks
-of the first one; `redrawn`: it draws its own; `undropped`: without dropout. `accumulated` adds the gradients of small
-batches, whose queries have the negatives of their small batch only. `small` updates after each small batch; `moco` and
-`contaccum` do so with a memory bank that makes up for the size.""",
-}
-PAGES = {
-    "loss": Page(
-        "The loss alone",
-        _TEXTS["loss"],
-        (
-            Section(
-                "",
-                "",
-                {
-                    **_TIME,
-                    "share": ("share", "{:.0%}"),
-                    "forward_ms": ("forward, ms", "{:,.2f}"),
-                    "peak_extra_mb": ("MiB", "{:,.0f}"),
-                },
-            ),
-            _ERRORS,
-        ),
-    ),
-    "ring": Page(
-        "The loss over several GPUs",
-        _TEXTS["ring"],
-        (
-            Section(
-                "",
-                "",
-                {
-                    **_TIME,
-                    "predicted_ms": ("predicted", "{:,.1f}"),
-                    "mb_per_rank": ("MiB per rank", "{:,.0f}"),
-                    "predicted_mb": ("predicted", "{:,.0f}"),
-                    "exposed_share": ("exposed", "{:.1%}"),
-                },
-            ),
-            _ERRORS,
-        ),
-    ),
-    "step": Page(
-        "The whole training step",
-        _TEXTS["step"],
-        (
-            Section(
-                "",
-                "",
-                {
-                    "pairs_per_s": ("pairs/s", "{:,.0f}"),
-                    "lead": ("Bigbatch is", "{:.2f}×"),
-                    "tokens_per_s": ("tokens/s", "{:,.0f}"),
-                    "mfu": ("MFU", "{:.3f}"),
-                    "peak_gib": ("peak GiB", "{:.1f}"),
-                    "retained": ("graphs", "{:.0%}"),
-                    "products": ("products", "{:.0%}"),
-                    "waited": ("waited", "{:.2%}"),
-                },
-            ),
-        ),
-    ),
-    "encode": Page(
-        "Encoding a corpus",
-        _TEXTS["encode"],
-        (
-            Section(
-                "",
-                "",
-                {
-                    "passages_per_s": ("passages/s", "{:,.0f}"),
-                    "lead": ("Bigbatch is", "{:.2f}×"),
-                    "peak_gib": ("peak GiB", "{:.1f}"),
-                },
-            ),
-            Section("Exactness", "", {"cosine_min": ("worst cosine", "{:.6f}")}),
-        ),
-    ),
-    "accuracy": Page(
-        "Accuracy by method",
-        _TEXTS["accuracy"],
-        (
-            Section(
-                "",
-                "",
-                {
-                    "nDCG@10": ("nDCG@10", "{:.4f}"),
-                    "gradient_error": ("gradient", "{:.1e}"),
-                    "other_masks": ("other masks", "{:.1e}"),
-                    "seconds": ("s a step", "{:.3f}"),
-                },
-            ),
-        ),
-    ),
-}
 
 
 Figures = dict[tuple[str, str, str], float]  # (case, method, metric) -> value
@@ -184,7 +29,7 @@ Figures = dict[tuple[str, str, str], float]  # (case, method, metric) -> value
 def markdown(table: Table) -> str:
     """The page of a table."""
     kind = _kind(table)
-    page, rate = PAGES.get(kind, Page(kind.capitalize(), "", ())), table.get(*MATMUL)
+    page, rate = PAGES.get(kind, Page(kind.capitalize(), "", {})), table.get(*MATMUL)
     versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
     blocks = [
         f"# {page.title}",
@@ -194,10 +39,10 @@ def markdown(table: Table) -> str:
         table.note,
     ]
     figures = _figures(table)
-    for section in page.sections:
-        if rows := _rows(table, figures, section):
-            blocks += [f"## {section.title}" if section.title else "", section.text, markdown_table(rows)]
-    for case in dict.fromkeys(row.case for row in table.rows) if not page.sections else ():
+    for above, columns in page.tables.items():
+        if rows := _rows(table, figures, columns):
+            blocks += [above, markdown_table(rows)]
+    for case in dict.fromkeys(row.case for row in table.rows) if not page.tables else ():
         rows = [[row.method, row.metric, _number(row), row.note] for row in table.rows if row.case == case]
         blocks += [f"## {case}", markdown_table([["method", "figure", "value", ""], *rows])]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -231,14 +76,14 @@ def _figures(table: Table) -> Figures:
     return found | lead
 
 
-def _rows(table: Table, figures: Figures, section: Section) -> list[list[str]]:
-    """The rows of a section, its head first."""
-    first = next(iter(section.columns))
+def _rows(table: Table, figures: Figures, columns: Columns) -> list[list[str]]:
+    """The rows of one table of the page, its head first."""
+    first = next(iter(columns))
     keys = dict.fromkeys((row.case, row.method) for row in table.rows if row.metric == first)
-    shown = {name: form for name, form in section.columns.items() if any((*key, name) in figures for key in keys)}
+    shown = {name: form for name, form in columns.items() if any((*key, name) in figures for key in keys)}
     rows = [["case", "method", *(heading for heading, _ in shown.values()), ""]]
     for key in sorted(keys, key=lambda key: _size(key[0])):
-        of_key = [row for row in table.rows if (row.case, row.method) == key and row.metric in section.columns]
+        of_key = [row for row in table.rows if (row.case, row.method) == key and row.metric in columns]
         notes = dict.fromkeys(row.note for row in of_key if row.note)
         rows.append([*key, *(_cell(figures, key, name, form[1]) for name, form in shown.items()), "; ".join(notes)])
     return rows if shown else []
