@@ -5,12 +5,12 @@ Callback    what hears a run's events
 Config      its settings
 Encoder     a trained model: texts in, embeddings out; `load_encoder` opens one
 batch_loss  marks a loss of your own that takes the whole batch; `LossTargets` is what a loss is given
-infonce     the loss as a differentiable function of embeddings; `InfoNCE` as a module
+infonce     the loss as a differentiable function of embeddings; `InfoNCE` as a module; `Negatives`, of other directions
 st          the loss for sentence-transformers' trainer; `import bigbatch.st`
 """
 
 import retriever  # noqa: F401  its `kernels` package is then the one that is found
-from bigbatch.loss import InfoNCE, infonce
+from bigbatch.loss import InfoNCE, Negatives, infonce
 from retriever.callbacks import Callback
 from retriever.config import Config
 from retriever.encoder.bundle import EncoderBundle as Encoder
@@ -18,4 +18,7 @@ from retriever.encoder.bundle import load_encoder
 from retriever.loss.custom import LossTargets, batch_loss
 from retriever.run import Run
 
-__all__ = ["Callback", "Config", "Encoder", "InfoNCE", "LossTargets", "Run", "batch_loss", "infonce", "load_encoder"]
+__all__ = [
+    "Callback", "Config", "Encoder", "InfoNCE", "LossTargets", "Negatives", "Run", "batch_loss", "infonce",
+    "load_encoder",
+]  # fmt: skip

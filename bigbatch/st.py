@@ -23,8 +23,9 @@ from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score,
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from bigbatch.loss import infonce
-from kernels.infonce.api import Precision
+from bigbatch.loss import Negatives, infonce
+from kernels.infonce.api import Hardness, Precision
+from retriever.config import Direction
 from retriever.data.layout import Packed
 from retriever.encoder.architectures import PACKED
 from retriever.encoder.fused_layers import fuse
@@ -32,17 +33,22 @@ from retriever.encoder.fused_specs import unfused_because
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
-_DIRECTIONS = {frozenset({"query_to_doc"}): False, frozenset({"query_to_doc", "doc_to_query"}): True}  # symmetric?
+_DIRECTIONS: dict[str, Direction] = {
+    "query_to_doc": "query_to_passage",
+    "doc_to_query": "passage_to_query",
+    "query_to_query": "query_to_query",
+    "doc_to_doc": "passage_to_passage",
+}
 
 
 class InfoNCELoss(CachedMultipleNegativesRankingLoss):
     """Multiple-negatives ranking loss over a batch of any size, in memory linear in the batch.
 
     Takes (anchor, positive, negative_1, …, negative_n) columns of texts, and the arguments of
-    `CachedMultipleNegativesRankingLoss` with the same meaning. `directions` may be ("query_to_doc",) or, with
-    partition_mode="per_direction", ("query_to_doc", "doc_to_query"); hardness is not available. `precision` is as
-    in `bigbatch.infonce`. Padded texts are sorted by length before they are cut into mini-batches, which
-    changes no gradient unless dropout draws other masks for it. Works inside MatryoshkaLoss.
+    `CachedMultipleNegativesRankingLoss` with the same meaning. On several devices, `gather_across_devices` is for the
+    direction "query_to_doc" alone. `precision` is as in `bigbatch.infonce`. Padded texts are sorted by length before
+    they are cut into mini-batches, which changes no gradient unless dropout draws other masks for it. Works inside
+    MatryoshkaLoss.
 
     Raises ValueError for an argument that is not available.
     """
@@ -59,18 +65,9 @@ class InfoNCELoss(CachedMultipleNegativesRankingLoss):
         super().__init__(model, scale, similarity_fct, *others, **named)
         if similarity_fct not in (cos_sim, dot_score):
             raise ValueError(f"similarity_fct: expected util.cos_sim or util.dot_score, received {similarity_fct}")
-        if self.hardness_mode is not None:
-            raise ValueError(f"hardness_mode: expected None, received {self.hardness_mode!r}")
-        symmetric = _DIRECTIONS.get(frozenset(self.directions))
-        if symmetric is None or symmetric != (self.partition_mode == "per_direction" and len(self.directions) > 1):
-            raise ValueError(
-                'directions: expected ("query_to_doc",), or ("query_to_doc", "doc_to_query") with '
-                f'partition_mode="per_direction"; received {self.directions} with {self.partition_mode!r}'
-            )
-        if symmetric and self.gather_across_devices:
-            raise ValueError("gather_across_devices: expected False with two directions, received True")
+        if len(set(self.directions)) > 1 and self.gather_across_devices:
+            raise ValueError("gather_across_devices: expected False with several directions, received True")
         self.precision = precision
-        self._symmetric = symmetric
         self._places: list[Tensor | None] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -100,13 +97,28 @@ class InfoNCELoss(CachedMultipleNegativesRankingLoss):
             torch.cat(documents).to(queries.dtype),
             targets,
             temperature=1 / self.scale,
-            symmetric=self._symmetric,
+            negatives=self._negatives(targets, documents),
             precision=self.precision,
         )
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
+
+    def _negatives(self, targets: Tensor, documents: list[Tensor]) -> Negatives | None:
+        """What competes with the positives, documents[0], of which targets [B] are; None: the documents alone."""
+        directions = tuple(_DIRECTIONS[name] for name in dict.fromkeys(self.directions))
+        if len(directions) == 1 and self.hardness_mode is None:
+            return None
+        own, in_batch = (
+            self.hardness_strength if self.hardness_mode in (mode, "all_negatives") else 0.0
+            for mode in ("hard_negatives", "in_batch_negatives")
+        )
+        partition: Any = self.partition_mode
+        columns = None
+        if own != in_batch or "doc_to_doc" in self.directions:
+            columns = targets[:, None] + len(documents[0]) * torch.arange(1, len(documents), device=targets.device)
+        return Negatives(directions, partition, Hardness(own, in_batch), columns)
 
     def get_config_dict(self) -> dict[str, Any]:
         return super().get_config_dict() | {"precision": self.precision}

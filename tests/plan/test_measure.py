@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from retriever.config import LossConfig, ModelConfig, OptimConfig
+from retriever.config import Direction, LossConfig, ModelConfig, OptimConfig
 from retriever.data.layout import Packed, Padded
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
@@ -99,7 +100,13 @@ def test_nothing_shows_of_it_outside(encoder: DualEncoder) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [LossConfig(), LossConfig(symmetric=True, strategy="dense"), LossConfig(kl_weight=1.0, dims=(8, 16))]
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(symmetric=True, strategy="dense"),
+        LossConfig(kl_weight=1.0, dims=(8, 16)),
+        LossConfig(directions=get_args(Direction), hardness="own", hardness_strength=5.0),
+    ],
 )
 def test_every_objective_can_be_measured(loss: LossConfig) -> None:
     small, large = (
