@@ -79,6 +79,9 @@ class ModelConfig:
     normalize: bool = True
     # Leading dimensions that an embedding keeps, before normalisation. auto: as the model folder says; null: all.
     truncate_dim: Count | Auto | None = "auto"
+    # Dimensions that a trained matrix maps pooled vectors to, before truncation and normalisation. It is a new one,
+    # unless the model folder has one of this size. null: as the model folder says.
+    projection: Count | None = None
     # Put the end-of-text token behind every text, here and in the exported tokenizer. auto: as the tokenizer does, and
     # where the last token of a plain language model is pooled, yes. (Qwen3-Embedding's own tokenizer does so too.)
     append_eos: bool | Auto = "auto"
@@ -108,7 +111,7 @@ class ModelConfig:
 class SourceConfig:
     """One training source: a file or folder (`path`) or a Hugging Face dataset (`name`)."""
 
-    # File or folder, .gz too. Exactly one of path and name is given.
+    # File or folder, .gz and .zst too. Exactly one of path and name is given.
     path: str | None = None
     # Hugging Face dataset.
     name: str | None = None
@@ -126,10 +129,32 @@ class SourceConfig:
     corpus: str | None = None
     # File of the queries' texts, where they are apart from the pairs.
     queries: str | None = None
-    # Passes over the source in an epoch.
+    # Passes over the source in an epoch; with another data.sampling, its weight beside the others'.
     weight: Weight = 1.0
     # Train on the first so many queries only; null: all.
     limit: Count | None = None
+    # Text put in front of its queries. null: model.query_prompt. A prompt in a record comes before both.
+    query_prompt: str | None = None
+    # Text put in front of its passages. null: model.passage_prompt.
+    passage_prompt: str | None = None
+    # What the export calls its prompts: <prompt_name>_query and <prompt_name>_document. null: source and its position,
+    # such as source0.
+    prompt_name: str | None = None
+    # Tokens of its queries at most, no more than model.query_max_tokens. null: as many.
+    query_max_tokens: TextTokens | None = None
+    # Tokens of its passages at most, no more than model.passage_max_tokens. null: as many.
+    passage_max_tokens: TextTokens | None = None
+    # Hard negatives of its queries in a batch. null: data.negatives.
+    hard_negatives: CountOrNone | None = None
+    # What its queries are contrasted with. in_batch: the batch's passages; own: their own hard negatives alone; none:
+    # nothing, only the teacher's terms count.
+    negatives: Literal["in_batch", "own", "none"] = "in_batch"
+    # In a batch of several sources, its passages are negatives of its own queries only, and these see no others.
+    apart: bool = False
+    # Similarities of its queries are divided by it, in batches of one source. null: loss.temperature.
+    temperature: Temperature | None = None
+    # Tokenise the dataset's rows as they are downloaded, and keep no other copy of them. Not for one of BEIR's form.
+    streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +165,11 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     # Hard negatives of a query in a batch. They rotate from pass to pass; a query that has fewer brings those it has.
     negatives: CountOrNone = 7
+    # A source's share of an epoch. proportional: its size times its weight; weight: its weight, whatever its size;
+    # power: its size to the power of `alpha`, times its weight; round_robin: its weight, and sources take turns.
+    sampling: Literal["proportional", "weight", "power", "round_robin"] = "proportional"
+    # The power of the sampling power: 1 is proportional, 0 takes sources equally.
+    alpha: Annotated[float, Range(0, 1)] = 0.5
     # join: a passage is its title, title_separator and its text; drop: its text.
     title: Literal["join", "drop"] = "join"
     # Text between a title and the text.
@@ -340,19 +370,51 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvalCollectionConfig:
+    """A further collection to evaluate on, or held-out pairs."""
+
+    # The folder, or the file of the pairs.
+    path: str = ""
+    # What the log calls it. null: the last part of the path.
+    name: str | None = None
+    # beir: as eval.path; msmarco: a folder of MS MARCO's files; pairs: a training file, whose first eval.candidates
+    # queries are each ranked among all of their positives.
+    format: Literal["beir", "msmarco", "pairs"] = "beir"
+    # Which judgements; of msmarco dev, dl19 or dl20.
+    split: str = "dev"
+
+
+@dataclass(frozen=True)
 class EvalConfig:
-    """A BEIR folder to evaluate on while training, and after the last step. null: none."""
+    """A BEIR folder to evaluate on while training, and after the last step, and what else is measured. null: none."""
 
     # The folder: corpus.jsonl, queries.jsonl and qrels/. Required.
     path: str = ""
     # Which judgements: qrels/<split>.tsv.
     split: str = "dev"
+    # Further collections and pairs. Their measures are logged as <name>/<measure>.
+    also: tuple[EvalCollectionConfig, ...] = ()
+    # What chooses the model in best/: mean, the mean over the collections with judgements, or the name of one.
+    best: str = "mean"
+    # Queries of held-out pairs, and so the passages that each is ranked among.
+    candidates: Annotated[int, Range(2)] = 1000
+    # Leading dimensions of the embeddings that are measured too, as Matryoshka cuts.
+    dims: tuple[Count, ...] = ()
+    # Evaluate before the first step.
+    at_start: bool = False
+    # End the run after so many evaluations in a row that are no better than the best one. null: never.
+    patience: Count | None = None
     # Measures, such as nDCG@10, MRR@10 or Recall@100. The first chooses the model in best/.
     metrics: tuple[str, ...] = ("nDCG@10", "MRR@10", "Recall@100")
     # Passages a query that are ranked.
     k: Count = 1000
     # How passages are searched: flat (exact), ivf, ivfpq, hnsw, or a FAISS factory string.
     index: str = "flat"
+
+    @property
+    def collections(self) -> tuple[EvalCollectionConfig, ...]:
+        """All that is evaluated on, the folder of `path` first."""
+        return EvalCollectionConfig(self.path, split=self.split), *self.also
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retriever.config import Config, to_dict
+from retriever.config_sources import named_prompts
 from retriever.data.tokens import SIDES, Side
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.lora import merged_state
 from retriever.encoder.pretrained import quiet_transformers
+from retriever.encoder.projection import write_projection
 from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderSettings, settings_of
 from retriever.errors import RefusedError
 from retriever.files import replace_folder, write_json, write_text
@@ -98,7 +100,7 @@ def export(
 
     with replace_folder(folder) as writing:
         if encoder.tied:
-            prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
+            prompts = {"query": settings.query_prompt, "document": settings.passage_prompt, **named_prompts(config)}
             max_tokens = max(settings.query_max_tokens, settings.passage_max_tokens)
             _write_tower(
                 writing,
@@ -109,9 +111,13 @@ def export(
                 prompts,
                 max_tokens,
             )
+            if encoder.projections:
+                write_projection(writing, encoder.projections["shared"])
         else:
             for side in SIDES:
-                _write_tower_of(side, writing / side, encoder, tokenizer, settings)
+                _write_tower_of(side, writing / side, encoder, tokenizer, settings, named_prompts(config))
+                if encoder.projections:
+                    write_projection(writing / side, encoder.projections[side])
                 write_card(writing / side, side)
         write_json(
             writing / SETTINGS_FILE,
@@ -123,11 +129,18 @@ def export(
 
 
 def _write_tower_of(
-    side: Side, folder: Path, encoder: DualEncoder, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
+    side: Side,
+    folder: Path,
+    encoder: DualEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncoderSettings,
+    named: dict[str, str],
 ) -> None:
-    """One tower of two, as a folder that stands on its own."""
+    """One tower of two, as a folder that stands on its own; `named`: the sources' prompts, of both sides."""
     tower = encoder.query_tower if side == "query" else encoder.passage_tower
-    prompts = {"query" if side == "query" else "document": settings.prompt(side)}
+    called = "query" if side == "query" else "document"
+    own = {name: prompt for name, prompt in named.items() if name.endswith(f"_{called}")}
+    prompts = {called: settings.prompt(side), **own}
     _write_tower(folder, tower, encoder.unused_weights[side], tokenizer, settings, prompts, settings.max_tokens(side))
 
 

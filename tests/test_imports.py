@@ -25,6 +25,7 @@ FLOORS = (
         "config",
         "config_tree",
         "config_rules",
+        "config_sources",
         "config_file",
         "config_help",
         "environment",

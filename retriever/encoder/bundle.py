@@ -154,6 +154,7 @@ def load_encoder(
     query_tower = passage_tower if settings.tied else load_tower(name, "query")
     pooled: Any = {key: getattr(settings, key) for key in ("pooling", "normalize", "truncate_dim")}
     encoder = DualEncoder(query_tower, passage_tower, **pooled, autocast_dtype=AUTOCAST_DTYPES[precision])
+    encoder.load_projections(name)
     encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = encoder.device.type == "cuda"
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)

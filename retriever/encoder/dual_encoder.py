@@ -21,6 +21,7 @@ from retriever.encoder.fused_specs import unfused_because
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.pretrained import load_model
+from retriever.encoder.projection import load_projection, new_projection
 from retriever.encoder.settings import read_model_config, read_settings, read_truncate_dim, tower_folder
 
 
@@ -50,6 +51,7 @@ class DualEncoder(nn.Module):
         self.truncate_dim = truncate_dim  # how many leading dimensions are kept, before normalisation; None: all
         self.autocast_dtype = autocast_dtype
         self.packed = False
+        self.projections = nn.ModuleDict()  # by tower: hidden vectors to embeddings; empty: there are none
         # Heads that no embedding depends on, by side: kept out of training, put back into exports.
         self.unused_weights = {name: _detach_pooler(tower) for name, tower in towers.items()}
 
@@ -79,6 +81,7 @@ class DualEncoder(nn.Module):
         query_tower = passage_tower if config.tied else load_tower(name, "query")
         modes: dict[str, Any] = {"pooling": pooling, "normalize": config.normalize, "truncate_dim": truncate_dim}
         encoder = cls(query_tower, passage_tower, **modes, autocast_dtype=autocast_dtype)
+        encoder.load_projections(name)
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()
         return encoder
@@ -100,6 +103,8 @@ class DualEncoder(nn.Module):
     def dimension(self) -> int:
         """D, the length of an embedding."""
         whole = int(self.passage_tower.config.hidden_size)
+        for projection in self.projections.values():
+            whole = int(cast(nn.Linear, projection).out_features)
         return whole if self.truncate_dim is None else min(whole, self.truncate_dim)
 
     @property
@@ -134,9 +139,29 @@ class DualEncoder(nn.Module):
             else:
                 hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, H]
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
+        if self.projections:
+            with torch.autocast(tokens.input_ids.device.type, enabled=False):
+                embeddings = self.projections["shared" if self.tied else side](embeddings)
         if self.truncate_dim is not None:
             embeddings = embeddings[:, : self.truncate_dim].contiguous()  # [n, D]
         return unit_norm(embeddings) if self.normalize else embeddings
+
+    def load_projections(self, name_or_path: str | Path) -> None:
+        """Adds the projection heads that a model folder has. Raises ConfigError where one of two towers has none."""
+        sides: dict[str, Side] = {"shared": "passage"} if self.tied else {"query": "query", "passage": "passage"}
+        found = {tower: load_projection(name_or_path, side) for tower, side in sides.items()}
+        heads = {tower: head for tower, head in found.items() if head is not None}
+        if heads and len(heads) < len(found):
+            raise ConfigError(f"model {name_or_path}: expected a Dense module in both towers or in none")
+        self.projections.update(heads)
+
+    def project(self, dimension: int, seed: int) -> None:
+        """Gives every tower a new projection head to `dimension`, unless it has one of this size."""
+        if self.projections and self.dimension == dimension:
+            return
+        for name, tower in self.towers.items():
+            hidden_size = cast(PreTrainedModel, tower).config.hidden_size
+            self.projections[name] = new_projection(hidden_size, dimension, f"{seed} projection {name}")
 
     @property
     def can_pack(self) -> bool:

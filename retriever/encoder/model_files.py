@@ -49,12 +49,7 @@ def fields_of(kind: type[Fields], found: Any, where: str) -> Fields:
 
 def read_json(name: str, file: str) -> Any | None:
     """The content of a JSON file, None where there is none. Raises ConfigError for malformed JSON or no model."""
-    if Path(name).exists():
-        path: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model {name}: there is no such folder ({_SAID_BY})")
-    else:
-        path = _hub_file(name, file)
+    path = file_of(name, file)
     if path is None:
         return None
     with one_line(f"{path}: expected JSON"):
@@ -62,6 +57,15 @@ def read_json(name: str, file: str) -> Any | None:
     if found is None:
         raise ConfigError(f"{path}: expected an object or a list, received null")
     return found
+
+
+def file_of(name: str, file: str) -> str | None:
+    """The path of a model's file, None where there is none. Raises ConfigError where there is no such model."""
+    if Path(name).exists():
+        return str(Path(name) / file) if (Path(name) / file).is_file() else None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model {name}: there is no such folder ({_SAID_BY})")
+    return _hub_file(name, file)
 
 
 def check_number(what: str, value: float | None, least: int, most: int | None = None) -> None:

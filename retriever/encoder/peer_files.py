@@ -17,7 +17,7 @@ _POOLING |= {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }  # before version 6
-_MODULES = (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize"))
+_MODULES = tuple(("Transformer", "Pooling", *more) for more in ((), ("Normalize",), ("Dense",), ("Dense", "Normalize")))
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ class _Tokenizer:
     model_max_length: int | float | None = None
 
 
-def read_modules(name: str) -> list[Module] | None:
-    """The modules of sentence-transformers in their order, None where the model has no modules.json."""
-    found, where = read_json(name, "modules.json"), f"{name}/modules.json"
+def read_modules(name: str, folder: str = "") -> list[Module] | None:
+    """The modules of sentence-transformers in their order, None where the model's `folder` has no modules.json."""
+    file = str(PurePosixPath(folder) / "modules.json")
+    found, where = read_json(name, file), f"{name}/{file}"
     if found is None:
         return None
     if not isinstance(found, list):
@@ -109,7 +110,7 @@ def described_settings(name: str, modules: Sequence[Module], longest: int) -> di
         expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
         received = ", ".join(module.type for module in modules) or "none"
         raise ConfigError(f"{name}/modules.json: expected the modules {expected}; received {received}")
-    folder, normalizes, where = modules[0].path, len(modules) == 3, f"{name}/{_DESCRIBED}"
+    folder, normalizes, where = modules[0].path, modules[-1].kind == "Normalize", f"{name}/{_DESCRIBED}"
     described = read_described(name)
     if described.truncate_dim is not None and normalizes and described.similarity_fn_name == "dot":
         raise ConfigError(

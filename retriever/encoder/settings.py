@@ -125,12 +125,17 @@ def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
     return config
 
 
+def own_folder(name_or_path: str | Path, side: Side) -> str:
+    """The sub-folder where that side's modules.json lies: `side` in an export of two towers, "" elsewhere."""
+    ours = read_fields(_Own, str(name_or_path), SETTINGS_FILE)
+    return side if ours is not None and not ours.tied else ""
+
+
 def tower_folder(name_or_path: str | Path, side: Side) -> str:
     """The sub-folder of a model folder where that side's transformer and tokenizer lie; "" for the folder itself."""
     name = str(name_or_path)
-    ours = read_fields(_Own, name, SETTINGS_FILE)
-    if ours is not None:
-        return "" if ours.tied else side
+    if read_fields(_Own, name, SETTINGS_FILE) is not None:
+        return own_folder(name, side)
     return next((module.path for module in read_modules(name) or () if module.kind == "Transformer"), "")
 
 

@@ -105,9 +105,9 @@ def test_each_side_has_the_length_that_the_folder_gives_it(folder: Path) -> None
     ("kinds", "pooling", "message"),
     [
         (
-            ("Transformer", "Pooling", "Dense"),
+            ("Transformer", "Pooling", "LayerNorm"),
             {"pooling_mode": "mean"},
-            r"modules\.json: expected .*; received .*Dense",
+            r"modules\.json: expected .*; received .*LayerNorm",
         ),
         (
             ("Transformer", "Normalize", "Pooling"),
@@ -143,7 +143,7 @@ def test_what_is_not_computed_is_refused(
 
 def test_training_may_start_from_a_folder_whose_pooling_it_replaces(folder: Path) -> None:
     """Its other modules are not trained; what else it says counts."""
-    kinds, described = ("Transformer", "Pooling", "Dense"), {"truncate_dim": 12}
+    kinds, described = ("Transformer", "Pooling", "LayerNorm"), {"truncate_dim": 12}
     _sentence_transformers(folder, *kinds, pooling={"pooling_mode": "max"}, described=described)
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), pooling="mean"))
     assert (encoder.pooling, encoder.dimension) == ("mean", 12)

@@ -181,8 +181,8 @@ ROWS: dict[str, tuple[Damage, str]] = {
         r"received custom\.Transformer",
     ),
     "modules: another module": (
-        _modules(_module("Transformer"), _module("Pooling"), _module("Dense")),
-        r"received .*Dense",
+        _modules(_module("Transformer"), _module("Pooling"), _module("LayerNorm")),
+        r"received .*LayerNorm",
     ),
     "modules: two poolings": (
         _modules(_module("Transformer"), _module("Pooling"), _module("Pooling")),

@@ -1,0 +1,80 @@
+"""A projection head: trained behind the pooling, and a Dense module in the export, as sentence-transformers has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
+
+from retriever.config import Config, ConfigError, ModelConfig
+from retriever.data.layout import pad_rows
+from retriever.encoder.bundle import load_encoder
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.tokenizer import training_tokenizer
+from retriever.export import Probe, export
+from tests.tiny import save_tiny_model
+
+TEXTS = ["river and mountain", "a question about the ocean"]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DualEncoder]:
+    root = tmp_path_factory.mktemp("projected")
+    model = ModelConfig(str(save_tiny_model(root / "start")), tied=request.param, projection=12)
+    config, tokenizer = Config(model=model), training_tokenizer(model)
+    encoder = DualEncoder.from_pretrained(model).eval()
+    encoder.project(12, seed=3)
+    export(encoder, tokenizer, config, root / "export", Probe.of(encoder, tokenizer, config, TEXTS))
+    return root / "export", encoder
+
+
+def test_an_embedding_is_the_projected_vector_and_trains_the_matrix(exported: tuple[Path, DualEncoder]) -> None:
+    _, encoder = exported
+    tokens = pad_rows([np.array([2, 50, 60, 3])], 0)
+    embeddings = encoder("query", tokens)
+    with torch.no_grad():
+        pooled = encoder.query_tower(input_ids=tokens.input_ids).last_hidden_state.mean(dim=1)
+        weight = next(iter(encoder.projections.values())).weight
+        torch.testing.assert_close(embeddings, normalize(pooled @ weight.T, dim=1))
+    assert encoder.dimension == embeddings.shape[1] == 12
+    embeddings[0, 0].backward()
+    gradients = [p.grad for p in encoder.projections.parameters() if p.grad is not None]
+    assert len(gradients) == 1 and gradients[0].norm() > 0
+    encoder.zero_grad()
+
+
+def test_the_export_is_sentence_transformers_dense_module(exported: tuple[Path, DualEncoder]) -> None:
+    """Read by sentence-transformers, by us, and as the start of a further training, with the same embeddings."""
+    folder, encoder = exported
+    ours = load_encoder(folder, device="cpu")
+    for side, name in (("query", "query"), ("passage", "document")):
+        theirs = SentenceTransformer(str(folder if encoder.tied else folder / side), device="cpu")
+        assert [type(module).__name__ for module in theirs][1:] == ["Pooling", "Dense", "Normalize"]
+        expected = theirs.encode(TEXTS, prompt_name=name)
+        np.testing.assert_allclose(ours.encode(TEXTS, side), expected, atol=1e-5)  # type: ignore[arg-type]
+    again = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=encoder.tied))
+    before = {name: p.clone() for name, p in again.projections.named_parameters()}
+    again.project(12, seed=9)
+    for name, parameter in again.projections.named_parameters():
+        assert torch.equal(parameter, before[name]) and torch.equal(parameter, encoder.projections.get_parameter(name))
+    again.project(8, seed=9)
+    assert again.dimension == 8
+
+
+def test_another_dense_module_is_refused(exported: tuple[Path, DualEncoder]) -> None:
+    folder, encoder = exported
+    file = folder / ("" if encoder.tied else "query") / "2_Dense" / "config.json"
+    found = file.read_text()
+    for change in ({"bias": True}, {"activation_function": "torch.nn.modules.activation.Tanh"}):
+        file.write_text(json.dumps(json.loads(found) | change))
+        with pytest.raises(ConfigError, match=r"2_Dense/config.json: expected bias false and activation_function"):
+            load_encoder(folder, device="cpu")
+    file.write_text(json.dumps(json.loads(found) | {"out_features": 13}))
+    with pytest.raises(ConfigError, match=r"linear.weight: expected shape \[13, 32\], received \[12, 32\]"):
+        load_encoder(folder, device="cpu")
+    file.write_text(found)
