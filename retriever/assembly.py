@@ -20,7 +20,7 @@ from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution, check_replay
 from retriever.encoder.lora import adapt
-from retriever.encoder.tokenizer import ends_texts, training_tokenizer
+from retriever.encoder.tokenizer import check_source_prompts, ends_texts, training_tokenizer
 from retriever.loss.bank import Bank
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.custom import CustomLoss, Loss, load_loss
@@ -64,6 +64,7 @@ def _prepare(config: Config) -> Prepared:
         config = resume.continued(config, last)
     preflight.check_paths(config)
     tokenizer = training_tokenizer(config.model)
+    check_source_prompts(tokenizer, config)
     config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
     store = build_or_open(config, tokenizer)
     if config.loss.guide is not None:
@@ -123,6 +124,8 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: 
     config, store = prepared.config, prepared.store
     dtype = AUTOCAST_DTYPES[config.optim.precision]
     encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=dtype).train()
+    if config.model.projection is not None:
+        encoder.project(config.model.projection, config.run.seed)
     if config.model.lora is not None:
         adapt(encoder.towers, config.model.lora, config.run.seed)
     freeze(encoder.towers, config.optim.freeze)

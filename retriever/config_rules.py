@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from retriever.config import Config, LossConfig, flat, from_dict, to_dict
+from retriever.config import Config, LossConfig, SourceConfig, flat, from_dict, to_dict
+from retriever.config_sources import hard_negatives, prompt_names, text_kinds
 from retriever.config_tree import require
 
 _AUTO_OR_FALSE = ("auto", False)
@@ -57,6 +58,7 @@ def check_sharded(config: Config) -> None:
             ("model.fused", _AUTO_OR_FALSE, fsdp),
             ("model.compile", _AUTO_OR_FALSE, fsdp),
             ("loss.bank", ("none", "contaccum"), fsdp),
+            ("model.projection", (None,), fsdp),
             ("optim.name", ("adamw",), fsdp),
             ("optim.precision", ("bf16", "fp32"), fsdp),
             ("batch.retain", _AUTO_OR_FALSE, fsdp),
@@ -148,17 +150,45 @@ def _check_data(config: Config) -> None:
         key, columns = f"data.train.{i}", source.columns or ()
         given = {"path": source.path, "name": source.name}
         require((source.path is None) != (source.name is None), key, "exactly one of path and name", given)
+        streams = f"{key}.streaming", "false for a path", source.streaming
+        require(source.name is not None or not source.streaming, *streams)
         require(len(set(columns)) == len(columns), f"{key}.columns", "names of different columns", list(columns))
         if source.format == "texts":
             require(len(columns) < 2, f"{key}.columns", "one name with format texts", list(columns))
-            longest, views = config.model.passage_max_tokens, f"model.passage_max_tokens with {key}.format=texts"
-            shown = config.model.query_max_tokens
-            require(shown == longest, "model.query_max_tokens", f"{longest}, as {views}", shown)
-    pool, least = config.batch.pool, 2 * (config.loss.positives + config.data.negatives)
+            longest, shown = (text_kinds(config, side)[i].max_tokens for side in ("passage", "query"))
+            views = f"the passages' length with {key}.format=texts"
+            require(shown == longest, "model.query_max_tokens", f"{longest}, {views}", shown)
+        _check_policy(config, source, key)
+    names = prompt_names(config)
+    require(len(set(names)) == len(names), "data.train", "sources of different prompt_name", names)
+    most = max(hard_negatives(config.data))
+    pool, least = config.batch.pool, 2 * (config.loss.positives + most)
     room = f"null or at least {least}, so that a pool holds what two queries bring (data.negatives)"
     require(pool is None or pool >= least, "batch.pool", room, pool)
-    teaches = not config.loss.compares_negatives or config.data.negatives >= 1
+    teaches = not config.loss.compares_negatives or most >= 1
     require(teaches, "data.negatives", "at least 1 where a teacher is distilled", config.data.negatives)
+
+
+def _check_policy(config: Config, source: SourceConfig, key: str) -> None:
+    """What a source's own settings ask of the others."""
+    for name in ("query_max_tokens", "passage_max_tokens"):
+        own, most = getattr(source, name), getattr(config.model, name)
+        require(own is None or own <= most, f"{key}.{name}", f"null or at most {most} (model.{name})", own)
+    number = config.data.negatives if source.hard_negatives is None else source.hard_negatives
+    some = "at least 1 with negatives=own (or data.negatives)"
+    require(source.negatives != "own" or number >= 1, f"{key}.hard_negatives", some, number)
+    offload = "in_batch or none with batch.offload=true: own negatives are gathered on the device"
+    require(source.negatives != "own" or not config.batch.offload, f"{key}.negatives", offload, source.negatives)
+    taught = "in_batch or own: loss.kl_weight and loss.margin_mse_weight are 0, so that nothing else would be learned"
+    require(source.negatives != "none" or config.loss.distils, f"{key}.negatives", taught, source.negatives)
+    fixed = "null where batch.one_source=false or loss.learn_temperature=true: a batch has one temperature"
+    one = config.batch.one_source and not config.loss.learn_temperature
+    require(source.temperature is None or one, f"{key}.temperature", fixed, source.temperature)
+    banked = "in_batch, and apart false, with loss.bank: its rows are contrasted with whole batches"
+    plain = source.negatives == "in_batch" and not source.apart
+    require(config.loss.bank == "none" or plain, f"{key}.negatives", banked, source.negatives)
+    mixed = "false with batch.one_source=true, where sources never meet"
+    require(not source.apart or not config.batch.one_source, f"{key}.apart", mixed, source.apart)
 
 
 def _check_length_and_evaluation(config: Config) -> None:
@@ -171,4 +201,5 @@ def _check_length_and_evaluation(config: Config) -> None:
         return
     require(len(evaluation.metrics) > 0, "eval.metrics", "at least one measure, such as nDCG@10", [])
     require(evaluation.path != "", "eval.path", "a BEIR folder", "")
+    require(all(asked.path for asked in evaluation.also), "eval.also", "a path for each", [*evaluation.also])
     require(evaluation.index != "", "eval.index", "flat, ivf, ivfpq, hnsw or a FAISS factory string", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from retriever.data.batch import Batch
@@ -22,6 +23,7 @@ class Backward:
 
     step: int
     loss: Tensor  # []: mean over all queries of the global batch, the same on every rank
+    ranked_first: Tensor  # [2]: queries whose target is the first of `CANDIDATES` passages, and queries, of all ranks
     temperature: float
     queries: int  # of the global batch
     tokens: int  # of this rank, padding not counted
@@ -40,6 +42,7 @@ class StepReport:
     queries: int
     tokens: int  # of this rank, padding not counted
     waited_s: float = field(compare=False)  # this rank's, for chunks that were not ready
+    accuracy: float | None = None  # share of queries whose target is the first of `CANDIDATES` passages
 
 
 def train_step(
@@ -79,11 +82,16 @@ def forward_backward(
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)
 
+    ranked_first = loss.new_zeros(2)
+    if batch.ranking is not None:
+        ranked_first = batch.ranking.counts(representations.query, representations.passage).to(loss.dtype)
+
     # 3. Encode each chunk again under its RNG state, with a graph, or take the graph it kept. Backpropagate its rows of
     # the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
     queries, waited_s = batch.targets.global_queries, batch.chunks.waited_s
-    return Backward(batch.step, world.sum(loss), temperature, queries, batch.tokens, waited_s)
+    sums = world.sum(torch.stack([loss, *ranked_first]))
+    return Backward(batch.step, sums[0], sums[1:], temperature, queries, batch.tokens, waited_s)
 
 
 def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport:
@@ -92,6 +100,7 @@ def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(backward.step)
     grad_norm = optimizer.clip_and_step(backward.step)
+    first, ranked = backward.ranked_first.tolist()
     return StepReport(
         backward.step,
         backward.loss.item(),
@@ -101,4 +110,5 @@ def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport
         backward.queries,
         backward.tokens,
         backward.waited_s,
+        first / ranked if ranked else None,
     )

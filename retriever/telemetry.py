@@ -85,6 +85,8 @@ class Telemetry(Callback):
             "tokens_per_s": sum(step.tokens for step in self._reports) / elapsed,  # of this rank
             "waited_share": waited,
         }
+        if report.accuracy is not None:  # not in batches of few passages
+            values["accuracy"] = report.accuracy
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         run.record({f"train/{name}": value for name, value in values.items()})

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, mse_loss, normalize
 
 from kernels.infonce.api import Lists
 from retriever.config import ConfigError, LossConfig
-from retriever.data.batch import Batch, Targets
+from retriever.data.batch import Batch, Groups, Targets
 from retriever.data.chunks import Chunk
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
 from retriever.data.tokens import Side
@@ -133,7 +133,8 @@ def _texts(tokens: Padded | Packed) -> list[np.ndarray]:
 
 def _custom_loss(queries: Tensor, passages: Tensor, targets: Targets, loss: LossConfig, custom: CustomLoss) -> Tensor:
     """The function of `loss.custom`, called once with all queries that are not ignored."""
-    active = (targets.positives >= 0).nonzero()[:, 0]
+    contrasted = targets.positives >= 0
+    active = (contrasted if targets.in_batch is None else contrasted & targets.in_batch).nonzero()[:, 0]
     column = targets.positives[active]
     excluded = torch.zeros(len(queries), len(passages), dtype=torch.bool, device=queries.device)
     scores = queries.new_full(excluded.shape, torch.nan)
@@ -161,6 +162,8 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
     """The objective written out plainly over the full similarity matrices, for autograd."""
     targets = batch.targets.to(queries.device)
     active, column = targets.positives >= 0, targets.positives.clamp(min=0)
+    contrasted = active if targets.in_batch is None else active & targets.in_batch
+    temperature = loss.temperature if targets.temperature is None else targets.temperature
     known, own = _listed(targets.exclusions.known, targets.passage_ids), torch.zeros_like(active)[:, None]
     if targets.own is not None:
         own = _listed(targets.own, targets.passage_ids)
@@ -177,16 +180,18 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
         """The logits of similarities x [B, n], −inf where a pair is none of row i's negatives; `rows` [B, G] and
         `columns` [n, G] are a guide's vectors.
         """
-        excluded = excluded | ~active[:, None] | (x.detach() > threshold[:, None])
+        excluded = excluded | ~contrasted[:, None] | (x.detach() > threshold[:, None])
         if targets.guide is not None and rows is not None and columns is not None:
             excluded |= rows.double() @ columns.double().T > targets.guide.limit[:, None]
-        return (x / loss.temperature).masked_fill(excluded, -torch.inf)
+        return (x / temperature).masked_fill(excluded, -torch.inf)
 
     guide_q, guide_p, _ = targets.guide or (None, None, None)
     guide_t = None if guide_p is None else guide_p[column]
     plain = negatives(similarities, known, guide_q, guide_p)
     harder = {"none": torch.zeros_like(own), "own": own, "in_batch": ~own, "all": torch.ones_like(own)}[loss.hardness]
-    of_queries = known[:, column] | ~active[None, :]  # a query whose target is known to another is no negative of it
+    of_queries = (
+        known[:, column] | ~contrasted[None, :]
+    )  # a query whose target is known to another is no negative of it
     logits = {
         "query_to_passage": plain + loss.hardness_strength * harder * similarities.detach(),
         "passage_to_query": plain.T[column],
@@ -194,7 +199,7 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
         "passage_to_passage": negatives(passages[column] @ passages.T, known | own, guide_t, guide_p),
     }
     directions, partition = loss.softmaxes
-    s = positive / loss.temperature
+    s = positive / temperature
     if partition == "joint":
         count = 1 + ("passage_to_query" in directions)  # the target stands in both of these
         losses = torch.cat([*(logits[d] for d in directions), s[:, None].expand(-1, count)], 1).logsumexp(1) - s
@@ -202,12 +207,14 @@ def _autograd_loss(queries: Tensor, passages: Tensor, batch: Batch, loss: LossCo
         each = [torch.cat([logits[d], s[:, None]], 1).logsumexp(1) - s for d in directions]
         losses = torch.stack(each).mean(0)
     shares = torch.ones_like(positive) if targets.shares is None else targets.shares
-    total = loss.contrastive_weight * (shares * losses).where(active, 0.0).sum()
+    total = loss.contrastive_weight * (shares * losses).where(contrasted, 0.0).sum()
+    rows, students = active.nonzero()[:, 0].tolist(), similarities / temperature
+    if targets.own_groups is not None:
+        among_own = [shares[i] * _own_loss(students[i], targets, i) for i in rows]
+        total = total + loss.contrastive_weight * torch.stack(among_own).sum()
     if loss.cosent_weight > 0:
         total = total + loss.cosent_weight * targets.global_queries * _cosent(similarities, targets, loss)
     if loss.compares_negatives:
-        rows = torch.arange(len(queries), device=queries.device)[active].tolist()
-        students = similarities / loss.temperature
         total = total + sum(shares[i] * _taught_loss(students[i], targets, i, loss) for i in rows)
     return total / targets.global_queries
 
@@ -241,15 +248,27 @@ def _cosent(similarities: Tensor, targets: Targets, loss: LossConfig) -> Tensor:
     return torch.cat([s.new_zeros(1), differences]).logsumexp(0)
 
 
+def _of_group(logits: Tensor, targets: Targets, groups: Groups, i: int) -> tuple[Tensor, Tensor]:
+    """The logits of query i with the passages of its group, and the teacher's scores of these."""
+    group = slice(int(groups.ptr[i]), int(groups.ptr[i + 1]))
+    columns = (targets.passage_ids[None, :] == groups.ids[group, None]).nonzero()[:, 1]
+    return logits[columns], groups.scores[group].to(logits.dtype)
+
+
+def _own_loss(logits: Tensor, targets: Targets, i: int) -> Tensor:
+    """InfoNCE of query i among its own passages, whose logits with all passages are [N]; 0 where it has no group."""
+    assert targets.own_groups is not None
+    student, _ = _of_group(logits, targets, targets.own_groups, i)
+    return student.logsumexp(0) - student[0] if len(student) else logits.new_zeros(())
+
+
 def _taught_loss(logits: Tensor, targets: Targets, i: int, loss: LossConfig) -> Tensor:
     """The teacher's terms of query i, whose logits with all passages are [N]."""
     assert targets.groups is not None
-    ptr, ids, scores = targets.groups
-    group = slice(int(ptr[i]), int(ptr[i + 1]))
-    if group.stop - group.start < 2:
+    student, scores = _of_group(logits, targets, targets.groups, i)
+    if len(student) < 2:
         return logits.new_zeros(())
-    student = logits[(targets.passage_ids[None, :] == ids[group, None]).nonzero()[:, 1]]
-    teacher = scores[group].to(logits.dtype) / loss.teacher_temperature
+    teacher = scores / loss.teacher_temperature
     kl = kl_div(student.log_softmax(0), teacher.log_softmax(0), reduction="sum", log_target=True)
     margin_mse = mse_loss(student[0] - student[1:], teacher[0] - teacher[1:])
     return loss.kl_weight * kl + loss.margin_mse_weight * margin_mse

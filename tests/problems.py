@@ -173,9 +173,8 @@ def _known_pairs(whole: WholeBatch, rows: list[int]) -> KnownPairs:
         if whole.passage_ids[column] in whole.known[row] and column != whole.positives[row]
     ]
     rows_and_columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    return KnownPairs(
-        Pairs(*rows_and_columns), tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1))
-    )
+    counts = tuple(whole.owners.count(rank) for rank in range(max(whole.owners) + 1))
+    return KnownPairs(Pairs(*rows_and_columns), counts, torch.tensor([whole.passage_ids[column] for column in order]))
 
 
 def encode_in_chunks(

@@ -326,7 +326,7 @@ def test_what_to_yaml_writes_load_reads_back(
         eval=EvalConfig(path="x", metrics=(texts[2],)) if evaluate else None,
     )
     sources = (
-        SourceConfig(path=texts[2], columns=(texts[3], "b"), weight=min(numbers[2], 1e4)),
+        SourceConfig(path=texts[2], columns=(f"{texts[3]}a", "b"), weight=min(numbers[2], 1e4)),
         SourceConfig(name="n", limit=3),
     )
     config = replace(config, data=replace(config.data, train=sources), train=replace(config.train, epochs=numbers[2]))

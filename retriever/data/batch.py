@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,20 @@ from torch import Tensor
 
 from kernels.infonce.exclusions import Exclusions, further_pairs
 from kernels.infonce.rules import Guide, Lists, Pairs, Pools
-from retriever.config import Config, ConfigError
+from retriever.config import Config, ConfigError, SourceConfig
+from retriever.data.accuracy import Ranking
 from retriever.data.chunks import Ahead, Chunking, Chunks
 from retriever.data.layout import OfTensors
-from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, owners, slice_for_rank
+from retriever.data.planner import GlobalBatch, Planner
+from retriever.data.slices import RankSlice, known_positives, owners, slice_for_rank
 from retriever.data.store import Csr, Store
-from retriever.data.teacher import Groups, scored_negatives
+from retriever.data.teacher import Groups, own_groups, scored_negatives
 from retriever.data.text_vectors import TeacherVectors
-from retriever.data.tokens import TokenTemplate
+from retriever.data.tokens import SIDES, TokenTemplate
 from retriever.parallel.world import World
+
+_POLICIES = ("in_batch", "own", "none")  # as data.train.<n>.negatives names them
+_IN_BATCH, _OWN, _ = range(len(_POLICIES))
 
 
 class KnownPairs(NamedTuple):
@@ -32,6 +37,7 @@ class KnownPairs(NamedTuple):
     # ranks' passages, rank after rank.
     pairs: Pairs
     counts: tuple[int, ...]  # passages of each rank
+    passage_ids: Tensor | None = None  # [n] int64, of all ranks' passages; asked for where there are pools
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Targets(OfTensors):
     own: Lists | None = None  # each row's own negatives in the global batch, where the loss asks for them
     guide: Guide | None = None  # a guide model's vectors, where there is one
     teacher: TeacherVectors | None = None  # a teacher's embeddings, where they are distilled
+    # [B] bool: which rows are contrasted with the batch's passages; None: all
+    in_batch: Tensor | None = None
+    own_groups: Groups | None = None  # of rows that are contrasted with their own negatives; None: no row of any rank
+    contrasts: bool = True  # whether any row on any rank is contrasted with the batch's passages
+    temperature: float | None = None  # of this batch; None: the objective's
 
     def to(self, device: torch.device) -> Targets:
         """A copy on `device`, `ignores` known. Raises ValueError where a positive is none of the N columns."""
@@ -86,6 +97,7 @@ class Targets(OfTensors):
             groups=None,
             known_pairs=None,
             pools=exclusions.pools,
+            in_batch=None if self.in_batch is None else self.in_batch[query_rows],
         )
 
     def _ignores(self) -> bool:
@@ -109,6 +121,7 @@ class Batch:
     targets: Targets
     sizes: tuple[int, int]  # B, N
     tokens: int  # special tokens included, padding not
+    ranking: Ranking | None = None  # what its accuracy is counted over
 
 
 class BatchLoader:
@@ -128,14 +141,18 @@ class BatchLoader:
             )
         if self._asks_teacher and store.positive_scores is None:
             raise ConfigError("loss: cosent_weight needs scores of the positives; data.train has none")
-        model, budget = config.model, int(config.batch.tokens_per_chunk)
-        packed = model.attention == "packed"
-        self._queries = Chunking("query", store.queries, template, model.query_max_tokens, budget, packed)
-        self._passages = Chunking("passage", store.passages, template, model.passage_max_tokens, budget, packed)
+        budget, packed = int(config.batch.tokens_per_chunk), config.model.attention == "packed"
+        limits = [store.limits(config, side) for side in SIDES]
+        self._queries = Chunking("query", store.queries, template, limits[0], budget, packed)
+        self._passages = Chunking("passage", store.passages, template, limits[1], budget, packed)
+        sources = config.data.train or (SourceConfig(),) * len(store.sources)
+        self._policies = np.array([_POLICIES.index(source.negatives) for source in sources])
+        self._temperatures = [source.temperature for source in sources]
         gathers = config.loss.exchange != "ring" or world.size == 1
-        # Elsewhere the loss looks known pairs up itself. For pools and a bank it needs ids in any case.
-        more = config.batch.pool is not None or config.loss.bank != "none"
-        self._looks_up = config.loss.strategy == "tiled" and gathers and not config.batch.offload and not more
+        # Elsewhere the loss looks known pairs up itself. For a bank it needs ids in any case.
+        self._offloads = config.batch.offload
+        listed = config.loss.strategy == "tiled" and gathers and config.loss.bank == "none"
+        self._looks_up = listed and not config.batch.offload
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""
@@ -159,16 +176,31 @@ class BatchLoader:
             teacher=None if store.teacher is None else store.teacher.of(mine.queries, mine.passages),
             groups=scored.groups() if scored is not None and (loss.distils or loss.custom) else None,
             pools=_pools(whole, mine),
+            **self._contrasts(whole, mine, known),
         )
         if self._looks_up:
             targets = replace(targets, known_pairs=_known_pairs(mine, targets.exclusions, rank))
+        ranking = None if self._offloads else Ranking.of(targets.positives, targets.exclusions)
         if self._world.device.type == "cuda":
-            targets = targets.pinned()
+            targets, ranking = targets.pinned(), None if ranking is None else ranking.pinned()
         most = self._most_chunks(whole, *lengths) if self._world.sharded else (0, 0)
         builders = self._queries.builders(mine.queries, most[0]) + self._passages.builders(mine.passages, most[1])
         tokens = int(self._queries.lengths(mine.queries).sum() + self._passages.lengths(mine.passages).sum())
         chunks, sizes = Chunks(builders, self._world.device), (len(mine.queries), len(mine.passages))
-        return Batch(step, whole.epoch, whole.source, chunks, targets, sizes, tokens)
+        return Batch(step, whole.epoch, whole.source, chunks, targets, sizes, tokens, ranking)
+
+    def _contrasts(self, whole: GlobalBatch, mine: RankSlice, known: Csr) -> dict[str, Any]:
+        """The fields of Targets that the batch's sources decide."""
+        sources = self._planner.source_of(whole.queries)
+        batch_temperature = {self._temperatures[source] for source in np.unique(sources)}
+        fields: dict[str, Any] = {"temperature": batch_temperature.pop() if len(batch_temperature) == 1 else None}
+        every, policies = (self._policies[s] for s in (sources, self._planner.source_of(mine.queries)))
+        if not every.any():
+            return fields
+        if (every == _OWN).any():
+            fields["own_groups"] = own_groups(self._store, mine, whole.passages, policies == _OWN, known)
+        contrasts = bool((every == _IN_BATCH).any())
+        return fields | {"in_batch": torch.from_numpy(policies == _IN_BATCH), "contrasts": contrasts}
 
     def batches(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of the steps from `first` to before `last`; threads plan the next and build its first chunks.
@@ -214,6 +246,7 @@ def _lists(relation: Csr) -> Lists:
 
 def _known_pairs(mine: RankSlice, exclusions: Exclusions, rank: int) -> KnownPairs:
     """The listed pairs of the slice's queries among all ranks' passages."""
-    exclusions = replace(exclusions, passage_ids=torch.from_numpy(np.ascontiguousarray(mine.every_passage)))
+    every = torch.from_numpy(np.ascontiguousarray(mine.every_passage))
     targets = torch.from_numpy(mine.targets + sum(mine.counts[:rank]))
-    return KnownPairs(further_pairs(exclusions, targets), mine.counts)
+    pairs = further_pairs(replace(exclusions, passage_ids=every), targets)
+    return KnownPairs(pairs, mine.counts, None if mine.pools is None else every)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from retriever.data.layout import OfTensors, Packed, Padded, pack, pack_rows, pad, pad_rows
-from retriever.data.text_table import TokenRows
+from retriever.data.text_table import TokenRows, at
 from retriever.data.tokens import Side, TokenTemplate
 
 _THREADS = 2  # laying out holds the interpreter's lock: more make the first chunk later
@@ -82,13 +82,13 @@ class Chunking:
     side: Side
     texts: TokenRows
     template: TokenTemplate
-    max_tokens: int  # of a text, special tokens included
+    max_tokens: int | np.ndarray  # of a text, special tokens included: of every text, or of each row of `texts`
     tokens_per_chunk: int
     packed: bool
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens [n] int64 that the texts in `rows` [n] take in the encoder."""
-        return self.template.lengths(self.texts.lengths_of(rows), self.max_tokens)
+        return self.template.lengths(self.texts.lengths_of(rows), at(self.max_tokens, rows))
 
     def plan(self, rows: np.ndarray) -> list[np.ndarray]:
         """The chunks of the texts in `rows` [n], as positions in `rows` (`plan_chunks`)."""
@@ -105,7 +105,8 @@ class Chunking:
 
     def _build(self, positions: np.ndarray, rows: np.ndarray) -> Chunk:
         template = self.template
-        found = self.texts.gather(rows, self.max_tokens - template.special_tokens, keep_end=template.keep_end)
+        room = at(self.max_tokens, rows) - template.special_tokens
+        found = self.texts.gather(rows, room, keep_end=template.keep_end)
         tokens, lengths = template.wrap(*found)
         layout = pack(tokens, lengths) if self.packed else pad(tokens, lengths, template.pad_id)
         return Chunk(self.side, torch.from_numpy(positions), layout)

@@ -11,7 +11,7 @@ import numpy as np
 
 from retriever.checksums import write_checksums
 from retriever.data.relations import Csr, Pairs, absent, keys_of_csr, of_queries, write_relations
-from retriever.data.text_table import TokenRows
+from retriever.data.text_table import TokenRows, at
 from retriever.files import replace_folder, write_json
 
 MANIFEST, SAME_TEXT = "manifest.json", "same_text.npy"
@@ -51,8 +51,9 @@ def write_encoded(folder: Path, equal: EqualRows, relations: Mapping[str, tuple[
         write_checksums(building)
 
 
-def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray:
-    """For each of n texts, the row of the first text with the same tokens once both are cut to `room`: [n] int64.
+def first_of_equal(texts: TokenRows, room: int | np.ndarray, *, keep_end: bool) -> np.ndarray:
+    """For each of n texts, the row of the first text with the same tokens once both are cut to `room`, one for all or
+    one for each: [n] int64.
 
     The cut keeps the first tokens, or with `keep_end` the last. Exact: rows are grouped by a 64-bit hash, then compared
     within a group.
@@ -60,7 +61,7 @@ def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray
     hashes = np.empty(len(texts), np.uint64)
 
     def fill(rows: np.ndarray) -> None:
-        hashes[rows] = _row_hashes(*texts.gather(rows, room, keep_end=keep_end))
+        hashes[rows] = _row_hashes(*texts.gather(rows, at(room, rows), keep_end=keep_end))
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="equal") as pool:
         for _ in pool.map(fill, _blocks(np.arange(len(texts)))):
@@ -71,7 +72,7 @@ def first_of_equal(texts: TokenRows, room: int, *, keep_end: bool) -> np.ndarray
     first = np.empty(len(order), np.int64)
     first[order] = order[new][np.cumsum(new) - 1]
     for rows in _blocks(np.flatnonzero(first != np.arange(len(first)))):
-        gathered = (texts.gather(of, room, keep_end=keep_end) for of in (rows, first[rows]))
+        gathered = (texts.gather(of, at(room, of), keep_end=keep_end) for of in (rows, first[rows]))
         mine, theirs = (np.split(tokens, np.cumsum(counts)[:-1]) for tokens, counts in gathered)
         equal = [np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)]
         first[rows] = np.where(equal, first[rows], rows)

@@ -1,4 +1,4 @@
-"""Records from one file: JSON lines, a JSON list, CSV, TSV or Parquet, plain or gzipped, never held whole in memory."""
+"""Records from one file: JSON lines, a JSON list, CSV, TSV or Parquet, compressed or not, never held in memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class FileTable:
         if not is_file(self.path):
             raise DataError("no such file", self.path)
         if kind_of(self.path) not in KINDS:
-            raise DataError(f"expected a file ending in {', '.join(KINDS)}, or one of these with .gz", self.path)
+            raise DataError(
+                f"expected a file ending in {', '.join(KINDS)}, or one of these with .gz or .zst", self.path
+            )
 
     @property
     def label(self) -> str:
@@ -84,10 +86,15 @@ def exists(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how to read a file, `.gz` left out: `.jsonl` for both train.jsonl and train.jsonl.gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
+    """The ending that says how to read a file, without `.gz` and `.zst`: `.jsonl` for train.jsonl.gz."""
+    return Path(_uncompressed(path)).suffix
 
 
 def stem_of(path: Path) -> str:
     """The file's name without its endings: `queries.train` for queries.train.tsv.gz."""
-    return Path(path.name.removesuffix(".gz")).stem
+    return Path(_uncompressed(path)).stem
+
+
+def _uncompressed(path: Path) -> str:
+    """The file's name without the ending of its compression."""
+    return path.name.removesuffix(".gz").removesuffix(".zst")

@@ -100,7 +100,8 @@ def open_source(config: SourceConfig) -> Source:
             return _judged(
                 config, _texts(config, "corpus") or [corpus], _texts(config, "queries") or [queries], judgments
             )
-        return _inline(config, [hub_tables.named_table(config.name, config.revision, config.split)])
+        table = hub_tables.named_table(config.name, config.revision, config.split, streaming=config.streaming)
+        return _inline(config, [table])
     path = _path_of(config)
     if hub_tables.is_saved_dataset(path):
         return _inline(config, [hub_tables.saved_table(path, config.split)])

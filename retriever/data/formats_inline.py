@@ -106,25 +106,28 @@ class ColumnRoles(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     query_id: str | None
+    prompt: str | None  # the query's own
 
 
 def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = False) -> ColumnRoles:
     """The roles of a record's columns, as in sentence-transformers: anchor, positive, then any number of negatives.
 
     `asked` (data.train.<n>.columns) decides if it is not None; else columns named anchor, positive, negative*; else
-    their order. A `query_id` column merges rows of one query. Raises DataError for columns that are missing or hold
+    their order. A `query_id` column merges rows of one query; beside anchor and positive, a `prompt` column holds the
+    queries' prompts. Raises DataError for columns that are missing or hold
     labels, or by their names ids, unless they are asked for or texts are looked up `by_id`; and for CSV and TSV whose
     first line is no header.
     """
     there = list(record.values)
     query_id = "query_id" if "query_id" in there and "query_id" not in (asked or ()) else None
-    names = list(asked or [name for name in there if name != query_id])
+    names, prompt = list(asked or [name for name in there if name != query_id]), None
     if asked is None and {"anchor", "positive"} <= set(names):
+        prompt = "prompt" if "prompt" in there else None
         names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
     if problem := _problem_of_columns(record, names, asked is None, by_id):
         columns = f"the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
         raise record.refusal(f"{problem}: {columns}")
-    return ColumnRoles(names[0], names[1], tuple(names[2:]), query_id)
+    return ColumnRoles(names[0], names[1], tuple(names[2:]), query_id, prompt)
 
 
 def _problem_of_columns(record: Record, names: Sequence[str], guessed: bool, by_id: bool) -> str | None:
@@ -169,7 +172,8 @@ def column_examples(
         if positive is None or (by_id and positive == ""):
             raise record.error(roles.positive, "text or a list of texts", positive)
         negatives = chain.from_iterable(_cell(record, name, by_id) for name in roles.negatives)
-        yield Example(query_id, query, _cell(record, roles.positive, by_id), tuple(negatives))
+        prompt = record.text(roles.prompt) if roles.prompt and record.has(roles.prompt) else None
+        yield Example(query_id, query, _cell(record, roles.positive, by_id), tuple(negatives), prompt=prompt)
 
 
 def _cell(record: Record, name: str, by_id: bool) -> tuple[Passage, ...]:

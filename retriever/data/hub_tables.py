@@ -15,7 +15,7 @@ from retriever.data.records import DataError, Record
 from retriever.data.table_records import BATCH_ROWS, batch_records, first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 # Endings of WebDataset's members that some versions of `datasets` unpickle.
 _PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")
@@ -25,16 +25,22 @@ _PICKLED = ("pyd", "pickle", "pkl", "pt", "pth")
 class DatasetTable:
     """The rows of one split as records."""
 
-    dataset: Dataset
+    dataset: Dataset | IterableDataset
     label: str  # the data set's name and split
+    commit: str | None = None  # of what is streamed from the hub
 
     def records(self) -> Iterator[Record]:
         """The rows, numbered from 1."""
         return batch_records(self.dataset.with_format("arrow").iter(BATCH_ROWS), self.label, "a data set")
 
     def digest(self) -> str:
-        """blake2b of the rows' Arrow data: the same content has the same digest wherever it was downloaded or saved."""
+        """blake2b of the rows' Arrow data: the same content has the same digest wherever it was downloaded or saved. Of
+        what is streamed from the hub, its commit, so that it comes over the network once.
+        """
         import pyarrow as pa
+
+        if self.commit is not None:
+            return f"{self.label} {self.commit}"
 
         hasher = hashlib.blake2b(digest_size=16)
         for batch in self.dataset.with_format("arrow").iter(BATCH_ROWS):
@@ -65,19 +71,28 @@ def saved_table(path: Path, split: str) -> DatasetTable:
     return DatasetTable(loaded, str(path))
 
 
-def named_table(name: str, revision: str | None = None, split: str | None = None) -> DatasetTable:
-    """The data set `name` or `name:subset`. Without `split`, its only one. Raises DataError if it cannot be loaded."""
+def named_table(
+    name: str, revision: str | None = None, split: str | None = None, *, streaming: bool = False
+) -> DatasetTable:
+    """The data set `name` or `name:subset`. Without `split`, its only one. Raises DataError if it cannot be loaded.
+
+    `streaming`: rows are read as they arrive, and no copy of them is kept.
+    """
     import datasets
+    import huggingface_hub
 
     repository, _, subset = name.partition(":")
     with loading(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}"):
         _forget_pickles(datasets.load_dataset_builder(repository, subset or None, revision=revision))
-        loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split)
+        streams = {"streaming": True} if streaming else {}
+        loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split, **streams)
+        at_hub = streaming and not Path(repository).is_dir()
+        commit = huggingface_hub.dataset_info(repository, revision=revision).sha if at_hub else None
     if split is None:
         if len(loaded) != 1:
             raise DataError(f"Hugging Face data set {name!r}: expected one split, found {', '.join(loaded)}")
         loaded = next(iter(loaded.values()))
-    return DatasetTable(loaded, f"{name} [{split}]" if split else name)
+    return DatasetTable(loaded, f"{name} [{split}]" if split else name, commit)
 
 
 def is_collection(name: str, revision: str | None) -> bool:

@@ -1,9 +1,13 @@
-"""Text files, plain or gzipped, read as UTF-8 in lines or in pieces. Memory is bounded whatever the file holds."""
+"""Text files, plain or compressed (.gz, .zst), read as UTF-8 in lines or in pieces.
+
+Memory is bounded whatever the file holds.
+"""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +21,10 @@ _UNREADABLE = (UnicodeDecodeError, EOFError, zlib.error, OSError)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end) of a UTF-8 file, gzipped or not. Only a newline ends a line.
+    """(line number from 1, line without its end) of a UTF-8 file, compressed or not. Only a newline ends a line.
 
     Raises DataError for a file that cannot be opened, a line that is not UTF-8 or longer than LONGEST_RECORD_BYTES, and
-    a damaged or truncated gzip file.
+    a damaged or truncated compressed file.
     """
     number = 1
     with _opened(path) as stream:
@@ -37,7 +41,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, gzipped or not, in pieces of about 1 MiB. Raises DataError as `read_lines`."""
+    """The text of a UTF-8 file, compressed or not, in pieces of about 1 MiB. Raises DataError as `read_lines`."""
     decoder, number = codecs.getincrementaldecoder("utf-8-sig")(), 1
     with _opened(path) as stream:
         try:
@@ -51,8 +55,12 @@ def read_pieces(path: Path) -> Iterator[str]:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed where its name ends in .gz. Raises DataError where it cannot be opened."""
+    """The file's bytes, decompressed where its name ends in .gz or .zst. Raises DataError where it cannot be opened."""
     try:
+        if path.suffix == ".zst":
+            import pyarrow as pa
+
+            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
         return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         raise _unreadable(error, path) from error
@@ -66,4 +74,6 @@ def _unreadable(error: Exception, path: Path, line: int | None = None) -> DataEr
         return DataError(f"expected UTF-8 text, received byte {wrong:#x} at {column}", path, line)
     if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
         return DataError(f"expected a complete gzip file: {error}", path, line)
+    if path.suffix == ".zst" and isinstance(error, OSError) and error.errno is None:  # the decompressor's
+        return DataError(f"expected a complete zstd file: {error}", path, line)
     return DataError(f"expected a readable file: {getattr(error, 'strerror', None) or error}", path)

@@ -1,4 +1,4 @@
-"""The global batch of every step, a pure function of (seed, step, store): its queries, its passages and their ranks.
+"""The global batch of every step, a pure function of (seed, step, store): its queries and its passages.
 
 Nothing is drawn from a stateful generator. Orders and draws come from hashes of (seed, store, what, index), so any
 step can be planned at once, on any rank, and a run resumes at step k without replaying k steps.
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from retriever.config import Config, ConfigError
-from retriever.data.store import Csr, Store
+from retriever.config_sources import hard_negatives, queries_per_epoch
+from retriever.data.store import Store
 from retriever.wording import counted
-
-_MANY_KNOWN = 64  # passages a query
 
 
 @dataclass(frozen=True)
@@ -41,26 +41,24 @@ class GlobalBatch:
         return len(self.queries) if self.shares is None else round(self.shares.sum())
 
 
-@dataclass(frozen=True)
-class RankSlice:
-    """The part of a global batch that one rank encodes. A query's target is among its rank's passages."""
+class Mixture(NamedTuple):
+    """What sources give to an epoch, and how they meet."""
 
-    queries: np.ndarray  # [B] int64, rows of the store
-    passages: np.ndarray  # [N] int64, rows of the store, ascending
-    targets: np.ndarray  # [B] int64, positions in `passages`
-    every_passage: np.ndarray  # [n] int64, rows of the store: all ranks' passages, rank after rank
-    counts: tuple[int, ...]  # of each rank's passages
-    pools: np.ndarray | None = None  # [B] int64: the pool of each query
-    shares: np.ndarray | None = None  # [B] float64, as a GlobalBatch has them
+    per_epoch: Sequence[int] | None = None  # queries of each source; None: all of its queries
+    takes_turns: bool = False  # batches of one source come from each in turn
+    apart: Sequence[int] = ()  # numbers of the sources that see their own passages only
+
+
+_EVERY_QUERY_ONCE = Mixture()
 
 
 class Planner:
     """Plans the batches of a run.
 
-    `weights` are each source's passes per epoch. A source's batches in an epoch differ by at most one query and none
-    exceeds `queries`; with `one_source` false, sources are mixed within every batch. Where a fractional weight lets two
-    passes over a source meet in a batch, a query may stand in it twice. With `pool`, a query sees that many passages at
-    most: those that neighbouring queries bring.
+    A source's batches in an epoch differ by at most one query and none exceeds `queries`; with `one_source` false,
+    sources are mixed within every batch. Where a fraction of a pass lets two passes over a source meet in a batch, a
+    query may stand in it twice. With `pool`, a query sees that many passages at most: those that neighbouring queries
+    bring.
     """
 
     positives = 1  # of a query in a batch, at most
@@ -70,23 +68,24 @@ class Planner:
         store: Store,
         *,
         queries: int,
-        negatives: int,
+        negatives: int | Sequence[int],
         seed: int,
-        weights: Sequence[float] | None = None,
         one_source: bool = True,
         pool: int | None = None,
+        mixture: Mixture = _EVERY_QUERY_ONCE,
     ) -> None:
-        self._store = store
-        self._negatives, self._pool = negatives, pool
+        """`negatives`: hard negatives of a query, of every source or of each."""
+        self._store, self._mixture = store, mixture
+        self._negatives = np.broadcast_to(np.asarray(negatives, np.int64), len(store.sources))
+        self._pool = pool
         self._key = _hash(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
         self._one_source = one_source
-        weights = weights if weights is not None else [1.0] * len(store.sources)
         self._sizes = [source.last - source.first for source in store.sources]
         for source, size in zip(store.sources, self._sizes, strict=True):
             if size == 0:
                 raise ConfigError(f"data.train: {source.name} has no query with a positive; expected at least one")
-        # Queries that each source gives to an epoch; constant, so that a step's epoch needs no running sum.
-        self._per_epoch = [max(1, round(weight * n)) for weight, n in zip(weights, self._sizes, strict=True)]
+        # Constant, so that a step's epoch needs no running sum.
+        self._per_epoch = list(self._sizes if mixture.per_epoch is None else mixture.per_epoch)
         self._taken = self._per_epoch if one_source else [sum(self._per_epoch)]  # the sources apart or as one mixture
         self._batches = [-(-taken // queries) for taken in self._taken]
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
@@ -99,29 +98,39 @@ class Planner:
         planner = cls(
             store,
             queries=config.batch.queries,
-            negatives=config.data.negatives,
+            negatives=hard_negatives(config.data),
             seed=config.run.seed,
-            weights=[source.weight for source in config.data.train],
             one_source=config.batch.one_source,
             pool=config.batch.pool,
+            mixture=Mixture(
+                queries_per_epoch(config.data, [source.last - source.first for source in store.sources]),
+                takes_turns=config.data.sampling == "round_robin",
+                apart=[number for number, source in enumerate(config.data.train) if source.apart],
+            ),
         )
         planner.positives = config.loss.positives
-        planner._check_negatives()
+        planner._check_negatives([source.negatives for source in config.data.train])
         return planner
 
-    def _check_negatives(self) -> None:
-        """Raises ConfigError where a query may be alone in a batch and has no negatives of its own."""
+    def _check_negatives(self, policies: Sequence[str]) -> None:
+        """Raises ConfigError where a query may be alone in a batch and has no negatives of its own, or where queries
+        are contrasted with their own negatives and none has any.
+        """
         store, positives = self._store, self._store.positives
         ranges = [(source.name, source.first, source.last) for source in store.sources]
+        has_none = np.diff(store.negatives.ptr) == 0
+        for (name, first, last), policy in zip(ranges, policies, strict=True):
+            if policy == "own" and has_none[first:last].all():
+                raise ConfigError(f"data.train: {name} has negatives=own, and no query of it has a hard negative")
         if not self._one_source:
             ranges = [("the mixture of all sources", 0, ranges[-1][2])]
-        has_none = np.diff(store.negatives.ptr) == 0
+        has_none |= np.repeat(self._negatives == 0, self._sizes)
         for (name, first, last), queries, parts in zip(ranges, self._taken, self._batches, strict=True):
             texts = store.same_text[first:last]
             passages = positives.ids[positives.ptr[first] : positives.ptr[last]]
             alone = "one query" if queries // parts < 2 or texts.min() == texts.max() else ""
             alone = alone or ("one passage" if passages.min() == passages.max() else "")
-            lacking = int(has_none[first:last].sum()) if self._negatives else last - first
+            lacking = int(has_none[first:last].sum())
             if alone and lacking:
                 raise ConfigError(
                     f"data.train: {name} gives batches of {alone}, and {counted(lacking, 'query')} of it without "
@@ -155,18 +164,30 @@ class Planner:
         of, negatives = self._draw_negatives(queries, passes)
         brought = np.concatenate([targets, negatives])
         shares = None if self.positives == 1 else 1.0 / np.bincount(rows)[rows]
-        if self._pool is None:
+        if self._pool is None and not self._mixture.apart:
             return GlobalBatch(step, epoch, name, queries[rows], targets, np.unique(brought), shares=shares)
         passages, first = np.unique(brought, return_index=True)
         bringer = np.concatenate([rows, of])[first]  # [n]: the first query that brings each passage
-        pools = _pools(np.bincount(bringer, minlength=len(queries)), self._pool)
+        pools = self._pools_of(queries, np.bincount(bringer, minlength=len(queries)))
         return GlobalBatch(step, epoch, name, queries[rows], targets, passages, pools[rows], pools[bringer], shares)
 
+    def source_of(self, queries: np.ndarray) -> np.ndarray:
+        """The number of the source of each of `queries` [n], rows of the store: int64."""
+        return np.searchsorted([source.last for source in self._store.sources], queries, side="right")
+
+    def _pools_of(self, queries: np.ndarray, passages: np.ndarray) -> np.ndarray:
+        """The pool [b] of each query, which brings `passages` [b]; sources that stand apart are pools of their own."""
+        pools = np.zeros(len(queries), np.int64) if self._pool is None else _pools(passages, self._pool)
+        sources = self.source_of(queries)
+        own = np.where(np.isin(sources, self._mixture.apart), 1 + sources, 0)
+        return np.unique(pools * (1 + len(self._sizes)) + own, return_inverse=True)[1]
+
     def _make_schedule(self, epoch: int) -> list[tuple[int, int]]:
-        """The epoch's batches as (source, part), in their shuffled order."""
+        """The epoch's batches as (source, part): shuffled, or each source's next one in turn."""
         batches = [(source, part) for source, parts in enumerate(self._batches) for part in range(parts)]
         order = _order(_hash(self._key, np.uint64(1), np.uint64(epoch)), len(batches))
-        return [batches[i] for i in order]
+        shuffled = [batches[i] for i in order]
+        return sorted(shuffled, key=lambda batch: batch[1]) if self._mixture.takes_turns else shuffled
 
     def _make_pass_order(self, source: int, turn: int) -> np.ndarray:
         return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
@@ -200,12 +221,14 @@ class Planner:
         return rows, np.asarray(ids[ptr[queries[rows]] + place % count[rows]])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """At most `negatives` of each query's negatives: a window of its shuffled list that moves with every pass.
+        """At most its source's number of each query's negatives: a window of its shuffled list that moves with every
+        pass.
 
         Returns the position of each one's query, and its row.
         """
-        if self._negatives == 0:
+        if not self._negatives.any():
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        most = self._negatives[self.source_of(queries)]
         ptr, ids = self._store.negatives.take(queries)
         row = np.repeat(np.arange(len(queries)), np.diff(ptr))
         place = np.arange(len(ids)) - ptr[row]  # within the row
@@ -214,55 +237,8 @@ class Planner:
         keys = (row.astype(np.uint64) << (np.uint64(64) - row_bits)) | (hashes >> row_bits)  # the row in the high bits
         order = np.argsort(keys, kind="stable")  # shuffles every row for itself; `row` stays sorted
         count = np.diff(ptr)[row]
-        chosen = (place - passes[row] * self._negatives) % np.maximum(count, 1) < self._negatives
+        chosen = (place - passes[row] * most[row]) % np.maximum(count, 1) < most[row]
         return row[chosen], ids[order[chosen]]
-
-
-def slice_for_rank(
-    batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, rank: int, world_size: int
-) -> RankSlice:
-    """The rank's slice of `batch`, balanced by tokens over the ranks.
-
-    query_lengths [b], passage_lengths [n]: tokens that `batch.queries` and `batch.passages` take in the encoder. A
-    passage and the queries whose target it is stay together; these groups are dealt to the ranks from the largest down,
-    to and fro.
-    """
-    of_query, of_passage = owners(batch, query_lengths, passage_lengths, world_size)
-    passages, mine = batch.passages[of_passage == rank], of_query == rank
-    every_passage = batch.passages[np.argsort(of_passage, kind="stable")]
-    counts = tuple(np.bincount(of_passage, minlength=world_size).tolist())
-    targets = np.searchsorted(passages, batch.targets[mine])
-    pools = None if batch.query_pools is None else batch.query_pools[mine]
-    shares = None if batch.shares is None else batch.shares[mine]
-    return RankSlice(batch.queries[mine], passages, targets, every_passage, counts, pools, shares)
-
-
-def owners(
-    batch: GlobalBatch, query_lengths: np.ndarray, passage_lengths: np.ndarray, world_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rank of each query [b] and of each passage [n] of `batch`, int64; see `slice_for_rank`."""
-    target = np.searchsorted(batch.passages, batch.targets)
-    cost = passage_lengths + np.bincount(target, weights=query_lengths, minlength=len(batch.passages))
-    place = np.empty(len(cost), dtype=np.int64)
-    place[np.argsort(-cost, kind="stable")] = np.arange(len(cost))
-    lap, seat = np.divmod(place, world_size)
-    owner = np.where(lap % 2 == 0, seat, world_size - 1 - seat)
-    return owner[target], owner
-
-
-def known_positives(store: Store, rank_slice: RankSlice, masked: bool, *, in_batch: bool = True) -> Csr:
-    """The passages that are no negatives of each query: all its known positives or, unless `masked`, its target alone.
-
-    Where a text has very many positives, only those in the batch are listed if `in_batch`: every query of the text
-    would list all of them.
-    """
-    if masked:
-        texts, text_of = np.unique(store.same_text[rank_slice.queries], return_inverse=True)
-        known = store.known.take(texts)
-        if in_batch and np.diff(known.ptr)[text_of].sum() > _MANY_KNOWN * len(text_of):
-            known = known.within(rank_slice.every_passage)
-        return known.take(text_of)
-    return Csr(np.arange(len(rank_slice.queries) + 1, dtype=np.int64), rank_slice.passages[rank_slice.targets])
 
 
 def _pools(passages: np.ndarray, most: int) -> np.ndarray:

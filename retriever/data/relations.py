@@ -57,6 +57,14 @@ def of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return queries[keys >> PASSAGE_BITS] << PASSAGE_BITS | keys & PASSAGE_MASK
 
 
+def with_equal_passages(keys: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The pair keys and, for each, those of the passages equal to its own; first [N] int64: the first equal row."""
+    order = np.argsort(first, kind="stable")
+    equal = Csr(np.searchsorted(first[order], np.arange(len(first) + 1)), order).take(first[keys & PASSAGE_MASK])
+    queries = np.repeat(keys >> PASSAGE_BITS, np.diff(equal.ptr))
+    return queries << PASSAGE_BITS | equal.ids
+
+
 def absent(keys: np.ndarray, excluded: np.ndarray) -> np.ndarray:
     """[n] bool: which of the keys [n] are not among `excluded`, sorted."""
     if len(excluded) == 0:

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.checksums import damaged, own_cache
 from retriever.config import Config
+from retriever.config_sources import kind_numbers, own_texts, text_kinds
 from retriever.data.encoded import SAME_TEXT, EqualRows, first_of_equal, write_encoded
 from retriever.data.formats import open_source
 from retriever.data.relations import Csr
-from retriever.data.store_builder import MANIFEST, PASSAGES, QUERIES, StoreBuilder
+from retriever.data.store_builder import KINDS, MANIFEST, PASSAGES, QUERIES, StoreBuilder
 from retriever.data.text_table import TextTable, load_array
 from retriever.data.text_vectors import TextVectors
-from retriever.data.tokens import TokenTemplate, described_tokenizer
+from retriever.data.tokens import SIDES, Side, TokenTemplate, described_tokenizer
 from retriever.files import clean, make_folder, read_json, remove, replace_folder
 from retriever.lock import LockedError, locked
 
@@ -67,6 +68,8 @@ class Store:
         if encoded is not None:
             self.equal |= read_json(encoded / MANIFEST)
         merged = encoded if encoded is not None and any(self.equal.values()) else None
+        kinds = folder / PASSAGES / KINDS
+        self._passage_kinds = load_array(kinds) if kinds.exists() else None
         self._relations = merged or folder
         self.same_text = load_array(merged / SAME_TEXT) if merged is not None else np.arange(len(self.queries))
         self.positives = self._relation("positives")
@@ -76,6 +79,21 @@ class Store:
         self.negative_scores = self._scores("negatives")  # [negatives.ptr[-1]] or None
         self.guide: TextVectors | None = None  # of a run that has a guide model
         self.teacher: TextVectors | None = None  # of a run that distils a teacher's embeddings
+
+    def limits(self, config: Config, side: Side) -> int | np.ndarray:
+        """Tokens of a text at most, special ones included: one number, or one for each row [n] int64.
+
+        A passage has those of the first source that brought it among the sources of its prompt and length.
+        """
+        kinds = text_kinds(config, side)
+        distinct = list(dict.fromkeys(kinds))
+        lengths = np.array([kind.max_tokens for kind in distinct])
+        if len(set(lengths.tolist())) == 1:
+            return int(lengths[0])
+        if side == "passage":
+            assert self._passage_kinds is not None  # as there are several
+            return lengths[self._passage_kinds]
+        return np.repeat(lengths[kind_numbers(kinds)], [source.last - source.first for source in self.sources])
 
     def _relation(self, name: str) -> Csr:
         return Csr(load_array(self._relations / f"{name}.ptr.npy"), load_array(self._relations / f"{name}.ids.npy"))
@@ -100,6 +118,8 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
         "title": data.title,
         "title_separator": data.title_separator,
     }
+    if (own := own_texts(config)) is not None:
+        settings["texts"] = own
     described = _hash(described_tokenizer(tokenizer))
     read = {"sources": [source.fingerprint() for source in sources], "tokenizer": described}
     fingerprint = _hash(settings | read)  # of all that the store's content depends on
@@ -127,9 +147,11 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
     It lies beside the store's, or in the user's own cache if nothing can be written there.
     """
     template = TokenTemplate.from_tokenizer(tokenizer)
-    limits = config.model.query_max_tokens, config.model.passage_max_tokens
-    rooms = [max(1, limit - template.special_tokens) for limit in limits]
-    name = f"encoded-{folder.name.removeprefix('store-')}-{rooms[0]}-{rooms[1]}{'-last' if template.keep_end else ''}"
+    names = []
+    for side in SIDES:
+        rooms = [max(1, kind.max_tokens - template.special_tokens) for kind in text_kinds(config, side)]
+        names.append(str(rooms[0]) if len(set(rooms)) == 1 else _hash({"rooms": rooms}))
+    name = f"encoded-{folder.name.removeprefix('store-')}-{'-'.join(names)}{'-last' if template.keep_end else ''}"
     encoded = folder.with_name(name)
 
     def problem() -> str | None:
@@ -145,6 +167,7 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
 
     def make() -> None:
         store = Store(folder)
+        rooms = [np.maximum(1, store.limits(config, side) - template.special_tokens) for side in SIDES]
         both = zip((store.queries, store.passages), rooms, strict=True)
         equal = EqualRows(*(first_of_equal(texts, room, keep_end=template.keep_end) for texts, room in both))
         positives, negatives = (store.positives, store.positive_scores), (store.negatives, store.negative_scores)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,14 +20,26 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever.checksums import write_checksums
 from retriever.config import Config
+from retriever.config_sources import kind_numbers, text_kinds
 from retriever.data.formats import DataError, Example, Passage, Source, final_text
 from retriever.data.records import is_blank, shortened_note
-from retriever.data.relations import PASSAGE_BITS, REFERENCE, PairBuffer, Pairs, absent, join_pairs, write_relations
+from retriever.data.relations import (
+    PASSAGE_BITS,
+    REFERENCE,
+    PairBuffer,
+    Pairs,
+    absent,
+    join_pairs,
+    with_equal_passages,
+    write_relations,
+)
 from retriever.data.text_table import TextTableWriter
+from retriever.data.tokens import SIDES
 from retriever.files import write_json
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
+KINDS = "kinds.npy"  # of passages, where sources have theirs in several prompts or lengths
 BLANK, _MISSING = -1, -2  # instead of a passage's row
 
 
@@ -35,6 +48,9 @@ class _SourceReading:
     """What is read of one source before its rows are known. Queries and passage ids are numbered as they appear."""
 
     source: Source
+    query_prompt: str
+    passage_prompt: str
+    kind: int  # of its passages
     queries: dict[str, int] = field(default_factory=dict)
     query_digests: list[bytes] = field(default_factory=list)
     references: dict[str, int] = field(default_factory=dict)
@@ -48,7 +64,11 @@ class StoreBuilder:
 
     def __init__(self, folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool) -> None:
         self._folder, self._config, self._tokenizer, self._progress = folder, config, tokenizer, progress
-        self._passage_rows: dict[bytes, int] = {}  # digest of the final text -> row
+        self._kinds = kind_numbers(text_kinds(config, "passage"))  # of each source's passages
+        self._several_kinds = max(self._kinds) > 0
+        self._passage_rows: dict[bytes, int] = {}  # digest of the final text, and of its kind -> row
+        self._kind_of = array("H")  # by row of a passage, if there are several
+        self._first_of = array("q")  # by row: the first row with the same text in any kind
         self._query_digests: list[bytes] = []  # by row
         self._positives: list[Pairs] = []
         self._negatives: list[Pairs] = []
@@ -58,8 +78,10 @@ class StoreBuilder:
         with ExitStack() as stack:
             self._queries = stack.enter_context(TextTableWriter(self._folder / QUERIES, self._tokenizer))
             self._passages = stack.enter_context(TextTableWriter(self._folder / PASSAGES, self._tokenizer))
-            described = [self._add_source(source) for source in sources]
+            described = [self._add_source(source, number) for number, source in enumerate(sources)]
         self._write_relations()
+        if self._several_kinds:
+            np.save(self._folder / PASSAGES / KINDS, np.array(self._kind_of, np.int64), allow_pickle=False)
         if note := shortened_note():
             print(note, flush=True)
         files = {
@@ -70,8 +92,10 @@ class StoreBuilder:
         write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
         write_checksums(self._folder)
 
-    def _add_source(self, source: Source) -> dict[str, Any]:
-        reading, first = _SourceReading(source), len(self._query_digests)
+    def _add_source(self, source: Source, number: int) -> dict[str, Any]:
+        query_prompt, passage_prompt = (text_kinds(self._config, side)[number].prompt for side in SIDES)
+        reading = _SourceReading(source, query_prompt, passage_prompt, self._kinds[number])
+        first = len(self._query_digests)
         spool = self._folder / "queries.spool"  # a query's row is known once it is known to have a positive
         with spool.open("w", encoding="utf-8") as stream:
             for example in self._bar(source.examples(), f"{source.name}: examples"):
@@ -130,17 +154,26 @@ class StoreBuilder:
 
     def _row(self, reading: _SourceReading, passage: Passage) -> int:
         """The row of the passage's final text, which is written to the store the first time; BLANK for a blank text."""
-        data, model = self._config.data, self._config.model
+        data = self._config.data
         text = final_text(passage, data.title, data.title_separator)
         if is_blank(text):
             reading.blank += 1
             return BLANK
         digest = _digest(text)
-        row = self._passage_rows.get(digest)
+        key = _of_kind(digest, reading.kind)
+        row = self._passage_rows.get(key)
         if row is None:
-            row = self._passage_rows[digest] = len(self._passage_rows)
-            self._passages.add(passage.id, model.passage_prompt + text)
+            row = self._passage_rows[key] = len(self._passage_rows)
+            self._passages.add(passage.id, reading.passage_prompt + text)
+            if self._several_kinds:
+                self._kind_of.append(reading.kind)
+                self._first_of.append(min(self._rows_of(digest)))
         return row
+
+    def _rows_of(self, digest: bytes) -> list[int]:
+        """The rows with the text of this digest, in any kind."""
+        keys = (_of_kind(digest, kind) for kind in range(max(self._kinds) + 1))
+        return [self._passage_rows[key] for key in keys if key in self._passage_rows]
 
     def _look_up(self, reading: _SourceReading) -> np.ndarray:
         """The rows [references] int64 of the passages named by id. Raises DataError for an id that the corpus lacks."""
@@ -190,21 +223,28 @@ class StoreBuilder:
             for number, line in enumerate(self._bar(stream, f"{source.name}: queries", count)):
                 if kept[number]:
                     id_, prompt, text = json.loads(line)
-                    self._queries.add(id_, (self._config.model.query_prompt if prompt is None else prompt) + text)
+                    self._queries.add(id_, (reading.query_prompt if prompt is None else prompt) + text)
                     self._query_digests.append(reading.query_digests[number])
         return np.where(kept, before + np.cumsum(kept) - 1, -1)
 
     def _write_relations(self) -> None:
         """Writes positives, known positives (passages of the query's own text among them) and the other negatives."""
         positives, negatives = join_pairs(self._positives), join_pairs(self._negatives)
-        rows = ((query, self._passage_rows.get(digest)) for query, digest in enumerate(self._query_digests))
-        own = np.array([query << PASSAGE_BITS | row for query, row in rows if row is not None], np.int64)
+        rows = ((query, row) for query, digest in enumerate(self._query_digests) for row in self._rows_of(digest))
+        own = np.array([query << PASSAGE_BITS | row for query, row in rows], np.int64)
         known = np.union1d(positives.keys, own)
+        if self._several_kinds:
+            known = np.unique(with_equal_passages(known, np.array(self._first_of, np.int64)))
         negatives = negatives.kept(absent(negatives.keys, known))
         write_relations(self._folder, len(self._query_digests), positives, Pairs(known, None), negatives)
 
     def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> tqdm:
         return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
+
+
+def _of_kind(digest: bytes, kind: int) -> bytes:
+    """The key of a text of one kind."""
+    return digest + kind.to_bytes(2, "big") if kind else digest
 
 
 def _digest(text: str) -> bytes:

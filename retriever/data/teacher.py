@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retriever.data.planner import RankSlice
+from retriever.data.relations import PASSAGE_BITS, absent, keys_of_csr
+from retriever.data.slices import RankSlice
 from retriever.data.store import Csr, Store
 
 
@@ -17,7 +18,7 @@ class Groups(NamedTuple):
 
     ptr: Tensor  # [B + 1] int64
     ids: Tensor  # [ptr[-1]] int64: passage ids, the target first; those of a row are distinct
-    scores: Tensor  # [ptr[-1]] float32
+    scores: Tensor  # [ptr[-1]] float32; NaN where there is none
 
 
 class ScoredNegatives(NamedTuple):
@@ -67,6 +68,20 @@ def scored_negatives(
     # None is false without a margin, nor where the target has no score: comparisons with NaN are false.
     are_false = scores > target_scores[rows] - (np.nan if margin is None else margin)
     return ScoredNegatives(rows, ids, scores, are_false, targets, target_scores)
+
+
+def own_groups(store: Store, rank_slice: RankSlice, passages: np.ndarray, asked: np.ndarray, known: Csr) -> Groups:
+    """Each query's target and own negatives in the global batch of `passages` [n], ascending, where `asked` [B]; no
+    group elsewhere. What is `known` to a query is no negative of it.
+    """
+    targets = rank_slice.passages[rank_slice.targets]
+    ptr, ids = store.negatives.take(rank_slice.queries)
+    rows = np.repeat(np.arange(len(targets)), np.diff(ptr))
+    kept = asked[rows] & np.isin(ids, passages) & absent(rows << PASSAGE_BITS | ids, np.sort(keys_of_csr(known)))
+    rows, ids = np.concatenate([np.flatnonzero(asked), rows[kept]]), np.concatenate([targets[asked], ids[kept]])
+    order = np.argsort(rows, kind="stable")  # targets were put first
+    scores = np.full(len(ids), np.nan, np.float32)
+    return Groups(*map(torch.from_numpy, (_ptr(rows, len(targets)), ids[order], scores)))
 
 
 def _scored(relation: Csr, scores: np.ndarray | None, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -45,8 +45,13 @@ class TokenRows:
         """The token ids of one text, as a view."""
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
-    def gather(self, rows: np.ndarray, limit: int, *, keep_end: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """The first `limit` tokens of each row, or the last: one row behind another [sum], and their numbers [n]."""
+    def gather(
+        self, rows: np.ndarray, limit: int | np.ndarray, *, keep_end: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first `limit` tokens of each row [n], or the last: one row behind another [sum], and their numbers [n].
+
+        `limit`: one number, or one for each of the rows.
+        """
         first, last = self._offsets[rows], self._offsets[rows + 1]
         kept = np.minimum(last - first, limit)  # [n]
         if keep_end:
@@ -157,6 +162,11 @@ class _GrowingArray:
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.count,)}
         np.lib.format.write_array_header_1_0(self._stream, header)
         return self._stream.tell()
+
+
+def at(values: int | np.ndarray, rows: np.ndarray) -> int | np.ndarray:
+    """The values of `rows` [n]: one number for all, or the rows' own out of an array."""
+    return values[rows] if isinstance(values, np.ndarray) and values.ndim else values
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:

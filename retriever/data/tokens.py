@@ -112,8 +112,8 @@ class TokenTemplate:
         """How many tokens the template adds to a text."""
         return len(self.prefix) + len(self.suffix)
 
-    def lengths(self, bare_lengths: np.ndarray, max_tokens: int) -> np.ndarray:
-        """Lengths [n] int64 that texts of `bare_lengths` tokens have once wrapped."""
+    def lengths(self, bare_lengths: np.ndarray, max_tokens: int | np.ndarray) -> np.ndarray:
+        """Lengths [n] int64 that texts of `bare_lengths` tokens have once wrapped; `max_tokens`: of all, or of each."""
         return np.minimum(bare_lengths, max_tokens - self.special_tokens) + self.special_tokens
 
     def wrap(self, tokens: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

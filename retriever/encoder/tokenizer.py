@@ -8,8 +8,9 @@ from typing import Any
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from retriever.config import ConfigError, ModelConfig
-from retriever.data.tokens import Side, TokenTemplate, tokenize_flat
+from retriever.config import Config, ConfigError, ModelConfig
+from retriever.config_sources import text_kinds
+from retriever.data.tokens import SIDES, Side, TokenTemplate, tokenize_flat
 from retriever.encoder.model_files import one_line, read_json
 from retriever.encoder.pretrained import quiet_transformers
 from retriever.encoder.settings import describes_itself, read_model_config, read_settings, tower_folder
@@ -78,15 +79,24 @@ def ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def check_prompt(tokenizer: PreTrainedTokenizerBase, side: Side, prompt: str, max_tokens: int) -> None:
-    """Raises ConfigError where prompt and special tokens leave no token for a text."""
-    with one_line(f"model.{side}_prompt: {prompt!r} cannot be tokenised"):
+def check_source_prompts(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Raises ConfigError where the prompt of a source leaves no room for a text."""
+    for side in SIDES:
+        for number, (prompt, max_tokens) in enumerate(text_kinds(config, side)):
+            check_prompt(tokenizer, side, prompt, max_tokens, f"data.train.{number}")
+
+
+def check_prompt(
+    tokenizer: PreTrainedTokenizerBase, side: Side, prompt: str, max_tokens: int, section: str = "model"
+) -> None:
+    """Raises ConfigError, which names the `section`, where prompt and special tokens leave no token for a text."""
+    with one_line(f"{section}.{side}_prompt: {prompt!r} cannot be tokenised"):
         taken = len(tokenize_flat(tokenizer, [prompt])[0])
     special = TokenTemplate.from_tokenizer(tokenizer).special_tokens
     if taken + special >= max_tokens:
         raise ConfigError(
-            f"model.{side}_prompt: {taken} tokens and {special} special ones leave no room for a text in the "
-            f"{max_tokens} of model.{side}_max_tokens; expected a shorter prompt or at least {taken + special + 1} "
+            f"{section}.{side}_prompt: {taken} tokens and {special} special ones leave no room for a text in the "
+            f"{max_tokens} of {section}.{side}_max_tokens; expected a shorter prompt or at least {taken + special + 1} "
             "tokens"
         )
 

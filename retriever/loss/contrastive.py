@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from retriever.config import LossConfig
 from retriever.data.batch import Targets
 from retriever.loss.bank import Bank
 from retriever.loss.custom import CustomLoss
-from retriever.loss.distill import distill
+from retriever.loss.distill import contrast_own, distill
 from retriever.loss.embedding import distil_embeddings
 from retriever.loss.matryoshka import over_leading_dimensions
 from retriever.loss.strategies import STRATEGIES, Problem
@@ -117,6 +118,7 @@ class ContrastiveObjective(nn.Module):
         present one; None: it is read here, and where it is learned the host waits for it.
         """
         targets, temperature = targets.to(queries.device), self.temperature if temperature is None else temperature
+        temperature = temperature if targets.temperature is None else targets.temperature
         loss, dqueries, dpassages = self._over_dims(queries, passages, targets, world, gradient_scale, temperature)
         if targets.teacher is None:
             return loss, dqueries, dpassages
@@ -182,17 +184,21 @@ class ContrastiveObjective(nn.Module):
                 "a teacher's loss.kl_weight, margin_mse_weight or cosent_weight is above 0, but the batch has no "
                 "Targets.groups of a teacher"
             )
-        taught = distill(problem, targets, config, world) if config.distils else None
-        if taught is not None and weight == 0:
-            return taught
-        weighted = replace(problem, weight=weight * problem.weight)
-        if self.custom is not None:
-            losses, dqueries, dpassages = self.custom(weighted, targets.groups, world)
-        else:
-            losses, dqueries, dpassages = STRATEGIES[config.strategy](weighted, world)
-        if taught is None:
-            return weight * losses, dqueries, dpassages
-        return weight * losses + taught[0], dqueries + taught[1], dpassages + taught[2]
+        parts = []
+        if targets.contrasts and (weight > 0 or not config.distils):
+            contrasted = problem if targets.in_batch is None else problem.of_rows(targets.in_batch)
+            weighted = replace(contrasted, weight=weight * problem.weight)
+            if self.custom is not None:
+                losses, *gradients = self.custom(weighted, targets.groups, world)
+            else:
+                losses, *gradients = STRATEGIES[config.strategy](weighted, world)
+            parts.append((weight * losses, *gradients))
+        if weight > 0 and targets.own_groups is not None:
+            parts.append(contrast_own(problem, targets.own_groups, weight, world))
+        if config.distils:
+            parts.append(distill(problem, targets, config, world))
+        losses, dqueries, dpassages = (reduce(torch.add, terms) for terms in zip(*parts, strict=True))
+        return losses, dqueries, dpassages
 
     def _problem(
         self, queries: Tensor, passages: Tensor, targets: Targets, gradient_scale: float, temperature: float

@@ -1,10 +1,12 @@
-"""Distillation from a teacher's scores of each query's group: its target and its own scored negatives.
+"""Terms over each query's group, its target and its own negatives: distillation from a teacher's scores, and InfoNCE.
 
 With s_ij = scale·⟨q_i, p_j⟩ and t_ij the teacher's score over its temperature, for j in the group G_i, whose first
 entry is the target 0:
 
     kl_i         = Σ_j softmax(t_i)_j · (log softmax(t_i)_j − log softmax(s_i)_j)
     margin_mse_i = mean over j ≠ 0 of ((s_i0 − s_ij) − (t_i0 − t_ij))²
+
+    contrast_i   = −log softmax(s_i)_0
 
 (Hinton et al. 2015, arXiv:1503.02531; Hofstätter et al. 2020, arXiv:2010.02666.) CoSENT (Su 2022,
 kexue.fm/archives/8847) takes all scored pairs a, b of the batch together:
@@ -19,27 +21,55 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.infonce.terms import log_one_plus_exp
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.batch import Groups, Targets
 from retriever.loss.problem import Problem
 from retriever.parallel.world import World
+
+# (students' logits [G], teachers' [G], the row of each [G], ptr [B + 1]): losses [B] and gradient at the students [G].
+Term = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _PAIRS_AT_ONCE = 65_536  # whose embeddings are held beside one another
 
 
 def distill(problem: Problem, targets: Targets, config: LossConfig, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [B], and `problem.weight` times their gradients dqueries [B, D] and dpassages [N, D].
-
-    The loss of a row is kl_weight · kl + margin_mse_weight · margin_mse, 0 where its group has no negative, and a share
-    of cosent_weight · cosent · global queries; 0 where the row is ignored. Every rank calls it. Raises ValueError where
-    a group names a passage that no rank holds.
+    """`over_groups` of kl_weight · kl + margin_mse_weight · margin_mse, 0 where the group has no negative, and a share
+    of cosent_weight · cosent · global queries.
     """
     groups = targets.groups
     assert groups is not None
+    teachers = groups.scores.to(problem.queries.dtype) / config.teacher_temperature
+
+    def cosent(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+        kept = problem.active[rows].nonzero()[:, 0]
+        values, gradient = _cosent(students[kept], teachers[kept], world)
+        losses = students.new_zeros(len(ptr) - 1).index_put((rows[kept],), values, accumulate=True)
+        return losses, torch.zeros_like(students).index_put((kept,), gradient)
+
+    cosent_weight = config.cosent_weight * targets.global_queries
+    terms: list[tuple[Term, float]] = [(_kl, config.kl_weight), (_margin_mse, config.margin_mse_weight)]
+    return over_groups(problem, groups._replace(scores=teachers), [*terms, (cosent, cosent_weight)], world)
+
+
+def contrast_own(problem: Problem, groups: Groups, weight: float, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """`over_groups` of weight · contrast: InfoNCE whose negatives are a query's own."""
+    return over_groups(problem, groups, [(_contrast, weight)], world)
+
+
+def over_groups(
+    problem: Problem, groups: Groups, terms: Sequence[tuple[Term, float]], world: World
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row losses [B], and `problem.weight` times their gradients dqueries [B, D] and dpassages [N, D].
+
+    The loss of a row is the weighted sum of `terms`; 0 where the row is ignored. Every rank calls it. Raises ValueError
+    where a group names a passage that no rank holds.
+    """
     passages = world.gather_rows(problem.passages.to(problem.wire_dtype))  # [n, D]
     columns = columns_of(groups.ids, world.gather_rows(problem.exclusions.passage_ids).rows)  # [G]
     sizes = groups.ptr.diff()
@@ -49,18 +79,13 @@ def distill(problem: Problem, targets: Targets, config: LossConfig, world: World
     students = (
         torch.cat([q.new_empty(0), *((q[rows[part]] * p[columns[part]]).sum(dim=1) for part in pairs)]) * problem.scale
     )  # [G]
-    teachers = groups.scores.to(students.dtype) / config.teacher_temperature  # [G]
+    teachers = groups.scores.to(students.dtype)  # [G]
 
     losses, dstudents = torch.zeros_like(q[:, 0]), torch.zeros_like(students)
-    for term, weight in ((_kl, config.kl_weight), (_margin_mse, config.margin_mse_weight)):
+    for term, weight in terms:
         if weight > 0:
             values, gradient = term(students, teachers, rows, groups.ptr)
             losses, dstudents = losses + weight * values, dstudents + weight * gradient
-    if config.cosent_weight > 0:
-        kept, weight = problem.active[rows].nonzero()[:, 0], config.cosent_weight * targets.global_queries
-        values, gradient = _cosent(students[kept], teachers[kept], world)
-        losses = losses.index_put((rows[kept],), weight * values, accumulate=True)
-        dstudents = dstudents.index_put((kept,), weight * gradient, accumulate=True)
     dstudents = (problem.weight * problem.scale * dstudents).where(problem.active[rows], 0.0)[:, None]  # [G, 1]
     if problem.shares is not None:
         dstudents = dstudents * problem.shares.to(dstudents)[rows, None]
@@ -69,6 +94,13 @@ def distill(problem: Problem, targets: Targets, config: LossConfig, world: World
         dqueries.index_put_((rows[part],), dstudents[part] * p[columns[part]], accumulate=True)
         dpassages.index_put_((columns[part],), dstudents[part] * q[rows[part]], accumulate=True)
     return losses.where(problem.active, 0.0), dqueries, world.reduce_rows(dpassages, passages.counts)
+
+
+def _contrast(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each group [B] and its gradient at the students' logits [G]: softmax(s) less 1 at the target."""
+    log_s = _log_softmax(students, rows, len(ptr) - 1)
+    is_target = (torch.arange(len(rows), device=rows.device) == ptr[rows]).to(students.dtype)
+    return _sums(-log_s * is_target, rows, len(ptr) - 1), log_s.exp() - is_target
 
 
 def _kl(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:

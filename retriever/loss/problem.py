@@ -75,6 +75,13 @@ class Problem:
         """The dtype in which representations go to other ranks and to host memory: their values are exact in it."""
         return torch.bfloat16 if self.precision == "bf16" else self.passages.dtype
 
+    def of_rows(self, rows: Tensor) -> Problem:
+        """The problem with every row ignored that is not in `rows` [B] bool."""
+        threshold = self.exclusions.threshold
+        threshold = self.queries.new_full(rows.shape, torch.inf) if threshold is None else threshold
+        exclusions = replace(self.exclusions, threshold=threshold.masked_fill(~rows, -torch.inf))
+        return replace(self, positives=self.positives.where(rows, -1), exclusions=exclusions, ignores=True)
+
     def block(self, queries: Tensor, passages: Tensor, masks: MaskTables) -> Block:
         """A block of some of the queries and of any rank's passages, under this problem's settings."""
         return block_of(

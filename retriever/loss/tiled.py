@@ -79,6 +79,8 @@ class _Gathering(NamedTuple):
             masks = MaskTables.of(replace(exclusions, passage_ids=ids.wait()), targets, sum(counts))
         else:
             assert known is not None
+            if known.passage_ids is not None:
+                exclusions = replace(exclusions, passage_ids=known.passage_ids)
             masks = MaskTables.of_pairs(known.pairs, exclusions, targets, sum(counts))
         return _Gathering(Gathered(arriving.wait(), counts, world.rank), targets, masks)
 

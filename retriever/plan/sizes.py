@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from retriever.config import Config, ConfigError, OptimConfig
-from retriever.data.planner import GlobalBatch, Planner, RankSlice, slice_for_rank
+from retriever.data.planner import GlobalBatch, Planner
+from retriever.data.slices import RankSlice, slice_for_rank
 from retriever.data.store import Store
+from retriever.data.text_table import at
 from retriever.data.tokens import SIDES, Side, TokenTemplate
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss.contrastive import ContrastiveObjective
@@ -210,11 +212,13 @@ def _step_lengths(
 ) -> tuple[int, dict[Side, np.ndarray]]:
     """Queries of the first step over all ranks, and the lengths of the texts that this rank encodes in it."""
 
+    texts = {"query": store.queries, "passage": store.passages}
+    limits = {side: store.limits(config, side) for side in SIDES}
+
     def lengths(batch: GlobalBatch | RankSlice) -> dict[Side, np.ndarray]:
-        query = template.lengths(store.queries.lengths_of(batch.queries), config.model.query_max_tokens)
+        rows: dict[Side, np.ndarray] = {"query": batch.queries, "passage": batch.passages}
         return {
-            "query": query,
-            "passage": template.lengths(store.passages.lengths_of(batch.passages), config.model.passage_max_tokens),
+            side: template.lengths(texts[side].lengths_of(rows[side]), at(limits[side], rows[side])) for side in SIDES
         }
 
     whole = planner.plan(0)

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
-from retriever.data import encoded, planner
+from retriever.data import encoded, slices
 from retriever.data.encoded import first_of_equal
-from retriever.data.planner import Planner, known_positives, slice_for_rank
+from retriever.data.planner import Planner
+from retriever.data.slices import known_positives, slice_for_rank
 from retriever.data.store import Store, build_or_open
 from retriever.data.text_table import TokenRows
 from tests.tiny import tiny_tokenizer
@@ -127,7 +128,7 @@ def test_queries_of_one_text_know_the_positives_of_all_over_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
     """In formats without query ids, and whatever their source; a prompt of its own makes it another query."""
-    monkeypatch.setattr(planner, "_MANY_KNOWN", many)
+    monkeypatch.setattr(slices, "_MANY_KNOWN", many)
     pairs = [{"query": "who ", "pos": [f"river {i}"], "neg": ["river 1", "ocean", "storm"]} for i in range(3)]
     other = [{"anchor": "Who", "positive": "storm"}, {"anchor": "what", "positive": "ocean"}]
     prompted = [{"query": "who", "pos": ["bridge"], "neg": ["river 2"], "prompt": "find: "}]

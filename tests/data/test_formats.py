@@ -31,7 +31,8 @@ def write(path: Path, content: str | list[dict[str, Any]]) -> Path:
         if isinstance(content, str)
         else "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
     )
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    compress = {".gz": gzip.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    path.write_bytes(compress.get(path.suffix, bytes)(text.encode()))
     return path
 
 
@@ -63,7 +64,9 @@ FROM_TEVATRON_1 = [
 ]
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "data/train-00000-of-00001.parquet"])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "train.jsonl.gz", "train.jsonl.zst", "data/train-00000-of-00001.parquet"]
+)
 def test_tevatron_version_1(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, TEVATRON_1)
     for place in (path, tmp_path):
@@ -249,6 +252,20 @@ def test_a_blank_text_is_a_passage_without_a_text_in_every_format(tmp_path: Path
         table = "".join(separator.join(row) + "\n" for row in (rows[0], rows[0].values()))
         rows = json.dumps(rows) if name == "x.json" else table
     assert list(opened(write(tmp_path / name, rows)).examples()) == [triple("0", "q", blank, blank)]
+
+
+def test_a_prompt_column_beside_anchor_and_positive_is_the_querys(tmp_path: Path) -> None:
+    """A row without one has the source's; where columns are asked for, or go by their order, it is a text like any."""
+    rows: list[dict[str, Any]] = [
+        {"anchor": "a", "positive": "p", "prompt": "ask: "},
+        {"anchor": "b", "positive": "q", "prompt": None},
+    ]
+    path = write(tmp_path / "t.jsonl", rows)
+    assert [example.prompt for example in opened(path).examples()] == ["ask: ", None]
+    asked = next(opened(path, columns=("prompt", "positive")).examples())
+    assert (asked.query, asked.prompt) == ("ask: ", None)
+    by_order = write(tmp_path / "order.jsonl", [{"prompt": "x", "response": "y"}])
+    assert [(e.query, e.prompt) for e in opened(by_order).examples()] == [("x", None)]
 
 
 def test_columns_chosen_by_config_and_ids_with_corpus_and_queries(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import datasets
 import pytest
 
 from retriever.config import SourceConfig
+from retriever.data import hub_tables
 from retriever.data.formats import DataError, Example, Passage, Source, open_source
 
 RECORDS = [
@@ -77,6 +79,19 @@ def test_by_name_subset_split_and_from_disk_with_one_fingerprint() -> None:
         check_tevatron(source)
         assert source.fingerprint() == named.fingerprint()
     assert opened(name=f"{name}:small").fingerprint() != named.fingerprint()
+
+
+def test_a_streamed_data_set_is_read_without_a_copy() -> None:
+    """Its rows are those of the whole one. At the hub, its commit stands for them in the fingerprint."""
+    name = repository("acme", ("default", "train", RECORDS), ("small", "train", RECORDS[:4]))
+    streamed = opened(name=name, streaming=True)
+    check_tevatron(streamed)
+    check_tevatron(opened(name=f"{name}:small", streaming=True), 4)
+    assert not [*datasets.config.HF_DATASETS_CACHE.glob("**/*.arrow")], "a copy"
+    assert streamed.fingerprint() == opened(name=name, streaming=True).fingerprint()
+    assert streamed.fingerprint() != opened(name=f"{name}:small", streaming=True).fingerprint()
+    table = hub_tables.named_table(name, None, "train", streaming=True)
+    assert replace(table, commit="c1").digest() != replace(table, commit="c2").digest() != table.digest()
 
 
 def test_a_view_of_a_dataset_has_its_own_fingerprint_and_rows() -> None:

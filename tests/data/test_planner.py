@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from retriever.config import BatchConfig, Config, ConfigError, DataConfig, SourceConfig
 from retriever.data import planner as planner_module
-from retriever.data.planner import GlobalBatch, Planner, RankSlice, known_positives, slice_for_rank
+from retriever.data.planner import GlobalBatch, Mixture, Planner
+from retriever.data.slices import RankSlice, known_positives, slice_for_rank
 from retriever.data.store import Csr
 
 
@@ -218,7 +219,9 @@ def test_batches_of_one_query_need_negatives(one_source: bool, named: str) -> No
 @pytest.mark.parametrize("one_source", [True, False])
 def test_a_weight_is_passes_per_epoch(one_source: bool) -> None:
     """Weight 0.5 visits a fresh half every epoch, weight 2 every query twice, weight 1 once, in every epoch."""
-    planner = Planner(_store(20, 6, 10), queries=8, negatives=1, seed=4, weights=[0.5, 2, 1], one_source=one_source)
+    planner = Planner(
+        _store(20, 6, 10), queries=8, negatives=1, seed=4, mixture=Mixture([10, 12, 10]), one_source=one_source
+    )
     epochs = [Counter(_queries(_epoch(planner, epoch))) for epoch in range(4)]
     for counts in epochs:
         assert [counts[q] for q in range(20, 36)] == [2] * 6 + [1] * 10
@@ -230,7 +233,7 @@ def test_a_weight_is_passes_per_epoch(one_source: bool) -> None:
 
 def test_a_plan_depends_on_seed_step_and_store_alone() -> None:
     """Order of calls and earlier calls change nothing; seed, fingerprint, epoch and step do."""
-    arguments: dict[str, Any] = {"queries": 8, "negatives": 2, "weights": [1, 1.5]}
+    arguments: dict[str, Any] = {"queries": 8, "negatives": 2, "mixture": Mixture([40, 22])}
     store, other = _store(40, 15), _store(40, 15, fingerprint="f0" * 16)
     walked = [planner.plan(step) for planner in [Planner(store, seed=1, **arguments)] for step in range(40)]
     fresh = Planner(store, seed=1, **arguments)

@@ -88,7 +88,7 @@ def _groups(store: Store, loader: BatchLoader, step: int) -> dict[str, list[tupl
 
 
 def _queries(store: Store, loader: BatchLoader, step: int) -> list[str]:
-    from retriever.data.planner import slice_for_rank
+    from retriever.data.slices import slice_for_rank
 
     whole = loader._planner.plan(step)
     lengths = loader._queries.lengths(whole.queries), loader._passages.lengths(whole.passages)

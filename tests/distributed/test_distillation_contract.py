@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, mse_loss, normalize
+from torch.nn.functional import cross_entropy, kl_div, mse_loss, normalize
 
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Groups
@@ -41,6 +41,7 @@ class Case:
     dims: tuple[int, ...] = ()
     cosent: float = 0.0
     temperature: float = 1.0  # the teacher's
+    policies: bool = False  # rows are contrasted with the batch, their own group or nothing, in turn
 
     def config(self) -> LossConfig:
         """The objective's configuration."""
@@ -66,6 +67,8 @@ CASES = (
     Case(kl=2.0, margin_mse=0.5, dims=(8, 32), learn_temperature=True, ignored=2),
     Case(contrastive=0, cosent=1.0),
     Case(contrastive=0.3, kl=0.5, cosent=0.2, dims=(8, 32), learn_temperature=True, ignored=3),
+    Case(contrastive=0.6, kl=0.4, policies=True, learn_temperature=True, ignored=2),
+    Case(contrastive=0.6, policies=True, strategy="dense"),
 )
 
 
@@ -79,6 +82,10 @@ def _groups(whole: WholeBatch) -> list[list[tuple[int, float]]]:
     return groups
 
 
+def _in_batch(row: int, case: Case) -> bool:
+    return not case.policies or row % 3 == 0
+
+
 def _as_tensors(groups: list[list[tuple[int, float]]]) -> Groups:
     ptr = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0)
     entries = [entry for group in groups for entry in group]
@@ -89,9 +96,14 @@ def _oracle(queries: Tensor, passages: Tensor, whole: WholeBatch, log_scale: Ten
     """The terms of the whole batch by autograd; the teacher's are torch's own kl_div and mse_loss, query by query, and
     CoSENT pair by pair.
     """
-    total = case.contrastive * oracle_loss(queries, passages, whole, log_scale)
+    in_batch = [c if _in_batch(row, case) else -1 for row, c in enumerate(whole.positives)]
+    total = case.contrastive * oracle_loss(queries, passages, replace(whole, positives=in_batch), log_scale)
     logits, column = log_scale.exp() * queries @ passages.T, {i: c for c, i in enumerate(whole.passage_ids)}
     for row, group in enumerate(_groups(whole)):
+        if len(group) > 1 and whole.positives[row] >= 0 and case.policies and row % 3 == 1:
+            student = torch.stack([logits[row, column[i]] for i, _ in group])
+            own = cross_entropy(student[None], torch.tensor([0]))
+            total = total + case.contrastive * own / len(whole.positives)
         if len(group) > 1 and whole.positives[row] >= 0:
             student = torch.stack([logits[row, column[i]] for i, _ in group])
             teacher = torch.tensor([s for _, s in group]).to(student.dtype) / case.temperature
@@ -128,7 +140,13 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     encoder, objective = _encoder(folder), ContrastiveObjective(case.config(), unit_norm=True).double()
     batch, rows, columns = rank_batch(whole, world.rank, 57)
     groups = _groups(whole)
-    batch = replace(batch, targets=replace(batch.targets, groups=_as_tensors([groups[row] for row in rows])))
+    targets = replace(batch.targets, groups=_as_tensors([groups[row] for row in rows]))
+    if case.policies:
+        own = _as_tensors([groups[row] if row % 3 == 1 else [] for row in rows])
+        targets = replace(
+            targets, own_groups=own, in_batch=torch.tensor([_in_batch(row, case) for row in rows], dtype=torch.bool)
+        )
+    batch = replace(batch, targets=targets)
     representations, first = encode_without_graph(encoder, batch)
     loss, gradients = representation_gradients(objective, representations, batch, world)
     backward_through_encoder(encoder, batch, gradients, first)

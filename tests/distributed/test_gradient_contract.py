@@ -144,6 +144,7 @@ BY_CHUNK = [  # the reference is one graph over the same chunks
 POOLED = [
     *(Case(strategy, symmetric=True, margin=0.1, ignored=2, pools=3) for strategy in ("dense", "local", "disco")),
     Case("tiled", learn_temperature=True, pools=3),
+    Case("tiled", margin=0.05, looked_up=True, pools=3),
     Case("tiled", symmetric=True, margin=0.1, ignored=2, pools=3),
     Case("tiled", symmetric=True, dims=(8, 32), pools=3, block_rows=4),
 ]

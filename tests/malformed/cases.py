@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 File = str | bytes
 
 
@@ -126,6 +128,9 @@ def encodings() -> Iterator[Case]:
         packed = gzip.compress(content.encode() * 1000)
         yield source(f"{name}.gz", packed[: len(packed) // 2], rf"{name}\.gz.*: expected a complete gzip file")
         yield source(f"{name}.gz", content.encode(), rf"{name}\.gz.*: expected a complete gzip file")
+        packed = pa.compress(content.encode(), "zstd", asbytes=True)
+        yield source(f"{name}.zst", packed[: len(packed) // 2], rf"{name}\.zst.*: expected a complete zstd file")
+        yield source(f"{name}.zst", content.encode(), rf"{name}\.zst.*: expected a complete zstd file")
     yield source("x.parquet", b"", r"x\.parquet, row 1: expected a Parquet file that is whole")
     yield source(
         "x.parquet", b"PAR1" + b"\0" * 100 + b"PAR1", r"x\.parquet, row 1: expected a Parquet file that is whole"
