@@ -90,6 +90,13 @@ def evaluation_command(
         option("--data", required=data_required, type=Path, help=data),
         *options,
         option("--metrics", nargs="+", metavar="NAME", help="as nDCG@10 MRR@10 Recall@100 MAP"),
+        option(
+            "--dims",
+            nargs="+",
+            type=at_least_one,
+            default=[],
+            help="leading dimensions of the embeddings to measure too, as Matryoshka cuts",
+        ),
         option("--k", type=at_least_one, default=1000, help="passages a query in the run"),
         option(
             "--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)"

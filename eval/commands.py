@@ -19,6 +19,7 @@ from eval.report import format_table, refuse_foreign_results, write_result
 from eval.trec import read_run
 from retriever.data.records import DataError
 from retriever.encoder.bundle import EncoderBundle, load_encoder
+from retriever.errors import RefusedError
 from retriever.lock import working_in
 from retriever.parallel.world import World
 from retriever.wording import counted
@@ -42,6 +43,8 @@ def report_all(
     Raises RefusedError for an unknown measure or index, files in the output folder that no evaluation wrote, and where
     another process works there, before anything is encoded.
     """
+    if args.dims and args.model is None:
+        raise RefusedError(f"--dims {' '.join(map(str, args.dims))}: expected --model, whose embeddings are cut")
     for _, metrics in work:
         check_measures(metrics, args.k if not args.run else sys.maxsize)
     said = {} if args.run else {labels: one.check() for labels, one in {c.labels: c for c, _ in work}.items()}
@@ -126,7 +129,8 @@ def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco:
     )
     for note in result.notes:
         print(f"note: {note}")
-    print(format_table({label(args): result.means}), flush=True)
+    cuts = {f"{label(args)}, {dims} dimensions": means for dims, means in result.at_dims.items()}
+    print(format_table({label(args): result.means, **cuts}), flush=True)
 
 
 def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:

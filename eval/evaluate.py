@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.collections.collection import Collection, fingerprint, read_beir
-from eval.engines.embeddings import load_queries
+from eval.engines.embeddings import LeadingDimensions, load_queries
 from eval.engines.faiss_index import check_index
 from eval.engines.nearest import SearchOptions, search
 from eval.measures import Scores, parse_measure
@@ -23,7 +23,6 @@ from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards, open_shards
 
 _SMALL_CORPUS = 4 * SHARD_ROWS
-_ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
 _MANY_PASSAGES = 10_000_000  # where their number is not known yet
 _NOT_OF_INTEREST = ("shards", "format_version", "side", "shard_rows", "cache")  # of a shard manifest, to a result
 
@@ -34,6 +33,7 @@ class EvalOptions(SearchOptions):
 
     k: int = 1000  # passages a query
     batch: int | None = None  # tokens the encoder sees at once; None: by device
+    dims: tuple[int, ...] = ()  # leading dimensions that are measured too
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class EvalResult:
     encoding: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # how the shards were made
     index: Mapping[str, object] = field(default_factory=dict)  # as `SearchOptions.describe` says it
     notes: tuple[str, ...] = ()  # what a reader of the figures should know
+    at_dims: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # the means of cut embeddings
 
     @property
     def means(self) -> dict[str, float]:
@@ -57,17 +58,6 @@ class EvalResult:
     def n_queries(self) -> int:
         """The number of judged queries, over which the means are taken."""
         return len(self.scores.query_ids)
-
-
-def check_evaluation(data_path: str | Path, split: str, metrics: Sequence[str], k: int, *, index: str = "flat") -> None:
-    """Checks the arguments of `evaluate` before hours of training.
-
-    Raises RefusedError for an unknown measure or index or a measure deeper than `k`, DataError where the collection
-    lacks something or holds what `Collection.check` refuses.
-    """
-    check_measures(metrics, k)
-    check_index(index, _ANY_DIMENSION, _MANY_PASSAGES)
-    read_beir(data_path, split).check()
 
 
 def check_measures(metrics: Sequence[str], k: int) -> None:
@@ -142,7 +132,13 @@ def evaluate_collection(
     queries = encoded("query", f"queries-{collection.split}", collection.queries.items(), [prints["queries"]])
     made_of = [prints["corpus"], settings.title, settings.title_separator]
     passages = encoded("passage", "passages", texts, made_of)
-    run = search(*load_queries(queries), passages, options.k, options, world)
+    query_vectors, query_ids = load_queries(queries)
+    run = search(query_vectors, query_ids, passages, options.k, options, world)
+    at_dims = {}
+    for dims in options.dims:  # cut after encoding: the same vectors as of an encoder with this truncate_dim
+        cut = LeadingDimensions(passages, dims, unit_norm=settings.normalize)
+        cut_run = search(cut.of(query_vectors), query_ids, cut, options.k, options, world)
+        at_dims[dims] = collection.measure(cut_run, metrics).means if world.is_first else {}
     if not world.is_first:
         return None
     encoding = {
@@ -152,7 +148,7 @@ def evaluate_collection(
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
     notes += options.shortage(run, passages, options.k)
     index = options.describe(passages, options.k)
-    return EvalResult(collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes)
+    return EvalResult(collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes, at_dims)
 
 
 def _counted(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int | None]:

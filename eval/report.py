@@ -64,6 +64,7 @@ def write_result(
         "search": dict(search),
         "relevance": collection.relevance,
         "metrics": result.means,
+        **({"dims": dict(result.at_dims)} if result.at_dims else {}),
         "fingerprints": {"run": file_fingerprint(run_file), **collection.fingerprints()},
         "versions": versions(),
         "per_query": {

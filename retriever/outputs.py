@@ -160,8 +160,18 @@ class Outputs:
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether this run saved `step` and recorded no evaluation of it. Every rank calls it and finds the same."""
-        lacks = self._world.is_first and self._saved == step and step not in self._evaluations()
-        return bool(self._world.max(torch.tensor(int(lacks), device=self._world.device)))
+        lacks = self._world.is_first and self._saved == step and step not in self._measured()
+        return bool(self._of_first(int(lacks)))
+
+    def evaluations_since_best(self) -> int:
+        """How many evaluations came after the first of the best ones. Every rank calls it and finds the same."""
+        evaluations = self._evaluations() if self._world.is_first else {}
+        values = [next(iter(measures.values())) for _, measures in sorted(evaluations.items())]
+        return self._of_first(len(values) - 1 - values.index(max(values)) if values else 0)
+
+    def _of_first(self, value: int) -> int:
+        """The first rank's `value`, which is 0 on the others."""
+        return int(self._world.max(torch.tensor(value, device=self._world.device)))
 
     def publish_best(self, step: int) -> None:
         """Prints the evaluation recorded for `step`, the newest checkpoint; publishes its export if it is the best."""
@@ -223,7 +233,11 @@ class Outputs:
         return card if measures is None else card + evaluation_section(self._config, step, measures)
 
     def _evaluations(self) -> dict[int, dict[str, float]]:
-        """Step -> measures of the evaluation after it; the first of them chooses the best."""
+        """As `_measured`, of steps that were trained; the first measure chooses the best."""
+        return {step: measures for step, measures in self._measured().items() if step > 0}
+
+    def _measured(self) -> dict[int, dict[str, float]]:
+        """Step -> measures of the evaluation after it."""
         found = {}
         for line in read_metrics(self.metrics):
             if measures := {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}:

@@ -44,6 +44,7 @@ def check_paths(config: Config) -> None:
     }
     if config.eval is not None:
         paths["eval.path"] = config.eval.path
+        paths |= {f"eval.also.{i}.path": asked.path for i, asked in enumerate(config.eval.also)}
     for key, path in paths.items():
         if not exists(Path(path).expanduser()):
             raise ConfigError(f"{key}: there is no file or folder {path}")

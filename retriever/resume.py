@@ -15,6 +15,7 @@ _FREE = (
     *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s"),
     *("data.cache_dir", "data.verify"),
     *("train.log_every", "train.save_every", "train.keep_last", "train.eval_every"),
+    *("eval.at_start", "eval.patience"),
     "batch.retain",
     "batch.retain_products",  # the same operations in the same order, and another GPU may keep more or less
 )
@@ -119,5 +120,7 @@ def _anywhere(config: Config) -> Config:
     or measured only.
     """
     sources = tuple(replace(source, path=None, corpus=None, queries=None) for source in config.data.train)
-    evaluation = None if config.eval is None else replace(config.eval, path="")
+    evaluation = config.eval
+    if evaluation is not None:
+        evaluation = replace(evaluation, path="", also=tuple(replace(asked, path="") for asked in evaluation.also))
     return replace(config, data=replace(config.data, train=sources), eval=evaluation)

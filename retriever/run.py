@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval.evaluate import EvalOptions, check_evaluation, evaluate
+from eval.evaluate import EvalOptions
+from eval.several import check_evaluation, evaluate_all
 from retriever.assembly import assembled, open_folder
 from retriever.callbacks import Callback
 from retriever.config import Config, ConfigError
@@ -28,6 +29,7 @@ from retriever.retention import Retention
 from retriever.signals import StopSignals
 from retriever.step import Backward, StepReport, forward_backward, update
 from retriever.telemetry import Telemetry
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -121,7 +123,9 @@ class Run:
         """
         if self._due("evaluate"):
             self.evaluate()
-        for batch in self._batches:
+        else:
+            self.should_stop = self._has_lost_patience()
+        for batch in () if self.should_stop else self._batches:
             self._outputs.check()
             yield batch
             if self._stops():  # leaving saves
@@ -167,6 +171,9 @@ class Run:
         By `train.save_every` and `train.eval_every`, and after the last step. A run that stops is saved and not
         evaluated.
         """
+        if self.done == 0:
+            at_start = self.config.eval is not None and self.config.eval.at_start
+            return what == "evaluate" and at_start and self._outputs.lacks_evaluation(0)
         stops = bool(self._stopping) or self.should_stop
         evaluates = self.config.eval is not None and self._is_turn(self.config.train.eval_every)
         if what == "save":
@@ -218,6 +225,7 @@ class Run:
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
             measures = self._measures(self._outputs.embeddings)
         self.record(measures)
+        self.should_stop = self.should_stop or self._has_lost_patience()
         self._call("on_evaluate", measures)
         if unsaved:
             self._call("on_save")
@@ -228,11 +236,11 @@ class Run:
         if asked is None:
             raise ConfigError("eval: expected a section with a path; received null")
         settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
-        options = EvalOptions(index=asked.index, k=asked.k, progress=world.is_first)
+        options = EvalOptions(index=asked.index, k=asked.k, dims=asked.dims, progress=world.is_first)
         with self.optimizer.averaged():
             bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
-            result = evaluate(bundle, asked.path, asked.split, asked.metrics, options, folder, world)
-        return {f"eval/{name}": value for name, value in result.means.items()} if result is not None else {}
+            measured = evaluate_all(bundle, asked, self.config.loss.temperature, folder, options, world)
+        return {f"eval/{name}": value for name, value in measured.items()}
 
     def record(self, values: Mapping[str, float | None]) -> None:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
@@ -245,9 +253,18 @@ class Run:
         if not self.world.is_first:
             return
         self._call("on_log", {name: value if value is None else float(value) for name, value in values.items()})
-        if any(name.startswith("eval/") for name in values):
+        if self.done and any(name.startswith("eval/") for name in values):
             with self._telemetry.paused("record"):
                 self._outputs.publish_best(self.done)
+
+    def _has_lost_patience(self) -> bool:
+        """Whether `eval.patience` evaluations in a row were no better than the best one, which is said."""
+        patience = None if self.config.eval is None else self.config.eval.patience
+        if patience is None or self._outputs.evaluations_since_best() < patience:
+            return False
+        none_better = f"the last {counted(patience, 'evaluation')} brought nothing better (eval.patience)"
+        self._parts.accelerator.print(f"ended after step {self.done:,} of {self.total:,}: {none_better}")
+        return True
 
     def _is_turn(self, every: int) -> bool:
         return self.done > 0 and (self.done == self.total or (every > 0 and self.done % every == 0))
@@ -295,4 +312,4 @@ class Run:
 
 def _check_evaluation(config: Config) -> None:
     if (asked := config.eval) is not None:
-        check_evaluation(asked.path, asked.split, asked.metrics, asked.k, index=asked.index)
+        check_evaluation(asked)

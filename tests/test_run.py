@@ -346,6 +346,26 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(
     assert _state() == before
 
 
+def test_a_run_evaluates_at_the_start_and_ends_where_patience_does(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that stay never get better: the second evaluation after the best one ends the run, also when the same
+    command comes again. The evaluation of step 0 is recorded once and chooses no model.
+    """
+    settings = ["optim.lr=1e-30", "train.eval_every=2", "eval.at_start=true", "eval.patience=1", "run.trackers=[]"]
+    config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'patient'}", *settings])
+    for start in (0, 4):
+        with Run(config) as run:
+            assert run.done == start
+            for batch in run.batches():
+                run.forward_backward(batch)
+                run.optimizer_step()
+        assert "ended after step 4 of 20: the last 1 evaluation brought" in capsys.readouterr().out
+    lines = [line for line in metrics(workplace / "patient") if "eval/MRR@10" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert json.loads((workplace / "patient" / "best.json").read_text())["step"] == 4, "the later of equal ones"
+
+
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also then nothing of the process changes."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # joining the ranks removes it

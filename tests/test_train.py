@@ -309,7 +309,7 @@ def test_an_evaluation_that_fails_costs_no_training(
         raise OSError(5, "Input/output error", "corpus.jsonl")
 
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.run.evaluate", fail)
+        patch.setattr("retriever.run.evaluate_all", fail)
         assert _train(workplace, "unevaluated") == 2
     run = workplace / "unevaluated"
     assert max(folder.name for folder in (run / "checkpoints").iterdir()) == "step-00000010"

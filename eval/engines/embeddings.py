@@ -20,6 +20,30 @@ class Embeddings(Protocol):
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]: ...  # (embeddings [n, D], their ids)
 
 
+class LeadingDimensions:
+    """Embeddings cut to their leading dimensions, as unit vectors again where they were (Kusupati et al. 2022,
+    arXiv:2205.13147).
+    """
+
+    def __init__(self, whole: Embeddings, dimension: int, *, unit_norm: bool) -> None:
+        """Raises RefusedError where there are fewer dimensions."""
+        if dimension > whole.dimension:
+            raise RefusedError(f"--dims {dimension}: expected at most the {whole.dimension} of the embeddings")
+        self._whole, self._unit_norm = whole, unit_norm
+        self.rows, self.dimension = whole.rows, dimension
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+        for embeddings, ids in self._whole:
+            yield self.of(embeddings), ids
+
+    def of(self, embeddings: np.ndarray) -> np.ndarray:
+        """The cut of embeddings [n, D]: [n, dimension] float32."""
+        cut = np.array(embeddings[:, : self.dimension], dtype=np.float32)
+        if self._unit_norm:
+            cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+        return cut
+
+
 def slices_of(passages: Embeddings, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """(position of the first row in the collection, [n, D] as stored); n is at most `rows`, and a slice never spans two
     parts.

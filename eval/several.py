@@ -1,0 +1,143 @@
+"""What a run measures while it trains: its collections, held-out pairs, cut embeddings, and which figure chooses."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from scipy.special import logsumexp
+
+from eval.collections.collection import Collection, read_beir
+from eval.collections.msmarco import SPLITS, read_msmarco
+from eval.engines.faiss_index import check_index
+from eval.evaluate import EvalOptions, check_measures, evaluate_collection
+from retriever.config import ConfigError, EvalCollectionConfig, EvalConfig, SourceConfig
+from retriever.data.formats import DataError, final_text, open_source
+from retriever.encoder.bundle import EncoderBundle
+from retriever.parallel.world import World
+
+_ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
+_MANY_PASSAGES = 10_000_000  # where their number is not known yet
+
+
+def check_evaluation(config: EvalConfig) -> None:
+    """Checks what `evaluate_all` needs, before hours of training.
+
+    Raises RefusedError for an unknown measure or index, a measure deeper than `k`, equal names or an unknown `best`;
+    DataError where a collection lacks something or holds what `Collection.check` refuses.
+    """
+    check_measures(config.metrics, config.k)
+    check_index(config.index, _ANY_DIMENSION, _MANY_PASSAGES)
+    names = [name_of(asked) for asked in config.collections]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"eval.also: expected collections of different names, received {', '.join(names)}; set name")
+    if config.best not in ("mean", *names):
+        raise ConfigError(f"eval.best: expected mean or one of {', '.join(names)}; received {config.best!r}")
+    for asked in config.collections:
+        if asked.format == "pairs":
+            _read_pairs(asked, config.candidates)
+        else:
+            _read(asked).check()
+
+
+def name_of(asked: EvalCollectionConfig) -> str:
+    """What the log calls a collection."""
+    return asked.name or Path(asked.path).resolve().name
+
+
+def evaluate_all(
+    bundle: EncoderBundle,
+    config: EvalConfig,
+    temperature: float,
+    shards_dir: Path | None,
+    options: EvalOptions,
+    world: World,
+) -> dict[str, float]:
+    """Measure -> value over all collections; {} on ranks other than the first. Every rank calls it.
+
+    The first measures are those that choose: of the collection that `config.best` names, or means over the collections
+    with judgments. Where there are several, each one's own follow as `<name>/<measure>`, and those of cut embeddings as
+    `<dimension>/<measure>` behind the name. Held-out pairs have an `accuracy` and, at `temperature`, a `loss`. Without
+    `shards_dir` (one rank only) embeddings go to a temporary folder.
+    """
+    if shards_dir is None:
+        if world.size > 1:
+            raise ValueError(f"shards_dir: {world.size} ranks need a folder that all of them share")
+        with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
+            return evaluate_all(bundle, config, temperature, Path(folder), options, world)
+    found: dict[str, dict[str, float]] = {}
+    for asked in config.collections:
+        measures = _measures(bundle, asked, config, temperature, shards_dir, options, world)
+        found[name_of(asked)] = measures
+    if not world.is_first:
+        return {}
+    if config.best != "mean":
+        chosen: Mapping[str, float] = found[config.best]
+    else:
+        judged = [found[name_of(asked)] for asked in config.collections if asked.format != "pairs"]
+        chosen = {measure: statistics.fmean(means[measure] for means in judged) for measure in judged[0]}
+    each = {f"{name}/{measure}": value for name, means in found.items() for measure, value in means.items()}
+    return {**chosen, **(each if config.also else {})}
+
+
+def _measures(
+    bundle: EncoderBundle,
+    asked: EvalCollectionConfig,
+    config: EvalConfig,
+    temperature: float,
+    shards_dir: Path,
+    options: EvalOptions,
+    world: World,
+) -> dict[str, float]:
+    """Those of one collection."""
+    if asked.format == "pairs":
+        pairs = _read_pairs(asked, config.candidates) if world.is_first else None
+        return {} if pairs is None else pair_measures(bundle, *pairs, temperature)
+    folder = shards_dir / name_of(asked) if config.also else shards_dir  # one collection has the folder itself
+    result = evaluate_collection(bundle, _read(asked), config.metrics, folder, options, world)
+    if result is None:
+        return {}
+    cuts = {f"{dims}/{measure}": v for dims, means in result.at_dims.items() for measure, v in means.items()}
+    return {**result.means, **cuts}
+
+
+def pair_measures(
+    bundle: EncoderBundle, queries: list[str], passages: list[str], temperature: float
+) -> dict[str, float]:
+    """Of each query among all passages, its own at its position: `accuracy`, the share that is ranked first, and the
+    mean InfoNCE `loss`. Passages of equal text are no negatives.
+    """
+    q, p = bundle.encode(queries, "query"), bundle.encode(passages, "passage")
+    logits = q.astype(np.float64) @ p.astype(np.float64).T / temperature  # [n, n]
+    _, text = np.unique(passages, return_inverse=True)
+    own = np.arange(len(queries))
+    equal = text[:, None] == text[None, :]
+    equal[own, own] = False
+    logits[equal] = -np.inf
+    losses = logsumexp(logits, axis=1) - logits[own, own]
+    return {"accuracy": float((logits.argmax(axis=1) == own).mean()), "loss": float(losses.mean())}
+
+
+def _read(asked: EvalCollectionConfig) -> Collection:
+    if asked.format == "beir":
+        return read_beir(asked.path, asked.split)
+    if asked.split not in SPLITS:
+        raise ConfigError(f"eval: {asked.path}: split: expected one of {', '.join(SPLITS)}; received {asked.split!r}")
+    return read_msmarco(asked.path, asked.split)
+
+
+def _read_pairs(asked: EvalCollectionConfig, candidates: int) -> tuple[list[str], list[str]]:
+    """The first `candidates` queries of a training file and the first positive of each."""
+    source = open_source(SourceConfig(path=asked.path, split=asked.split, limit=candidates))
+    pairs: dict[str, tuple[str, str]] = {}
+    for example in source.examples():
+        if example.positives and example.positives[0].text is not None:
+            pairs.setdefault(example.query_id, (example.query, final_text(example.positives[0], "join", " ")))
+    if len(pairs) < candidates:
+        expected = f"{candidates:,} queries with the text of a positive (eval.candidates)"
+        raise DataError(f"expected {expected}, found {len(pairs):,}", asked.path)
+    queries, passages = zip(*pairs.values(), strict=True)
+    return [*queries], [*passages]
