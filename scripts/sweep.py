@@ -1,0 +1,223 @@
+"""Train a grid of settings and seeds, one run after the other in one process, and choose by the evaluation's split.
+
+    python -m scripts.sweep --config x.yaml --output sweeps/a --grid optim.lr=1e-5,3e-5 loss.temperature=0.02,0.05
+    python -m scripts.sweep --config x.yaml --output sweeps/b --grid optim.lr=1e-5,3e-5 --seeds 0 1 2 --test test
+
+Every run is an ordinary one, in a folder of OUTPUT that is named after its settings. Runs share the process, the
+tokenised data and what torch compiled. After an interruption the same command goes on; finished runs are not repeated,
+and a larger grid adds to them. OUTPUT/sweep.md has a row for each setting, with mean and standard deviation over the
+seeds of the best evaluation; sweep.json has every run and sweep.png the picture. The setting with the best mean is
+chosen. With --test its best models are measured on that split of eval.path, and no other model is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from retriever.command import command, option, seed
+from retriever.config import Config, ConfigError, to_dict
+from retriever.config_file import load
+from retriever.config_tree import require
+from retriever.files import make_folder, read_json, replace_file, write_json, write_text
+from retriever.wording import counted
+
+
+@command(
+    "python -m scripts.sweep",
+    __doc__,
+    option("--config", required=True, help="a YAML file with a section eval, whose first measure chooses"),
+    option("--output", required=True, type=Path, help="folder of the runs and of the summary"),
+    option("--grid", nargs="+", default=[], metavar="key.sub=a,b", help="settings and the values each may have"),
+    option("--seeds", nargs="+", type=seed, default=[0], help="of every setting (default: 0)"),
+    option("--test", metavar="SPLIT", help="measure the chosen models on this split of eval.path"),
+    option("--set", nargs="+", default=[], metavar="key.sub=value", help="settings of all runs"),
+    resumes="the same command goes on where it stopped",
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.sweep`."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    require(ranks == "1", "WORLD_SIZE", "1: a sweep is one process, whose runs follow one another", ranks)
+    settings = grid(args.grid)
+    configs = {
+        (i, number): _config(args, values, number) for i, values in enumerate(settings) for number in args.seeds
+    }  # all are read before the first one is trained
+    results, earlier = list[dict[str, Any]](), _finished(args.output)
+    for (i, number), config in configs.items():
+        done = earlier.get(config.run.output_dir)
+        if done is None or done["config"] != _digest(config):
+            done = _trained(config)
+        results.append({**done, "settings": settings[i], "seed": number})
+        write_summary(args.output, results)
+    chosen = best_setting(results)
+    print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
+    if args.test is not None:
+        folders = [Path(result["folder"]) for result in results if result["settings"] == chosen]
+        write_summary(args.output, results, {args.test: _tested(next(iter(configs.values())), folders, args.test)})
+
+
+def grid(asked: Sequence[str]) -> list[dict[str, str]]:
+    """Every combination of `key=a,b` entries; commas inside brackets, braces and quotation marks do not divide."""
+    axes = []
+    for entry in asked:
+        key, separator, values = entry.partition("=")
+        if not separator or not values:
+            raise ConfigError(f"--grid {entry}: expected key.sub=value,value")
+        axes.append([(key, value) for value in _divided(values)])
+    keys = [axis[0][0] for axis in axes]
+    require(len(set(keys)) == len(keys), "--grid", "each setting once", keys)
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def _divided(text: str) -> list[str]:
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def label(settings: Mapping[str, str]) -> str:
+    """The settings in words."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items()) or "the configuration itself"
+
+
+def _config(args: argparse.Namespace, settings: Mapping[str, str], number: int) -> Config:
+    named = [f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()] + [f"seed={number}"]
+    name = "".join(c if c.isalnum() or c in "=.-_" else "-" for c in "_".join(named))
+    folder = args.output / name
+    chosen = [f"{key}={value}" for key, value in settings.items()]
+    config = load(args.config, [*args.set, *chosen, f"run.seed={number}", f"run.output_dir={folder}"])
+    if config.eval is None:
+        raise ConfigError("eval: expected a section, whose first measure chooses; received null")
+    return config
+
+
+def _finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs that an earlier start of the sweep finished, by their folders."""
+    summary = folder / "sweep.json"
+    return {run["folder"]: run for run in read_json(summary)["runs"]} if summary.exists() else {}
+
+
+def _digest(config: Config) -> str:
+    """A hash of everything that the configuration says."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """Trains the run, or what is left of it; returns its folder, seconds, best step and measures, or why it failed."""
+    from retriever.run import Run
+    from retriever.telemetry import read_metrics
+
+    folder, started = Path(config.run.output_dir), time.perf_counter()
+    print(f"run     {folder}", flush=True)
+    done: dict[str, Any] = {"folder": str(folder), "config": _digest(config)}
+    try:
+        Run(config).train()
+    except FloatingPointError as error:  # it diverged, as some of a grid may
+        print(f"failed  {folder}: {error}", flush=True)
+        return {**done, "failed": str(error)}
+    best = read_json(folder / "best.json")["step"]
+    lines = (line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == best)
+    measures = {name.removeprefix("eval/"): v for line in lines for name, v in line.items() if name.startswith("eval/")}
+    return {**done, "seconds": time.perf_counter() - started, "step": best, "measures": measures}
+
+
+def best_setting(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The setting whose first measure has the best mean over its seeds; of equal ones the first. Raises
+    FloatingPointError where every setting has a run that failed.
+    """
+    rows = rows_of(results)
+    if not rows:
+        raise FloatingPointError(f"every setting has a run that failed, the last one: {results[-1]['failed']}")
+    return max(rows, key=lambda row: row["mean"])["settings"]
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the first measure, and seconds, of each setting whose runs all succeeded."""
+    rows = []
+    for settings in [dict(pairs) for pairs in dict.fromkeys(tuple(r["settings"].items()) for r in results)]:
+        runs = [result for result in results if result["settings"] == settings]
+        if any("failed" in result for result in runs):
+            continue
+        values = [next(iter(result["measures"].values())) for result in runs]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        seconds = statistics.fmean(result["seconds"] for result in runs)
+        mean = statistics.fmean(values)
+        rows.append({"settings": settings, "mean": mean, "deviation": deviation, "seconds": seconds, "runs": len(runs)})
+    return rows
+
+
+def write_summary(
+    folder: Path, results: Sequence[Mapping[str, Any]], tested: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
+    """sweep.json, sweep.md and sweep.png of the runs so far."""
+    make_folder(folder)
+    rows = rows_of(results)
+    measure = next((next(iter(result["measures"])) for result in results if "measures" in result), "")
+    write_json(folder / "sweep.json", {"measure": measure, "runs": list(results), "test": dict(tested or {})})
+    lines = [f"| settings | {measure} | ± | runs | seconds a run |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: -row["mean"]):
+        figures = f"{row['mean']:.4f} | {row['deviation']:.4f} | {row['runs']} | {row['seconds']:.1f}"
+        lines.append(f"| `{label(row['settings'])}` | {figures} |")
+    failed = [result for result in results if "failed" in result]
+    lines += ["" for _ in failed[:1]]
+    lines += [f"- `{label(one['settings'])}`, seed {one['seed']}, failed: {one['failed']}" for one in failed]
+    for split, means in (tested or {}).items():
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        lines += ["", f"The first row on {split}, mean over its seeds: {figures}"]
+    write_text(folder / "sweep.md", "\n".join([*lines, ""]))
+    if rows:
+        _plot(folder / "sweep.png", rows, measure)
+
+
+def _plot(path: Path, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    means, deviations = [row["mean"] for row in rows], [row["deviation"] for row in rows]
+    axes.errorbar(means, range(len(rows)), xerr=deviations, fmt="o", color="#1f5fbf", capsize=3)
+    axes.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{measure}, mean and standard deviation over {counted(rows[0]['runs'], 'seed')}")
+    axes.spines[["top", "right"]].set_visible(False)
+    with replace_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=150)
+
+
+def _tested(config: Config, folders: Sequence[Path], split: str) -> dict[str, float]:
+    """The measures of the runs' best models on a split, means over the runs."""
+    from eval.evaluate import EvalOptions, evaluate
+    from retriever.encoder.bundle import load_encoder
+
+    assert config.eval is not None
+    asked, found = config.eval, []
+    for folder in folders:
+        options = EvalOptions(index=asked.index, k=asked.k, progress=True)
+        result = evaluate(load_encoder(folder / "best"), asked.path, split, asked.metrics, options)
+        assert result is not None
+        found.append(result.means)
+    means = {name: statistics.fmean(one[name] for one in found) for name in found[0]}
+    print(f"{split}    " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()), flush=True)
+    return means
+
+
+if __name__ == "__main__":
+    sys.exit(main())
