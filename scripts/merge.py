@@ -1,0 +1,161 @@
+"""Average the weights of models that one model was trained into, or of a run's checkpoints.
+
+    python -m scripts.merge runs/a/export runs/b/export --output merged
+    python -m scripts.merge runs/a/checkpoints/step-* --output merged --weights 1 2 --data data/scifact --split dev
+
+Each model is a folder that `retriever/train.py` exported, or a checkpoint, whose export is taken. They must agree in
+everything but the weights. Of a LoRA run, the exports have the adapters merged. The result is written once it was
+loaded again and gave the embeddings of the averaged weights. With --data, all models and the result are evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retriever.command import BATCH, command, number, option
+from retriever.errors import RefusedError
+from retriever.files import read_json, replace_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WEIGHTS = "model.safetensors"
+_OF_TRAINING = {"config_sha256", "base_model"}  # in bigbatch.json: what a model was made from
+_SETTINGS = ("bigbatch.json", "config.json", "modules.json", "config_sentence_transformers.json", "tokenizer.json")
+_PROBES = ("how tall is a giraffe", "Adult giraffes are 4.3 to 5.7 m tall.", "a")
+_PARITY = 1e-5
+
+
+@command(
+    "python -m scripts.merge",
+    __doc__,
+    option("models", nargs="+", type=Path, help="two or more exported models or checkpoints"),
+    option("--output", required=True, type=Path, help="folder of the averaged model; must not exist"),
+    option("--weights", nargs="+", type=number(above=True), help="of each model in the mean (default: equal)"),
+    option("--data", type=Path, help="a BEIR folder to evaluate on"),
+    option("--split", default="dev", help="of --data (default: %(default)s)"),
+    option("--metrics", nargs="+", metavar="NAME", default=["nDCG@10", "MRR@10", "Recall@100"]),
+    BATCH,
+    lower="--batch",
+)
+def main(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.merge`."""
+    if len(args.models) < 2 or len(args.weights or args.models) != len(args.models):
+        received = f"{len(args.models)} and {len(args.weights or ())} weights"
+        raise RefusedError(f"expected two or more models and a weight for each, or none; received {received}")
+    if args.output.exists():
+        raise RefusedError(f"--output {args.output}: exists; expected the name of a new folder")
+    folders = [_export_of(model) for model in args.models]
+    total = sum(args.weights or [1.0] * len(folders))
+    shares = [weight / total for weight in args.weights or [1.0] * len(folders)]
+    merge(folders, shares, args.output)
+    print(f"{args.output}: the mean of {len(folders)} models", flush=True)
+    if args.data is not None:
+        _evaluate([*folders, args.output], args)
+
+
+def merge(folders: Sequence[Path], shares: Sequence[float], output: Path) -> None:
+    """Writes the model whose weights are Σ share · weight of the models in `folders`.
+
+    Raises RefusedError where the models differ in more than their weights, or the written one in its embeddings from
+    the averaged weights.
+    """
+    from safetensors.torch import load_file, save_file
+
+    files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob(_WEIGHTS))
+    for folder in folders[1:]:
+        _check_alike(folders[0], folder)
+    with replace_folder(output) as writing:
+        shutil.copytree(folders[0], writing, dirs_exist_ok=True)
+        for file in files:
+            states = [load_file(folder / file) for folder in folders]
+            save_file(average(states, shares), writing / file, metadata={"format": "pt"})
+        described = read_json(writing / "bigbatch.json")
+        write_json(writing / "bigbatch.json", {**described, "merged": list(shares)})
+        _check_parity(writing, folders, shares)
+
+
+def average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """Σ share · state, summed in float64; what is no floating-point number must be equal and stays.
+
+    Raises RefusedError where names, shapes or such values differ.
+    """
+    import torch
+
+    first, averaged = states[0], {}
+    for state in states[1:]:
+        shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (first, state))
+        if different := next((name for name, _ in set(next(shapes).items()) ^ set(next(shapes).items())), None):
+            raise RefusedError(f"weight {different!r}: expected one shape in all models")
+    for name, tensor in first.items():
+        if tensor.is_floating_point():
+            parts = (share * state[name].double() for share, state in zip(shares, states, strict=True))
+            averaged[name] = sum(parts, torch.zeros_like(tensor, dtype=torch.float64)).to(tensor.dtype)
+        elif all(torch.equal(tensor, state[name]) for state in states):
+            averaged[name] = tensor
+        else:
+            raise RefusedError(f"weight {name!r}: expected the same whole numbers in all models")
+    return averaged
+
+
+def _export_of(model: Path) -> Path:
+    folder = model / "export" if (model / "export").is_dir() else model
+    if not (folder / "bigbatch.json").is_file():
+        raise RefusedError(f"{model}: expected an exported model or a checkpoint; it has no bigbatch.json")
+    return folder
+
+
+def _check_alike(first: Path, other: Path) -> None:
+    for name in _SETTINGS:
+        for file in sorted(path.relative_to(first) for path in first.rglob(name)):
+            found = [_settings(folder / file) for folder in (first, other)]
+            if found[0] != found[1]:
+                raise RefusedError(f"{other / file} differs from that of {first}; expected models of one base and form")
+
+
+def _settings(file: Path) -> Any:
+    """What a settings file says but for where the model came from; None where there is none."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in _OF_TRAINING} if isinstance(found, dict) else found
+
+
+def _check_parity(written: Path, folders: Sequence[Path], shares: Sequence[float]) -> None:
+    """Raises RefusedError where the written model embeds otherwise than the averaged weights of the loaded ones."""
+    import numpy as np
+
+    from retriever.data.tokens import SIDES
+    from retriever.encoder.bundle import load_encoder
+
+    reloaded, bundles = load_encoder(written), [load_encoder(folder) for folder in folders]
+    expected = bundles[0]
+    expected.encoder.load_state_dict(average([bundle.encoder.state_dict() for bundle in bundles], shares))
+    for side in SIDES:
+        difference = float(np.abs(reloaded.encode(_PROBES, side) - expected.encode(_PROBES, side)).max())
+        if not difference <= _PARITY:
+            raise RefusedError(f"reloaded, a {side} embedding differs by {difference:.2e}; expected at most {_PARITY}")
+
+
+def _evaluate(folders: Sequence[Path], args: argparse.Namespace) -> None:
+    from eval.evaluate import EvalOptions, evaluate
+    from eval.report import format_table
+    from retriever.encoder.bundle import load_encoder
+
+    rows = {}
+    for folder in folders:
+        options = EvalOptions(batch=args.batch, progress=True)
+        result = evaluate(load_encoder(folder), args.data, args.split, args.metrics, options)
+        assert result is not None
+        rows[str(folder)] = result.means
+    print(format_table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
