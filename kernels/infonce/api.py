@@ -18,7 +18,7 @@ from kernels.infonce.exclusions import Exclusions, MaskTables
 from kernels.infonce.pooled import PooledBlock
 from kernels.infonce.reference import Block, Precision
 from kernels.infonce.rules import Guide, Hardness, Lists
-from kernels.infonce.two_pass import Direction, Passages, first_pass, second_pass
+from kernels.infonce.two_pass import Passages, Source, first_pass, second_pass
 
 __all__ = [
     "Block", "Exclusions", "Guide", "Hardness", "InfoNCE", "Lists", "MaskTables", "Precision", "block_of", "infonce",
@@ -107,7 +107,7 @@ def _infonce(block: Block, targets: Tensor, weights: Tensor, *, symmetric: bool,
             loss, dqueries, dpassages, along = one_pass.infonce(block, targets, weights)
             return InfoNCE(loss, dqueries, dpassages, along.sum() / block.scale)
     passages = Passages(block, targets)
-    loss, terms = first_pass([Direction(passages, columns=symmetric)], targets, weights)
+    loss, terms = first_pass([Source(passages, columns=symmetric)], targets, weights)
     if not gradients:
         return InfoNCE(loss)
     return InfoNCE(loss, *second_pass(passages, terms[0]), passages.along.sum() / block.scale)

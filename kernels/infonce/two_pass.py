@@ -62,8 +62,8 @@ class Passages:
         return dqueries, dpassages
 
 
-class Direction(NamedTuple):
-    """Blocks from one source of passages, and which of their sums are a direction of the loss."""
+class Source(NamedTuple):
+    """Where some blocks come from, and which of their sums are a direction of the loss."""
 
     passages: Passages
     rows: bool = True  # every query among its passages
@@ -71,24 +71,24 @@ class Direction(NamedTuple):
 
 
 def first_pass(
-    directions: Sequence[Direction], targets: Tensor, weights: Tensor, joint_targets: int = 0
+    sources: Sequence[Source], targets: Tensor, weights: Tensor, joint_targets: int = 0
 ) -> tuple[Tensor, list[Terms]]:
-    """The losses [B] and what the second pass of each of `directions` needs.
+    """The losses [B] and what the second pass of each of `sources` needs.
 
     The first one's own passages hold the targets: targets [B] are columns among them. weights [B] ≥ 0: of a query's
     loss, 0 where it is ignored. `joint_targets` is that of `Losses.of`.
     """
-    sums = [_answered(d.passages.forward(), partial(_lse, columns=d.columns)) for d in directions]
+    sums = [_answered(source.passages.forward(), partial(_lse, columns=source.columns)) for source in sources]
     lses = []
-    for direction, (row_lse, column_lse, _) in zip(directions, sums, strict=True):
-        lses += [row_lse] if direction.rows else []
-        lses += [column_lse[targets]] if direction.columns else []
+    for source, (row_lse, column_lse, _) in zip(sources, sums, strict=True):
+        lses += [row_lse] if source.rows else []
+        lses += [column_lse[targets]] if source.columns else []
     loss, shares, target_gradient = Losses.of(lses, sums[0][2], weights, joint_targets)
     terms: list[Terms] = []
-    for direction, (row_lse, column_lse, _) in zip(directions, sums, strict=True):
-        of_rows = log_weights(shares.pop(0), row_lse) if direction.rows else torch.full_like(row_lse, -torch.inf)
+    for source, (row_lse, column_lse, _) in zip(sources, sums, strict=True):
+        of_rows = log_weights(shares.pop(0), row_lse) if source.rows else torch.full_like(row_lse, -torch.inf)
         of_columns = None
-        if direction.columns:  # a passage that several queries have as target has a term for each
+        if source.columns:  # a passage that several queries have as target has a term for each
             of_columns = log_weights(sum_by_target(shares.pop(0), targets, len(column_lse)), column_lse)
         terms.append(Terms(of_rows, of_columns, torch.zeros_like(loss) if terms else target_gradient))
     return loss, terms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.api import Block, Exclusions, Hardness, MaskTables, Precision, block_of
-from kernels.infonce.two_pass import Direction, Passages, first_pass, second_pass
+from kernels.infonce.two_pass import Passages, Source, first_pass, second_pass
 from retriever.data.batch import KnownPairs
 
 _QUERY_TO_PASSAGE = ("query_to_passage",)
@@ -99,10 +99,10 @@ class Problem:
         (Cheng et al. 2024, arXiv:2410.17243)
         """
         parts = list(self._parts())
-        directions = [Direction(passages_of(part.problem), part.rows_count, part.problem.symmetric) for part in parts]
+        sources = [Source(passages_of(part.problem), part.rows_count, part.problem.symmetric) for part in parts]
         joint_targets = 0 if self.partition == "per_direction" else 1 + self.symmetric
-        loss, terms = first_pass(directions, self.columns, self.weights, joint_targets)
-        found = [second_pass(direction.passages, term) for direction, term in zip(directions, terms, strict=True)]
+        loss, terms = first_pass(sources, self.columns, self.weights, joint_targets)
+        found = [second_pass(source.passages, term) for source, term in zip(sources, terms, strict=True)]
         gradients = {"query": found[0][0], "passage": found[0][1]}
         for part, further in zip(parts[1:], found[1:], strict=True):
             for (side, rows), gradient in zip((part.rows, part.columns), further, strict=True):

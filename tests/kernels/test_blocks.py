@@ -22,7 +22,7 @@ import numpy, torch
 from kernels.infonce.exclusions import MaskTables
 from kernels.dispatch import on_kernels
 from kernels.infonce.api import Exclusions, block_of
-from kernels.infonce.two_pass import Direction, Passages, Step, first_pass, second_pass
+from kernels.infonce.two_pass import Passages, Source, Step, first_pass, second_pass
 from tests.kernels.oracle import dense_infonce, excluded_matrix, relative_error
 
 numpy.seterr(over="ignore")
@@ -62,7 +62,7 @@ class WithBank(Passages):
 got = []
 for frozen in (False, True):
     passages = WithBank(blocks[0], targets)
-    loss, terms = first_pass([Direction(passages)], targets, weights)
+    loss, terms = first_pass([Source(passages)], targets, weights)
     dqueries, dpassages = second_pass(passages, terms[0])
     assert (passages.bank is None) == frozen
     got.append((loss, dqueries, torch.cat([dpassages, want[2][32:] if frozen else passages.bank])))
