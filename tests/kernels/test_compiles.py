@@ -24,7 +24,6 @@ TILE_VARIANTS: dict[str, tuple[str, dict[str, str], list[str], dict[str, Any]]] 
     "gradient of both": ("bf16", {"row_shift": "*fp32", "column_shift": "*fp32"}, ["bf16"], {"FACTORED": True}),
     "maxima": ("bf16", {"row_out": "*fp32"} | COLUMNS, [], {"MAXIMUM": True, "RAGGED_COLUMNS": True}),
     "guide": ("bf16", ROWS | {"guide_limit": "*fp32"} | OWN, ["bf16"], {}),
-    "guide of both": ("bf16", ROWS | COLUMNS | {"guide_limit": "*fp32"} | PAIRS, [], {}),
     "guide, fp32": ("fp32", ROWS | {"guide_limit": "*fp32"}, ["fp32"], {}),
     "high": ("bf16", ROWS, ["bf16", "bf16"], {"CHUNK": 256}),
     "high of fp32": ("fp32", ROWS, ["bf16", "bf16"], {"CHUNK": 256, "PRECISION": "tf32x3"}),
