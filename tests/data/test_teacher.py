@@ -4,6 +4,7 @@ from.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -168,3 +169,40 @@ def test_data_without_scores_are_refused(built: tuple[Store, Records, Path], tmp
     for loss in losses:
         with pytest.raises(ConfigError, match="need a teacher's scores"):
             _loader(store, tmp_path, **loss)
+
+
+def test_scored_pairs_need_no_scored_negatives(built: tuple[Store, Records, Path]) -> None:
+    """CoSENT takes the pairs that have a score, and refuses data without any."""
+    store, records, folder = built
+    positives_alone = copy.copy(store)
+    positives_alone.negative_scores = None
+    groups = _groups(positives_alone, _loader(positives_alone, folder, cosent_weight=1.0), 0)
+    assert any(groups.values())
+    for query, group in groups.items():
+        scores = _scores(records[query], "positive")
+        assert all(scores[passage] == score for passage, score in group) and len(group) <= 1
+        assert bool(group) == bool(scores)
+    with pytest.raises(ConfigError, match="need a teacher's scores"):
+        _loader(positives_alone, folder, kl_weight=1.0)
+    positives_alone.positive_scores = None
+    with pytest.raises(ConfigError, match="cosent_weight needs scores of the positives"):
+        _loader(positives_alone, folder, cosent_weight=1.0)
+
+
+def test_own_negatives_are_those_in_the_batch(built: tuple[Store, Records, Path]) -> None:
+    """Whichever query brought them, and only where the loss asks for them."""
+    store, records, folder = built
+    assert _loader(store, folder).load(0).targets.own is None
+    loader, brought_by_others = _loader(store, folder, hardness="own", hardness_strength=5.0), 0
+    for step in range(3):
+        targets = loader.load(step).targets
+        assert targets.own is not None
+        present = {str(store.passages.ids[int(i)].as_py()) for i in targets.passage_ids}
+        for i, query in enumerate(_queries(store, loader, step)):
+            ids = targets.own.ids[targets.own.ptr[i] : targets.own.ptr[i + 1]].tolist()
+            negatives = {passage["docid"] for passage in records[query]["negative_passages"]}
+            assert {str(store.passages.ids[p].as_py()) for p in ids} == negatives & present and len(set(ids)) == len(
+                ids
+            )
+            brought_by_others += len(ids) > 2
+    assert brought_by_others > 0
