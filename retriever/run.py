@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from eval.evaluate import EvalOptions
 from eval.several import check_evaluation, evaluate_all
@@ -100,6 +100,10 @@ class Run:
     ) -> bool | None:
         self._running = False
         return self._lifetime.__exit__(kind, error, trace)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Of what is not set, or not yet."""
+        raise AttributeError(f"a Run has no {name!r} before it is entered, by train() or by `with`", name=name)
 
     def train(self, *, resume: bool = True) -> None:
         """Trains to the last step, saves and evaluates on the way; enters and leaves the run unless that was done.

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tqdm import TMonitor
 
 import bigbatch
 from bigbatch import Callback, Run
@@ -63,7 +64,7 @@ def _state() -> dict[str, Any]:
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "group": dist.is_initialized(),
         "accelerate": dict(PartialState._shared_state),
-        "threads": [thread.name for thread in threading.enumerate() if thread.name != "asyncio_0"],
+        "threads": [thread.name for thread in threading.enumerate() if not isinstance(thread, TMonitor)],  # tqdm's own
         "draws": torch.get_rng_state().tolist(),
         "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()),
     }
@@ -148,6 +149,8 @@ def test_a_loop_that_ends_early_leaves_a_run_that_goes_on(workplace: Path) -> No
     """Leaving the loop closes what is open: the lock is free, and the saved steps are not done again."""
     config = load(workplace / "run.yaml", [f"run.output_dir={workplace / 'early'}", "eval=null", "train.eval_every=0"])
     run = Run(config)
+    with pytest.raises(AttributeError, match="before it is entered, by train"):
+        run.to_sentence_transformer()
     for first, last in ((0, 2), (2, 4)):
         with run:
             assert run.done == first

@@ -14,10 +14,10 @@ from tests.workplace import make_workplace, metrics
 
 
 class _Stop(Callback):
-    """The second rank stops after step 2; the first alone hears what is logged."""
+    """The second rank stops when step 2 is saved, which is after the step; the first alone hears what is logged."""
 
-    def on_step_end(self, run: Any, report: Any) -> None:
-        run.should_stop = run.world.rank == 1 and run.done == 2
+    def on_save(self, run: Any) -> None:
+        run.should_stop = run.world.rank == 1
 
     def on_log(self, run: Any, values: dict[str, Any]) -> None:
         assert run.world.is_first
@@ -34,7 +34,14 @@ def _rank(rank: int, folder: Path, ports: list[int]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for name, callback, port in zip(("stop", "fail"), (_Stop(), _Fail()), ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        settings = ["train.log_every=1", "eval=null", "train.eval_every=0", "run.trackers=[]", "run.timeout_s=20"]
+        settings = [
+            "train.log_every=1",
+            "train.save_every=2",
+            "eval=null",
+            "train.eval_every=0",
+            "run.trackers=[]",
+            "run.timeout_s=20",
+        ]
         run = Run(folder / "run.yaml", [*settings, f"run.output_dir={folder / name}"], callbacks=[callback])
         try:
             run.train()
