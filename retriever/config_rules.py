@@ -110,7 +110,6 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (custom, ("loss.symmetric", (False,), "loss.custom, which takes its place")),
         (custom, ("loss.directions", (one,), "loss.custom, which takes its place")),
         (custom, ("loss.hardness", ("none",), "loss.custom, which takes its place")),
-        (custom, ("loss.guide", (None,), "loss.custom, which takes its place")),
         (custom, ("loss.positives", (1,), "loss.custom")),
         (custom, ("loss.learn_temperature", (False,), "loss.custom, whose own parameters are trained")),
         (config.batch.offload, ("loss.kl_weight", (0,), f"{offload}: {_TEACHER}")),

@@ -149,6 +149,9 @@ def _custom_loss(queries: Tensor, passages: Tensor, targets: Targets, loss: Loss
         of_rows, of_columns = targets.pools.of_columns(targets.passage_ids)
         excluded |= of_rows[:, None] != of_columns[None, :]
     excluded, q = excluded[active], queries[active]
+    if targets.guide is not None:
+        of_queries, of_passages, limit = targets.guide
+        excluded |= of_queries[active].double() @ of_passages.double().T > limit[active, None]
     if loss.false_negative_margin is not None:
         threshold = false_negatives_from(q.detach(), passages.detach()[column], loss.false_negative_margin)
         excluded |= (q @ passages.T).detach() > threshold[:, None]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from kernels.infonce.reference import Block
 from kernels.layers.layer import SavedActivations, without_graph
@@ -19,9 +21,10 @@ from retriever.data.text_vectors import TeacherVectors
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import FirstPass, backward_through_encoder
-from retriever.loss import distill
+from retriever.loss import custom, distill
 from retriever.loss.contrastive import ContrastiveObjective
-from retriever.loss.strategies import STRATEGIES
+from retriever.loss.custom import CustomLoss, LossTargets
+from retriever.loss.strategies import STRATEGIES, excluded_pairs
 from retriever.parallel.host import HostRows
 from retriever.representations import Representations
 from retriever.verify import GradientCheck, gradient_error
@@ -86,6 +89,28 @@ def test_kinds_of_negatives_are_checked(encoder: DualEncoder, loss: dict[str, An
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Block, "_guided", lambda block, logits, i, j: logits)
         assert gradient_error(encoder, LossConfig(temperature=0.1, **loss), batch).gradient_error > BROKEN
+
+
+def test_a_loss_of_ones_own_is_checked(encoder: DualEncoder) -> None:
+    """By one call on the whole batch, with every rule of what is no negative; one that is left out is found."""
+
+    def rows(queries: Tensor, passages: Tensor, targets: LossTargets) -> Tensor:
+        logits = (queries @ passages.T / targets.temperature).masked_fill(targets.excluded, -torch.inf)
+        return cross_entropy(logits, targets.positives, reduction="none")
+
+    whole = random_batch(queries=8, passages=14, ignored=1, guide=True, pools=2)
+    batch = rank_batch(whole, 0, 40)[0]
+    loss = LossConfig(temperature=0.1, false_negative_margin=0.02, dims=(8, 32), custom="rows")
+    check = gradient_error(encoder, loss, batch, custom=CustomLoss(rows))
+    assert check.gradient_error < BOUND and check.loss_error < BOUND
+
+    def without(rule: str) -> Callable[..., Tensor]:
+        return lambda similarities, exclusions: excluded_pairs(similarities, replace(exclusions, **{rule: None}))
+
+    for rule in ("guide", "pools", "threshold"):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(custom, "excluded_pairs", without(rule))
+            assert gradient_error(encoder, loss, batch, custom=CustomLoss(rows)).gradient_error > BROKEN, rule
 
 
 @pytest.mark.parametrize("normalize", [True, False])

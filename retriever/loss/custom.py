@@ -142,13 +142,15 @@ class _Rows:
     @classmethod
     def of(cls, problem: Problem, groups: Groups | None, start: int, world: World) -> _Rows:
         """This rank's, whose passages stand from `start` on."""
-        ids = world.gather_rows(problem.exclusions.passage_ids).rows
+        ids, guide = world.gather_rows(problem.exclusions.passage_ids).rows, problem.exclusions.guide
+        if guide is not None:
+            guide = guide._replace(passages=world.gather_rows(guide.passages).rows)
         positives = torch.where(problem.active, problem.positives + start, -1)
         scored = None
         if groups is not None:
             rows = torch.repeat_interleave(groups.ptr.diff())
             scored = rows, columns_of(groups.ids, ids), groups.scores.to(problem.queries.dtype)
-        return cls(problem.queries, positives, replace(problem.exclusions, passage_ids=ids), scored)
+        return cls(problem.queries, positives, replace(problem.exclusions, passage_ids=ids, guide=guide), scored)
 
     def of_all_ranks(self, problem: Problem, world: World) -> _Rows:
         """Those of every rank, rank after rank."""
@@ -157,7 +159,10 @@ class _Rows:
             moved = scored[0] + queries.own.start, scored[1], scored[2]
             rows, columns, scores = (world.gather_rows(part).rows for part in moved)
             scored = rows, columns, scores
-        exclusions = exclusions_of_all_rows(problem, world, self.exclusions.passage_ids)
+        exclusions, guide = exclusions_of_all_rows(problem, world, self.exclusions.passage_ids), self.exclusions.guide
+        if guide is not None:
+            of_queries, limit = (world.gather_rows(part).rows for part in (guide.queries, guide.limit))
+            exclusions = replace(exclusions, guide=guide._replace(queries=of_queries, limit=limit))
         return _Rows(queries.rows, world.gather_rows(self.positives).rows, exclusions, scored)
 
     def targets(self, index: Tensor, passages: Tensor, temperature: float) -> LossTargets:

@@ -121,6 +121,9 @@ def excluded_pairs(similarities: Tensor, exclusions: Exclusions) -> Tensor:
     if exclusions.pools is not None:
         rows, columns = exclusions.pools.of_columns(exclusions.passage_ids)
         excluded |= rows[:, None] != columns[None, :]
+    if exclusions.guide is not None:
+        of_queries, of_passages, limit = exclusions.guide
+        excluded |= of_queries.float() @ of_passages.float().T > limit[:, None]
     return excluded
 
 

@@ -62,6 +62,7 @@ class Case:
     block: int = 10**6
     margin: float | None = None
     ignored: int = 0
+    guide: bool = False
     dims: tuple[int, ...] = ()
     weight: float = 1.0
 
@@ -69,6 +70,7 @@ class Case:
 CASES = [
     *(Case(), Case(block=1), Case(block=3, margin=0.05, ignored=2), Case(dims=(4, 8), weight=0.5)),
     *(Case(whole=True), Case(whole=True, margin=0.05, ignored=2)),
+    *(Case(block=3, ignored=2, guide=True), Case(whole=True, guide=True)),
 ]
 
 
@@ -78,7 +80,7 @@ def _differences(world: World, folder: Path) -> list[dict[str, float]]:
 
 def _difference(world: World, case: Case) -> dict[str, float]:
     """Of this rank's gradients and of the batch's loss to those of the tiled strategy, relative to the largest."""
-    whole = random_batch(ranks=world.size, ignored=case.ignored)
+    whole = random_batch(ranks=world.size, ignored=case.ignored, guide=case.guide)
     batch, rows, columns = rank_batch(whole, world.rank, 100)
     draws = torch.Generator().manual_seed(1)
     sides = [
