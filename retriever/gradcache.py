@@ -92,7 +92,9 @@ def representation_gradients(
         part = objective.bank.join(batch.step, own)
         objective.bank.add(batch, own)
     loss, dqueries, dpassages = objective(part.queries, part.passages, part.targets, world, scale, temperature)
-    return loss, Representations(dqueries[: len(own.queries)], dpassages[: len(own.passages)])
+    if part is not own:  # copies, so that the gradient at the bank's rows takes no memory any more
+        dqueries, dpassages = dqueries[: len(own.queries)].clone(), dpassages[: len(own.passages)].clone()
+    return loss, Representations(dqueries, dpassages)
 
 
 def backward_through_encoder(encoder: DualEncoder, batch: Batch, gradients: Representations, first: FirstPass) -> None:

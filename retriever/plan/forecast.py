@@ -75,6 +75,7 @@ class Memory:
     gradients: float
     optimizer: float
     representations: float
+    bank: float = 0.0  # a full memory bank, and this rank's share of it beside the batch
     host: float = 0.0  # in host memory instead: representations, their gradients and the copies that the loss makes
 
 
@@ -147,7 +148,7 @@ class Forecast:
             part.representations + kept[-1] + self.loss.peak_bytes,
             2 * part.representations + part.gradients + second.max(),
         )
-        return float(part.weights + part.optimizer + max(stages))
+        return float(part.weights + part.optimizer + part.bank + max(stages))
 
     def _of_kept(self, graph: np.ndarray | float, products: np.ndarray, nothing: np.ndarray | float) -> np.ndarray:
         """Each chunk's value of these three, by what it keeps: [chunks]."""

@@ -78,6 +78,8 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         if not memory.host
         else ("host memory", _size(memory.host), "representations, their gradients, and copies of them"),
     ]
+    if memory.bank:
+        rows.append(("bank", _size(memory.bank), "when it is full"))
     if usable_bytes is None:
         rows.append(("activations", "unknown", "measured on a GPU only"))
     else:

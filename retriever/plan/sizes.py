@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from retriever.config import Config, ConfigError, OptimConfig
+from retriever.config import Config, ConfigError, LossConfig, OptimConfig
 from retriever.data.planner import GlobalBatch, Planner
 from retriever.data.slices import RankSlice, slice_for_rank
 from retriever.data.store import Store
@@ -65,13 +65,17 @@ class StepPlanner:
         self._parameters = [p for module in (encoder, objective) for p in module.parameters() if p.requires_grad]
         own = sum(t.nbytes for module in (encoder, objective) for t in [*module.parameters(), *module.buffers()])
         numbers = sum(len(lengths) for lengths in self._lengths.values()) * encoder.dimension
-        offload = config.batch.offload
+        offload, itemsize = config.batch.offload, next(encoder.parameters()).itemsize
+        at_loss = host_bytes(config.loss.precision, dims=bool(config.loss.dims)) if offload else itemsize
+        texts = {side: len(lengths) for side, lengths in self._lengths.items()}
+        bank = _bank_bytes(config.loss, texts, world.size, at_loss) * encoder.dimension
         self._memory = Memory(
             weights=max(allocated_bytes(world.device), own),
             gradients=sum(p.nbytes for p in self._parameters),
             optimizer=_state_bytes(config.optim, self._parameters),
-            representations=0.0 if offload else numbers * next(encoder.parameters()).itemsize,
-            host=numbers * host_bytes(config.loss.precision, dims=bool(config.loss.dims)) if offload else 0.0,
+            representations=0.0 if offload else numbers * itemsize,
+            bank=0.0 if offload else bank,
+            host=numbers * at_loss + bank if offload else 0.0,
         )
 
     def decide(self) -> tuple[Config, Forecast | None]:
@@ -224,6 +228,17 @@ def _step_lengths(
     whole = planner.plan(0)
     every = lengths(whole)
     return len(whole.queries), lengths(slice_for_rank(whole, every["query"], every["passage"], world.rank, world.size))
+
+
+def _bank_bytes(loss: LossConfig, texts: dict[Side, int], ranks: int, at_loss: int) -> int:
+    """Bytes of a full bank for each dimension: stored on each rank, and its share and the batch joined for the loss,
+    `at_loss` for a number. `texts`: of this rank in a step.
+    """
+    if loss.bank == "none":
+        return 0
+    banked = texts["passage"] + (texts["query"] if loss.bank == "contaccum" else 0)
+    stored = 2 if loss.precision == "bf16" else 4
+    return loss.bank_steps * banked * (ranks * stored + at_loss) + sum(texts.values()) * at_loss
 
 
 def _state_bytes(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> float:

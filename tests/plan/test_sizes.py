@@ -213,6 +213,23 @@ def test_representations_in_host_memory_take_none_of_a_gpus(run: Run) -> None:
     assert there.loss.peak_bytes == 2**24 and min(there.loss.seconds, here.loss.seconds) > 10
 
 
+def test_a_bank_is_counted_as_when_it_is_full(run: Run) -> None:
+    """2 bytes of each number of its three steps, 4 of this rank's share of them and of the batch beside it; and a loss
+    over as many more texts.
+    """
+    run.limit(1e12)
+    run.patch.setattr(sizes, "measure_loss", lambda *given: Cost(1.0, 2.0**24))
+    run.patch.setitem(sizes._MEASURED_PAIRS, ("cpu", True), 2**16)
+    plain, moco, both = (run.measured(loss={"bank": b, "bank_steps": 3})[1] for b in ("none", "moco", "contaccum"))
+    queries, passages = (len(plain.workload.lengths[side]) for side in ("query", "passage"))
+    batch = 32 * 4 * (queries + passages)
+    assert plain.memory.bank == 0
+    assert moco.memory.bank == 32 * 3 * passages * (2 + 4) + batch
+    assert both.memory.bank == 32 * 3 * (queries + passages) * (2 + 4) + batch
+    assert both.peak_bytes > plain.peak_bytes + both.memory.bank
+    assert moco.loss.seconds > 3 * plain.loss.seconds and both.loss.seconds > 12 * plain.loss.seconds
+
+
 @pytest.mark.parametrize(
     ("changes", "operations", "fixed_mib"),
     [({}, 8 / 6, 1), ({"workspace_mib": 64}, 1, 16), ({"symmetric": True}, 1, 1), ({"strategy": "dense"}, 1, None)],
