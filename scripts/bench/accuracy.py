@@ -4,8 +4,9 @@
     python -m scripts.bench.accuracy --config configs/x.yaml --methods dense local disco tiled accumulated
     python -m scripts.bench.accuracy --config configs/x.yaml --methods tiled small moco contaccum --sizes 4096
 
-The configuration needs a section `eval`. A run of each method, batch size and seed trains as it says and is evaluated
-after its last step. Started again, the command goes on after the rows of its JSON.
+The configuration needs a section `eval`, and its length in `train.epochs`, so that all methods see equal data. A run of
+each method, batch size and seed is evaluated after its last step. Started again, the command goes on after the rows of
+its JSON.
 """
 
 from __future__ import annotations
