@@ -36,6 +36,7 @@ from retriever.plan.sizes import StepPlanner
 from retriever.rng import RngState
 from retriever.run_folder import held
 from retriever.signals import die_with_launcher
+from retriever.summary import summary
 from retriever.text_vectors import vectors_of
 
 
@@ -183,11 +184,11 @@ def _announce(parts: Assembly, done: int) -> None:
     config, prepared, total, say = parts.config, parts.prepared, parts.total, parts.accelerator.print
     store, planner, last = prepared.store, parts.planner, prepared.last
     if config.run.preflight != "off":
-        say(preflight.summary(config, parts.encoder, store, planner, total, parts.world))
+        say(summary(config, parts.encoder, prepared.tokenizer, store, planner, total, parts.world))
         if parts.forecast is not None:
             say(plan_lines(parts.forecast, total))
-        queries, negatives = planner.batch_queries[1], len(store.negatives.ids)
-        for warning in preflight.warnings(config, prepared.tokenizer, total, queries, negatives):
+        most = planner.batch_queries[1]
+        for warning in preflight.warnings(config, parts.encoder, prepared.tokenizer, store, total, most):
             say(f"warning: {warning}")
     if config.run.verify and done < total:
         say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template, parts.objective.custom)}")

@@ -1,19 +1,21 @@
-"""Before step 1: resolves `auto` values from the model and the machine, checks paths, prints a summary and warnings."""
+"""Before step 1: resolves `auto` values from the model and the machine, checks paths, warns, checks the gradient."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from retriever.config import Config, ConfigError, LossConfig, ModelConfig
+from retriever import checkpoint
+from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.batch import BatchLoader
 from retriever.data.files import exists
 from retriever.data.planner import Planner
 from retriever.data.store import Store
-from retriever.data.tokens import TokenTemplate, tokenize_flat
+from retriever.data.tokens import SIDES, TokenTemplate
 from retriever.encoder.batch_norm import batch_norms
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import has_dropout
@@ -21,8 +23,8 @@ from retriever.encoder.settings import read_model_config
 from retriever.loss.custom import CustomLoss
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
-from retriever.plan.forecast import SIDES
-from retriever.plan.report import layers_of
+from retriever.plan.report import size
+from retriever.summary import checkpoint_bytes, cut_share, prompt_tokens
 from retriever.verify import GradientCheck, gradient_error
 from retriever.wording import counted
 
@@ -121,10 +123,17 @@ def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfi
     return model
 
 
-def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int, queries: int, negatives: int) -> list[str]:
-    """What is allowed and probably not meant in a run of `total` steps.
+def warnings(
+    config: Config,
+    encoder: DualEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    total: int,
+    queries: int,
+) -> list[str]:
+    """What is allowed and probably not meant in a run of `total` steps, `queries` in its largest batch.
 
-    `queries` are those of its largest batch, `negatives` the hard negatives of all its data. Nothing is changed.
+    Nothing is changed.
     """
     optim, model, loss = config.optim, config.model, config.loss
     split = config.eval.split if config.eval is not None else ""
@@ -132,93 +141,59 @@ def warnings(config: Config, tokenizer: PreTrainedTokenizerBase, total: int, que
         (
             optim.warmup >= total,
             f"optim.warmup={optim.warmup:g} steps of a run of {counted(total, 'step')}: the learning rate never "
-            "reaches optim.lr",
+            "reaches optim.lr; set a smaller number or a share below 1",
         ),
         (
             queries >= _LARGE_BATCH and optim.lr < 1e-4,
             f"optim.lr={optim.lr:g} is small for batches of {queries:,} queries: 1e-4 and more is usual at this size",
         ),
         (
-            config.data.negatives > 0 and not negatives,
+            config.data.negatives > 0 and not len(store.negatives.ids),
             f"data.negatives={config.data.negatives}, but no query of data.train has a hard negative: only "
             "other queries' passages are negatives. `python -m scripts.mine_negatives` finds hard ones; "
             "data.negatives=0 turns this warning off",
         ),
         (
             not model.normalize and loss.temperature < 0.1,
-            f"model.normalize=false with loss.temperature={loss.temperature:g}: logits may be very large",
+            f"model.normalize=false with loss.temperature={loss.temperature:g}: logits may be very large; "
+            "loss.temperature=1 is usual there",
         ),
         (
             split.startswith("test"),
-            f"eval.split={split}: best/ is chosen on a test split, so its score there is no fair estimate any more",
+            f"eval.split={split}: best/ is chosen on a test split, so its score there is no fair estimate any more; "
+            "name a development split",
         ),
         (
             model.pooling == "last" and not TokenTemplate.from_tokenizer(tokenizer).suffix,
             "model.pooling=last, but the tokenizer appends nothing to a text, so its last word is what is pooled; "
             "model.append_eos=true appends the end-of-text token",
         ),
+        (
+            (share := cut_share(model, tokenizer, store, "query")) > 0.5,
+            f"model.query_max_tokens={model.query_max_tokens} cuts {share:.0%} of the queries: raise it",
+        ),
     ]
     for side in SIDES:
-        length, limit = (
-            len(tokenize_flat(tokenizer, [getattr(model, f"{side}_prompt")])[0]),
-            getattr(model, f"{side}_max_tokens"),
-        )
+        length, limit = prompt_tokens(model, tokenizer, side), getattr(model, f"{side}_max_tokens")
         text = (
-            f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut short"
+            f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut "
+            "short; raise the length or shorten the prompt"
         )
         possible.append((2 * length > limit, text))
-    return [text for holds, text in possible if holds]
+    return [text for holds, text in possible if holds] + _disk_warning(config, encoder)
 
 
-def summary(config: Config, encoder: DualEncoder, store: Store, planner: Planner, total: int, world: World) -> str:
-    """Four lines on the run: model, data, batch, length and output."""
-    parameters = sum(p.numel() for p in encoder.parameters())
-    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    sources = ", ".join(f"{s.name} ({s.last - s.first:,})" for s in store.sources)
-    towers = "tied" if encoder.tied else "untied"
-    by_chunk = (
-        ", by whose rows batch normalisation computes: the gradient depends on them" if batch_norms(encoder) else ""
-    )
-    return "\n".join(
-        (
-            f"model   {config.model.name_or_path}: {parameters / 1e6:.1f}M parameters, {towers} towers, "
-            f"{encoder.pooling} pooling"
-            + (f", in shards on {world.size} ranks" if world.sharded else "")
-            + f"; {modes(config.model, encoder)}",
-            f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}",
-            f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
-            f"tokens{by_chunk}; {config.loss.title}, temperature {config.loss.temperature:g}{_bank(config.loss)}",
-            f"run     {counted(total, 'step')} ({planner.steps_per_epoch:,} an epoch) on {world.size} × {where}, "
-            f"{config.optim.precision}; output in {config.run.output_dir}",
-        )
-    )
-
-
-def modes(model: ModelConfig, encoder: DualEncoder) -> str:
-    """How the towers compute, and why layers of packed texts are not fused, unless a setting says so."""
-    reason = encoder.unfused_because if model.attention == "packed" and not model.fused else None
-    return f"{model.attention} texts, {layers_of(model)}" + (f" (not fused: {reason})" if reason else "")
-
-
-def _queries(planner: Planner, asked: int) -> str:
-    """How many queries the batches really have."""
-    least, most = planner.batch_queries
-    found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
-    return (
-        found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
-    )
-
-
-def _bank(loss: LossConfig) -> str:
-    return "" if loss.bank == "none" else f"; bank {loss.bank} of {counted(loss.bank_steps, 'step')}"
-
-
-def _equal(store: Store) -> str:
-    """How many texts have the tokens of an earlier one."""
-    found = [("query", "sharing its positives"), ("passage", "taken for it")]
-    counts = zip(found, (store.equal["queries"], store.equal["passages"]), strict=True)
-    said = ", ".join(f"{counted(count, name)} {what}" for (name, what), count in counts if count)
-    return f"; with the tokens of an earlier one {said}" if said else ""
+def _disk_warning(config: Config, encoder: DualEncoder) -> list[str]:
+    """Says where the checkpoints that are still to come may not fit on the disk."""
+    folder, written = Path(config.run.output_dir).absolute(), checkpoint_bytes(config, encoder)
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    more = config.train.keep_last + 1 - len(checkpoint.steps(folder / checkpoint.FOLDER))
+    if written is None or more * written <= free:
+        return []
+    return [
+        f"run.output_dir: {size(free)} are free, and {counted(more, 'checkpoint')} of {size(written)} will be written; "
+        "free some space, choose another folder or lower train.keep_last"
+    ]
 
 
 def verify(

@@ -57,6 +57,7 @@ FLOORS = (
         "launch",
         "report",
         "resume",
+        "summary",
     ),
     ("command", "assembly", "inputs"),
     ("run", "train", "encode"),

@@ -6,13 +6,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retriever import preflight
+from retriever import preflight, summary
 from retriever.config import (
     BatchConfig,
     Config,
@@ -119,30 +120,44 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
         preflight.resolve(replace(CONFIG, loss=LossConfig(dims=(64,))), encoder, World(torch.device("cpu")))
 
 
-def test_what_is_probably_not_meant_is_said(folder: Path) -> None:
-    tokenizer = load_tokenizer(str(folder / "model"))
-    assert preflight.warnings(Config(), tokenizer, 1000, 1024, negatives=1) == []
-    assert preflight.warnings(Config(batch=BatchConfig(9000)), tokenizer, 1000, 120, negatives=1) == [], (
-        "the real batch"
+def _store(negatives: int = 1, query_tokens: tuple[int, ...] = (4, 9)) -> Any:
+    """As much of a store as warnings look at."""
+    lengths = SimpleNamespace(lengths=np.array(query_tokens))
+    return SimpleNamespace(queries=lengths, negatives=SimpleNamespace(ids=np.arange(negatives)))
+
+
+def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, encoder = (
+        load_tokenizer(str(folder / "model")),
+        DualEncoder.from_pretrained(ModelConfig(f"{folder}/model")),
     )
-    (text,) = preflight.warnings(Config(), tokenizer, 1000, 1024, negatives=0)
+
+    def found(config: Config, store: Any, total: int = 1000, queries: int = 1024) -> list[str]:
+        return preflight.warnings(config, encoder, tokenizer, store, total, queries)
+
+    assert found(Config(), _store()) == []
+    assert found(Config(batch=BatchConfig(9000)), _store(), queries=120) == [], "the real batch"
+    (text,) = found(Config(), _store(negatives=0))
     assert text.startswith("data.negatives=7, but no query of data.train has a hard negative")
-    assert preflight.warnings(Config(data=DataConfig(negatives=0)), tokenizer, 1000, 1024, negatives=0) == []
+    assert found(Config(data=DataConfig(negatives=0)), _store(negatives=0)) == []
     odd = Config(
         model=ModelConfig("m", normalize=False, query_prompt="a b c d e", query_max_tokens=8),
         batch=BatchConfig(9000),
         optim=OptimConfig(warmup=20),
         eval=EvalConfig("x", split="test"),
     )
-    found = preflight.warnings(odd, tokenizer, 20, 9000, negatives=1)
     starts = [
         "optim.warmup=20",
         "optim.lr=2e-05",
         "model.normalize=false",
         "eval.split=test",
+        "model.query_max_tokens=8 cuts 67% of the queries: raise it",
         "model.query_prompt takes 5 of the 8",
+        "run.output_dir: 0.1 MiB are free, and 3 checkpoints of ",
     ]
-    assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**17))
+    said = found(odd, _store(query_tokens=(6, 7, 8)), total=20, queries=9000)
+    assert [line[: len(start)] for line, start in zip(said, starts, strict=True)] == starts
 
 
 def test_only_prints_the_plan_and_leaves_nothing(
@@ -176,8 +191,8 @@ def test_what_keeps_layers_from_being_fused_is_named(tmp_path: Path) -> None:
         for i, architecture in enumerate(("qwen3", "qwen3", "gpt2"))
     )
     adapt(adapted.towers, LoraConfig(), seed=0)
-    assert preflight.modes(packed, plain) == "packed texts, compiled layers"
+    assert summary.modes(packed, plain) == "packed texts, compiled layers"
     because = "packed texts, compiled layers (not fused: "
-    assert preflight.modes(packed, adapted) == because + "it has LoRA adapters)"
-    assert preflight.modes(packed, other) == because + "the layers of a 'gpt2' model are not known)"
-    assert preflight.modes(replace(packed, attention="padded"), other) == "padded texts, compiled layers"
+    assert summary.modes(packed, adapted) == because + "it has LoRA adapters)"
+    assert summary.modes(packed, other) == because + "the layers of a 'gpt2' model are not known)"
+    assert summary.modes(replace(packed, attention="padded"), other) == "padded texts, compiled layers"

@@ -22,7 +22,7 @@ def plan_lines(forecast: Forecast, total: int) -> str:
     """What a step is expected to take, in two lines; of a run on one rank's figures."""
     passes = forecast.first_pass_s, forecast.second_pass_s
     stages = f"{passes[0]:.3g} + {forecast.loss.seconds:.2g} + {passes[1]:.3g} + {forecast.update_s:.2g} s"
-    peak = f"; at most {_size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
+    peak = f"; at most {size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""
     return (
         f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "
         f"{forecast.share('graph'):.0%} encoded once, {forecast.share('products'):.0%} again in part{peak}\n"
@@ -71,29 +71,29 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
             f"{counted(total, 'step')}; evaluations and checkpoints not counted",
         ),
         ("", "", ""),
-        ("weights", _size(memory.weights), "and what else is there before step 1"),
-        ("gradients", _size(memory.gradients), ""),
-        ("optimizer", _size(memory.optimizer), ""),
-        ("representations", _size(memory.representations), "and as much for their gradients")
+        ("weights", size(memory.weights), "and what else is there before step 1"),
+        ("gradients", size(memory.gradients), ""),
+        ("optimizer", size(memory.optimizer), ""),
+        ("representations", size(memory.representations), "and as much for their gradients")
         if not memory.host
-        else ("host memory", _size(memory.host), "representations, their gradients, and copies of them"),
+        else ("host memory", size(memory.host), "representations, their gradients, and copies of them"),
     ]
     if memory.bank:
-        rows.append(("bank", _size(memory.bank), "when it is full"))
+        rows.append(("bank", size(memory.bank), "when it is full"))
     if usable_bytes is None:
         rows.append(("activations", "unknown", "measured on a GPU only"))
     else:
         rows += [
-            ("loss at its peak", _size(forecast.loss.peak_bytes), ""),
-            ("kept between passes", _size(forecast.retained_bytes.sum()), ""),
-            ("a chunk at work", _size(forecast.working_bytes), ""),
-            ("peak", _size(forecast.peak_bytes), f"of {_size(usable_bytes)} that can be used; not all parts at once"),
+            ("loss at its peak", size(forecast.loss.peak_bytes), ""),
+            ("kept between passes", size(forecast.retained_bytes.sum()), ""),
+            ("a chunk at work", size(forecast.working_bytes), ""),
+            ("peak", size(forecast.peak_bytes), f"of {size(usable_bytes)} that can be used; not all parts at once"),
         ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"{name:{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows)
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes as GiB, or MiB where that is less than one."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
