@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from retriever import config_file
-from retriever.config import Config, ConfigError, EvalConfig, SourceConfig
+from retriever.config import Config, ConfigError, EvalCollectionConfig, EvalConfig, SourceConfig
 from retriever.environment import check_environment
 from retriever.files import make_folder, replace_folder
 from retriever.lock import locked
@@ -44,9 +44,9 @@ def configuration(
     """The checked configuration of `config` and `overrides`, with what else is given in its sections.
 
     `model`: a name, a folder, or anything with sentence-transformers' `save_pretrained`. `train`: sources, or records
-    as dicts of one of the formats of docs/data.md. `evaluation`: a BEIR folder, or a name with the texts of queries and
-    corpus by id (a passage may be a dict of title and text) and the judgments. `loss`: a function or module, of which
-    the name is kept. Raises RefusedError.
+    as dicts of one of the formats of docs/data.md. `evaluation`: a BEIR folder, or names, each with the texts of
+    queries and corpus by id (a passage may be a dict of title and text) and the judgments. `loss`: a function or
+    module, of which the name is kept. Raises RefusedError.
     """
     check_environment()
     read = config_file.read(config, overrides)
@@ -83,19 +83,29 @@ def _sources(train: Train, objects: Path) -> tuple[SourceConfig, ...]:
 def _evaluation(asked: EvalConfig, given: Eval, objects: Path) -> EvalConfig:
     if isinstance(given, (str, Path)):
         return replace(asked, path=str(given))
-    if len(given) != 1:
-        raise ConfigError(f"eval: expected one collection, received {len(given)}: {', '.join(given)}")
-    ((queries, corpus, judgments),) = given.values()
+    if not given:
+        raise ConfigError("eval: expected at least one collection, received none")
+    first, *others = (str(_keep_collection(objects, name, asked.split, given[name])) for name in given)
+    also = (EvalCollectionConfig(path=path, split=asked.split) for path in others)
+    return replace(asked, path=first, also=(*also, *asked.also))
 
-    def write(folder: Path) -> None:
+
+def _keep_collection(objects: Path, name: str, split: str, collection: Collection) -> Path:
+    """The BEIR folder of a collection, which has its name."""
+    if Path(name).name != name:
+        raise ConfigError(f"eval: expected names that a folder can have, received {name!r}")
+    queries, corpus, judgments = collection
+
+    def write(place: Path) -> None:
+        folder = place / name
+        (folder / "qrels").mkdir(parents=True)
         _write_lines(folder / "queries.jsonl", ({"_id": id_, "text": text} for id_, text in queries.items()))
         _write_lines(folder / "corpus.jsonl", ({"_id": id_, "title": "", **_fields(p)} for id_, p in corpus.items()))
-        (folder / "qrels").mkdir()
         lines = (f"{query}\t{id_}\t{grade}\n" for query, found in judgments.items() for id_, grade in _graded(found))
-        with (folder / "qrels" / f"{asked.split}.tsv").open("w", encoding="utf-8") as stream:
+        with (folder / "qrels" / f"{split}.tsv").open("w", encoding="utf-8") as stream:
             stream.writelines(chain(["query-id\tcorpus-id\tscore\n"], lines))
 
-    return replace(asked, path=str(_keep(objects, write)))
+    return _keep(objects, write) / name
 
 
 def _fields(passage: str | Mapping[str, str]) -> Mapping[str, str]:

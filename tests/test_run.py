@@ -77,7 +77,8 @@ def test_objects_in_memory_train_evaluate_and_come_back(workplace: Path) -> None
     records = _records(workplace)
     corpus = {f"p{i}": record["positive"] for i, record in enumerate(records)}
     queries = {f"q{i}": record["anchor"] for i, record in enumerate(records[:20])}
-    collection = {"held out": (queries, corpus, {f"q{i}": {f"p{i}"} for i in range(20)})}
+    judgments = {f"q{i}": {f"p{i}"} for i in range(20)}
+    collections = {"held out": (queries, corpus, judgments), "few": ({"q0": queries["q0"]}, corpus, {"q0": {"p0"}})}
     settings = [
         *(f"run.output_dir={workplace / 'memory'}", f"data.cache_dir={workplace / 'cache'}", "run.trackers=[]"),
         *("model.query_max_tokens=16", "model.passage_max_tokens=32", "batch.queries=24", "optim.precision=fp32"),
@@ -85,13 +86,15 @@ def test_objects_in_memory_train_evaluate_and_come_back(workplace: Path) -> None
     ]
     losses = []
     for steps, train in ((4, Dataset.from_list(records)), (8, (dict(record) for record in records))):
-        run = Run(None, [*settings, f"train.max_steps={steps}"], model=start, train=train, eval=collection)
+        run = Run(None, [*settings, f"train.max_steps={steps}"], model=start, train=train, eval=collections)
         run.train()
         losses += [line["train/loss"] for line in metrics(workplace / "memory") if "train/loss" in line]
         assert run.done == steps
     with pytest.raises(ConfigError, match="run.resume: never, but"):
         run.train(resume=False)
-    after = run.evaluate()["eval/nDCG@10"]
+    measured = run.evaluate()
+    after = measured["eval/nDCG@10"]
+    assert {"eval/held out/nDCG@10", "eval/few/nDCG@10"} <= measured.keys()
     recorded = [line["eval/nDCG@10"] for line in metrics(workplace / "memory") if "eval/nDCG@10" in line]
     assert len(recorded) == 2 and after == pytest.approx(recorded[-1])
     model = run.to_sentence_transformer(device="cpu")
@@ -137,7 +140,8 @@ def test_what_is_handed_over_becomes_files_by_content(tmp_path: Path) -> None:
         ({"train": [{"anchor": "a"}, "b"]}, "train: expected dicts, received as number 2 str"),
         ({"train": [{"anchor": torch}]}, "train: record 1 is no JSON"),
         ({"model": torch.nn.Linear(1, 1)}, "expected a name, a folder or a SentenceTransformer; received Linear"),
-        ({"evaluation": {"a": ({}, {}, {}), "b": ({}, {}, {})}}, "expected one collection, received 2: a, b"),
+        ({"evaluation": {}}, "eval: expected at least one collection, received none"),
+        ({"evaluation": {"a/b": ({}, {}, {})}}, "eval: expected names that a folder can have, received 'a/b'"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
