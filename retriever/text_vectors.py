@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels.infonce.rules import guide_vectors
 from retriever.checksums import damaged, own_cache, write_checksums
 from retriever.config import Config
+from retriever.config_sources import kind_numbers, text_kinds
 from retriever.data.store import Store, build_or_open, made_once
 from retriever.data.text_table import TokenRows
 from retriever.data.text_vectors import FILES, TextVectors
@@ -54,7 +55,10 @@ def vectors_of(config: Config, store: Store, kind: Literal["guide", "teacher"]) 
 
 
 def _encode(config: Config, kind: str, precision: Precision, folder: Path) -> None:
-    """Writes the vectors of every text, whose rows are those of the run's own store: it is made of the same texts."""
+    """Writes the vectors of every text, whose rows are those of the run's own store: it is made of the same texts, and
+    where sources have passages in several prompts or lengths, a text has as many rows here. Lengths that differ by the
+    number of the kind see to that; they cut nothing.
+    """
     name = getattr(config.loss, kind)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
     bundle = load_encoder(name, precision=precision, attention="auto", device=device)
@@ -66,7 +70,12 @@ def _encode(config: Config, kind: str, precision: Precision, folder: Path) -> No
         query_max_tokens=settings.query_max_tokens,
         passage_max_tokens=settings.passage_max_tokens,
     )
-    data = replace(config.data, cache_dir=str(folder.parent))
+    sources = []
+    for source, number in zip(config.data.train, kind_numbers(text_kinds(config, "passage")), strict=True):
+        length = settings.passage_max_tokens + number
+        plain = replace(source, query_prompt=None, passage_prompt=None, query_max_tokens=None)
+        sources.append(replace(plain, passage_max_tokens=length))
+    data = replace(config.data, train=tuple(sources), cache_dir=str(folder.parent))
     texts = build_or_open(replace(config, model=model, data=data), bundle.tokenizer)
     with replace_folder(folder) as building:
         for side, table, file in zip(SIDES, (texts.queries, texts.passages), FILES, strict=True):

@@ -73,6 +73,22 @@ def test_every_text_has_the_vector_that_encode_gives_it(store: Store) -> None:
         assert np.abs(found - expected).max() < 2**-11
 
 
+def test_a_text_in_two_prompts_has_two_rows_and_the_guides_own_prompt(store: Store) -> None:
+    """The second source brings the same passages in a prompt of its own, and some in another length."""
+    config = _config(store.folder.parents[1])
+    source = config.data.train[0]
+    sources = (source, replace(source, passage_prompt="in "), replace(source, passage_max_tokens=24))
+    config = replace(config, data=replace(config.data, train=sources))
+    several = build_or_open(config, tiny_tokenizer(), progress=False)
+    found = text_vectors.vectors_of(config, several, "guide")
+    assert len(several.passages) == len(found.passages) == 3 * len(store.passages)
+    assert len(several.queries) == len(found.queries) == 3 * len(store.queries)
+    assert store.guide is not None
+    of_text = dict(zip(store.passages.ids.to_pylist(), store.guide.passages, strict=True))
+    for text, vector in zip(several.passages.ids.to_pylist(), found.passages, strict=True):
+        assert np.abs(vector - of_text[text]).max() < 2**-10
+
+
 def test_they_are_computed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """For one guide: another prompt makes others."""
     config, encoded = _config(store.folder.parents[1]), []
