@@ -19,7 +19,6 @@ from retriever.command import (
     at_least_one,
     command,
     group,
-    launched,
     one_of,
     option,
 )
@@ -127,6 +126,8 @@ def launched_search(args: argparse.Namespace) -> Iterator[World]:
 
     check_faiss_build(args.faiss_gpu)
     import faiss
+
+    from retriever.launch import launched
 
     if args.threads:
         faiss.omp_set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""What every command shares: its parser, errors in one line, the exit status, and the ranks that it was launched on.
+"""What every command shares: its parser, errors in one line, and the exit status.
 
     @command("python -m scripts.hold_out", __doc__, option("--data", required=True, help="a BEIR folder"))
     def main(args: argparse.Namespace) -> None:
@@ -27,14 +27,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from retriever.environment import check_environment
 from retriever.errors import INTERRUPTED, REFUSED, TERMINATED, RankError, RefusedError, Stopped
-
-if TYPE_CHECKING:
-    from retriever.parallel.world import World
-
 
 Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser, or to a group of one
 
@@ -189,26 +185,6 @@ def tell(message: str, prefix: str = "error: ") -> None:
         bar.close()
     sys.stdout.flush()
     print(f"{prefix}{message}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def launched() -> Iterator[World]:
-    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the
-    end.
-    """
-    import torch
-    from accelerate import PartialState
-
-    from retriever.parallel.world import World
-
-    # Every rank needs the whole model; with this variable transformers would leave weights out.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    # Without `cpu`, accelerate runs processes on CPUs as strangers to each other.
-    state = PartialState(cpu=not torch.cuda.is_available())
-    try:
-        yield World(state.device, state.process_index, state.num_processes)
-    finally:
-        state.destroy_process_group()
 
 
 def _told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:

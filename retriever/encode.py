@@ -14,7 +14,7 @@ from typing import Literal
 if not __package__:  # started as a file: the project's root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from retriever.command import ENCODER, at_least_one, command, launched, option
+from retriever.command import ENCODER, at_least_one, command, option
 from retriever.data.collection import corpus_tables, once, query_tables
 from retriever.data.formats import DataError, final_text, read_corpus, read_queries
 from retriever.data.records import shortened_note
@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> None:
     """The command `accelerate launch retriever/encode.py`, or `python -m retriever.encode`."""
     from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
     from retriever.encoder.bundle import load_encoder
+    from retriever.launch import launched
 
     with launched() as world:
         bundle = load_encoder(

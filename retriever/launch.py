@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
@@ -59,6 +59,21 @@ def joined(config: Config) -> Iterator[tuple[Accelerator, World]]:
                 dist.destroy_process_group()
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def launched() -> Iterator[World]:
+    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the
+    end.
+    """
+    # Every rank needs the whole model; with this variable transformers would leave weights out.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    # Without `cpu`, accelerate runs processes on CPUs as strangers to each other.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield World(state.device, state.process_index, state.num_processes)
+    finally:
+        state.destroy_process_group()
 
 
 def join(config: Config) -> tuple[Accelerator, World]:

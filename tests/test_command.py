@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from retriever import encode
-from retriever.command import Command, command, launched, option
+from retriever.command import Command, command, option
 from retriever.errors import RankError, RefusedError, Verdict
+from retriever.launch import launched
 from tests.commands import assert_refused
 from tests.workplace import ROOT, make_workplace
 

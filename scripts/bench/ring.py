@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from retriever.command import command, launched, option
+from retriever.command import command, option
+from retriever.launch import launched
 from retriever.parallel.cost import Machine, Workload, gather_cost, ring_cost
 from scripts.bench.loss import OPTIONS, LossBench
 from scripts.bench.loss_methods import Method, ring_methods
