@@ -46,6 +46,8 @@ COMMANDS = {
     "scripts.make_code_pairs": "--output {out} --packages asyncio --test-queries 4 --dev-queries 2",
     "scripts.hold_out": "--data {undivided} --output {out} --queries 2",
     "scripts.plan_cluster": "--batches 1",
+    "scripts.merge": "{model} {model} --output {out}",
+    "scripts.sweep": "--config {run} --output {out}",
     "scripts.train_cross_encoder": "--model {model} --data {mined} --output-dir {out}",
 }
 READERS = [name for name, arguments in COMMANDS.items() if re.search(r"{(?!out})", arguments)]
