@@ -102,7 +102,6 @@ def _beside_each_other(config: Config) -> list[Rule]:
         ),
         (config.batch.offload, ("loss.guide", (None,), offload)),
         (config.batch.offload, ("loss.directions", (one, two, two[::-1]), offload)),
-        (config.batch.pool is not None, ("loss.directions", (one, two, two[::-1]), "batch.pool")),
         (config.batch.offload, ("loss.strategy", ("tiled",), f"{offload}: the others hold a matrix of similarities")),
         (config.batch.offload, ("loss.exchange", ("auto", "ring"), f"{offload}: nothing is gathered")),
         (custom, ("batch.offload", (False,), "loss.custom")),

@@ -229,21 +229,27 @@ def oracle_loss(
         )
         return guided or bool(similarity > limit)
 
+    def other_pool(i: int, j: int) -> bool:
+        """Whether passage j is in another pool than query i."""
+        return whole.query_pools is not None and whole.query_pools[i] != whole.passage_pools[j]  # type: ignore[index]
+
     def passage_to(i: int, j: int) -> bool:
         """Whether passage j is a negative of query i."""
         if whole.positives[i] < 0 or whole.passage_ids[j] in whole.known[i]:
             return False
-        if whole.query_pools is not None and whole.query_pools[i] != whole.passage_pools[j]:  # type: ignore[index]
+        if other_pool(i, j):
             return False
         return not excluded(i, s[i, j], guide and guide.queries[i], guide and guide.passages[j])
 
     def query_to(i: int, k: int) -> bool:
         if whole.positives[k] < 0 or k == i or whole.passage_ids[whole.positives[k]] in whole.known[i]:
             return False
+        if other_pool(i, whole.positives[k]):
+            return False
         return not excluded(i, among_queries[i, k], guide and guide.queries[i], guide and guide.queries[k])
 
     def passage_to_target(i: int, t: int, j: int) -> bool:
-        if j == t or whole.passage_ids[j] in {*whole.known[i], *own[i]}:
+        if j == t or whole.passage_ids[j] in {*whole.known[i], *own[i]} or other_pool(i, j):
             return False
         return not excluded(i, among_passages[t, j], guide and guide.passages[t], guide and guide.passages[j])
 

@@ -96,6 +96,7 @@ KINDS_OF_NEGATIVES = [
     Case(teacher="cosine", dims=(4, D), unit=False, temperature=1.0),
     Case(shared=True, directions=(EVERY[0], EVERY[3]), learn_temperature=True),
     Case(guide=True, symmetric=True, ignored=2),
+    Case(directions=EVERY, guide=True, pools=3, learn_temperature=True),
 ]
 CASES = [
     *(Case(symmetric=s, margin=m, ignored=i) for s, m, i in itertools.product((False, True), (None, 0.2), (0, 3))),
