@@ -19,7 +19,9 @@ MIXTURE: tuple[dict[str, Any], ...] = (
 
 
 def mixture(folder: Path, model: str = "", **batch: Any) -> Config:
-    """The configuration of a run over them; 20 queries each. The first two share a passage's text."""
+    """The configuration of a run over them, 20 queries each, in files written by the first call. The first two share a
+    passage's text.
+    """
     texts = iter(random_texts(1000, shortest=12, longest=40, seed=5))
     sources = []
     for number, settings in enumerate(MIXTURE):
@@ -36,7 +38,8 @@ def mixture(folder: Path, model: str = "", **batch: Any) -> Config:
                 record |= {"pos_scores": [2.0], "neg_scores": [0.5, -1.0, 1.0]}
             records.append(json.dumps(record) + "\n")
         path = folder / f"{settings['prompt_name']}.jsonl"
-        path.write_text("".join(records))
+        if not path.exists():  # ranks that call it find the files as they are; a rewritten one is another data set
+            path.write_text("".join(records))
         sources.append(SourceConfig(path=str(path), format="flagembedding", **settings))
     return Config(
         model=ModelConfig(
