@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from eval.collections.collection import file_fingerprint
 from eval.evaluate import EvalResult
 from eval.outputs import is_result, is_run, refuse_foreign
 from eval.trec import write_msmarco, write_trec
+from retriever import environment
 from retriever.files import write_text
 
 _VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
@@ -89,6 +89,4 @@ def refuse_foreign_results(folder: Path, *names: str) -> None:
 
 def versions() -> dict[str, str]:
     """The versions of what a result depends on, those that are installed."""
-    installed = {found.name: found.version for found in importlib.metadata.distributions()}
-    packages = {name: installed[name] for name in _VERSIONS if name in installed}
-    return {"python": platform.python_version()} | packages
+    return {"python": platform.python_version()} | environment.versions(_VERSIONS)

@@ -1,4 +1,4 @@
-"""Checks of the Python environment that come before the first import of torch and transformers."""
+"""Checks of the Python environment that come before the first import of torch and transformers; its versions."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"run.trackers: {name} is not installed (no distribution {' or '.join(distributions)}, which "
                 f"accelerate asks for); run `pip install {distributions[0]}`, or leave it out of run.trackers"
             )
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """The versions of those distributions that are installed."""
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    return {name: installed[name] for name in names if name in installed}
 
 
 def _is_installed(distribution: str) -> bool:

@@ -140,7 +140,7 @@ class Outputs:
             return self._saved
 
     def _write(self, step: int, snapshot: checkpoint.Snapshot, encoder: DualEncoder, probe: Probe) -> None:
-        """Writes a checkpoint, its export as the run's newest, and removes older ones."""
+        """Writes a checkpoint, its export as the run's newest and the report, and removes older checkpoints."""
 
         def write_export(folder: Path) -> None:
             export(encoder, self._tokenizer, self._config, folder, probe, (step, self._facts))
@@ -151,6 +151,7 @@ class Outputs:
             checkpoint.save(self._checkpoints, step, snapshot, self._config, self._store.fingerprint, write_export)
             self._publish_export(step)
             checkpoint.keep_last(self._checkpoints, self._config.train.keep_last)
+            self._report()
         except BaseException as error:
             self._failure = error
 
@@ -179,6 +180,7 @@ class Outputs:
         if self._world.is_first and (evaluations := self._evaluations()):
             self._write_card("export", step)
             self._publish_best(step)
+            self._report()
             measures = ", ".join(f"{name} {value:.4f}" for name, value in evaluations[step].items())
             tqdm.write(f"eval    step {step:,}: {measures}; best {_best(evaluations)[1]}")
 
@@ -187,10 +189,13 @@ class Outputs:
         self.wait()
         if self._world.is_first:
             run_folder.remove_embeddings(self.folder)
-            write_report(self.folder / "report.html", self._config, self._facts, read_metrics(self.metrics))
+            self._report()
             if evaluations := self._evaluations():
                 tqdm.write(f"best    {_best(evaluations)[1]}: model in {self.folder / 'best'}")
         self._world.barrier()
+
+    def _report(self) -> None:
+        write_report(self.folder / "report.html", self._config, self._facts, read_metrics(self.metrics))
 
     def _publish(self) -> None:
         """Does what a kill may have left undone after the newest checkpoint was written.

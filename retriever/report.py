@@ -1,61 +1,242 @@
-"""The run's report: one HTML page that stands alone."""
+"""The run's report: one HTML page that stands alone, from the lines of `metrics.jsonl`."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from collections.abc import Sequence
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from retriever.config import Config, to_dict
+from retriever.charts import COLOURS, STYLE, Curve, Point, line_chart, smoothed
+from retriever.config import Config, flat, to_dict
+from retriever.config_tree import flatten
+from retriever.environment import versions
 from retriever.files import write_text
 from retriever.model_card import TrainingFacts
-from retriever.wording import counted, without_folders
+from retriever.wording import without_folders
 
-_PATHS = {
-    "output_dir",
-    "resume",
-    "name_or_path",
-    "cache_dir",
-    "path",
-    "corpus",
-    "queries",
-}  # settings that may be paths
+# Settings that may be paths.
+_PATHS = {"output_dir", "resume", "name_or_path", "cache_dir", "path", "corpus", "queries"}
+_TITLES = {
+    "train/loss": "Loss",
+    "train/grad_norm": "Gradient norm, before clipping",
+    "train/temperature": "Temperature",
+    "train/lr": "Learning rate",
+    "train/pairs_per_s": "Pairs a second",
+    "train/tokens_per_s": "Tokens a second, of the first rank",
+    "train/waited_share": "Share of time spent waiting for data",
+    "train/peak_gib": "Peak memory, GiB",
+}
+_SMOOTHED = {"train/loss", "train/grad_norm", "train/accuracy"}
+RECORDED = {"step", "epoch", "time"}  # when the other values of a line were recorded
+PAGE = "<!doctype html><html lang=en><meta charset=utf-8>"  # how each page begins
+_PACKAGES = ("bigbatch", "torch", "transformers", "accelerate", "numpy")
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-img { width: 100%; } table { border-collapse: collapse; }
-pre { background: #f5f5f5; padding: 1rem; overflow: auto; font-size: 13px; }
-th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #ddd; --soft: #f5f5f5; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #15181c; --line: #3a3f46; --soft: #1f242a; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem; }
+figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
+pre { background: var(--soft); padding: 1rem; overflow: auto; font-size: 13px; overflow-wrap: normal; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; padding-left: .8rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+summary { cursor: pointer; font-weight: 600; margin: 1.5rem 0 .5rem; }
+.legend span { display: inline-block; width: 1.2rem; border-top: 3px solid; margin: 0 .4rem .25rem 0; }
+.legend li { display: inline-block; margin-right: 1.2rem; } .legend { padding: 0; }
+@media print {
+  body { max-width: none; margin: 0; font-size: 10pt; } details { display: none; }
+  .charts { grid-template-columns: 1fr 1fr; }
+}
 """
 
 
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a run logged, under the name that a page shows."""
+
+    name: str
+    lines: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def curves(self) -> dict[str, list[Point]]:
+        """Each logged quantity: its name -> (step, value), in the order of the lines; only finite values."""
+        found = dict[str, list[Point]]()
+        for line in self.lines:
+            for key, value in line.items():
+                if key not in RECORDED and isinstance(value, (int, float)) and math.isfinite(value):
+                    found.setdefault(key, []).append((line["step"], value))
+        return found
+
+    @cached_property
+    def best_step(self) -> int | None:
+        """The step, of those trained, of the best evaluation by its first measure; the later of equal ones."""
+        first = [(line[_measures(line)[0]], line["step"]) for line in self.evaluations if line["step"] > 0]
+        return max(first)[1] if first else None
+
+    @property
+    def best(self) -> str | None:
+        """The first measure of the best evaluation, as it is told."""
+        line = next((line for line in self.evaluations if line["step"] == self.best_step), None)
+        if line is None:
+            return None
+        name = _measures(line)[0]
+        return f"{name.removeprefix('eval/')} {line[name]:.4f} at step {line['step']:,}"
+
+    @cached_property
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """The lines with measures."""
+        return [line for line in self.lines if _measures(line)]
+
+
 def write_report(path: Path, config: Config, facts: TrainingFacts, lines: Sequence[dict[str, Any]]) -> None:
-    """Curves, evaluations and the configuration of a run, from the lines of its `metrics.jsonl`.
+    """Curves, evaluations, data, environment and settings of a run, from the lines of its `metrics.jsonl`.
 
     Of absolute paths only the last part is shown.
     """
-    training = [line for line in lines if "train/loss" in line]
-    evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
-    title = html.escape(": ".join(map(without_folders, (config.run.output_dir, config.model.name_or_path))))
-    parts = [f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"]
-    if training:
-        last = training[-1]
-        sources = ", ".join(f"{name} ({counted(queries, 'query')})" for name, queries in facts.sources)
-        parts.append(
-            f"<p>Step {last['step']:,}, loss {last['train/loss']:.4f}, {last['train/pairs_per_s']:,.0f} pairs/s; "
-            f"{html.escape(f'{sources} and {facts}; {config.loss.title}')}.</p>"
-        )
-        parts.append(f"<img alt='loss and learning rate by step' src='data:image/png;base64,{_curves(training)}'>")
-    if evaluations:
-        parts.append(f"<h2>Evaluations</h2>{_table(evaluations)}")
-    settings = yaml.safe_dump(_without_folders(to_dict(config)), sort_keys=False, allow_unicode=True)
-    parts.append(f"<h2>Configuration</h2><pre>{html.escape(settings)}</pre>")
-    write_text(path, "\n".join(parts))
+    run = LoggedRun("", lines)
+    title = ": ".join(map(without_folders, (config.run.output_dir, config.model.name_or_path)))
+    said = [f"{facts}", config.loss.title]
+    if run.best is not None:
+        said.insert(0, f"best {run.best}")
+    if losses := run.curves.get("train/loss"):
+        said.insert(0, f"step {losses[-1][0]:,}, loss {losses[-1][1]:.4f}")
+    parts = [f"<p>{html.escape('; '.join(said))}</p>", *charts([run])]
+    if run.evaluations:
+        parts.append(f"<h2>Evaluations</h2>{_evaluations(run)}")
+    sources = [(name, f"{queries:,}") for name, queries in facts.sources]
+    parts.append(f"<h2>Data</h2>{table(sources, ('source', 'queries'), numbers=1)}")
+    parts.append(f"<h2>Environment</h2>{table(_environment(lines))}")
+    tree = _without_folders(to_dict(config))
+    defaults, settings = flat(Config()), flatten(tree)
+    changed = [
+        (key, spelled(defaults.get(key)), spelled(value))
+        for key, value in settings.items()
+        if value != defaults.get(key) and key != "data.train"
+    ]
+    parts.append("<h2>Settings that differ from the defaults</h2>")
+    parts.append(table(changed, ("setting", "default", "this run")))
+    every = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    parts.append(f"<details><summary>All settings</summary><pre>{html.escape(every)}</pre></details>")
+    write_text(path, page(title, parts))
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page with a title and its parts, which are HTML."""
+    head = f"{PAGE}<meta name=viewport content='width=device-width'>"
+    heading = html.escape(title)
+    body = "\n".join(parts)
+    return f"{head}<title>{heading}</title><style>{STYLE}{_STYLE}</style><h1>{heading}</h1>\n{body}\n</html>\n"
+
+
+def charts(runs: Sequence[LoggedRun]) -> list[str]:
+    """A chart of each quantity that any of the runs logged, and a legend where there are several runs."""
+    logged = dict.fromkeys(key for run in runs for key in run.curves)
+    measures = [key for key in logged if key.startswith("eval/")]
+    ordered = dict.fromkeys([*measures, *(key for key in _TITLES if key in logged), *logged])
+    figures = (_figure(key, runs) for key in ordered)
+    names = "".join(_legend(run.name, colour) for colour, run in enumerate(runs))
+    legend = [f"<ul class=legend>{names}</ul>"] if len(runs) > 1 else []
+    return [*legend, f"<div class=charts>{''.join(figures)}</div>"] if logged else []
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), numbers: int = 0) -> str:
+    """An HTML table of texts; the last `numbers` columns are numbers."""
+
+    def cells(kind: str, row: Sequence[str]) -> str:
+        texts = len(row) - numbers
+        found = (f"<{kind}{' class=n' if i >= texts else ''}>{html.escape(cell)}" for i, cell in enumerate(row))
+        return f"<tr>{''.join(found)}"
+
+    first = cells("th", head) if head else ""
+    return f"<div class=wide><table>{first}{''.join(cells('td', row) for row in rows)}</table></div>"
+
+
+def _legend(name: str, colour: int) -> str:
+    return f"<li><span style='color: var(--c{colour % COLOURS})'></span>{html.escape(name)}</li>"
+
+
+def _figure(key: str, runs: Sequence[LoggedRun]) -> str:
+    """The chart of one quantity. Measures have their best step ringed, and a dashed line where training began."""
+    curves, said = list[Curve](), _TITLES.get(key, key.removeprefix("eval/"))
+    for colour, run in enumerate(runs):
+        points = run.curves.get(key)
+        if points is None:
+            continue
+        if key.startswith("eval/"):
+            best = next((point for point in points if point[0] == run.best_step), None)
+            curves.append(Curve(points, colour, marked=best))
+            if points[0][0] == 0:
+                curves.append(Curve([points[0], (points[-1][0], points[0][1])], colour, dashed=True))
+            if best is not None and len(runs) == 1:
+                said += f": {best[1]:.4f} at step {best[0]:,}, the best"
+                said += f"; {points[0][1]:.4f} before training" if points[0][0] == 0 else ""
+        elif key in _SMOOTHED:
+            curves += [Curve(points, colour, faint=True), Curve(smoothed(points), colour)]
+        else:
+            curves.append(Curve(points, colour))
+    label = html.escape(said)
+    return f"<figure><figcaption>{label}</figcaption>{line_chart(f'{said} by step', curves)}</figure>"
+
+
+def _evaluations(run: LoggedRun) -> str:
+    """Every evaluation's measures; the best step is named."""
+    names = list(dict.fromkeys(key for line in run.evaluations for key in _measures(line)))
+    rows = [
+        [f"{line['step']:,}{' (best)' if line['step'] == run.best_step else ''}"]
+        + [f"{line[name]:.4f}" if line.get(name) is not None else "" for name in names]
+        for line in run.evaluations
+    ]
+    return table(rows, ["step", *(name.removeprefix("eval/") for name in names)], numbers=len(names))
+
+
+def _measures(line: Mapping[str, Any]) -> list[str]:
+    """The names of a line's measures; the first chooses the best."""
+    return [key for key, value in line.items() if key.startswith("eval/") and isinstance(value, (int, float))]
+
+
+def _environment(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """When the run was logged, on what device, with which versions."""
+    times = [datetime.fromtimestamp(line["time"], UTC) for line in lines if "time" in line]
+    found = []
+    if times:
+        seconds = int((times[-1] - times[0]).total_seconds())
+        found.append(("logged", f"{times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC ({seconds:,} s)"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found += [("device", gpu), ("system", f"{platform.system()}, Python {platform.python_version()}")]
+    found += versions(_PACKAGES).items()
+    if (commit := _commit()) is not None:
+        found.append(("commit", commit))
+    return found
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of this code, where it lies in its own checkout."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    asked = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def spelled(value: Any) -> str:
+    """A setting as it is written in YAML."""
+    return "" if value is None else str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
 
 
 def _without_folders(tree: Any, key: str = "") -> Any:
@@ -64,30 +245,3 @@ def _without_folders(tree: Any, key: str = "") -> Any:
     if isinstance(tree, list):
         return [_without_folders(value, key) for value in tree]
     return without_folders(tree) if key in _PATHS and isinstance(tree, str) else tree
-
-
-def _curves(training: Sequence[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure  # drawn once a run: not worth its import time at every start
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    steps = [line["step"] for line in training]
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("train/loss", "train/lr"), ("loss", "learning rate"), strict=True
-    ):
-        axes.plot(steps, [line[key] for line in training], color="#1f5fbf", linewidth=1.5)
-        axes.set_xlabel("step")
-        axes.set_title(label, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    return base64.b64encode(picture.getvalue()).decode()
-
-
-def _table(evaluations: Sequence[dict[str, Any]]) -> str:
-    names = [key for key in evaluations[0] if key.startswith("eval/")]
-    head = "".join(f"<th>{html.escape(name.removeprefix('eval/'))}</th>" for name in names)
-    rows = "".join(
-        f"<tr><td>{line['step']:,}</td>" + "".join(f"<td>{line[name]:.4f}</td>" for name in names) + "</tr>"
-        for line in evaluations
-    )
-    return f"<table><tr><th>step</th>{head}</tr>{rows}</table>"

@@ -25,6 +25,7 @@ from retriever.encoder.settings import SETTINGS_FILE, settings_of
 from retriever.errors import Stopped
 from retriever.inputs import Eval, Train, configuration
 from retriever.loss.custom import Loss
+from retriever.report import RECORDED
 from retriever.retention import Retention
 from retriever.signals import StopSignals
 from retriever.step import Backward, StepReport, forward_backward, update
@@ -250,10 +251,10 @@ class Run:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
 
         With those of `evaluate`, `best/` becomes the export of this step where it is the best one. Raises ValueError
-        for a value named `step`.
+        for a value named `step`, `epoch` or `time`.
         """
-        if "step" in values:
-            raise ValueError("expected other names than step, which record adds itself")
+        if taken := RECORDED & values.keys():
+            raise ValueError(f"expected other names than {', '.join(sorted(taken))}, which record adds itself")
         if not self.world.is_first:
             return
         self._call("on_log", {name: value if value is None else float(value) for name, value in values.items()})
@@ -269,6 +270,11 @@ class Run:
         none_better = f"the last {counted(patience, 'evaluation')} brought nothing better (eval.patience)"
         self._parts.accelerator.print(f"ended after step {self.done:,} of {self.total:,}: {none_better}")
         return True
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the sources that are done."""
+        return self.done / self._parts.planner.steps_per_epoch
 
     def _is_turn(self, every: int) -> bool:
         return self.done > 0 and (self.done == self.total or (every > 0 and self.done % every == 0))

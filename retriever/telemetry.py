@@ -111,7 +111,8 @@ class Telemetry(Callback):
 
     def on_log(self, run: Any, values: dict[str, Any]) -> None:
         """Writes `metrics.jsonl` and the trackers."""
-        append_text(self._metrics, json.dumps({"step": run.done, **values}) + "\n")
+        line = {"step": run.done, "epoch": round(run.epoch, 4), "time": round(time.time(), 3), **values}
+        append_text(self._metrics, json.dumps(line) + "\n")
         self._accelerator.log(values, step=run.done)
 
     @contextmanager

@@ -48,6 +48,7 @@ COMMANDS = {
     "scripts.plan_cluster": "--batches 1",
     "scripts.merge": "{model} {model} --output {out}",
     "scripts.sweep": "--config {run} --output {out}",
+    "scripts.report": "{logged} --output {out}/report.html",
     "scripts.train_cross_encoder": "--model {model} --data {mined} --output-dir {out}",
 }
 READERS = [name for name, arguments in COMMANDS.items() if re.search(r"{(?!out})", arguments)]
@@ -75,6 +76,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         f"{kind}_passages": [{"docid": kind, "title": "", "text": "a river"}] for kind in ("positive", "negative")
     }
     (folder / "mined.jsonl").write_text(json.dumps(mined) + "\n")
+    (folder / "logged").mkdir()
+    (folder / "logged" / "config.yaml").write_text("optim: {lr: 1.0}\n")
+    (folder / "logged" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
     shutil.copytree(folder / "data", folder / "undivided")
     (folder / "undivided" / "qrels" / "dev.tsv").unlink()
     model = f"{{name_or_path: {folder}/model}}"
@@ -98,7 +102,7 @@ evaluate: {{data: {folder}/data, options: {{split: [dev], metrics: ["nDCG@10"]}}
             str(folder / name),
         ]
         assert encode.main(texts) == 0
-    found = {name: folder / name for name in ("model", "data", "undivided", "marco", "queries", "passages")}
+    found = {name: folder / name for name in ("model", "data", "undivided", "marco", "queries", "passages", "logged")}
     files = ("run.yaml", "loop.yaml", "questions.csv", "qrels.tsv", "first.trec", "second.trec", "mined.jsonl")
     return found | {name.partition(".")[0]: folder / name for name in files} | {"demo": ROOT / "configs" / "demo.yaml"}
 

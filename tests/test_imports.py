@@ -41,6 +41,7 @@ FLOORS = (
     ("plan",),
     (
         "callbacks",
+        "charts",
         "checkpoint",
         "damage",
         "telemetry",

@@ -61,7 +61,8 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
     monkeypatch.setattr(outputs, "export", export)
     monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda *_: None))
-    monkeypatch.setattr(outputs.TrainingFacts, "of", lambda *_: None)
+    facts = outputs.TrainingFacts((), 1, (1, 1), 0)
+    monkeypatch.setattr(outputs.TrainingFacts, "of", lambda *_: facts)
     monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: Snapshot(weight(), {}, {}, ""))
     placed, store = (
         SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None),
@@ -94,7 +95,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
 
     with PowerCuts(disk) as cuts:
         run = _outputs(config(disk), monkeypatch)
-        telemetry, state = Telemetry(Accelerator(), run.metrics), SimpleNamespace(done=0, total=4)
+        telemetry, state = Telemetry(Accelerator(), run.metrics), SimpleNamespace(done=0, total=4, epoch=0)
         telemetry.on_train_begin(state)
         for step, value in _EVALUATED.items():
             state.done = step
@@ -120,7 +121,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
         assert checkpoint.steps(found.parent) == [found]
-        telemetry, state = Telemetry(Accelerator(), again.metrics), SimpleNamespace(done=step, total=4)
+        telemetry, state = Telemetry(Accelerator(), again.metrics), SimpleNamespace(done=step, total=4, epoch=0)
         telemetry.on_train_begin(state)
         if lacking := again.lacks_evaluation(step):
             lines += [step]

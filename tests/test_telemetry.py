@@ -28,6 +28,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return self.now + 1e9
+
 
 class Accelerator:
     is_main_process = True
@@ -61,7 +64,7 @@ def _report(step: int, waited_s: float = 0.0) -> StepReport:
 class Run:
     """A run of 40 steps that logs every second one."""
 
-    total, config = 40, Config(train=TrainConfig(log_every=2))
+    total, config, epoch = 40, Config(train=TrainConfig(log_every=2)), 0.25
 
     def __init__(self, folder: Path, forecast: Any = None, done: int = 0) -> None:
         self.done = done
@@ -90,7 +93,8 @@ def test_speeds_are_those_since_the_last_line(tmp_path: Path, clock: Clock) -> N
         run.step(_report(step, waited_s=0.1))
     run.close()
     first, second = _lines(tmp_path)
-    assert (first["step"], second["step"]) == (2, 4)
+    assert (first["step"], second["step"]) == (2, 4) and first["epoch"] == 0.25
+    assert (first["time"], second["time"]) == (1e9 + 104, 1e9 + 105)
     assert (first["train/pairs_per_s"], second["train/pairs_per_s"]) == (32, 128)
     assert (first["train/tokens_per_s"], second["train/tokens_per_s"]) == (2500, 10_000)
     assert first["train/waited_share"] == pytest.approx(0.05) and second["train/waited_share"] == pytest.approx(0.2)

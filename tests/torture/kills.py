@@ -19,7 +19,7 @@ from tests.torture.phases import OF_EVERY_RANK, Kill, read, watch
 from tests.workplace import make_workplace
 
 STEPS = 16
-_TIMED = {"train/pairs_per_s", "train/tokens_per_s", "train/waited_share"}
+_TIMED = {"train/pairs_per_s", "train/tokens_per_s", "train/waited_share", "time"}
 _BEFORE, _LATER = ("store build", "first save"), ("save during a step", "evaluation", "publish of best", "export")
 ORDER = (*_BEFORE, "resume", *_LATER, "any moment", "report")
 
