@@ -169,7 +169,7 @@ def warnings(
             "model.append_eos=true appends the end-of-text token",
         ),
         (
-            (share := cut_share(model, tokenizer, store, "query")) > 0.5,
+            (share := cut_share(config, tokenizer, store, "query")) > 0.5,
             f"model.query_max_tokens={model.query_max_tokens} cuts {share:.0%} of the queries: raise it",
         ),
     ]

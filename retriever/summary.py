@@ -45,7 +45,7 @@ def summary(
             + (f", in shards on {world.size} ranks" if world.sharded else "")
             + f"; {modes(model, encoder)}",
             f"data    queries of {sources}; {len(store.passages):,} passages{_equal(store)}; {lists}",
-            f"tokens  {'; '.join(_tokens(model, tokenizer, store, side) for side in SIDES)}",
+            f"tokens  {'; '.join(_tokens(config, tokenizer, store, side) for side in SIDES)}",
             f"batch   {_queries(planner, config.batch.queries)} in chunks of at most {config.batch.tokens_per_chunk:,} "
             f"tokens{by_chunk}, {counted(len(planner.plan(0).passages), 'passage')} in the first batch; {loss.title}, "
             f"temperature {loss.temperature:g}{' (learned)' if loss.learn_temperature else ''}{_bank(loss)}",
@@ -76,16 +76,17 @@ def prompt_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, side: 
     return len(tokenize_flat(tokenizer, [getattr(model, f"{side}_prompt")])[0])
 
 
-def cut_share(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> float:
-    """The share of a side's texts that are longer than its length."""
+def cut_share(config: Config, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> float:
+    """The share of a side's texts that are longer than their source's length."""
     texts = store.queries if side == "query" else store.passages
-    limit = getattr(model, f"{side}_max_tokens") - TokenTemplate.from_tokenizer(tokenizer).special_tokens
-    return float(np.mean(texts.lengths > limit))
+    special_tokens = TokenTemplate.from_tokenizer(tokenizer).special_tokens
+    return float(np.mean(texts.lengths + special_tokens > store.limits(config, side)))
 
 
-def _tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> str:
-    """A side's length, how many of its texts are cut there, and its prompt."""
-    cut, prompt = cut_share(model, tokenizer, store, side), prompt_tokens(model, tokenizer, side)
+def _tokens(config: Config, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> str:
+    """A side's length, how many of its texts are cut there or at their source's length, and its prompt."""
+    model = config.model
+    cut, prompt = cut_share(config, tokenizer, store, side), prompt_tokens(model, tokenizer, side)
     many = "none is" if cut == 0 else f"{cut:.1%} are" if cut >= 0.001 else "less than 0.1% are"
     asked = f", with a prompt of {prompt}" if prompt else ""
     return f"at most {getattr(model, f'{side}_max_tokens')} a {side}{asked} ({many} cut)"

@@ -122,8 +122,9 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
 
 def _store(negatives: int = 1, query_tokens: tuple[int, ...] = (4, 9)) -> Any:
     """As much of a store as warnings look at."""
-    lengths = SimpleNamespace(lengths=np.array(query_tokens))
-    return SimpleNamespace(queries=lengths, negatives=SimpleNamespace(ids=np.arange(negatives)))
+    lengths, negatives_of = SimpleNamespace(lengths=np.array(query_tokens)), SimpleNamespace(ids=np.arange(negatives))
+    limits = lambda config, side: getattr(config.model, f"{side}_max_tokens")  # noqa: E731
+    return SimpleNamespace(queries=lengths, negatives=negatives_of, limits=limits)
 
 
 def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ _SETTINGS = (
 def test_the_summary_counts_data_parameters_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_model(tmp_path / "model", **_SIZES)
     words = ["law", "court", "team", "film", "book", "road", "train", "ship"]
-    queries = [f"river {word}" for word in words[1:]]
-    queries.append(" ".join(["bridge"] * 13))  # with its prompt 15 tokens, of which 14 fit
+    queries = [f"river {word}" for word in words[2:]]
+    queries += [" ".join(["bridge"] * 12), " ".join(["ocean"] * 14)]  # with prompt and special tokens 16 and 18
     records = [
         {
             "query": query,
@@ -35,7 +35,7 @@ def test_the_summary_counts_data_parameters_and_bytes(tmp_path: Path, capsys: py
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     paths = (
         f"model.name_or_path={tmp_path}/model",
-        f"data.train=[{{path: {tmp_path}/pairs.jsonl}}]",
+        f"data.train=[{{path: {tmp_path}/pairs.jsonl, query_max_tokens: 15}}]",
         f"data.cache_dir={tmp_path}/cache",
         f"run.output_dir={tmp_path}/run",
     )
@@ -46,7 +46,7 @@ def test_the_summary_counts_data_parameters_and_bytes(tmp_path: Path, capsys: py
     assert "M parameters, 0.13M of them trained, tied towers, mean pooling, 128 dimensions; " in said["model"]
     assert said["data"].endswith("15 passages; a query has 1 positive and 0 to 2 hard negatives (0.9 on average)")
     assert said["tokens"] == (
-        "tokens  at most 16 a query, with a prompt of 2 (12.5% are cut); at most 12 a passage (20.0% are cut)"
+        "tokens  at most 16 a query, with a prompt of 2 (25.0% are cut); at most 12 a passage (20.0% are cut)"
     )
     assert "8 queries in chunks of at most 100 tokens, 15 passages in the first batch; " in said["batch"]
     assert said["batch"].endswith("temperature 0.02 (learned)")
