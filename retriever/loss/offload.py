@@ -44,9 +44,7 @@ def offloaded(problem: Problem, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """
     copies = CopyStream(world.device)
     on_device = _without_rows(problem, world.device)
-    found = on_device.contrast(lambda part: HostPassages(problem, part, world, copies))
-    copies.finish()
-    return found
+    return on_device.contrast(lambda part: HostPassages(problem, part, world, copies))
 
 
 class HostPassages(Passages):
@@ -54,7 +52,7 @@ class HostPassages(Passages):
 
     def __init__(self, on_host: Problem, problem: Problem, world: World, copies: CopyStream) -> None:
         """`problem` without queries and passages, which those of `on_host` are, is on the device."""
-        self.problem, self._world = problem, world
+        self.problem, self._world, self._copies = problem, world, copies
         self._tables = _Tables.of(problem, world)
         size, blocks = self._tables.size, _blocks(world.counts(len(problem.positives)), self._tables.size)
         passages = _host_copy(on_host.passages, problem, world)
@@ -93,6 +91,7 @@ class HostPassages(Passages):
                     own.add_target_gradient(dq_at, term, targets, terms.target_gradient[i][at])
                     dq[at] = dq_at
                 dp += term
+        self._copies.finish()  # the host adds up the sums of several parts
         return self._queries.sums, self._passages.sums
 
     def _blocks(

@@ -65,12 +65,13 @@ def _largest(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Largest]:
         yield mode
 
 
-def _problem(symmetric: bool = False, block_rows: int | None = ROWS) -> Problem:
+def _problem(symmetric: bool = False, block_rows: int | None = ROWS, **loss: Any) -> Problem:
     whole = random_batch(queries=QUERIES, passages=PASSAGES, ignored=4, seed=2)
     draw = torch.Generator().manual_seed(2)
     q, p = (normalize(torch.randn(n, D, generator=draw, dtype=torch.float64), dim=1) for n in (QUERIES, PASSAGES))
     objective = ContrastiveObjective(
-        LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2), unit_norm=True
+        LossConfig(precision="fp32", temperature=0.1, symmetric=symmetric, false_negative_margin=0.2, **loss),
+        unit_norm=True,
     )
     return replace(objective._problem(q, p, _targets(whole), 1.0, 0.1), block_rows=block_rows)
 
@@ -101,6 +102,33 @@ def test_the_gradients_are_in_host_memory_and_the_callers_rows_are_left_alone() 
     first, second = offloaded(problem, CPU), offloaded(problem, CPU)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(problem.queries, before[0]) and torch.equal(problem.passages, before[1])
+
+
+class _LateCopies(host.CopyStream):
+    """Makes its copies only when they are waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._begun: list[tuple[Tensor, Tensor]] = []
+
+    def begin(self, *copies: tuple[Tensor, Tensor]) -> None:
+        self._begun += copies
+
+    def wait(self, begun: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        for destination, source in self._begun:
+            destination.copy_(source)
+        self._begun.clear()
+
+
+def test_gradients_of_several_parts_are_added_after_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _problem(symmetric=True, hardness="all", hardness_strength=5.0)
+    expected = gathered(replace(problem, block_rows=None), CPU)
+    monkeypatch.setattr(module, "CopyStream", _LateCopies)
+    for f, e in zip(offloaded(problem, CPU), expected, strict=True):
+        assert e.norm() > 1e-3 and float((f - e).norm() / e.norm()) < 1e-12
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 20), (20, 1), (ROWS, ROWS), (ROWS + 1, 2 * ROWS)])
