@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from retriever.config import Config
+from retriever.config import Config, LossConfig
 from retriever.config_file import load
+from retriever.encoder.dual_encoder import DualEncoder
 from retriever.errors import RefusedError
 from retriever.gradcache import encode_without_graph
+from retriever.loss.bank import Bank, Part
+from retriever.parallel.world import World
 from retriever.run import Run
+from tests.problems import random_batch, rank_batch
 
 MOMENTUM = 0.7
 
@@ -74,6 +79,29 @@ def test_passages_of_moco_are_encoded_by_the_mean_of_the_weights(workplace: Path
     weights = {name.removeprefix("follower/"): x for name, x in held.items() if name.startswith("follower/")}
     assert weights and all(torch.allclose(x, mean.passage_tower.get_parameter(name)) for name, x in weights.items())
     assert any(not torch.equal(x, run.encoder.passage_tower.get_parameter(name)) for name, x in weights.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_moco_follows_the_projection_head_too(workplace: Path, tied: bool) -> None:
+    """At first the follower has the encoder's embeddings; then its head is a mean, too, and in checkpoints."""
+    encoder = DualEncoder.from_pretrained(replace(load(workplace / "run.yaml").model, tied=tied)).eval()
+    encoder.project(int(encoder.passage_tower.config.hidden_size), seed=0)
+    bank = Bank(LossConfig(bank="moco", bank_momentum=MOMENTUM), World(torch.device("cpu")), torch.device("cpu"))
+    bank.follow(encoder)
+    batch, _, _ = rank_batch(random_batch(), 0, 10**6)
+    representations, _ = encode_without_graph(encoder, batch)
+    bank.add(batch, Part(representations.query, representations.passage, batch.targets))
+    found = bank.tensors(batch.step + 1)[f"{batch.step}/passages"].float()
+    expected = representations.passage[batch.targets.passage_ids.argsort()]
+    assert (found - expected).abs().max() < 4e-3, "more than rounding to bf16"
+
+    head = encoder.projections.get_parameter("shared.weight" if tied else "passage.weight")
+    before = head.detach().clone()
+    with torch.no_grad():
+        head.add_(1.0)
+    bank.follow_update()
+    held = bank.tensors(batch.step)
+    torch.testing.assert_close(held["follower/1.weight"], before + 1 - MOMENTUM)
 
 
 def test_a_bank_beside_a_teacher_is_refused(workplace: Path) -> None:

@@ -16,9 +16,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kernels.infonce.exclusions import Exclusions
 from retriever.config import Config, LossConfig
@@ -66,22 +68,29 @@ class Bank:
         return bank
 
     def follow(self, encoder: DualEncoder) -> None:
-        """From now on, entries are encoded by a copy of the passage tower. It shares what no update changes: weights
-        that are not trained, and buffers.
+        """From now on, entries are encoded by a copy of the passage tower and its projection head. It shares what no
+        update changes: weights that are not trained, and buffers.
         """
-        tower = encoder.passage_tower
-        shared = [*(p for p in tower.parameters() if not p.requires_grad), *tower.buffers()]
-        own = copy.deepcopy(tower, {id(tensor): tensor for tensor in shared})
-        followed = dict(tower.named_parameters())
-        self._weights = {name: (p, followed[name]) for name, p in own.named_parameters() if p.requires_grad}
+        heads = [head for side, head in encoder.projections.items() if side != "query"]
+        modules = nn.ModuleList([encoder.passage_tower, *heads])
+        shared = [*(p for p in modules.parameters() if not p.requires_grad), *modules.buffers()]
+        own = copy.deepcopy(modules, {id(tensor): tensor for tensor in shared})
+        followed = dict(modules.named_parameters())
+        self._weights = {
+            name.removeprefix("0."): (p, followed[name]) for name, p in own.named_parameters() if p.requires_grad
+        }
+        tower = cast(PreTrainedModel, own[0])
         self._follower = DualEncoder(
-            own,
-            own,
+            tower,
+            tower,
             pooling=encoder.pooling,
             normalize=encoder.normalize,
             truncate_dim=encoder.truncate_dim,
             autocast_dtype=encoder.autocast_dtype,
-        ).eval()
+        )
+        for head in own[1:]:  # one at most
+            self._follower.projections["shared"] = head
+        self._follower.eval()
         self._follower.packed = encoder.packed
         self._follower.requires_grad_(False)
 
