@@ -179,8 +179,8 @@ def _check_policy(config: Config, source: SourceConfig, key: str) -> None:
     require(source.negatives != "own" or not config.batch.offload, f"{key}.negatives", offload, source.negatives)
     taught = "in_batch or own: loss.kl_weight and loss.margin_mse_weight are 0, so that nothing else would be learned"
     require(source.negatives != "none" or config.loss.distils, f"{key}.negatives", taught, source.negatives)
-    fixed = "null where batch.one_source=false or loss.learn_temperature=true: a batch has one temperature"
-    one = config.batch.one_source and not config.loss.learn_temperature
+    fixed = "null where batch.one_source=false, loss.learn_temperature=true or loss.bank is set: one for a batch"
+    one = config.batch.one_source and not config.loss.learn_temperature and config.loss.bank == "none"
     require(source.temperature is None or one, f"{key}.temperature", fixed, source.temperature)
     banked = "in_batch, and apart false, with loss.bank: its rows are contrasted with whole batches"
     plain = source.negatives == "in_batch" and not source.apart

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from retriever.config import BatchConfig, Config, ConfigError, DataConfig, SourceConfig, from_dict, to_dict
+from retriever.config import BatchConfig, Config, ConfigError, DataConfig, LossConfig, SourceConfig, from_dict, to_dict
 from retriever.config_rules import validate
 from retriever.config_sources import named_prompts, queries_per_epoch
 from retriever.data.batch import BatchLoader
@@ -198,3 +198,5 @@ def test_settings_of_a_source_that_cannot_be_run(key: str, value: object, messag
     tree["data"]["train"][0] |= {key: SourceConfig.__dataclass_fields__[key].default, "temperature": 0.1}
     with pytest.raises(ConfigError, match=r"data.train.0.temperature: expected null where batch.one_source=false"):
         validate(replace(from_dict(tree), batch=BatchConfig(one_source=False)))
+    with pytest.raises(ConfigError, match=r"data.train.0.temperature: expected null where .* loss.bank is set"):
+        validate(replace(from_dict(tree), loss=LossConfig(bank="contaccum")))
