@@ -140,6 +140,9 @@ def unpad(model: SentenceTransformer) -> SentenceTransformer:
     encoder and padded again behind it, so other modules, losses and the trainer see no difference. Saved files are
     those of the model as it was. Returns `model` itself. Raises ValueError for an architecture whose attention cannot
     be told where texts begin, and for weights that are not float32: train in bf16 by the trainer's `bf16=True`.
+
+    Add adapters and turn gradient checkpointing on before: after, a forward pass through fused layers raises
+    RuntimeError.
     """
     tower: Any = model[0].model
     if tower.config.model_type not in PACKED:

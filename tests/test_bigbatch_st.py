@@ -178,6 +178,24 @@ def test_an_unpadded_encoder_is_the_same_function(architecture: str, tmp_path: P
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
 
 
+def test_an_unpadded_encoder_is_adapted_before(folder: Path) -> None:
+    """Checkpointing that is on already is kept, by layers that are not fused."""
+    columns = [random_texts(4, longest=30, seed=seed) for seed in (1, 2)]
+    for early in (True, False):
+        model = SentenceTransformer(str(folder), device="cpu").train()
+        tower: Any = model[0].model
+        model = model if early else unpad(model)
+        tower.activation_checkpointing_enable()
+        model = unpad(model) if early else model
+        if early:
+            assert _gradient_of(model, InfoNCELoss(model), columns)[1].norm() > 1e-3
+            continue
+        with pytest.raises(RuntimeError, match="gradient checkpointing: expected it off, received on; .*unpad"):
+            _gradient_of(model, InfoNCELoss(model), columns)
+        tower.activation_checkpointing_disable()
+        assert _gradient_of(model, InfoNCELoss(model), columns)[1].norm() > 1e-3
+
+
 def test_what_cannot_be_unpadded_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected weights in torch.float32, received torch.bfloat16"):
         unpad(SentenceTransformer(str(folder), device="cpu").bfloat16())

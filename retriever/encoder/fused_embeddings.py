@@ -12,6 +12,7 @@ from kernels.dispatch import WIDEST_ROW
 from kernels.layers.embeddings import Tables, embeddings
 from retriever.encoder.packed_attention import draw_seeds
 
+CHANGE_FIRST = "fused layers would pass it by: change the model first, and fuse it (bigbatch.st.unpad) afterwards"
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -33,7 +34,10 @@ def has_plain_embeddings(tower: PreTrainedModel) -> bool:
 
 
 class FusedEmbeddings(nn.Module):
-    """Replaces a tower's embeddings; its modules keep their names. Takes packed texts, all of segment 0."""
+    """Replaces a tower's embeddings; its modules keep their names. Takes packed texts, all of segment 0.
+
+    Raises RuntimeError where a table was replaced by anything but another one.
+    """
 
     word_embeddings: nn.Embedding
     position_embeddings: nn.Embedding
@@ -49,6 +53,10 @@ class FusedEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> Tensor:
         """input_ids and position_ids [1, T] to the layers' input [1, T, H] in the tables' dtype."""
+        for name in _EMBEDDINGS:
+            found = type(self._modules[name])
+            if found is not nn.Embedding:
+                raise RuntimeError(f"{name}: expected an Embedding, received a {found.__name__}; {CHANGE_FIRST}")
         dropout = self.dropout.p if self.dropout.training else 0.0
         seed = draw_seeds(1, input_ids.device) if dropout > 0 else None
         with torch.autocast(input_ids.device.type, enabled=False):

@@ -27,7 +27,7 @@ from kernels.layers.layer import (
     transformer_layer,
     without_graph,
 )
-from retriever.encoder.fused_embeddings import FusedEmbeddings, has_plain_embeddings
+from retriever.encoder.fused_embeddings import CHANGE_FIRST, FusedEmbeddings, has_plain_embeddings
 from retriever.encoder.fused_specs import BERT_FAMILY, LayerSpec, angles, layer_specs
 from retriever.encoder.packed_attention import draw_seeds
 from retriever.wording import counted
@@ -68,6 +68,8 @@ class FusedLayers(nn.Module):
     Weights are rounded to the computing dtype once a step. A change is seen by the version that torch counts for every
     operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
     `weight.data` in place is seen by neither. Graphs kept from before a change cannot be differentiated after it.
+
+    Other modules in the place of the layers' (adapters), or gradient checkpointing, are refused by RuntimeError.
     """
 
     def __init__(
@@ -78,6 +80,22 @@ class FusedLayers(nn.Module):
         self._specs = list(specs)
         self._elsewhere = first_norm, rotary  # in a tuple: the tower has registered them under names of their own
         self._rounded: dict[int, _Rounded] = {}
+        self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []  # of each module: the present ones, the fused
+        self._can_checkpoint: list[Any] = []
+
+    def remember_modules(self) -> None:
+        """Takes the present modules for those that are fused."""
+        self._children = [(module._modules, dict(module._modules)) for module in self.modules() if module._modules]
+        self._can_checkpoint = [module for module in self.modules() if hasattr(module, "gradient_checkpointing")]
+
+    def _refuse_changes(self) -> None:
+        for present, fused in self._children:
+            if present != fused:
+                name = next(name for name in fused | present if present.get(name) is not fused.get(name))
+                was, received = (type(modules.get(name)).__name__ for modules in (fused, present))
+                raise RuntimeError(f"{name}: expected the {was} that was fused, received {received}; {CHANGE_FIRST}")
+        if self.training and any(layer.gradient_checkpointing for layer in self._can_checkpoint):
+            raise RuntimeError(f"gradient checkpointing: expected it off, received on; {CHANGE_FIRST}")
 
     def run(
         self,
@@ -93,6 +111,7 @@ class FusedLayers(nn.Module):
 
         Without a graph, `saved_activations` receives those of each layer; with one, they are taken out of it.
         """
+        self._refuse_changes()
         expected = len(self._specs) if torch.is_grad_enabled() else 0
         if saved_activations is not None and len(saved_activations) != expected:
             layers = counted(expected, "layer")
@@ -153,6 +172,7 @@ class FusedEncoder(FusedLayers):
     def __init__(self, specs: Sequence[LayerSpec], layer: nn.ModuleList) -> None:
         super().__init__(specs)
         self.layer = layer
+        self.remember_modules()
 
     def forward(self, hidden_states: Tensor, **given: Any) -> BaseModelOutputWithPastAndCrossAttentions:
         """`run`, as the tower expects its result."""
@@ -170,6 +190,7 @@ class FusedList(FusedLayers):
         super().__init__(specs, first_norm, rotary)
         for name, layer in layers.named_children():
             self.add_module(name, layer)
+        self.remember_modules()
         self.attention_type = getattr(layers[0], "attention_type", None)  # ModernBERT looks the mask up, which is None
 
     def __iter__(self) -> Iterator[FusedList]:

@@ -59,6 +59,8 @@ def unfused_because(tower: PreTrainedModel) -> str | None:
         return f"its layers are {config.hidden_size} wide, and at most {WIDEST_ROW} is possible"
     if any(isinstance(module, LoraLinear) for module in tower.modules()):
         return "it has LoRA adapters"
+    if any(getattr(module, "gradient_checkpointing", False) for module in tower.modules()):
+        return "it checkpoints gradients"
     if kind in BERT_FAMILY:
         plain = config.hidden_act == "gelu" and not config.is_decoder and config.chunk_size_feed_forward == 0
         lacks = None if plain else "it is a decoder, cuts its feed-forward part into chunks, or has another GELU"

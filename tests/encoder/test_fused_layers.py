@@ -329,6 +329,43 @@ def test_frozen_layers_and_embeddings_get_no_gradient(tmp_path: Path, tokens: Pa
     )
 
 
+class Adapted(torch.nn.Linear):
+    """Stands in the place of a linear layer, as an adapter does."""
+
+
+def test_a_module_replaced_afterwards_is_refused(folder: Path, tokens: Packed) -> None:
+    """And fused layers leave it to the library's where it was there before. Copies have modules of their own."""
+    encoder = copy.deepcopy(_packed(folder, fused=True))
+    encoder("passage", tokens)
+    layers = next(module for module in encoder.modules() if isinstance(module, FusedLayers))
+    parents = [m for m in layers.modules() if any(type(child) is torch.nn.Linear for child in m.children())]
+    name = next(name for name, child in parents[-1].named_children() if type(child) is torch.nn.Linear)
+    setattr(parents[-1], name, Adapted(8, 8))
+    with pytest.raises(RuntimeError, match=f"{name}: expected the Linear that was fused, received Adapted; .* first"):
+        encoder("passage", tokens)
+
+
+def test_a_replaced_table_is_refused(tmp_path: Path, tokens: Packed) -> None:
+    encoder = _fused_bert(tmp_path, None)
+    encoder.passage_tower.set_input_embeddings(torch.nn.Embedding(200, 32))
+    encoder("passage", tokens)  # a larger vocabulary, say
+    encoder.passage_tower.set_input_embeddings(Adapted(8, 8))
+    with pytest.raises(RuntimeError, match="word_embeddings: expected an Embedding, received an? Adapted"):
+        encoder("passage", tokens)
+
+
+def test_gradient_checkpointing_is_for_the_library_s_layers(folder: Path, tokens: Packed) -> None:
+    encoder = _packed(folder, fused=True)
+    encoder.enable_gradient_checkpointing()
+    with pytest.raises(RuntimeError, match="gradient checkpointing: expected it off, received on"):
+        encoder("passage", tokens)
+    assert encoder.eval()("passage", tokens).isfinite().all(), "without effect there, as in the library"
+    plain = _packed(folder, fused=False)
+    assert plain.unfused_because is None
+    plain.enable_gradient_checkpointing()
+    assert plain.unfused_because == "it checkpoints gradients"
+
+
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
     encoder = DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / "a", "gpt2"))))
     assert not encoder.can_fuse
