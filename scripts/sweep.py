@@ -6,8 +6,9 @@
 Every run is an ordinary one, in a folder of OUTPUT that is named after its settings. Runs share the process, the
 tokenised data and what torch compiled. After an interruption the same command goes on; finished runs are not repeated,
 and a larger grid adds to them. OUTPUT/sweep.md has a row for each setting, with mean and standard deviation over the
-seeds of the best evaluation; sweep.json has every run and sweep.png the picture. The setting with the best mean is
-chosen. With --test its best models are measured on that split of eval.path, and no other model is.
+seeds of the best evaluation; sweep.json has every run and sweep.png the picture. Runs of another grid in OUTPUT stay in
+sweep.json, as `others`. The setting with the best mean is chosen. With --test its best models are measured on that
+split of eval.path, and no other model is.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ from retriever.command import command, option, seed
 from retriever.config import Config, ConfigError, to_dict
 from retriever.config_file import load
 from retriever.config_tree import require
-from retriever.files import make_folder, read_json, replace_file, write_json, write_text
+from retriever.errors import RefusedError
+from retriever.files import read_json, read_object, replace_file, write_json, write_text
+from retriever.lock import working_in
 from retriever.wording import counted
+
+_SUMMARY = "sweep.json"
+_WRITTEN = (_SUMMARY, "sweep.md", "sweep.png")
+_OURS = {"measure", "runs", "test"}  # what a sweep's summary says
 
 
 @command(
@@ -51,18 +58,20 @@ def main(args: argparse.Namespace) -> None:
     configs = {
         (i, number): _config(args, values, number) for i, values in enumerate(settings) for number in args.seeds
     }  # all are read before the first one is trained
-    results, earlier = list[dict[str, Any]](), _finished(args.output)
-    for (i, number), config in configs.items():
-        done = earlier.get(config.run.output_dir)
-        if done is None or done["config"] != _digest(config):
-            done = _trained(config)
-        results.append({**done, "settings": settings[i], "seed": number})
-        write_summary(args.output, results)
-    chosen = best_setting(results)
-    print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
-    if args.test is not None:
-        folders = [Path(result["folder"]) for result in results if result["settings"] == chosen]
-        write_summary(args.output, results, {args.test: _tested(next(iter(configs.values())), folders, args.test)})
+    with working_in(args.output):
+        results, earlier = list[dict[str, Any]](), _finished(args.output)
+        for (i, number), config in configs.items():
+            done = earlier.get(config.run.output_dir)
+            if done is None or done["config"] != _digest(config):
+                done = _trained(config)
+            results.append({**done, "settings": settings[i], "seed": number})
+            write_summary(args.output, results, earlier)
+        chosen = best_setting(results)
+        print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
+        if args.test is not None:
+            folders = [Path(result["folder"]) for result in results if result["settings"] == chosen]
+            tested = _tested(next(iter(configs.values())), folders, args.test)
+            write_summary(args.output, results, earlier, {args.test: tested})
 
 
 def grid(asked: Sequence[str]) -> list[dict[str, str]]:
@@ -110,9 +119,19 @@ def _config(args: argparse.Namespace, settings: Mapping[str, str], number: int) 
 
 
 def _finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs that an earlier start of the sweep finished, by their folders."""
-    summary = folder / "sweep.json"
-    return {run["folder"]: run for run in read_json(summary)["runs"]} if summary.exists() else {}
+    """The runs that sweeps in `folder` finished, by their folders.
+
+    Raises RefusedError where a file that no sweep wrote is in the summary's way.
+    """
+    try:
+        summary = read_object(folder / _SUMMARY)
+    except ValueError:
+        summary = {}
+    ours = summary is not None and summary.keys() >= _OURS
+    for entry in (folder / name for name in _WRITTEN):
+        if entry.is_symlink() or (entry.exists() and not ours):
+            raise RefusedError(f"{entry} was not written by a sweep; move it elsewhere, or choose another --output")
+    return {run["folder"]: run for run in [*summary.get("others", []), *summary["runs"]]} if summary else {}
 
 
 def _digest(config: Config) -> str:
@@ -165,13 +184,18 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_summary(
-    folder: Path, results: Sequence[Mapping[str, Any]], tested: Mapping[str, Mapping[str, float]] | None = None
+    folder: Path,
+    results: Sequence[Mapping[str, Any]],
+    earlier: Mapping[str, Mapping[str, Any]],
+    tested: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """sweep.json, sweep.md and sweep.png of the runs so far."""
-    make_folder(folder)
+    """sweep.json, sweep.md and sweep.png of the runs so far; sweep.json keeps `earlier` ones too, by their folders."""
+    known = {result["folder"] for result in results}
+    others = [run for name, run in earlier.items() if name not in known]
     rows = rows_of(results)
     measure = next((next(iter(result["measures"])) for result in results if "measures" in result), "")
-    write_json(folder / "sweep.json", {"measure": measure, "runs": list(results), "test": dict(tested or {})})
+    summary = {"measure": measure, "runs": list(results), "test": dict(tested or {}), "others": others}
+    write_json(folder / _SUMMARY, summary)
     lines = [f"| settings | {measure} | ± | runs | seconds a run |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: -row["mean"]):
         figures = f"{row['mean']:.4f} | {row['deviation']:.4f} | {row['runs']} | {row['seconds']:.1f}"

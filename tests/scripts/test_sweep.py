@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from retriever import run as run_module
-from retriever.config import ConfigError
+from retriever.config import Config, ConfigError
+from retriever.lock import LOCK, LockedError, locked
 from scripts import sweep
 from tests.commands import assert_refused
 from tests.workplace import make_workplace, metrics
@@ -61,6 +63,42 @@ def test_a_sweep_trains_once_chooses_by_dev_and_grows(
     assert tested["MRR@10"] == pytest.approx(mean, abs=2e-3), "the same queries"
     assert "`optim.lr=1e30`, seed 1, failed: step 2: " in page
     assert (output / "sweep.png").stat().st_size > 1000
+
+
+def test_another_grid_keeps_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its seconds, also after an interruption at a value that was put first."""
+    work, output, trained = make_workplace(tmp_path), tmp_path / "sweep", list[str]()
+
+    def train(config: Config) -> dict[str, Any]:
+        with pytest.raises(LockedError), locked(output / LOCK, "the sweep"):
+            pass
+        trained.append(config.run.output_dir.rpartition("/")[2])
+        if "lr=5" in trained[-1]:
+            raise KeyboardInterrupt
+        done: dict[str, Any] = {"folder": config.run.output_dir, "config": sweep._digest(config)}
+        return done | ({"failed": "nan"} if "lr=2" in trained[-1] else {"seconds": 60.0, "measures": {"m": 0.5}})
+
+    monkeypatch.setattr(sweep, "_trained", train)
+    command = ["--config", str(work / "run.yaml"), "--output", str(output), "--grid"]
+    sweep.main([*command, "optim.lr=1,2"])
+    sweep.main([*command, "optim.lr=3"])
+    sweep.main([*command, "optim.lr=4,5,1,2"])
+    summary = json.loads((output / "sweep.json").read_text())
+    assert [run["settings"] for run in summary["runs"]] == [{"optim.lr": "4"}]
+    assert sweep.main([*command, "optim.lr=3,2,1"]) == 0
+    assert trained == [f"lr={lr}_seed=0" for lr in (1, 2, 3, 4, 5)]
+    page = (output / "sweep.md").read_text()
+    assert page.count("| 60.0 |") == 2 and "`optim.lr=2`, seed 0, failed: nan" in page
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "sweep.md", "sweep.png"])
+def test_a_file_that_no_sweep_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
+    work, mine = make_workplace(tmp_path), tmp_path / "s" / name
+    mine.parent.mkdir()
+    mine.write_text('{"runs": 5}')
+    command = ["--config", str(work / "run.yaml"), "--output", str(mine.parent)]
+    assert_refused(sweep.main, command, f"{mine} was not written by a sweep; move it elsewhere")
+    assert [*mine.parent.iterdir()] == [mine] and mine.read_text() == '{"runs": 5}'
 
 
 def test_the_best_mean_over_seeds_is_chosen() -> None:
