@@ -136,6 +136,8 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: 
     unit_norm = config.model.normalize
     objective = ContrastiveObjective(config.loss, unit_norm=unit_norm, block_rows=block_rows, custom=custom)
     objective.to(world.device)
+    if custom is not None:
+        custom.start_from_first(world)
     config = preflight.resolve(config, encoder, world)
     apply_execution(encoder, config.model)
     check_replay(encoder, config.model)

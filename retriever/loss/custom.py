@@ -80,6 +80,12 @@ class CustomLoss(nn.Module):
         self.function = function
         self._whole = getattr(function, "takes_whole_batch", False)
 
+    @torch.no_grad()
+    def start_from_first(self, world: World) -> None:
+        """Gives every rank the parameters and buffers of rank 0. Every rank calls it."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.copy_(world.gather_rows(tensor.detach()[None]).rows[0])
+
     def forward(self, problem: Problem, groups: Groups | None, world: World) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [B], and dqueries [B, D] and dpassages [N, D] of `problem.weight` times their sum over ranks.
 

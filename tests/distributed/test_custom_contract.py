@@ -173,6 +173,21 @@ def test_a_teachers_scores_stand_at_its_pairs(tmp_path: Path) -> None:
         assert of_all[at] == of_rows[at]
 
 
+def _starts(world: World, folder: Path) -> list[list[float]]:
+    """Weights, and buffers of two types, that were others on each rank."""
+    torch.manual_seed(world.rank)
+    module = nn.ModuleList([nn.Linear(2, 3), nn.BatchNorm1d(4)])
+    module[1].running_var.fill_(world.rank + 5)  # type: ignore[operator]
+    CustomLoss(module).start_from_first(world)
+    return [x.flatten().tolist() for x in module.state_dict().values()]
+
+
+def test_every_rank_starts_from_the_first_ones_parameters(tmp_path: Path) -> None:
+    first, second = run_on_ranks(_starts, 2, tmp_path)
+    torch.manual_seed(0)
+    assert first == second and first[0] == nn.Linear(2, 3).weight.flatten().tolist() and [5.0] * 4 in first
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
