@@ -81,7 +81,7 @@ def _beside_each_other(config: Config) -> list[Rule]:
     """What other settings of this configuration leave to a key."""
     model, loss, optim, offload = config.model, config.loss, config.optim, "batch.offload=true"
     one, two = ["query_to_passage"], ["query_to_passage", "passage_to_query"]
-    custom = loss.custom is not None
+    custom, default = loss.custom is not None, LossConfig()
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
@@ -93,6 +93,10 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (len(loss.directions) > 1, ("loss.strategy", ("tiled",), "several of loss.directions")),
         (loss.hardness != "none", ("loss.strategy", ("tiled",), f"loss.hardness={loss.hardness}")),
         (loss.guide is not None, ("loss.strategy", ("tiled",), "loss.guide")),
+        (loss.guide is None, ("loss.guide_margin", (default.guide_margin,), "loss.guide=null")),
+        (loss.guide is None, ("loss.guide_margin_kind", (default.guide_margin_kind,), "loss.guide=null")),
+        (loss.bank == "none", ("loss.bank_steps", (default.bank_steps,), "loss.bank=none")),
+        (loss.bank != "moco", ("loss.bank_momentum", (default.bank_momentum,), f"loss.bank={loss.bank}")),
         (loss.positives > 1, ("loss.strategy", ("tiled",), "several loss.positives")),
         (loss.positives > 1, ("loss.mask_known_positives", (True,), "several loss.positives")),
         (loss.positives > 1, ("loss.symmetric", (False,), "several loss.positives")),
@@ -116,7 +120,24 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (config.batch.offload, ("loss.cosent_weight", (0,), f"{offload}: {_TEACHER}")),
         (config.batch.offload, ("loss.margin_mse_weight", (0,), f"{offload}: {_TEACHER}")),
     ]
-    return [rule for holds, rule in rules if holds] + (_beside_a_bank(loss) if loss.bank != "none" else [])
+    if any(source.negatives == "own" for source in config.data.train):
+        rules += [(True, rule) for rule in _beside_own_negatives()]
+    if loss.bank != "none":
+        rules += [(True, rule) for rule in _beside_a_bank(loss)]
+    return [rule for holds, rule in rules if holds]
+
+
+def _beside_own_negatives() -> list[Rule]:
+    """What a source of negatives=own leaves to other settings: its rows have InfoNCE over a query's group alone."""
+    own = "negatives=own of a source, whose queries see their own negatives alone"
+    return [
+        ("loss.custom", (None,), own),
+        ("loss.guide", (None,), own),
+        ("loss.false_negative_margin", (None,), own),
+        ("loss.hardness", ("none", "in_batch"), own),
+        ("loss.symmetric", (False,), own),
+        ("loss.directions", (["query_to_passage"],), own),
+    ]
 
 
 def _beside_a_bank(loss: LossConfig) -> list[Rule]:
@@ -125,6 +146,7 @@ def _beside_a_bank(loss: LossConfig) -> list[Rule]:
     weights = ("kl_weight", "margin_mse_weight", "cosent_weight", "embedding_weight")
     return [
         *((f"loss.{weight}", (0,), bank) for weight in weights),
+        ("loss.teacher_margin", (None,), bank),
         ("loss.custom", (None,), bank),
         ("loss.directions", (one, two, two[::-1]), bank),
         ("loss.positives", (1,), bank),

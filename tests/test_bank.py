@@ -25,7 +25,8 @@ MOMENTUM = 0.7
 
 def _config(workplace: Path, output: str, bank: str, *overrides: str) -> Config:
     settings = [f"run.output_dir={workplace / output}", "run.trackers=[]", "eval=null", "train.eval_every=0"]
-    settings += [f"loss.bank={bank}", "loss.bank_steps=2", f"loss.bank_momentum={MOMENTUM}", "train.max_steps=5"]
+    settings += [f"loss.bank={bank}", "loss.bank_steps=2", "train.max_steps=5"]
+    settings += [f"loss.bank_momentum={MOMENTUM}"] if bank == "moco" else []
     return load(workplace / "run.yaml", [*settings, *overrides])
 
 

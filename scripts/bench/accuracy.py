@@ -151,6 +151,8 @@ def _batch(method: Method, size: int, small: int) -> list[str]:
     """The settings of a method's batch and bank."""
     if method.bank is None:
         return [f"batch.queries={size}"]
+    if method.bank == "none":
+        return [f"batch.queries={small}"]
     return [f"batch.queries={small}", f"loss.bank={method.bank}", f"loss.bank_steps={max(1, size // small - 1)}"]
 
 

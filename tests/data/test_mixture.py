@@ -200,3 +200,28 @@ def test_settings_of_a_source_that_cannot_be_run(key: str, value: object, messag
         validate(replace(from_dict(tree), batch=BatchConfig(one_source=False)))
     with pytest.raises(ConfigError, match=r"data.train.0.temperature: expected null where .* loss.bank is set"):
         validate(replace(from_dict(tree), loss=LossConfig(bank="contaccum")))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("custom", "some.module:f", "loss.custom: expected none with negatives=own of a source"),
+        ("guide", "folder", "loss.guide: expected none with negatives=own of a source"),
+        ("false_negative_margin", 0.1, "loss.false_negative_margin: expected none with negatives=own of a source"),
+        ("hardness", "all", "loss.hardness: expected none or in_batch with negatives=own of a source"),
+        ("symmetric", True, "loss.symmetric: expected false with negatives=own of a source"),
+        (
+            "directions",
+            ["query_to_passage", "query_to_query"],
+            r"loss.directions: expected \['query_to_passage'\] with negatives=own of a source",
+        ),
+    ],
+)
+def test_what_rows_of_own_negatives_would_not_follow_is_refused(key: str, value: object, message: str) -> None:
+    tree = to_dict(Config(data=DataConfig(train=(SourceConfig(path="a"), SourceConfig(path="b")), negatives=2)))
+    tree["model"]["name_or_path"], tree["train"]["max_steps"] = "m", 1
+    tree["loss"] |= {key: value, "hardness_strength": 5.0 if key == "hardness" else 0.0}
+    validate(from_dict(tree))
+    tree["data"]["train"][1]["negatives"] = "own"
+    with pytest.raises(ConfigError, match=message):
+        validate(from_dict(tree))
