@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from retriever.command import BATCH, command, number, option
 from retriever.errors import RefusedError
-from retriever.files import read_json, replace_folder, write_json
+from retriever.files import read_json, replace_folder, write_json, write_text
+from retriever.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _WEIGHTS = "model.safetensors"
 _OF_TRAINING = {"config_sha256", "base_model"}  # in bigbatch.json: what a model was made from
+_OF_ONE_MODEL = re.compile("^## (?:Training|Evaluation)$", re.MULTILINE)  # what its card tells from there on
 _SETTINGS = ("bigbatch.json", "config.json", "modules.json", "config_sentence_transformers.json", "tokenizer.json")
 _PROBES = ("how tall is a giraffe", "Adult giraffes are 4.3 to 5.7 m tall.", "a")
 _PARITY = 1e-5
@@ -78,7 +81,16 @@ def merge(folders: Sequence[Path], shares: Sequence[float], output: Path) -> Non
             save_file(average(states, shares), writing / file, metadata={"format": "pt"})
         described = read_json(writing / "bigbatch.json")
         write_json(writing / "bigbatch.json", {**described, "merged": list(shares)})
+        for card in writing.rglob("README.md"):
+            write_text(card, _merged_card(card.read_text(encoding="utf-8"), shares))
         _check_parity(writing, folders, shares)
+
+
+def _merged_card(card: str, shares: Sequence[float]) -> str:
+    """A model's card with the mean in the place of its own training and evaluation."""
+    weighted = ", ".join(f"{share:.3g}" for share in shares)
+    mean = f"The weights are the mean over {counted(len(shares), 'model')} of one form, with the shares {weighted}."
+    return f"{_OF_ONE_MODEL.split(card, maxsplit=1)[0]}## Training\n\n{mean}\n"
 
 
 def average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

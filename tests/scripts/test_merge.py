@@ -16,6 +16,7 @@ from retriever.encoder.bundle import load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.tokenizer import training_tokenizer
 from retriever.export import Probe, export
+from retriever.model_card import evaluation_section
 from scripts import merge
 from tests.commands import assert_refused
 from tests.tiny import save_tiny_model
@@ -31,6 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         config, tokenizer = Config(model=model, data=DataConfig()), training_tokenizer(model)
         encoder = DualEncoder.from_pretrained(model).eval()
         folders.append(export(encoder, tokenizer, config, root / place, Probe.of(encoder, tokenizer, config, ["a b"])))
+        with (folders[-1] / "README.md").open("a") as card:
+            card.write(evaluation_section(config, 7, {"nDCG@10": 0.5}))
     return folders
 
 
@@ -46,6 +49,11 @@ def test_the_mean_of_weights_is_written_and_evaluated(
     assert found.keys() == first.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+    cards = [(folder / "README.md").read_text() for folder in (models[0], output)]
+    kept = cards[0].partition("## Training")[0]
+    assert "After step 7" in cards[0] and "```python" in kept
+    mean = "The weights are the mean over 2 models of one form, with the shares 0.25, 0.75."
+    assert cards[1] == f"{kept}## Training\n\n{mean}\n"
     texts = ["river and mountain", "a question"]
     theirs = SentenceTransformer(str(output), device="cpu").encode(texts, prompt_name="document")
     np.testing.assert_allclose(load_encoder(output, device="cpu").encode(texts, "passage"), theirs, atol=1e-5)
