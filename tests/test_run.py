@@ -32,6 +32,7 @@ from retriever.config_file import load
 from retriever.encoder.bundle import load_encoder
 from retriever.errors import Stopped
 from retriever.inputs import configuration
+from retriever.loss.custom import CustomLoss
 from tests.tiny import random_texts
 from tests.workplace import ROOT, metrics
 
@@ -292,13 +293,16 @@ def _margin_loss(workplace: Path) -> Any:
 
 
 def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a parameter, which goes on from where it was; a run without the loss is another run."""
+    """With a parameter, which starts as on the first rank and goes on from where it was; a run without the loss is
+    another run.
+    """
+    monkeypatch.setattr(CustomLoss, "start_from_first", lambda loss, _: loss.function.margin.data.fill_(0.3))
     kind, folder = _margin_loss(workplace), workplace / "own_loss"
     settings = [f"run.output_dir={folder}", "eval=null", "train.eval_every=0", "loss.learn_temperature=false"]
     settings += ["run.trackers=[]", "run.verify=true"]
-    margins = [0.1]
+    margins = [0.3]
     for steps in (3, 6):
         loss = kind()
         run = Run(workplace / "run.yaml", [*settings, f"train.max_steps={steps}"], loss=loss)
@@ -306,7 +310,7 @@ def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
         assert "gradient equal to the whole batch's to" in capsys.readouterr().out
         margins.append(loss.margin.item())
     assert run.config.loss.custom == "own:AdditiveMargin"
-    assert margins[0] != margins[1] != margins[2] and abs(margins[2] - margins[1]) < 0.05
+    assert margins[0] != margins[1] != margins[2] and margins == pytest.approx([margins[1]] * 3, abs=0.05)
     saved = load_file(folder / "checkpoints" / "step-00000006" / "model.safetensors")
     assert float(saved["objective.custom.function.margin"]) == margins[2]
     with pytest.raises(ConfigError, match="loss.custom: 'own:AdditiveMargin' -> None"):

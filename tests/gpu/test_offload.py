@@ -79,6 +79,23 @@ def test_errors_are_those_of_resident_rows(world: World, device: str, precision:
         assert error <= max(1.1 * of_resident, floor), f"result {number}: {error:.2g}, resident {of_resident:.2g}"
 
 
+def test_two_parts_of_a_loss_add_up(world: World, device: str) -> None:
+    """Hardness makes a part of each direction; the host adds up their gradients."""
+    sizes, block_rows = ((2050, 2750), 700) if device == "cuda" else ((90, 150), 32)
+    q, p, targets = _vectors(device, *sizes, 128)
+    config = LossConfig(
+        precision="high",
+        symmetric=True,
+        temperature=0.02,
+        learn_temperature=True,
+        hardness="all",
+        hardness_strength=5.0,
+    )
+    resident, offloaded = (_results(q, p, targets, world, config, rows) for rows in (None, block_rows))
+    for found, expected in zip(offloaded, resident, strict=True):
+        assert expected.norm() > 1e-4 and (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_the_encoders_gradient_is_that_of_resident_rows(world: World, device: str, tmp_path: Path) -> None:
     """With dropout on, chunk by chunk to the host and back; twice, so that page-locked memory is used again."""
     encoder = DualEncoder.from_pretrained(
