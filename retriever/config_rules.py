@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from retriever.config import Config, LossConfig, SourceConfig, flat, from_dict, to_dict
+from retriever.config import Config, DataConfig, LossConfig, OptimConfig, SourceConfig, flat, from_dict, to_dict
 from retriever.config_sources import hard_negatives, prompt_names, text_kinds
 from retriever.config_tree import require
 
@@ -82,13 +82,21 @@ def _beside_each_other(config: Config) -> list[Rule]:
     model, loss, optim, offload = config.model, config.loss, config.optim, "batch.offload=true"
     one, two = ["query_to_passage"], ["query_to_passage", "passage_to_query"]
     custom, default = loss.custom is not None, LossConfig()
+    data, betas = config.data, [*OptimConfig().betas]
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
         (model.lora is not None, ("model.fused", _AUTO_OR_FALSE, "model.lora")),
         (model.fused is True, ("model.compile", _AUTO_OR_FALSE, "model.fused=true")),
         (model.gradient_checkpointing, ("model.compile", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
-        (optim.name == "adafactor", ("optim.betas", ([0.9, 0.999],), "optim.name=adafactor, which has none")),
+        (optim.name == "adafactor", ("optim.betas", (betas,), "optim.name=adafactor, which has none")),
+        ("." in optim.name, ("optim.betas", (betas,), f"optim.name={optim.name}, whose are in optim.arguments")),
+        (optim.schedule != "wsd", ("optim.decay", (OptimConfig().decay,), f"optim.schedule={optim.schedule}")),
+        (data.sampling != "power", ("data.alpha", (DataConfig().alpha,), f"data.sampling={data.sampling}")),
+        (
+            data.sampling == "round_robin",
+            ("batch.one_source", (True,), "data.sampling=round_robin, where sources take turns by the batch"),
+        ),
         (loss.symmetric, ("loss.directions", (one,), "loss.symmetric=true")),
         (len(loss.directions) > 1, ("loss.strategy", ("tiled",), "several of loss.directions")),
         (loss.hardness != "none", ("loss.strategy", ("tiled",), f"loss.hardness={loss.hardness}")),

@@ -131,6 +131,12 @@ def minimal(tmp_path: Path) -> Path:
         ("optim.name=adam", "optim.name: expected adamw .*received 'adam'"),
         ("optim.arguments.momentum=0.9", "optim.arguments: expected null with optim.name=adamw"),
         ("optim.ema=1", "optim.ema"),
+        (
+            "optim={name: torch.optim.NAdam, betas: [0.8, 0.9]}",
+            r"optim.betas: expected \[0.9, 0.999\] with optim.name=torch.optim.NAdam, whose are in optim.arguments",
+        ),
+        ("optim.decay=0.2", "optim.decay: expected 0.1 with optim.schedule=linear; received 0.2"),
+        ("data={alpha: 0.7, sampling: weight}", "data.alpha: expected 0.5 with data.sampling=weight; received 0.7"),
         ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
         ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
         ("train.keep_last=0", "train.keep_last: "),
@@ -202,6 +208,13 @@ def test_what_cannot_be_in_host_memory_is_refused(minimal: Path, override: str, 
     load(minimal, [override])
     with pytest.raises(ConfigError, match=message):
         load(minimal, ["batch.offload=true", override])
+
+
+def test_sources_take_turns_in_batches_of_one_source(minimal: Path) -> None:
+    load(minimal, ["data.sampling=round_robin"])
+    load(minimal, ["optim.schedule=wsd", "optim.decay=0.2", "data.sampling=power", "data.alpha=0.7"])
+    with pytest.raises(ConfigError, match="batch.one_source: expected true with data.sampling=round_robin"):
+        load(minimal, ["data.sampling=round_robin", "batch.one_source=false"])
 
 
 @pytest.mark.parametrize("text", ["- a\n", "5\n", "model: [1,\n", "model: {}\nmodel: {}\n", "run:\n", "3: 4\n"])
