@@ -133,9 +133,11 @@ class Outputs:
         Any thread may call it, on one rank alone, while the main thread is in a step: until its update a step changes
         nothing that is saved.
         """
-        with self._saving, self._state.optimizer.updating:
+        with self._saving:
+            # An evaluation holds `updating` to its end, and begins with everything saved.
             if self._state.optimizer.updates > self._saved:
-                self._begin(self._state.optimizer.updates, stepping=True)
+                with self._state.optimizer.updating:
+                    self._begin(self._state.optimizer.updates, stepping=True)
             self.wait()
             return self._saved
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from retriever import checkpoint, outputs
-from retriever.config import Config, RunConfig
+from retriever.config import Config, OptimConfig, RunConfig
+from retriever.optim import Optimizer
 from retriever.outputs import Outputs
 from retriever.parallel.world import World
 
@@ -25,11 +26,11 @@ class _Run:
     def __init__(self, folder: Path, device: str, updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.hold = threading.Event()  # until it is set, nothing is written
-        optimizer = SimpleNamespace(updates=updates, updating=threading.RLock(), averages={})
+        self.optimizer = SimpleNamespace(updates=updates, updating=threading.RLock(), averages={})
         placed = SimpleNamespace(copy=lambda keep: "the copy", whole=lambda device: "the live encoder")
         store = SimpleNamespace(fingerprint="f1", passages=())
         config = Config(run=RunConfig(output_dir=str(folder)))
-        state = SimpleNamespace(optimizer=optimizer)
+        state = SimpleNamespace(optimizer=self.optimizer)
         arguments: Any = (config, state, placed, None, store, World(torch.device(device)))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: "a stream of its own")
         monkeypatch.setattr(torch.cuda, "stream", self._stream)
@@ -37,6 +38,7 @@ class _Run:
         monkeypatch.setattr(checkpoint, "save", self._save)
         monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda encoder, *_: self.events.append(encoder)))
         monkeypatch.setattr(Outputs, "_publish_export", lambda outputs, step: None)
+        monkeypatch.setattr(Outputs, "_report", lambda outputs: None)
         self.outputs = Outputs(*arguments)
 
     @contextmanager
@@ -61,6 +63,21 @@ def test_a_late_save_does_not_wait_for_the_step_on_the_device(tmp_path: Path, mo
     run.outputs.save(4)
     run.outputs.wait()
     assert run.events == ["copied", "the live encoder", "saved 4"]
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation holds the parameters; all is saved by then."""
+    run = _Run(tmp_path, "cpu", 2, monkeypatch)
+    run.hold.set()
+    run.outputs.save(2)
+    optimizer = Optimizer(OptimConfig(precision="fp32"), [torch.nn.Linear(1, 1)], 4, torch.device("cpu"))
+    monkeypatch.setattr(run.optimizer, "updating", optimizer.updating)
+    found: list[int] = []
+    late = threading.Thread(target=lambda: found.append(run.outputs.save_last_update()), daemon=True)
+    with optimizer.averaged():
+        late.start()
+        late.join(2)
+        assert found == [2]
 
 
 def test_before_the_first_update_there_is_nothing_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
