@@ -126,11 +126,13 @@ class Run:
         Pass each to `forward_backward`, and then call `optimizer_step`, before the next. An evaluation that is due and
         that an earlier start of the run did not come to is made up first.
         """
-        if self._due("evaluate"):
+        if self.config.run.preflight == "only":
+            return
+        if not self._stops() and self._due("evaluate"):
             self.evaluate()
         else:
-            self.should_stop = self._has_lost_patience()
-        for batch in () if self.should_stop else self._batches:
+            self.should_stop = self._has_lost_patience() or self.should_stop
+        for batch in () if self._stops() else self._batches:
             self._outputs.check()
             yield batch
             if self._stops():  # leaving saves
@@ -230,7 +232,7 @@ class Run:
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
             measures = self._measures(self._outputs.embeddings)
         self.record(measures)
-        self.should_stop = self.should_stop or self._has_lost_patience()
+        self.should_stop = self._has_lost_patience() or self.should_stop  # asked of all ranks, whoever wants to stop
         self._call("on_evaluate", measures)
         if unsaved:
             self._call("on_save")
@@ -287,7 +289,6 @@ class Run:
             self.encoder, self.objective = parts.encoder, parts.objective
             self.retention = Retention.from_config(parts.config.batch)
             if parts.config.run.preflight == "only":
-                self._batches = iter(())
                 yield
             else:
                 yield from self._opened()
