@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import reduce
 from typing import Any
 
@@ -18,7 +19,7 @@ from retriever.optimizers import make_optimizer
 from retriever.parallel.sharded import spread
 
 _AVERAGE = "average"  # what the running mean of a parameter is called beside its optimizer's state
-_NUMBER = ":number"  # marks a plain number among the tensors of a state
+_NUMBER, _GROUP = ":number", ":group"  # mark a plain number among the tensors of a state; what belongs to a group
 _SMALLEST_SCALE = 2.0**-4  # of fp16: gradients that overflow below it are no matter of range
 
 
@@ -78,6 +79,7 @@ class Optimizer:
             plain = [p for p in parameters if p.ndim < 2]
             groups += [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.torch = make_optimizer(config, groups, device)
+        self._groups = deepcopy(self.torch.state_dict()["param_groups"])
         # Where the device can leave an update out by itself, the host need not ask before it.
         self._skips = config.name == "adamw" and device.type == "cuda" and config.precision != "fp16"
         self._skips = self._skips and not any(isinstance(p, DTensor) for p in self.parameters)
@@ -127,6 +129,25 @@ class Optimizer:
                 averages[name].lerp_(p.detach(), 1 - decay)
             else:
                 self.torch.state[p][_AVERAGE] = p.detach().clone()
+
+    def kept_in_groups(self) -> Iterator[tuple[nn.Parameter, str, Tensor | float]]:
+        """What updates have changed in the groups, for each parameter of theirs: Prodigy's distance, for example.
+
+        Raises ConfigError where it is neither a tensor nor a number.
+        """
+        for group, begun in zip(self.torch.param_groups, self._groups, strict=True):
+            for key in sorted(group.keys() - {"params", "lr"}):
+                value, was = group[key], begun.get(key)
+                if isinstance(value, Tensor) and isinstance(was, Tensor):
+                    same = torch.equal(value.cpu(), was.cpu())
+                else:
+                    same = type(value) is type(was) and value == was
+                if same:
+                    continue
+                if not isinstance(value, (Tensor, int, float)):
+                    held = f"{self._config.name} changes {key!r} of its groups to a {type(value).__name__}"
+                    raise ConfigError(f"optim.name: expected state of tensors and numbers; {held}")
+                yield from ((p, key, value) for p in group["params"])
 
     def set_learning_rate(self, step: int) -> float:
         """Sets and returns the rate of `step`, counted from 0."""
@@ -196,12 +217,15 @@ def _total_norm(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<quantity>` tensors."""
-    state, found = optimizer.torch.state, {}
+    """The optimizer's state as `<parameter>/<quantity>` tensors. Raises ConfigError where some cannot be saved."""
+    state, found = {p: dict(optimizer.torch.state.get(p, {})) for p in optimizer.parameters}, {}
+    for p, key, value in optimizer.kept_in_groups():
+        state[p][f"{key}{_GROUP}"] = value
     for name, p in optimizer.names.items():
-        for key, value in state.get(p, {}).items():
+        for key, value in state[p].items():
             if isinstance(value, (int, float)):  # of optimizers by import path
-                key, value = f"{key}{_NUMBER}", torch.tensor(value, dtype=torch.float64)
+                dtype = torch.float64 if isinstance(value, float) else None
+                key, value = f"{key}{_NUMBER}", torch.tensor(value, dtype=dtype)
             if value is not None:
                 found[f"{name}/{key}"] = value
     return found
@@ -209,16 +233,18 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 def load_state_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restores what `state_tensors` gave. Raises ValueError where a tensor belongs to no parameter."""
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.torch.param_groups for p in group["params"])}
+    parameters = [(p, group) for group in optimizer.torch.param_groups for p in group["params"]]
+    places = {id(p): (i, group) for i, (p, group) in enumerate(parameters)}
     state: dict[int, dict[str, Tensor | float]] = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
         if name not in optimizer.names:
             raise ValueError(f"the checkpoint holds optimizer state of {name!r}, which this run does not train")
         parameter = optimizer.names[name]
-        of_parameter = state.setdefault(order[id(parameter)], {})
-        if quantity.endswith(_NUMBER):
-            of_parameter[quantity.removesuffix(_NUMBER)] = value.item()
+        index, group = places[id(parameter)]
+        is_number, quantity = quantity.endswith(_NUMBER), quantity.removesuffix(_NUMBER)
+        if quantity.endswith(_GROUP):
+            group[quantity.removesuffix(_GROUP)] = value.item() if is_number else value.to(parameter.device)
         else:
-            of_parameter[quantity] = spread(value, parameter)
+            state.setdefault(index, {})[quantity] = value.item() if is_number else spread(value, parameter)
     optimizer.torch.load_state_dict({"state": state, "param_groups": optimizer.torch.state_dict()["param_groups"]})

@@ -191,6 +191,7 @@ def test_an_update_is_the_same_whoever_would_have_left_it_out() -> None:
         ("torch.optim.SGD", {"momentum": 0.9}),
         ("torch.optim.SGD", None),
         ("tests.test_optim.Counting", None),
+        ("tests.test_optim.Shared", None),
     ],
 )
 def test_an_optimizer_by_import_path_goes_on_bitwise(name: str, arguments: dict[str, Any] | None) -> None:
@@ -234,6 +235,32 @@ class Counting(torch.optim.Optimizer):
                 state = self.state[p]
                 state["count"] = state.get("count", 0) + 1
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * group["lr"] / state["count"])
+
+
+class Shared(torch.optim.Optimizer):
+    """Its groups keep numbers and a tensor that decide the size of an update, as those of Prodigy do."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        fresh = {"lr": lr, "weight_decay": weight_decay, "count": 0, "size": 1.0, "norms": torch.ones(2)}
+        super().__init__(params, fresh)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            group["size"] *= 0.7
+            group["norms"] = group["norms"] / 3
+            rate = group["lr"] * group["size"] / group["norms"][0].item() / [1, 2, 3, 4][group["count"] - 1]
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * rate)
+
+
+def test_state_of_groups_that_cannot_be_saved_is_refused() -> None:
+    optimizer = _optimizer(_Model(), name="torch.optim.SGD")
+    optimizer.torch.param_groups[0]["history"] = [1.0]
+    with pytest.raises(ConfigError, match="optim.name: .*torch.optim.SGD changes 'history' of its groups to a list"):
+        state_tensors(optimizer)
 
 
 @pytest.mark.parametrize(
