@@ -157,7 +157,8 @@ class DualEncoder(nn.Module):
 
     def project(self, dimension: int, seed: int) -> None:
         """Gives every tower a new projection head to `dimension`, unless it has one of this size."""
-        if self.projections and self.dimension == dimension:
+        heads = [cast(nn.Linear, head) for head in self.projections.values()]
+        if heads and all(head.out_features == dimension for head in heads):  # whatever is cut off behind it
             return
         for name, tower in self.towers.items():
             hidden_size = cast(PreTrainedModel, tower).config.hidden_size

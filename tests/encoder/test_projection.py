@@ -66,6 +66,19 @@ def test_the_export_is_sentence_transformers_dense_module(exported: tuple[Path, 
     assert again.dimension == 8
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(12, True), (4, False)])
+def test_a_head_is_kept_by_its_own_size_not_by_the_truncated_one(
+    exported: tuple[Path, DualEncoder], asked: int, kept: bool
+) -> None:
+    folder, encoder = exported
+    cut = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=encoder.tied, truncate_dim=4))
+    before = [p.clone() for p in cut.projections.parameters()]
+    cut.project(asked, seed=9)
+    after = list(cut.projections.parameters())
+    assert [torch.equal(p, q) for p, q in zip(before, after, strict=True)] == [kept] * len(before)
+    assert {p.shape[0] for p in after} == {asked} and cut.dimension == 4
+
+
 def test_another_dense_module_is_refused(exported: tuple[Path, DualEncoder]) -> None:
     folder, encoder = exported
     file = folder / ("" if encoder.tied else "query") / "2_Dense" / "config.json"
