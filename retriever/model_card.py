@@ -118,7 +118,12 @@ def evaluation_section(config: Config, step: int, measures: Mapping[str, float])
     """Markdown to stand behind a card: the measures of the evaluation after `step`."""
     where = ""
     if config.eval is not None:
-        where = f" on the split {_code(config.eval.split)} of {_code(without_folders(config.eval.path))}"
+        collections = config.eval.collections
+        where = " and ".join(f"the split {_code(c.split)} of {_code(without_folders(c.path))}" for c in collections)
+        where = f" on {where}"
+        if config.eval.also:
+            best = "the mean over those with judgements" if config.eval.best == "mean" else _code(config.eval.best)
+            where += f"; figures without a collection's name are those of {best}"
     rows = "\n".join(f"| {_code(name)} | {value:.4f} |" for name, value in measures.items())
     return f"\n## Evaluation\n\nAfter step {step:,}{where}:\n\n| measure | value |\n|---|---|\n{rows}\n"
 

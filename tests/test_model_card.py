@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from retriever.config import Config, EvalConfig, ModelConfig, RunConfig
+from retriever.config import Config, EvalCollectionConfig, EvalConfig, ModelConfig, RunConfig
 from retriever.encoder.settings import EncoderSettings
 from retriever.model_card import TrainingFacts, evaluation_section, model_card
 from retriever.report import write_report
@@ -81,7 +81,13 @@ def test_a_card_says_what_was_trained_on() -> None:
         "batches of 8 queries, at most 3 hard negatives a query" in with_negatives and ": 1 step on" in with_negatives
     )
     scored = evaluation_section(Config(eval=EvalConfig("/data/set", "dev")), 40, {"MRR@10": 0.5})
-    assert "After step 40 on the split `dev` of `set`:" in scored and "| `MRR@10` | 0.5000 |" in scored
+    assert "After step 40 on the split `dev` of `set`:" in scored
+    also = EvalConfig("/data/set", "dev", (EvalCollectionConfig("/data/other", split="test"),))
+    for best, told in (("mean", "the mean over those with judgements"), ("other", "`other`")):
+        several = evaluation_section(Config(eval=replace(also, best=best)), 40, {"MRR@10": 0.5})
+        where = "the split `dev` of `set` and the split `test` of `other`"
+        assert f"on {where}; figures without a collection's name are those of {told}:" in several
+    assert "| `MRR@10` | 0.5000 |" in scored
 
 
 @pytest.mark.parametrize("text", HOSTILE)
