@@ -246,7 +246,7 @@ class Run:
         options = EvalOptions(index=asked.index, k=asked.k, dims=asked.dims, progress=world.is_first)
         with self.optimizer.averaged():
             bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
-            measured = evaluate_all(bundle, asked, self.config.loss.temperature, folder, options, world)
+            measured = evaluate_all(bundle, asked, self.objective.temperature, folder, options, world)
         return {f"eval/{name}": value for name, value in measured.items()}
 
     def record(self, values: Mapping[str, float | None]) -> None:

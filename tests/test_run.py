@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -26,10 +27,11 @@ from tqdm import TMonitor
 
 import bigbatch
 from bigbatch import Callback, Run
+from eval import several
 from eval.evaluate import evaluate
-from retriever.config import Config, ConfigError, ModelConfig, SourceConfig
+from retriever.config import Config, ConfigError, EvalConfig, ModelConfig, SourceConfig
 from retriever.config_file import load
-from retriever.encoder.bundle import load_encoder
+from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.errors import Stopped
 from retriever.inputs import configuration
 from retriever.loss.custom import CustomLoss
@@ -252,8 +254,17 @@ def test_a_callback_hears_events_in_transformers_order_and_stops_the_run(workpla
     assert all(line["own"] == 1 for line in metrics(folder))
 
 
-def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(workplace: Path) -> None:
-    """Training goes on from the weights themselves, which the checkpoint holds."""
+def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on from the weights themselves, which the checkpoint holds. The temperature is one of them."""
+    temperatures = list[float]()
+
+    def evaluate_all(bundle: EncoderBundle, asked: EvalConfig, temperature: float, *others: Any) -> dict[str, float]:
+        temperatures.append(temperature)
+        return several.evaluate_all(bundle, asked, temperature, *others)
+
+    monkeypatch.setattr("retriever.run.evaluate_all", evaluate_all)
     settings = [
         "optim.ema=0.6",
         "optim.freeze=[embeddings]",
@@ -272,6 +283,8 @@ def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(workpl
             expected = present if expected is None else 0.6 * expected + 0.4 * present
         (values,) = (line for line in metrics(workplace / "averaged") if "eval/MRR@10" in line)
         assert torch.equal(run.encoder.query_tower.get_parameter(name), present)
+        mean = math.exp(-run.optimizer.averages["log_scale"].item())
+        assert temperatures == [pytest.approx(mean)] and mean not in (0.05, run.objective.temperature)
     start, exported = (load_file(workplace / f / "model.safetensors") for f in ("model", "averaged/export"))
     saved = load_file(workplace / "averaged" / "checkpoints" / "step-00000004" / "model.safetensors")
     torch.testing.assert_close(exported[name], expected)
