@@ -15,7 +15,7 @@ from eval.collections.msmarco import SPLITS, read_msmarco
 from eval.engines.faiss_index import check_index
 from eval.evaluate import EvalOptions, check_measures, evaluate_collection
 from retriever.config import ConfigError, EvalCollectionConfig, EvalConfig, SourceConfig
-from retriever.data.formats import DataError, final_text, open_source
+from retriever.data.formats import DataError, Passage, final_text, open_source
 from retriever.encoder.bundle import EncoderBundle
 from retriever.parallel.world import World
 
@@ -94,8 +94,11 @@ def _measures(
 ) -> dict[str, float]:
     """Those of one collection."""
     if asked.format == "pairs":
-        pairs = _read_pairs(asked, config.candidates) if world.is_first else None
-        return {} if pairs is None else pair_measures(bundle, *pairs, temperature)
+        if not world.is_first:
+            return {}
+        queries, positives = _read_pairs(asked, config.candidates)
+        title, separator = bundle.settings.title, bundle.settings.title_separator
+        return pair_measures(bundle, queries, [final_text(p, title, separator) for p in positives], temperature)
     folder = shards_dir / name_of(asked) if config.also else shards_dir  # one collection has the folder itself
     result = evaluate_collection(bundle, _read(asked), config.metrics, folder, options, world)
     if result is None:
@@ -129,15 +132,15 @@ def _read(asked: EvalCollectionConfig) -> Collection:
     return read_msmarco(asked.path, asked.split)
 
 
-def _read_pairs(asked: EvalCollectionConfig, candidates: int) -> tuple[list[str], list[str]]:
+def _read_pairs(asked: EvalCollectionConfig, candidates: int) -> tuple[list[str], list[Passage]]:
     """The first `candidates` queries of a training file and the first positive of each."""
     source = open_source(SourceConfig(path=asked.path, split=asked.split, limit=candidates))
-    pairs: dict[str, tuple[str, str]] = {}
+    pairs: dict[str, tuple[str, Passage]] = {}
     for example in source.examples():
         if example.positives and example.positives[0].text is not None:
-            pairs.setdefault(example.query_id, (example.query, final_text(example.positives[0], "join", " ")))
+            pairs.setdefault(example.query_id, (example.query, example.positives[0]))
     if len(pairs) < candidates:
         expected = f"{candidates:,} queries with the text of a positive (eval.candidates)"
         raise DataError(f"expected {expected}, found {len(pairs):,}", asked.path)
-    queries, passages = zip(*pairs.values(), strict=True)
-    return [*queries], [*passages]
+    queries, positives = zip(*pairs.values(), strict=True)
+    return [*queries], [*positives]

@@ -80,6 +80,27 @@ def test_the_mean_of_collections_comes_first(
     assert next(iter(chosen.items())) == ("accuracy", found["held-out/accuracy"])
 
 
+@pytest.mark.parametrize(("title", "separator"), [("join", " # "), ("drop", " ")])
+def test_titles_of_pairs_are_the_model_s(
+    folder: Path, bundle: EncoderBundle, config: EvalConfig, tmp_path: Path, title: str, separator: str
+) -> None:
+    """As of passages in training: figures are those of texts that are joined already."""
+    settings = replace(bundle.settings, title=title, title_separator=separator)  # type: ignore[arg-type]
+    found = []
+    for name in ("apart", "joined"):
+        lines = []
+        for query, head, text in zip(*(random_texts(32, seed=seed) for seed in range(3)), strict=True):
+            joined = f"{head}{separator}{text}" if title == "join" else text
+            passage = {"title": head, "text": text} if name == "apart" else {"title": "", "text": joined}
+            lines.append(json.dumps({"question": query, "positive_ctxs": [passage]}))
+        (tmp_path / f"{name}.json").write_text(f"[{','.join(lines)}]")
+        pairs = replace(config.also[1], path=str(tmp_path / f"{name}.json"))
+        measured = replace(config, also=(pairs,), metrics=("MRR@10",))
+        options = EvalOptions(k=100)
+        found.append(evaluate_all(replace(bundle, settings=settings), measured, 0.05, tmp_path / name, options, CPU))
+    assert found[0] == found[1] and found[0]["held-out/loss"] > 0
+
+
 def test_cut_embeddings_are_those_of_an_encoder_that_cuts(
     folder: Path, bundle: EncoderBundle, config: EvalConfig, tmp_path: Path
 ) -> None:
