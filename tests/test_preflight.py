@@ -34,6 +34,7 @@ from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
 from retriever.plan.report import plan_lines, plan_table
 from retriever.retention import Retention
 from retriever.train import main
+from tests.eval.texts import help_texts, write_beir
 from tests.tiny import random_texts, save_tiny_model
 
 GIB = 2**30
@@ -178,7 +179,9 @@ def test_only_prints_the_plan_and_leaves_nothing(
             f"run.output_dir={tmp_path}/run",
             "run.preflight=only",
         ),
+        *(f"eval.path={tmp_path}/help", "eval.split=test", "eval.at_start=true", "eval.patience=1"),  # not asked for yet
     ]
+    write_beir(tmp_path / "help", help_texts())
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "a step" in out and "30 steps" in out and "20  " in out and "encoded once" in out
