@@ -179,7 +179,7 @@ def test_only_prints_the_plan_and_leaves_nothing(
             f"run.output_dir={tmp_path}/run",
             "run.preflight=only",
         ),
-        *(f"eval.path={tmp_path}/help", "eval.split=test", "eval.at_start=true", "eval.patience=1"),  # not asked for yet
+        *(f"eval.path={tmp_path}/help", "eval.split=test", "eval.at_start=true", "eval.patience=1"),  # comes later
     ]
     write_beir(tmp_path / "help", help_texts())
     assert main(arguments) == 0
