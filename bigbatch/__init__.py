@@ -6,8 +6,11 @@ Config      its settings
 Encoder     a trained model: texts in, embeddings out; `load_encoder` opens one
 batch_loss  marks a loss of your own that takes the whole batch; `LossTargets` is what a loss is given
 infonce     the loss as a differentiable function of embeddings; `InfoNCE` as a module; `Negatives`, of other directions
-st          the loss for sentence-transformers' trainer; `import bigbatch.st`
+st          the loss for sentence-transformers' trainer; imported when it is first used, as it needs that package
 """
+
+from importlib import import_module
+from typing import Any
 
 import retriever  # noqa: F401  its `kernels` package is then the one that is found
 from bigbatch.loss import InfoNCE, Negatives, infonce
@@ -22,3 +25,9 @@ __all__ = [
     "Callback", "Config", "Encoder", "InfoNCE", "LossTargets", "Negatives", "Run", "batch_loss", "infonce",
     "load_encoder",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "st":
+        return import_module("bigbatch.st")
+    raise AttributeError(f"module 'bigbatch' has no attribute {name!r}")

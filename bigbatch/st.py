@@ -142,7 +142,7 @@ def unpad(model: SentenceTransformer) -> SentenceTransformer:
     be told where texts begin, and for weights that are not float32: train in bf16 by the trainer's `bf16=True`.
 
     Add adapters and turn gradient checkpointing on before: after, a forward pass through fused layers raises
-    RuntimeError.
+    RuntimeError. Made for GPUs: on a CPU it is slower than padding.
     """
     tower: Any = model[0].model
     if tower.config.model_type not in PACKED:

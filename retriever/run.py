@@ -89,6 +89,7 @@ class Run:
         self._saved = self._stopping = 0  # the step saved last, the signal that stops the run
         self._loss, self._callbacks = loss, tuple(callbacks)
         self._backward: Backward | None = None
+        self._why = ""  # the run ends before its last step
 
     def __enter__(self) -> Run:
         self._lifetime = self._live()
@@ -265,12 +266,11 @@ class Run:
                 self._outputs.publish_best(self.done)
 
     def _has_lost_patience(self) -> bool:
-        """Whether `eval.patience` evaluations in a row were no better than the best one, which is said."""
+        """Whether `eval.patience` evaluations in a row were no better than the best one."""
         patience = None if self.config.eval is None else self.config.eval.patience
         if patience is None or self._outputs.evaluations_since_best() < patience:
             return False
-        none_better = f"the last {counted(patience, 'evaluation')} brought nothing better (eval.patience)"
-        self._parts.accelerator.print(f"ended after step {self.done:,} of {self.total:,}: {none_better}")
+        self._why = f"the last {counted(patience, 'evaluation')} brought nothing better (eval.patience)"
         return True
 
     @property
@@ -284,6 +284,7 @@ class Run:
     @contextmanager
     def _live(self) -> Iterator[None]:
         self.should_stop, self._stopping, self._backward = False, 0, None
+        self._why = "run.should_stop"
         with assembled(self._asked, _check_evaluation, self._loss) as parts:
             self._parts, self.world, self.config, self.total = parts, parts.world, parts.config, parts.total
             self.encoder, self.objective = parts.encoder, parts.objective
@@ -311,6 +312,8 @@ class Run:
             yield
             if self._stops() and self._saved != self.done:
                 self.save()
+            if self.should_stop and self.done < self.total:
+                self._parts.accelerator.print(f"ended after step {self.done:,} of {self.total:,}: {self._why}")
             with self._stop.between_steps():
                 self._outputs.finish()
                 self._call("on_train_end")

@@ -196,6 +196,13 @@ def test_an_unpadded_encoder_is_adapted_before(folder: Path) -> None:
         assert _gradient_of(model, InfoNCELoss(model), columns)[1].norm() > 1e-3
 
 
+def test_the_module_is_imported_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(bigbatch, "st")
+    assert bigbatch.st.InfoNCELoss is InfoNCELoss
+    with pytest.raises(AttributeError, match="'bigbatch' has no attribute 'sth'"):
+        _ = bigbatch.sth
+
+
 def test_what_cannot_be_unpadded_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected weights in torch.float32, received torch.bfloat16"):
         unpad(SentenceTransformer(str(folder), device="cpu").bfloat16())

@@ -65,5 +65,5 @@ def test_a_model_without_dropout_is_refused(tmp_path: Path) -> None:
 
 
 def test_views_of_different_lengths_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"model\.query_max_tokens: .*16, as model\.passage_max_tokens"):
+    with pytest.raises(RefusedError, match=r"model\.query_max_tokens: expected 16, .*; received 8"):
         _config(tmp_path, "model.query_max_tokens=8")
