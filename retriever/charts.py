@@ -62,6 +62,8 @@ def line_chart(label: str, curves: Sequence[Curve]) -> str:
         parts.append(f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
         parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{name}</text>")
     for value, name in across.ticks():
+        if not float(value).is_integer():
+            continue  # there is no half step
         parts.append(f"<text x='{across.at(value):.1f}' y='{_BOTTOM + 18}' text-anchor='middle'>{name}</text>")
     for curve in curves:
         kind = "faint" if curve.faint else "dashed" if curve.dashed else ""

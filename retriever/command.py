@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from retriever.environment import check_environment
-from retriever.errors import INTERRUPTED, REFUSED, TERMINATED, RankError, RefusedError, Stopped
+from retriever.errors import INTERRUPTED, PIPE_CLOSED, REFUSED, TERMINATED, RankError, RefusedError, Stopped
 
 Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser, or to a group of one
 
@@ -156,6 +156,9 @@ class Command:
             if not isinstance(ended.code, int):
                 raise
             return ended.code
+        except BrokenPipeError:  # as of `| head`, which has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
         except BaseException as error:
             status, message = _told(error, self.resumes, self.lower)
             if not status:

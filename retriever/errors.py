@@ -7,7 +7,7 @@ import signal
 from dataclasses import dataclass
 
 RESUMES = "the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
-REFUSED, LOST, INTERRUPTED, TERMINATED = 2, 3, 130, 143  # exit statuses
+REFUSED, LOST, INTERRUPTED, PIPE_CLOSED, TERMINATED = 2, 3, 130, 141, 143  # exit statuses
 
 
 class RefusedError(ValueError):

@@ -117,6 +117,8 @@ def _queries(planner: Planner, asked: int) -> str:
     """How many queries the batches really have."""
     least, most = planner.batch_queries
     found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
+    if planner.steps_per_epoch == 1 and most < asked:
+        return f"{found}, all there are (batch.queries={asked})"
     return (
         found if most == asked else f"{found} (batch.queries={asked}: a source is divided into batches of equal size)"
     )

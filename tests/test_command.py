@@ -271,6 +271,15 @@ def test_a_command_hands_the_status_of_another_on(capsys: pytest.CaptureFixture[
         assert_refused(partial(_run_words, _raiser(failed)), [], "a command … ended with status", status)
 
 
+def test_a_reader_that_has_enough_is_no_error(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced: list[int] = []
+    monkeypatch.setattr("retriever.command.os.dup2", lambda _, descriptor: replaced.append(descriptor))
+    assert _run(_raiser(BrokenPipeError(32, "Broken pipe"))) == 141
+    assert capfd.readouterr().err == "" and replaced == [sys.stdout.fileno()]
+
+
 def test_a_worker_that_is_forked_ends_quietly(capfd: pytest.CaptureFixture[str]) -> None:
     """It inherits the handler of SIGTERM, and its parent ends it so."""
 

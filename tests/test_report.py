@@ -76,6 +76,8 @@ def test_a_chart_of_any_range_stays_in_its_frame(values: list[float]) -> None:
     assert (places >= 0).all() and (places <= [460, 230]).all() and len(places) <= 602
     labels = re.findall("text-anchor='end'>(.*?)</text>", svg)
     assert 2 <= len(labels) <= 7 and len({*labels}) == len(labels)
+    steps = re.findall("text-anchor='middle'>(.*?)</text>", svg)
+    assert steps and all(float(step.replace(",", "")).is_integer() for step in steps)
 
 
 def test_the_later_of_equal_evaluations_after_training_is_the_best() -> None:
