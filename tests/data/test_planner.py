@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retriever.config import BatchConfig, Config, ConfigError, DataConfig, SourceConfig
@@ -145,16 +145,17 @@ def test_targets_and_passages_of_a_batch(size: int, queries: int, negatives: int
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 5), st.integers(3, 40), st.integers(0, 99))
+@example(3, 2, 3, 17)  # the last query's passages have all come before
 def test_a_pool_has_at_most_so_many_passages(size: int, negatives: int, pool: int, seed: int) -> None:
-    """A pool holds `pool` passages at most; it has the passages that its queries are the first to bring, and every
-    query has one. The batch is the one without pools.
+    """A pool holds `pool` passages at most; it has the passages that its queries are the first to bring, perhaps none.
+    The batch is the one without pools.
     """
     arguments: dict[str, Any] = {"queries": size, "negatives": negatives, "seed": seed}
     plain = Planner(_store(size, seed=seed), **arguments).plan(0)
     batch = Planner(_store(size, seed=seed), **arguments, pool=max(pool, 2 + 2 * negatives)).plan(0)
     assert _same(plain, batch) and batch.query_pools is not None and batch.passage_pools is not None
     counts = np.bincount(batch.passage_pools)
-    assert counts.max() <= max(pool, 2 + 2 * negatives) and set(batch.query_pools) <= set(batch.passage_pools)
+    assert counts.max() <= max(pool, 2 + 2 * negatives)
     assert np.all(np.diff(batch.query_pools) >= 0), "queries next to each other share a pool"
     first_of = {target: pool for target, pool in zip(batch.targets[::-1], batch.query_pools[::-1], strict=True)}
     own = dict(zip(batch.passages, batch.passage_pools, strict=True))
