@@ -73,8 +73,13 @@ class ModelConfig:
     name_or_path: str = ""
     # One encoder for queries and passages; false: two, from the same weights.
     tied: bool = True
-    # Which tokens the embedding is made of. auto: as the model folder says, else mean for encoders, last for decoders.
+    # Which tokens the embedding is made of. auto: as the model folder says, else last where attention is causal, and
+    # mean elsewhere.
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
+    # Tokens of a decoder (Llama, Mistral, Qwen2, Qwen3, Gemma, GPT-2) see the whole text, here and in the export;
+    # false: only what is before them. auto: as the model folder says. transformers before 5.2 reads such an export as
+    # causal.
+    bidirectional: bool | Auto = "auto"
     # Scale embeddings to length 1, so that similarities are cosines.
     normalize: bool = True
     # Leading dimensions that an embedding keeps, before normalisation. auto: as the model folder says; null: all.

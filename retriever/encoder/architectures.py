@@ -6,7 +6,7 @@ that every parameter receives a gradient, and that a forward pass with dropout r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from retriever.config import ConfigError
 
@@ -35,18 +35,48 @@ _OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
 
 def check_architecture(config: Any, name: str) -> None:
-    """Raises ConfigError where the model `name` is of an architecture that no test covers."""
+    """Raises ConfigError where the model `name` is of an architecture that no test covers, or padding changes it."""
     if config.model_type not in ENCODERS | DECODERS:
         known = ", ".join(sorted(ENCODERS | DECODERS))
         raise ConfigError(
             f"model {name} is a {config.model_type!r} model, an architecture on which padding, gradients and the "
             f"replay of dropout have not been verified; expected one of {known}"
         )
+    if config.model_type == "gemma" and config.use_bidirectional_attention:
+        raise ConfigError(
+            f"model {name}: use_bidirectional_attention: true, which transformers' Gemma obeys in texts without "
+            "padding only; write is_causal: false into its config.json instead"
+        )
 
 
 def is_decoder(config: Any) -> bool:
-    """Whether a token sees only those before it."""
+    """Whether the architecture is a language model's, whose tokens see only those before them unless it is told
+    otherwise.
+    """
     return config.model_type in DECODERS
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token sees only those before it."""
+    return is_decoder(config) and getattr(config, "is_causal", True)
+
+
+def set_bidirectional(config: Any, bidirectional: bool | Literal["auto"], name: str) -> None:
+    """Makes the model `name` of `config` attend to whole texts, or to what is before a token, as model.bidirectional
+    says.
+
+    It is written as `is_causal`, which transformers obeys from 5.2 on and older versions ignore. Raises ConfigError for
+    an encoder whose attention should be causal.
+    """
+    if bidirectional == "auto":
+        return
+    if is_decoder(config):
+        config.is_causal = not bidirectional
+    elif not bidirectional:
+        raise ConfigError(
+            f"model.bidirectional: false, but {name} is a {config.model_type!r} model, whose tokens see the whole "
+            "text; set it to auto"
+        )
 
 
 def first_position(config: Any) -> int:

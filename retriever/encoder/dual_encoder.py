@@ -14,7 +14,7 @@ from kernels.layers.layer import SavedActivations
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import PACKED, check_lengths, is_decoder
+from retriever.encoder.architectures import PACKED, check_lengths, is_decoder, set_bidirectional
 from retriever.encoder.compiled_layers import compile_layer
 from retriever.encoder.fused_layers import FusedLayers, fuse
 from retriever.encoder.fused_specs import unfused_because
@@ -22,7 +22,7 @@ from retriever.encoder.packed_attention import packed_inputs, use_packed_attenti
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.pretrained import load_model
 from retriever.encoder.projection import load_projection, new_projection
-from retriever.encoder.settings import read_model_config, read_settings, read_truncate_dim, tower_folder
+from retriever.encoder.settings import pooling_of, read_model_config, read_truncate_dim, tower_folder
 
 
 class DualEncoder(nn.Module):
@@ -66,7 +66,6 @@ class DualEncoder(nn.Module):
         name = config.name_or_path
         model_config = read_model_config(name)
         check_lengths(model_config, config.query_max_tokens, config.passage_max_tokens)
-        pooling = read_settings(name).pooling if config.pooling == "auto" else config.pooling
         truncate_dim = read_truncate_dim(name) if config.truncate_dim == "auto" else config.truncate_dim
         if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > model_config.hidden_size:
             whole = model_config.hidden_size
@@ -79,8 +78,14 @@ class DualEncoder(nn.Module):
             )
         passage_tower = load_tower(name, "passage")
         query_tower = passage_tower if config.tied else load_tower(name, "query")
-        modes: dict[str, Any] = {"pooling": pooling, "normalize": config.normalize, "truncate_dim": truncate_dim}
+        modes: dict[str, Any] = {
+            "pooling": pooling_of(config),
+            "normalize": config.normalize,
+            "truncate_dim": truncate_dim,
+        }
         encoder = cls(query_tower, passage_tower, **modes, autocast_dtype=autocast_dtype)
+        for tower in encoder.each_tower:
+            set_bidirectional(tower.config, config.bidirectional, name)
         encoder.load_projections(name)
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()

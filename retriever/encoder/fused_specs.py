@@ -13,6 +13,7 @@ from kernels.dispatch import WIDEST_ROW
 from kernels.layers.api import Activation
 from kernels.layers.layer import LayerKind, Parameters
 from retriever.encoder.lora import LoraLinear
+from retriever.encoder.packed_attention import attention_window
 
 BERT_FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
 LLAMA_FAMILY = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
@@ -144,6 +145,7 @@ def _modernbert(tower: Any) -> Iterator[LayerSpec]:
 
 def _llama(tower: Any) -> Iterator[LayerSpec]:
     config, last = tower.config, len(tower.layers) - 1
+    causal = getattr(config, "is_causal", None)
     for i, layer in enumerate(tower.layers):
         attention, norm = layer.self_attn, layer.post_attention_layernorm
         following = tower.norm if i == last else tower.layers[i + 1].input_layernorm
@@ -155,8 +157,8 @@ def _llama(tower: Any) -> Iterator[LayerSpec]:
             config.num_key_value_heads,
             config.rms_norm_eps,
             attention.scaling,
-            causal=attention.is_causal,
-            window=None if window is None else window - 1,  # theirs counts the token itself
+            causal=attention.is_causal if causal is None else causal,
+            window=attention_window(window, causal),
             gate=_GATES[config.hidden_act],
             rms=True,
             unit_offset=config.model_type == "gemma",

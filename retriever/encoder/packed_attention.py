@@ -74,17 +74,24 @@ def _attend(
     if attention_mask is not None:
         raise ValueError(f"packed texts take no attention mask, received one of shape {list(attention_mask.shape)}")
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
-    window, causal = options.get("sliding_window"), options.get("is_causal")
+    causal = options.get("is_causal")
     mask = Mask(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         seed=draw_seeds(1, query.device) if dropout > 0 else None,
         causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
-        window=None if window is None else window - 1,  # theirs counts the token itself
+        window=attention_window(options.get("sliding_window"), causal),
     )
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
     output = packed_attention(queries, keys, values, packed_starts, packed_longest, mask)
     return output[None], None
+
+
+def attention_window(sliding_window: int | None, causal: bool | None) -> int | None:
+    """How many tokens a token sees to a side. transformers' number counts the token itself, unless the configuration
+    (`is_causal`) makes a decoder's attention bidirectional.
+    """
+    return sliding_window if sliding_window is None or causal is False else sliding_window - 1
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

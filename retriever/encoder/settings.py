@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from retriever.config import Config, ConfigError
+from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import check_architecture, is_decoder, longest_input
+from retriever.encoder.architectures import check_architecture, is_causal, longest_input, set_bidirectional
 from retriever.encoder.model_files import check_number, fields_of, read_fields, read_json
 from retriever.encoder.peer_files import described_settings, read_described, read_modules, tokenizer_limit
 from retriever.encoder.pooling import PoolingMode
@@ -95,7 +95,18 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
     if (modules := read_modules(name)) is not None:
         return EncoderSettings(**described_settings(name, modules, longest))
     max_tokens = min(tokenizer_limit(name) or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS, longest)
-    return EncoderSettings("last" if is_decoder(config) else "mean", True, "", "", max_tokens, max_tokens)
+    return EncoderSettings(_default_pooling(config), True, "", "", max_tokens, max_tokens)
+
+
+def pooling_of(model: ModelConfig) -> PoolingMode:
+    """How a run pools: as `model` says, else as the model's folder does, else as its attention asks for."""
+    if model.pooling != "auto":
+        return model.pooling
+    if describes_itself(model.name_or_path):
+        return read_settings(model.name_or_path).pooling
+    config = read_model_config(model.name_or_path)
+    set_bidirectional(config, model.bidirectional, model.name_or_path)
+    return _default_pooling(config)
 
 
 def read_truncate_dim(name_or_path: str | Path) -> int | None:
@@ -137,6 +148,11 @@ def tower_folder(name_or_path: str | Path, side: Side) -> str:
     if read_fields(_Own, name, SETTINGS_FILE) is not None:
         return own_folder(name, side)
     return next((module.path for module in read_modules(name) or () if module.kind == "Transformer"), "")
+
+
+def _default_pooling(config: Any) -> PoolingMode:
+    """Of a plain language model, as sentence-transformers takes it: the one token that saw the text, or all."""
+    return "last" if is_causal(config) else "mean"
 
 
 def _from_own(found: Any, where: str, longest: int | None) -> EncoderSettings:

@@ -13,7 +13,7 @@ from retriever.config_sources import text_kinds
 from retriever.data.tokens import SIDES, Side, TokenTemplate, tokenize_flat
 from retriever.encoder.model_files import one_line, read_json
 from retriever.encoder.pretrained import quiet_transformers
-from retriever.encoder.settings import describes_itself, read_model_config, read_settings, tower_folder
+from retriever.encoder.settings import describes_itself, pooling_of, read_model_config, tower_folder
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 # A vocabulary that has no token for unknown words fails here.
@@ -37,8 +37,7 @@ def training_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(name)
     appends, last = model.append_eos, TokenTemplate.from_tokenizer(tokenizer).suffix
     if appends == "auto":
-        pooling = read_settings(name).pooling if model.pooling == "auto" else model.pooling
-        plain = pooling == "last" and not describes_itself(name)
+        plain = pooling_of(model) == "last" and not describes_itself(name)
         appends = True if plain and not last and tokenizer.eos_token_id is not None else ends_texts(tokenizer)
     if appends != ends_texts(tokenizer):
         _set_end(tokenizer, appends)
