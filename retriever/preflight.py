@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint
 from retriever.config import Config, ConfigError, ModelConfig
+from retriever.config_sources import text_kinds
 from retriever.data.batch import BatchLoader
 from retriever.data.files import exists
 from retriever.data.planner import Planner
@@ -173,14 +174,27 @@ def warnings(
             f"model.query_max_tokens={model.query_max_tokens} cuts {share:.0%} of the queries: raise it",
         ),
     ]
+    return (
+        [text for holds, text in possible if holds]
+        + _prompt_warnings(config, tokenizer)
+        + _disk_warning(config, encoder)
+    )
+
+
+def _prompt_warnings(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Says which sources' prompts leave their texts less than half of their length."""
+    found = []
     for side in SIDES:
-        length, limit = prompt_tokens(model, tokenizer, side), getattr(model, f"{side}_max_tokens")
-        text = (
-            f"model.{side}_prompt takes {length} of the {limit} tokens of model.{side}_max_tokens: texts are cut "
-            "short; raise the length or shorten the prompt"
-        )
-        possible.append((2 * length > limit, text))
-    return [text for holds, text in possible if holds] + _disk_warning(config, encoder)
+        kinds = text_kinds(config, side)
+        for kind in dict.fromkeys(kinds):
+            length, of_model = prompt_tokens(tokenizer, kind.prompt), getattr(config.model, f"{side}_prompt")
+            key = "model" if kind.prompt == of_model else f"data.train.{kinds.index(kind)}"
+            if 2 * length > kind.max_tokens:
+                found.append(
+                    f"{key}.{side}_prompt takes {length} of the {kind.max_tokens} tokens of {side}_max_tokens: texts "
+                    "are cut short; raise the length or shorten the prompt"
+                )
+    return found
 
 
 def _disk_warning(config: Config, encoder: DualEncoder) -> list[str]:

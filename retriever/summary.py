@@ -71,9 +71,9 @@ def checkpoint_bytes(config: Config, encoder: DualEncoder) -> int | None:
     return 4 * every + (4 + _STATE_BYTES[config.optim.name] + average) * trained
 
 
-def prompt_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, side: Side) -> int:
-    """How many tokens a side's prompt has."""
-    return len(tokenize_flat(tokenizer, [getattr(model, f"{side}_prompt")])[0])
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """How many tokens a prompt has."""
+    return len(tokenize_flat(tokenizer, [prompt])[0])
 
 
 def cut_share(config: Config, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> float:
@@ -86,7 +86,8 @@ def cut_share(config: Config, tokenizer: PreTrainedTokenizerBase, store: Store, 
 def _tokens(config: Config, tokenizer: PreTrainedTokenizerBase, store: Store, side: Side) -> str:
     """A side's length, how many of its texts are cut there or at their source's length, and its prompt."""
     model = config.model
-    cut, prompt = cut_share(config, tokenizer, store, side), prompt_tokens(model, tokenizer, side)
+    cut = cut_share(config, tokenizer, store, side)
+    prompt = prompt_tokens(tokenizer, getattr(model, f"{side}_prompt"))
     many = "none is" if cut == 0 else f"{cut:.1%} are" if cut >= 0.001 else "less than 0.1% are"
     asked = f", with a prompt of {prompt}" if prompt else ""
     return f"at most {getattr(model, f'{side}_max_tokens')} a {side}{asked} ({many} cut)"

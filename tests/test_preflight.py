@@ -24,6 +24,7 @@ from retriever.config import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    SourceConfig,
 )
 from retriever.encoder.bundle import load_tokenizer
 from retriever.encoder.dual_encoder import DualEncoder
@@ -142,6 +143,9 @@ def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.Mo
     (text,) = found(Config(), _store(negatives=0))
     assert text.startswith("data.negatives=7, but no query of data.train has a hard negative")
     assert found(Config(data=DataConfig(negatives=0)), _store(negatives=0)) == []
+    own = SourceConfig(path="x", query_prompt="a b c d e f g h", query_max_tokens=12)
+    (text,) = found(Config(data=DataConfig(train=(SourceConfig(path="y"), own))), _store())
+    assert text.startswith("data.train.1.query_prompt takes 8 of the 12 tokens of query_max_tokens")
     odd = Config(
         model=ModelConfig("m", normalize=False, query_prompt="a b c d e", query_max_tokens=8),
         batch=BatchConfig(9000),
