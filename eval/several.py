@@ -23,8 +23,8 @@ _ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual n
 _MANY_PASSAGES = 10_000_000  # where their number is not known yet
 
 
-def check_evaluation(config: EvalConfig) -> None:
-    """Checks what `evaluate_all` needs, before hours of training.
+def check_evaluation(config: EvalConfig) -> dict[str, list[str]]:
+    """Checks what `evaluate_all` needs, before hours of training. Returns the queries' texts under each one's name.
 
     Raises RefusedError for an unknown measure or index, a measure deeper than `k`, equal names or an unknown `best`;
     DataError where a collection lacks something or holds what `Collection.check` refuses.
@@ -36,11 +36,15 @@ def check_evaluation(config: EvalConfig) -> None:
         raise ConfigError(f"eval.also: expected collections of different names, received {', '.join(names)}; set name")
     if config.best not in ("mean", *names):
         raise ConfigError(f"eval.best: expected mean or one of {', '.join(names)}; received {config.best!r}")
+    queries = {}
     for asked in config.collections:
         if asked.format == "pairs":
-            _read_pairs(asked, config.candidates)
+            queries[name_of(asked)] = _read_pairs(asked, config.candidates)[0]
         else:
-            _read(asked).check()
+            collection = _read(asked)
+            collection.check()
+            queries[name_of(asked)] = list(collection.queries.values())
+    return queries
 
 
 def name_of(asked: EvalCollectionConfig) -> str:

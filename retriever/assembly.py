@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
 from retriever.data.tokens import TokenTemplate
+from retriever.data_warnings import data_warnings
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution, check_replay
@@ -38,6 +39,8 @@ from retriever.run_folder import held
 from retriever.signals import die_with_launcher
 from retriever.summary import summary
 from retriever.text_vectors import vectors_of
+
+EvalQueries = Mapping[str, Sequence[str]]  # the texts of each evaluation's queries, under its name
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,15 @@ class Assembly:
     loader: BatchLoader
     forecast: Forecast | None  # None where nothing was measured
     total: int  # steps of the whole run
+    eval_queries: EvalQueries
 
 
 @contextmanager
-def assembled(config: Config, check: Callable[[Config], None], loss: Loss | None = None) -> Iterator[Assembly]:
-    """Locks the run's folder, prepares, joins the ranks and builds the parts; `check` is called before they are built.
+def assembled(config: Config, check: Callable[[Config], EvalQueries], loss: Loss | None = None) -> Iterator[Assembly]:
+    """Locks the run's folder, prepares, joins the ranks and builds the parts.
 
-    `loss`: the function that `loss.custom` names, if it is at hand.
+    `check` is called before they are built, and returns the queries of the evaluations. `loss`: the function that
+    `loss.custom` names, if it is at hand.
 
     Prints the plan if `run.preflight=only` asks for nothing else. Afterwards environment, process group and random
     generators are as they were.
@@ -113,14 +118,16 @@ def assembled(config: Config, check: Callable[[Config], None], loss: Loss | None
             world.watched(prepared.config.run.timeout_s),
         ):
             prepared.agree(world)
-            check(prepared.config)
-            parts = _assemble(prepared, accelerator, world, loss)
+            eval_queries = check(prepared.config)
+            parts = _assemble(prepared, accelerator, world, loss, eval_queries)
             if config.run.preflight == "only" and parts.forecast is not None:
                 accelerator.print(plan_table(parts.forecast, parts.config, parts.total, usable_bytes(world.device)))
             yield parts
 
 
-def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: Loss | None) -> Assembly:
+def _assemble(
+    prepared: Prepared, accelerator: Accelerator, world: World, loss: Loss | None, eval_queries: EvalQueries
+) -> Assembly:
     """Builds the encoder, the objective and the batches, and resolves what is left to be measured."""
     config, store = prepared.config, prepared.store
     dtype = AUTOCAST_DTYPES[config.optim.precision]
@@ -148,7 +155,19 @@ def _assemble(prepared: Prepared, accelerator: Accelerator, world: World, loss: 
     loader = BatchLoader(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
     return Assembly(
-        prepared, accelerator, world, config, encoder, placed, objective, planner, template, loader, forecast, total
+        prepared,
+        accelerator,
+        world,
+        config,
+        encoder,
+        placed,
+        objective,
+        planner,
+        template,
+        loader,
+        forecast,
+        total,
+        eval_queries,
     )
 
 
@@ -185,12 +204,14 @@ def _announce(parts: Assembly, done: int) -> None:
     """Says what will run, checks the gradient if asked to, and says where the run goes on after `done` steps."""
     config, prepared, total, say = parts.config, parts.prepared, parts.total, parts.accelerator.print
     store, planner, last = prepared.store, parts.planner, prepared.last
-    if config.run.preflight != "off":
+    if config.run.preflight != "off" and parts.world.is_first:
         say(summary(config, parts.encoder, prepared.tokenizer, store, planner, total, parts.world))
         if parts.forecast is not None:
             say(plan_lines(parts.forecast, total))
         most = planner.batch_queries[1]
-        for warning in preflight.warnings(config, parts.encoder, prepared.tokenizer, store, total, most):
+        found = preflight.warnings(config, parts.encoder, prepared.tokenizer, store, total, most)
+        found += data_warnings(config, prepared.tokenizer, store, planner, parts.eval_queries)
+        for warning in found:
             say(f"warning: {warning}")
     if config.run.verify and done < total:
         say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template, parts.objective.custom)}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from eval.evaluate import EvalOptions
 from eval.several import check_evaluation, evaluate_all
-from retriever.assembly import assembled, open_folder
+from retriever.assembly import EvalQueries, assembled, open_folder
 from retriever.callbacks import Callback
 from retriever.config import Config, ConfigError
 from retriever.data.batch import Batch
@@ -324,6 +324,5 @@ class Run:
             getattr(callback, event)(self, *arguments)
 
 
-def _check_evaluation(config: Config) -> None:
-    if (asked := config.eval) is not None:
-        check_evaluation(asked)
+def _check_evaluation(config: Config) -> EvalQueries:
+    return {} if config.eval is None else check_evaluation(config.eval)

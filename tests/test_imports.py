@@ -44,6 +44,7 @@ FLOORS = (
         "charts",
         "checkpoint",
         "damage",
+        "data_warnings",
         "telemetry",
         "signals",
         "verify",

@@ -331,9 +331,9 @@ def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
 
 
 def test_readmes_loop_trains_by_a_loss_and_a_callback(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands, but for the model."""
+    """As it stands, but for the model; it warns of nothing."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(import bigbatch\nimport torch\n.*?)```", page, re.DOTALL)
     assert code is not None and sum(bool(line.strip()) for line in code[1].splitlines()) <= 20
@@ -347,6 +347,7 @@ def test_readmes_loop_trains_by_a_loss_and_a_callback(
     exec(code[1].replace("sentence-transformers/all-MiniLM-L6-v2", str(workplace / "model")), names)
     assert names["run"].done == names["run"].total == 6 and names["run"].config.loss.custom == "own:margin_loss"
     assert names["model"].encode(["a text"]).shape == (1, 32)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(

@@ -58,14 +58,7 @@ def first_of_equal(texts: TokenRows, room: int | np.ndarray, *, keep_end: bool) 
     The cut keeps the first tokens, or with `keep_end` the last. Exact: rows are grouped by a 64-bit hash, then compared
     within a group.
     """
-    hashes = np.empty(len(texts), np.uint64)
-
-    def fill(rows: np.ndarray) -> None:
-        hashes[rows] = _row_hashes(*texts.gather(rows, at(room, rows), keep_end=keep_end))
-
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="equal") as pool:
-        for _ in pool.map(fill, _blocks(np.arange(len(texts)))):
-            pass
+    hashes = row_hashes(texts, np.arange(len(texts)), room, keep_end=keep_end)
     order = np.argsort(hashes, kind="stable")  # [n]: equal ones stay in their order
     new = np.ones(len(order), bool)
     new[1:] = hashes[order[1:]] != hashes[order[:-1]]
@@ -79,11 +72,21 @@ def first_of_equal(texts: TokenRows, room: int | np.ndarray, *, keep_end: bool) 
     return first
 
 
+def row_hashes(texts: TokenRows, rows: np.ndarray, room: int | np.ndarray, *, keep_end: bool = False) -> np.ndarray:
+    """A hash of each of `rows` [n] of `texts`, cut to `room`, one for all or one for each text: [n] uint64."""
+
+    def hashed(rows: np.ndarray) -> np.ndarray:
+        return _hashes(*texts.gather(rows, at(room, rows), keep_end=keep_end))
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
+        return np.concatenate([np.empty(0, np.uint64), *pool.map(hashed, _blocks(rows))])
+
+
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
     return (rows[start : start + _BLOCK_ROWS] for start in range(0, len(rows), _BLOCK_ROWS))
 
 
-def _row_hashes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _hashes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[n] uint64: the sum, over the tokens of each row, of a hash of token and position."""
     ends = np.cumsum(counts)
     position = np.arange(len(tokens), dtype=np.uint64) - np.repeat(ends - counts, counts).astype(np.uint64)

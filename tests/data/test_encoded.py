@@ -72,7 +72,7 @@ def test_the_first_of_equal_rows_is_that_of_a_dictionary(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoded, "_BLOCK_ROWS", block)
         if weak:
-            patch.setattr(encoded, "_row_hashes", lambda tokens, counts: counts.astype(np.uint64))
+            patch.setattr(encoded, "_hashes", lambda tokens, counts: counts.astype(np.uint64))
         found = first_of_equal(texts, room, keep_end=keep_end).tolist()
     # Among rows of one hash that are not all equal, each that is not the first's equal stands for itself.
     assert (
