@@ -25,7 +25,7 @@ class Step(NamedTuple):
     rows: slice = slice(None)  # which of this rank's queries the block has
     column_log_weights: Tensor | None = None  # [N] of the block; second pass of a symmetric loss
     dqueries: Tensor | None = None  # [B, D] of the block: what its part is added to; None: nothing yet
-    takes_gradient: bool = True  # whether the gradient at its passages is wanted; a memory bank's is not
+    takes_gradient: bool = True  # whether the gradient at its passages is wanted
 
 
 # What a step is answered with, and what a pass returns; see `Passages`.

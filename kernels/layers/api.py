@@ -55,9 +55,8 @@ def norm_backward(
 
     residual and d_stream [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be
     None, which is zero; `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype (without x in
-    d_rounded's), dresidual [T, D] in
-    the residual's, and [3, D] of that dtype: dweight, dnorm_bias and dbias ([2, D] without a bias). Raises ValueError
-    as `norm_forward` does.
+    d_rounded's), dresidual [T, D] in the residual's, and [3, D] of that dtype: dweight, dnorm_bias and dbias ([2, D]
+    without a bias). Raises ValueError as `norm_forward` does.
     """
     norm = _checked(norm)
     wide = torch.float64 if norm.residual.dtype == torch.float64 else torch.float32
@@ -95,7 +94,7 @@ def gated_forward(gate_up: Tensor, activation: Activation) -> Tensor:
     gate_up floating, contiguous. "gelu" is the exact form, "gelu_tanh" the approximation. Raises ValueError where
     shapes, dtypes or strides do not fit. (Shazeer 2020, arXiv:2002.05202)
     """
-    _check_rows(gate_up, {}, None, widest=None, name="gate_up")
+    _check_gate(gate_up)
     return _kernels("gated", gate_up).gated_forward(gate_up, activation)
 
 
@@ -104,8 +103,10 @@ def gated_backward(dout: Tensor, gate_up: Tensor, activation: Activation) -> tup
 
     As `gated_forward` has them; dout like its result, contiguous.
     """
-    _check_rows(gate_up, {}, None, widest=None, name="gate_up")
+    _check_gate(gate_up)
     _check_rows(dout, {}, None, widest=None, name="dout")
+    if dout.shape != (len(gate_up), gate_up.shape[1] // 2) or dout.dtype != gate_up.dtype:
+        raise ValueError(f"expected dout of half of gate_up, {_described(gate_up)}, received {_described(dout)}")
     return _kernels("gated", gate_up).gated_backward_(dout, gate_up, activation), dout
 
 
@@ -113,8 +114,10 @@ def rotate_heads(heads: Tensor, rotary: Rotary) -> Tensor:
     """Queries and keys, normed and rotated, and values: heads [T, H + 2 G, d], of which the first H + G change.
 
     heads contiguous, d even; they are rotated in place unless `rotary` has the weights of norms, whose backward pass
-    reads them as they were: then the first H + G are new, [T, H + G, d].
+    reads them as they were: then the first H + G are new, [T, H + G, d]. Raises ValueError where shapes, dtypes or
+    strides do not fit.
     """
+    _check_heads(heads, rotary)
     rotated = rotary.query_heads + rotary.key_heads
     out = heads if rotary.query_weight is None else heads.new_empty(len(heads), rotated, heads.shape[2])
     _kernels("rotary", heads).rotate_heads(heads, rotary, out)
@@ -127,7 +130,24 @@ def rotate_heads_backward(dheads: Tensor, heads: Tensor, rotary: Rotary) -> Tens
     Returns the gradients at the weights of the norms of queries and keys, [2, d] float32 (float64 of float64); None
     where there are none.
     """
+    _check_heads(dheads, rotary)
     return _kernels("rotary", dheads).rotate_heads_backward_(dheads, heads, rotary)
+
+
+def _check_gate(gate_up: Tensor) -> None:
+    _check_rows(gate_up, {}, None, widest=None, name="gate_up")
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"expected gate_up [T, 2 F], received {_described(gate_up)}")
+
+
+def _check_heads(heads: Tensor, rotary: Rotary) -> None:
+    T, _, d = heads.shape
+    if d % 2 or not heads.is_contiguous():
+        raise ValueError(f"expected heads [T, heads, even], contiguous, received {_described(heads)}")
+    wide = torch.float64 if heads.dtype == torch.float64 else torch.float32
+    for table in (rotary.cos, rotary.sin):
+        if table.shape != (T, d // 2) or table.dtype != wide or not table.is_contiguous():
+            raise ValueError(f"expected cos and sin {wide} [{T}, {d // 2}], contiguous, received {_described(table)}")
 
 
 def _kernels(name: str, x: Tensor) -> ModuleType:

@@ -10,10 +10,10 @@ Here the stream is pre-norm, and the second norm is the one that the next layer 
 post-norm stream (BERT's) goes on as g and h' instead of y and x'. Queries and keys may be rotated by their positions,
 after a norm of each head; keys may be fewer than queries; the feed-forward part may be gated.
 
-The stream is float32; matrix products read it rounded to the computing dtype, and the gradients of weights come out in
-float32. Dropout masks are hashes of seeds. One autograd node a layer: with a node for each operation the host would be
-slower than the GPU. (Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2019, arXiv:1810.04805; Xiong et al. 2020,
-arXiv:2002.04745)
+The stream is float32, or float16 where layers only encode; matrix products read it rounded to the computing dtype, and
+the gradients of weights come out in float32. Dropout masks are hashes of seeds. One autograd node a layer: with a node
+for each operation the host would be slower than the GPU. (Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2019,
+arXiv:1810.04805; Xiong et al. 2020, arXiv:2002.04745)
 """
 
 from __future__ import annotations
@@ -147,19 +147,20 @@ def rounded_weights(parameters: Parameters, dtype: torch.dtype) -> RoundedWeight
     detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in parameters]
     p = Parameters(*detached)
     ffn_out = p.ffn_out_weight.to(dtype)
-    joined = [
-        torch.cat(given).to(dtype) if (given := [part for part in parts if part is not None]) else None
-        for parts in (
-            (p.query_weight, p.key_weight, p.value_weight),
-            (p.query_bias, p.key_bias, p.value_bias),
-            (p.ffn_in_weight, p.ffn_up_weight),
-            (p.ffn_in_bias,),
-        )
-    ]
-    qkv, qkv_bias, ffn_in, ffn_in_bias = joined
+    qkv = _joined((p.query_weight, p.key_weight, p.value_weight), dtype)
+    qkv_bias = _joined((p.query_bias, p.key_bias, p.value_bias), dtype)
+    ffn_in, ffn_in_bias = _joined((p.ffn_in_weight, p.ffn_up_weight), dtype), _joined((p.ffn_in_bias,), dtype)
     assert qkv is not None and ffn_in is not None
     turned = ffn_out.T if ffn_in_bias is None else transposed(ffn_out)
     return RoundedWeights(qkv, qkv_bias, p.attention_out_weight.to(dtype), ffn_in, ffn_in_bias, ffn_out, turned)
+
+
+def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
+    """Those of the parts that are there, one below the other, in `dtype`; one alone is not copied without need."""
+    given = [part.to(dtype) for part in parts if part is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    return torch.cat(given)
 
 
 def transformer_layer(

@@ -128,7 +128,8 @@ class FusedLayers(nn.Module):
         with torch.autocast(device.type, enabled=False):
             first_norm, rotary = self._elsewhere
             rounded: Any = (hidden if first_norm is None else first_norm(stream)).to(dtype)
-            turned = angles(rotary, self._specs, stream, packed_positions, packed_longest)
+            like = hidden.new_empty(0, dtype=torch.float32) if half else hidden  # angles are never rounded
+            turned = angles(rotary, self._specs, like, packed_positions, packed_longest)
             for i, spec in enumerate(self._specs):
                 layer = LayerSettings(spec.kind, texts, dropouts[i], seeds[3 * i : 3 * i + 3], turned[spec.rope])
                 parameters = spec.parameters()

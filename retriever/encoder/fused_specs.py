@@ -192,14 +192,14 @@ def _split_places(layer: Any, attention_norm: nn.Module, ffn_norm: nn.Module) ->
 
 
 def angles(
-    rotary: nn.Module | None, specs: Sequence[LayerSpec], stream: Tensor, positions: Tensor, longest: int
+    rotary: nn.Module | None, specs: Sequence[LayerSpec], like: Tensor, positions: Tensor, longest: int
 ) -> dict[tuple[str, ...] | None, tuple[Tensor, Tensor] | None]:
-    """By a layer's `rope`: cos and sin [T, d/2] of tokens at `positions` [T] below `longest`, in the stream's dtype."""
+    """By a layer's `rope`: cos and sin [T, d/2] in the dtype of `like`, for tokens at `positions` [T] < `longest`."""
     found: dict[tuple[str, ...] | None, tuple[Tensor, Tensor] | None] = {None: None}
     for rope in {spec.rope for spec in specs} - {None}:
         assert rotary is not None and rope is not None
-        each = torch.arange(longest, device=stream.device)[None]
-        tables = (table[0, :, : table.shape[2] // 2] for table in rotary(stream[None], each, *rope))
+        each = torch.arange(longest, device=like.device)[None]
+        tables = (table[0, :, : table.shape[2] // 2] for table in rotary(like[None], each, *rope))
         cos, sin = (table.index_select(0, positions) for table in tables)
         found[rope] = cos, sin
     return found

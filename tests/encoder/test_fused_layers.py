@@ -25,7 +25,7 @@ from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.fused_embeddings import FusedEmbeddings
 from retriever.encoder.fused_layers import FusedLayers
-from retriever.encoder.fused_specs import BERT_FAMILY, FAMILY
+from retriever.encoder.fused_specs import BERT_FAMILY, FAMILY, angles
 from retriever.encoder.text_batches import inference
 from retriever.rng import RngState
 from tests.kernels.oracle import gradient
@@ -229,6 +229,22 @@ def test_encoding_is_as_exact_in_a_stream_of_float16(folder: Path, tokens: Packe
     normed = fused.passage_tower.config.model_type in BERT_FAMILY | {"nomic_bert"}
     assert encoded.dtype == torch.float32 and torch.equal(encoded, trained) != normed and torch.equal(again, trained)
     assert (encoded - want).norm() <= 1.2 * (trained - want).norm()
+
+
+def test_angles_are_not_rounded_where_the_stream_is(tmp_path: Path, tokens: Packed, monkeypatch: Any) -> None:
+    """Rotary angles of float16 would move the last positions of a long text by a tenth of a radian."""
+    fused = _packed(save_tiny_model(tmp_path, "nomic_bert"), fused=True).eval()
+    fused.autocast_dtype = torch.bfloat16
+    seen: list[Any] = []
+
+    def watched(*given: Any) -> Any:
+        seen.append(angles(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(fused_layers, "angles", watched)
+    with torch.no_grad(), inference(fused):
+        fused("passage", tokens)
+    assert {table.dtype for turned in seen for pair in turned.values() if pair for table in pair} == {torch.float32}
 
 
 def _pairs(first: DualEncoder, second: DualEncoder) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:

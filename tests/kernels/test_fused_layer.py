@@ -252,3 +252,17 @@ def test_gradients_that_do_not_fit_are_errors() -> None:
         gelu_backward(y, x)
     with pytest.raises(ValueError, match=r"u floating \[T, D\], D of at least 1"):
         gelu_forward(x.T)
+    with pytest.raises(ValueError, match=r"gate_up \[T, 2 F\], received torch.bfloat16 \[3, 7\]"):
+        gated_forward(x[:, :7].contiguous(), "silu")
+    with pytest.raises(ValueError, match=r"dout of half of gate_up, .* received torch.bfloat16 \[3, 8\]"):
+        gated_backward(x, x, "silu")
+
+
+def test_angles_that_do_not_fit_are_errors() -> None:
+    heads, angles = torch.zeros(3, 6, 8, dtype=torch.bfloat16), torch.zeros(3, 4)
+    rotate_heads(heads, Rotary(angles, angles, 4, 1))
+    for cos in (angles.bfloat16(), angles[:2], angles.T.contiguous().T):
+        with pytest.raises(ValueError, match=r"cos and sin torch.float32 \[3, 4\], contiguous, received"):
+            rotate_heads(heads, Rotary(cos, angles, 4, 1))
+    with pytest.raises(ValueError, match=r"heads \[T, heads, even\], contiguous, received"):
+        rotate_heads_backward(heads[..., :7], heads, Rotary(angles, angles, 4, 1))
