@@ -185,7 +185,7 @@ class ContrastiveObjective(nn.Module):
                 "Targets.groups of a teacher"
             )
         parts = []
-        if targets.contrasts and (weight > 0 or not config.distils):
+        if targets.contrasts and (weight > 0 or self.custom is not None):
             contrasted = problem if targets.in_batch is None else problem.of_rows(targets.in_batch)
             weighted = replace(contrasted, weight=weight * problem.weight)
             if self.custom is not None:
@@ -197,6 +197,9 @@ class ContrastiveObjective(nn.Module):
             parts.append(contrast_own(problem, targets.own_groups, weight, world))
         if config.distils:
             parts.append(distill(problem, targets, config, world))
+        if not parts:  # embeddings alone are distilled
+            nothing = torch.zeros_like(problem.weights)
+            return nothing, torch.zeros_like(problem.queries), torch.zeros_like(problem.passages)
         losses, dqueries, dpassages = (reduce(torch.add, terms) for terms in zip(*parts, strict=True))
         return losses, dqueries, dpassages
 

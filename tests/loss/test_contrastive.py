@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retriever.config import LossConfig
 from retriever.data.batch import Targets
+from retriever.data.text_vectors import TeacherVectors
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
 from retriever.parallel.world import World
@@ -199,6 +200,18 @@ def test_the_loss_is_divided_by_the_global_number_of_queries() -> None:
     quarter_loss, quarter_dq, _ = _objective()(q, p, quarter, CPU)
     torch.testing.assert_close(quarter_loss * 4, loss)
     torch.testing.assert_close(quarter_dq * 4, dq)
+
+
+def test_rows_that_are_not_contrasted_leave_the_distance_of_embeddings() -> None:
+    """With `loss.contrastive_weight` 0 nothing else is left of a batch of rows that have their own negatives."""
+    _, q, p, targets = _problem()
+    objective = _objective(contrastive_weight=0.0, embedding_weight=1.0)
+    teacher = TeacherVectors(q.flip(0), p.flip(0))
+    found = objective(q, p, replace(targets, teacher=teacher, contrasts=False), CPU)
+    expected = objective(q, p, replace(targets, teacher=teacher), CPU)
+    assert found[0] > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("log_scale", [800.0, -800.0, float("nan")])
