@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.collections.collection import Collection, fingerprint, read_beir
-from eval.engines.embeddings import LeadingDimensions, load_queries
+from eval.engines.embeddings import LeadingDimensions, check_cut, load_queries
 from eval.engines.faiss_index import check_index
 from eval.engines.nearest import SearchOptions, search
 from eval.measures import Scores, parse_measure
@@ -114,7 +114,9 @@ def evaluate_collection(
     options = replace(options, exclude_self=collection.exclude_self)
     prints = collection.fingerprints()
     texts, count = _counted(collection.passages(settings.title, settings.title_separator))
-    check_index(options.index, bundle.dimension, count or _MANY_PASSAGES)  # before anything is encoded
+    for dimension in (bundle.dimension, *options.dims):  # before anything is encoded
+        check_cut(dimension, bundle.dimension)
+        check_index(options.index, dimension, count or _MANY_PASSAGES)
 
     def encoded(side: Side, folder: str, texts: Iterable[tuple[str, str]], made_of: list[Any]) -> EmbeddingShards:
         stream, rows = _counted(texts)

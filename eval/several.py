@@ -20,7 +20,6 @@ from retriever.encoder.bundle import EncoderBundle
 from retriever.parallel.world import World
 
 _ANY_DIMENSION = 20_160  # before the model is known: divisible by every usual number of PQ codes
-_MANY_PASSAGES = 10_000_000  # where their number is not known yet
 
 
 def check_evaluation(config: EvalConfig) -> dict[str, list[str]]:
@@ -30,7 +29,7 @@ def check_evaluation(config: EvalConfig) -> dict[str, list[str]]:
     DataError where a collection lacks something or holds what `Collection.check` refuses.
     """
     check_measures(config.metrics, config.k)
-    check_index(config.index, _ANY_DIMENSION, _MANY_PASSAGES)
+    check_index(config.index, _ANY_DIMENSION)
     names = [name_of(asked) for asked in config.collections]
     if len(set(names)) < len(names):
         raise ConfigError(f"eval.also: expected collections of different names, received {', '.join(names)}; set name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from retriever.config import Config, DataConfig, LossConfig, OptimConfig, SourceConfig, flat, from_dict, to_dict
@@ -110,7 +111,7 @@ def _beside_each_other(config: Config) -> list[Rule]:
         (loss.positives > 1, ("loss.symmetric", (False,), "several loss.positives")),
         (
             loss.positives > 1,
-            ("loss.directions", (one, ["query_to_passage", "passage_to_passage"]), "several loss.pos"),
+            ("loss.directions", (one, ["query_to_passage", "passage_to_passage"]), "several loss.positives"),
         ),
         (config.batch.offload, ("loss.guide", (None,), offload)),
         (config.batch.offload, ("loss.directions", (one, two, two[::-1]), offload)),
@@ -202,13 +203,14 @@ def _check_policy(config: Config, source: SourceConfig, key: str) -> None:
     for name in ("query_max_tokens", "passage_max_tokens"):
         own, most = getattr(source, name), getattr(config.model, name)
         require(own is None or own <= most, f"{key}.{name}", f"null or at most {most} (model.{name})", own)
-    number = config.data.negatives if source.hard_negatives is None else source.hard_negatives
+    number = hard_negatives(replace(config.data, train=(source,)))[0]
     some = "at least 1 with negatives=own (or data.negatives)"
     require(source.negatives != "own" or number >= 1, f"{key}.hard_negatives", some, number)
     offload = "in_batch or none with batch.offload=true: own negatives are gathered on the device"
     require(source.negatives != "own" or not config.batch.offload, f"{key}.negatives", offload, source.negatives)
-    taught = "in_batch or own: loss.kl_weight and loss.margin_mse_weight are 0, so that nothing else would be learned"
-    require(source.negatives != "none" or config.loss.distils, f"{key}.negatives", taught, source.negatives)
+    taught = "in_batch or own: every teacher's weight in section loss is 0, so that nothing else would be learned"
+    teaches = config.loss.distils or config.loss.embedding_weight > 0
+    require(source.negatives != "none" or teaches, f"{key}.negatives", taught, source.negatives)
     fixed = "null where batch.one_source=false, loss.learn_temperature=true or loss.bank is set: one for a batch"
     one = config.batch.one_source and not config.loss.learn_temperature and config.loss.bank == "none"
     require(source.temperature is None or one, f"{key}.temperature", fixed, source.temperature)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retriever import checkpoint
 from retriever.config import Config, ConfigError, ModelConfig
-from retriever.config_sources import text_kinds
+from retriever.config_sources import hard_negatives, text_kinds
 from retriever.data.batch import BatchLoader
 from retriever.data.files import exists
 from retriever.data.planner import Planner
@@ -54,7 +54,9 @@ def check_paths(config: Config) -> None:
     cache = Path(config.data.cache_dir).expanduser()
     if cache.exists() and not cache.is_dir():
         raise ConfigError(f"data.cache_dir: {cache} is a file; expected a folder, which need not exist yet")
-    read_model_config(config.model.name_or_path)
+    for name in (config.model.name_or_path, config.loss.guide, config.loss.teacher):
+        if name is not None:
+            read_model_config(name)
 
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
@@ -62,11 +64,10 @@ def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:
 
     `plan.sizes` replaces those of `batch`: it measures the encoder as this configuration runs it.
     """
-    if max(config.loss.dims, default=0) > encoder.dimension:
-        raise ConfigError(
-            f"loss.dims: {max(config.loss.dims)} is more than the {encoder.dimension} dimensions of "
-            f"{config.model.name_or_path}"
-        )
+    for name, dims in (("loss.dims", config.loss.dims), ("eval.dims", config.eval.dims if config.eval else ())):
+        if max(dims, default=0) > encoder.dimension:
+            size = f"{encoder.dimension} dimensions of {config.model.name_or_path}"
+            raise ConfigError(f"{name}: {max(dims)} is more than the {size}")
     _check_views(config, encoder)
     _check_batch_norms(config, encoder, world)
     return replace(
@@ -137,7 +138,8 @@ def warnings(
     Nothing is changed.
     """
     optim, model, loss = config.optim, config.model, config.loss
-    split = config.eval.split if config.eval is not None else ""
+    splits = [asked.split for asked in config.eval.collections] if config.eval is not None else []
+    split = next((name for name in splits if name.startswith("test")), "")
     possible = [
         (
             optim.warmup >= total,
@@ -149,7 +151,7 @@ def warnings(
             f"optim.lr={optim.lr:g} is small for batches of {queries:,} queries: 1e-4 and more is usual at this size",
         ),
         (
-            config.data.negatives > 0 and not len(store.negatives.ids),
+            any(hard_negatives(config.data)) and not len(store.negatives.ids),
             f"data.negatives={config.data.negatives}, but no query of data.train has a hard negative: only "
             "other queries' passages are negatives. `python -m scripts.mine_negatives` finds hard ones; "
             "data.negatives=0 turns this warning off",
@@ -160,7 +162,7 @@ def warnings(
             "loss.temperature=1 is usual there",
         ),
         (
-            split.startswith("test"),
+            split != "",
             f"eval.split={split}: best/ is chosen on a test split, so its score there is no fair estimate any more; "
             "name a development split",
         ),

@@ -120,6 +120,9 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
     assert isinstance(config.loss.workspace_mib, int)
     with pytest.raises(ConfigError, match="loss.dims: 64 is more than the 32 dimensions"):
         preflight.resolve(replace(CONFIG, loss=LossConfig(dims=(64,))), encoder, World(torch.device("cpu")))
+    cut = EvalConfig("data", dims=(16, 64))
+    with pytest.raises(ConfigError, match="eval.dims: 64 is more than the 32 dimensions"):
+        preflight.resolve(replace(CONFIG, eval=cut), encoder, World(torch.device("cpu")))
 
 
 def _store(negatives: int = 1, query_tokens: tuple[int, ...] = (4, 9)) -> Any:
@@ -138,11 +141,14 @@ def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.Mo
     def found(config: Config, store: Any, total: int = 1000, queries: int = 1024) -> list[str]:
         return preflight.warnings(config, encoder, tokenizer, store, total, queries)
 
-    assert found(Config(), _store()) == []
-    assert found(Config(batch=BatchConfig(9000)), _store(), queries=120) == [], "the real batch"
-    (text,) = found(Config(), _store(negatives=0))
+    data = DataConfig(train=(SourceConfig("pairs"),))
+    assert found(Config(data=data), _store()) == []
+    assert found(Config(data=data, batch=BatchConfig(9000)), _store(), queries=120) == [], "the real batch"
+    (text,) = found(Config(data=data), _store(negatives=0))
     assert text.startswith("data.negatives=7, but no query of data.train has a hard negative")
-    assert found(Config(data=DataConfig(negatives=0)), _store(negatives=0)) == []
+    assert found(Config(data=replace(data, negatives=0)), _store(negatives=0)) == []
+    mined = replace(data, negatives=0, train=(SourceConfig("pairs", hard_negatives=2),))
+    assert len(found(Config(data=mined), _store(negatives=0))) == 1
     own = SourceConfig(path="x", query_prompt="a b c d e f g h", query_max_tokens=12)
     (text,) = found(Config(data=DataConfig(train=(SourceConfig(path="y"), own))), _store())
     assert text.startswith("data.train.1.query_prompt takes 8 of the 12 tokens of query_max_tokens")

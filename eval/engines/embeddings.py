@@ -20,15 +20,20 @@ class Embeddings(Protocol):
     def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]: ...  # (embeddings [n, D], their ids)
 
 
+def check_cut(dimension: int, whole: int) -> None:
+    """Raises RefusedError where embeddings of `whole` dimensions have no `dimension` leading ones."""
+    if dimension > whole:
+        raise RefusedError(f"--dims {dimension}: expected at most the {whole} of the embeddings")
+
+
 class LeadingDimensions:
     """Embeddings cut to their leading dimensions, as unit vectors again where they were (Kusupati et al. 2022,
     arXiv:2205.13147).
     """
 
     def __init__(self, whole: Embeddings, dimension: int, *, unit_norm: bool) -> None:
-        """Raises RefusedError where there are fewer dimensions."""
-        if dimension > whole.dimension:
-            raise RefusedError(f"--dims {dimension}: expected at most the {whole.dimension} of the embeddings")
+        """Raises RefusedError as `check_cut` does."""
+        check_cut(dimension, whole.dimension)
         self._whole, self._unit_norm = whole, unit_norm
         self.rows, self.dimension = whole.rows, dimension
 
