@@ -177,14 +177,15 @@ class Optimizer:
             self.torch.found_inf = norm.isfinite().logical_not_().float()  # type: ignore[attr-defined]
             clipped = norm.nan_to_num(0.0, 0.0, 0.0)  # gradients that are not used stay what they were, to be named
         elif not self.scaler.is_enabled():
-            self._check(norm, step)
+            self._check(norm.item(), step)
         for parameters in self._alike():
             nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, clipped)
         self.scaler.step(self.torch)
         self.scaler.update()
+        value = norm.item()  # where the device skips, the update's first wait for it: all is queued
         if self._skips:
-            self._check(norm, step)  # the update's first wait for the device: all is queued
-        if self._config.ema is not None and bool(torch.isfinite(norm)):  # fp16 leaves the others out
+            self._check(value, step)
+        if self._config.ema is not None and math.isfinite(value):  # fp16 leaves the others out
             self._average(self._config.ema)
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise FloatingPointError(
@@ -192,15 +193,15 @@ class Optimizer:
                 "optim.precision=bf16 has the range of fp32"
             )
         self.torch.zero_grad(set_to_none=True)
-        return norm.item()
+        return value
 
     def _alike(self) -> list[list[nn.Parameter]]:
         """The parameters that every rank holds whole, and those in shards: torch computes with one kind at a time."""
         kinds = ([p for p in self.parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True))
         return [parameters for parameters in kinds if parameters]
 
-    def _check(self, norm: Tensor, step: int) -> None:
-        if not torch.isfinite(norm):
+    def _check(self, norm: float, step: int) -> None:
+        if not math.isfinite(norm):
             raise FloatingPointError(
                 f"step {step + 1}: the gradient of {self._first_non_finite()} is not finite; no update was made"
             )

@@ -232,7 +232,10 @@ class Run:
             self._begin_save()  # a failed evaluation costs no training
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
             measures = self._measures(self._outputs.embeddings)
-        self.record(measures)
+        self._record(measures)
+        if self.done and self.world.is_first:
+            with self._telemetry.paused("record"):
+                self._outputs.publish_best(self.done)
         self.should_stop = self._has_lost_patience() or self.should_stop  # asked of all ranks, whoever wants to stop
         self._call("on_evaluate", measures)
         if unsaved:
@@ -253,17 +256,15 @@ class Run:
     def record(self, values: Mapping[str, float | None]) -> None:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
 
-        With those of `evaluate`, `best/` becomes the export of this step where it is the best one. Raises ValueError
-        for a value named `step`, `epoch` or `time`.
+        Raises ValueError for a value named `step`, `epoch`, `time` or `eval/…`, as those of `evaluate` are.
         """
-        if taken := RECORDED & values.keys():
-            raise ValueError(f"expected other names than {', '.join(sorted(taken))}, which record adds itself")
-        if not self.world.is_first:
-            return
-        self._call("on_log", {name: value if value is None else float(value) for name, value in values.items()})
-        if self.done and any(name.startswith("eval/") for name in values):
-            with self._telemetry.paused("record"):
-                self._outputs.publish_best(self.done)
+        if taken := sorted(name for name in values if name in RECORDED or name.startswith("eval/")):
+            raise ValueError(f"expected other names than {', '.join(taken)}, which the run writes itself")
+        self._record(values)
+
+    def _record(self, values: Mapping[str, float | None]) -> None:
+        if self.world.is_first:
+            self._call("on_log", {name: value if value is None else float(value) for name, value in values.items()})
 
     def _has_lost_patience(self) -> bool:
         """Whether `eval.patience` evaluations in a row were no better than the best one."""

@@ -64,8 +64,9 @@ class StopSignals:
 
         Every rank calls it after every step. After a signal the caller saves and ends the run.
         """
-        received = torch.tensor([self._signal, int(asked)], device=self._world.device)
-        found, stops = self._world.max(received).tolist()
+        found, stops = self._signal, int(asked)
+        if self._world.size > 1:
+            found, stops = self._world.max(torch.tensor([found, stops], device=self._world.device)).tolist()
         if found:
             self._set_state("stopping")
         return found, bool(stops)

@@ -195,8 +195,9 @@ def test_a_stopped_loop_is_saved(workplace: Path, number: int, monkeypatch: pyte
                 run.forward_backward(batch)
             if run.done == 3:
                 break
-        with pytest.raises(ValueError, match="other names than step"):
-            run.record({"step": 1.0})
+        for name in ("step", "eval/ndcg@10"):
+            with pytest.raises(ValueError, match=f"other names than {name}, which the run writes itself"):
+                run.record({name: 1.0})
     saved = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
     assert saved == ["step-00000003"]
 
