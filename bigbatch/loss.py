@@ -120,7 +120,8 @@ class _InfoNCE(torch.autograd.Function):
         if negatives is not None:
             problem = negatives.problem(queries, passages, targets, scale, precision)
             losses, dqueries, dpassages = tiled(problem, World(queries.device))
-            ctx.save_for_backward(dqueries, dpassages)
+            if any(ctx.needs_input_grad[:2]):
+                ctx.save_for_backward(dqueries, dpassages)
             return losses.sum() * problem.weight
         dtype = torch.promote_types(queries.dtype, torch.float32)
         weights = queries.new_full((len(queries),), 1 / max(1, len(queries)), dtype=dtype)

@@ -145,6 +145,8 @@ def unpad(model: SentenceTransformer) -> SentenceTransformer:
     RuntimeError. Made for GPUs: on a CPU it is slower than padding.
     """
     tower: Any = model[0].model
+    if isinstance(tower.forward, partial):
+        return model  # it is unpadded already
     if tower.config.model_type not in PACKED:
         raise ValueError(f"expected a model of {', '.join(sorted(PACKED))}, received {tower.config.model_type!r}")
     if tower.dtype not in (torch.float32, torch.float64):
@@ -161,7 +163,7 @@ def _unpadded(forward: MethodType, *, input_ids: Tensor, attention_mask: Tensor,
     lengths = attention_mask.sum(1)
     starts = pad(lengths.cumsum(0), (1, 0))  # [n + 1]
     places = attention_mask.flatten().nonzero()[:, 0]  # [T]: of the tokens among n · width
-    positions = torch.arange(len(places), device=places.device) - starts[:-1].repeat_interleave(lengths)
+    positions = (attention_mask.cumsum(1) - 1).flatten()[places]
     packed = Packed(input_ids.flatten()[places], positions, starts.int(), int(lengths.max()))
     output = forward(**packed_inputs(forward.__self__, packed))  # type: ignore[arg-type]
     hidden = output.last_hidden_state[0]  # [T, H]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retriever.config import Config
+from retriever.config_sources import hard_negatives
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import Side
@@ -56,7 +57,7 @@ class TrainingFacts:
         sources = tuple((source.name, source.last - source.first) for source in store.sources)
         most = int(np.diff(store.negatives.ptr).max(initial=0))
         batch = Planner.from_config(store, config).batch_queries
-        return cls(sources, len(store.passages), batch, min(config.data.negatives, most))
+        return cls(sources, len(store.passages), batch, min(max(hard_negatives(config.data), default=0), most))
 
     def __str__(self) -> str:
         """Without the names of the sources, which may be any text."""

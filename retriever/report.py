@@ -29,6 +29,7 @@ from retriever.wording import without_folders
 _PATHS = {"output_dir", "resume", "name_or_path", "cache_dir", "path", "corpus", "queries"}
 _TITLES = {
     "train/loss": "Loss",
+    "train/accuracy": "Accuracy among 100 passages",
     "train/grad_norm": "Gradient norm, before clipping",
     "train/temperature": "Temperature",
     "train/lr": "Learning rate",

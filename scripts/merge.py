@@ -11,7 +11,6 @@ loaded again and gave the embeddings of the averaged weights. With --data, all m
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -102,9 +101,9 @@ def average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dic
 
     first, averaged = states[0], {}
     for state in states[1:]:
-        shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (first, state))
-        if different := next((name for name, _ in set(next(shapes).items()) ^ set(next(shapes).items())), None):
-            raise RefusedError(f"weight {different!r}: expected one shape in all models")
+        shapes = [{(name, tensor.shape) for name, tensor in each.items()} for each in (first, state)]
+        if different := shapes[0] ^ shapes[1]:
+            raise RefusedError(f"weight {min(different)[0]!r}: expected one shape in all models")
     for name, tensor in first.items():
         if tensor.is_floating_point():
             parts = (share * state[name].double() for share, state in zip(shares, states, strict=True))
@@ -135,7 +134,7 @@ def _settings(file: Path) -> Any:
     """What a settings file says but for where the model came from; None where there is none."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     return {key: value for key, value in found.items() if key not in _OF_TRAINING} if isinstance(found, dict) else found
 
 
@@ -150,9 +149,11 @@ def _check_parity(written: Path, folders: Sequence[Path], shares: Sequence[float
     expected = bundles[0]
     expected.encoder.load_state_dict(average([bundle.encoder.state_dict() for bundle in bundles], shares))
     for side in SIDES:
-        difference = float(np.abs(reloaded.encode(_PROBES, side) - expected.encode(_PROBES, side)).max())
-        if not difference <= _PARITY:
-            raise RefusedError(f"reloaded, a {side} embedding differs by {difference:.2e}; expected at most {_PARITY}")
+        mean = expected.encode(_PROBES, side)
+        difference, allowed = np.abs(reloaded.encode(_PROBES, side) - mean).max(), _PARITY * max(1, np.abs(mean).max())
+        if not difference <= allowed:
+            much = f"{difference:.2e}; expected at most {allowed:.2e}"
+            raise RefusedError(f"reloaded, a {side} embedding differs by {much}")
 
 
 def _evaluate(folders: Sequence[Path], args: argparse.Namespace) -> None:

@@ -132,7 +132,9 @@ def mine(args: argparse.Namespace, world: World) -> None:
     output = Path(args.output_dir)
     check_output(output)
     columns = tuple(args.columns) if args.columns else None
-    source = open_source(options_of(SourceConfig, args, path=args.data, columns=columns))
+    source = open_source(
+        options_of(SourceConfig, args, path=args.data, columns=columns, negatives=SourceConfig.negatives)
+    )
     work = args.work_dir or output.with_name(f"{output.name}.work")
     pool = Pool(source, args.title, args.title_separator, work / "pool", world)
     own = sum(query.prompt is not None for query in pool.queries)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from retriever.config import Config, EvalCollectionConfig, EvalConfig, ModelConfig, RunConfig
+from retriever.config import Config, DataConfig, EvalCollectionConfig, EvalConfig, ModelConfig, RunConfig, SourceConfig
 from retriever.encoder.settings import EncoderSettings
 from retriever.model_card import TrainingFacts, evaluation_section, model_card
 from retriever.report import write_report
@@ -107,7 +107,8 @@ def test_what_a_run_trains_on_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     for counts, expected in (([0, 0], 0), ([1, 2], 2), ([9, 0], 7)):
         negatives = SimpleNamespace(ptr=np.cumsum([0, *counts]))
         store: Any = SimpleNamespace(sources=(source,), passages=range(11), negatives=negatives)
-        assert TrainingFacts.of(Config(), store) == TrainingFacts((("pairs", 7),), 11, (3, 4), expected)
+        config = Config(data=DataConfig(train=(SourceConfig("pairs"),)))
+        assert TrainingFacts.of(config, store) == TrainingFacts((("pairs", 7),), 11, (3, 4), expected)
 
 
 def test_a_report_shows_no_folders_of_its_machine(tmp_path: Path) -> None:

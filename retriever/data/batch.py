@@ -149,10 +149,10 @@ class BatchLoader:
         self._policies = np.array([_POLICIES.index(source.negatives) for source in sources])
         self._temperatures = [source.temperature for source in sources]
         gathers = config.loss.exchange != "ring" or world.size == 1
-        # Elsewhere the loss looks known pairs up itself. For a bank it needs ids in any case.
         self._offloads = config.batch.offload
+        # Elsewhere the loss looks known pairs up itself. For a bank it needs ids in any case.
         listed = config.loss.strategy == "tiled" and gathers and config.loss.bank == "none"
-        self._looks_up = listed and not config.batch.offload
+        self._looks_up = listed and not self._offloads
 
     def load(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, counted from 0."""

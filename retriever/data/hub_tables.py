@@ -85,9 +85,11 @@ def named_table(
     with loading(f"Hugging Face data set {name!r}, split {split!r}, revision {revision!r}"):
         _forget_pickles(datasets.load_dataset_builder(repository, subset or None, revision=revision))
         streams = {"streaming": True} if streaming else {}
-        loaded: Any = datasets.load_dataset(repository, subset or None, revision=revision, split=split, **streams)
         at_hub = streaming and not Path(repository).is_dir()
         commit = huggingface_hub.dataset_info(repository, revision=revision).sha if at_hub else None
+        loaded: Any = datasets.load_dataset(
+            repository, subset or None, revision=commit or revision, split=split, **streams
+        )
     if split is None:
         if len(loaded) != 1:
             raise DataError(f"Hugging Face data set {name!r}: expected one split, found {', '.join(loaded)}")

@@ -145,8 +145,8 @@ def own_folder(name_or_path: str | Path, side: Side) -> str:
 def tower_folder(name_or_path: str | Path, side: Side) -> str:
     """The sub-folder of a model folder where that side's transformer and tokenizer lie; "" for the folder itself."""
     name = str(name_or_path)
-    if read_fields(_Own, name, SETTINGS_FILE) is not None:
-        return own_folder(name, side)
+    if (ours := read_fields(_Own, name, SETTINGS_FILE)) is not None:
+        return "" if ours.tied else side
     return next((module.path for module in read_modules(name) or () if module.kind == "Transformer"), "")
 
 

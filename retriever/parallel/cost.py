@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from retriever.config_sources import hard_negatives
 from retriever.config_tree import ConfigError
 from retriever.parallel.world import World
 
@@ -159,7 +160,8 @@ def exchange_for(config: Config, dim: int, world: World) -> Exchange:
     if world.device.type == "cuda":
         free = world.least(torch.cuda.mem_get_info(world.device)[0]) / 2**20
     workspace = _AUTO_WORKSPACE_MIB if loss.workspace_mib == "auto" else loss.workspace_mib
-    passages = config.batch.queries * (loss.positives + config.data.negatives)
+    most = max(hard_negatives(config.data), default=config.data.negatives)
+    passages = config.batch.queries * (loss.positives + most)
     work = Workload(
         config.batch.queries, passages, dim, world.size, len(loss.softmaxes[0]) > 1, loss.precision, workspace
     )

@@ -227,7 +227,7 @@ def _step_lengths(
 
     whole = planner.plan(0)
     every = lengths(whole)
-    return len(whole.queries), lengths(slice_for_rank(whole, every["query"], every["passage"], world.rank, world.size))
+    return whole.query_count, lengths(slice_for_rank(whole, every["query"], every["passage"], world.rank, world.size))
 
 
 def _bank_bytes(loss: LossConfig, texts: dict[Side, int], ranks: int, at_loss: int) -> int:
