@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever.data.formats import read_corpus, read_qrels
+from retriever.data.formats import read_corpus, read_qrels, read_queries
 from scripts.hold_out import main
 from tests.beir import write_beir
 from tests.commands import assert_refused
@@ -79,3 +79,27 @@ def test_queries_of_one_text_stay_on_one_side(source: Path, tmp_path: Path) -> N
 )
 def test_what_is_wrong_is_said(source: Path, tmp_path: Path, more: list[str], message: str) -> None:
     assert_refused(main, ["--data", str(source), "--output", str(tmp_path / "out"), *more], message)
+
+
+def test_a_file_of_pairs_becomes_a_folder_to_train_and_evaluate_on(tmp_path: Path) -> None:
+    """Under other column names, with a hard negative, and with a passage and a query that come twice."""
+    rows = ["question,answer,wrong", *(f"Query {i // 2},Passage {i % 7},Passage {(i + 1) % 7}" for i in range(20))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    columns = ["--columns", "question", "answer", "wrong"]
+    given = ["--data", str(tmp_path / "pairs.csv"), "--output", str(tmp_path / "out"), "--queries", "4"]
+    assert main([*given, *columns]) == 0
+    fit, dev = (read_qrels(tmp_path / "out" / "qrels" / f"{name}.tsv") for name in ("fit", "dev"))
+    passages = {passage.id: passage.text for passage in read_corpus(tmp_path / "out")}
+    texts = dict(read_queries(tmp_path / "out"))
+    assert (len(fit), len(dev), len(passages)) == (6, 4, 7)
+    found = {(texts[q], passages[p]): grade for q, judged in (fit | dev).items() for p, grade in judged.items()}
+    expected = {(f"Query {i // 2}", f"Passage {(i + 1) % 7}"): 0 for i in range(20)}
+    assert found == expected | {(f"Query {i // 2}", f"Passage {i % 7}"): 1 for i in range(20)}
+
+
+def test_what_a_folder_cannot_hold_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "scored.jsonl"
+    file.write_text('{"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1.0], "neg_scores": [0.5]}\n')
+    arguments = ["--data", str(file), "--output", str(tmp_path / "out"), "--queries", "1"]
+    assert_refused(main, arguments, "scored.jsonl: expected pairs without scores and prompts")
+    assert not (tmp_path / "out").exists()
