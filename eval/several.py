@@ -40,7 +40,7 @@ def check_evaluation(config: EvalConfig) -> dict[str, list[str]]:
         if asked.format == "pairs":
             queries[name_of(asked)] = _read_pairs(asked, config.candidates)[0]
         else:
-            collection = _read(asked)
+            collection = read_collection(asked)
             collection.check()
             queries[name_of(asked)] = list(collection.queries.values())
     return queries
@@ -103,7 +103,7 @@ def _measures(
         title, separator = bundle.settings.title, bundle.settings.title_separator
         return pair_measures(bundle, queries, [final_text(p, title, separator) for p in positives], temperature)
     folder = shards_dir / name_of(asked) if config.also else shards_dir  # one collection has the folder itself
-    result = evaluate_collection(bundle, _read(asked), config.metrics, folder, options, world)
+    result = evaluate_collection(bundle, read_collection(asked), config.metrics, folder, options, world)
     if result is None:
         return {}
     cuts = {f"{dims}/{measure}": v for dims, means in result.at_dims.items() for measure, v in means.items()}
@@ -127,7 +127,8 @@ def pair_measures(
     return {"accuracy": float((logits.argmax(axis=1) == own).mean()), "loss": float(losses.mean())}
 
 
-def _read(asked: EvalCollectionConfig) -> Collection:
+def read_collection(asked: EvalCollectionConfig) -> Collection:
+    """The collection with judgments that is asked for. Raises DataError or ConfigError where it cannot be read."""
     if asked.format == "beir":
         return read_beir(asked.path, asked.split)
     if asked.split not in SPLITS:

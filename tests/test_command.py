@@ -48,6 +48,7 @@ COMMANDS = {
     "scripts.plan_cluster": "--batches 1",
     "scripts.merge": "{model} {model} --output {out}",
     "scripts.sweep": "--config {run} --output {out}",
+    "scripts.serve.__main__": "{model} --data {data} --split dev --port 0 --output-dir {out}",
     "scripts.report": "{logged} --output {out}/report.html",
     "scripts.train_cross_encoder": "--model {model} --data {mined} --output-dir {out}",
 }
