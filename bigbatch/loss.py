@@ -20,7 +20,7 @@ from retriever.parallel.world import World
 
 @dataclass(frozen=True)
 class Negatives:
-    """What competes with a query's positive, as section `loss` of a configuration has it (docs/loss.md)."""
+    """The negatives of a query, with the fields and defaults of section `loss` of a configuration (docs/loss.md)."""
 
     directions: tuple[Direction, ...] = ("query_to_passage",)
     partition: Literal["joint", "per_direction"] = "joint"

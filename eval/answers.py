@@ -83,7 +83,7 @@ class AnsweredQuestions(Collection):
 
 
 def answer_pattern(answer: str, regex: bool) -> re.Pattern[str]:
-    """What is searched for in a `searchable` text: a regular expression, or the answer's words in a row."""
+    """The pattern to search in a `searchable` text: a regular expression, or the answer's words in a row."""
     if regex:
         return re.compile(searchable(answer, regex), re.IGNORECASE | re.MULTILINE)
     return re.compile(re.escape(searchable(answer, regex)))
@@ -146,7 +146,7 @@ def _rows(path: Path) -> Iterator[Record]:
 
 
 def _problem(answer: str, regex: bool) -> str | None:
-    """What is expected instead of this answer; None where the answer can be used."""
+    """The complaint about an answer that cannot be used; None if it can."""
     if not answer.strip():
         return "answers that are not blank"
     if regex:

@@ -29,7 +29,7 @@ _NOT_OF_INTEREST = ("shards", "format_version", "side", "shard_rows", "cache")  
 
 @dataclass(frozen=True)
 class EvalOptions(SearchOptions):
-    """How a collection is encoded and searched; `exclude_self` is the collection's."""
+    """Options of encoding and searching a collection; `exclude_self` is the collection's."""
 
     k: int = 1000  # passages a query
     batch: int | None = None  # tokens the encoder sees at once; None: by device

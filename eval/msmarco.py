@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _collections(args: argparse.Namespace) -> list[Collection]:
-    """What the command evaluates. Raises ConfigError, DataError."""
+    """The collections to evaluate. Raises ConfigError, DataError."""
     texts = args.run is None
     if args.source == "folder":
         return [read_msmarco(args.data, name, texts=texts) for name in args.split or available_splits(args.data)]

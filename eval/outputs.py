@@ -1,4 +1,4 @@
-"""Which files a command may replace: those that an earlier one wrote, by their content."""
+"""Decides which files a command may replace: those that an earlier one wrote, by their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run measures while it trains: its collections, held-out pairs, cut embeddings, and which figure chooses."""
+"""Evaluation while training: collections, held-out pairs, cut embeddings, and the figure that chooses best/."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_evaluation(config: EvalConfig) -> dict[str, list[str]]:
 
 
 def name_of(asked: EvalCollectionConfig) -> str:
-    """What the log calls a collection."""
+    """The name of a collection in the log."""
     return asked.name or Path(asked.path).resolve().name
 
 
@@ -95,7 +95,7 @@ def _measures(
     options: EvalOptions,
     world: World,
 ) -> dict[str, float]:
-    """Those of one collection."""
+    """The measures of one collection."""
     if asked.format == "pairs":
         if not world.is_first:
             return {}

@@ -1,4 +1,4 @@
-"""Which tensors the Triton kernels compute, how wide their rows may be, and how many programs stay on a GPU."""
+"""Choice between Triton kernels and references, limits on row widths, and grids of persistent programs."""
 
 from __future__ import annotations
 

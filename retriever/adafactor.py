@@ -27,7 +27,7 @@ class MomentumAdafactor(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which casts the state to the parameters' dtype; it is as it was saved again."""
+        """Loads as torch does, but keeps the saved dtype of the state, which torch casts to that of the parameters."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name, value in state.items():

@@ -1,4 +1,4 @@
-"""What a run is made of, from its configuration: the data before the ranks meet, then encoder, loss and batches."""
+"""Builds the parts of a run from its configuration: data before the ranks meet, then encoder, loss and batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ EvalQueries = Mapping[str, Sequence[str]]  # the texts of each evaluation's quer
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run has before its ranks meet."""
+    """The parts of a run that exist before its ranks meet."""
 
     config: Config
     last: Path | None  # the checkpoint to go on from

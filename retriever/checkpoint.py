@@ -44,7 +44,7 @@ class TrainingState:
     bank: Bank | None = None
 
     def modules(self) -> nn.ModuleDict:
-        """What holds weights, under the names they are stored by."""
+        """The modules with weights, by their names in the checkpoint."""
         return nn.ModuleDict({"encoder": self.encoder, "objective": self.objective})
 
     def frozen(self) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds of a TrainingState, in host memory."""
+    """A copy of a TrainingState in host memory, ready to be written."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -161,12 +161,12 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """How many optimizer steps one of `steps` stands after, by its name."""
+    """The number of optimizer steps in the name of one of `steps`."""
     return int(folder.name.removeprefix("step-"))
 
 
 def finished_steps(folder: Path) -> int:
-    """How many optimizer steps a checkpoint of any name stands after. Raises ConfigError where it is none."""
+    """The number of optimizer steps of a checkpoint of any name. Raises ConfigError if the folder is no checkpoint."""
     return int(_manifest(folder)["step"])
 
 
@@ -183,7 +183,7 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and bits in their places; the same on every device. Empty for no weights."""
+    """A hash of names, shapes and bits, the same on every device; empty for no weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(weights.items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight

@@ -295,7 +295,7 @@ class LossConfig:
 
     @property
     def title(self) -> str:
-        """What the contrastive loss is called."""
+        """The name of the contrastive loss on the screen."""
         return self.custom or f"{self.strategy} loss"
 
     @property
@@ -418,7 +418,7 @@ class EvalConfig:
 
     @property
     def collections(self) -> tuple[EvalCollectionConfig, ...]:
-        """All that is evaluated on, the folder of `path` first."""
+        """All collections, the folder of `path` first."""
         return EvalCollectionConfig(self.path, split=self.split), *self.also
 
 

@@ -1,4 +1,4 @@
-"""Which values can be run together."""
+"""Rules about settings that depend on each other."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _check_together(config: Config, rules: Iterable[Rule]) -> None:
 
 
 def _beside_each_other(config: Config) -> list[Rule]:
-    """What other settings of this configuration leave to a key."""
+    """Rules between pairs of settings of one configuration."""
     model, loss, optim, offload = config.model, config.loss, config.optim, "batch.offload=true"
     one, two = ["query_to_passage"], ["query_to_passage", "passage_to_query"]
     custom, default = loss.custom is not None, LossConfig()
@@ -137,7 +137,7 @@ def _beside_each_other(config: Config) -> list[Rule]:
 
 
 def _beside_own_negatives() -> list[Rule]:
-    """What a source of negatives=own leaves to other settings: its rows have InfoNCE over a query's group alone."""
+    """Rules for a source of negatives=own, whose rows have InfoNCE over a query's group alone."""
     own = "negatives=own of a source, whose queries see their own negatives alone"
     return [
         ("loss.custom", (None,), own),
@@ -150,7 +150,7 @@ def _beside_own_negatives() -> list[Rule]:
 
 
 def _beside_a_bank(loss: LossConfig) -> list[Rule]:
-    """What a memory bank leaves to other settings: of its rows, only known positives are known."""
+    """Rules for a memory bank, whose rows carry their ids and known positives only."""
     bank, one, two = f"loss.bank={loss.bank}", ["query_to_passage"], ["query_to_passage", "passage_to_query"]
     weights = ("kl_weight", "margin_mse_weight", "cosent_weight", "embedding_weight")
     return [
@@ -199,7 +199,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_policy(config: Config, source: SourceConfig, key: str) -> None:
-    """What a source's own settings ask of the others."""
+    """Rules for a source's own settings."""
     for name in ("query_max_tokens", "passage_max_tokens"):
         own, most = getattr(source, name), getattr(config.model, name)
         require(own is None or own <= most, f"{key}.{name}", f"null or at most {most} (model.{name})", own)

@@ -1,4 +1,4 @@
-"""What each source of a mixture asks for: prompts, lengths, hard negatives, and its share of an epoch."""
+"""The settings of each source of a mixture: prompts, lengths, hard negatives, and its share of an epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIDES = ("query", "passage")
 
 
 class TextKind(NamedTuple):
-    """How texts of one side of a source are encoded."""
+    """The prompt and length of one side of a source."""
 
     prompt: str
     max_tokens: int  # prompt and special tokens included
@@ -43,7 +43,7 @@ def own_texts(config: Config) -> list[tuple[str, str, int]] | None:
 
 
 def prompt_names(config: Config) -> list[str]:
-    """What the export calls each source's prompts, before `_query` and `_document`."""
+    """Each source's name in the export's prompts, before `_query` and `_document`."""
     sources = enumerate(config.data.train)
     return [f"source{i}" if source.prompt_name is None else source.prompt_name for i, source in sources]
 
@@ -65,7 +65,7 @@ def hard_negatives(data: DataConfig) -> list[int]:
 
 
 def queries_per_epoch(data: DataConfig, sizes: Sequence[int]) -> list[int]:
-    """How many queries each source, of `sizes` queries, gives to an epoch.
+    """The number of queries that each source, of `sizes` queries, gives to an epoch.
 
     By `data.sampling`: proportional gives size · weight; the others share out as many queries as there are.
     """

@@ -27,7 +27,7 @@ _WRITES_BEHIND = 2  # shards that wait to be written, at most
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How texts are encoded into a folder, besides what their embeddings depend on in the encoder."""
+    """Options of encoding into a folder that are not the encoder's own."""
 
     shard_rows: int = SHARD_ROWS
     dtype: Literal["float32", "float16"] = "float32"

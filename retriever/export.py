@@ -219,7 +219,7 @@ def _check_parity(written: Path, probe: Probe, device: torch.device) -> None:
 
 
 def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:
-    """Where the model comes from. It is the same for two runs of one configuration in different places."""
+    """The origin of the model, the same for two runs of one configuration in different folders."""
     plain = to_dict(config)
     trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")}
     trained["seed"] = config.run.seed

@@ -38,7 +38,7 @@ class PartialReplay(NamedTuple):
 
 
 class FirstPass(NamedTuple):
-    """What the first pass leaves for the second, in the order of the chunks."""
+    """The results of the first pass that the second needs, in the order of the chunks."""
 
     row_slices: list[RowSlice]  # one for each chunk
     kept: list[Tensor]  # of the first chunks: embeddings [n, D] with their graphs

@@ -1,4 +1,4 @@
-"""What Python code hands to a run, as a configuration of files.
+"""Turns Python objects that are handed to a run into a configuration of files.
 
 A model, texts or an evaluation in memory are written into `data.cache_dir`/objects once, under a digest of their
 content, and read from there as any other files are: fingerprints, resuming and the batches do not depend on the process
@@ -149,7 +149,7 @@ def _keep(objects: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Of the files of a folder and their names."""
+    """A hash of the files of a folder and their names."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())

@@ -44,7 +44,7 @@ scores = queries @ passages.T"""
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a run trains on, which its configuration does not say."""
+    """Facts about the training data that the configuration does not hold."""
 
     sources: tuple[tuple[str, int], ...]  # name and number of queries
     passages: int
@@ -60,7 +60,7 @@ class TrainingFacts:
         return cls(sources, len(store.passages), batch, min(max(hard_negatives(config.data), default=0), most))
 
     def __str__(self) -> str:
-        """Without the names of the sources, which may be any text."""
+        """A sentence without the names of the sources, which may be any text."""
         least, most = self.batch
         batch = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
         hard = f"at most {counted(self.negatives, 'hard negative')} a query" if self.negatives else "no hard negatives"
@@ -138,7 +138,7 @@ def _trained(training: tuple[int, TrainingFacts] | None) -> str:
 
 
 def _lengths(settings: EncoderSettings) -> str:
-    """What sentence-transformers makes of two lengths: it knows one per model, the longer of the two."""
+    """The single length that sentence-transformers knows of a model: the longer of the two."""
     if not settings.tied:
         return "Each tower has its own length in sentence-transformers too."
     query, passage = settings.query_max_tokens, settings.passage_max_tokens

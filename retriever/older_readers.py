@@ -1,4 +1,4 @@
-"""What transformers 4 needs in a folder that transformers 5 writes: it ignores settings under new names."""
+"""Adds the old names of settings that transformers 5 renamed, so that transformers 4 reads a folder correctly."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Optimizer:
 
     @property
     def gradient_scale(self) -> float:
-        """What gradients at the representations are multiplied by before backward; 1 outside fp16."""
+        """The factor of the gradients at the representations before backward; 1 outside fp16."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
 
     @property
@@ -131,7 +131,7 @@ class Optimizer:
                 self.torch.state[p][_AVERAGE] = p.detach().clone()
 
     def kept_in_groups(self) -> Iterator[tuple[nn.Parameter, str, Tensor | float]]:
-        """What updates have changed in the groups, for each parameter of theirs: Prodigy's distance, for example.
+        """Entries of the parameter groups that updates have changed, by parameter: Prodigy's distance, for example.
 
         Raises ConfigError where it is neither a tensor nor a number.
         """

@@ -1,4 +1,4 @@
-"""What a run writes into its folder: checkpoints, the newest and the best export, the report."""
+"""The output folder of a run: checkpoints, the newest and the best export, the report."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Outputs:
         return bool(self._of_first(int(lacks)))
 
     def evaluations_since_best(self) -> int:
-        """How many evaluations came after the first of the best ones. Every rank calls it and finds the same."""
+        """The number of evaluations after the first of the best ones. Every rank calls it and gets the same."""
         evaluations = self._evaluations() if self._world.is_first else {}
         values = [next(iter(measures.values())) for _, measures in sorted(evaluations.items())]
         return self._of_first(len(values) - 1 - values.index(max(values)) if values else 0)

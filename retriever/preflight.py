@@ -108,7 +108,7 @@ def _check_batch_norms(config: Config, encoder: DualEncoder, world: World) -> No
 
 
 def _modes(model: ModelConfig, encoder: DualEncoder, world: World) -> ModelConfig:
-    """How the towers compute: on a GPU packed if the architecture can, in fused layers if it has some, else compiled.
+    """Resolves the execution of the towers: on a GPU packed if the architecture can, fused if it can, else compiled.
 
     An encoder in shards uses the library's layers, since only those gather their weights.
     """
@@ -133,7 +133,7 @@ def warnings(
     total: int,
     queries: int,
 ) -> list[str]:
-    """What is allowed and probably not meant in a run of `total` steps, `queries` in its largest batch.
+    """Warnings about settings that are allowed but probably not meant; batches have up to `queries` queries.
 
     Nothing is changed.
     """

@@ -68,7 +68,7 @@ summary { cursor: pointer; font-weight: 600; margin: 1.5rem 0 .5rem; }
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a run logged, under the name that a page shows."""
+    """The log of a run, under the name that a page shows."""
 
     name: str
     lines: Sequence[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and under which configuration."""
+"""Chooses the checkpoint that a run resumes from, and checks its configuration."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _undamaged(last: Path) -> Path:
 
 
 def _way_past(damaged: Path) -> str:
-    """What to do where the newest checkpoint of a run cannot be read."""
+    """Advice for a run whose newest checkpoint cannot be read."""
     try:
         whole = next((folder for folder in reversed(steps(damaged.parent)) if damage(folder) is None), None)
     except ConfigError as error:
@@ -107,7 +107,7 @@ def continued(config: Config, folder: Path) -> Config:
 
 
 def length_of(config: Config) -> tuple[float | None, ...]:
-    """How long a run is to be: train.max_steps and train.epochs."""
+    """The length of a run: train.max_steps and train.epochs."""
     return config.train.max_steps, config.train.epochs
 
 

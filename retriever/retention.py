@@ -1,4 +1,4 @@
-"""How many tokens keep their graphs, or the costliest products of their layers, between the two passes of a step.
+"""Retention between the two passes of a step: tokens that keep their graphs, or the costliest products of their layers.
 
 A graph saves the second pass the whole encoding of a chunk. The products take a tenth of a graph's memory and save over
 a quarter of the encoding. (Choosing by time and memory what to compute again: Korthikanti et al. 2022,
@@ -25,7 +25,7 @@ class Retention(NamedTuple):
 
     @classmethod
     def from_config(cls, batch: BatchConfig) -> Retention:
-        """As `batch` says; 0 for `auto`."""
+        """The retention that section `batch` sets; 0 for `auto`."""
         return cls(*(given_tokens(setting) or 0 for setting in (batch.retain, batch.retain_products)))
 
 
@@ -46,7 +46,7 @@ class Budget:
         self._graphs, self._products = retention
 
     def take(self, tokens: int) -> Keeps:
-        """What a chunk of `tokens` tokens keeps."""
+        """The retention of a chunk of `tokens` tokens."""
         self._graphs -= tokens
         if self._graphs >= 0:
             return "graph"

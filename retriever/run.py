@@ -104,7 +104,7 @@ class Run:
         return self._lifetime.__exit__(kind, error, trace)
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Of what is not set, or not yet."""
+        """Names the attribute that is not set, or not yet."""
         raise AttributeError(f"a Run has no {name!r} before it is entered, by train() or by `with`", name=name)
 
     def train(self, *, resume: bool = True) -> None:

@@ -19,7 +19,7 @@ from retriever.rng import seed_step
 
 @dataclass(frozen=True)
 class Backward:
-    """What is known of a step before its update."""
+    """The results of a step before its update."""
 
     step: int
     loss: Tensor  # []: mean over all queries of the global batch, the same on every rank
@@ -32,7 +32,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, the same on every rank but for the last two."""
+    """The results of one step, the same on every rank but for `tokens` and `waited_s`."""
 
     step: int
     loss: float  # mean over all queries of the global batch

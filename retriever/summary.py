@@ -57,7 +57,7 @@ def summary(
 
 
 def modes(model: ModelConfig, encoder: DualEncoder) -> str:
-    """How the towers compute, and why layers of packed texts are not fused, unless a setting says so."""
+    """The execution of the towers, and why layers of packed texts are not fused, unless a setting says so."""
     reason = encoder.unfused_because if model.attention == "packed" and not model.fused else None
     return f"{model.attention} texts, {layers_of(model)}" + (f" (not fused: {reason})" if reason else "")
 
@@ -72,7 +72,7 @@ def checkpoint_bytes(config: Config, encoder: DualEncoder) -> int | None:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    """How many tokens a prompt has."""
+    """The number of tokens of a prompt."""
     return len(tokenize_flat(tokenizer, [prompt])[0])
 
 
@@ -106,7 +106,7 @@ def _parameters(encoder: DualEncoder) -> str:
 
 
 def _each(lists: Csr, noun: str) -> str:
-    """How many passages the queries have: one number, or the least, the most and the mean."""
+    """Passages per query: one number, or the least, the most and the mean."""
     counts = np.diff(lists.ptr)
     least, most = int(counts.min()), int(counts.max())
     if least == most:
@@ -115,7 +115,7 @@ def _each(lists: Csr, noun: str) -> str:
 
 
 def _queries(planner: Planner, asked: int) -> str:
-    """How many queries the batches really have."""
+    """The real number of queries in the batches."""
     least, most = planner.batch_queries
     found = f"{most:,} queries" if least == most else f"{least:,} to {most:,} queries"
     if planner.steps_per_epoch == 1 and most < asked:
@@ -130,7 +130,7 @@ def _bank(loss: LossConfig) -> str:
 
 
 def _equal(store: Store) -> str:
-    """How many texts have the tokens of an earlier one."""
+    """The number of texts with the tokens of an earlier one."""
     found = [("query", "sharing its positives"), ("passage", "taken for it")]
     counts = zip(found, (store.equal["queries"], store.equal["passages"]), strict=True)
     said = ", ".join(f"{counted(count, name)} {what}" for (name, what), count in counts if count)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, a line of JSON per logged step, trackers."""
+"""The output of a run for people: a progress bar, a line of JSON per logged step, trackers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _cause(loss: float) -> str:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` holds, but for a last line that a kill cut short. Raises ConfigError where another line is
+    """The lines of `metrics.jsonl`, without a last one that a kill cut short. Raises ConfigError where another line is
     none of ours.
     """
     if not metrics.exists():

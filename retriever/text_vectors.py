@@ -104,7 +104,7 @@ def _vectors(bundle: EncoderBundle, texts: TokenRows, side: Side) -> Iterator[tu
 
 
 def _fingerprint(bundle: EncoderBundle, store: Store) -> str:
-    """Of all that the vectors depend on."""
+    """A hash of everything that the vectors depend on."""
     made_of = {
         "store": store.fingerprint,
         "model": bundle.model_hash(),

@@ -32,7 +32,7 @@ _ROUNDING = 1e-10
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """How far the cached gradient is from the whole batch's."""
+    """The distance of the cached gradient from the whole batch's."""
 
     queries: int
     passages: int

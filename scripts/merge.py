@@ -131,7 +131,7 @@ def _check_alike(first: Path, other: Path) -> None:
 
 
 def _settings(file: Path) -> Any:
-    """What a settings file says but for where the model came from; None where there is none."""
+    """The content of a settings file without the model's origin; None if there is no such file."""
     if not file.is_file():
         return None
     found = read_json(file)

@@ -1,4 +1,4 @@
-"""What an evaluation reads: passages, the judged queries, judgments, and fingerprints of the three."""
+"""A collection to evaluate on: passages, judged queries, judgments, and the fingerprints of the three."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Collection:
         return tuple(note for note in (check_corpus(self.corpus), shortened_note()) if note is not None)
 
     def notes(self, passage_ids: Iterable[str]) -> tuple[str, ...]:
-        """What a reader of the figures should know about the judgments and the ids of the corpus."""
+        """Remarks about the judgments and the corpus ids, printed beside the scores."""
         judged = {passage_id for grades in self.qrels.values() for passage_id in grades}
         known = judged | self.queries.keys()
         found = {passage_id for passage_id in passage_ids if passage_id in known}

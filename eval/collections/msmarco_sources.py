@@ -87,7 +87,7 @@ def read_hub(data: str, name: str, split: Split, corpus: str | None = None, *, t
 
 
 def hub_splits(data: str, splits: dict[str, Split]) -> list[str]:
-    """Those of `splits` that the data set has judgments of. Raises DataError where there are none."""
+    """The members of `splits` with judgments in the data set. Raises DataError if there are none."""
     judgments, there = _judgments(data)
     found = [name for name, split in splits.items() if any(word in there for word in split.hub)]
     if not found:

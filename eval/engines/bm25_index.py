@@ -66,7 +66,7 @@ def write_index(
 
 
 def read_index(folder: Path) -> Postings:
-    """What `write_index` wrote; arrays are read from the disk as they are asked for, the words are held."""
+    """Opens an index written by `write_index`. Arrays are memory-mapped; the vocabulary is loaded."""
     rows, weights, starts = (
         np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in FILES[:3]
     )

@@ -1,4 +1,4 @@
-"""What a search reads: embeddings in parts, as `retriever.shards.open_shards` gives them."""
+"""Embeddings in parts, as a search reads them and `retriever.shards.open_shards` gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which FAISS is installed, and indexes on its GPUs. The CPU build is the default: on GPUs torch searches exactly
+"""Detects FAISS's GPU build and moves indexes to GPUs. The CPU build is the default: on GPUs torch searches exactly
 (`engines.streaming`).
 """
 

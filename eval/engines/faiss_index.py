@@ -51,12 +51,12 @@ class IndexSpec:
 
     @property
     def build_parameters(self) -> tuple[str, ...]:
-        """Those that the finished index depends on."""
+        """The parameters that change the finished index."""
         return tuple(p for p in self.parameters if p.partition("=")[0] in _BUILD_PARAMETERS)
 
 
 def index_spec(index: str, rows: int, dimension: int, k: int = 1000) -> IndexSpec:
-    """What `index` means for k of `rows` passages. Raises ConfigError where FAISS cannot build or train it."""
+    """Parses `index` for a search of k among `rows` passages. Raises ConfigError if FAISS cannot build or train it."""
     name, *words = index.split() or [""]
     nlist = _lists(rows)
     probes = f"nprobe={min(nlist, max(16, nlist // 64, -(-2 * k * nlist // max(1, rows))))}"
@@ -194,7 +194,7 @@ def _empty(index: str, factory: str, dimension: int) -> faiss.Index:
 
 
 def _least_rows(index: faiss.Index) -> int:
-    """How many vectors FAISS trains the index on at least: one for each centroid of its largest codebook."""
+    """The least number of training vectors that FAISS accepts: one for each centroid of its largest codebook."""
     index = faiss.downcast_index(index)
     inner = getattr(index, "base_index", None) or getattr(index, "index", None)
     if inner is not None:  # what a transform, a refinement or an id map wraps

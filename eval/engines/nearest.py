@@ -27,7 +27,7 @@ _QUERIES_AT_ONCE = 8192  # bounds what an index returns at once: 12 bytes x k a 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How passages are searched; the fields are the options of the commands.
+    """Options of a search; the fields are the options of the commands.
 
     Of `index=flat`, `engine` says what searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's
     device within `memory_gib` of it; `auto` is torch where the ranks are on GPUs. Other indexes are those of

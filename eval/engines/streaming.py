@@ -38,7 +38,7 @@ _COPY_THREADS = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the device holds at once."""
+    """Numbers of queries and passages that the device holds at once."""
 
     block_rows: int
     queries: int  # scored against a block together

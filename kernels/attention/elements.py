@@ -57,7 +57,7 @@ def store_rows(base, stride, rows, inside, x, D: tl.constexpr, BLOCK_D: tl.const
 
 
 def constants(query: Tensor, key: Tensor, mask: Mask) -> dict[str, Any]:
-    """What every kernel of packed attention is compiled for, beside its blocks."""
+    """The compile-time constants that all kernels of packed attention share, apart from block sizes."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "CAUSAL": mask.causal,

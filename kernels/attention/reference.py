@@ -35,7 +35,7 @@ def kept(seed: Tensor, heads: Tensor, rows: Tensor, columns: Tensor, dropout: fl
 
 
 class Mask(NamedTuple):
-    """What a token may look at in its own text, and the dropout of the probabilities."""
+    """Which tokens of its own text a token attends to, the scale of the scores, and dropout of the probabilities."""
 
     scale: float
     dropout: float = 0.0  # in 0..1, of probabilities, by the hash of `seed`
@@ -45,7 +45,7 @@ class Mask(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Where packed texts lie."""
+    """The boundaries of packed texts."""
 
     starts: Tensor  # int32 [n + 1]
     longest: int  # no text has more tokens

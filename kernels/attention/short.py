@@ -27,7 +27,7 @@ READS_OUTPUT = False  # whether `backward` reads what `forward` gave first
 
 @dataclass(frozen=True)
 class Tile:
-    """How many tokens a program holds, and the warps that work on them, forward and backward."""
+    """Tokens per program, and its warps in the forward and backward pass."""
 
     block: int
     forward_warps: int

@@ -1,4 +1,4 @@
-"""Which query–passage pairs are no negatives, and which count more: as the caller says it, as pairs, and as the tables
+"""Query–passage pairs that are no negatives or count more: as the caller says it, as pairs, and as the tables
 that a tile reads.
 """
 
@@ -14,8 +14,8 @@ from kernels.infonce.rules import Guide, Hardness, Lists, Pairs, Pools
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Which query–passage pairs are not counted as negatives, and which count more. A query's own target is excluded in
-    any case.
+    """Pairs that are not counted as negatives, and those that count more. A query's own target is excluded
+    in any case.
 
     Row i excludes every column whose `passage_ids` entry stands in `known_ids[known_ptr[i] : known_ptr[i + 1]]`
     (any number a row), every column with s_ij > `threshold[i]` (−inf excludes the whole row), every column of another
@@ -172,7 +172,7 @@ class MaskTables:
 
 
 def _places(index: Tensor, count: int) -> Tensor:
-    """Where each of `count` numbers stands in `index`; −1: not there."""
+    """The position in `index` of each of `count` numbers; −1: not there."""
     places = torch.full((count,), -1, device=index.device)
     places[index] = torch.arange(len(index), device=index.device)
     return places

@@ -17,7 +17,7 @@ from kernels.matmul import add_product, parts_of
 
 
 def has_room(block: TiledBlock) -> bool:
-    """Whether the workspace holds enough rows for one pass to be the faster way."""
+    """Whether the workspace holds enough rows for one pass to be faster than two."""
     return block.rows_at_once() >= min(len(block.queries), LEAST_ROWS)
 
 

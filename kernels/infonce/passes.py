@@ -41,7 +41,7 @@ _SMALL_WORKSPACE = 2**26  # bytes that are used without asking what is free
 
 @dataclass(frozen=True)
 class Shifts:
-    """What is taken off the logits (base 2) before they are exponentiated."""
+    """Offsets subtracted from the base-2 logits before exponentiation."""
 
     rows: Tensor  # [B]; one constant, which serves columns too, unless `estimated`
     top: Tensor  # [1]: the constant, which no shift needs to exceed
@@ -188,7 +188,7 @@ class TiledBlock(Block):
         return kernel.tile_pass(queries[i], passages[j], self.in_batch_scale, self.masks, asked)
 
     def rows_at_once(self) -> int:
-        """How many rows of logits, over all columns, fit in the workspace; if possible whole waves of dQ's tiles."""
+        """Rows of logits, over all columns, that fit in the workspace; whole waves of dQ's tiles if possible."""
         (B, D), N = self.queries.shape, len(self.passages)
         rows = self.workspace_bytes // (self._bytes_each * -(-N // 64) * 64)
         if rows >= B:

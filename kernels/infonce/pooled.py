@@ -79,5 +79,5 @@ class PooledBlock(Block):
 
 
 def _members(pools: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Which entries of `pools` are in each of `count` pools, ascending."""
+    """The indices of `pools` that belong to each of `count` pools, ascending."""
     return pools.argsort(stable=True).split(pools.bincount(minlength=count).tolist())

@@ -48,7 +48,7 @@ class Block:
 
     @property
     def in_batch_scale(self) -> float:
-        """What a negative's logit is to its similarity."""
+        """The factor from a negative's similarity to its logit."""
         return self.scale + self.masks.hardness.in_batch
 
     @property
@@ -152,6 +152,6 @@ class Block:
 
 
 def _inside(rows: Tensor, columns: Tensor, i: slice, j: slice) -> tuple[Tensor, Tensor]:
-    """Those of the pairs that lie in the tile at `i` and `j`, counted from its corner."""
+    """The pairs inside the tile at (`i`, `j`), relative to its corner."""
     inside = (rows >= i.start) & (rows < i.stop) & (columns >= j.start) & (columns < j.stop)
     return rows[inside] - i.start, columns[inside] - j.start

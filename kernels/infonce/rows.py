@@ -201,7 +201,7 @@ class RowVectors(NamedTuple):
     coefficient: Tensor  # what they are multiplied with in the gradient; `weigh_rows` writes it
 
     def of_rows(self, i: slice) -> RowVectors:
-        """Those of some rows."""
+        """The selection of some rows."""
         return RowVectors(*(vector[i] for vector in self))
 
 

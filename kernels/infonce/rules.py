@@ -1,4 +1,4 @@
-"""What decides which query–passage pairs are negatives, and how much they count, as tensors."""
+"""Rules for negatives as tensors: which query–passage pairs count, and with what weight."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Guide(NamedTuple):
     limit: Tensor  # [B] float32
 
     def of_rows(self, index: Tensor) -> Guide:
-        """That of the rows `index` [n] int64."""
+        """The rule of the rows `index` [n] int64."""
         return Guide(self.queries[index], self.passages, self.limit[index])
 
 

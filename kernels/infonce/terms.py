@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Terms(NamedTuple):
-    """What the gradient of one set of blocks needs; −inf and 0 leave a row or a column out of it."""
+    """Per-row and per-column terms of the gradient of one set of blocks; −inf and 0 leave a row or a column out."""
 
     row_log_weights: Tensor  # [B]: log of what e^logit is multiplied with in row i's part of the gradient at the logits
     column_log_weights: Tensor | None  # [N]: likewise for the columns; None: no direction sums over them

@@ -55,7 +55,7 @@ def tile_for(dtype: torch.dtype, capability_major: int) -> Tile:
 
 
 class Pass(NamedTuple):
-    """What one pass over the tiles computes, and where its block of rows and columns stands in the masks.
+    """One pass over the tiles: its operands, its results, and the offset of its block in the masks.
 
     With an `offset` the shifts are factors: E_ij = 2^(x_ij − offset) · (row_shift_i + column_shift_j), one exponential
     instead of two. Columns reduce with `row_shift` where there is no `column_shift`. `clamp` keeps exponentials finite

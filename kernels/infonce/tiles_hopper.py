@@ -191,7 +191,7 @@ def _tile_pass_hopper(
 
 
 def can_do(asked: Pass) -> bool:
-    """Whether this kernel does what is asked: sums of bf16 under row shifts that need no clamp, columns by those
+    """Whether this kernel supports the pass: sums of bf16 under row shifts that need no clamp, columns by those
     shifts.
     """
     plain = not (asked.accurate or asked.maximum or asked.clamp)

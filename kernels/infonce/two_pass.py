@@ -34,7 +34,7 @@ SecondPass = Generator[Step, tuple[Tensor, Any], tuple[Tensor, Tensor]]
 
 
 class Passages:
-    """Where passages come from: here all of them in one block. Others (a ring, host memory) are subclasses.
+    """A source of passages. This one gives all of them in one block; a ring and host memory are subclasses.
 
     Both passes are generators: each step is answered with what its block gives, and what they return are the sums over
     blocks. Own passages are those among which this rank's targets are.
@@ -63,7 +63,7 @@ class Passages:
 
 
 class Source(NamedTuple):
-    """Where some blocks come from, and which of their sums are a direction of the loss."""
+    """Some of the blocks, and the sums over them that are a direction of the loss."""
 
     passages: Passages
     rows: bool = True  # every query among its passages
@@ -112,7 +112,7 @@ def _lse(step: Step, columns: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _answered(steps: Generator[Step, Any, Any], answer: Callable[[Step], Any]) -> Any:
-    """What `steps` returns, each step answered."""
+    """Runs the generator `steps`, answers each step, and returns its result."""
     try:
         step = next(steps)
         while True:

@@ -19,7 +19,7 @@ __all__ = ["Tables", "embeddings"]
 
 
 class Tables(NamedTuple):
-    """What is trained, and the rows of it that never are: of padding."""
+    """The trained tables, and their padding rows, which are never trained."""
 
     words: Tensor  # [V, D]
     places: Tensor  # [P, D]

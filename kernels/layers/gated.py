@@ -52,7 +52,7 @@ def _share(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(T, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Where a program's tile lies in [T, F] and in [T, 2 F], and which of it exists."""
+    """Offsets of a program's tile in [T, F] and in [T, 2 F], and the mask of its valid elements."""
     first = tl.program_id(0) * ROWS
     rows, columns = tl.arange(0, ROWS), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (rows < T - first)[:, None] & (columns < F)[None, :]

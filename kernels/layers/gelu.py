@@ -23,7 +23,7 @@ from kernels.dispatch import persistent_grid
 
 @dataclass(frozen=True)
 class Launch:
-    """How one program works on its tile, and, where programs stay, how many there are."""
+    """Launch parameters of a program, and the number of persistent programs."""
 
     rows: int
     columns: int

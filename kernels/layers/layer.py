@@ -71,7 +71,7 @@ class Parameters(NamedTuple):
 
 
 class RoundedWeights(NamedTuple):
-    """What the matrix products read: the parameters in the computing dtype."""
+    """The parameters of the matrix products, in the computing dtype."""
 
     qkv: Tensor  # [(H + 2 G) d, D]
     qkv_bias: Tensor | None
@@ -83,7 +83,7 @@ class RoundedWeights(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What a layer computes, whatever its weights and texts are."""
+    """The form of a layer, independent of its weights and texts."""
 
     heads: int  # H
     key_heads: int  # G
@@ -99,12 +99,12 @@ class LayerKind(NamedTuple):
 
     @property
     def pre_norms(self) -> tuple[bool, bool]:
-        """Whether the stream goes on unnormed behind attention, and behind the feed-forward part."""
+        """Whether the residual stream is not normalised after attention, and after the feed-forward part."""
         return self.pre_norm, self.pre_norm and not self.last
 
 
 class LayerSettings(NamedTuple):
-    """What else a layer depends on: its kind, the texts, its dropouts and their seeds."""
+    """The settings of one call: the layer's kind, the texts, the dropout rates and their seeds."""
 
     kind: LayerKind
     texts: Texts
@@ -113,13 +113,13 @@ class LayerSettings(NamedTuple):
     angles: tuple[Tensor, Tensor] | None = None  # cos and sin [T, d/2] of each token's rotation; None: nothing rotates
 
     def mask(self, width: int) -> Mask:
-        """Of attention between heads of `width` dimensions."""
+        """The attention mask for heads of `width` dimensions."""
         kind, dropout, seed = self.kind, self.dropouts[0], self.seeds[0]
         scale = width**-0.5 if kind.scale is None else kind.scale
         return Mask(scale, dropout, seed if dropout > 0 else None, kind.causal, kind.window)
 
     def rotary(self, query_weight: Tensor | None, key_weight: Tensor | None) -> Rotary | None:
-        """What rotates heads; the weights are those of their norms."""
+        """The rotation of the heads; the weights are those of the heads' norms."""
         kind = self.kind
         if self.angles is None:
             return None
@@ -133,7 +133,7 @@ class LayerSettings(NamedTuple):
 
 
 class SavedActivations(NamedTuple):
-    """What of a layer takes longest to compute for the memory it takes: in half precision 4 bytes of a number of the
+    """The results of a layer that cost most time for their memory: in half precision 4 bytes of a number of the
     stream, and lse.
     """
 
@@ -156,7 +156,7 @@ def rounded_weights(parameters: Parameters, dtype: torch.dtype) -> RoundedWeight
 
 
 def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """Those of the parts that are there, one below the other, in `dtype`; one alone is not copied without need."""
+    """The parts that are not None, concatenated in `dtype`; a single part is not copied without need."""
     given = [part.to(dtype) for part in parts if part is not None]
     if len(given) < 2:
         return given[0] if given else None
@@ -250,7 +250,7 @@ def _feed_forward(
 
 
 def _query_key_value(heads: Tensor, rotated: Tensor, kind: LayerKind) -> Heads:
-    """Where queries, keys and values lie: heads [T, H + 2 G, d]; `rotated` begins with queries and keys."""
+    """Views of queries, keys and values in heads [T, H + 2 G, d]; `rotated` begins with queries and keys."""
     end = kind.heads + kind.key_heads
     return rotated[:, : kind.heads], rotated[:, kind.heads : end], heads[:, end:]
 

@@ -32,7 +32,7 @@ from kernels.layers.reference import Norm
 
 @dataclass(frozen=True)
 class Launch:
-    """How one program works: rows at a time, elements of a row per warp, and, where programs stay, their warps on a
+    """Launch parameters: rows at a time, elements of a row per warp, and, for persistent programs, their warps on a
     multiprocessor.
     """
 

@@ -17,7 +17,7 @@ Activation = Literal["gelu", "gelu_tanh", "silu"]
 
 
 class Rotary(NamedTuple):
-    """What turns queries and keys by their positions, after a norm of each head if there are weights.
+    """Rotary position embedding of queries and keys, after a norm of each head if there are weights.
 
     (Su et al. 2021, arXiv:2104.09864)
     """
@@ -32,8 +32,8 @@ class Rotary(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What a norm of z = dropout(x + bias) + residual reads, forward and backward: each of any floating dtype (float64
-    where x is), one device, contiguous.
+    """The operands of a norm of z = dropout(x + bias) + residual, forward and backward: each of any floating dtype
+    (float64 where x is), one device, contiguous.
 
     `dropout` drops elements by the hash of `seed`, their row and their column: two uses need two seeds.
     """
@@ -177,7 +177,7 @@ def _normal_cdf(u: Tensor) -> Tensor:
 
 
 def dropout_factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | float:
-    """What dropout multiplies x [T, D] with: 0 or 1 / (1 − dropout)."""
+    """The factor by which dropout multiplies x [T, D]: 0 or 1 / (1 − dropout)."""
     if seed is None:
         return 1.0
     rows, columns = (torch.arange(n, device=x.device) for n in x.shape)

@@ -31,7 +31,7 @@ _IN_BATCH, _OWN, _ = range(len(_POLICIES))
 
 
 class KnownPairs(NamedTuple):
-    """Which of this rank's queries and all ranks' passages are no plain negatives, looked up beforehand."""
+    """Pairs of this rank's queries and all ranks' passages that are no plain negatives, looked up in advance."""
 
     # Without the queries' own targets, with their own negatives where the loss asks for these; columns counted over all
     # ranks' passages, rank after rank.

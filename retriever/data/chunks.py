@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Chunk(OfTensors):
-    """What the encoder sees at once."""
+    """The texts that the encoder processes at once."""
 
     side: Side
     rows: Tensor  # [n] int64: positions in the rank's queries or passages

@@ -201,7 +201,7 @@ def _qrels_lines(path: Path) -> Iterator[Record]:
 
 
 def _qrels_header(row: Sequence[str]) -> tuple[int, int, int] | None:
-    """Where the columns of query, passage and grade are, if the row names all three."""
+    """The columns of query, passage and grade, if the header names all three."""
     names = [name.strip().lower() for name in row]
     query, passage, grade = (
         next((names.index(name) for name in known if name in names), None)

@@ -27,7 +27,7 @@ class EqualRows(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many queries and passages are equal to an earlier one."""
+        """Numbers of queries and passages that equal an earlier one."""
         return {name: int((rows != np.arange(len(rows))).sum()) for name, rows in self._asdict().items()}
 
 

@@ -20,7 +20,7 @@ class Table(Protocol):
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the file in messages."""
 
     def records(self) -> Iterator[Record]:
         """The records, in the order of the file."""

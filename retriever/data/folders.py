@@ -1,4 +1,4 @@
-"""Where the files of a data set stand in its folder, and the split that a file's name speaks of."""
+"""Finds the files of a data set in its folder, and the split in a file's name."""
 
 from __future__ import annotations
 

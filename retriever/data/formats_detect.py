@@ -1,4 +1,4 @@
-"""What format a file or folder is in, by its names and its first record."""
+"""Detects the format of a file or folder by names and the first record."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def text_examples(records: Iterable[Record], column: str = TEXT) -> Iterator[Exa
 
 
 class ColumnRoles(NamedTuple):
-    """Which columns hold what; see `column_roles`."""
+    """The roles of a table's columns; see `column_roles`."""
 
     anchor: str
     positive: str

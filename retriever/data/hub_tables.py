@@ -114,7 +114,7 @@ def collection_tables(name: str, revision: str | None, split: str) -> tuple[Data
 
 
 def judgments_name(name: str, revision: str | None = None) -> str:
-    """Where the judgments of a BEIR data set are: in its subset default or qrels, else in `<name>-qrels`."""
+    """The data set with a BEIR data set's judgments: its subset default or qrels, else `<name>-qrels`."""
     own = next((subset for subset in ("default", "qrels") if subset in _subsets(name, revision)), None)
     return f"{name}:{own}" if own else f"{name}-qrels"
 

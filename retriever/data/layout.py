@@ -1,4 +1,4 @@
-"""How the texts of a chunk lie in memory: one a row with padding behind it, or one behind another without any."""
+"""Layouts of a chunk's texts: padded, one text a row; or packed, one text after another without padding."""
 
 from __future__ import annotations
 

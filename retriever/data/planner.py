@@ -42,7 +42,7 @@ class GlobalBatch:
 
 
 class Mixture(NamedTuple):
-    """What sources give to an epoch, and how they meet."""
+    """The share of each source in an epoch, and whether batches mix sources."""
 
     per_epoch: Sequence[int] | None = None  # queries of each source; None: all of its queries
     takes_turns: bool = False  # batches of one source come from each in turn

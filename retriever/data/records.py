@@ -1,4 +1,4 @@
-"""What every format is read into: passages, examples, and records that name the place of a wrong field."""
+"""The common form of all data formats: passages, examples, and records that name the place of a wrong field."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def is_blank(text: str) -> bool:
 
 
 def shortened_note() -> str | None:
-    """How many texts this process has met that were longer than LONGEST_TEXT, in words; None where there were none."""
+    """A sentence with the number of texts over LONGEST_TEXT that this process has cut; None if there were none."""
     if not _SHORTENED:
         return None
     file, line, field = min(_SHORTENED)

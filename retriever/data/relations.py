@@ -1,4 +1,4 @@
-"""Which passages belong to which queries: compressed rows (CSR), and the buffer that collects pairs from sources."""
+"""Relations between queries and passages: compressed rows (CSR), and the buffer that collects pairs from sources."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def _hash(values: dict[str, Any]) -> str:
 
 
 def _problem(folder: Path, again: bool) -> str | None:
-    """What is wrong with a store, the file first; None if every file is as it was written. `again`: see `damaged`."""
+    """A sentence about the first damaged file of a store; None if all are intact. `again`: see `damaged`."""
     try:
         files: dict[str, int] = read_json(folder / MANIFEST)["files"]
         for name, size in files.items():

@@ -45,7 +45,7 @@ BLANK, _MISSING = -1, -2  # instead of a passage's row
 
 @dataclass
 class _SourceReading:
-    """What is read of one source before its rows are known. Queries and passage ids are numbered as they appear."""
+    """The content of one source before its rows are assigned. Queries and passage ids are numbered as they appear."""
 
     source: Source
     query_prompt: str

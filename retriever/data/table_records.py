@@ -121,5 +121,5 @@ def _undecodable(batch: Any) -> Iterator[tuple[int, str, str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """The first line of an error's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -52,7 +52,7 @@ class ScoredNegatives(NamedTuple):
 def scored_negatives(
     store: Store, rank_slice: RankSlice, passages: np.ndarray, margin: float | None
 ) -> ScoredNegatives:
-    """What the teacher's scores in `store` say of a slice of the global batch of `passages` [n], ascending.
+    """The teacher's scores in `store` for a slice of the global batch of `passages` [n], ascending.
 
     Without a `margin` no negative is false. A negative that another query brought into the batch counts as one that
     this query drew: no score that is there is wasted.

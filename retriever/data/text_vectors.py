@@ -31,13 +31,14 @@ class TextVectors:
         self.queries, self.passages = (load_array(folder / name) for name in FILES)
 
     def of(self, query_rows: np.ndarray, passage_rows: np.ndarray) -> TeacherVectors:
-        """Those of some rows [B] and [N]."""
+        """The vectors of query rows [B] and passage rows [N]."""
         return TeacherVectors(*map(torch.from_numpy, (self.queries[query_rows], self.passages[passage_rows])))
 
     def guide(self, query_rows: np.ndarray, passage_rows: np.ndarray, positives: np.ndarray, loss: LossConfig) -> Guide:
-        """Those of some rows [B] and [N], made by `guide_vectors`, and the queries' limits: the similarity of the
-        positive, passage positives [B] of these, less `loss.guide_margin` or less this share of it. Raises DataError
-        for a share of a similarity that is not above 0.
+        """The vectors of query rows [B] and passage rows [N], made by `guide_vectors`, and each query's limit.
+
+        The limit is the similarity of the query's positive, row positives [B] of the passages, less
+        `loss.guide_margin` or less this share of it. Raises DataError for a share of a similarity that is not above 0.
         """
         queries, passages = self.of(query_rows, passage_rows)
         targets = (queries.float() * passages[torch.from_numpy(positives)].float()).sum(dim=1)  # [B], exact

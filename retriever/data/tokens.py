@@ -77,7 +77,7 @@ def described_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenTemplate:
-    """What a tokenizer puts before and after a single text: `prefix + tokens + suffix`."""
+    """The special tokens around a single text: `prefix + tokens + suffix`."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -109,7 +109,7 @@ class TokenTemplate:
 
     @property
     def special_tokens(self) -> int:
-        """How many tokens the template adds to a text."""
+        """The number of tokens that the template adds to a text."""
         return len(self.prefix) + len(self.suffix)
 
     def lengths(self, bare_lengths: np.ndarray, max_tokens: int | np.ndarray) -> np.ndarray:

@@ -85,7 +85,7 @@ def first_position(config: Any) -> int:
 
 
 def longest_input(config: Any) -> int | None:
-    """How many tokens, special ones included, the model has positions for; None where it has no limit."""
+    """The number of positions of the model, special tokens included; None if it has no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or positions <= 0:
         return None

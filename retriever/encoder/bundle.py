@@ -32,7 +32,7 @@ AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": to
 
 @dataclass
 class EncoderBundle:
-    """What turns texts into embeddings, loaded from a folder or taken from a running training."""
+    """Encoder, tokenizer and settings that turn texts into embeddings, from a folder or a training run."""
 
     encoder: DualEncoder
     tokenizer: PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class EncoderBundle:
 
     @property
     def precision(self) -> Precision:
-        """What the transformer computes in."""
+        """The dtype in which the transformer computes."""
         return next(name for name, dtype in AUTOCAST_DTYPES.items() if dtype == self.encoder.autocast_dtype)
 
     def encode(
@@ -114,7 +114,7 @@ class EncoderBundle:
 
 
 class SettingsOverrides(TypedDict, total=False):
-    """What replaces the settings that a model folder says of itself. None: as the folder says."""
+    """Settings that replace those of a model folder. None: as the folder says."""
 
     pooling: PoolingMode | None
     normalize: bool | None

@@ -187,7 +187,7 @@ class DualEncoder(nn.Module):
 
     @property
     def unfused_because(self) -> str | None:
-        """What `fuse_layers` lacks for one of the towers; None if it has everything."""
+        """The reason why `fuse_layers` cannot fuse a tower; None if it can fuse all."""
         return next(filter(None, map(unfused_because, self.each_tower)), None)
 
     @property

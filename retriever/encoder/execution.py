@@ -1,4 +1,4 @@
-"""How the towers compute: packed or padded texts; fused, compiled or the library's own layers.
+"""Execution of the towers: packed or padded texts; fused, compiled or the library's own layers.
 
 Checks show that packing changes no embedding, and that a chunk encoded again has the same bits.
 """

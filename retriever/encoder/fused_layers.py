@@ -147,8 +147,10 @@ class FusedLayers(nn.Module):
         return (stream.float() if half else stream)[None]
 
     def _stream_dtype(self) -> torch.dtype:
-        """Of the residual stream in half precision: a normed stream of float16, eight times finer than bfloat16, takes
-        a third less memory traffic. A pre-norm stream may exceed its range.
+        """The dtype of the residual stream.
+
+        For encoding in half precision a normed stream is float16, eight times finer than bfloat16: a third less memory
+        traffic than float32. A pre-norm stream may exceed its range.
         """
         return torch.float16 if self.only_encodes and not self._specs[0].kind.pre_norm else torch.float32
 

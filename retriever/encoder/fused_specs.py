@@ -1,4 +1,4 @@
-"""What fused layers read of the library's layers: which modules hold which parameters, and what each layer computes."""
+"""Reads the library's layers for the fused ones: the modules of the parameters, and the form of each layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Place = tuple[nn.Module, str] | None  # a module and the name of what it holds
 
 
 class LayerSpec(NamedTuple):
-    """What a forward pass reads of a layer's modules. Looked up once: finding a module by name is slow for the host."""
+    """Modules and settings of a layer that a forward pass reads, looked up once: lookups by name are slow."""
 
     kind: LayerKind
     places: tuple[Place, ...]  # of `Parameters`, in their order
@@ -35,7 +35,7 @@ class LayerSpec(NamedTuple):
 
     @property
     def dropout_rates(self) -> tuple[float, float, float]:
-        """Of attention's probabilities, of what attention and the feed-forward part add; 0 in modules that evaluate."""
+        """Rates of attention probabilities, attention output and feed-forward output; 0 in evaluation mode."""
         rates = [0.0 if not place or not place[0].training else getattr(*place) for place in self.dropouts]
         return rates[0], rates[1], rates[2]
 
@@ -51,7 +51,7 @@ def layer_specs(tower: PreTrainedModel) -> list[LayerSpec]:
 
 
 def unfused_because(tower: PreTrainedModel) -> str | None:
-    """What fused layers lack for this tower; None if they compute what its own layers do."""
+    """The reason why this tower cannot be fused; None if it can."""
     config: Any = tower.config
     kind = config.model_type
     if kind not in FAMILY:
@@ -71,7 +71,7 @@ def unfused_because(tower: PreTrainedModel) -> str | None:
 
 
 def _unknown_part(tower: Any) -> str | None:
-    """What `_llama`, `_modernbert` and `_nomic` do not read: another activation, rotation or dropout."""
+    """An activation, rotation or dropout that the readers of layers do not support; None if there is none."""
     config = tower.config
     activation = config.hidden_activation if config.model_type == "modernbert" else config.hidden_act
     if activation not in _GATES:
@@ -182,7 +182,7 @@ _OTHERS: dict[str, Callable[[Any], Iterator[LayerSpec]]] = {"modernbert": _moder
 
 
 def _split_places(layer: Any, attention_norm: nn.Module, ffn_norm: nn.Module) -> tuple[Place, ...]:
-    """Of a layer with a linear layer each for queries, keys and values, for the gate and what it multiplies."""
+    """Parameters of a layer with separate linear layers for queries, keys, values, gate and up projection."""
     attention, mlp = layer.self_attn, layer.mlp
     holders = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, attention_norm
     places = [place for holder in holders for place in _both(holder)]

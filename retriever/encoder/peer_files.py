@@ -1,4 +1,4 @@
-"""What the files of sentence-transformers, and a tokenizer's, say of how a model embeds texts."""
+"""Reads how a model embeds texts from the files of sentence-transformers and of the tokenizer."""
 
 from __future__ import annotations
 

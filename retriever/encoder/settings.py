@@ -1,4 +1,4 @@
-"""What a model folder says about itself beyond its weights: pooling, normalisation, prompts, lengths, title policy.
+"""The settings of a model folder beside its weights: pooling, normalisation, prompts, lengths, title policy.
 
 Read from `bigbatch.json` where a training run of ours wrote the folder, else from the files of sentence-transformers,
 else defaults that fit the architecture.
@@ -47,17 +47,17 @@ class EncoderSettings:
         return "cosine" if self.normalize else "dot"
 
     def prompt(self, side: Side) -> str:
-        """What stands in front of every text of that side."""
+        """The prompt in front of every text of that side."""
         return self.query_prompt if side == "query" else self.passage_prompt
 
     def max_tokens(self, side: Side) -> int:
-        """How many tokens of a text of that side the encoder sees."""
+        """The number of tokens at which texts of that side are cut."""
         return self.query_max_tokens if side == "query" else self.passage_max_tokens
 
 
 @dataclass(frozen=True)
 class _Own:
-    """What bigbatch.json says of itself."""
+    """The fields of bigbatch.json that describe the folder."""
 
     format_version: int
     tied: bool = True
@@ -99,7 +99,7 @@ def read_settings(name_or_path: str | Path) -> EncoderSettings:
 
 
 def pooling_of(model: ModelConfig) -> PoolingMode:
-    """How a run pools: as `model` says, else as the model's folder does, else as its attention asks for."""
+    """The pooling of a run: `model.pooling`, else the model folder's, else the usual one for its attention."""
     if model.pooling != "auto":
         return model.pooling
     if describes_itself(model.name_or_path):
@@ -110,7 +110,7 @@ def pooling_of(model: ModelConfig) -> PoolingMode:
 
 
 def read_truncate_dim(name_or_path: str | Path) -> int | None:
-    """How many dimensions of an embedding the folder keeps, None for all. Its other settings may be unsupported."""
+    """The leading dimensions of an embedding that the folder keeps; None: all. Other settings may be unsupported."""
     name = str(name_or_path)
     if read_json(name, SETTINGS_FILE) is not None:
         return read_settings(name).truncate_dim
@@ -151,7 +151,7 @@ def tower_folder(name_or_path: str | Path, side: Side) -> str:
 
 
 def _default_pooling(config: Any) -> PoolingMode:
-    """Of a plain language model, as sentence-transformers takes it: the one token that saw the text, or all."""
+    """sentence-transformers' pooling of a plain language model: the token that saw the whole text, or the mean."""
     return "last" if is_causal(config) else "mean"
 
 

@@ -29,7 +29,7 @@ _BYTES_A_PAIR = 32  # of a graph: eight numbers for each query and passage
 
 @dataclass(frozen=True)
 class LossTargets:
-    """What queries [b, D] are compared with among passages [N, D], which are those of all ranks."""
+    """The targets of queries [b, D] among passages [N, D] of all ranks, as a custom loss receives them."""
 
     positives: Tensor  # [b] int64: the column of each query's positive
     excluded: Tensor  # [b, N] bool: passages that are no negatives of the query, its positive never
@@ -147,7 +147,7 @@ class _Rows:
 
     @classmethod
     def of(cls, problem: Problem, groups: Groups | None, start: int, world: World) -> _Rows:
-        """This rank's, whose passages stand from `start` on."""
+        """The rows of this rank, whose passages begin at column `start`."""
         ids, guide = world.gather_rows(problem.exclusions.passage_ids).rows, problem.exclusions.guide
         if guide is not None:
             guide = guide._replace(passages=world.gather_rows(guide.passages).rows)
@@ -159,7 +159,7 @@ class _Rows:
         return cls(problem.queries, positives, replace(problem.exclusions, passage_ids=ids, guide=guide), scored)
 
     def of_all_ranks(self, problem: Problem, world: World) -> _Rows:
-        """Those of every rank, rank after rank."""
+        """The rows of every rank, rank after rank."""
         queries, scored = world.gather_rows(self.queries), self.scored
         if scored is not None:
             moved = scored[0] + queries.own.start, scored[1], scored[2]
@@ -172,7 +172,7 @@ class _Rows:
         return _Rows(queries.rows, world.gather_rows(self.positives).rows, exclusions, scored)
 
     def targets(self, index: Tensor, passages: Tensor, temperature: float) -> LossTargets:
-        """Those of the rows `index` [b], ascending."""
+        """The targets of the rows `index` [b], ascending."""
         exclusions, positives = self.exclusions.of_rows(index), self.positives[index]
         block = passages.new_empty(len(index), len(passages))
         if exclusions.threshold is not None:

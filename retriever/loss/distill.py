@@ -120,7 +120,7 @@ def _margin_mse(students: Tensor, teachers: Tensor, rows: Tensor, ptr: Tensor) -
 
 
 def _cosent(students: Tensor, teachers: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """What each of this rank's scored pairs [G] has in the one value of all ranks' pairs, and its gradient at the
+    """The share of each of this rank's scored pairs [G] in the value over all ranks' pairs, and its gradient at the
     students' logits [G].
     """
     every = world.gather_rows(students)
@@ -152,7 +152,7 @@ def _sums(x: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def columns_of(ids: Tensor, passage_ids: Tensor) -> Tensor:
-    """Where each of ids [G] stands in the gathered passage_ids [n]. Raises ValueError for an id that is not there."""
+    """The column of each of ids [G] in the gathered passage_ids [n]. Raises ValueError for an id that is not there."""
     ordered, order = passage_ids.sort()
     place = torch.searchsorted(ordered, ids).clamp(max=len(ordered) - 1)
     missing = ordered[place] != ids

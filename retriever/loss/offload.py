@@ -116,7 +116,7 @@ def host_bytes(precision: str, *, dims: bool) -> int:
 
 @dataclass(frozen=True)
 class _Tables:
-    """Which pairs are no negatives, and where the targets are, by blocks of own queries and of every rank's
+    """Exclusions and targets by blocks of own queries and of every rank's
     passages. All ranks have as many blocks, as the longest one fills.
     """
 
@@ -170,7 +170,7 @@ class _Tables:
 
 
 def _blocks(counts: Sequence[int], size: int) -> int:
-    """How many blocks the longest rank fills."""
+    """The number of blocks of the rank with the most rows."""
     return max(1, -(-max(counts) // size))
 
 

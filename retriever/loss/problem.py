@@ -60,7 +60,7 @@ class Problem:
 
     @cached_property
     def weights(self) -> Tensor:
-        """Of each row's loss [B] in the gradient, 0 where the row is ignored."""
+        """The weight of each row's loss [B] in the gradient, 0 where the row is ignored."""
         weights = torch.zeros_like(self.columns, dtype=torch.promote_types(self.queries.dtype, torch.float32))
         weights.masked_fill_(self.active, self.weight)
         return weights if self.shares is None else weights * self.shares.to(weights)

@@ -1,5 +1,6 @@
-"""What an exchange of passages costs, from bytes, hops and bandwidths; `loss.exchange: auto` takes the cheaper one that
-fits.
+"""Cost model of the exchange of passages, from bytes, hops and bandwidths.
+
+`loss.exchange: auto` takes the cheaper exchange that fits in memory.
 
 With W ranks, B = b/W queries and N = n/W passages a rank, dimension D, s bytes a number on the way and R operations a
 second and rank:
@@ -76,7 +77,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a rank does and holds in one call."""
+    """Seconds and bytes of a rank in one call."""
 
     compute_ms: float
     transfer_ms: float

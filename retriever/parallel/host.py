@@ -42,7 +42,7 @@ class CopyStream:
         return self._stream.record_event()
 
     def wait(self, begun: torch.cuda.Event | None) -> None:
-        """What is queued on the device from now on waits for the copies that `begin` returned; the host does not."""
+        """Makes later work on the device wait for the copies that `begin` returned; the host does not wait."""
         if begun is not None:
             torch.cuda.current_stream(self.device).wait_event(begun)
 
@@ -100,6 +100,6 @@ class HostRows:
         return self._copies.begin(*copies)
 
     def _block(self, number: int) -> tuple[Tensor, Tensor]:
-        """Where block `number` stands on the device: its rows, and its sums."""
+        """The device buffers of block `number`: its rows and its sums."""
         count = self.places[number].stop - self.places[number].start
         return self._row_buffers[number % 2][:count], self._sum_buffers[number % 2][:count]

@@ -35,7 +35,7 @@ class Gathered:
 
     @property
     def own(self) -> slice:
-        """Where this rank's rows stand in `rows`."""
+        """The slice of this rank's rows in `rows`."""
         start = sum(self.counts[: self.rank])
         return slice(start, start + self.counts[self.rank])
 

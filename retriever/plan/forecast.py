@@ -44,7 +44,7 @@ class Workload:
         return sum(int(own.sum()) for own in self.lengths.values())
 
     def measured_places(self, side: Side) -> tuple[int, ...]:
-        """Which chunks of a side, if it has any, stand for all: that of the longest texts, the middle one, and the
+        """The chunks of a side that are measured for all: that of the longest texts, the middle one, and the
         last, often small.
         """
         count = len(self.chunks[side])
@@ -92,7 +92,7 @@ class Forecast:
 
     @cached_property
     def keeps(self) -> np.ndarray:
-        """What each chunk keeps: [chunks] of Keeps."""
+        """The retention of each chunk: [chunks] of Keeps."""
         budget = Budget(self.retention)
         return np.array([budget.take(tokens) for tokens in self.costs.tokens])
 
@@ -102,11 +102,11 @@ class Forecast:
         return int(self.costs.tokens.sum())
 
     def count(self, kept: Keeps) -> int:
-        """How many chunks keep it."""
+        """The number of chunks that keep it."""
         return int((self.keeps == kept).sum())
 
     def share(self, kept: Keeps) -> float:
-        """Of the computed tokens, those of chunks that keep their graphs, the products of their layers, or nothing."""
+        """The share of computed tokens in chunks that keep their graphs, the products of their layers, or nothing."""
         return float(self.costs.tokens[self.keeps == kept].sum() / self.computed)
 
     @property
@@ -128,12 +128,12 @@ class Forecast:
 
     @property
     def retained_bytes(self) -> np.ndarray:
-        """What each chunk keeps between the passes: [chunks]."""
+        """Bytes that each chunk keeps between the passes: [chunks]."""
         return self._of_kept(self.costs.kept_bytes, self.costs.products_bytes, 0.0)
 
     @property
     def working_bytes(self) -> float:
-        """Of a chunk that is encoded and differentiated at once."""
+        """Bytes of a chunk that is encoded and differentiated at once."""
         return float(np.maximum(self.costs.forward_bytes, self.costs.backward_bytes).max())
 
     @property

@@ -1,4 +1,4 @@
-"""What a chunk, the loss and the update take on this device, measured before step 1: seconds, and on a GPU bytes.
+"""Measures a chunk, the loss and the update on this device before step 1: seconds, and on a GPU bytes.
 
 Everything here leaves the run as it found it: the state of the generators, no gradients, no memory, the peak counted
 from zero.
@@ -174,7 +174,7 @@ def measure_update(config: OptimConfig, parameters: Sequence[nn.Parameter], devi
 
 
 def _measured(device: torch.device, call: Callable[..., Any], *given: Any) -> tuple[Cost, Any]:
-    """What `call(*given)` takes, and what it returns."""
+    """Seconds and bytes of `call(*given)`, and its result."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ def layers_of(model: ModelConfig) -> str:
 
 
 def plan_lines(forecast: Forecast, total: int) -> str:
-    """What a step is expected to take, in two lines; of a run on one rank's figures."""
+    """The forecast of a step in two lines, from one rank's figures."""
     passes = forecast.first_pass_s, forecast.second_pass_s
     stages = f"{passes[0]:.3g} + {forecast.loss.seconds:.2g} + {passes[1]:.3g} + {forecast.update_s:.2g} s"
     peak = f"; at most {size(forecast.peak_bytes)} a GPU" if forecast.working_bytes else ""

@@ -242,7 +242,7 @@ def _bank_bytes(loss: LossConfig, texts: dict[Side, int], ranks: int, at_loss: i
 
 
 def _state_bytes(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> float:
-    """Of AdamW's two moments, which stand for those of an unknown optimizer, or Adafactor's rows and columns and, in
+    """Bytes of AdamW's two moments, also assumed for an unknown optimizer, or of Adafactor's rows and columns and, in
     one form of it, momentum in 16 bits; and of the running means.
     """
     weights = sum(p.nbytes for p in parameters)

@@ -83,7 +83,7 @@ def masks_redrawn() -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Method:
-    """How runs of a method differ from the configuration."""
+    """The settings in which runs of a method differ from the configuration."""
 
     settings: tuple[str, ...] = ()
     dropout: bool = True

@@ -60,7 +60,7 @@ class LossBench:
         return random_problem(self.world, b, self.dim)
 
     def cases(self, methods: Sequence[Method], args: argparse.Namespace) -> Iterator[tuple[Method, int]]:
-        """What is to be measured: the methods that `--methods` names and that are right, at each of `--sizes` that they
+        """The cases to measure: the methods that `--methods` names and that are right, at each of `--sizes` that they
         are for.
         """
         for method in methods:

@@ -97,7 +97,7 @@ def _cell(figures: Figures, key: tuple[str, str], metric: str, style: str) -> st
 
 
 def _group(case: str) -> str:
-    """What two cases must share to be compared: the batch size, or whether texts or ids are encoded."""
+    """The key of comparable cases: the batch size, or whether texts or ids are encoded."""
     parts = case.split(",")
     return parts[0] if parts[0].startswith("b=") else parts[-1]
 

@@ -49,7 +49,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Work:
-    """What all methods of a table share."""
+    """The model, data and settings that all methods of a table share."""
 
     model: PreTrainedConfig
     store: Store

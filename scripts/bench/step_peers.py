@@ -32,7 +32,7 @@ Features = dict[
 
 
 class MiniBatch(NamedTuple):
-    """How much a peer encodes at once: a number of texts, or a number of tokens."""
+    """The mini-batch of a peer: a number of texts, or a number of tokens."""
 
     texts: int
     tokens: int | None = None

@@ -30,7 +30,7 @@ _TWIN_SUFFIX = re.compile(r"_(abc|pure|py)$")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pairs depend on besides the sources."""
+    """The settings that change the pairs."""
 
     packages: tuple[str, ...] = (STDLIB,)
     seed: int = 0

@@ -79,7 +79,7 @@ def train(config_file: Path, overrides: Sequence[str], output: Path) -> dict[str
 
 
 def _launch_options() -> list[str]:
-    """What accelerate would otherwise guess, with a warning; on a CPU it would guess one thread."""
+    """Launch options that accelerate would otherwise guess, with a warning; on a CPU it would guess one thread."""
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.cuda.is_available():
         threads = str(torch.get_num_threads())

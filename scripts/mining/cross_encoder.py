@@ -36,7 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Training:
-    """How a cross-encoder is trained, besides the optimizer."""
+    """Settings of a cross-encoder's training, apart from the optimizer."""
 
     negatives: int = 7  # beside each positive, at most
     queries: int = 32  # of an optimizer step

@@ -76,7 +76,7 @@ class Mining:
         )
 
     def _description(self, judge: CrossEncoder | Retriever) -> Any:
-        """What the rankings or scores of `judge` depend on besides the data."""
+        """Everything but the data that the rankings or scores of `judge` depend on."""
         if judge == "bm25":
             return DESCRIPTION
         if judge != "model":

@@ -12,7 +12,7 @@ Retriever = Literal["bm25", "model"]
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """Which candidates are taken, how many are kept, and which are treated as false negatives.
+    """Settings of mining: the ranks of candidates, how many are kept, and which count as false negatives.
 
     Ranks are those of the search and count from 1, positives included. With `line` the lowest score of the query's
     positives, a candidate is dropped if its score exceeds line − `margin`, or `percentage` · line (line / `percentage`
