@@ -96,6 +96,14 @@ def evaluation_command(
             default=[],
             help="leading dimensions of the embeddings to measure too, as Matryoshka cuts",
         ),
+        option(
+            "--quantize",
+            nargs="+",
+            choices=("int8", "binary", "hamming"),
+            default=[],
+            help="measure embeddings of fewer bits too: passages of a byte or a bit a dimension, their queries in "
+            "float32; hamming: queries of a bit too",
+        ),
         option("--k", type=at_least_one, default=1000, help="passages a query in the run"),
         option(
             "--output-dir", type=Path, help="for runs, results and embeddings (default: evaluations/<model>/<data>)"

@@ -43,8 +43,9 @@ def report_all(
     Raises RefusedError for an unknown measure or index, files in the output folder that no evaluation wrote, and where
     another process works there, before anything is encoded.
     """
-    if args.dims and args.model is None:
-        raise RefusedError(f"--dims {' '.join(map(str, args.dims))}: expected --model, whose embeddings are cut")
+    for name in ("dims", "quantize"):
+        if (asked := getattr(args, name)) and args.model is None:
+            raise RefusedError(f"--{name} {' '.join(map(str, asked))}: expected --model, whose embeddings are changed")
     for _, metrics in work:
         check_measures(metrics, args.k if not args.run else sys.maxsize)
     said = {} if args.run else {labels: one.check() for labels, one in {c.labels: c for c, _ in work}.items()}
@@ -130,7 +131,8 @@ def _report(args: argparse.Namespace, result: EvalResult, folder: Path, msmarco:
     for note in result.notes:
         print(f"note: {note}")
     cuts = {f"{label(args)}, {dims} dimensions": means for dims, means in result.at_dims.items()}
-    print(format_table({label(args): result.means, **cuts}), flush=True)
+    fewer_bits = {f"{label(args)}, {name}": means for name, means in result.quantized.items()}
+    print(format_table({label(args): result.means, **cuts, **fewer_bits}), flush=True)
 
 
 def load_bundle(args: argparse.Namespace, device: torch.device) -> EncoderBundle:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.collections.collection import Collection, fingerprint, read_beir
-from eval.engines.embeddings import LeadingDimensions, check_cut, load_queries
+from eval.engines.embeddings import Derived, check_cut, leading, load_queries, passage_ids
 from eval.engines.faiss_index import check_index
 from eval.engines.nearest import SearchOptions, search
+from eval.engines.topk import PassageOrder
 from eval.measures import Scores, parse_measure
 from eval.trec import Run
 from retriever.config import ConfigError
@@ -20,6 +24,8 @@ from retriever.data.tokens import Side
 from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
 from retriever.encoder.bundle import EncoderBundle
 from retriever.parallel.world import World
+from retriever.quantized import quantize
+from retriever.shard_files import Stored
 from retriever.shards import EmbeddingShards, open_shards
 
 _SMALL_CORPUS = 4 * SHARD_ROWS
@@ -34,6 +40,7 @@ class EvalOptions(SearchOptions):
     k: int = 1000  # passages a query
     batch: int | None = None  # tokens the encoder sees at once; None: by device
     dims: tuple[int, ...] = ()  # leading dimensions that are measured too
+    quantize: tuple[str, ...] = ()  # int8, binary, hamming: measured too
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class EvalResult:
     index: Mapping[str, object] = field(default_factory=dict)  # as `SearchOptions.describe` says it
     notes: tuple[str, ...] = ()  # what a reader of the figures should know
     at_dims: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # the means of cut embeddings
+    quantized: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the means of quantised ones
 
     @property
     def means(self) -> dict[str, float]:
@@ -135,12 +143,21 @@ def evaluate_collection(
     made_of = [prints["corpus"], settings.title, settings.title_separator]
     passages = encoded("passage", "passages", texts, made_of)
     query_vectors, query_ids = load_queries(queries)
-    run = search(query_vectors, query_ids, passages, options.k, options, world)
+    order = PassageOrder(passage_ids(passages))
+    run = search(query_vectors, query_ids, passages, options.k, options, world, order)
+
+    def means(queries: np.ndarray, of: Callable[[Stored], Stored]) -> Mapping[str, float]:
+        found = search(queries, query_ids, Derived(passages, of, queries.shape[1]), options.k, options, world, order)
+        return collection.measure(found, metrics).means if world.is_first else {}
+
     at_dims = {}
     for dims in options.dims:  # cut after encoding: the same vectors as of an encoder with this truncate_dim
-        cut = LeadingDimensions(passages, dims, unit_norm=settings.normalize)
-        cut_run = search(cut.of(query_vectors), query_ids, cut, options.k, options, world)
-        at_dims[dims] = collection.measure(cut_run, metrics).means if world.is_first else {}
+        cut = partial(leading, dimension=dims, unit_norm=settings.normalize)
+        at_dims[dims] = means(cut(query_vectors), cut)
+    quantized = {}
+    for name in options.quantize:
+        asked = quantize(query_vectors, "binary")[:] if name == "hamming" else query_vectors
+        quantized[name] = means(asked, partial(quantize, to="int8" if name == "int8" else "binary"))
     if not world.is_first:
         return None
     encoding = {
@@ -150,7 +167,9 @@ def evaluate_collection(
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
     notes += options.shortage(run, passages, options.k)
     index = options.describe(passages, options.k)
-    return EvalResult(collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes, at_dims)
+    return EvalResult(
+        collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes, at_dims, quantized
+    )
 
 
 def _counted(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int | None]:

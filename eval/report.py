@@ -65,6 +65,7 @@ def write_result(
         "relevance": collection.relevance,
         "metrics": result.means,
         **({"dims": dict(result.at_dims)} if result.at_dims else {}),
+        **({"quantized": dict(result.quantized)} if result.quantized else {}),
         "fingerprints": {"run": file_fingerprint(run_file), **collection.fingerprints()},
         "versions": versions(),
         "per_query": {

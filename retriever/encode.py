@@ -54,7 +54,12 @@ _TOLD = "(default: what the model says)"
         default="auto",
         help="layers that have no fused version of ours; auto: of passages on a GPU",
     ),
-    option("--dtype", choices=("float32", "float16"), default="float32", help="of the shards"),
+    option(
+        "--dtype",
+        choices=("float32", "float16", "int8", "binary"),
+        default="float32",
+        help="of the shards; int8: a byte a dimension, binary: a bit",
+    ),
     option(
         "--tokens-per-chunk",
         type=at_least_one,

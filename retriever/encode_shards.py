@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, mode_of
 from retriever.lock import working_in
 from retriever.parallel.world import World
-from retriever.shards import ShardJob, ShardWriter
+from retriever.shards import Dtype, ShardJob, ShardWriter
 
 SHARD_ROWS = 65_536
 _WRITES_BEHIND = 2  # shards that wait to be written, at most
@@ -30,7 +30,7 @@ class ShardOptions:
     """Options of encoding into a folder that are not the encoder's own."""
 
     shard_rows: int = SHARD_ROWS
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Dtype = "float32"
     tokens_per_chunk: int | None = None  # None: by device
     overwrite: bool = False  # replace shards of another job
     cache: bool = False  # replace shards of another cache, and let another replace these

@@ -1,5 +1,4 @@
-"""Embeddings on disk: a folder of `00000.npy` [rows, D] and `00000.ids.arrow` pairs, and one `manifest.json`, written
-last.
+"""Embeddings on disk: a folder of shards (`retriever.shard_files`), and one `manifest.json`, written last.
 
 A shard is there once its ids are (they are written after the embeddings), a folder is finished once its manifest is.
 Until then `job.json` says which embeddings the shards are of, so that interrupted work goes on where it stopped.
@@ -14,25 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from retriever.checksums import damaged, unfinish, write_checksums
 from retriever.config_tree import build
 from retriever.data.tokens import Side
 from retriever.errors import RefusedError
-from retriever.files import clean, make_folder, read_object, replace_file, sync, write_array, write_json
+from retriever.files import clean, make_folder, read_object, sync, write_json
+from retriever.shard_files import Dtype, ShardError, Stored, read_shard, shard_files, write_shard
 
 FORMAT_VERSION = 2
 MANIFEST, _JOB = "manifest.json", "job.json"
 _AGAIN = "the command that encoded the texts writes that shard again"
-_SHARD_FILE = re.compile(r"\d{5,}\.(npy|ids\.arrow)(\.tmp)?")  # .tmp: left by a killed writer of an earlier version
-_IDS = pa.schema([("id", pa.string())])
+_SHARD_FILE = re.compile(r"\d{5,}\.((ranges\.)?npy|ids\.arrow)(\.tmp)?")  # .tmp: of a killed writer, earlier version
 _CACHE = "cache"  # of a job and its manifest: the shards may be replaced by those of another cache
 _OURS = {"side", "model", "dimension", "dtype", "texts", "shard_rows"}  # of a job and its manifest, in every format
-
-
-class ShardError(RefusedError):
-    """A folder of shards that cannot be read or continued; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class ShardJob:
     precision: Literal["fp32", "bf16", "fp16"]
     mode: Literal["padded", "packed", "fused"]  # how the encoder computes: `retriever.encoder.text_batches.mode_of`
     dimension: int
-    dtype: Literal["float32", "float16"]
+    dtype: Dtype
     texts: str  # fingerprint of the texts and their ids
     shard_rows: int
 
@@ -127,10 +121,10 @@ class ShardWriter:
     def has(self, shard: int) -> bool:
         """Whether shard number `shard` is complete: its files can be read, and hold as many embeddings as ids."""
         try:
-            embeddings, ids = _read_shard(self.folder, shard)
-        except ShardError:  # missing or damaged: it is written again
+            read_shard(self.folder, shard, self.job.dimension, self.job.dtype)
+        except ShardError:  # missing, damaged or of other embeddings: it is written again
             return False
-        return embeddings.shape == (len(ids), self.job.dimension) and embeddings.dtype.name == self.job.dtype
+        return True
 
     def write(self, shard: int, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         """Writes shard number `shard`: embeddings [n, D], stored in the job's dtype, and their n ids.
@@ -141,19 +135,7 @@ class ShardWriter:
             raise ShardError(
                 f"shard {shard}: embeddings are {embeddings.shape}; expected {(len(ids), self.job.dimension)}"
             )
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(embeddings, dtype=self.job.dtype)
-        if not np.isfinite(stored).all():
-            row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
-            raise ShardError(f"shard {shard}: the embedding of {ids[row]!r} is not finite in {self.job.dtype}")
-        file, ids_file = _files(self.folder, shard)
-        write_array(file, stored)
-        with (
-            replace_file(ids_file) as aside,
-            pa.OSFile(str(aside), "wb") as sink,
-            pa.ipc.new_file(sink, _IDS) as writer,
-        ):
-            writer.write_batch(pa.record_batch([pa.array(ids, type=pa.string())], schema=_IDS))
+        write_shard(self.folder, shard, embeddings, ids, self.job.dtype)
 
     def finish(self, rows: int) -> None:
         """Writes the manifest, once, after all processes are done. Raises ShardError where shards do not add up to
@@ -165,8 +147,8 @@ class ShardWriter:
             raise ShardError(
                 f"{self.folder}: {len(missing)} of {len(shards)} shards are missing, {missing[0]:05d} first"
             )
-        names = [name for shard in shards for name in (shard["file"], shard["ids"])]
-        write_checksums(self.folder, names, remembered=True)
+        files = [file for shard in range(len(shards)) for file in shard_files(self.folder, shard, self.job.dtype)]
+        write_checksums(self.folder, [file.name for file in files], remembered=True)
         job = _read_json(self.folder / _JOB) or {}
         manifest = {"format_version": FORMAT_VERSION, "rows": rows, **job, "shards": shards}
         write_json(self.folder / MANIFEST, manifest)
@@ -174,7 +156,7 @@ class ShardWriter:
 
 class EmbeddingShards:
     """A finished folder of shards; iterating yields (embeddings [n, D] memory-mapped, n ids) shard by shard, any number
-    of times.
+    of times. Quantised ones are decoded where rows are taken.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -184,25 +166,10 @@ class EmbeddingShards:
         self.dimension = int(manifest["dimension"])
         self._dtype = manifest["dtype"]
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Stored, list[str]]]:
         """Raises ShardError where a file is missing, damaged, or not what the manifest says."""
         for number, shard in enumerate(self.manifest["shards"]):
-            embeddings, ids = _read_shard(self.folder, number)
-            found, expected = (embeddings.shape, embeddings.dtype.name), ((shard["rows"], self.dimension), self._dtype)
-            if found != expected:
-                raise ShardError(
-                    f"{self.folder / shard['file']}: holds {found[0]} {found[1]}; "
-                    f"its manifest says {expected[0]} {expected[1]}"
-                )
-            file = self.folder / shard["ids"]
-            if ids.schema != _IDS or len(ids) != shard["rows"]:
-                raise ShardError(
-                    f"{file}: holds {len(ids)} rows with columns {ids.schema.names}; expected {shard['rows']} rows "
-                    f"with columns {_IDS.names}; encode the texts again"
-                )
-            if nulls := ids.column("id").null_count:
-                raise ShardError(f"{file}: {nulls:,} of {len(ids):,} ids are null; encode the texts again")
-            yield embeddings, ids.column("id").to_pylist()
+            yield read_shard(self.folder, number, self.dimension, self._dtype, shard["rows"])
 
 
 def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
@@ -256,27 +223,6 @@ def _listed(rows: int, shard_rows: int) -> list[dict[str, Any]]:
         {"file": f"{shard:05d}.npy", "ids": f"{shard:05d}.ids.arrow", "rows": min(shard_rows, rows - start)}
         for shard, start in enumerate(starts)
     ]
-
-
-def _read_shard(folder: Path, shard: int) -> tuple[np.ndarray, pa.Table]:
-    """The embeddings of shard number `shard`, memory-mapped, and its ids. Raises ShardError where a file is missing or
-    damaged.
-    """
-    file, ids_file = _files(folder, shard)
-    try:
-        embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError) as error:
-        raise ShardError(f"{file}: not readable as npy ({error}); encode the texts again") from error
-    try:
-        with pa.memory_map(str(ids_file)) as source:
-            return embeddings, pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{ids_file}: not readable as an Arrow file ({error}); encode the texts again") from error
-
-
-def _files(folder: Path, shard: int) -> tuple[Path, Path]:
-    """The files of the embeddings and of the ids of shard number `shard`."""
-    return folder / f"{shard:05d}.npy", folder / f"{shard:05d}.ids.arrow"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

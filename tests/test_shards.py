@@ -166,7 +166,7 @@ def test_an_interrupted_shard_is_written_again(tmp_path: Path, part: str, monkey
     writer.write(0, np.ones((2, 3)), ["a", "b"])
     writer.finish(2)
     [(embeddings, ids)] = list(open_shards(tmp_path))
-    assert embeddings.all() and ids == ["a", "b"]
+    assert np.asarray(embeddings).all() and ids == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["00001.npy", "00001.ids.arrow"])
@@ -290,7 +290,8 @@ def test_damage_of_shards_without_checksums_names_its_file(tmp_path: Path) -> No
         ({"dimension": "three"}, "dimension: expected a whole number, received 'three'"),
         ({"shard_rows": 0}, "shard_rows is 0; expected at least 1"),
         ({"side": "both"}, r"side: expected query \| passage, received 'both'"),
-        ({"dtype": "int8"}, r"dtype: expected float32 \| float16, received 'int8'"),
+        ({"dtype": "int4"}, r"dtype: expected float32 \| float16 \| int8 \| binary, received 'int4'"),
+        ({"dtype": "int8"}, r"00000\.npy: holds \(4, 3\) float32; its manifest says \(4, 3\) int8"),
         ({"prompt": None}, "prompt: expected text, received None"),
     ):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))

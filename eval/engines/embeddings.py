@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from retriever.errors import RefusedError
+from retriever.shard_files import Stored
 
 
 class Embeddings(Protocol):
@@ -17,7 +18,7 @@ class Embeddings(Protocol):
     rows: int
     dimension: int
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]: ...  # (embeddings [n, D], their ids)
+    def __iter__(self) -> Iterator[tuple[Stored, list[str]]]: ...  # (embeddings [n, D], their ids)
 
 
 def check_cut(dimension: int, whole: int) -> None:
@@ -26,27 +27,27 @@ def check_cut(dimension: int, whole: int) -> None:
         raise RefusedError(f"--dims {dimension}: expected at most the {whole} of the embeddings")
 
 
-class LeadingDimensions:
-    """Embeddings cut to their leading dimensions, as unit vectors again where they were (Kusupati et al. 2022,
-    arXiv:2205.13147).
-    """
+class Derived:
+    """What `of` makes of the embeddings of a collection, part by part: [n, D] -> [n, dimension]."""
 
-    def __init__(self, whole: Embeddings, dimension: int, *, unit_norm: bool) -> None:
-        """Raises RefusedError as `check_cut` does."""
-        check_cut(dimension, whole.dimension)
-        self._whole, self._unit_norm = whole, unit_norm
+    def __init__(self, whole: Embeddings, of: Callable[[Stored], Stored], dimension: int) -> None:
+        self._whole, self._of = whole, of
         self.rows, self.dimension = whole.rows, dimension
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Stored, list[str]]]:
         for embeddings, ids in self._whole:
-            yield self.of(embeddings), ids
+            yield self._of(embeddings), ids
 
-    def of(self, embeddings: np.ndarray) -> np.ndarray:
-        """The cut of embeddings [n, D]: [n, dimension] float32."""
-        cut = np.array(embeddings[:, : self.dimension], dtype=np.float32)
-        if self._unit_norm:
-            cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
-        return cut
+
+def leading(embeddings: Stored, dimension: int, *, unit_norm: bool) -> np.ndarray:
+    """Embeddings [n, D] cut to their leading dimensions [n, dimension] float32, as unit vectors again where they were
+    (Kusupati et al. 2022, arXiv:2205.13147). Raises RefusedError as `check_cut` does.
+    """
+    check_cut(dimension, embeddings.shape[1])
+    cut = np.array(embeddings[:][:, :dimension], dtype=np.float32)
+    if unit_norm:
+        cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+    return cut
 
 
 def slices_of(passages: Embeddings, rows: int) -> Iterator[tuple[int, np.ndarray]]:

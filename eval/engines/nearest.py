@@ -74,14 +74,15 @@ def search(
     k: int,
     options: SearchOptions = _DEFAULTS,
     world: World | None = None,
+    order: PassageOrder | None = None,
 ) -> dict[str, Ranking]:
     """The k passages of largest inner product for each query, ties by passage id descending, as trec_eval orders them.
 
     queries [Q, D] and the passages are read as float32. With `flat` a score is the inner product summed in float64 and
     rounded to float32: equal vectors score equally, and no result depends on block size, sharding, threads or ranks.
     Every rank calls it, with the same values; ranks other than the first return {}. The first rank alone searches an
-    approximate index. Raises RefusedError where dimensions differ, a value is not finite, an id is repeated or the
-    index is unknown.
+    approximate index. `order` is that of the passages, where it is known already. Raises RefusedError where dimensions
+    differ, a value is not finite, an id is repeated or the index is unknown.
     """
     _check_queries(queries, query_ids, passages.dimension, k)
     is_first = world is None or world.is_first
@@ -90,7 +91,7 @@ def search(
     if not on_torch and not is_first:
         return {}
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
-    order = PassageOrder(passage_ids(passages))
+    order = order or PassageOrder(passage_ids(passages))
     depth, silent = options.depth(k), not (options.progress and is_first)
     with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=silent) as bar:
         if on_torch:
