@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -101,12 +102,20 @@ def evaluate(
     for name in metrics:
         parse_measure(name)
     collection = read_beir(data_path, split)
+    with kept_or_temporary(shards_dir, world) as folder:
+        return evaluate_collection(bundle, collection, metrics, folder, options, world)
+
+
+@contextmanager
+def kept_or_temporary(shards_dir: str | Path | None, world: World | None) -> Iterator[Path]:
+    """`shards_dir`, or for one rank without it a temporary folder."""
     if shards_dir is not None:
-        return evaluate_collection(bundle, collection, metrics, Path(shards_dir), options, world)
+        yield Path(shards_dir)
+        return
     if world is not None and world.size > 1:
         raise ValueError(f"shards_dir: {world.size} ranks need a folder that all of them share")
     with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
-        return evaluate_collection(bundle, collection, metrics, Path(folder), options)
+        yield Path(folder)
 
 
 def evaluate_collection(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from scipy.special import logsumexp
 from eval.collections.collection import Collection, read_beir
 from eval.collections.msmarco import SPLITS, read_msmarco
 from eval.engines.faiss_index import check_index
-from eval.evaluate import EvalOptions, check_measures, evaluate_collection
+from eval.evaluate import EvalOptions, check_measures, evaluate_collection, kept_or_temporary
 from retriever.config import ConfigError, EvalCollectionConfig, EvalConfig, SourceConfig
 from retriever.data.formats import DataError, Passage, final_text, open_source
 from retriever.encoder.bundle import EncoderBundle
@@ -66,15 +65,10 @@ def evaluate_all(
     `<dimension>/<measure>` behind the name. Held-out pairs have an `accuracy` and, at `temperature`, a `loss`. Without
     `shards_dir` (one rank only) embeddings go to a temporary folder.
     """
-    if shards_dir is None:
-        if world.size > 1:
-            raise ValueError(f"shards_dir: {world.size} ranks need a folder that all of them share")
-        with tempfile.TemporaryDirectory(prefix="embeddings-") as folder:
-            return evaluate_all(bundle, config, temperature, Path(folder), options, world)
     found: dict[str, dict[str, float]] = {}
-    for asked in config.collections:
-        measures = _measures(bundle, asked, config, temperature, shards_dir, options, world)
-        found[name_of(asked)] = measures
+    with kept_or_temporary(shards_dir, world) as folder:
+        for asked in config.collections:
+            found[name_of(asked)] = _measures(bundle, asked, config, temperature, folder, options, world)
     if not world.is_first:
         return {}
     if config.best != "mean":
