@@ -154,7 +154,8 @@ def _write_tower(
     max_tokens: int,
 ) -> None:
     """A sentence-transformers folder of one transformer, its pooling and, where asked, normalisation."""
-    weights = {**merged_state(tower), **unused_weights}
+    tied: Any = tower.all_tied_weights_keys  # second names of other weights
+    weights = {name: tensor for name, tensor in merged_state(tower).items() if name not in tied} | unused_weights
     with quiet_transformers():
         tower.save_pretrained(folder, state_dict={name: _as_fp32(tensor) for name, tensor in weights.items()})
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))

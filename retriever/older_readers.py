@@ -17,8 +17,16 @@ def older_config_keys(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if config["model_type"] == "modernbert":
         return _older_modernbert(config)
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
+    if not isinstance(rope, dict):
         return {}
+    if config["model_type"] == "gemma3_text":
+        return _older_rope(rope["full_attention"]) | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+    if "rope_theta" not in rope:
+        return {}
+    return _older_rope(rope)
+
+
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
     apart = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in rope.items() if key not in apart}
     kept = {key: rope[key] for key in apart if key in rope}

@@ -39,6 +39,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, theta 1e6": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3, theta 1e6": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "gemma, theta 50": ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    "gemma3_text, causal, other thetas": (
+        "gemma3_text",
+        {
+            "rope_parameters": {"full_attention": _FULL, "sliding_attention": _SLIDING},
+            "use_bidirectional_attention": False,
+        },
+    ),
     "modernbert, theta 80,000": (
         "modernbert",
         {"rope_parameters": {"full_attention": _FULL, "sliding_attention": _SLIDING}},
@@ -50,12 +57,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 _READER = """
 import json, sys
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 folders, texts, output = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 found = []
 for folder in folders:
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        kind = AutoModelForTextEncoding if AutoConfig.from_pretrained(folder).model_type == "t5" else AutoModel
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), kind.from_pretrained(folder).eval()
         encoded = [tokenizer(text, truncation=True, return_tensors="pt") for text in texts]
         with torch.no_grad():
             means = [model(**inputs).last_hidden_state[0].mean(dim=0).tolist() for inputs in encoded]

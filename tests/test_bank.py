@@ -96,13 +96,13 @@ def test_moco_follows_the_projection_head_too(workplace: Path, tied: bool) -> No
     expected = representations.passage[batch.targets.passage_ids.argsort()]
     assert (found - expected).abs().max() < 4e-3, "more than rounding to bf16"
 
-    head = encoder.projections.get_parameter("shared.weight" if tied else "passage.weight")
+    head = encoder.projections.get_parameter("shared.0.weight" if tied else "passage.0.weight")
     before = head.detach().clone()
     with torch.no_grad():
         head.add_(1.0)
     bank.follow_update()
     held = bank.tensors(batch.step)
-    torch.testing.assert_close(held["follower/1.weight"], before + 1 - MOMENTUM)
+    torch.testing.assert_close(held["follower/1.0.weight"], before + 1 - MOMENTUM)
 
 
 def test_a_bank_beside_a_teacher_is_refused(workplace: Path) -> None:

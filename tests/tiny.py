@@ -60,6 +60,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "gemma": _DECODER,
+    "gemma3_text": _DECODER
+    | {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_bidirectional_attention": True,
+    },
+    "t5": {
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.1,
+        "feed_forward_proj": "gated-gelu",
+    },
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -69,7 +85,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "resid_pdrop": 0.1,
     },
 }
-DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"})
+DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "gpt2"})
 _PAD_SECOND = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 
 

@@ -22,13 +22,14 @@ ENCODERS = frozenset(
         "mpnet",
         "nomic_bert",
         "roberta",
+        "t5",
         "xlm-roberta",
     }
 )
-DECODERS = frozenset({"gemma", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
+DECODERS = frozenset({"gemma", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3"})
 
 # These hand the boundaries of packed texts through to their attention; the others run padded.
-PACKED = (ENCODERS | DECODERS) - {"deberta-v2", "mpnet"}
+PACKED = (ENCODERS | DECODERS) - {"deberta-v2", "mpnet", "t5"}
 
 # Position ids of these start behind the padding token's id, so that many fewer positions are left for tokens.
 _OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
@@ -58,7 +59,7 @@ def is_decoder(config: Any) -> bool:
 
 def is_causal(config: Any) -> bool:
     """Whether a token sees only those before it."""
-    return is_decoder(config) and getattr(config, "is_causal", True)
+    return is_decoder(config) and getattr(config, "is_causal", True) and not _built_bidirectional(config)
 
 
 def set_bidirectional(config: Any, bidirectional: bool | Literal["auto"], name: str) -> None:
@@ -70,13 +71,18 @@ def set_bidirectional(config: Any, bidirectional: bool | Literal["auto"], name: 
     """
     if bidirectional == "auto":
         return
-    if is_decoder(config):
+    if is_decoder(config) and not _built_bidirectional(config):
         config.is_causal = not bidirectional
     elif not bidirectional:
         raise ConfigError(
             f"model.bidirectional: false, but {name} is a {config.model_type!r} model, whose tokens see the whole "
             "text; set it to auto"
         )
+
+
+def _built_bidirectional(config: Any) -> bool:
+    """Whether it is a decoder whose layers were built for the whole text, as EmbeddingGemma's are."""
+    return config.model_type == "gemma3_text" and bool(config.use_bidirectional_attention)
 
 
 def first_position(config: Any) -> int:

@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.tokens import SIDES, Side, described_tokenizer
 from retriever.encoder.architectures import check_lengths
-from retriever.encoder.dual_encoder import DualEncoder, load_tower
+from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution
 from retriever.encoder.pooling import PoolingMode
+from retriever.encoder.projection import load_projections
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, Key
 from retriever.encoder.tokenizer import check_prompt, load_tokenizer
+from retriever.encoder.towers import load_tower
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -154,7 +156,7 @@ def load_encoder(
     query_tower = passage_tower if settings.tied else load_tower(name, "query")
     pooled: Any = {key: getattr(settings, key) for key in ("pooling", "normalize", "truncate_dim")}
     encoder = DualEncoder(query_tower, passage_tower, **pooled, autocast_dtype=AUTOCAST_DTYPES[precision])
-    encoder.load_projections(name)
+    encoder.projections.update(load_projections(name, tied=settings.tied))
     encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = encoder.device.type == "cuda"
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kernels.layers.layer import SavedActivations
 from retriever.config import ConfigError, ModelConfig
 from retriever.data.layout import Packed, Padded
 from retriever.data.tokens import Side
-from retriever.encoder.architectures import PACKED, check_lengths, is_decoder, set_bidirectional
+from retriever.encoder.architectures import PACKED, check_lengths, set_bidirectional
 from retriever.encoder.compiled_layers import compile_layer
 from retriever.encoder.fused_layers import FusedLayers, fuse
 from retriever.encoder.fused_specs import unfused_because
 from retriever.encoder.packed_attention import packed_inputs, use_packed_attention
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
-from retriever.encoder.pretrained import load_model
-from retriever.encoder.projection import load_projection, new_projection
+from retriever.encoder.projection import load_projections, new_projection, projected_size
 from retriever.encoder.settings import pooling_of, read_model_config, read_truncate_dim, tower_folder
+from retriever.encoder.towers import detach_pooler, load_tower, padded_inputs, repeated_layers
 
 
 class DualEncoder(nn.Module):
@@ -53,7 +52,7 @@ class DualEncoder(nn.Module):
         self.packed = False
         self.projections = nn.ModuleDict()  # by tower: hidden vectors to embeddings; empty: there are none
         # Heads that no embedding depends on, by side: kept out of training, put back into exports.
-        self.unused_weights = {name: _detach_pooler(tower) for name, tower in towers.items()}
+        self.unused_weights = {name: detach_pooler(tower) for name, tower in towers.items()}
 
     @classmethod
     def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
@@ -86,7 +85,7 @@ class DualEncoder(nn.Module):
         encoder = cls(query_tower, passage_tower, **modes, autocast_dtype=autocast_dtype)
         for tower in encoder.each_tower:
             set_bidirectional(tower.config, config.bidirectional, name)
-        encoder.load_projections(name)
+        encoder.projections.update(load_projections(name, tied=config.tied))
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()
         return encoder
@@ -109,7 +108,7 @@ class DualEncoder(nn.Module):
         """D, the length of an embedding."""
         whole = int(self.passage_tower.config.hidden_size)
         for projection in self.projections.values():
-            whole = int(cast(nn.Linear, projection).out_features)
+            whole = projected_size(projection)
         return whole if self.truncate_dim is None else min(whole, self.truncate_dim)
 
     @property
@@ -142,7 +141,7 @@ class DualEncoder(nn.Module):
                 hidden = tower(**packed_inputs(tower, tokens), **kept).last_hidden_state[0]  # [T, H]
                 embeddings = pool_packed(hidden, tokens.starts, self.pooling)  # [n, H]
             else:
-                hidden = tower(**_padded_inputs(tower, tokens)).last_hidden_state  # [n, width, H]
+                hidden = tower(**padded_inputs(tower, tokens)).last_hidden_state  # [n, width, H]
                 embeddings = pool(hidden, tokens.attention_mask, self.pooling)  # [n, H]
         if self.projections:
             with torch.autocast(tokens.input_ids.device.type, enabled=False):
@@ -151,19 +150,9 @@ class DualEncoder(nn.Module):
             embeddings = embeddings[:, : self.truncate_dim].contiguous()  # [n, D]
         return unit_norm(embeddings) if self.normalize else embeddings
 
-    def load_projections(self, name_or_path: str | Path) -> None:
-        """Adds the projection heads that a model folder has. Raises ConfigError where one of two towers has none."""
-        sides: dict[str, Side] = {"shared": "passage"} if self.tied else {"query": "query", "passage": "passage"}
-        found = {tower: load_projection(name_or_path, side) for tower, side in sides.items()}
-        heads = {tower: head for tower, head in found.items() if head is not None}
-        if heads and len(heads) < len(found):
-            raise ConfigError(f"model {name_or_path}: expected a Dense module in both towers or in none")
-        self.projections.update(heads)
-
     def project(self, dimension: int, seed: int) -> None:
         """Gives every tower a new projection head to `dimension`, unless it has one of this size."""
-        heads = [cast(nn.Linear, head) for head in self.projections.values()]
-        if heads and all(head.out_features == dimension for head in heads):  # whatever is cut off behind it
+        if {projected_size(head) for head in self.projections.values()} == {dimension}:  # whatever is cut off behind it
             return
         for name, tower in self.towers.items():
             hidden_size = cast(PreTrainedModel, tower).config.hidden_size
@@ -225,45 +214,3 @@ class DualEncoder(nn.Module):
             # transformers 5 renamed the method along the way.
             enable: Any = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": True})
-
-
-def repeated_layers(tower: nn.Module) -> list[nn.Module]:
-    """The transformer's layers: the longest list of modules of one class."""
-    lists = [list(module) for module in tower.modules() if isinstance(module, nn.ModuleList)]
-    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-    return max(alike, key=len, default=[])
-
-
-def _padded_inputs(tower: PreTrainedModel, tokens: Padded) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-    if is_decoder(tower.config):
-        inputs |= {
-            "position_ids": (tokens.attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-            "use_cache": False,
-        }  # [n, width]
-    return inputs
-
-
-def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
-    """One side's transformer in fp32, in train mode.
-
-    Raises ConfigError where its weights cannot be read or one that embeddings depend on is missing.
-    """
-    name = str(name_or_path)
-    model, missing = load_model(AutoModel, read_model_config(name, side), name, tower_folder(name, side))
-    if wanted := [key for key in missing if not key.startswith("pooler.")]:
-        lacks = f"lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first"
-        raise ConfigError(f"model {name} {lacks}; expected all")
-    if missing:  # a pooler made of random numbers is nothing to keep
-        model.pooler = None
-    return cast(PreTrainedModel, model.train())
-
-
-def _detach_pooler(tower: Any) -> dict[str, Tensor]:
-    """Removes the pooler of a BERT-like model, on which no embedding depends, and returns its weights."""
-    pooler = getattr(tower, "pooler", None)
-    if not isinstance(pooler, nn.Module):
-        return {}
-    weights = {f"pooler.{key}": value.detach().clone() for key, value in pooler.state_dict().items()}
-    tower.pooler = None
-    return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,7 +18,7 @@ _POOLING |= {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }  # before version 6
-_MODULES = tuple(("Transformer", "Pooling", *more) for more in ((), ("Normalize",), ("Dense",), ("Dense", "Normalize")))
+_MODULES = re.compile(r"Transformer, Pooling(, Dense)*(, Normalize)?")
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def read_described(name: str) -> Described:
 
 def described_settings(name: str, modules: Sequence[Module], longest: int) -> dict[str, Any]:
     """The fields of `EncoderSettings` that the folder of these modules gives, for a model of `longest` positions."""
-    if tuple(module.kind for module in modules) not in _MODULES:
-        expected = " or ".join(", ".join(kinds) for kinds in _MODULES)
+    if not _MODULES.fullmatch(", ".join(module.kind for module in modules)):
+        expected = "Transformer, Pooling, any number of Dense, and Normalize or not"
         received = ", ".join(module.type for module in modules) or "none"
         raise ConfigError(f"{name}/modules.json: expected the modules {expected}; received {received}")
     folder, normalizes, where = modules[0].path, modules[-1].kind == "Normalize", f"{name}/{_DESCRIBED}"

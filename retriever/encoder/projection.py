@@ -1,6 +1,6 @@
-"""A projection head: pooled vectors times a matrix, before truncation and normalisation.
+"""Projection heads: pooled vectors through one linear layer or several, before truncation and normalisation.
 
-In a model folder it is sentence-transformers' Dense module between Pooling and Normalize, without bias and activation.
+In a model folder they are sentence-transformers' Dense modules between Pooling and Normalize.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from retriever.config import ConfigError
 from retriever.data.tokens import Side
@@ -20,8 +21,10 @@ from retriever.encoder.peer_files import read_modules
 from retriever.encoder.settings import own_folder
 from retriever.files import read_json, write_json
 
-_FOLDER, _WEIGHTS, _MODULE = "2_Dense", "model.safetensors", "sentence_transformers.models.Dense"
-_IDENTITY = "torch.nn.modules.linear.Identity"
+_WEIGHTS, _MODULE = "model.safetensors", "sentence_transformers.models.Dense"
+_ACTIVATIONS = {
+    f"{kind.__module__}.{kind.__name__}": kind for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
+}
 
 
 @dataclass(frozen=True)
@@ -32,53 +35,97 @@ class _Dense:
     out_features: int
     bias: bool = True
     activation_function: str = "torch.nn.modules.activation.Tanh"
+    use_residual: bool = False
+    module_input_name: str = "sentence_embedding"
+
+    def __post_init__(self) -> None:
+        if self.activation_function not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise ConfigError(f"activation_function: expected one of {known}; received {self.activation_function!r}")
+        if self.use_residual or self.module_input_name != "sentence_embedding":
+            raise ConfigError(
+                "expected use_residual false and module_input_name 'sentence_embedding'; received "
+                f"{self.use_residual} and {self.module_input_name!r}"
+            )
 
 
-def new_projection(hidden_size: int, dimension: int, name: str) -> nn.Linear:
-    """A random projection [dimension, hidden_size], a function of `name`, so that ranks and devices agree."""
+class Dense(nn.Linear):
+    """A linear layer with an activation behind it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: nn.Module) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(weight)
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, in] to [n, out]."""
+        return cast(Tensor, self.activation(super().forward(x)))
+
+
+def new_projection(hidden_size: int, dimension: int, name: str) -> nn.Sequential:
+    """A random matrix [dimension, hidden_size], a function of `name`, so that ranks and devices agree."""
     draw = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()))
-    return _linear(torch.randn(dimension, hidden_size, generator=draw) / hidden_size**0.5)
+    weight = torch.randn(dimension, hidden_size, generator=draw) / hidden_size**0.5
+    return nn.Sequential(Dense(weight, None, nn.Identity()))
 
 
-def load_projection(name_or_path: str | Path, side: Side) -> nn.Linear | None:
-    """The head of one side's tower in a model folder, None where it has none.
-
-    Raises ConfigError for one with bias or activation, and for weights that cannot be read.
+def load_projections(name_or_path: str | Path, *, tied: bool) -> dict[str, nn.Sequential]:
+    """The heads of a model folder by tower, none where it has none. Raises ConfigError where one of two towers has
+    none, for an unknown kind of module, and for weights that cannot be read.
     """
-    name, folder = str(name_or_path), own_folder(name_or_path, side)
-    dense = next((module for module in read_modules(name, folder) or () if module.kind == "Dense"), None)
-    if dense is None:
-        return None
-    path = PurePosixPath(folder) / dense.path
-    described = read_fields(_Dense, name, str(path / "config.json"))
-    if described is None or described.bias or described.activation_function != _IDENTITY:
-        expected = f"bias false and activation_function {_IDENTITY}"
-        raise ConfigError(f"{name}/{path}/config.json: expected {expected}; received {described}")
-    file = file_of(name, str(path / _WEIGHTS))
-    if file is None:
-        raise ConfigError(f"{name}/{path}/{_WEIGHTS}: is missing")
-    with one_line(f"{file}: expected the weights of a Dense module"):
-        weight = load_file(file)["linear.weight"]
-    shape = [described.out_features, described.in_features]
-    if list(weight.shape) != shape:
-        raise ConfigError(f"{file}: linear.weight: expected shape {shape}, received {list(weight.shape)}")
-    return _linear(weight.float())
+    sides: dict[str, Side] = {"shared": "passage"} if tied else {"query": "query", "passage": "passage"}
+    found = {tower: _load_projection(str(name_or_path), side) for tower, side in sides.items()}
+    heads = {tower: nn.Sequential(*layers) for tower, layers in found.items() if layers}
+    if heads and len(heads) < len(found):
+        raise ConfigError(f"model {name_or_path}: expected Dense modules in both towers or in none")
+    return heads
+
+
+def projected_size(head: nn.Module) -> int:
+    """The length of the vectors that a head returns."""
+    return cast(Dense, cast(nn.Sequential, head)[-1]).out_features
 
 
 def write_projection(folder: Path, projection: nn.Module) -> None:
     """Adds the head to a written model folder, behind its pooling."""
-    (folder / _FOLDER).mkdir()
-    weight = projection.get_parameter("weight").detach().float().cpu().contiguous()
-    out_features, in_features = weight.shape
-    described = {"in_features": in_features, "out_features": out_features, "bias": False}
-    write_json(folder / _FOLDER / "config.json", {**described, "activation_function": _IDENTITY})
-    save_file({"linear.weight": weight}, folder / _FOLDER / _WEIGHTS, metadata={"format": "pt"})
     modules = read_json(folder / "modules.json")
-    modules.insert(2, {"path": _FOLDER, "type": _MODULE})
+    for i, layer in enumerate(cast(nn.Sequential, projection), start=2):
+        assert isinstance(layer, Dense)
+        path = folder / f"{i}_Dense"
+        path.mkdir()
+        activation = f"{type(layer.activation).__module__}.{type(layer.activation).__name__}"
+        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
+        write_json(path / "config.json", {**sizes, "activation_function": activation})
+        state = {f"linear.{name}": p.detach().float().cpu().contiguous() for name, p in layer.state_dict().items()}
+        save_file(state, path / _WEIGHTS, metadata={"format": "pt"})
+        modules.insert(i, {"path": path.name, "type": _MODULE})
     write_json(folder / "modules.json", [module | {"idx": i, "name": str(i)} for i, module in enumerate(modules)])
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight)
-    return linear
+def _load_projection(name: str, side: Side) -> list[Dense]:
+    folder = own_folder(name, side)
+    paths = [module.path for module in read_modules(name, folder) or () if module.kind == "Dense"]
+    return [_load_dense(name, PurePosixPath(folder) / path) for path in paths]
+
+
+def _load_dense(name: str, path: PurePosixPath) -> Dense:
+    described = read_fields(_Dense, name, str(path / "config.json"))
+    if described is None:
+        raise ConfigError(f"{name}/{path}/config.json: is missing; expected the sizes of a Dense module")
+    file = file_of(name, str(path / _WEIGHTS))
+    if file is None:
+        raise ConfigError(f"{name}/{path}/{_WEIGHTS}: is missing")
+    expected = {"linear.weight": [described.out_features, described.in_features]}
+    if described.bias:
+        expected["linear.bias"] = [described.out_features]
+    with one_line(f"{file}: expected the weights of a Dense module"):
+        found = load_file(file)
+        tensors = {key: found[key].float() for key in expected}
+    for key, shape in expected.items():
+        if list(tensors[key].shape) != shape:
+            raise ConfigError(f"{file}: {key}: expected shape {shape}, received {list(tensors[key].shape)}")
+    activation = _ACTIVATIONS[described.activation_function]()
+    return Dense(tensors["linear.weight"], tensors.get("linear.bias"), activation)

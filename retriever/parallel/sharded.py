@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from retriever.encoder.dual_encoder import DualEncoder, repeated_layers
+from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.towers import repeated_layers
 from retriever.parallel.world import World
 
 

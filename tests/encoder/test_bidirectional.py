@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +25,17 @@ from retriever.export import Probe, export
 from tests.tiny import random_texts, save_plain_model, save_tiny_model
 
 LENGTHS = (3, 41, 24, 1)
-WINDOW = 16  # Mistral's; without a causal mask, transformers counts it to either side
+WINDOW = 16  # Mistral's and Gemma 3's; without a causal mask, transformers counts it to either side
 TEXTS = random_texts(5, shortest=4, longest=40)
 
 
 @pytest.fixture(scope="module", params=sorted(DECODERS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_plain_model(tmp_path_factory.mktemp("model"), request.param)
+    folder = save_plain_model(tmp_path_factory.mktemp("model"), request.param)
+    if request.param == "gemma3_text":  # a causal one
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"use_bidirectional_attention": False}))
+    return folder
 
 
 @pytest.fixture
@@ -50,10 +55,12 @@ def _expected(folder: Path, rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     means = []
     for row in rows:
         apart = (torch.arange(len(row))[:, None] - torch.arange(len(row))).abs()
-        width = WINDOW if tower.config.model_type == "mistral" else len(row)
-        mask = torch.zeros(apart.shape, dtype=torch.float64).masked_fill(apart > width, -torch.inf)
+        full = torch.zeros(1, 1, *apart.shape, dtype=torch.float64)
+        sliding = full.masked_fill(apart > WINDOW, -torch.inf)
+        both = {"full_attention": full, "sliding_attention": sliding}
+        mask: Any = {"mistral": sliding, "gemma3_text": both}.get(tower.config.model_type, full)
         ids, positions = torch.from_numpy(row)[None], torch.arange(len(row))[None]
-        hidden = tower(input_ids=ids, attention_mask=mask[None, None], position_ids=positions).last_hidden_state
+        hidden = tower(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
         means.append(hidden[0].mean(dim=0))
     embeddings = torch.stack(means)
     embeddings.pow(3).sum().backward()
@@ -118,8 +125,10 @@ def test_gemma_s_own_setting_is_refused(tmp_path: Path) -> None:
         DualEncoder.from_pretrained(ModelConfig(str(start)))
 
 
-def test_an_encoder_cannot_be_causal(tmp_path: Path) -> None:
-    start = save_tiny_model(tmp_path)
-    assert DualEncoder.from_pretrained(ModelConfig(str(start), bidirectional=True)).pooling == "mean"
-    with pytest.raises(ConfigError, match=r"model\.bidirectional: false, but .* is a 'bert' model"):
+@pytest.mark.parametrize("architecture", ["bert", "gemma3_text"])
+def test_what_is_built_for_whole_texts_cannot_be_causal(architecture: str, tmp_path: Path) -> None:
+    start = save_tiny_model(tmp_path, architecture)
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(start), bidirectional=True))
+    assert encoder.pooling == "mean" and not hasattr(encoder.passage_tower.config, "is_causal")
+    with pytest.raises(ConfigError, match=rf"model\.bidirectional: false, but .* is a '{architecture}' model"):
         DualEncoder.from_pretrained(ModelConfig(str(start), bidirectional=False))

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense as STDense
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch.nn import Identity, Module, Tanh
 from torch.nn.functional import normalize
 
 from retriever.config import Config, ConfigError, ModelConfig
@@ -39,7 +42,7 @@ def test_an_embedding_is_the_projected_vector_and_trains_the_matrix(exported: tu
     embeddings = encoder("query", tokens)
     with torch.no_grad():
         pooled = encoder.query_tower(input_ids=tokens.input_ids).last_hidden_state.mean(dim=1)
-        weight = next(iter(encoder.projections.values())).weight
+        weight = next(encoder.projections.parameters())
         torch.testing.assert_close(embeddings, normalize(pooled @ weight.T, dim=1))
     assert encoder.dimension == embeddings.shape[1] == 12
     embeddings[0, 0].backward()
@@ -79,13 +82,52 @@ def test_a_head_is_kept_by_its_own_size_not_by_the_truncated_one(
     assert {p.shape[0] for p in after} == {asked} and cut.dimension == 4
 
 
+@pytest.mark.parametrize(
+    ("architecture", "activation"), [("t5", Identity()), ("gemma3_text", Identity()), ("bert", Tanh())]
+)
+def test_the_dense_modules_of_others_are_kept(architecture: str, activation: Module, tmp_path: Path) -> None:
+    """As sentence-t5, EmbeddingGemma and LaBSE have them: loaded, trained, exported, and read where they came from."""
+    transformer = Transformer(str(save_tiny_model(tmp_path / "model", architecture)))
+    wide = STDense(32, 48, bias=architecture == "bert", activation_function=activation)
+    narrow = STDense(48, 24, bias=False, activation_function=Identity())
+    start = tmp_path / "start"
+    SentenceTransformer(modules=[transformer, Pooling(32, "mean"), wide, narrow, Normalize()], device="cpu").save(
+        str(start)
+    )
+    theirs = SentenceTransformer(str(start), device="cpu")
+    np.testing.assert_allclose(
+        load_encoder(start, device="cpu").encode(TEXTS, "query"), theirs.encode(TEXTS), rtol=0, atol=1e-5
+    )
+    model = ModelConfig(str(start))
+    encoder, tokenizer = DualEncoder.from_pretrained(model), training_tokenizer(model)
+    encoder.project(24, seed=0)  # which they are already
+    tokens = pad_rows([np.array([2, 50, 60, 3]), np.array([2, 70, 3])], encoder.passage_tower.config.pad_token_id)
+    encoder("query", tokens).pow(3).sum().backward()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            assert parameter.grad is not None, name
+            parameter.sub_(parameter.grad)
+    assert encoder.projections["shared"].get_parameter("0.weight").grad.norm() > 0  # type: ignore[union-attr]
+    config = Config(model=model)
+    folder = export(encoder.eval(), tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, TEXTS))
+    again, found = SentenceTransformer(str(folder), device="cpu"), load_encoder(folder, device="cpu")
+    assert [type(module).__name__ for module in again][1:] == ["Pooling", "Dense", "Dense", "Normalize"]
+    np.testing.assert_allclose(found.encode(TEXTS, "query"), again.encode(TEXTS), rtol=0, atol=1e-5)
+    assert np.abs(again.encode(TEXTS) - theirs.encode(TEXTS)).max() > 1e-3
+    assert again.get_embedding_dimension() == found.dimension == 24
+
+
 def test_another_dense_module_is_refused(exported: tuple[Path, DualEncoder]) -> None:
     folder, encoder = exported
     file = folder / ("" if encoder.tied else "query") / "2_Dense" / "config.json"
     found = file.read_text()
-    for change in ({"bias": True}, {"activation_function": "torch.nn.modules.activation.Tanh"}):
+    for change, message in (
+        ({"bias": True}, r"expected the weights of a Dense module: 'linear\.bias'"),
+        ({"activation_function": "my.Swish"}, "activation_function: expected one of .*Identity.*received 'my.Swish'"),
+        ({"use_residual": True}, "expected use_residual false"),
+    ):
         file.write_text(json.dumps(json.loads(found) | change))
-        with pytest.raises(ConfigError, match=r"2_Dense/config.json: expected bias false and activation_function"):
+        with pytest.raises(ConfigError, match=message):
             load_encoder(folder, device="cpu")
     file.write_text(json.dumps(json.loads(found) | {"out_features": 13}))
     with pytest.raises(ConfigError, match=r"linear.weight: expected shape \[13, 32\], received \[12, 32\]"):
