@@ -95,17 +95,6 @@ def test_a_copy_of_the_target_is_a_negative_wherever_it_stands(
 
 
 @strategy
-def test_temperature_is_the_configured_one_exactly(strategy: str) -> None:
-    """The logits are similarities over the temperature that was asked for, to float64's precision where the vectors are
-    float64.
-    """
-    q, p, targets = _one_query([0.5, 0.3])
-    objective = _objective(strategy=strategy, temperature=0.02)
-    assert objective.temperature == pytest.approx(0.02, rel=1e-12)
-    assert objective(q, p, targets, CPU)[0].item() == pytest.approx(math.log1p(math.exp(-0.2 / 0.02)), rel=1e-9)
-
-
-@strategy
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_gradient_of_a_learned_temperature_is_autograds(strategy: str, symmetric: bool) -> None:
     """d loss / d log(1/temperature), added to what already stands there; none where the temperature is fixed."""
@@ -188,18 +177,6 @@ def test_the_callers_tensors_are_left_alone(strategy: str, dtype: torch.dtype) -
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not q.requires_grad and not p.requires_grad
     assert not any(t.requires_grad for t in first)
-
-
-def test_the_loss_is_divided_by_the_global_number_of_queries() -> None:
-    """A rank's part is its sum over the *global* count: nothing else depends on the number of ranks."""
-    _, q, p, targets = _problem(5)
-    loss, dq, _ = _objective()(q, p, targets, CPU)
-    quarter = Targets(
-        targets.positives, targets.passage_ids, targets.known_ptr, targets.known_ids, 4 * targets.global_queries
-    )
-    quarter_loss, quarter_dq, _ = _objective()(q, p, quarter, CPU)
-    torch.testing.assert_close(quarter_loss * 4, loss)
-    torch.testing.assert_close(quarter_dq * 4, dq)
 
 
 def test_rows_that_are_not_contrasted_leave_the_distance_of_embeddings() -> None:

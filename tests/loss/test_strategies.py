@@ -184,45 +184,6 @@ def test_all_rows_ignored(strategy: str) -> None:
         assert torch.equal(found, torch.zeros_like(found))
 
 
-@strategy
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_permuting_passages_changes_nothing(strategy: str, symmetric: bool) -> None:
-    """The columns' order plays no part: the loss stays, the passages' gradients move along."""
-    whole = random_batch(seed=8)
-    q, p = _vectors(whole, 8)
-    order = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
-    targets = _targets(whole)
-    moved = replace(targets, passage_ids=targets.passage_ids[order], positives=order.argsort()[targets.positives])
-    objective = _objective(strategy=strategy, symmetric=symmetric, false_negative_margin=0.1)
-    loss, dq, dp = objective(q, p, targets, CPU)
-    moved_loss, moved_dq, moved_dp = objective(q, p[order], moved, CPU)
-    assert _error(moved_loss, loss) < 1e-12 and _error(moved_dq, dq) < 1e-12 and _error(moved_dp, dp[order]) < 1e-12
-
-
-class _AsFunction(torch.autograd.Function):
-    """The objective as a differentiable function, for gradcheck."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, p: Tensor, objective: ContrastiveObjective, targets: Targets) -> Tensor:
-        loss, dq, dp = objective(q, p, targets, CPU)
-        ctx.save_for_backward(dq, dp)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(upstream[0] * g for g in ctx.saved_tensors), None, None)
-
-
-@strategy
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_are_those_of_the_loss_by_finite_differences(strategy: str, symmetric: bool) -> None:
-    """gradcheck in float64: no formula at all on the other side."""
-    whole = random_batch(queries=4, passages=6, ignored=1, seed=9)
-    q, p = (x.requires_grad_() for x in _vectors(whole, 9, unit=False))
-    objective, targets = _objective(strategy=strategy, symmetric=symmetric, temperature=0.5), _targets(whole)
-    assert torch.autograd.gradcheck(lambda q, p: _AsFunction.apply(q, p, objective, targets), (q, p))
-
-
 def test_known_pairs_of_other_ranks_are_refused() -> None:
     """Looked up for two ranks, or for another number of passages."""
     whole = random_batch(queries=4, passages=7)
