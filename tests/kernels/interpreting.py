@@ -18,10 +18,10 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def interpret(program: str) -> None:
-    """Fails with the program's last words where it fails."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+def interpret(program: str, interpreted: bool = True) -> None:
+    """Fails with the program's last words where it fails; `interpreted` False: without the interpreter."""
+    environment = {"TRITON_INTERPRET": "1" if interpreted else "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,18 +4,15 @@ in fp32.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import re
 
-import numpy
 import pytest
 import torch
-import triton
 
 from kernels.infonce.api import block_of
 from kernels.infonce.exclusions import MaskTables
 from kernels.infonce.rules import Pairs
+from tests.kernels.interpreting import interpret, needs_interpreter
 
 PROGRAM = """
 import numpy, torch
@@ -71,28 +68,14 @@ for x, y in zip(got[0] + got[1], want[:3] + want[:3]):
 """
 
 
-def _run(environment: dict[str, str], **values: object) -> None:
-    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    program = PROGRAM
-    for name, value in values.items():
-        program = program.replace("{" + name + "}", str(value))
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(
-        command, env=os.environ | threads | environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_blocks_add_up_to_the_definition_in_float64() -> None:
-    _run({}, dtype="float64", bound=1e-9, interpreted=False)
-
-
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
-    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
+@pytest.mark.parametrize(
+    ("dtype", "bound", "interpreted"),
+    [("float64", 1e-9, False), pytest.param("float32", 2e-5, True, marks=needs_interpreter)],
 )
-def test_blocks_add_up_to_the_definition_on_the_kernels() -> None:
-    _run({"TRITON_INTERPRET": "1"}, dtype="float32", bound=2e-5, interpreted=True)
+def test_blocks_add_up_to_the_definition(dtype: str, bound: float, interpreted: bool) -> None:
+    settings = {"{dtype}": dtype, "{bound}": str(bound), "{interpreted}": str(interpreted)}
+    program = re.sub("|".join(settings), lambda found: settings[found[0]], PROGRAM)
+    interpret(program, interpreted)
 
 
 def test_tables_of_other_shapes_are_refused() -> None:

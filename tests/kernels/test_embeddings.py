@@ -4,6 +4,9 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,22 +133,27 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     )
 
 
-def test_what_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a, t: a | {"tables": t._replace(places=t.places.double())},
+            r"places \[23, 8\] torch.float32 .*float64",
+        ),
+        (lambda a, t: a | {"ids": a["ids"].int()}, r"ids \[3\] torch.int64 .*torch.int32"),
+        (lambda a, t: a | {"positions": a["positions"][:2]}, r"positions \[3\] .*received \[2\]"),
+        (lambda a, t: a | {"tables": t._replace(words=t.words[0])}, r"ids \[T\], words \[V, D\]"),
+        (lambda a, t: a | {"tables": t._replace(words=t.words.T.contiguous().T)}, "contiguous"),
+        (lambda a, t: a | {"dropout": 0.1}, r"a seed int64 \[1\]; received 0.1 and no seed"),
+        (lambda a, t: a | {"ids": torch.tensor([0, 61, 1])}, "index out of range"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Callable[..., dict[str, Any]], message: str) -> None:
     ids, positions, tables = inputs(3, 8, torch.float32)
-    with pytest.raises(ValueError, match=r"expected places \[23, 8\] torch.float32 .*torch.float64"):
-        embeddings(ids, positions, tables._replace(places=tables.places.double()), None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match=r"expected ids \[3\] torch.int64 .*torch.int32"):
-        embeddings(ids.int(), positions, tables, None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match=r"expected positions \[3\] .*received \[2\]"):
-        embeddings(ids, positions[:2], tables, None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match=r"expected ids \[T\], words \[V, D\]"):
-        embeddings(ids, positions, tables._replace(words=tables.words[0]), None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match="contiguous"):
-        embeddings(ids, positions, tables._replace(words=tables.words.T.contiguous().T), None, eps=EPS, dropout=0.0)
-    with pytest.raises(ValueError, match=r"a seed int64 \[1\]; received 0.1 and no seed"):
-        embeddings(ids, positions, tables, None, eps=EPS, dropout=0.1)
-    with pytest.raises(IndexError):
-        embeddings(torch.tensor([0, 61, 1]), positions, tables, None, eps=EPS, dropout=0.0)
+    fitting = {"ids": ids, "positions": positions, "tables": tables, "seed": None, "eps": EPS, "dropout": 0.0}
+    embeddings(**fitting)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, IndexError), match=message):
+        embeddings(**change(fitting, tables))
 
 
 def test_half_precision_is_the_library_s() -> None:

@@ -4,15 +4,12 @@ imported).
 
 from __future__ import annotations
 
-import numpy
-import pytest
 import torch
-import triton
 
 from kernels.infonce.exclusions import MaskTables
 from kernels.infonce.passes import TiledBlock
 from kernels.infonce.tiles import LOG2E
-from tests.kernels.interpreting import interpret
+from tests.kernels.interpreting import interpret, needs_interpreter
 
 CASES = [
     "matches(B=40, N=70, D=48, scale=50.0)",
@@ -88,10 +85,7 @@ def matches_ring(B, N, D, scale, largest=None):
 """
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
-    reason="the interpreter of Triton 3.6 turns one-element arrays into scalars, which NumPy 2.4 refuses",
-)
+@needs_interpreter
 def test_interpreted() -> None:
     fresh = "\ntorch.manual_seed(0)\nlaunched.clear()\n"
     interpret(fresh.join([PROGRAM, *CASES]))

@@ -134,17 +134,6 @@ def test_results_and_gradients(
     check(layer, p, stream, computing, bound)
 
 
-@pytest.mark.parametrize("dropouts", [OFF, ON])
-def test_passes_gradcheck(dropouts: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Layer, "clear_saved_tensors_on_access", False)  # a graph serves gradcheck several times
-    layer, p = make_layer(dropouts, [3, 1]), make_parameters(4, 6)
-
-    def outputs(stream: Tensor, *tensors: Tensor) -> Tensor:
-        return run(stream, layer, Parameters(*tensors), torch.float64)
-
-    assert torch.autograd.gradcheck(outputs, (make_stream(4, 4), *given(p)), fast_mode=True)
-
-
 @pytest.mark.parametrize(
     ("trained", "products"),
     [
