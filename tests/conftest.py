@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 
 import retriever  # noqa: E402, F401 (its `kernels`, where another distribution's comes first on the path)
 from tests.determinism import make_strict  # noqa: E402
+from tests.tiny import save_tiny_model  # noqa: E402
 from tests.workplace import make_workplace  # noqa: E402
 
 make_strict()
@@ -27,6 +28,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small training run of `tests.workplace`, one for each file of tests."""
     return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model of one layer."""
+    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
 def pytest_collection_finish() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from kernels.infonce.rules import Guide, Lists, Pairs, Pools, guide_vectors
 from retriever.data.batch import Batch, KnownPairs, Targets
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
+from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
+from retriever.loss.contrastive import ContrastiveObjective
+from retriever.parallel.world import World
+from retriever.retention import NOTHING, Retention
 from retriever.rng import seed_step
 
 
@@ -196,6 +201,17 @@ def encode_in_chunks(
 def encode_whole(encoder: torch.nn.Module, texts: list[np.ndarray], side: str) -> Tensor:
     """All texts in one forward pass, in their order."""
     return encoder(side, pad_rows(texts, 0))
+
+
+def cached_gradients(
+    encoder: Any, objective: ContrastiveObjective, batch: Batch, world: World, retention: Retention = NOTHING
+) -> Tensor:
+    """Adds the gradients of all ranks, by the gradient cache, to those of the parameters; returns the batch's loss []."""
+    representations, first = encode_without_graph(encoder, batch, retention, offload=objective.offload)
+    loss, gradients = representation_gradients(objective, representations, batch, world)
+    backward_through_encoder(encoder, batch, gradients, first)
+    world.sum_gradients([*encoder.parameters(), *objective.parameters()])
+    return world.sum(loss)
 
 
 def oracle_loss(

@@ -36,22 +36,16 @@ from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.step import train_step
 from tests.problems import random_batch, rank_batch
-from tests.tiny import save_tiny_model
 
 CPU = World(torch.device("cpu"))
 WHOLE = random_batch(queries=6, passages=9)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
-
-
 @pytest.fixture
-def config(folder: Path, tmp_path: Path) -> Config:
+def config(one_layer: Path, tmp_path: Path) -> Config:
     return Config(
         run=RunConfig(output_dir=str(tmp_path / "run")),
-        model=ModelConfig(str(folder), tied=False, query_max_tokens=32, passage_max_tokens=32),
+        model=ModelConfig(str(one_layer), tied=False, query_max_tokens=32, passage_max_tokens=32),
         data=DataConfig(train=(SourceConfig(path="x"),)),
         loss=LossConfig(learn_temperature=True, precision="fp32"),
         optim=OptimConfig(lr=1e-3, precision="fp32"),

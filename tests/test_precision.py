@@ -10,10 +10,9 @@ from torch import Tensor
 
 from retriever.config import LossConfig, ModelConfig
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
-from tests.problems import WholeBatch, encode_whole, oracle_loss, random_batch, rank_batch
+from tests.problems import WholeBatch, cached_gradients, encode_whole, oracle_loss, random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 
@@ -34,9 +33,7 @@ def _whole(encoder: DualEncoder, whole: WholeBatch, precision: str = "fp32") -> 
 def _cached(encoder: DualEncoder, whole: WholeBatch, precision: str) -> Tensor:
     batch, _, _ = rank_batch(whole, 0, 40)
     objective = ContrastiveObjective(LossConfig(precision=precision, temperature=0.05), unit_norm=True)  # type: ignore[arg-type]
-    representations, first = encode_without_graph(encoder, batch)
-    _, gradients = representation_gradients(objective, representations, batch, World(torch.device("cpu")))
-    backward_through_encoder(encoder, batch, gradients, first)
+    cached_gradients(encoder, objective, batch, World(torch.device("cpu")))
     return _gradients(encoder)
 
 

@@ -21,12 +21,6 @@ from retriever.loss.contrastive import ContrastiveObjective
 from retriever.retention import EVERYTHING, Budget, Retention, given_tokens
 from tests.problems import rank_batch
 from tests.test_gradcache import CPU, OBJECTIVE, WHOLE, cached, make_encoder
-from tests.tiny import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
 def _fused(folder: Path, *, dropout: bool, tied: bool = True) -> DualEncoder:
@@ -63,12 +57,12 @@ def test_a_budget_is_spent_in_order() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("offload", [False, True])
 def test_kept_products_are_not_computed_again_and_give_the_same_bits(
-    folder: Path, tied: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
+    one_layer: Path, tied: bool, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout on: behind chunks that keep their graphs, chunks that keep products, and behind these chunks that
     keep nothing.
     """
-    encoder = _fused(folder, dropout=True, tied=tied)
+    encoder = _fused(one_layer, dropout=True, tied=tied)
     attended: list[int] = []  # tokens
 
     def counted(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -91,9 +85,9 @@ def test_kept_products_are_not_computed_again_and_give_the_same_bits(
         assert all(torch.equal(a, b) for a, b in zip(replayed, again, strict=True))
 
 
-def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_given_up_as_they_are_used(one_layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is left when a chunk has its graph, so that the backward pass frees them with it."""
-    encoder = _fused(folder, dropout=True)
+    encoder = _fused(one_layer, dropout=True)
     batch, _, _ = rank_batch(WHOLE, 0, 40, packed=True)
     representations, first = encode_without_graph(encoder, batch, Retention(products=EVERYTHING))
     assert (
@@ -114,8 +108,8 @@ def test_products_are_given_up_as_they_are_used(folder: Path, monkeypatch: pytes
     assert alive == list(range(len(narrow)))[::-1]
 
 
-def test_products_of_other_calls_are_refused(folder: Path) -> None:
-    encoder = _fused(folder, dropout=False)
+def test_products_of_other_calls_are_refused(one_layer: Path) -> None:
+    encoder = _fused(one_layer, dropout=False)
     first, *_, last = (chunk.tokens for chunk in rank_batch(WHOLE, 0, 40, packed=True)[0].chunks)
     products = deque[SavedActivations]()
     with pytest.raises(ValueError, match="expected the products of 1 layer, received those of 0"):
@@ -128,7 +122,7 @@ def test_products_of_other_calls_are_refused(folder: Path) -> None:
         encoder("query", last, products)
 
 
-def test_layers_that_keep_no_products_say_so(folder: Path) -> None:
+def test_layers_that_keep_no_products_say_so(one_layer: Path) -> None:
     batch, _, _ = rank_batch(WHOLE, 0, 40)
     with pytest.raises(ValueError, match="kept by fused layers only"):
-        encode_without_graph(make_encoder(folder, dropout=False), batch, Retention(products=EVERYTHING))
+        encode_without_graph(make_encoder(one_layer, dropout=False), batch, Retention(products=EVERYTHING))

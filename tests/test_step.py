@@ -19,16 +19,10 @@ from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.step import StepReport, train_step
 from tests.problems import encode_whole, oracle_loss, random_batch, rank_batch
-from tests.tiny import save_tiny_model
 
 CPU = World(torch.device("cpu"))
 WHOLE = random_batch(queries=8, passages=14)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
 class _Run:
@@ -55,11 +49,11 @@ class _Run:
 
 
 @pytest.mark.parametrize("strategy", ["tiled", "dense"])
-def test_the_report_is_the_batchs_own_loss_and_gradient_norm(folder: Path, strategy: str) -> None:
+def test_the_report_is_the_batchs_own_loss_and_gradient_norm(one_layer: Path, strategy: str) -> None:
     """With dropout off, loss and norm are those of the whole batch under autograd; step, rate, temperature, queries
     read as set.
     """
-    run = _Run(folder, strategy=strategy, learn_temperature=True, symmetric=True)
+    run = _Run(one_layer, strategy=strategy, learn_temperature=True, symmetric=True)
     run.encoder.eval()
     queries, passages = (
         encode_whole(run.encoder, WHOLE.query_tokens, "query"),
@@ -76,9 +70,9 @@ def test_the_report_is_the_batchs_own_loss_and_gradient_norm(folder: Path, strat
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training_lowers_the_loss(folder: Path, precision: str) -> None:
+def test_training_lowers_the_loss(one_layer: Path, precision: str) -> None:
     """Every precision learns one batch by heart within 20 steps, on weights that stay float32."""
-    run = _Run(folder, precision, precision="bf16" if precision == "bf16" else "fp32")
+    run = _Run(one_layer, precision, precision="bf16" if precision == "bf16" else "fp32")
     before = [w.detach().clone() for w in run.encoder.parameters()]
     losses = [report.loss for report in run.train(range(20))]
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0], losses
@@ -88,19 +82,19 @@ def test_training_lowers_the_loss(folder: Path, precision: str) -> None:
     assert all(not torch.equal(w, b) for w, b in zip(run.encoder.parameters(), before, strict=True) if w.numel() > 1)
 
 
-def test_a_learned_temperature_moves_and_a_fixed_one_stays(folder: Path) -> None:
+def test_a_learned_temperature_moves_and_a_fixed_one_stays(one_layer: Path) -> None:
     """The temperature that is reported is the one that the step's loss was taken at."""
     for learned in (True, False):
-        run = _Run(folder, learn_temperature=learned)
+        run = _Run(one_layer, learn_temperature=learned)
         reports = run.train(range(3))
         assert reports[0].temperature == pytest.approx(0.1, rel=1e-12)
         assert (reports[-1].temperature != pytest.approx(0.1, rel=1e-6)) == learned
         assert (run.objective.temperature != reports[-1].temperature) == learned
 
 
-def test_two_identical_runs_are_equal_to_the_last_bit(folder: Path) -> None:
+def test_two_identical_runs_are_equal_to_the_last_bit(one_layer: Path) -> None:
     """Dropout included; what was drawn before the step does not matter, the seed does."""
-    first, second, other = _Run(folder), _Run(folder), _Run(folder)
+    first, second, other = _Run(one_layer), _Run(one_layer), _Run(one_layer)
     reports = first.train(range(4))
     torch.rand(17)
     assert second.train(range(4)) == reports
@@ -109,9 +103,9 @@ def test_two_identical_runs_are_equal_to_the_last_bit(folder: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first.weights(), other.weights(), strict=True)), "dropout is off"
 
 
-def test_a_step_without_a_finite_gradient_is_named(folder: Path) -> None:
+def test_a_step_without_a_finite_gradient_is_named(one_layer: Path) -> None:
     """A weight gone NaN stops a bf16 run at that step, with the step's number as people count."""
-    run = _Run(folder, "bf16")
+    run = _Run(one_layer, "bf16")
     with torch.no_grad():
         next(run.encoder.parameters())[41:60] = torch.nan
     with pytest.raises(FloatingPointError, match="step 6:"):

@@ -10,29 +10,24 @@ import torch
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.layout import pad_rows
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
-from tests.problems import WholeBatch, encode_whole, random_batch, rank_batch
-from tests.tiny import save_tiny_model
+from tests.problems import WholeBatch, cached_gradients, encode_whole, random_batch, rank_batch
 
 TEMPERATURE = 0.1
 
 
-def test_the_accumulated_surrogate_has_the_gradient_of_the_cache_and_another_value(tmp_path: Path) -> None:
+def test_the_accumulated_surrogate_has_the_gradient_of_the_cache_and_another_value(one_layer: Path) -> None:
     """One set of texts, each the positive of its neighbour; a text is no negative of itself."""
-    folder = save_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    encoder = DualEncoder.from_pretrained(ModelConfig(str(folder))).double().eval()
+    encoder = DualEncoder.from_pretrained(ModelConfig(str(one_layer))).double().eval()
     texts = random_batch(queries=4, passages=8).passage_tokens
     positives = [i ^ 1 for i in range(len(texts))]
     known = [[i, i ^ 1] for i in range(len(texts))]
     whole = WholeBatch(texts, texts, list(range(len(texts))), positives, known, [0] * len(texts))
     batch, _, _ = rank_batch(whole, 0, 40)
 
-    representations, first = encode_without_graph(encoder, batch)
     objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=TEMPERATURE), unit_norm=True)
-    loss, gradients = representation_gradients(objective, representations, batch, World(torch.device("cpu")))
-    backward_through_encoder(encoder, batch, gradients, first)
+    loss = cached_gradients(encoder, objective, batch, World(torch.device("cpu")))
     expected = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
     encoder.zero_grad()
 

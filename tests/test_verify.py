@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -30,16 +31,14 @@ from retriever.representations import Representations
 from retriever.verify import GradientCheck, gradient_error
 from tests.kernels.oracle import gradient
 from tests.problems import random_batch, rank_batch
-from tests.tiny import save_tiny_model
 
 BOUND = 1e-9
 BROKEN = 1e-4
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
-    return DualEncoder.from_pretrained(ModelConfig(str(folder), query_max_tokens=32, passage_max_tokens=32))
+def encoder(one_layer: Path) -> DualEncoder:
+    return DualEncoder.from_pretrained(ModelConfig(str(one_layer), query_max_tokens=32, passage_max_tokens=32))
 
 
 @pytest.fixture

@@ -17,12 +17,11 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss, normalize
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.batch import Groups
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss import distill as distill_module
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
-from tests.problems import WholeBatch, encode_whole, oracle_loss, random_batch, rank_batch
+from tests.problems import WholeBatch, cached_gradients, encode_whole, oracle_loss, random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 BOUND = 1e-9
@@ -147,11 +146,8 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
             targets, own_groups=own, in_batch=torch.tensor([_in_batch(row, case) for row in rows], dtype=torch.bool)
         )
     batch = replace(batch, targets=targets)
-    representations, first = encode_without_graph(encoder, batch)
-    loss, gradients = representation_gradients(objective, representations, batch, world)
-    backward_through_encoder(encoder, batch, gradients, first)
-    world.sum_gradients([*encoder.parameters(), *objective.parameters()])
-    found, loss = _gradients(encoder, objective), world.sum(loss)
+    loss = cached_gradients(encoder, objective, batch, world)
+    found = _gradients(encoder, objective)
 
     exact, reference = _encoder(folder), ContrastiveObjective(case.config(), unit_norm=True).double()
     queries, passages = (

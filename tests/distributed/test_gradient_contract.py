@@ -19,7 +19,6 @@ from torch.nn.functional import normalize
 from retriever.config import LossConfig, ModelConfig
 from retriever.encoder.batch_norm import batch_norms
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
@@ -28,6 +27,7 @@ from retriever.rng import seed_step
 from tests.distributed.processes import run_on_ranks
 from tests.problems import (
     WholeBatch,
+    cached_gradients,
     encode_in_chunks,
     encode_whole,
     oracle_loss,
@@ -211,13 +211,8 @@ def _measure_case(world: World, folder: Path, case: Case) -> dict[str, Any]:
     most = max(len(cut(rank)[0].chunks) for rank in range(world.size)) if case.sharded else 0
     batch, _, _ = cut(world.rank, chunks_a_side=most)
     seed_step(0, 0, world.rank)
-    representations, passes = encode_without_graph(
-        encoder, batch, Retention(case.retain, case.products), offload=objective.offload
-    )
-    loss, gradients = representation_gradients(objective, representations, batch, world)
-    backward_through_encoder(encoder, batch, gradients, passes)
-    world.sum_gradients([*encoder.parameters(), *objective.parameters()])
-    found, loss = _named_gradients(encoder, objective), world.sum(loss)
+    loss = cached_gradients(encoder, objective, batch, world, Retention(case.retain, case.products))
+    found = _named_gradients(encoder, objective)
 
     plain = replace(
         case,

@@ -16,13 +16,12 @@ from torch import Tensor
 from retriever.config import LossConfig, ModelConfig
 from retriever.data.chunks import Chunks
 from retriever.encoder.dual_encoder import DualEncoder
-from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.sharded import PlacedEncoder, whole_tensors
 from retriever.parallel.world import World
 from tests.distributed.processes import run_on_ranks
 from tests.distributed.sharded_runs import compare
-from tests.problems import random_batch, rank_batch
+from tests.problems import cached_gradients, random_batch, rank_batch
 from tests.tiny import save_tiny_model
 
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -59,10 +58,7 @@ def _gradients(
         batch, chunks=Chunks([partial(chunk.to, world.device) for chunk in batch.chunks], torch.device("cpu"))
     )
     objective = ContrastiveObjective(LossConfig(precision="fp32", temperature=0.1), unit_norm=True).to(world.device)
-    representations, passes = encode_without_graph(encoder, batch)
-    _, gradients = representation_gradients(objective, representations, batch, world)
-    backward_through_encoder(encoder, batch, gradients, passes)
-    world.sum_gradients(list(encoder.parameters()))
+    cached_gradients(encoder, objective, batch, world)
     return whole_tensors(
         {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, world.device
     ), taken

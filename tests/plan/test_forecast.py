@@ -25,7 +25,6 @@ from retriever.plan.forecast import Forecast, Memory, Workload, most_retained
 from retriever.plan.measure import COST_FIELDS, ChunkCost, Cost
 from retriever.retention import EVERYTHING, NOTHING, Keeps, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
-from tests.tiny import save_tiny_model
 
 ALONE = World(torch.device("cpu"))
 WORKLOAD = Workload(16, {"query": np.arange(4, 20), "passage": np.arange(10, 60)}, 64, packed=True)
@@ -176,12 +175,11 @@ def test_products_that_spare_no_time_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_and_retention_are_those_of_the_run(tmp_path: Path, packed: bool) -> None:
+def test_chunks_and_retention_are_those_of_the_run(one_layer: Path, tmp_path: Path, packed: bool) -> None:
     """The chunks of the loader's first batch, in order and size; and the same first ones keep their graphs."""
     store = random_store(tmp_path / "store", 40, vocabulary=150)
     planner = Planner(store, queries=24, negatives=0, seed=0)
-    model = save_tiny_model(tmp_path / "model", num_hidden_layers=1)
-    config = ModelConfig(str(model), query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS)
+    config = ModelConfig(str(one_layer), query_max_tokens=QUERY_MAX_TOKENS, passage_max_tokens=PASSAGE_MAX_TOKENS)
     run = Config(
         model=replace(config, attention="packed" if packed else "padded"), batch=BatchConfig(tokens_per_chunk=300)
     )

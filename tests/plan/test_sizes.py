@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from retriever.plan.measure import ChunkCost, Cost
 from retriever.plan.sizes import StepPlanner
 from retriever.retention import EVERYTHING, Retention
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE, random_store
-from tests.tiny import save_tiny_model
 
 CPU = World(torch.device("cpu"))
 QUERIES = 1500  # around 130,000 tokens
@@ -105,9 +105,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> DualEncoder:
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
-    return DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=PASSAGE_MAX_TOKENS))
+def encoder(one_layer: Path) -> DualEncoder:
+    return DualEncoder.from_pretrained(ModelConfig(str(one_layer), passage_max_tokens=PASSAGE_MAX_TOKENS))
 
 
 @pytest.fixture
