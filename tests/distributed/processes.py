@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.multiprocessing as mp
 
 from retriever.parallel.world import World
 from tests.determinism import make_strict
-from tests.starts import free_port
+from tests.starts import FORKSERVER, free_port
 
 
 def run_on_ranks(
@@ -27,6 +28,38 @@ def run_on_ranks(
     arguments = (function, world_size, free_port(), folder, cuda)
     mp.start_processes(_work, arguments, nprocs=world_size, start_method="forkserver")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def run_cases(
+    rank_function: Callable[[int, str, int, Path], None],
+    cases: Iterable[str],
+    world_size: int,
+    folder: Path,
+    limit_s: float,
+    endless: tuple[str, int] | None = None,
+) -> dict[str, list[tuple[int | None, str]]]:
+    """Of every case, each rank's exit status and what it logged; all cases run at once.
+
+    `rank_function(rank, case, port, log)` is a rank of a run. Rank and case of `endless` are not waited for.
+    """
+    running = {}
+    for case in cases:
+        port = free_port()
+        jobs = [(rank, case, port, folder / f"{case}{rank}") for rank in range(world_size)]
+        running[case] = [FORKSERVER.Process(target=rank_function, args=job) for job in jobs]
+        for process in running[case]:
+            process.start()
+    deadline, results = time.monotonic() + limit_s, {}
+    for case, processes in running.items():
+        for rank, process in enumerate(processes):
+            process.join(0 if (case, rank) == endless else max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        logs = [(folder / f"{case}{rank}").read_text() for rank in range(world_size)]
+        results[case] = list(zip(statuses, logs, strict=True))
+    return results
 
 
 def _work(

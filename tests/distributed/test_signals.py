@@ -17,7 +17,7 @@ import torch.distributed as dist
 from retriever.errors import Stopped
 from retriever.parallel.world import World
 from retriever.signals import StopSignals
-from tests.starts import FORKSERVER, free_port
+from tests.distributed.processes import run_cases
 
 GRACE_S, LONG_S = 1.0, 60.0
 
@@ -42,8 +42,9 @@ CASES = {
 }
 
 
-def _rank(rank: int, case: Case, port: int, log: Path) -> None:
+def _rank(rank: int, name: str, port: int, log: Path) -> None:
     """A rank of a run of 100 steps; it logs what it saves, and ends with the status of the training command."""
+    case = CASES[name]
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
     os.environ["LOCAL_RANK"] = str(rank)
     wait = timedelta(seconds=300)
@@ -74,30 +75,13 @@ def _rank(rank: int, case: Case, port: int, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[int | None], list[str]]]:
-    """Both ranks' exit statuses, and what they logged, of every case; all run at once."""
-    folder = tmp_path_factory.mktemp("signals")
-    running = {}
-    for number, (name, case) in enumerate(CASES.items()):
-        port, logs = free_port(), [folder / f"{number}-{rank}" for rank in range(2)]
-        running[name] = [FORKSERVER.Process(target=_rank, args=(rank, case, port, logs[rank])) for rank in range(2)]
-        for process in running[name]:
-            process.start()
-    deadline, results = time.monotonic() + LONG_S / 2, {}
-    for number, (name, processes) in enumerate(running.items()):
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        statuses = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        results[name] = statuses, [(folder / f"{number}-{rank}").read_text().strip() for rank in range(2)]
-    return results
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int | None, str]]]:
+    return run_cases(_rank, CASES, 2, tmp_path_factory.mktemp("signals"), limit_s=LONG_S / 2)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_signal_at_either_rank_stops_both(name: str, ended: dict[str, tuple[list[int | None], list[str]]]) -> None:
+def test_a_signal_at_either_rank_stops_both(name: str, ended: dict[str, list[tuple[int | None, str]]]) -> None:
     """The first rank alone saves late; a step of an encoder in shards, which it cannot save alone, is waited for."""
-    statuses, logs = ended[name]
     saves = CASES[name].saves
-    assert statuses == [143, 143], logs
-    assert logs == [saves, saves if saves.startswith("saved") else ""]
+    logged = [(status, said.strip()) for status, said in ended[name]]
+    assert logged == [(143, saves), (143, saves if saves.startswith("saved") else "")]

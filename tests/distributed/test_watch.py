@@ -20,7 +20,7 @@ import torch.distributed as dist
 from retriever.errors import LOST, RankError, Verdict
 from retriever.parallel.watch import Watch
 from retriever.parallel.world import World
-from tests.starts import FORKSERVER, free_port
+from tests.distributed.processes import run_cases
 
 RANKS, TIMEOUT_S = 3, 12.0
 COLLECTIVES_WAIT_S = 300  # of torch's own: what ends a rank sooner is the watch
@@ -86,26 +86,7 @@ def _rank(rank: int, case: str, port: int, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int | None, str]]]:
-    """Each rank's exit status and what it said, of every case; all run at once."""
-    folder = tmp_path_factory.mktemp("watch")
-    running = {}
-    for case in CASES:
-        port = free_port()
-        running[case] = [
-            FORKSERVER.Process(target=_rank, args=(rank, case, port, folder / f"{case}{rank}")) for rank in range(RANKS)
-        ]
-        for process in running[case]:
-            process.start()
-    results = {}
-    for case, processes in running.items():
-        for rank, process in enumerate(processes):
-            process.join(0 if (case, rank) == ("stopped", 1) else 200)
-        statuses = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-        results[case] = [(status, (folder / f"{case}{rank}").read_text()) for rank, status in enumerate(statuses)]
-    return results
+    return run_cases(_rank, CASES, RANKS, tmp_path_factory.mktemp("watch"), limit_s=200, endless=("stopped", 1))
 
 
 @pytest.mark.parametrize("case", CASES)
