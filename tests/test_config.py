@@ -48,7 +48,6 @@ def minimal(tmp_path: Path) -> Path:
         ("data.train.1.wait=2", r"data.train.1.wait: .*weight"),
         ("eval.paht=x", "eval.paht: .*path"),
         # Wrong types.
-        ("run.seed=1.5", "run.seed: expected a whole number, received 1.5"),
         ("run.seed=true", "run.seed: expected a whole number, received True"),
         ("model.tied=1", "model.tied: expected true or false, received 1"),
         ("data={title_separator: 5}", "data.title_separator: expected text, received 5"),
@@ -65,7 +64,6 @@ def minimal(tmp_path: Path) -> Path:
         ("optim=adamw", "optim: expected a mapping"),
         ("data.train=[5]", "data.train.0: expected a mapping"),
         # Impossible alone or together.
-        ("run.seed=-1", "run.seed: "),
         ("model.name_or_path=''", "model.name_or_path: "),
         ("model.query_max_tokens=3", "model.query_max_tokens: "),
         ("data.train=[]", "data.train: expected at least one source"),
@@ -105,7 +103,6 @@ def minimal(tmp_path: Path) -> Path:
         ("batch.pool=15", "batch.pool: expected null or at least 16"),
         ("batch.tokens_per_chunk=143", "batch.tokens_per_chunk: expected auto or at least 144"),
         ("loss.temperature=0", "loss.temperature: "),
-        ("loss.temperature=.nan", "loss.temperature: "),
         ("loss.false_negative_margin=-0.1", "loss.false_negative_margin: "),
         ("loss.directions=[query_to_query]", "loss.directions: expected query_to_passage and others, each once"),
         ("loss.directions=[query_to_passage, query_to_doc]", "loss.directions.1: expected query_to_passage"),
@@ -138,7 +135,6 @@ def minimal(tmp_path: Path) -> Path:
         ("optim.decay=0.2", "optim.decay: expected 0.1 with optim.schedule=linear; received 0.2"),
         ("data={alpha: 0.7, sampling: weight}", "data.alpha: expected 0.5 with data.sampling=weight; received 0.7"),
         ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
-        ("train.max_steps=null", "train: expected exactly one of train.max_steps and train.epochs"),
         ("train.keep_last=0", "train.keep_last: "),
         ("train.eval_every=10", "train.eval_every: "),
         ("eval={split: dev}", "eval.path: "),
@@ -148,40 +144,17 @@ def minimal(tmp_path: Path) -> Path:
         ("model.lora={dropout: 1.0}", "model.lora.dropout: "),
         ("loss.dims=[64, 0]", "loss.dims"),
         # Numbers that nothing can hold.
-        (f"run.seed={2**63}", "run.seed: expected a whole number of at most 63 bits"),
-        ("run.seed=" + "9" * 5000, r"override 'run.seed=9{80,}\.\.\.': Exceeds the limit"),
-        (
-            "run.timeout_s=9999999999",
-            "run.timeout_s: expected a whole number of at least 1 and at most 31,536,000, received 9999999999",
-        ),
-        (
-            "model.query_max_tokens=9999999",
-            "model.query_max_tokens: expected a whole number of at least 4 and at most 1,048,576",
-        ),
-        ("data.train.1.weight=1e300", "data.train.1.weight: expected a number above 0 and at most 10,000"),
         ("train.epochs=.inf", "train.epochs: expected a finite number"),
-        ("loss.temperature=1e-320", "loss.temperature: expected a number of at least 1e-12"),
         ("loss={teacher_temperature: 1e-30}", "loss.teacher_temperature: expected a number of at least 1e-12"),
         # Overrides that are none, or go nowhere.
-        ("a..b=1", r"override 'a\.\.b=1': expected key.sub=value"),
-        (".run=1", r"override '\.run=1': expected key.sub=value"),
-        (
-            "data.train.-1.path=x",
-            "override 'data.train.-1.path=x': expected a position from 0 to 1, received -1",
-        ),
-        ("optim.lr.x=1", "optim.lr"),
-        ("model={}", "override 'model={}': expected settings in the braces"),
-        ("model.query_prompt=\ud800", "surrogates not allowed"),
         ("run.trackers=" + "[" * 3000, "override 'run.trackers=.*: "),
-        ("run.seed", "run.seed.*expected key.sub=value"),
-        ("=1", "expected key.sub=value"),
         ("eval.metrics=[nDCG@10", "eval.metrics"),
         ("data.train.2.path=c", r"data.train.2|data.train\[2\]"),
         ("data.train.first.path=c", "data.train.first"),
     ],
 )
 def test_every_refusal_names_its_key(minimal: Path, override: str, message: str) -> None:
-    """Nothing that cannot be run is accepted, and the message says where it was set."""
+    """Nothing that cannot be run is accepted, and the message says where it was set. tests/malformed has more."""
     load(minimal)
     with pytest.raises(ConfigError, match=message):
         load(minimal, [override])
@@ -227,11 +200,6 @@ def test_a_file_that_is_no_configuration_is_refused_as_such(tmp_path: Path, text
             continue  # the override gives the empty section its value
         with pytest.raises(ConfigError):
             load(path, overrides)
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml"):
-        load("nowhere.yaml")
 
 
 def test_overrides_reach_every_kind_of_value(minimal: Path) -> None:
@@ -280,17 +248,6 @@ def test_quotation_marks_around_a_text_are_yamls(minimal: Path) -> None:
     assert load(minimal, ["data.train.1.revision=null"]).data.train[1].revision is None
     assert load(minimal, ["data.train.1.revision=1.0"]).data.train[1].revision == "1.0"
     assert load(minimal, ["data.train[1].limit=5", "model={pooling: cls}"]).data.train[1].limit == 5
-
-
-@pytest.mark.parametrize(
-    "content", [b"run: {seed: \xff}\n", "run: {seed: 1}\n".encode("utf-16"), b"run: {seed: " + b"9" * 5000 + b"}"]
-)
-def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes) -> None:
-    """Not UTF-8, or a number of thousands of digits."""
-    (tmp_path / "run.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"--config .*run\.yaml: expected YAML in UTF-8: .") as caught:
-        load(tmp_path / "run.yaml")
-    assert "\n" not in str(caught.value)
 
 
 def test_the_largest_seed_is_accepted(minimal: Path) -> None:

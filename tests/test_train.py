@@ -149,11 +149,8 @@ def test_a_finished_run_says_so(workplace: Path, undisturbed: Path, capsys: pyte
     ("overrides", "message"),
     [
         (["optim.lr=5e-4"], "optim.lr: 0.001 -> 0.0005"),
-        (["loss.temprature=1"], "loss.temprature: unknown key; did you mean temperature?"),
-        (["model.fused=true", "model.attention=padded"], "model.fused: expected auto or false"),
         (["run.resume=never"], "already holds a run"),
         (["model.name_or_path=/nowhere/model", "run.output_dir=fresh"], "/nowhere/model"),
-        (["data.train.0.path=/nowhere/data", "run.output_dir=fresh"], "/nowhere/data"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message_without_a_traceback(

@@ -8,7 +8,6 @@ import json
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,11 +52,10 @@ def _loader(
     masked: bool = True,
     even_chunks: bool = False,
     packed: bool = False,
-    budget: int = BUDGET,
 ) -> BatchLoader:
     config = Config(
         model=replace(MODEL, attention="packed" if packed else "padded"),
-        batch=BatchConfig(tokens_per_chunk=budget),
+        batch=BatchConfig(tokens_per_chunk=BUDGET),
         loss=LossConfig(exchange="gather", mask_known_positives=masked),
     )
     world = World(torch.device("cpu"))
@@ -268,9 +266,3 @@ def test_an_error_while_planning_ahead_reaches_the_reader(store: Store, monkeypa
         for batch in loader.batches(0, 5):
             seen.append(batch.step)
     assert seen == [0, 1]
-
-
-def test_a_text_above_the_chunk_budget_is_refused(store: Store, tmp_path: Path) -> None:
-    """A budget below the longest text fails at the first batch, naming the key."""
-    with pytest.raises(ValueError, match="batch.tokens_per_chunk=20"):
-        _loader(store, budget=20).load(0)

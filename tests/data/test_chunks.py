@@ -35,7 +35,6 @@ def test_a_plan_covers_every_row_once_within_the_budget_longest_first(lengths: l
     assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
     assert all(len(part) * array[part].max() <= budget for part in plan)
     assert all((len(part) + 1) * array[part].max() > budget for part in plan[:-1])
-    assert all(np.array_equal(a, b) for a, b in zip(plan, plan_chunks(array.copy(), budget), strict=True))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 300))

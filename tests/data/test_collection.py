@@ -93,23 +93,11 @@ def test_beir_corpus_of_parquet_shards_and_overrides(tmp_path: Path) -> None:
     assert [example.query for example in source.examples()] == ["how", "when"]
 
 
-def test_beir_errors_say_what_is_there(tmp_path: Path) -> None:
+def test_two_corpora_are_named(tmp_path: Path) -> None:
     beir(tmp_path)
-    with pytest.raises(DataError, match=r"expected one file qrels/dev\.tsv or qrels\.dev\.tsv, found qrels/train\.tsv"):
-        opened(tmp_path, split="dev")
-    write(tmp_path / "queries.jsonl", lines({"_id": "q1", "text": "what"}))
-    with pytest.raises(DataError, match=r"train\.tsv: query id 'q2' is not among the 1 queries"):
-        list(opened(tmp_path).examples())
     write(tmp_path / "corpus.jsonl.gz", lines(*DOCUMENTS))
     with pytest.raises(DataError, match=r"expected one corpus file, found corpus\.jsonl, corpus\.jsonl\.gz"):
         opened(tmp_path)
-    write(tmp_path / "corpus.jsonl", lines(DOCUMENTS[0], {"_id": "d2", "title": "x"}))
-    with pytest.raises(
-        DataError,
-        match=r"corpus\.jsonl, line 2: field 'text' is missing: expected 'text' or 'contents' or 'passage', "
-        "received fields _id, title",
-    ):
-        list(read_corpus(tmp_path / "corpus.jsonl"))
 
 
 def test_dprs_passages_lose_the_quotation_marks_around_them(tmp_path: Path) -> None:
@@ -128,18 +116,6 @@ def test_dprs_passages_lose_the_quotation_marks_around_them(tmp_path: Path) -> N
     ]
     headless = write(tmp_path / "collection.tsv", '10\t"quoted" as it stands "here"\n11\t"all of it"\n')
     assert [passage.text for passage in read_corpus(headless)] == ['"quoted" as it stands "here"', '"all of it"']
-
-
-def test_a_query_id_of_two_texts_is_refused(tmp_path: Path) -> None:
-    folder = beir(tmp_path)
-    with (folder / "queries.jsonl").open("a") as file:
-        file.write(lines({"_id": "q1", "text": "another text"}))
-    with pytest.raises(
-        DataError, match=r"queries\.jsonl, line 3: query id 'q1' stands for two texts, the second 'another text'"
-    ):
-        list(opened(folder).examples())
-    with pytest.raises(DataError, match="query id 'q1' stands for two texts"):
-        read_beir(folder, "train")
 
 
 def msmarco(folder: Path) -> Path:
@@ -209,23 +185,6 @@ def test_qrels_of_every_style(tmp_path: Path, text: str, expected: dict[str, dic
     assert read_qrels(write(tmp_path / "qrels.tsv.gz", text)) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("q 0 d one\n", r"line 1: field 'score': expected a whole number of at most 9 digits, received 'one'"),
-        (
-            "q 0 d 1\nq 0 e 0.5\n",
-            r"line 2: field 'score': expected a whole number of at most 9 digits, received '0\.5'",
-        ),
-        ("q 0 d 1\nq d\n", r"line 2: expected 'qid 0 pid grade' or 'qid pid grade', received 'q d'"),
-        ("q 0 d 1\nq 0 d 2\n", r"line 2: query 'q', passage 'd': grade 2, but 1 before"),
-    ],
-)
-def test_malformed_qrels(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(DataError, match=r"qrels\.txt, " + message):
-        read_qrels(write(tmp_path / "qrels.txt", text))
-
-
 @pytest.mark.parametrize("grade", ["NaN", "Infinity", "0.5", "true"])
 def test_a_grade_in_json_is_a_whole_number(tmp_path: Path, grade: str) -> None:
     path = write(tmp_path / "test.jsonl", f'{{"query-id": "q", "corpus-id": "d", "score": {grade}}}\n')
@@ -250,10 +209,6 @@ def test_malformed_tsv_and_triples_name_the_line(tmp_path: Path) -> None:
     write(tmp_path / "collection.tsv", "10\tone\n11\ttwo\tthree\n")
     with pytest.raises(DataError, match=r"collection\.tsv, line 2: expected 2 columns \(id, text\), received 3"):
         list(read_corpus(tmp_path))
-    with pytest.raises(
-        DataError, match=r"triples\.tsv, line 2: expected 3 columns \(query, positive, negative\), received 2"
-    ):
-        list(opened(write(tmp_path / "triples.tsv", "1\t10\t11\n1 10\n")).examples())
     with pytest.raises(DataError, match=r"triples\.tsv, line 1: query id '77' is not among the 3 queries"):
         list(opened(write(tmp_path / "triples.tsv", "77\t10\t11\n")).examples())
 
@@ -310,76 +265,10 @@ def test_qrels_as_csv_and_json_lines(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("grade", ["1_0", "1.0", "", " ", "\u0661", "1e1", "9" * 10, "9" * 5000, "--1", "0x1"])
-def test_a_grade_is_a_plain_whole_number(tmp_path: Path, grade: str) -> None:
-    with pytest.raises(DataError, match="line 2: field 'score': expected a whole number of at most 9 digits, received"):
-        read_qrels(write(tmp_path / "q.tsv", f"query-id\tcorpus-id\tscore\nq\td\t{grade}\n"))
-
-
-@pytest.mark.parametrize("content", ["", "\n\n", "query-id\tcorpus-id\tscore\n"])
-def test_judgments_without_a_line_are_refused(tmp_path: Path, content: str) -> None:
-    with pytest.raises(DataError, match="q.tsv: expected judgments .*, found none"):
-        read_qrels(write(tmp_path / "q.tsv", content))
-
-
-def checked(folder: Path, corpus: str, queries: str = "", judged: str = "q1 0 d1 1\n") -> tuple[str, ...]:
-    """The notes of an evaluation on a folder of these files."""
-    write(folder / "corpus.jsonl", corpus)
-    write(folder / "queries.jsonl", queries or lines({"_id": "q1", "text": "what"}))
-    write(folder / "qrels/dev.tsv", judged)
-    return read_beir(folder, "dev").check()
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (
-            {"corpus": lines(*({"_id": i, "text": t} for i, t in (("a", "x"), ("b", "y"), ("a", "z"))))},
-            r"corpus\.jsonl, line 3: field '_id': expected an id once; line 1 has it, with another text, received 'a'",
-        ),
-        (
-            {"corpus": lines({"_id": "a", "text": "x"}, {"_id": "a", "text": "x"})},
-            r"corpus\.jsonl, line 2: field '_id': expected an id once; line 1 has it, received 'a'",
-        ),
-        (
-            {"corpus": lines({"_id": "a b", "text": "x"})},
-            "line 1: field '_id': expected an id without white space, which separates",
-        ),
-        ({"corpus": lines({"_id": "a\u3000", "text": "x"})}, "line 1: field '_id': expected an id without white space"),
-        ({"corpus": lines({"_id": "a", "text": None})}, "line 1: field 'text': expected text, received None"),
-        ({"corpus": ""}, r"corpus\.jsonl: expected passages, found none"),
-        (
-            {"queries": lines({"_id": "q1", "text": " "})},
-            r"queries\.jsonl, line 1: field 'text': expected text that is not blank",
-        ),
-        (
-            {"queries": lines({"_id": "q1", "text": "a"}, {"_id": "q1", "text": "b"})},
-            r"queries\.jsonl, line 2: query id 'q1' stands for two texts, the second 'b'",
-        ),
-        (
-            {"queries": lines({"_id": "q 1", "text": "a"}), "judged": "q 1\td1\t1\n"},
-            r"queries\.jsonl, line 1: field '_id': expected an id without white space",
-        ),
-        (
-            {"judged": "q1 0 d1 0\nq1 0 d2 -1\n"},
-            r"dev\.tsv: field 'score': expected a grade above 0 on some line, received none",
-        ),
-    ],
-)
-def test_evaluation_data_are_refused_before_anything_is_encoded(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
-    corpus = lines({"_id": "d1", "text": "x"}, {"_id": "d2", "text": "", "title": "y"}, {"_id": "d3", "text": " "})
-    unjudged = lines({"_id": "q1", "text": "what"}, {"_id": "q 2", "text": ""})
-    assert checked(tmp_path / "whole", corpus, unjudged) == (
-        "1 passage without a text and a title, encoded as blank texts",
-    )
-    with pytest.raises(DataError, match=message):
-        checked(tmp_path / "set", **{"corpus": corpus, "queries": "", **files})
-
-
-def test_a_blank_query_is_none_to_train_on(tmp_path: Path) -> None:
+def test_an_evaluation_says_how_many_passages_are_blank(tmp_path: Path) -> None:
+    """Without a text and a title; tests/malformed has what it refuses."""
     folder = beir(tmp_path)
-    write(folder / "queries.jsonl", lines({"_id": "q1", "text": "what"}, {"_id": "q2", "text": ""}))
-    with pytest.raises(DataError, match="query id 'q2' is not among the 1 queries that have a text"):
-        list(opened(folder).examples())
+    write(
+        folder / "corpus.jsonl", lines(*DOCUMENTS, {"_id": "d3", "text": "", "title": "y"}, {"_id": "d4", "text": " "})
+    )
+    assert read_beir(folder, "train").check() == ("1 passage without a text and a title, encoded as blank texts",)

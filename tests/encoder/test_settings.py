@@ -181,18 +181,6 @@ def test_our_own_file_decides_over_all_others(folder: Path) -> None:
     assert (settings.similarity, settings.prompt("query"), settings.max_tokens("passage")) == ("dot", "q ", 99)
 
 
-def test_our_own_file_of_another_version_or_cut_short_is_refused(folder: Path) -> None:
-    _write(folder / "bigbatch.json", {"format_version": 2})
-    with pytest.raises(ConfigError, match="format_version is 2; this version of bigbatch reads 1"):
-        read_settings(folder)
-    _write(folder / "bigbatch.json", {"format_version": 1, "pooling": "mean"})
-    with pytest.raises(ConfigError, match="'normalize' is missing"):
-        read_settings(folder)
-    (folder / "bigbatch.json").write_text('{"format_version": 1,')
-    with pytest.raises(ConfigError, match="bigbatch.json: expected JSON"):
-        read_settings(folder)
-
-
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"model {tmp_path}/nowhere: there is no such folder \(model\.name_or_path"):
         read_settings(tmp_path / "nowhere")

@@ -162,23 +162,6 @@ def test_negative_grades_count_nothing_anywhere() -> None:
     )
 
 
-def test_relevance_level_moves_binary_measures_and_not_ndcg() -> None:
-    qrels, run = {"q": {"a": 1, "b": 2}}, {"q": ["a", "b"]}
-    low, high = (
-        scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10"),
-        scores_of(qrels, run, "MRR@10", "Recall@1", "nDCG@10", relevance=2),
-    )
-    assert (low.means["MRR@10"], high.means["MRR@10"]) == (1.0, 0.5)
-    assert (low.means["Recall@1"], high.means["Recall@1"]) == (0.5, 0.0)
-    assert low.means["nDCG@10"] == high.means["nDCG@10"] == pytest.approx((1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3)))
-
-
-def test_a_run_without_any_judged_query_scores_zero() -> None:
-    assert scores_of(
-        {"q": {"a": 1}}, {}, "nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec"
-    ).means == dict.fromkeys(["nDCG@10", "MRR", "MAP", "Recall", "P@1", "Success@1", "Rprec"], 0.0)
-
-
 @pytest.mark.parametrize(
     ("given", "name"), [("ndcg@10", "nDCG@10"), (" MRR@10 ", "MRR@10"), ("map", "MAP"), ("RECALL@100", "Recall@100")]
 )
