@@ -87,7 +87,10 @@ def _beside_each_other(config: Config) -> list[Rule]:
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
-        (model.lora is not None, ("model.fused", _AUTO_OR_FALSE, "model.lora")),
+        (
+            model.lora is not None and model.lora.dropout > 0,
+            ("model.fused", _AUTO_OR_FALSE, "a dropout of model.lora above 0"),
+        ),
         (model.fused is True, ("model.compile", _AUTO_OR_FALSE, "model.fused=true")),
         (model.gradient_checkpointing, ("model.compile", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
         (optim.name == "adafactor", ("optim.betas", (betas,), "optim.name=adafactor, which has none")),

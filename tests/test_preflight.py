@@ -204,9 +204,9 @@ def test_what_keeps_layers_from_being_fused_is_named(tmp_path: Path) -> None:
         DualEncoder.from_pretrained(ModelConfig(str(save_tiny_model(tmp_path / str(i), architecture))))
         for i, architecture in enumerate(("qwen3", "qwen3", "gpt2"))
     )
-    adapt(adapted.towers, LoraConfig(), seed=0)
+    adapt(adapted.towers, LoraConfig(dropout=0.1), seed=0)
     assert summary.modes(packed, plain) == "packed texts, compiled layers"
     because = "packed texts, compiled layers (not fused: "
-    assert summary.modes(packed, adapted) == because + "it has LoRA adapters)"
+    assert summary.modes(packed, adapted) == because + "its LoRA adapters have dropout)"
     assert summary.modes(packed, other) == because + "the layers of a 'gpt2' model are not known)"
     assert summary.modes(replace(packed, attention="padded"), other) == "padded texts, compiled layers"

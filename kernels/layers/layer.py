@@ -18,7 +18,7 @@ arXiv:1810.04805; Xiong et al. 2020, arXiv:2002.04745)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +70,34 @@ class Parameters(NamedTuple):
     key_norm_weight: Tensor | None = None
 
 
+class Adapter(NamedTuple):
+    """A trained low-rank part of a weight: W + scale · up down is in the place of W."""
+
+    down: Tensor  # [r, in]
+    up: Tensor  # [out, r]
+    scale: float
+
+
+Adapters = Mapping[str, Adapter]  # by the field of `Parameters` that holds the weight
+
+# The weights that each product reads, one below another.
+_PARTS = {
+    "qkv": ("query_weight", "key_weight", "value_weight"),
+    "attention_out": ("attention_out_weight",),
+    "ffn_in": ("ffn_in_weight", "ffn_up_weight"),
+    "ffn_out": ("ffn_out_weight",),
+}
+
+
+class LowRank(NamedTuple):
+    """The adapters of a product's weights beside each other, in the computing dtype: what gradients at them read."""
+
+    down: Tensor  # [R, in]: scale · down of each, one below another
+    up: Tensor  # [out, R]: scale · up of each, where its rows and its columns meet; else 0
+
+
 class RoundedWeights(NamedTuple):
-    """The parameters of the matrix products, in the computing dtype."""
+    """The parameters of the matrix products, in the computing dtype; adapters are added before they are rounded."""
 
     qkv: Tensor  # [(H + 2 G) d, D]
     qkv_bias: Tensor | None
@@ -80,6 +106,7 @@ class RoundedWeights(NamedTuple):
     ffn_in_bias: Tensor | None  # [F]
     ffn_out: Tensor  # [D, F]
     ffn_out_transposed: Tensor  # [F, D], as `gelu_product_backward` reads it
+    low_rank: Mapping[str, LowRank] = {}  # by product
 
 
 class LayerKind(NamedTuple):
@@ -142,17 +169,41 @@ class SavedActivations(NamedTuple):
     ffn_out: Tensor  # [T, D]: of the second product of the feed-forward part, before its bias
 
 
-def rounded_weights(parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
+@torch.no_grad()
+def rounded_weights(parameters: Parameters, dtype: torch.dtype, adapters: Adapters | None = None) -> RoundedWeights:
     """`parameters` as matrix products in `dtype` read them; no gradient flows back through this."""
+    adapters = adapters or {}
+    merged: dict[str, Any] = {
+        name: torch.addmm(getattr(parameters, name), up, down, alpha=scale)
+        for name, (down, up, scale) in adapters.items()
+    }
     detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in parameters]
-    p = Parameters(*detached)
+    p = Parameters(*detached)._replace(**merged)
+    low_rank = {
+        product: _low_rank(parameters, names, dtype, adapters)
+        for product, names in _PARTS.items()
+        if any(name in adapters for name in names)
+    }
     ffn_out = p.ffn_out_weight.to(dtype)
     qkv = _joined((p.query_weight, p.key_weight, p.value_weight), dtype)
     qkv_bias = _joined((p.query_bias, p.key_bias, p.value_bias), dtype)
     ffn_in, ffn_in_bias = _joined((p.ffn_in_weight, p.ffn_up_weight), dtype), _joined((p.ffn_in_bias,), dtype)
     assert qkv is not None and ffn_in is not None
     turned = ffn_out.T if ffn_in_bias is None else transposed(ffn_out)
-    return RoundedWeights(qkv, qkv_bias, p.attention_out_weight.to(dtype), ffn_in, ffn_in_bias, ffn_out, turned)
+    attention_out = p.attention_out_weight.to(dtype)
+    return RoundedWeights(qkv, qkv_bias, attention_out, ffn_in, ffn_in_bias, ffn_out, turned, low_rank)
+
+
+def _low_rank(p: Parameters, names: Sequence[str], dtype: torch.dtype, adapters: Adapters) -> LowRank:
+    """The adapters of the weights called `names`, beside each other."""
+    ups = []
+    for name in names:
+        if name in adapters:
+            ups.append(adapters[name].scale * adapters[name].up)
+        elif (weight := getattr(p, name)) is not None:
+            ups.append(weight.new_zeros(len(weight), 0))
+    downs = [adapters[name].scale * adapters[name].down for name in names if name in adapters]
+    return LowRank(torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))
 
 
 def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
@@ -170,18 +221,22 @@ def transformer_layer(
     read: RoundedWeights,
     parameters: Parameters,
     saved: SavedActivations | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream after the layer [T, D], and what the next layer's matrix products read of it.
 
     stream [T, D] float32 (float64), contiguous; rounded [T, D] what the products read of it in the computing dtype,
     bfloat16 or float16 (or `stream` itself: nothing is normed or rounded); `read` the present `rounded_weights` of
-    `parameters` in that dtype. To be called with autocast off. One backward pass, without retain_graph, in stream,
-    rounded and parameters; what needs no gradient costs no matrix product. It uses `read` as the forward pass did, and
-    raises where a parameter that it reads again (biases of the outputs, the norms' weights) was changed in between.
-    `saved` of `without_graph` for the same arguments are taken as they are and not computed again; every result keeps
-    its bits. Raises ValueError where shapes or dtypes do not fit.
+    `parameters` and `adapters` in that dtype. To be called with autocast off. One backward pass, without retain_graph,
+    in stream, rounded, parameters and adapters; what needs no gradient costs no matrix product. It uses `read` as the
+    forward pass did, and raises where a parameter that it reads again (biases of the outputs, the norms' weights) was
+    changed in between. `saved` of `without_graph` for the same arguments are taken as they are and not computed again;
+    every result keeps its bits. Raises ValueError where shapes or dtypes do not fit.
     """
-    stream, rounded = _Layer.apply(stream, None if rounded is stream else rounded, layer, read, saved, *parameters)
+    adapters = adapters or {}
+    tensors = [*parameters, *[matrix for adapter in adapters.values() for matrix in adapter[:2]]]
+    read_rounded = None if rounded is stream else rounded
+    stream, rounded = _Layer.apply(stream, read_rounded, layer, read, saved, tuple(adapters), *tensors)
     return stream, stream if rounded is None else rounded
 
 
@@ -266,9 +321,10 @@ class _Layer(torch.autograd.Function):
         layer: LayerSettings,
         read: RoundedWeights,
         saved: SavedActivations | None,
-        *tensors: Any,
+        adapted: tuple[str, ...],  # the names of the weights that have adapters
+        *tensors: Any,  # `Parameters`, and two matrices of each adapter
     ) -> tuple[Tensor, Tensor | None]:
-        p = Parameters(*tensors)
+        p = Parameters(*tensors[: len(Parameters._fields)])
         out, out_rounded, saved, rest = _forward(stream, rounded, layer, read, p, saved, keep=True)
         context, lse, ffn_out = saved
         heads, rotated, attention_out, statistics1, middle, *others = rest
@@ -278,6 +334,7 @@ class _Layer(torch.autograd.Function):
         of_norm2 = (None, out) if second else (ffn_out, middle)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, rounded is not None
         ctx.rows = [0 if parameter is None else len(parameter) for parameter in p]
+        ctx.ranks = {name: len(down) for name, down in zip(adapted, tensors[len(p) :: 2], strict=True)}
         ctx.set_materialize_grads(False)
         again = (
             *(p.attention_out_bias, p.attention_norm_weight, p.ffn_out_bias, p.ffn_norm_weight),
@@ -292,8 +349,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dout_rounded: Tensor | None) -> tuple[Tensor | None, ...]:
         layer, read, kind = ctx.layer, ctx.read, ctx.layer.kind
         rows: Any = Parameters(*ctx.rows)
-        needs_stream, needs_rounded, _, _, _, *needs_parameters = ctx.needs_input_grad
-        needs: Any = Parameters(*needs_parameters)
+        needs_stream, needs_rounded, _, _, _, _, *needs_tensors = ctx.needs_input_grad
+        needs: Any = Parameters(*needs_tensors[: len(ctx.rows)])
+        low_rank: dict[str, tuple[Tensor, Tensor] | None] = {}
         (
             x, context, lse, heads, rotated, attention_out, stream, statistics1, ffn_out, middle, y, ffn_in, activated,
             statistics2,
@@ -308,23 +366,27 @@ class _Layer(torch.autograd.Function):
         del norm2, ffn_out, middle
         if kind.gate is None:
             dffn_out_weight = _weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
+            low_rank["ffn_out"] = _low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
             del activated
             dffn_in, dffn_in_bias = gelu_product_backward(dffn_out, read.ffn_out_transposed, ffn_in)
         else:
             dffn_in, activated = gated_backward(dffn_out @ read.ffn_out, ffn_in, kind.gate)
             dffn_out_weight = _weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
+            low_rank["ffn_out"] = _low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
             dffn_in_bias = None
             del activated
         del dffn_out, ffn_in
         dffn_in_weight = _weight_gradient(dffn_in, y) if needs.ffn_in_weight or needs.ffn_up_weight else None
+        low_rank["ffn_in"] = _low_rank_gradients(dffn_in, y, read.low_rank.get("ffn_in"))
         dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.ffn_in, ctx.is_rounded or kind.pre_norm)
         del dffn_in, y
         norm1 = layer.norm(1, attention_out, attention_out_bias, stream, attention_norm_weight)
         dattention_out, dstream, of_norm1 = norm_backward(dmiddle, dmiddle_rounded, norm1, statistics1)
         del norm1, dmiddle, dmiddle_rounded, attention_out, stream
-        dattention_out_weight = (
-            _weight_gradient(dattention_out, context.flatten(1)) if needs.attention_out_weight else None
-        )
+        flat = context.flatten(1)
+        dattention_out_weight = _weight_gradient(dattention_out, flat) if needs.attention_out_weight else None
+        low_rank["attention_out"] = _low_rank_gradients(dattention_out, flat, read.low_rank.get("attention_out"))
+        del flat
         dcontext = (dattention_out @ read.attention_out).view(context.shape)
         del dattention_out
         dheads, mask = torch.empty_like(heads), layer.mask(heads.shape[2])
@@ -343,19 +405,45 @@ class _Layer(torch.autograd.Function):
         biases = _by_rows(
             dqkv.sum(0, dtype=of_norm1.dtype) if needs_bias else None, (rows.query_bias, rows.key_bias, rows.value_bias)
         )
+        low_rank["qkv"] = _low_rank_gradients(dqkv, x, read.low_rank.get("qkv"))
         drounded = None
         if needs_stream or needs_rounded:
             dstream, drounded = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
         dgate, dup = _by_rows(dffn_in_weight, (rows.ffn_in_weight, rows.ffn_up_weight))
         dquery_norm, dkey_norm = (None, None) if of_heads is None else of_heads
         return (
-            dstream, drounded, None, None, None,
+            dstream, drounded, None, None, None, None,
             weights[0], biases[0], weights[1], biases[1], weights[2], biases[2],
             dattention_out_weight, *_of_norm(of_norm1, needs.attention_out_bias, needs.attention_norm_bias),
             dgate, dffn_in_bias,
             dffn_out_weight, *_of_norm(of_norm2, needs.ffn_out_bias, needs.ffn_norm_bias),
             dup, dquery_norm, dkey_norm,
+            *_of_adapters(low_rank, rows, ctx.ranks),
         )  # fmt: skip
+
+
+def _low_rank_gradients(dy: Tensor, x: Tensor, low_rank: LowRank | None) -> tuple[Tensor, Tensor] | None:
+    """The gradients at the matrices of a product's adapters, beside each other as in `LowRank`: [R, in], [out, R]."""
+    if low_rank is None:
+        return None
+    return _weight_gradient(dy @ low_rank.up, x), _weight_gradient(dy, x @ low_rank.down.T)
+
+
+def _of_adapters(
+    found: Mapping[str, tuple[Tensor, Tensor] | None], rows: Any, ranks: Mapping[str, int]
+) -> list[Tensor]:
+    """The gradients at `down` and `up` of each adapter, in the order of `ranks`; `rows` of each parameter."""
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    for product, both in found.items():
+        if both is None:
+            continue
+        ddown, dup = both
+        row = rank = 0
+        for name in _PARTS[product]:
+            below, beside = row + getattr(rows, name), rank + ranks.get(name, 0)
+            gradients[name] = ddown[rank:beside], dup[row:below, rank:beside]
+            row, rank = below, beside
+    return [matrix for name in ranks for matrix in gradients[name]]
 
 
 def _by_rows(gradient: Tensor | None, rows: Sequence[Any]) -> Sequence[Tensor | None]:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from kernels.attention.reference import Texts
 from kernels.layers.layer import (
+    Adapters,
     LayerSettings,
     Parameters,
     RoundedWeights,
@@ -69,7 +70,8 @@ class FusedLayers(nn.Module):
     operation in place and, from here on, for every step of an optimizer, or by another place in memory. Writing through
     `weight.data` in place is seen by neither. Graphs kept from before a change cannot be differentiated after it.
 
-    Other modules in the place of the layers' (adapters), or gradient checkpointing, are refused by RuntimeError.
+    Other modules in the place of the layers' (adapters that came afterwards), or gradient checkpointing, are refused by
+    RuntimeError.
     """
 
     def __init__(
@@ -132,12 +134,12 @@ class FusedLayers(nn.Module):
             turned = angles(rotary, self._specs, like, packed_positions, packed_longest)
             for i, spec in enumerate(self._specs):
                 layer = LayerSettings(spec.kind, texts, dropouts[i], seeds[3 * i : 3 * i + 3], turned[spec.rope])
-                parameters = spec.parameters()
-                inputs = stream, rounded, layer, self._weights(i, parameters, dtype), parameters
+                parameters, adapters = spec.parameters(), spec.adapters()
+                inputs = stream, rounded, layer, self._weights(i, parameters, adapters, dtype), parameters
                 if torch.is_grad_enabled():
                     # Passed on without a name of its own: the layer frees them as soon as it can.
                     stream, rounded = transformer_layer(
-                        *inputs, saved_activations.popleft() if saved_activations else None
+                        *inputs, saved_activations.popleft() if saved_activations else None, adapters
                     )
                 else:
                     stream, rounded, saved = without_graph(*inputs)
@@ -154,14 +156,15 @@ class FusedLayers(nn.Module):
         """
         return torch.float16 if self.only_encodes and not self._specs[0].kind.pre_norm else torch.float32
 
-    def _weights(self, i: int, parameters: Parameters, dtype: torch.dtype) -> RoundedWeights:
+    def _weights(self, i: int, parameters: Parameters, adapters: Adapters, dtype: torch.dtype) -> RoundedWeights:
         """The rounded weights of layer i, made anew only when a weight has changed: once a step, not once a chunk."""
         given = [p for p in parameters if p is not None]
+        given += [matrix for adapter in adapters.values() for matrix in adapter[:2]]
         state = (dtype, *[(p.data_ptr(), p._version) for p in given])
         kept = self._rounded.get(i)
         if kept is None or kept.state != state:
             sources = tuple(p.detach() for p in given)
-            kept = self._rounded[i] = _Rounded(state, rounded_weights(parameters, dtype), sources)
+            kept = self._rounded[i] = _Rounded(state, rounded_weights(parameters, dtype, adapters), sources)
         return kept.weights
 
     def __getstate__(self) -> dict[str, Any]:

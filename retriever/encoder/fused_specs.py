@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kernels.dispatch import WIDEST_ROW
 from kernels.layers.api import Activation
-from kernels.layers.layer import LayerKind, Parameters
+from kernels.layers.layer import Adapter, LayerKind, Parameters
 from retriever.encoder.lora import LoraLinear
 from retriever.encoder.packed_attention import attention_window
 
@@ -32,6 +32,7 @@ class LayerSpec(NamedTuple):
     places: tuple[Place, ...]  # of `Parameters`, in their order
     dropouts: tuple[Place, Place, Place]
     rope: tuple[str, ...] | None = None  # what names the layer's angles to the tower's `rotary_emb`; None: none
+    adapted: tuple[tuple[str, LoraLinear], ...] = ()  # fields of `Parameters` that hold adapted weights, their layers
 
     @property
     def dropout_rates(self) -> tuple[float, float, float]:
@@ -43,11 +44,22 @@ class LayerSpec(NamedTuple):
         """The present ones, past the slow way by which a module finds an attribute."""
         return Parameters(*[cast(Any, place and place[0]._parameters[place[1]]) for place in self.places])
 
+    def adapters(self) -> dict[str, Adapter]:
+        """The present ones, by the field of `Parameters` that holds their weight."""
+        return {field: Adapter(layer.lora_a, layer.lora_b, layer.scale) for field, layer in self.adapted}
+
 
 def layer_specs(tower: PreTrainedModel) -> list[LayerSpec]:
     """One for each layer of a tower that can be fused."""
-    kind = tower.config.model_type
-    return list((_bert if kind in BERT_FAMILY else _OTHERS.get(kind, _llama))(tower))
+    kind, specs = tower.config.model_type, []
+    for spec in (_bert if kind in BERT_FAMILY else _OTHERS.get(kind, _llama))(tower):
+        adapted = [
+            (field, place[0])
+            for field, place in zip(Parameters._fields, spec.places, strict=True)
+            if place is not None and place[1] == "weight" and isinstance(place[0], LoraLinear)
+        ]
+        specs.append(spec._replace(adapted=tuple(adapted)))
+    return specs
 
 
 def unfused_because(tower: PreTrainedModel) -> str | None:
@@ -58,8 +70,8 @@ def unfused_because(tower: PreTrainedModel) -> str | None:
         return f"the layers of a {kind!r} model are not known"
     if config.hidden_size > WIDEST_ROW:
         return f"its layers are {config.hidden_size} wide, and at most {WIDEST_ROW} is possible"
-    if any(isinstance(module, LoraLinear) for module in tower.modules()):
-        return "it has LoRA adapters"
+    if any(isinstance(module, LoraLinear) and module.dropout > 0 for module in tower.modules()):
+        return "its LoRA adapters have dropout"
     if any(getattr(module, "gradient_checkpointing", False) for module in tower.modules()):
         return "it checkpoints gradients"
     if kind in BERT_FAMILY:
@@ -88,7 +100,7 @@ def _unknown_part(tower: Any) -> str | None:
 def _unknown_module(specs: list[LayerSpec]) -> str | None:
     """A module that is no plain linear layer or norm, or a bias that gated parts lack."""
     for holder in (place[0] for spec in specs for place in spec.places if place is not None):
-        if type(holder) not in (nn.Linear, nn.LayerNorm) and not _is_rms(holder):
+        if type(holder) not in (nn.Linear, nn.LayerNorm, LoraLinear) and not _is_rms(holder):
             return f"it has a {type(holder).__name__}"
     if any(spec.kind.gate is not None and spec.parameters().ffn_in_bias is not None for spec in specs):
         return "its gated feed-forward part has biases"

@@ -19,13 +19,14 @@ from transformers.models.modernbert import modeling_modernbert
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from retriever.config import ConfigError, ModelConfig
+from retriever.config import ConfigError, LoraConfig, ModelConfig
 from retriever.data.layout import Packed, pack_rows, pad_rows
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.fused_embeddings import FusedEmbeddings
 from retriever.encoder.fused_layers import FusedLayers
 from retriever.encoder.fused_specs import BERT_FAMILY, FAMILY, angles
+from retriever.encoder.lora import adapt
 from retriever.encoder.text_batches import inference
 from retriever.rng import RngState
 from tests.kernels.oracle import gradient
@@ -52,8 +53,20 @@ def tokens() -> Packed:
     return pack_rows(rows)
 
 
-def _packed(folder: Path, *, fused: bool) -> DualEncoder:
+def _loaded(folder: Path, lora: LoraConfig | None = None) -> DualEncoder:
+    """Adapters are as after some steps: B is no longer zero."""
     encoder = DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS))
+    if lora is not None:
+        adapt(encoder.towers, lora, seed=0)
+        generator = torch.Generator().manual_seed(3)
+        for name, p in encoder.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(p, std=0.1, generator=generator)
+    return encoder
+
+
+def _packed(folder: Path, *, fused: bool, lora: LoraConfig | None = None) -> DualEncoder:
+    encoder = _loaded(folder, lora)
     encoder.pack()
     if fused:
         encoder.fuse_layers()
@@ -76,15 +89,29 @@ def _compute_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_modernbert, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=3, alpha=6.0)], ids=["all", "adapters"])
 def test_embeddings_and_gradients_are_the_library_s(
-    folder: Path, tokens: Packed, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tokens: Packed, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, dropout off: 1e-12 for embeddings, every parameter's gradient to 1e-9; of padded texts with the
-    library's layers.
+    """In float64, dropout off: 1e-12 for embeddings, every trained parameter's gradient to 1e-9; of padded texts with
+    the library's layers.
     """
     _compute_in_double(monkeypatch)
-    library = DualEncoder.from_pretrained(ModelConfig(str(folder), passage_max_tokens=MAX_POSITIONS))
-    encoders = [encoder.double().eval() for encoder in (library, _packed(folder, fused=True))]
+    _compare(folder, tokens, lora)
+
+
+@pytest.mark.parametrize("targets", [("k_proj", "up_proj"), ("q_proj", "v_proj", "gate_proj"), ("o_proj", "down_proj")])
+def test_some_linear_layers_have_adapters(
+    tmp_path: Path, tokens: Packed, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a product of several weights, any may be adapted."""
+    _compute_in_double(monkeypatch)
+    _compare(save_tiny_model(tmp_path / "model", "qwen3"), tokens, LoraConfig(r=3, alpha=6.0, targets=targets))
+
+
+def _compare(folder: Path, tokens: Packed, lora: LoraConfig | None) -> None:
+    library = _loaded(folder, lora)
+    encoders = [encoder.double().eval() for encoder in (library, _packed(folder, fused=True, lora=lora))]
     rows = np.split(tokens.input_ids.numpy(), tokens.starts[1:-1].numpy())
     padding = library.passage_tower.config.pad_token_id
     expected, found = encoders[0]("passage", pad_rows(rows, padding)), encoders[1]("passage", tokens)
@@ -95,7 +122,13 @@ def test_embeddings_and_gradients_are_the_library_s(
     named = [dict(encoder.named_parameters()) for encoder in encoders]
     assert named[0].keys() == named[1].keys()
     for name, p in named[0].items():
-        torch.testing.assert_close(named[1][name].grad, p.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
+        found = named[1][name]
+        assert (p.grad is not None) == p.requires_grad and found.requires_grad == p.requires_grad
+        assert found.grad is not None if p.requires_grad else found.grad is None, name
+        if p.grad is not None:
+            torch.testing.assert_close(found.grad, p.grad, rtol=1e-9, atol=1e-12, msg=f"{name}: {{}}".format)
+    if lora is not None:
+        assert all(gradient(p).norm() > 0 for p in encoders[1].parameters() if p.requires_grad)
     assert any(isinstance(module, FusedLayers) for module in encoders[1].modules())
     kind = library.passage_tower.config.model_type  # ELECTRA's tables are narrower than its layers
     fused = any(isinstance(module, FusedEmbeddings) for module in encoders[1].modules())
@@ -300,6 +333,23 @@ def test_a_change_of_weights_is_seen(
     assert torch.equal(found, expected) and not torch.equal(before.double(), found.double())
 
 
+def test_a_step_of_the_adapters_is_seen(folder: Path, tokens: Packed) -> None:
+    """And before it, a pass with a graph has the bits of one without."""
+    encoder = _packed(folder, fused=True, lora=LoraConfig(r=3)).eval()
+    encoder.autocast_dtype = torch.bfloat16
+    with torch.no_grad():
+        before = encoder("passage", tokens)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    again = encoder("passage", tokens)
+    again[:, 0].sum().backward()
+    assert torch.equal(again, before)
+    torch.optim.AdamW(trained, lr=0.05, fused=True).step()
+    found = encoder("passage", tokens).detach()
+    layers = next(module for module in encoder.modules() if isinstance(module, FusedLayers))
+    layers._rounded.clear()
+    assert torch.equal(found, encoder("passage", tokens)) and not torch.equal(before, found)
+
+
 def test_weights_are_rounded_once_a_step(tmp_path: Path, tokens: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, rounded = _fused_bert(tmp_path), Mock(wraps=fused_layers.rounded_weights)
     monkeypatch.setattr(fused_layers, "rounded_weights", rounded)
@@ -413,3 +463,8 @@ def test_settings_that_fused_layers_lack_are_named(
         assert encoder.unfused_because == (reason if number else None)
     with pytest.raises(ConfigError, match=f"model.fused: true, but {reason}; set it to auto"):
         encoder.fuse_layers()
+
+
+def test_adapters_with_dropout_are_left_to_the_library(tmp_path: Path) -> None:
+    encoder = _loaded(save_tiny_model(tmp_path / "model"), LoraConfig(dropout=0.1))
+    assert encoder.unfused_because == "its LoRA adapters have dropout"

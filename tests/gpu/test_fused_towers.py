@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from kernels.layers.layer import SavedActivations
+from retriever.config import LoraConfig
 from retriever.data.layout import Packed, pack_rows
 from retriever.encoder.architectures import PACKED
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.fused_specs import FAMILY
+from retriever.encoder.lora import adapt
 from retriever.rng import RngState
 from tests.gpu.devices import toy
 from tests.tiny import ARCHITECTURES
@@ -37,9 +39,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_encoder(architecture: str, device: str, *, fused: bool) -> DualEncoder:
-    """Two layers with the same random weights at every call, in bf16; narrow on the CPU, and where they are not new."""
+def make_encoder(name: str, device: str, *, fused: bool) -> DualEncoder:
+    """Two layers with the same random weights at every call, in bf16; narrow on the CPU, and where they are not new.
+
+    `name` is an architecture, with ", lora" one whose linear layers have adapters.
+    """
     torch.manual_seed(0)
+    architecture, _, condition = name.partition(", ")
     wide, own = device == "cuda", SIZES.get(architecture)
     sizes = (own | (_WIDE if wide else _NARROW)) if own else ARCHITECTURES[architecture]
     sizes = sizes | {"num_hidden_layers": 2, "vocab_size": 100}
@@ -51,6 +57,11 @@ def make_encoder(architecture: str, device: str, *, fused: bool) -> DualEncoder:
         for name, p in tower.named_parameters():
             p.normal_(1.0, 0.1) if "norm" in name.lower() and name.endswith("weight") else p.normal_(0.0, 0.04)
     encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=torch.bfloat16)
+    if condition == "lora":
+        adapt(encoder.towers, LoraConfig(), seed=0)
+        for parameter_name, p in tower.named_parameters():
+            if parameter_name.endswith("lora_b"):
+                nn.init.normal_(p, std=0.02)
     encoder.pack()
     if fused and encoder.can_fuse:
         encoder.fuse_layers()
@@ -75,12 +86,16 @@ def gradients(
     (embeddings * direction).sum().backward()
     tables = {f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, nn.Embedding)}
     found = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None and name not in tables}
-    assert len(found) == len([*encoder.parameters()]) - len(tables)
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert found.keys() == trained - tables
     encoder.zero_grad(set_to_none=True)
     return embeddings.detach(), found
 
 
-@pytest.mark.parametrize("architecture", sorted(SIZES))
+ADAPTED = ["bert, lora", "modernbert, lora", "qwen3, lora"]
+
+
+@pytest.mark.parametrize("architecture", [*sorted(SIZES), *ADAPTED])
 def test_as_exact_as_the_library_s_layers(architecture: str, device: str) -> None:
     """Errors against fp32, dropout off: of embeddings and of all gradients, at most 1.1 times the library's in bf16."""
     tokens, library = make_texts(device), make_encoder(architecture, device, fused=False).eval()
@@ -100,13 +115,13 @@ def test_as_exact_as_the_library_s_layers(architecture: str, device: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # torch's own, compiling
-@pytest.mark.parametrize("architecture", [*sorted(PACKED), "gpt2, compiled"])
+@pytest.mark.parametrize("architecture", [*sorted(PACKED), *ADAPTED, "gpt2, compiled"])
 def test_replays_have_the_same_bits(architecture: str, device: str) -> None:
     """Without a graph, with one, and with the products of the pass without one; dropout on."""
-    name, _, compiled = architecture.partition(", ")
-    encoder, tokens = make_encoder(name, device, fused=True), make_texts(device)
+    name, _, condition = architecture.partition(", ")
+    encoder, tokens = make_encoder(architecture, device, fused=True), make_texts(device)
     assert encoder.keeps_products == (name in FAMILY)
-    if compiled and device == "cuda":  # half a minute on a CPU
+    if condition == "compiled" and device == "cuda":  # half a minute on a CPU
         encoder.compile_layers()
     state, saved = RngState.capture(torch.device(device)), deque[SavedActivations]()
     products = saved if encoder.keeps_products else None
