@@ -15,6 +15,7 @@ import numpy as np
 
 from retriever.config import Config, ConfigError
 from retriever.config_sources import hard_negatives, queries_per_epoch
+from retriever.data.hashing import hashed, hashed_order
 from retriever.data.store import Store
 from retriever.wording import counted
 
@@ -61,8 +62,6 @@ class Planner:
     bring.
     """
 
-    positives = 1  # of a query in a batch, at most
-
     def __init__(
         self,
         store: Store,
@@ -70,15 +69,16 @@ class Planner:
         queries: int,
         negatives: int | Sequence[int],
         seed: int,
+        positives: int = 1,
         one_source: bool = True,
         pool: int | None = None,
         mixture: Mixture = _EVERY_QUERY_ONCE,
     ) -> None:
-        """`negatives`: hard negatives of a query, of every source or of each."""
-        self._store, self._mixture = store, mixture
+        """`negatives`: hard negatives of a query, of every source or of each. `positives`: the most of a query."""
+        self._store, self._mixture, self._positives = store, mixture, positives
         self._negatives = np.broadcast_to(np.asarray(negatives, np.int64), len(store.sources))
         self._pool = pool
-        self._key = _hash(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
+        self._key = hashed(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
         self._one_source = one_source
         self._sizes = [source.last - source.first for source in store.sources]
         for source, size in zip(store.sources, self._sizes, strict=True):
@@ -100,6 +100,7 @@ class Planner:
             queries=config.batch.queries,
             negatives=hard_negatives(config.data),
             seed=config.run.seed,
+            positives=config.loss.positives,
             one_source=config.batch.one_source,
             pool=config.batch.pool,
             mixture=Mixture(
@@ -108,7 +109,6 @@ class Planner:
                 apart=[number for number, source in enumerate(config.data.train) if source.apart],
             ),
         )
-        planner.positives = config.loss.positives
         planner._check_negatives([source.negatives for source in config.data.train])
         return planner
 
@@ -163,7 +163,7 @@ class Planner:
         rows, targets = self._draw_positives(queries, passes)
         of, negatives = self._draw_negatives(queries, passes)
         brought = np.concatenate([targets, negatives])
-        shares = None if self.positives == 1 else 1.0 / np.bincount(rows)[rows]
+        shares = None if self._positives == 1 else 1.0 / np.bincount(rows)[rows]
         if self._pool is None and not self._mixture.apart:
             return GlobalBatch(step, epoch, name, queries[rows], targets, np.unique(brought), shares=shares)
         passages, first = np.unique(brought, return_index=True)
@@ -185,12 +185,12 @@ class Planner:
     def _make_schedule(self, epoch: int) -> list[tuple[int, int]]:
         """The epoch's batches as (source, part): shuffled, or each source's next one in turn."""
         batches = [(source, part) for source, parts in enumerate(self._batches) for part in range(parts)]
-        order = _order(_hash(self._key, np.uint64(1), np.uint64(epoch)), len(batches))
+        order = hashed_order(hashed(self._key, np.uint64(1), np.uint64(epoch)), len(batches))
         shuffled = [batches[i] for i in order]
         return sorted(shuffled, key=lambda batch: batch[1]) if self._mixture.takes_turns else shuffled
 
     def _make_pass_order(self, source: int, turn: int) -> np.ndarray:
-        return _order(_hash(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
+        return hashed_order(hashed(self._key, np.uint64(2), np.uint64(source), np.uint64(turn)), self._sizes[source])
 
     def _at(self, source: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Query rows at `positions` of the source's endless shuffled sequence, and the pass over the source of each."""
@@ -204,7 +204,7 @@ class Planner:
     def _make_mixed_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         parts = [self._at(source, np.arange(taken) + epoch * taken) for source, taken in enumerate(self._per_epoch)]
         queries, turns = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = _order(_hash(self._key, np.uint64(3), np.uint64(epoch)), len(queries))
+        order = hashed_order(hashed(self._key, np.uint64(3), np.uint64(epoch)), len(queries))
         return queries[order], turns[order]
 
     def _draw_positives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,11 +213,11 @@ class Planner:
         """
         ptr, ids = self._store.positives
         count = ptr[queries + 1] - ptr[queries]
-        first = _hash(self._key, np.uint64(4), queries.astype(np.uint64)) % count.astype(np.uint64)
-        drawn = np.minimum(count, self.positives)
+        first = hashed(self._key, np.uint64(4), queries.astype(np.uint64)) % count.astype(np.uint64)
+        drawn = np.minimum(count, self._positives)
         rows = np.repeat(np.arange(len(queries)), drawn)
         place = np.arange(len(rows)) - (np.cumsum(drawn) - drawn)[rows]  # within the query's
-        place += first.astype(np.int64)[rows] + passes[rows] * self.positives
+        place += first.astype(np.int64)[rows] + passes[rows] * self._positives
         return rows, np.asarray(ids[ptr[queries[rows]] + place % count[rows]])
 
     def _draw_negatives(self, queries: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +232,7 @@ class Planner:
         ptr, ids = self._store.negatives.take(queries)
         row = np.repeat(np.arange(len(queries)), np.diff(ptr))
         place = np.arange(len(ids)) - ptr[row]  # within the row
-        hashes = _hash(self._key, np.uint64(5), queries[row].astype(np.uint64), place.astype(np.uint64))
+        hashes = hashed(self._key, np.uint64(5), queries[row].astype(np.uint64), place.astype(np.uint64))
         row_bits = np.uint64(max(1, len(queries).bit_length()))
         keys = (row.astype(np.uint64) << (np.uint64(64) - row_bits)) | (hashes >> row_bits)  # the row in the high bits
         order = np.argsort(keys, kind="stable")  # shuffles every row for itself; `row` stays sorted
@@ -249,19 +249,3 @@ def _pools(passages: np.ndarray, most: int) -> np.ndarray:
     before = passages.cumsum() - passages
     count = -(-passages.sum() // max(1, most + 1 - passages.max()))  # a pool may end one query's passages late
     return np.minimum(before, passages.sum() - 1) * count // passages.sum()
-
-
-def _order(key: np.ndarray, n: int) -> np.ndarray:
-    return np.argsort(_hash(key, np.arange(n, dtype=np.uint64)), kind="stable")
-
-
-def _hash(*parts: np.ndarray | np.uint64) -> np.ndarray:
-    """A 64-bit hash of the parts (splitmix64 over them in turn), element by element."""
-    mixed = np.zeros((), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            mixed = mixed + part + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed

@@ -97,8 +97,7 @@ def test_every_query_once_per_pass_in_even_batches(
 def test_several_positives_of_a_query(positives: int) -> None:
     """A query stands once for each, with shares that sum to one; they rotate, and one of each is as it always was."""
     store = _store(40)
-    one, several = (Planner(store, queries=9, negatives=2, seed=3) for _ in range(2))
-    several.positives = positives
+    one, several = (Planner(store, queries=9, negatives=2, seed=3, positives=most) for most in (1, positives))
     seen: dict[int, set[int]] = {}
     for alone, batch in zip(_epoch(one, 1), _epoch(several, 1), strict=True):
         assert batch.shares is not None and batch.query_count == len(alone.queries) == alone.query_count
@@ -249,8 +248,8 @@ def test_a_plan_depends_on_seed_step_and_store_alone() -> None:
 @pytest.mark.parametrize("one_source", [True, False])
 def test_resuming_costs_the_same_at_any_step(monkeypatch: pytest.MonkeyPatch, one_source: bool) -> None:
     """Step 10**9 is planned with as many shuffles as step 0, a handful, and is what a planner on its way gets."""
-    shuffle = Mock(wraps=planner_module._order)
-    monkeypatch.setattr(planner_module, "_order", shuffle)
+    shuffle = Mock(wraps=planner_module.hashed_order)
+    monkeypatch.setattr(planner_module, "hashed_order", shuffle)
     arguments: dict[str, Any] = {"queries": 8, "negatives": 2, "seed": 1, "one_source": one_source}
     far = Planner(_store(50, 30), **arguments).plan(10**9)
     assert 0 < shuffle.call_count <= 5
