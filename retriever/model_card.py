@@ -37,9 +37,10 @@ scores = model.similarity(queries, passages)"""
 
 _UNTIED_USE = """from sentence_transformers import SentenceTransformer
 
-queries = SentenceTransformer("{folder}/query").encode(["a query"], prompt_name="query")
-passages = SentenceTransformer("{folder}/passage").encode(["a passage"], prompt_name="document")
-scores = queries @ passages.T"""
+model = SentenceTransformer("{folder}")  # {folder}/query and {folder}/passage are models of one tower each
+queries = model.encode_query(["a query"])
+passages = model.encode_document(["a passage"])
+scores = model.similarity(queries, passages)"""
 
 
 @dataclass(frozen=True)

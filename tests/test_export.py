@@ -215,6 +215,12 @@ def test_untied_towers_become_two_folders(tmp_path: Path) -> None:
         theirs = SentenceTransformer(str(folder / side), device="cpu")
         assert theirs.max_seq_length == length
         np.testing.assert_allclose(theirs.encode(SHORT, prompt_name=name), expected[name], rtol=0, atol=1e-5)
+    router = SentenceTransformer(str(folder), device="cpu")
+    assert router.prompts == {"query": "query: ", "document": "find the "}
+    assert router.similarity_fn_name == "cosine"
+    both = SHORT + LONG
+    np.testing.assert_allclose(router.encode_query(both), live.encode(both, "query"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(router.encode_document(both), live.encode(both, "passage"), rtol=0, atol=1e-5)
     reloaded = load_encoder(folder)
     assert not reloaded.settings.tied
     np.testing.assert_array_equal(reloaded.encode(SHORT, "query"), expected["query"])

@@ -54,6 +54,7 @@ FLOORS = (
         "text_vectors",
         "export",
         "model_card",
+        "model_folder",
         "older_readers",
         "outputs",
         "preflight",

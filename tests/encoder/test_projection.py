@@ -60,6 +60,9 @@ def test_the_export_is_sentence_transformers_dense_module(exported: tuple[Path, 
         assert [type(module).__name__ for module in theirs][1:] == ["Pooling", "Dense", "Normalize"]
         expected = theirs.encode(TEXTS, prompt_name=name)
         np.testing.assert_allclose(ours.encode(TEXTS, side), expected, atol=1e-5)  # type: ignore[arg-type]
+        whole = SentenceTransformer(str(folder), device="cpu")
+        found = whole.encode_query(TEXTS) if side == "query" else whole.encode_document(TEXTS)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     again = DualEncoder.from_pretrained(ModelConfig(str(folder), tied=encoder.tied))
     before = {name: p.clone() for name, p in again.projections.named_parameters()}
     again.project(12, seed=9)
