@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -42,22 +41,6 @@ from tests.workplace import ROOT, metrics
 def _records(workplace: Path) -> list[dict[str, str]]:
     texts = random_texts(96, shortest=6, longest=20, seed=5)
     return [{"anchor": " ".join(text.split()[:3]), "positive": text} for text in texts]
-
-
-def test_the_documented_loop_trains_saves_and_records(workplace: Path) -> None:
-    """The block of docs/run.md as it stands, with this configuration in place of MS MARCO's."""
-    page = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(import bigbatch\n\nwith.*?)```", page, re.DOTALL)
-    assert code is not None and code[1].count("\n") <= 20
-    settings = [f"run.output_dir={workplace / 'own'}", "train.max_steps=20", "run.trackers=[]"]
-    named = '"configs/msmarco.yaml", ["batch.queries=8192", "run.output_dir=runs/own"]'
-    assert named in code[1]
-    exec(code[1].replace(named, f"{str(workplace / 'run.yaml')!r}, {settings!r}"), {})
-    lines = metrics(workplace / "own")
-    assert [line["step"] for line in lines if "own/mean_loss" in line] == [10, 20]
-    assert [line["step"] for line in lines if "eval/MRR@10" in line] == [10, 20]
-    assert (workplace / "own" / "best" / "model.safetensors").exists()
-    assert (workplace / "own" / "checkpoints" / "step-00000020").is_dir()
 
 
 def _state() -> dict[str, Any]:
@@ -329,26 +312,6 @@ def test_a_loss_of_ones_own_is_verified_trained_and_resumed(
     assert float(saved["objective.custom.function.margin"]) == margins[2]
     with pytest.raises(ConfigError, match="loss.custom: 'own:AdditiveMargin' -> None"):
         Run(workplace / "run.yaml", [*settings, "train.max_steps=9"]).train()
-
-
-def test_readmes_loop_trains_by_a_loss_and_a_callback(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As it stands, but for the model; it warns of nothing."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(import bigbatch\nimport torch\n.*?)```", page, re.DOTALL)
-    assert code is not None and sum(bool(line.strip()) for line in code[1].splitlines()) <= 20
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    with (tmp_path / "data" / "my_pairs.csv").open("w", newline="") as stream:
-        rows = csv.DictWriter(stream, ["anchor", "positive"])
-        rows.writeheader()
-        rows.writerows(_records(workplace))
-    names: dict[str, Any] = {"__name__": "own"}
-    exec(code[1].replace("sentence-transformers/all-MiniLM-L6-v2", str(workplace / "model")), names)
-    assert names["run"].done == names["run"].total == 6 and names["run"].config.loss.custom == "own:margin_loss"
-    assert names["model"].encode(["a text"]).shape == (1, 32)
-    assert "warning" not in capsys.readouterr().out
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(
