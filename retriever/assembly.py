@@ -131,7 +131,7 @@ def _assemble(
     """Builds the encoder, the objective and the batches, and resolves what is left to be measured."""
     config, store = prepared.config, prepared.store
     dtype = AUTOCAST_DTYPES[config.optim.precision]
-    encoder = DualEncoder.from_pretrained(config.model, autocast_dtype=dtype).train()
+    encoder = DualEncoder.from_pretrained(config.model, seed=config.run.seed, autocast_dtype=dtype).train()
     if config.model.projection is not None:
         encoder.project(config.model.projection, config.run.seed)
     if config.model.lora is not None:

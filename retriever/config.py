@@ -71,6 +71,9 @@ class ModelConfig:
 
     # Model folder or Hugging Face name that training starts from. Required.
     name_or_path: str = ""
+    # Start from random weights, which run.seed draws, instead of those of name_or_path: of its folder only the
+    # configuration, the tokenizer and the settings are read (`python -m scripts.train_tokenizer` makes such a folder).
+    from_scratch: bool = False
     # One encoder for queries and passages; false: two, from the same weights.
     tied: bool = True
     # Which tokens the embedding is made of. auto: as the model folder says, else last where attention is causal, and

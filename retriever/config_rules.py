@@ -87,6 +87,7 @@ def _beside_each_other(config: Config) -> list[Rule]:
     rules: list[tuple[bool, Rule]] = [
         (model.attention == "padded", ("model.fused", _AUTO_OR_FALSE, "model.attention=padded")),
         (model.gradient_checkpointing, ("model.fused", _AUTO_OR_FALSE, "model.gradient_checkpointing=true")),
+        (model.from_scratch, ("model.lora", (None,), "model.from_scratch=true, where all weights are trained")),
         (
             model.lora is not None and model.lora.dropout > 0,
             ("model.fused", _AUTO_OR_FALSE, "a dropout of model.lora above 0"),

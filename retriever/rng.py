@@ -49,9 +49,9 @@ class OwnGenerator(TorchDispatchMode):
     nothing were drawn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(argument.name == "generator" for argument in func._schema.arguments):

@@ -45,6 +45,7 @@ COMMANDS = {
     "scripts.mine_negatives": "--data {data} --retrievers bm25 --output-dir {out}",
     "scripts.make_code_pairs": "--output {out} --packages asyncio --test-queries 4 --dev-queries 2",
     "scripts.hold_out": "--data {undivided} --output {out} --queries 2",
+    "scripts.train_tokenizer": "--data {data} --output {out}/new --vocab-size 200",
     "scripts.plan_cluster": "--batches 1",
     "scripts.merge": "{model} {model} --output {out}",
     "scripts.sweep": "--config {run} --output {out}",

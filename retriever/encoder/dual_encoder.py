@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from retriever.encoder.packed_attention import packed_inputs, use_packed_attenti
 from retriever.encoder.pooling import PoolingMode, pool, pool_packed, unit_norm
 from retriever.encoder.projection import load_projections, new_projection, projected_size
 from retriever.encoder.settings import pooling_of, read_model_config, read_truncate_dim, tower_folder
-from retriever.encoder.towers import detach_pooler, load_tower, padded_inputs, repeated_layers
+from retriever.encoder.towers import detach_pooler, load_tower, new_tower, padded_inputs, repeated_layers
 
 
 class DualEncoder(nn.Module):
@@ -55,8 +56,11 @@ class DualEncoder(nn.Module):
         self.unused_weights = {name: detach_pooler(tower) for name, tower in towers.items()}
 
     @classmethod
-    def from_pretrained(cls, config: ModelConfig, *, autocast_dtype: torch.dtype | None = None) -> DualEncoder:
-        """The towers of `config.name_or_path` in fp32. `auto` of pooling and truncate_dim is what the folder says.
+    def from_pretrained(
+        cls, config: ModelConfig, *, seed: int = 0, autocast_dtype: torch.dtype | None = None
+    ) -> DualEncoder:
+        """The towers of `config.name_or_path` in fp32; with `from_scratch`, `seed` draws their weights. `auto` of
+        pooling and truncate_dim is what the folder says.
 
         A folder of two towers starts an untied encoder; any other folder starts both towers of an untied encoder from
         the same weights. Raises ConfigError where the model cannot be trained exactly, or has fewer positions than
@@ -75,8 +79,9 @@ class DualEncoder(nn.Module):
             raise ConfigError(
                 f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder"
             )
-        passage_tower = load_tower(name, "passage")
-        query_tower = passage_tower if config.tied else load_tower(name, "query")
+        start = partial(new_tower, seed=seed) if config.from_scratch else load_tower
+        passage_tower = start(name, "passage")
+        query_tower = passage_tower if config.tied else start(name, "query")
         modes: dict[str, Any] = {
             "pooling": pooling_of(config),
             "normalize": config.normalize,
@@ -85,7 +90,8 @@ class DualEncoder(nn.Module):
         encoder = cls(query_tower, passage_tower, **modes, autocast_dtype=autocast_dtype)
         for tower in encoder.each_tower:
             set_bidirectional(tower.config, config.bidirectional, name)
-        encoder.projections.update(load_projections(name, tied=config.tied))
+        if not config.from_scratch:
+            encoder.projections.update(load_projections(name, tied=config.tied))
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()
         return encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel
 
@@ -12,8 +13,10 @@ from retriever.config import ConfigError
 from retriever.data.layout import Padded
 from retriever.data.tokens import Side
 from retriever.encoder.architectures import is_decoder
+from retriever.encoder.model_files import one_line
 from retriever.encoder.pretrained import load_model
 from retriever.encoder.settings import read_model_config, tower_folder
+from retriever.rng import OwnGenerator
 
 
 def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
@@ -23,14 +26,26 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
     """
     name = str(name_or_path)
     config = read_model_config(name, side)
-    auto_class = AutoModelForTextEncoding if config.model_type == "t5" else AutoModel
-    model, missing = load_model(auto_class, config, name, tower_folder(name, side))
+    model, missing = load_model(_auto_class(config), config, name, tower_folder(name, side))
     if wanted := [key for key in missing if not key.startswith("pooler.")]:
         lacks = f"lacks {len(wanted)} weights of its {side} tower, {wanted[0]} first"
         raise ConfigError(f"model {name} {lacks}; expected all")
     if missing:  # a pooler made of random numbers is nothing to keep
         model.pooler = None
     return cast(PreTrainedModel, model.train())
+
+
+def new_tower(name_or_path: str | Path, side: Side, seed: int) -> PreTrainedModel:
+    """As `load_tower`, with random weights, a function of `seed` and the architecture."""
+    config = read_model_config(name_or_path, side)
+    with one_line(f"{name_or_path}/config.json: no {config.model_type} model can be built from it"), OwnGenerator(seed):
+        model = _auto_class(config).from_config(config, dtype=torch.float32)
+    detach_pooler(model)
+    return cast(PreTrainedModel, model.train())
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForTextEncoding if config.model_type == "t5" else AutoModel
 
 
 def detach_pooler(tower: Any) -> dict[str, Tensor]:
