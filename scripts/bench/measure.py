@@ -111,8 +111,14 @@ def errors(result: tuple[Tensor, Tensor | None, Tensor | None], truth: Result) -
 
 class Silent(World):
     """A world whose ranks do not communicate: a local copy of the same size replaces every transfer. All ranks have the
-    same number of rows.
+    same number of rows. One process is enough, as any of the ranks.
+
+    A copy's integers are taken for ids, which are distinct over all ranks, unless `distinct` is false.
     """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, *, distinct: bool = True) -> None:
+        super().__init__(device)
+        self.rank, self.size, self._distinct = rank, size, distinct
 
     def counts(self, n: int) -> tuple[int, ...]:
         """`n` rows on every rank."""
@@ -120,7 +126,8 @@ class Silent(World):
 
     def begin_gather(self, x: Tensor, counts: Sequence[int]) -> Transfer:
         """This rank's rows, repeated for every rank."""
-        return Transfer(x, torch.cat([_as_of(x, (owner - self.rank) % self.size) for owner in range(self.size)]), [])
+        distances = [(owner - self.rank) % self.size for owner in range(self.size)]
+        return Transfer(x, torch.cat([self._as_of(x, distance) for distance in distances]), [])
 
     def reduce_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """This rank's rows of its own terms."""
@@ -128,12 +135,11 @@ class Silent(World):
 
     def pass_on(self, x: Tensor, arriving: Tensor, step: int) -> Transfer:
         """Receives what it sends."""
-        return Transfer(x, arriving.copy_(_as_of(x, 1)), [])
+        return Transfer(x, arriving.copy_(self._as_of(x, 1)), [])
 
     def _all_reduce(self, x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         return x.clone()
 
-
-def _as_of(x: Tensor, distance: int) -> Tensor:
-    """`x` as the rank at `distance` would hold it. Integers are ids, which are distinct over all ranks."""
-    return x if x.is_floating_point() else x + (distance << 40)
+    def _as_of(self, x: Tensor, distance: int) -> Tensor:
+        """`x` as the rank at `distance` would hold it."""
+        return x if x.is_floating_point() or not self._distinct else x + (distance << 40)

@@ -68,11 +68,14 @@ multiple of the method's.""",
 BERT-base, or the shape that the command names as `--model`, with random weights and its own dropout (BERT's 0.1),
 bf16 autocast, AdamW, temperature 0.02. Pairs have MS MARCO's lengths (queries around 9 tokens, passages around 76)
 and come from a token store through the loader's threads. Bigbatch's times are means over whole steps, waits included;
-a peer's time is that of its fastest step. `floor` is one pass: every chunk is encoded once with its graph, and a
-fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings · real tokens, divided by the matmul
-rate of the same run. Values in parentheses are the prediction made before the run. `graphs` and `products` are the
-shares of tokens whose chunks keep their graphs or their saved activations between the passes. `waited` is the share
-of the step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best form as a multiple of the
+a peer's time is that of its fastest step. `dense`, `local` and `disco` are strategies of the loss, which on one GPU
+differ in what they hold at once only; the others are tiled. `floor` is one pass: every chunk is encoded once with its
+graph, and a fixed gradient is propagated back. `MFU` is 6 · parameters without embeddings · real tokens, divided by the
+matmul rate of the same run. Values in parentheses are the prediction made before the run. `graphs` and `products` are
+the shares of tokens whose chunks keep their graphs or their saved activations between the passes. `data` (weights,
+optimizer, embeddings), `loss` and `encoder` (a chunk's activations, parameters' and embeddings' gradients) are parts of
+the predicted peak, in GiB: it is about data + max(loss, encoder) where nothing is kept. `waited` is the share of the
+step spent waiting for data. `Bigbatch is` gives the speed of Bigbatch's best form as a multiple of the
 method's. Every form of Bigbatch is checked before it is timed: its gradient against fp32, and replayed chunks against
 kept ones, bitwise (except embedding tables, whose gradients torch may sum by atomics).""",
         {
@@ -82,10 +85,39 @@ kept ones, bitwise (except embedding tables, whose gradients torch may sum by at
                 "tokens_per_s": ("tokens/s", "{:,.0f}"),
                 "mfu": ("MFU", "{:.3f}"),
                 "peak_gib": ("peak GiB", "{:.1f}"),
+                "data_gib": ("data", "{:.1f}"),
+                "loss_gib": ("loss", "{:.1f}"),
+                "encoder_gib": ("encoder", "{:.1f}"),
                 "retained": ("graphs", "{:.0%}"),
                 "products": ("products", "{:.0%}"),
                 "waited": ("waited", "{:.2%}"),
             }
+        },
+    ),
+    "largest": Page(
+        "The largest batch",
+        """\
+A training step over the pairs of `scripts.bench.step`: random weights, bf16 autocast, AdamW, fp32 weights. `pairs` is
+the largest batch found, of all ranks; `out of memory at` is the smallest batch above it that was tried and did not fit.
+`W` is the number of ranks; with more than one, the GPU is one of them, and local copies of the same size replace
+transfers. `nothing kept` is the gradient cache, `all graphs` encodes every chunk once and keeps its graph. Except for
+`all graphs`, steps are shortened: the encoder's first chunk of each side, the tiled loss's first and last blocks;
+everything is allocated in full. The second table compares this with a whole step. In the third one, embeddings and
+their gradients are in host memory: `host GiB` is what they take there, as the plan counts it.""",
+        {
+            "": {
+                "largest": ("pairs", "{:,.0f}"),
+                "fails_at": ("out of memory at", "{:,.0f}"),
+                "peak_gib": ("peak GiB", "{:.1f}"),
+            },
+            "## Whole steps and shortened ones": {
+                "whole_peak_gib": ("whole, GiB", "{:.2f}"),
+                "shortened_peak_gib": ("shortened, GiB", "{:.2f}"),
+            },
+            "## With batch.offload": {
+                "offload_peak_gib": ("peak GiB", "{:.2f}"),
+                "host_gib": ("host GiB", "{:.2f}"),
+            },
         },
     ),
     "encode": Page(

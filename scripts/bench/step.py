@@ -20,10 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BertConfig
@@ -31,12 +29,13 @@ from transformers import BertConfig
 from retriever.command import command, option
 from retriever.data.batch import Batch
 from retriever.parallel.world import World
-from retriever.retention import Retention
+from retriever.plan.forecast import Forecast
 from scripts.bench.measure import add_matmul_rate, free_memory
 from scripts.bench.step_data import random_store
+from scripts.bench.step_forms import ALL_GRAPHS, AUTO, FORMS, PADDED, RECOMPUTING, Form
 from scripts.bench.step_methods import (
-    ALL_GRAPHS,
     MODELS,
+    TINY,
     Sample,
     Trainer,
     Work,
@@ -50,48 +49,12 @@ from scripts.bench.step_peers import MINI_BATCHES, PEERS, best_timing, pairs_of
 from scripts.bench.tables import Table
 
 _PACKAGES = ("torch", "triton", "transformers", "sentence-transformers")
-_TINY: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 1000,
-}
 _WRONG = 1.5  # times the error of the library's own layers in bf16: a gradient further off is another function
 _ROUNDING = 1e-4  # an error that fp32 may have
 _CHECKED_PAIRS = 128
 _REFERENCE_SIZE = 4096  # tokens of a chunk
 _SMALL = 4096  # pairs
 _TWO_STEPS = 32_768  # pairs: a larger batch is trained on once
-
-
-@dataclass(frozen=True)
-class Form:
-    """A way to run Bigbatch's step: the condition named in its case, and the settings that make it."""
-
-    condition: str
-    settings: tuple[str, ...] = ()
-    retention: Retention | None = None  # None: as preflight decides
-
-
-_LIBRARY = ("model.fused=false", "model.compile=false")
-PLAIN = ("model.attention=packed", *_LIBRARY)
-PADDED = ("model.attention=padded", *_LIBRARY)
-_MEASURED = ("run.preflight=only", "batch.retain=auto")
-AUTO = Form("", (*_MEASURED, "batch.retain_products=auto"))  # and chunks of the size that was measured to be best
-FORMS = {
-    "graphs": Form("graphs", _MEASURED),
-    "unretained": Form("nothing kept"),
-    "compiled": Form("packed,compiled", ("model.attention=packed", "model.fused=false", "model.compile=true")),
-    "packed": Form("packed", PLAIN),
-    "padded": Form("padded", PADDED),
-}
-# The same batch, packed and uncompiled: activations recomputed layer by layer, chunk by chunk, or (cost of neither) all
-# kept.
-RECOMPUTING = (
-    Form("checkpointing", (*PLAIN, "model.gradient_checkpointing=true"), ALL_GRAPHS),
-    Form("cache", PLAIN),
-)
 
 
 class Bench:
@@ -126,7 +89,7 @@ class Bench:
             if (forecast := trainer.forecast) is not None:
                 self.table.add(case, "bigbatch", "predicted_pairs_per_s", forecast.pairs_per_s, "pairs/s")
                 if forecast.working_bytes:
-                    self.table.add(case, "bigbatch", "predicted_peak_gib", forecast.peak_bytes / 2**30, "GiB")
+                    self._add_memory(case, forecast)
 
     def measure_floor(self, queries: int) -> None:
         """Measures a single pass of the encoder in its default form."""
@@ -147,6 +110,20 @@ class Bench:
             order = "sorted by length beforehand" if by_length else "in the data's order"
             chosen = f"{size} at once" + (f", the best of {', '.join(map(str, sizes))}" if len(sizes) > 1 else "")
             self._add(case, name, queries, found, f"{order}; {chosen}; {peer.note}")
+
+    def _add_memory(self, case: str, forecast: Forecast) -> None:
+        """Adds the predicted peak, and its parts: the peak is about data + max(loss, encoder) where nothing is kept.
+        (Cheng et al. 2024, arXiv:2410.17243)
+        """
+        memory = forecast.memory
+        parts = {
+            "predicted_peak_gib": forecast.peak_bytes,
+            "data_gib": memory.weights + memory.optimizer + memory.representations,
+            "loss_gib": forecast.loss.peak_bytes,
+            "encoder_gib": memory.gradients + memory.representations + forecast.working_bytes,
+        }
+        for metric, part in parts.items():
+            self.table.add(case, "bigbatch", metric, part / 2**30, "GiB")
 
     def _trainer(self, queries: int, form: Form) -> Trainer:
         free_memory(self.work.device)  # of the method before
@@ -211,6 +188,7 @@ _METHODS, _OTHER_FORMS = ("bigbatch", "floor", *PEERS), ["unretained", "compiled
     option("--sizes", type=int, nargs="*", default=[1024, 16384, 65536], help="pairs (default: %(default)s)"),
     option("--peers-at", type=int, default=16384, help="where peers and other forms run; 0: nowhere"),
     option("--forms", nargs="*", choices=FORMS, default=_OTHER_FORMS, help="other forms (default: %(default)s)"),
+    option("--forms-at", type=int, nargs="*", metavar="PAIRS", help="where other forms run (default: where peers do)"),
     option("--recomputing-at", type=int, default=4096, help="checkpointing against the cache; 0: not"),
     option("--methods", nargs="*", choices=_METHODS, default=list(_METHODS)),
     option("--seconds", type=float, default=4.0, help="of each timing"),
@@ -225,10 +203,10 @@ def main(args: argparse.Namespace) -> None:
     # the time of a short run.
     torch.backends.cuda.enable_cudnn_sdp(False)
     world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    model = BertConfig(**_TINY) if args.tiny else MODELS[args.model]()
+    model = BertConfig(**TINY) if args.tiny else MODELS[args.model]()
     ours, peers_at = "bigbatch" in args.methods, args.peers_at
     with tempfile.TemporaryDirectory() as folder:
-        pairs = max([*args.sizes, peers_at, args.recomputing_at, 1 if args.tiny else 4096])
+        pairs = max([*args.sizes, *(args.forms_at or ()), peers_at, args.recomputing_at, 1 if args.tiny else 4096])
         store = random_store(Path(folder) / "store", pairs, min(model.vocab_size, 2**16))
         work = Work(model, store, world, tuple(args.settings))
         bench = Bench(work, Table.begin(args.command, _PACKAGES, args.output), args.seconds)
@@ -240,7 +218,8 @@ def main(args: argparse.Namespace) -> None:
             for name, by_length in product(PEERS if queries == peers_at else (), (False, True)):
                 if name in args.methods:
                     bench.measure_peer(name, queries, by_length=by_length)
-        others = [(peers_at, FORMS[name]) for name in args.forms]
+        forms_at = [peers_at] if args.forms_at is None else args.forms_at
+        others = [(queries, FORMS[name]) for queries, name in product(forms_at, args.forms)]
         for queries, form in others + [(args.recomputing_at, form) for form in RECOMPUTING]:
             if ours and queries:
                 bench.measure_form(queries, form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
+from retriever.loss.offload import BLOCK_ROWS
 from retriever.optim import Optimizer
 from retriever.parallel.world import World
 from retriever.plan.sizes import StepPlanner
@@ -30,9 +31,13 @@ from retriever.rng import seed_step
 from retriever.step import StepReport, train_step
 from scripts.bench.measure import timed
 from scripts.bench.step_data import PASSAGE_MAX_TOKENS, QUERY_MAX_TOKENS, TEMPLATE
+from scripts.bench.step_forms import ALL_GRAPHS
 
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert-base": BertConfig,
+    "bert-large": lambda: BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
     "modernbert-base": ModernBertConfig,
     "qwen3-0.6b": lambda: Qwen3Config(
         hidden_size=1024,
@@ -42,6 +47,13 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_key_value_heads=8,
         head_dim=128,
     ),
+}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 1000,
 }
 _STEPS = 1_000_000  # of the learning-rate schedule; none is ever reached
 _SEED = 0
@@ -91,9 +103,6 @@ def table_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-ALL_GRAPHS = Retention(graphs=EVERYTHING)
-
-
 class Trainer:
     """A training run over random weights, wired as in training."""
 
@@ -106,7 +115,9 @@ class Trainer:
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()
         apply_execution(self.encoder, resolved.model)
-        self.objective = ContrastiveObjective(resolved.loss, unit_norm=resolved.model.normalize).to(self.world.device)
+        block_rows = BLOCK_ROWS if config.batch.offload else None
+        objective = ContrastiveObjective(resolved.loss, unit_norm=resolved.model.normalize, block_rows=block_rows)
+        self.objective = objective.to(self.world.device)
         planner = Planner.from_config(work.store, resolved)
         plan = StepPlanner(resolved, self.encoder, self.objective, work.store, planner, TEMPLATE, self.world)
         self.config, self.forecast = plan.decide()
@@ -144,7 +155,8 @@ class Trainer:
     def gradients(self, batch: Batch, retention: Retention, *, tables: bool = True) -> Tensor:
         """The gradients of one batch in one vector; without `tables` those of the embedding tables are left out."""
         seed_step(_SEED, 0, 0)
-        representations, passes = encode_without_graph(self.encoder, batch, retention)
+        offload = self.objective.offload
+        representations, passes = encode_without_graph(self.encoder, batch, retention, offload=offload)
         _, gradients = representation_gradients(self.objective, representations, batch, self.world)
         backward_through_encoder(self.encoder, batch, gradients, passes)
         tensors = {name: p.grad for name, p in self.encoder.named_parameters() if p.grad is not None}

@@ -27,9 +27,10 @@ from retriever.encoder import fused_layers
 from retriever.parallel.world import World
 from retriever.retention import NOTHING
 from scripts.bench import flash, step
-from scripts.bench.step import PADDED, PLAIN, Bench, Form
+from scripts.bench.step import Bench
 from scripts.bench.step_data import TEMPLATE, random_store
-from scripts.bench.step_methods import Trainer, Work
+from scripts.bench.step_forms import PADDED, PLAIN, Form
+from scripts.bench.step_methods import TINY, Trainer, Work
 from scripts.bench.step_peers import PEERS, MiniBatch, Peer, best_timing, padded_features, pairs_of
 from scripts.bench.tables import Table
 
@@ -38,7 +39,7 @@ from scripts.bench.tables import Table
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     store = random_store(tmp_path_factory.mktemp("bench") / "store", 64, vocabulary=1000)
     settings = ("optim.precision=fp32", "loss.precision=fp32")
-    return Work(BertConfig(**step._TINY), store, World(torch.device("cpu")), settings)
+    return Work(BertConfig(**TINY), store, World(torch.device("cpu")), settings)
 
 
 def test_every_row_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def test_peers_arrive_at_our_gradient(
     work: Work, name: str, monkeypatch: pytest.MonkeyPatch, dropout_on_a_cpu: list[float]
 ) -> None:
     """Of the same pairs, in other chunks and another order, to what bf16 allows: nobody is timed on another problem."""
-    undropped = replace(work, model=BertConfig(**step._TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    undropped = replace(work, model=BertConfig(**TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     trainer = Trainer(undropped, undropped.configuration(8, "batch.tokens_per_chunk=400", *PADDED))
     batch = trainer.first_batch(8)
     expected = trainer.gradients(batch, NOTHING)
