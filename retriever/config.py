@@ -104,8 +104,8 @@ class ModelConfig:
     # packed: texts of a chunk one behind another, nothing computed for padding. auto: on a GPU, if the architecture
     # can; else padded.
     attention: Literal["auto", "packed", "padded"] = "auto"
-    # Our own layers of the families of BERT, ModernBERT, Nomic-BERT, Llama, Mistral, Gemma, Qwen2 and Qwen3, on packed
-    # texts. auto: where they apply, on a GPU.
+    # Our own layers of the families of BERT, ModernBERT, Nomic-BERT, Llama, Mistral, Gemma (1 and 3), Qwen2 and Qwen3,
+    # on packed texts. auto: where they apply, on a GPU.
     fused: bool | Auto = "auto"
     # torch.compile, layer by layer. auto: on a GPU, where layers are not fused.
     compile: bool | Auto = "auto"

@@ -55,8 +55,8 @@ def norm_backward(
 
     residual and d_stream [T, D] float32 (float64 where x is), d_rounded [T, D] in x's dtype; either gradient may be
     None, which is zero; `statistics` [2, T] from `norm_forward`. Returns dx [T, D] in x's dtype (without x in
-    d_rounded's), dresidual [T, D] in the residual's, and [3, D] of that dtype: dweight, dnorm_bias and dbias ([2, D]
-    without a bias). Raises ValueError as `norm_forward` does.
+    d_rounded's), dresidual [T, D] in the residual's, and [K, D] of that dtype: dweight, dnorm_bias, dbias if there is a
+    bias, and dadded_weight if there is an `added_weight`, which needs x. Raises ValueError as `norm_forward` does.
     """
     norm = _checked(norm)
     wide = torch.float64 if norm.residual.dtype == torch.float64 else torch.float32
@@ -158,7 +158,8 @@ def _kernels(name: str, x: Tensor) -> ModuleType:
 def _checked(norm: Norm, **vectors: Tensor | None) -> Norm:
     rows = norm.residual if norm.x is None else norm.x
     _check_rows(rows, {"residual": norm.residual}, None)
-    for name, vector in {"bias": norm.bias, "weight": norm.weight, **vectors}.items():
+    of_norm = {"bias": norm.bias, "weight": norm.weight, "added_weight": norm.added_weight}
+    for name, vector in {**of_norm, **vectors}.items():
         D = rows.shape[1]
         if vector is not None and not (vector.shape == (D,) and vector.is_contiguous() and vector.is_floating_point()):
             raise ValueError(f"expected {name} floating [{D}], contiguous, received {_described(vector)}")

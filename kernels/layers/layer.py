@@ -8,7 +8,8 @@ memory, a layer is
 
 Here the stream is pre-norm, and the second norm is the one that the next layer begins with, or the model's last. A
 post-norm stream (BERT's) goes on as g and h' instead of y and x'. Queries and keys may be rotated by their positions,
-after a norm of each head; keys may be fewer than queries; the feed-forward part may be gated.
+after a norm of each head; keys may be fewer than queries; the feed-forward part may be gated; what is added to the
+stream may be normed itself (Gemma 3).
 
 The stream is float32, or float16 where layers only encode; matrix products read it rounded to the computing dtype, and
 the gradients of weights come out in float32. Dropout masks are hashes of seeds. One autograd node a layer: with a node
@@ -68,6 +69,8 @@ class Parameters(NamedTuple):
     ffn_up_weight: Tensor | None = None  # [F, D]: of what a gate multiplies
     query_norm_weight: Tensor | None = None  # [d]
     key_norm_weight: Tensor | None = None
+    attention_added_weight: Tensor | None = None  # [D]: of an RMSNorm of what attention adds
+    ffn_added_weight: Tensor | None = None  # [D]: of an RMSNorm of what the feed-forward part adds; both or none
 
 
 class Adapter(NamedTuple):
@@ -150,13 +153,23 @@ class LayerSettings(NamedTuple):
         kind = self.kind
         if self.angles is None:
             return None
-        return Rotary(*self.angles, kind.heads, kind.key_heads, query_weight, key_weight, kind.eps)
+        weights = self._whole(query_weight), self._whole(key_weight)
+        return Rotary(*self.angles, kind.heads, kind.key_heads, *weights, kind.eps)
 
-    def norm(self, place: int, added: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor) -> Norm:
-        """The norm behind attention (place 1) or behind the feed-forward part (place 2), which added `added`."""
-        pre = self.kind.pre_norms[place - 1]
-        weight = weight + 1 if self.kind.unit_offset else weight
-        return Norm(added, bias, residual, weight, self.seeds[place], self.dropouts[place], self.kind.rms, pre)
+    def norm(self, place: int, added: tuple[Tensor | None, ...], residual: Tensor, weight: Tensor) -> Norm:
+        """The norm behind attention (place 1) or behind the feed-forward part (place 2).
+
+        `added`: what the part added, before its bias, the bias, and the weight of its own norm.
+        """
+        x, bias, added_weight = added
+        kind, pre = self.kind, self.kind.pre_norms[place - 1]
+        modes = self.seeds[place], self.dropouts[place], kind.rms, pre
+        whole: Any = self._whole(weight)
+        return Norm(x, bias, residual, whole, *modes, self._whole(added_weight), kind.eps)
+
+    def _whole(self, weight: Tensor | None) -> Tensor | None:
+        """The weight of a norm, of which 1 may have been left out."""
+        return weight + 1 if self.kind.unit_offset and weight is not None else weight
 
 
 class SavedActivations(NamedTuple):
@@ -280,11 +293,12 @@ def _forward(
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.ffn_out.shape)}")
         context, lse = known.context, known.lse
     attention_out = linear(context.flatten(1), read.attention_out)
-    norm1 = layer.norm(1, attention_out, p.attention_out_bias, stream, p.attention_norm_weight)
+    added = attention_out, p.attention_out_bias, p.attention_added_weight
+    norm1 = layer.norm(1, added, stream, p.attention_norm_weight)
     middle, middle_rounded, statistics1 = norm_forward(norm1, p.attention_norm_bias, kind.eps)
     y: Any = middle if middle_rounded is None else middle_rounded
     ffn_in, activated, ffn_out = _feed_forward(y, kind, read, None if known is None else known.ffn_out, keep)
-    norm2 = layer.norm(2, ffn_out, p.ffn_out_bias, middle, p.ffn_norm_weight)
+    norm2 = layer.norm(2, (ffn_out, p.ffn_out_bias, p.ffn_added_weight), middle, p.ffn_norm_weight)
     out, out_rounded, statistics2 = norm_forward(norm2, p.ffn_norm_bias, kind.eps)
     rest = (heads, rotated, attention_out, statistics1, middle, y, ffn_in, activated, statistics2)
     return out, out_rounded, SavedActivations(context, lse, ffn_out), rest
@@ -328,8 +342,9 @@ class _Layer(torch.autograd.Function):
         out, out_rounded, saved, rest = _forward(stream, rounded, layer, read, p, saved, keep=True)
         context, lse, ffn_out = saved
         heads, rotated, attention_out, statistics1, middle, *others = rest
-        # A norm reads z again: the stream behind it, or the sum of what was added and the stream before it.
-        first, second = layer.kind.pre_norms
+        # A norm reads z again: the stream behind it, or the sum of what was added and the stream before it. The norm of
+        # what was added needs the latter.
+        first, second = (pre and p.ffn_added_weight is None for pre in layer.kind.pre_norms)
         of_norm1 = (None, middle) if first else (attention_out, stream)
         of_norm2 = (None, out) if second else (ffn_out, middle)
         ctx.layer, ctx.read, ctx.is_rounded = layer, read, rounded is not None
@@ -337,7 +352,8 @@ class _Layer(torch.autograd.Function):
         ctx.ranks = {name: len(down) for name, down in zip(adapted, tensors[len(p) :: 2], strict=True)}
         ctx.set_materialize_grads(False)
         again = (
-            *(p.attention_out_bias, p.attention_norm_weight, p.ffn_out_bias, p.ffn_norm_weight),
+            *(p.attention_out_bias, p.attention_added_weight, p.attention_norm_weight),
+            *(p.ffn_out_bias, p.ffn_added_weight, p.ffn_norm_weight),
             *(p.query_norm_weight, p.key_norm_weight),
         )
         x = stream if rounded is None else rounded
@@ -355,13 +371,14 @@ class _Layer(torch.autograd.Function):
         (
             x, context, lse, heads, rotated, attention_out, stream, statistics1, ffn_out, middle, y, ffn_in, activated,
             statistics2,
-            attention_out_bias, attention_norm_weight, ffn_out_bias, ffn_norm_weight, query_norm_weight,
-            key_norm_weight,
+            attention_out_bias, attention_added_weight, attention_norm_weight,
+            ffn_out_bias, ffn_added_weight, ffn_norm_weight,
+            query_norm_weight, key_norm_weight,
         ) = ctx.saved_tensors  # fmt: skip
         dout, dout_rounded = (None if g is None else g.contiguous() for g in (dout, dout_rounded))
         if dout_rounded is None and kind.pre_norms[1]:
             dout_rounded = torch.zeros_like(x)  # what a sum's gradient is rounded to
-        norm2 = layer.norm(2, ffn_out, ffn_out_bias, middle, ffn_norm_weight)
+        norm2 = layer.norm(2, (ffn_out, ffn_out_bias, ffn_added_weight), middle, ffn_norm_weight)
         dffn_out, dmiddle, of_norm2 = norm_backward(dout, dout_rounded, norm2, statistics2)
         del norm2, ffn_out, middle
         if kind.gate is None:
@@ -380,9 +397,10 @@ class _Layer(torch.autograd.Function):
         low_rank["ffn_in"] = _low_rank_gradients(dffn_in, y, read.low_rank.get("ffn_in"))
         dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.ffn_in, ctx.is_rounded or kind.pre_norm)
         del dffn_in, y
-        norm1 = layer.norm(1, attention_out, attention_out_bias, stream, attention_norm_weight)
+        added = attention_out, attention_out_bias, attention_added_weight
+        norm1 = layer.norm(1, added, stream, attention_norm_weight)
         dattention_out, dstream, of_norm1 = norm_backward(dmiddle, dmiddle_rounded, norm1, statistics1)
-        del norm1, dmiddle, dmiddle_rounded, attention_out, stream
+        del norm1, added, dmiddle, dmiddle_rounded, attention_out, stream
         flat = context.flatten(1)
         dattention_out_weight = _weight_gradient(dattention_out, flat) if needs.attention_out_weight else None
         low_rank["attention_out"] = _low_rank_gradients(dattention_out, flat, read.low_rank.get("attention_out"))
@@ -418,6 +436,9 @@ class _Layer(torch.autograd.Function):
             dgate, dffn_in_bias,
             dffn_out_weight, *_of_norm(of_norm2, needs.ffn_out_bias, needs.ffn_norm_bias),
             dup, dquery_norm, dkey_norm,
+            *(None if weight is None else sums[-1] for weight, sums in (
+                (attention_added_weight, of_norm1), (ffn_added_weight, of_norm2),
+            )),
             *_of_adapters(low_rank, rows, ctx.ranks),
         )  # fmt: skip
 

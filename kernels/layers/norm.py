@@ -8,7 +8,8 @@ g:
     dropout)
     dweight = Σ_rows g · x̂,    dnorm_bias = Σ_rows g,    dbias = Σ_rows dx
 
-RMSNorm has mean = 0 and no term mean(weight·g). Where the stream is z, its gradient is added to dz.
+RMSNorm has mean = 0 and no term mean(weight·g). Where the stream is z, its gradient is added to dz. Where x + bias goes
+through an RMSNorm of its own before it is added, so does dx on its way back.
 
 The backward pass computes z and the mask again from x, residual and the seed. Its programs stay, loop over rows and
 keep their sums over rows in registers; these are then added up in a fixed order, without atomics.
@@ -53,11 +54,24 @@ _MOST_ELEMENTS = 4096  # of a block of rows
 
 
 @triton.jit
-def _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
-    z = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
+def _added(x, shift, at, inside, added_weight, columns, added_eps, D: tl.constexpr):
+    """(what is added, the same before its weight, its reciprocal root mean square [rows, 1]); where there is no
+    `added_weight`, x + shift and nothing.
+    """
+    plain = tl.load(x + at, inside, other=0.0).to(tl.float32) + shift[None, :]
+    if added_weight is None:
+        return plain, plain, 1.0
+    else:
+        spread = tl.rsqrt(tl.sum(plain * plain, 1) / D + added_eps)[:, None]
+        normalised = plain * spread
+        return normalised * _load_row(added_weight, columns, D)[None, :], normalised, spread
+
+
+@triton.jit
+def _dropped_sum(added, residual, at, inside, keep, inverse_keep, THRESHOLD: tl.constexpr):
     if THRESHOLD > 0:
-        z = tl.where(keep, z * inverse_keep, 0.0)
-    return z + tl.load(residual + at, inside, other=0.0).to(tl.float32)
+        added = tl.where(keep, added * inverse_keep, 0.0)
+    return added + tl.load(residual + at, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -110,12 +124,14 @@ def _norm_forward(
     residual,  # [T, D]
     weight,  # [D]
     norm_bias,  # [D] or None
+    added_weight,  # [D] or None
     seed,  # [1] int64 or None
     stream,  # out [T, D] in residual's dtype: z if PRE, else y
     rounded,  # out [T, D] in x's dtype: y; or None
     statistics,  # out [2, T]: mean, rstd
     T,
     eps,
+    added_eps,
     inverse_keep,
     D: tl.constexpr,
     RMS: tl.constexpr,
@@ -130,7 +146,8 @@ def _norm_forward(
     inside = in_rows[:, None] & in_columns[None, :]
     at = tl.cast(first, tl.int64) * D + (rows[:, None] * D + columns[None, :])
     keep = keep_elements(seed, first + rows, columns, THRESHOLD)
-    z = _dropped_sum(x, residual, _load_row(bias, columns, D), at, inside, keep, inverse_keep, THRESHOLD)
+    added, _, _ = _added(x, _load_row(bias, columns, D), at, inside, added_weight, columns, added_eps, D)
+    z = _dropped_sum(added, residual, at, inside, keep, inverse_keep, THRESHOLD)
     level, spread, centred = standardize(z, in_columns, eps, D, RMS)
     y = centred * spread[:, None] * _load_row(weight, columns, D)[None, :] + _load_row(norm_bias, columns, D)[None, :]
     tl.store(stream + at, (z if PRE else y).to(stream.dtype.element_ty), inside)
@@ -148,12 +165,14 @@ def _norm_backward(
     bias,
     residual,
     weight,
+    added_weight,
     statistics,
     seed,
     dx,  # out [T, D]
     dresidual,  # out [T, D] float32
-    partial,  # out [programs, 2 or (with a bias) 3, D] float32
+    partial,  # out [programs, K, D] float32: 2 sums, one more with a bias, one more with a norm of what is added
     T,
+    added_eps,
     inverse_keep,
     D: tl.constexpr,
     RMS: tl.constexpr,
@@ -170,6 +189,7 @@ def _norm_backward(
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dnorm_bias = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
+    dadded_weight = tl.zeros((BLOCK_D,), tl.float32)
     for first in tl.range(program * ROWS, T, programs * ROWS, num_stages=STAGES):
         in_rows = rows < T - first
         inside = in_rows[:, None] & in_columns[None, :]
@@ -178,7 +198,8 @@ def _norm_backward(
         if x is None:
             z = tl.load(residual + at, inside, other=0.0).to(tl.float32)
         else:
-            z = _dropped_sum(x, residual, shift, at, inside, keep, inverse_keep, THRESHOLD)
+            added, plain, added_spread = _added(x, shift, at, inside, added_weight, columns, added_eps, D)
+            z = _dropped_sum(added, residual, at, inside, keep, inverse_keep, THRESHOLD)
         spread = tl.load(statistics + T + first + rows, in_rows, other=0.0)[
             :, None
         ]  # 0 outside of the rows, and so all that follows
@@ -194,21 +215,26 @@ def _norm_backward(
         tl.store(dresidual + at, dz, inside)
         if THRESHOLD > 0:
             dz = tl.where(keep, dz * inverse_keep, 0.0)
+        if added_weight is not None:
+            dadded_weight += tl.sum(dz * plain, 0)
+            dz = standardize_gradient(dz, plain, _load_row(added_weight, columns, D), added_spread, D, True)
         tl.store(dx + at, dz.to(dx.dtype.element_ty), inside)
         dweight += tl.sum(g * normalised, 0)
         dnorm_bias += tl.sum(g, 0)
         dbias += tl.sum(dz, 0)
-    vectors = 2 if bias is None else 3
+    vectors = 2 + (bias is not None) + (added_weight is not None)
     sums = partial + program * vectors * D + columns
     tl.store(sums, dweight, in_columns)
     tl.store(sums + D, dnorm_bias, in_columns)
     if bias is not None:
         tl.store(sums + 2 * D, dbias, in_columns)
+    if added_weight is not None:
+        tl.store(sums + (vectors - 1) * D, dadded_weight, in_columns)
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """(stream [T, D] like residual, rounded [T, D] like x or None where they are one, statistics [2, T] float32)."""
-    x, bias, residual, weight, seed, dropout, rms, pre = norm
+    x, bias, residual, weight, seed, dropout, rms, pre, added_weight, added_eps = norm
     assert x is not None
     T, D = x.shape
     stream = torch.empty_like(residual)
@@ -217,7 +243,8 @@ def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tens
     use = PRE_FORWARD if pre else FORWARD if residual.element_size() > 2 else FORWARD_HALF
     rows, block_d, warps = block(use, D)
     _norm_forward[(triton.cdiv(T, rows),)](
-        x, bias, residual, weight, norm_bias, seed, stream, rounded, statistics, T, eps, 1 / (1 - dropout), D,
+        x, bias, residual, weight, norm_bias, added_weight, seed, stream, rounded, statistics, T, eps, added_eps,
+        1 / (1 - dropout), D,
         RMS=rms, PRE=pre, THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return stream, rounded, statistics
@@ -226,20 +253,20 @@ def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tens
 def norm_backward(
     d_stream: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, where there is a
-    bias, dbias).
+    """(dx [T, D] in x's dtype, dresidual [T, D] float32, [K, D] float32: dweight, dnorm_bias and, as far as there are
+    such, dbias and dadded_weight).
     """
-    x, bias, residual, weight, seed, dropout, rms, pre = norm
+    x, bias, residual, weight, seed, dropout, rms, pre, added_weight, added_eps = norm
     T, D = residual.shape
     dresidual = torch.empty_like(residual)
     dx = torch.empty_like(next(given for given in (x, d_rounded, residual) if given is not None))
     use = PRE_BACKWARD if pre else BACKWARD
     rows, block_d, warps = block(use, D)
     programs = persistent_grid(residual, triton.cdiv(T, rows), use.warps_per_sm / warps)
-    partial = residual.new_empty(programs, 2 if bias is None else 3, D)
+    partial = residual.new_empty(programs, 2 + (bias is not None) + (added_weight is not None), D)
     _norm_backward[(programs,)](
-        d_stream, d_rounded, x, bias, residual, weight, statistics, seed, dx, dresidual, partial, T,
-        1 / (1 - dropout), D,
+        d_stream, d_rounded, x, bias, residual, weight, added_weight, statistics, seed, dx, dresidual, partial, T,
+        added_eps, 1 / (1 - dropout), D,
         RMS=rms, PRE=pre, THRESHOLD=drop_below(dropout), ROWS=rows, BLOCK_D=block_d, STAGES=use.stages,
         num_warps=warps,
     )  # fmt: skip

@@ -33,7 +33,8 @@ class Rotary(NamedTuple):
 
 class Norm(NamedTuple):
     """The operands of a norm of z = dropout(x + bias) + residual, forward and backward: each of any floating dtype
-    (float64 where x is), one device, contiguous.
+    (float64 where x is), one device, contiguous. With `added_weight`, RMSNorm(x + bias) · added_weight is in the place
+    of x + bias.
 
     `dropout` drops elements by the hash of `seed`, their row and their column: two uses need two seeds.
     """
@@ -46,13 +47,15 @@ class Norm(NamedTuple):
     dropout: float = 0.0  # in 0..1 (1 excluded)
     rms: bool = False  # RMSNorm: the mean counts as 0
     pre: bool = False  # the stream goes on as z, and matrix products read the norm; else both are the norm
+    added_weight: Tensor | None = None  # [D]
+    added_eps: float = 0.0
 
 
 def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """(stream [T, D] like residual, rounded [T, D] like x or None where they are one, statistics [2, T])."""
-    x, bias, residual, weight, seed, dropout, rms, pre = norm
+    x, _, residual, weight, _, _, rms, pre, *_ = norm
     assert x is not None
-    z = _dropped_sum(x, bias, residual, seed, dropout)  # [T, D]
+    z = _dropped_sum(norm)  # [T, D]
     mean = torch.zeros_like(z[:, 0]) if rms else z.mean(1)
     rstd = ((z - mean[:, None]).square().mean(1) + eps).rsqrt()
     normed = (z - mean[:, None]) * rstd[:, None] * weight
@@ -65,10 +68,12 @@ def norm_forward(norm: Norm, norm_bias: Tensor | None, eps: float) -> tuple[Tens
 def norm_backward(
     d_stream: Tensor | None, d_rounded: Tensor | None, norm: Norm, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, where there is a bias, dbias)."""
-    x, bias, residual, weight, seed, dropout, rms, pre = norm
+    """(dx [T, D] in x's dtype, dresidual [T, D], [K, D]: dweight, dnorm_bias and, as far as there are such, dbias and
+    dadded_weight).
+    """
+    x, bias, residual, weight, seed, dropout, rms, pre, added_weight, _ = norm
     mean, rstd = statistics
-    z = residual if x is None else _dropped_sum(x, bias, residual, seed, dropout)
+    z = residual if x is None else _dropped_sum(norm)
     normalised = (z - mean[:, None]) * rstd[:, None]  # [T, D]
     dy = torch.zeros_like(normalised)
     for gradient in (None if pre else d_stream, d_rounded):
@@ -81,7 +86,14 @@ def norm_backward(
     if pre and d_stream is not None:
         dz = dz + d_stream
     dx = dz * dropout_factor(residual, seed, dropout)
-    sums = [(dy * normalised).sum(0), dy.sum(0)] + ([] if bias is None else [dx.sum(0)])
+    of_added = []
+    if added_weight is not None:
+        assert x is not None
+        shifted = _shifted(x, bias)
+        spread = _rstd(shifted, norm.added_eps)
+        of_added, weighted = [(dx * shifted * spread).sum(0)], dx * added_weight
+        dx = spread * weighted - shifted * spread**3 * (weighted * shifted).mean(1, keepdim=True)
+    sums = [(dy * normalised).sum(0), dy.sum(0), *([] if bias is None else [dx.sum(0)]), *of_added]
     computing = x if x is not None else d_rounded
     return dx.to(residual.dtype if computing is None else computing.dtype), dz, torch.stack(sums)
 
@@ -185,6 +197,18 @@ def dropout_factor(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor | f
     return keep_mask(seed, rows, columns, dropout).to(wide) / (1 - dropout)
 
 
-def _dropped_sum(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    shifted = _wide(x) if bias is None else _wide(x) + bias
+def _dropped_sum(norm: Norm) -> Tensor:
+    x, bias, residual, _, seed, dropout, _, _, added_weight, added_eps = norm
+    assert x is not None
+    shifted = _shifted(x, bias)
+    if added_weight is not None:
+        shifted = shifted * _rstd(shifted, added_eps) * added_weight
     return shifted * dropout_factor(x, seed, dropout) + residual
+
+
+def _shifted(x: Tensor, bias: Tensor | None) -> Tensor:
+    return _wide(x) if bias is None else _wide(x) + bias
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(1, keepdim=True) + eps).rsqrt()

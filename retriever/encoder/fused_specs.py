@@ -16,11 +16,14 @@ from retriever.encoder.lora import LoraLinear
 from retriever.encoder.packed_attention import attention_window
 
 BERT_FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
-LLAMA_FAMILY = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
+LLAMA_FAMILY = frozenset({"gemma", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 FAMILY = BERT_FAMILY | LLAMA_FAMILY | {"modernbert", "nomic_bert"}
 
 _GATES: dict[str, Activation] = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on nothing but the position
+
+# The last five of `Parameters`, where a layer has no second weight of a gate and no norms but two.
+_NOTHING = (None,) * 5
 
 Place = tuple[nn.Module, str] | None  # a module and the name of what it holds
 
@@ -85,7 +88,7 @@ def unfused_because(tower: PreTrainedModel) -> str | None:
 def _unknown_part(tower: Any) -> str | None:
     """An activation, rotation or dropout that the readers of layers do not support; None if there is none."""
     config = tower.config
-    activation = config.hidden_activation if config.model_type == "modernbert" else config.hidden_act
+    activation = _activation(config)
     if activation not in _GATES:
         return f"its activation is {activation}"
     ropes = config.rope_parameters
@@ -94,7 +97,15 @@ def _unknown_part(tower: Any) -> str | None:
             return f"its rotations are of rope_type {rope['rope_type']}"
     if getattr(config, "mlp_dropout", 0) > 0:
         return f"it has mlp_dropout={config.mlp_dropout}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"it has attn_logit_softcapping={config.attn_logit_softcapping}"
     return None
+
+
+def _activation(config: Any) -> str:
+    """That of the gate."""
+    name = "hidden_activation" if config.model_type in ("gemma3_text", "modernbert") else "hidden_act"
+    return str(getattr(config, name))
 
 
 def _unknown_module(specs: list[LayerSpec]) -> str | None:
@@ -109,7 +120,7 @@ def _unknown_module(specs: list[LayerSpec]) -> str | None:
 
 def _is_rms(module: nn.Module) -> bool:
     """Whether it is the RMSNorm of Llama's family."""
-    names = ("GemmaRMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+    names = ("GemmaRMSNorm", "Gemma3RMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
     return type(module).__name__ in names
 
 
@@ -127,7 +138,7 @@ def _bert(tower: Any) -> Iterator[LayerSpec]:
         kind = LayerKind(own.num_attention_heads, own.num_attention_heads, ffn_out.LayerNorm.eps)
         dropouts = (own.dropout, "p"), (attention_out.dropout, "p"), (ffn_out.dropout, "p")
         places = [place for holder in holders for place in _both(holder)]
-        yield LayerSpec(kind, (*places, None, None, None), dropouts)
+        yield LayerSpec(kind, (*places, *_NOTHING), dropouts)
 
 
 def _modernbert(tower: Any) -> Iterator[LayerSpec]:
@@ -141,7 +152,7 @@ def _modernbert(tower: Any) -> Iterator[LayerSpec]:
             config.num_attention_heads,
             config.norm_eps,
             window=None if window is None else window - 1,  # theirs counts the token itself
-            gate=_GATES[config.hidden_activation],
+            gate=_GATES[_activation(config)],
             pre_norm=True,
             last=i == last,
         )
@@ -149,7 +160,7 @@ def _modernbert(tower: Any) -> Iterator[LayerSpec]:
             *(*_both(attention.Wqkv), None, None, None, None),
             *(*_both(attention.Wo), *_both(layer.mlp_norm)),
             *(*_both(mlp.Wi), *_both(mlp.Wo), *_both(following)),
-            *(None, None, None),
+            *_NOTHING,
         )
         added = None if isinstance(attention.out_drop, nn.Identity) else (attention.out_drop, "p")
         yield LayerSpec(kind, places, ((attention, "attention_dropout"), added, None), (config.layer_types[i],))
@@ -157,9 +168,10 @@ def _modernbert(tower: Any) -> Iterator[LayerSpec]:
 
 def _llama(tower: Any) -> Iterator[LayerSpec]:
     config, last = tower.config, len(tower.layers) - 1
-    causal = getattr(config, "is_causal", None)
+    causal, has_own_norms = getattr(config, "is_causal", None), config.model_type == "gemma3_text"
     for i, layer in enumerate(tower.layers):
-        attention, norm = layer.self_attn, layer.post_attention_layernorm
+        attention = layer.self_attn
+        norm = layer.pre_feedforward_layernorm if has_own_norms else layer.post_attention_layernorm
         following = tower.norm if i == last else tower.layers[i + 1].input_layernorm
         window = getattr(attention, "sliding_window", None)
         if config.model_type == "mistral":
@@ -171,20 +183,25 @@ def _llama(tower: Any) -> Iterator[LayerSpec]:
             attention.scaling,
             causal=attention.is_causal if causal is None else causal,
             window=attention_window(window, causal),
-            gate=_GATES[config.hidden_act],
+            gate=_GATES[_activation(config)],
             rms=True,
-            unit_offset=config.model_type == "gemma",
+            unit_offset=config.model_type in ("gemma", "gemma3_text"),
             pre_norm=True,
             last=i == last,
         )
-        yield LayerSpec(kind, _split_places(layer, norm, following), ((attention, "attention_dropout"), None, None), ())
+        places = _split_places(layer, norm, following)
+        if has_own_norms:
+            added = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+            places = (*places[:-2], *[(own, "weight") for own in added])
+        rope = (config.layer_types[i],) if has_own_norms else ()
+        yield LayerSpec(kind, places, ((attention, "attention_dropout"), None, None), rope)
 
 
 def _nomic(tower: Any) -> Iterator[LayerSpec]:
     config = tower.config
     for layer in tower.layers:
         heads, eps = config.num_attention_heads, config.layer_norm_eps
-        kind = LayerKind(heads, heads, eps, layer.self_attn.scaling, gate=_GATES[config.hidden_act])
+        kind = LayerKind(heads, heads, eps, layer.self_attn.scaling, gate=_GATES[_activation(config)])
         places = _split_places(layer, layer.post_attention_layernorm, layer.post_mlp_layernorm)
         added = (layer.post_attention_dropout, "p"), (layer.post_mlp_dropout, "p")
         yield LayerSpec(kind, places, ((layer.self_attn, "attention_dropout"), *added), ())
@@ -200,7 +217,7 @@ def _split_places(layer: Any, attention_norm: nn.Module, ffn_norm: nn.Module) ->
     places = [place for holder in holders for place in _both(holder)]
     places += [*_both(mlp.gate_proj), *_both(mlp.down_proj), *_both(ffn_norm), (mlp.up_proj, "weight")]
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    return (*places, *[None if norm is None else (norm, "weight") for norm in norms])
+    return (*places, *[None if norm is None else (norm, "weight") for norm in norms], None, None)
 
 
 def angles(

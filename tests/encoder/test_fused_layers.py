@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.modernbert import modeling_modernbert
@@ -82,7 +83,8 @@ def _compute_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     def offset_rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
-    monkeypatch.setattr(modeling_gemma.GemmaRMSNorm, "forward", offset_rms_norm)
+    for gemma_norm in (modeling_gemma.GemmaRMSNorm, modeling_gemma3.Gemma3RMSNorm):
+        monkeypatch.setattr(gemma_norm, "forward", offset_rms_norm)
     for module in (modeling_llama.LlamaRMSNorm, modeling_mistral.MistralRMSNorm, modeling_qwen2.Qwen2RMSNorm):
         monkeypatch.setattr(module, "forward", rms_norm)
     monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", rms_norm)
@@ -447,6 +449,7 @@ def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "setting", "reason"),
     [
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "it has attn_logit_softcapping=50.0"),
         ("modernbert", {"mlp_dropout": 0.1}, "it has mlp_dropout=0.1"),
         ("modernbert", {"mlp_dropout": 0.0, "mlp_bias": True}, "its gated feed-forward part has biases"),
         ("llama", {"hidden_act": "relu"}, "its activation is relu"),

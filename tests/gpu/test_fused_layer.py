@@ -47,11 +47,19 @@ def test_gelu_matches_float64(T: int, F: int, dtype: torch.dtype, device: str) -
 
 
 @pytest.mark.parametrize(
-    ("D", "rms", "pre", "dropout"), [(768, False, True, 0.0), (1024, True, True, 0.1), (100, True, False, 0.0)]
+    ("D", "rms", "pre", "own", "dropout"),
+    [
+        (768, False, True, False, 0.0),
+        (1024, True, True, False, 0.1),
+        (100, True, False, False, 0.0),
+        (768, True, True, True, 0.0),
+    ],
 )
-def test_pre_norm_and_rms_norm_match_float64(D: int, rms: bool, pre: bool, dropout: float, device: str) -> None:
+def test_pre_norm_and_rms_norm_match_float64(
+    D: int, rms: bool, pre: bool, own: bool, dropout: float, device: str
+) -> None:
     inputs = norm_inputs(*toy(device, 1001, D), torch.bfloat16, device=device)
-    check_norm(inputs, dropout, torch.tensor([7], device=device), 3e-3, 2e-6, rms=rms, pre=pre)
+    check_norm(inputs, dropout, torch.tensor([7], device=device), 3e-3, 2e-6, own, rms=rms, pre=pre)
 
 
 @pytest.mark.parametrize(

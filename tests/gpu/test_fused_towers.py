@@ -32,6 +32,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 32, "attention_dropout": 0.1},
     "nomic_bert": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     "gemma": _GROUPED,
+    "gemma3_text": _GROUPED
+    | {
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "use_bidirectional_attention": True,
+    },
     "llama": _GROUPED | {"attention_bias": True},
     "mistral": _GROUPED | {"sliding_window": 24},
     "qwen2": _GROUPED,
@@ -49,7 +55,7 @@ def make_encoder(name: str, device: str, *, fused: bool) -> DualEncoder:
     wide, own = device == "cuda", SIZES.get(architecture)
     sizes = (own | (_WIDE if wide else _NARROW)) if own else ARCHITECTURES[architecture]
     sizes = sizes | {"num_hidden_layers": 2, "vocab_size": 100}
-    if architecture in ("gemma", "qwen3"):
+    if architecture in ("gemma", "gemma3_text", "qwen3"):
         sizes["head_dim"] = 128 if wide else 24  # heads together wider than the stream
     config = AutoConfig.for_model(architecture, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
     tower = AutoModel.from_config(config).to(device).train()

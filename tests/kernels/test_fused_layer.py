@@ -45,18 +45,21 @@ def norm_inputs(T: int, D: int, dtype: torch.dtype, bias: bool = True, device: s
 
 
 def norm_by_definition(
-    inputs: NormInputs, dropout: float, seed: Tensor | None, rms: bool
+    inputs: NormInputs, dropout: float, seed: Tensor | None, rms: bool, added_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(z, y, leaves) of the same inputs in float64, by torch's operations; leaves: x, residual, weight, norm_bias and
-    any bias.
+    """(z, y, leaves) of the same inputs in float64, by torch's operations; leaves: x, residual, weight, norm_bias, any
+    bias and any weight of a norm of what is added.
     """
     x, bias, residual, weight, norm_bias = (None if v is None else v.detach().double().requires_grad_() for v in inputs)
     assert x is not None and residual is not None and weight is not None and norm_bias is not None
     z = x if bias is None else x + bias
+    own = [] if added_weight is None else [added_weight.double().requires_grad_()]
+    if own:
+        z = rms_norm(z, z.shape[-1:], own[0], EPS)
     if seed is not None and dropout > 0:
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
         z = z * keep_mask(seed, rows, columns, dropout) / (1 - dropout)
-    leaves = [x, residual, weight, norm_bias] + ([] if bias is None else [bias])
+    leaves = [x, residual, weight, norm_bias, *([] if bias is None else [bias]), *own]
     z = z + residual
     if rms:
         return z, rms_norm(z, z.shape[-1:], weight, EPS) + norm_bias, leaves
@@ -64,15 +67,22 @@ def norm_by_definition(
 
 
 def check_norm(
-    inputs: NormInputs, dropout: float, seed: Tensor | None, bound: float, sums_bound: float, **modes: bool
+    inputs: NormInputs,
+    dropout: float,
+    seed: Tensor | None,
+    bound: float,
+    sums_bound: float,
+    own: bool = False,
+    **modes: bool,
 ) -> None:
     """Results, gradients from either and from both, dtypes and shapes: relative errors below the bounds (of x's dtype,
-    of sums).
+    of sums). `own`: what is added has a norm of its own.
     """
-    x, _, residual, *_ = inputs
-    norm = Norm(*inputs[:4], seed, dropout, **modes)  # type: ignore[arg-type]
+    x, _, residual, weight, _ = inputs
+    added_weight = weight.flip(0) if own else None
+    norm = Norm(*inputs[:4], seed, dropout, **modes, added_weight=added_weight, added_eps=EPS)  # type: ignore[arg-type]
     stream, low, statistics = norm_forward(norm, inputs[4], EPS)
-    z, want, leaves = norm_by_definition(inputs, dropout, seed, norm.rms)
+    z, want, leaves = norm_by_definition(inputs, dropout, seed, norm.rms, added_weight)
     of_stream = z if norm.pre else want
     assert stream.dtype == residual.dtype and relative_error(stream, of_stream) < sums_bound
     if norm.pre:
@@ -87,7 +97,7 @@ def check_norm(
         outs, douts = zip(*given_to, strict=True)
         expected = torch.autograd.grad(outs, leaves, douts, retain_graph=True, materialize_grads=True)
         dx, dresidual, sums = norm_backward(*pair, norm, statistics)
-        if norm.pre and pair[1] is not None:  # the same from z
+        if norm.pre and pair[1] is not None and not own:  # the same from z
             again = norm_backward(*pair, norm._replace(x=None, residual=stream), statistics)
             of_sum = zip((dx, dresidual, sums), again, strict=True)
             assert all(a.dtype == b.dtype and relative_error(b, a) < bound for a, b in of_sum)
@@ -161,11 +171,22 @@ def check_rotary(heads: Tensor, query_heads: int, key_heads: int, normed: bool, 
         assert dweights is None
 
 
-@pytest.mark.parametrize(("rms", "pre"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("rms", "pre", "own", "bias"),
+    [
+        (True, True, False, True),
+        (False, True, False, True),
+        (True, False, False, True),
+        (True, True, True, False),
+        (False, False, True, True),
+    ],
+)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.bfloat16, 5e-3)])
-def test_pre_norm_and_rms_norm_match_torch(rms: bool, pre: bool, dtype: torch.dtype, bound: float) -> None:
-    inputs = norm_inputs(41, 24, dtype)
-    check_norm(inputs, 0.1, torch.tensor([3]), bound, min(bound, 1e-6), rms=rms, pre=pre)
+def test_pre_norm_and_rms_norm_match_torch(
+    rms: bool, pre: bool, own: bool, bias: bool, dtype: torch.dtype, bound: float
+) -> None:
+    inputs = norm_inputs(41, 24, dtype, bias)
+    check_norm(inputs, 0.1, torch.tensor([3]), bound, min(bound, 1e-6), own, rms=rms, pre=pre)
 
 
 def test_a_norm_without_a_bias_is_one_with_a_bias_of_zero() -> None:
@@ -222,6 +243,7 @@ def test_gelu_matches_torch(dtype: torch.dtype, bound: float) -> None:
         (lambda a: a | {"bias": a["bias"][:5]}, r"bias floating \[8\]"),
         (lambda a: a | {"bias": a["bias"].long()}, r"bias floating \[8\]"),
         (lambda a: a | {"weight": torch.ones(16)[::2]}, r"weight floating \[8\], contiguous"),
+        (lambda a: a | {"added_weight": torch.ones(9)}, r"added_weight floating \[8\]"),
         (lambda a: a | {"dropout": 1.0}, "dropout in 0..1"),
         (lambda a: a | {"seed": None}, "received 0.1 and no seed"),
         (lambda a: a | {"seed": torch.tensor(3)}, r"seed int64 \[1\]"),

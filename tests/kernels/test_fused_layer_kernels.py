@@ -32,6 +32,8 @@ for T, D, bias, dropout in ((11, 48, True, 0.3), (5, 100, False, 0.3), (1, 33, T
     check_norm(norm_inputs(T, D, torch.float32, bias), dropout, torch.tensor([2**40 + 5]), 2e-6, 2e-6)
 for modes in ({"rms": True, "pre": True}, {"pre": True}, {"rms": True}):
     check_norm(norm_inputs(11, 48, torch.float32), 0.3, torch.tensor([2**40 + 5]), 2e-6, 2e-6, **modes)
+for bias in (True, False):
+    check_norm(norm_inputs(5, 100, torch.float32, bias), 0.3, torch.tensor([5]), 2e-6, 2e-6, True, rms=True, pre=True)
 norm.FORWARD = norm.BACKWARD = norm.Launch(4, 64, warps_per_sm=3)  # several rows at a time
 check_norm(norm_inputs(37, 48, torch.float32), 0.3, torch.tensor([5]), 2e-6, 2e-6)
 x, bias, residual, weight, norm_bias = norm_inputs(0, 32, torch.float32)
@@ -61,20 +63,22 @@ def test_interpreted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "D", "rounded", "pre"),
+    ("arch", "D", "rounded", "pre", "own"),
     [
-        (90, 768, "bf16", False),
-        (90, 768, "bf16", True),
-        (90, 4096, "bf16", True),
-        (90, 1024, None, False),
-        (80, 768, "fp16", False),
-        (100, 384, "bf16", False),
+        (90, 768, "bf16", False, False),
+        (90, 768, "bf16", True, False),
+        (90, 768, "bf16", True, True),
+        (90, 4096, "bf16", True, False),
+        (90, 4096, "bf16", True, True),
+        (90, 1024, None, False, False),
+        (80, 768, "fp16", False, False),
+        (100, 384, "bf16", False, False),
     ],
 )
-def test_norm_compiles(arch: int, D: int, rounded: str | None, pre: bool) -> None:
+def test_norm_compiles(arch: int, D: int, rounded: str | None, pre: bool, own: bool) -> None:
     x = f"*{rounded or 'fp32'}"
     types = dict.fromkeys(("bias", "residual", "weight", "statistics"), "*fp32") | {"x": x, "seed": "*i64"}
-    types |= {"T": "i32", "inverse_keep": "fp32"}
+    types |= {"T": "i32", "inverse_keep": "fp32", "added_eps": "fp32"} | ({"added_weight": "*fp32"} if own else {})
     forward = types | {"norm_bias": "*fp32", "stream": "*fp32", "eps": "fp32"} | ({"rounded": x} if rounded else {})
     backward = (
         types
@@ -97,7 +101,8 @@ def test_norm_compiles_for_a_float16_stream() -> None:
     types = dict.fromkeys(("bias", "weight", "norm_bias", "statistics"), "*fp32") | dict.fromkeys(
         ("residual", "stream"), "*fp16"
     )
-    types |= dict.fromkeys(("x", "rounded"), "*bf16") | {"T": "i32", "eps": "fp32", "inverse_keep": "fp32"}
+    types |= dict.fromkeys(("x", "rounded"), "*bf16") | {"T": "i32"}
+    types |= dict.fromkeys(("eps", "added_eps", "inverse_keep"), "fp32")
     rows, block_d, warps = norm.block(norm.FORWARD, 768)
     constants = {"D": 768, "THRESHOLD": 0, "ROWS": rows, "BLOCK_D": block_d, "RMS": False, "PRE": False}
     compiles(norm._norm_forward, types, constants, 90, warps)
