@@ -60,7 +60,7 @@ SEARCH = (
     ),
     THREADS,
 )
-_ENCODING = (
+ENCODING = (
     option("--query-prompt", help="put in front of every query"),
     option("--passage-prompt", help="put in front of every passage"),
     option("--pooling", choices=("cls", "mean", "last")),
@@ -111,7 +111,7 @@ def evaluation_command(
         *SEARCH,
         BATCH,
         *ENCODER,
-        group("encoding", *_ENCODING, about="each by default what the model folder says"),
+        group("encoding", *ENCODING, about="each by default what the model folder says"),
         lower="--batch",
     )
 

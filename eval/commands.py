@@ -161,7 +161,9 @@ def label(args: argparse.Namespace) -> str:
     """A short name of what is evaluated: BM25, the hub name, or the last two names of a model folder's or a run file's
     path.
     """
-    if args.bm25:
-        return "BM25"
-    path = Path(args.run or args.model)
-    return "/".join(path.resolve().parts[-2:]) if path.exists() else str(path)
+    return "BM25" if args.bm25 else model_label(args.run or args.model)
+
+
+def model_label(name: str | Path) -> str:
+    """The last two names of a path that exists, as `demo/export`; else the name itself, which the hub knows."""
+    return "/".join(Path(name).resolve().parts[-2:]) if Path(name).exists() else str(name)

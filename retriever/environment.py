@@ -61,6 +61,12 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def check_extra(extra: str, *distributions: str) -> None:
+    """Raises ConfigError where a distribution of an optional extra is not installed."""
+    if absent := [name for name in distributions if not _is_installed(name)]:
+        raise ConfigError(f"{' and '.join(absent)} not installed: run `pip install '.[{extra}]'` in the clone")
+
+
 def versions(names: Sequence[str]) -> dict[str, str]:
     """The versions of those distributions that are installed."""
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
