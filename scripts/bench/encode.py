@@ -2,10 +2,10 @@
 
     python -m scripts.bench.encode --output docs/bench/encode.json
 
-BERT-base with random weights, mean pooling, unit vectors, bf16, passages of MS MARCO's lengths. `ids` measures from
-token ids to embeddings in host memory. `text` measures from text to shards on disk, tokenising included; for
-sentence-transformers, to host memory. Every method is compared with the padded fp32 encoder first, and not timed if its
-embeddings differ. sentence-transformers is measured first. `scripts.bench.report` makes the page.
+BERT-base, or another `--model`, with random weights, mean pooling, unit vectors, bf16, passages of MS MARCO's lengths.
+`ids` measures from token ids to embeddings in host memory. `text` measures from text to shards on disk, tokenising
+included; for sentence-transformers, to host memory. Every method is compared with the padded fp32 encoder first, and
+not timed if its embeddings differ. sentence-transformers is measured first. `scripts.bench.report` makes the page.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertModel
 
 from retriever.command import command, option
 from retriever.data.text_table import TokenRows
@@ -34,6 +33,7 @@ from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, 
 from scripts.bench.flash import provide
 from scripts.bench.measure import timed
 from scripts.bench.passages import random_passages, word_tokenizer
+from scripts.bench.step_methods import MODELS, random_model, resized
 from scripts.bench.tables import Table
 
 # What is done to a padded encoder; "fused" is what the command itself chooses for this model on a GPU.
@@ -56,6 +56,7 @@ def load(folder: Path, mode: str, precision: str, device: torch.device) -> Encod
         folder,
         passage_max_tokens=_MAX_TOKENS,
         attention="padded",
+        pooling="mean",
         precision=precision,  # type: ignore[arg-type]
         device=device,
     )
@@ -165,7 +166,8 @@ class EncodeBench:
     option("--tokens-per-chunk", type=int, default=131_072),
     option("--peer-texts", type=int, default=16_384, help="of sentence-transformers; 0: none"),
     option("--peer-batches", type=int, nargs="+", default=[512, 2048], help="texts that it takes at once"),
-    option("--layers", type=int, default=12),
+    option("--model", choices=MODELS, default="bert-base", help="whose shape is measured (default: %(default)s)"),
+    option("--layers", type=int, help="fewer than the model has"),
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
 )
 def main(args: argparse.Namespace) -> None:
@@ -177,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
-        BertModel(BertConfig(num_hidden_layers=args.layers)).save_pretrained(folder)
+        random_model(resized(MODELS[args.model](), num_hidden_layers=args.layers)).save_pretrained(folder)
         word_tokenizer(_MAX_TOKENS).save_pretrained(folder)
         exact = load(folder, "padded", "fp32", torch.device(args.device))
         reference = exact.encode(texts[:_SAMPLE], "passage", tokens_per_chunk=min(args.tokens_per_chunk, 16_384))

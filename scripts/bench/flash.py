@@ -19,12 +19,14 @@ import torch
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1),
 ):
     """Attention of texts that lie one behind another: q, k, v [T, heads, D] to [T, heads, D], differentiable."""
+    left, right = (None if side < 0 else side for side in window_size)
     return torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), dropout_p, causal, False,
-        scale=softmax_scale,
+        scale=softmax_scale, window_size_left=left, window_size_right=right,
     )[0]
 
 

@@ -20,6 +20,7 @@ from retriever.data.store import Store
 from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution
+from retriever.encoder.lora import adapt
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import BLOCK_ROWS
@@ -89,6 +90,16 @@ class Work:
         return load(None, [*base, *self.settings, *overrides])
 
 
+def resized(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
+    """`config` itself, with other sizes; None changes nothing."""
+    for name, size in sizes.items():
+        if size is not None:
+            setattr(config, name, size)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, without a pooler."""
     own = type(config)(**config.to_diff_dict())
@@ -111,6 +122,8 @@ class Trainer:
         tower = work.tower()
         self.work, self.world = work, work.world
         self.encoder = DualEncoder(tower, tower, pooling="mean", autocast_dtype=AUTOCAST_DTYPES[config.optim.precision])
+        if config.model.lora is not None:
+            adapt(self.encoder.towers, config.model.lora, _SEED)
         resolved = preflight.resolve(config, self.encoder, self.world)
         if config.model.gradient_checkpointing:
             self.encoder.enable_gradient_checkpointing()

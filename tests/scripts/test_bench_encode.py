@@ -31,9 +31,22 @@ def test_cosines_compare_row_by_row() -> None:
 
 
 def test_ways_to_encode_and_peers_have_their_rows(tmp_path: Path) -> None:
-    """On a CPU flash attention is named with the reason why it does not run."""
+    """Of another model than BERT. On a CPU flash attention is named with the reason why it does not run."""
     output = tmp_path / "encode.json"
-    sizes = ["--layers", "1", "--texts", "30", "--distinct", "20", "--peer-texts", "10", "--peer-batches", "4"]
+    sizes = [
+        "--model",
+        "modernbert-base",
+        "--layers",
+        "1",
+        "--texts",
+        "30",
+        "--distinct",
+        "20",
+        "--peer-texts",
+        "10",
+        "--peer-batches",
+        "4",
+    ]
     assert (
         main(
             [

@@ -126,7 +126,7 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     called: list[float] = []
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *rest: Any, scale: float | None
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *rest: Any, scale: float | None, **window: None
     ) -> tuple[Tensor]:
         longest, longest_key, dropout, causal, _ = rest
         assert (
@@ -134,6 +134,7 @@ def dropout_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
             and starts[-1] == len(q)
             and longest == longest_key == starts.diff().max()
             and not causal
+            and window == {"window_size_left": None, "window_size_right": None}
         )
         called.append(dropout)
         queries, keys, values = (x.bfloat16().transpose(0, 1).split(starts.diff().tolist(), dim=1) for x in (q, k, v))
