@@ -5,9 +5,6 @@ same.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +24,6 @@ from tests.commands import RankAlone, assert_refused
 from tests.starts import start
 from tests.tiny import random_texts, save_tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [(f"p{i}", text) for i, text in enumerate(random_texts(23))]
 
 
@@ -326,24 +322,6 @@ def test_the_command_packs_and_compiles_when_told_to(
     assert len(compiled) == 1 and compiled[0].packed
     assert f"{model}: packed texts, fp32, on cpu\n" in capsys.readouterr().out
     np.testing.assert_allclose(_read(tmp_path / "packed")[0], _read(tmp_path / "padded")[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("missing", ["model", "input"])
-def test_the_command_says_in_one_line_what_is_missing(model: Path, beir: Path, tmp_path: Path, missing: str) -> None:
-    places = {"model": str(model), "input": str(beir)} | {missing: str(tmp_path / "nowhere")}
-    assert_refused(
-        main,
-        ["--model", places["model"], "--input", places["input"], "--side", "query", "--output", str(tmp_path / "o")],
-        "nowhere",
-    )
-
-
-def test_the_command_starts_as_a_script(tmp_path: Path) -> None:
-    """As `accelerate launch` starts it: the script's own folder first on the path, the project itself not on it."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / "retriever" / "encode.py"), "--help"]
-    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0 and "texts -> embedding shards" in said.stdout, said.stderr
 
 
 def test_two_ranks_share_the_shards(model: Path, beir: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retriever.config import BatchConfig, Config, ConfigError, DataConfig, LossConfig, SourceConfig, from_dict, to_dict
+from retriever.config import Config, ConfigError, DataConfig, SourceConfig, from_dict, to_dict
 from retriever.config_rules import validate
 from retriever.config_sources import named_prompts, queries_per_epoch
 from retriever.data.batch import BatchLoader
@@ -178,28 +179,43 @@ def test_every_prompt_has_a_name_in_the_export(config: Config) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("passage_max_tokens", 400, "data.train.0.passage_max_tokens: expected null or at most"),
-        ("negatives", "own", "data.train.0.hard_negatives: expected at least 1 with negatives=own"),
-        ("negatives", "none", "data.train.0.negatives: expected in_batch or own"),
-        ("apart", True, "data.train.0.apart: expected false with batch.one_source=true"),
-        ("prompt_name", "source1", "data.train: expected sources of different prompt_name"),
-    ],
-)
-def test_settings_of_a_source_that_cannot_be_run(key: str, value: object, message: str) -> None:
-    tree = to_dict(Config(data=DataConfig(train=(SourceConfig(path="a"), SourceConfig(path="b")), negatives=0)))
+def _runnable(negatives: int) -> dict[str, Any]:
+    """The settings of a run on two sources."""
+    tree = to_dict(Config(data=DataConfig(train=(SourceConfig(path="a"), SourceConfig(path="b")), negatives=negatives)))
     tree["model"]["name_or_path"], tree["train"]["max_steps"] = "m", 1
     validate(from_dict(tree))
-    tree["data"]["train"][0][key] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("setting", "others", "message"),
+    [
+        ({"passage_max_tokens": 400}, {}, "data.train.0.passage_max_tokens: expected null or at most"),
+        ({"negatives": "own"}, {}, "data.train.0.hard_negatives: expected at least 1 with negatives=own"),
+        ({"negatives": "none"}, {}, "data.train.0.negatives: expected in_batch or own"),
+        ({"apart": True}, {}, "data.train.0.apart: expected false with batch.one_source=true"),
+        ({"prompt_name": "source1"}, {}, "data.train: expected sources of different prompt_name"),
+        (
+            {"temperature": 0.1},
+            {"batch": {"one_source": False}},
+            "data.train.0.temperature: expected null where batch.one_source=false",
+        ),
+        (
+            {"temperature": 0.1},
+            {"loss": {"bank": "contaccum"}},
+            "data.train.0.temperature: expected null where .* loss.bank is set",
+        ),
+    ],
+)
+def test_settings_of_a_source_that_cannot_be_run(
+    setting: dict[str, object], others: dict[str, dict[str, object]], message: str
+) -> None:
+    tree = _runnable(negatives=0)
+    tree["data"]["train"][0] |= setting
+    for section, values in others.items():
+        tree[section] |= values
     with pytest.raises(ConfigError, match=message):
         validate(from_dict(tree))
-    tree["data"]["train"][0] |= {key: SourceConfig.__dataclass_fields__[key].default, "temperature": 0.1}
-    with pytest.raises(ConfigError, match=r"data.train.0.temperature: expected null where batch.one_source=false"):
-        validate(replace(from_dict(tree), batch=BatchConfig(one_source=False)))
-    with pytest.raises(ConfigError, match=r"data.train.0.temperature: expected null where .* loss.bank is set"):
-        validate(replace(from_dict(tree), loss=LossConfig(bank="contaccum")))
 
 
 @pytest.mark.parametrize(
@@ -218,8 +234,7 @@ def test_settings_of_a_source_that_cannot_be_run(key: str, value: object, messag
     ],
 )
 def test_what_rows_of_own_negatives_would_not_follow_is_refused(key: str, value: object, message: str) -> None:
-    tree = to_dict(Config(data=DataConfig(train=(SourceConfig(path="a"), SourceConfig(path="b")), negatives=2)))
-    tree["model"]["name_or_path"], tree["train"]["max_steps"] = "m", 1
+    tree = _runnable(negatives=2)
     tree["loss"] |= {key: value, "hardness_strength": 5.0 if key == "hardness" else 0.0}
     validate(from_dict(tree))
     tree["data"]["train"][1]["negatives"] = "own"

@@ -86,12 +86,6 @@ def test_autocast_computes_in_half_precision_over_fp32_weights(bert: Path, batch
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3), rtol=0, atol=1e-6)
 
 
-def test_doubled_weights_give_float64_embeddings(bert: Path, batch: Padded) -> None:
-    embeddings = DualEncoder.from_pretrained(ModelConfig(str(bert))).double().eval()("passage", batch)
-    assert embeddings.dtype == torch.float64
-    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
 def test_a_decoder_reads_padding_on_either_side_alike(architecture: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, architecture)

@@ -344,11 +344,6 @@ def test_what_is_wrong_is_said_in_one_line(workplace: Workplace, arguments: list
     assert_refused(main, words(workplace, "wrong", *arguments), message)
 
 
-def test_a_folder_with_other_files_is_left_alone(workplace: Workplace) -> None:
-    assert_refused(main, words(workplace, "data"), "corpus.jsonl was not written by the stage mine")
-    assert (workplace.data / "corpus.jsonl").exists()
-
-
 def test_the_line_below_a_positive() -> None:
     """Margins subtract; a share of a score below zero lies below it too; of both the lower counts."""
     assert MiningSettings(margin=0.5).line(2.0) == 1.5
