@@ -20,6 +20,7 @@ from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.text_batches import inference, mode_of
 from retriever.shards import ShardError, ShardWriter, open_shards
+from tests.beir import write_beir
 from tests.commands import RankAlone, assert_refused
 from tests.starts import start
 from tests.tiny import random_texts, save_tiny_model
@@ -233,14 +234,8 @@ def test_another_job_is_refused_or_encodes_everything_again(
 
 @pytest.fixture
 def beir(tmp_path: Path) -> Path:
-    folder = tmp_path / "beir"
-    folder.mkdir()
-    passages = [{"_id": i, "title": "river" if n % 2 else "", "text": text} for n, (i, text) in enumerate(TEXTS)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
-    (folder / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in TEXTS[:4])
-    )
-    return folder
+    passages = ({"_id": i, "title": "river" if n % 2 else "", "text": text} for n, (i, text) in enumerate(TEXTS))
+    return write_beir(tmp_path / "beir", passages, {f"q{i}": text for i, text in TEXTS[:4]})
 
 
 def test_the_command_reads_prompts_lengths_and_titles(

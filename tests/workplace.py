@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
+from tests.beir import write_beir
 from tests.tiny import random_texts, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,16 +18,13 @@ STEPS = 20
 def make_workplace(folder: Path) -> Path:
     """A tiny model, and a BEIR folder whose queries are words out of their passages."""
     save_tiny_model(folder / "model")
-    (folder / "data" / "qrels").mkdir(parents=True)
     texts = random_texts(160, shortest=6, longest=20, seed=3)
     draw = random.Random(0)
-    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
-    queries = [{"_id": f"q{i}", "text": " ".join(draw.sample(text.split(), 3))} for i, text in enumerate(texts)]
-    for name, records in (("corpus", corpus), ("queries", queries)):
-        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for split, rows in (("train", range(120)), ("dev", range(120, 160))):
-        lines = "".join(f"q{i}\td{i}\t1\n" for i in rows)
-        (folder / "data" / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    corpus = ({"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts))
+    queries = {f"q{i}": " ".join(draw.sample(text.split(), 3)) for i, text in enumerate(texts)}
+    splits = {"train": range(120), "dev": range(120, 160)}
+    judged = {split: {f"q{i}": {f"d{i}": 1} for i in rows} for split, rows in splits.items()}
+    write_beir(folder / "data", corpus, queries, **judged)
     (folder / "run.yaml").write_text(
         f"""
 model: {{name_or_path: {folder}/model, query_max_tokens: 16, passage_max_tokens: 32}}

@@ -24,6 +24,7 @@ from retriever.data.planner import Planner
 from retriever.data.slices import known_positives, slice_for_rank
 from retriever.data.store import Store, build_or_open
 from retriever.data.text_table import TokenRows
+from tests.beir import write_beir
 from tests.tiny import tiny_tokenizer
 
 
@@ -169,14 +170,9 @@ def test_blank_passages_are_left_out_and_counted(tmp_path: Path, capsys: pytest.
 
 
 def test_blank_passages_of_a_corpus_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "set" / "qrels").mkdir(parents=True)
-    (tmp_path / "set" / "corpus.jsonl").write_text(
-        '{"_id": "d1", "text": "river"}\n{"_id": "d2", "text": " ", "title": ""}\n'
-    )
-    (tmp_path / "set" / "queries.jsonl").write_text('{"_id": "q1", "text": "who"}\n{"_id": "q2", "text": "what"}\n')
-    (tmp_path / "set" / "qrels" / "train.tsv").write_text(
-        "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t1\nq2\td2\t1\n"
-    )
+    corpus = [{"_id": "d1", "text": "river"}, {"_id": "d2", "text": " ", "title": ""}]
+    judged = {"q1": {"d1": 1, "d2": 1}, "q2": {"d2": 1}}
+    write_beir(tmp_path / "set", corpus, {"q1": "who", "q2": "what"}, train=judged)
     data = DataConfig((SourceConfig(path=str(tmp_path / "set")),), cache_dir=str(tmp_path / "cache"))
     store = build_or_open(Config(data=data), tiny_tokenizer(), progress=False)
     assert "set: 1 passage left out, without a text" in capsys.readouterr().out

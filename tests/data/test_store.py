@@ -18,6 +18,7 @@ from retriever.data import text_table
 from retriever.data.formats import DataError
 from retriever.data.store import Csr, Store, TextTable, build_or_open
 from retriever.data.text_table import TextTableWriter
+from tests.beir import write_beir
 from tests.commands import change_unseen
 from tests.tiny import random_texts, tiny_tokenizer
 
@@ -59,14 +60,11 @@ def beir(tmp_path: Path) -> Path:
     """40 queries on 60 documents, 20 of which nothing refers to; every third document has a title."""
     folder, texts = tmp_path / "beir", random_texts(100, longest=60, seed=3)
     titles = [["", "", "river storm"][i % 3] for i in range(60)]
-    write(
-        folder / "corpus.jsonl", *({"_id": f"d{i}", "title": titles[i], "text": f"{texts[i]} {i}"} for i in range(60))
+    corpus = ({"_id": f"d{i}", "title": titles[i], "text": f"{texts[i]} {i}"} for i in range(60))
+    queries = {f"q{i}": f"{texts[60 + i]} {i}" for i in range(40)}
+    return write_beir(
+        folder, corpus, queries, train={f"q{i}": {f"d{i}": 1, f"d{(i + 1) % 40}": i % 2} for i in range(40)}
     )
-    write(folder / "queries.jsonl", *({"_id": f"q{i}", "text": f"{texts[60 + i]} {i}"} for i in range(40)))
-    (folder / "qrels").mkdir()
-    judged = [f"q{i}\td{i}\t1\nq{i}\td{(i + 1) % 40}\t{i % 2}\n" for i in range(40)]
-    (folder / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
-    return folder
 
 
 @pytest.mark.parametrize("title", ["join", "drop"])

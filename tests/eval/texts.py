@@ -4,10 +4,11 @@ query.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from tests import beir
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,9 @@ def help_texts(n_topics: int = 24) -> Texts:
 
 def write_beir(folder: Path, texts: Texts) -> Path:
     """The collection as a BEIR folder with the splits test and half (every second query)."""
-    (folder / "qrels").mkdir(parents=True)
-    rows = [json.dumps({"_id": i, "title": text[:20], "text": text}) for i, text in texts.passages.items()]
-    (folder / "corpus.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    rows = [json.dumps({"_id": i, "text": text}) for i, text in [*texts.queries.items(), ("unjudged", "how to")]]
-    (folder / "queries.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    for split, query_ids in (("test", list(texts.qrels)), ("half", list(texts.qrels)[::2])):
-        lines = [f"{q}\t{p}\t{grade}" for q in query_ids for p, grade in texts.qrels[q].items()]
-        (folder / "qrels" / f"{split}.tsv").write_text(
-            "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n", encoding="utf-8"
-        )
-    return folder
+    corpus = ({"_id": i, "title": text[:20], "text": text} for i, text in texts.passages.items())
+    half = dict(list(texts.qrels.items())[::2])
+    return beir.write_beir(folder, corpus, texts.queries | {"unjudged": "how to"}, test=texts.qrels, half=half)
 
 
 def write_msmarco(folder: Path, texts: Texts) -> Path:

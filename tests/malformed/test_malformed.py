@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.beir import write_beir
 from tests.malformed import cases, collection_cases
 from tests.malformed.cases import Case
 from tests.tiny import save_tiny_model
@@ -41,12 +42,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_sound(folder: Path) -> Path:
     """A model and data that every command accepts."""
     save_tiny_model(folder / "model")
-    (folder / "beir" / "qrels").mkdir(parents=True)
-    (folder / "beir" / "corpus.jsonl").write_text(
-        cases.lines(collection_cases.DOCUMENT, {"_id": "d2", "text": "storm"})
-    )
-    (folder / "beir" / "queries.jsonl").write_text(cases.lines(collection_cases.QUERY, {"_id": "q2", "text": "storm"}))
-    (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n")
+    corpus, queries = [collection_cases.DOCUMENT, {"_id": "d2", "text": "storm"}], {"q1": "river", "q2": "storm"}
+    write_beir(folder / "beir", corpus, queries, test={"q1": {"d1": 1}, "q2": {"d2": 1}})
     (folder / "good.run").write_text("q1 Q0 d1 1 1.0 t\nq2 Q0 d2 1 1.0 t\n")
     (folder / "x.jsonl").write_text(json.dumps(cases.GOOD) + "\n")
     return folder
