@@ -13,9 +13,6 @@ import pytest
 from eval import beir
 from tests.commands import assert_refused
 from tests.eval.texts import Texts, help_texts, write_beir
-from tests.tiny import save_tiny_model
-
-LENGTHS = ["--query-max-tokens", "24", "--passage-max-tokens", "48"]
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +50,6 @@ def test_a_passage_with_the_querys_id_is_left_out_of_runs(
     assert ("queries with the passage of the same id left out" in capsys.readouterr().out) == (first == 1.0)
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        (
-            [{"_id": "twice", "text": "one text"}, {"_id": "twice", "text": "another"}],
-            "expected an id once; .*with another text, received 'twice'",
-        ),
-        ([{"_id": "two words", "text": "a text"}], "expected an id without white space, .*, received 'two words'"),
-    ],
-)
-def test_ids_that_no_run_can_hold_are_told_in_one_line(
-    texts: Texts, tmp_path: Path, records: list[dict[str, str]], message: str
-) -> None:
-    data = write_beir(tmp_path / "odd", texts)
-    with (data / "corpus.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    model = save_tiny_model(tmp_path / "model")
-    assert_refused(
-        beir.main,
-        ["--model", str(model), *LENGTHS, "--data", str(data), "--output-dir", str(tmp_path / "out")],
-        message,
-    )
-
-
 def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_path: Path) -> None:
     data = write_beir(tmp_path / "wordless", texts)
     (data / "corpus.jsonl").write_text('{"_id": "p", "text": "!"}\n', encoding="utf-8")
@@ -85,10 +58,3 @@ def test_bm25_of_passages_without_words_is_told_in_one_line(texts: Texts, tmp_pa
         ["--bm25", "--data", str(data), "--output-dir", str(tmp_path / "out")],
         "1 passages without a single word",
     )
-
-
-@pytest.mark.parametrize("option", ["--threads", "--batch"])
-def test_a_number_below_one_is_refused(option: str) -> None:
-    for number in ("-1", "0", "two"):
-        expected = f"argument {option}: expected a whole number of at least 1; received '{number}'"
-        assert_refused(beir.main, ["--bm25", "--data", "nowhere", option, number], expected)

@@ -154,9 +154,11 @@ def test_excluding_the_query_itself_still_returns_k_passages() -> None:
     assert search(vectors, ids, Parts(vectors, ids, [2]), 2)["a"].passage_ids == ["a", "e"]
 
 
-def test_products_that_round_to_negative_zero_tie_with_zero() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_products_that_round_to_negative_zero_tie_with_zero(engine: Engine) -> None:
     passages = np.array([[0.0], [-1e-30], [-1.0], [2.0]], dtype=np.float32)
-    found = search(np.array([[1e-30]]), ["q"], Parts(passages, ["a", "b", "c", "d"], []), 4)["q"]
+    parts = Parts(passages, ["a", "b", "c", "d"], [])
+    found = search(np.array([[1e-30]]), ["q"], parts, 4, SearchOptions(engine=engine))["q"]
     assert found.passage_ids == ["d", "b", "a", "c"]
     assert found.scores.tolist() == [np.float32(2e-30), 0.0, 0.0, np.float32(-1e-30)]
 
