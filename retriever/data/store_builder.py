@@ -10,7 +10,6 @@ import json
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from retriever.data.relations import (
     with_equal_passages,
     write_relations,
 )
+from retriever.data.source_reading import SourceReading
 from retriever.data.text_table import TextTableWriter
 from retriever.data.tokens import SIDES
 from retriever.files import write_json
@@ -41,22 +41,7 @@ from retriever.wording import counted
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
 KINDS = "kinds.npy"  # of passages, where sources have theirs in several prompts or lengths
 BLANK, _MISSING = -1, -2  # instead of a passage's row
-
-
-@dataclass
-class _SourceReading:
-    """The content of one source before its rows are assigned. Queries and passage ids are numbered as they appear."""
-
-    source: Source
-    query_prompt: str
-    passage_prompt: str
-    kind: int  # of its passages
-    queries: dict[str, int] = field(default_factory=dict)
-    query_digests: list[bytes] = field(default_factory=list)
-    references: dict[str, int] = field(default_factory=dict)
-    positives: PairBuffer = field(default_factory=PairBuffer)
-    negatives: PairBuffer = field(default_factory=PairBuffer)
-    blank: int = 0  # passages without a text
+_SHOWN_EVERY = 1000  # examples
 
 
 class StoreBuilder:
@@ -72,6 +57,7 @@ class StoreBuilder:
         self._query_digests: list[bytes] = []  # by row
         self._positives: list[Pairs] = []
         self._negatives: list[Pairs] = []
+        self._statistics: list[dict[str, Any]] = []  # of each source
 
     def build(self, sources: Sequence[Source], manifest: dict[str, Any]) -> None:
         """Writes the whole store, its manifest (`manifest` and what was found) and checksums last. Raises DataError."""
@@ -84,21 +70,24 @@ class StoreBuilder:
             np.save(self._folder / PASSAGES / KINDS, np.array(self._kind_of, np.int64), allow_pickle=False)
         if note := shortened_note():
             print(note, flush=True)
-        files = {
-            p.relative_to(self._folder).as_posix(): p.stat().st_size
-            for p in sorted(self._folder.rglob("*"))
-            if p.is_file()
-        }
-        write_json(self._folder / MANIFEST, manifest | {"sources": described, "files": files})
+        written = sorted(path for path in self._folder.rglob("*") if path.is_file())
+        files = {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in written}
+        write_json(
+            self._folder / MANIFEST, manifest | {"sources": described, "statistics": self._statistics, "files": files}
+        )
         write_checksums(self._folder)
 
     def _add_source(self, source: Source, number: int) -> dict[str, Any]:
-        query_prompt, passage_prompt = (text_kinds(self._config, side)[number].prompt for side in SIDES)
-        reading = _SourceReading(source, query_prompt, passage_prompt, self._kinds[number])
+        query, passage = (text_kinds(self._config, side)[number] for side in SIDES)
+        lengths = self._queries.counted_from_now(query.max_tokens), self._passages.counted_from_now(passage.max_tokens)
+        reading = SourceReading(source, query.prompt, passage.prompt, self._kinds[number], *lengths)
         first = len(self._query_digests)
         spool = self._folder / "queries.spool"  # a query's row is known once it is known to have a positive
         with spool.open("w", encoding="utf-8") as stream:
-            for example in self._bar(source.examples(), f"{source.name}: examples"):
+            bar = self._bar(source.examples(), f"{source.name}: examples")
+            for count, example in enumerate(bar, start=1):
+                if count % _SHOWN_EVERY == 0:
+                    bar.set_postfix_str(reading.so_far(), refresh=False)
                 if self._read_example(reading, example):
                     stream.write(json.dumps([example.query_id, example.prompt, example.query]) + "\n")
         passage_rows = self._look_up(reading)
@@ -108,16 +97,19 @@ class StoreBuilder:
             print(f"{source.name}: {counted(reading.blank, 'passage')} left out, without a text", flush=True)
         self._positives.append(reading.positives.resolved(query_rows, passage_rows))
         self._negatives.append(reading.negatives.resolved(query_rows, passage_rows))
+        self._add_statistics(reading, len(self._positives[-1].keys), len(self._negatives[-1].keys))
         last = len(self._query_digests)
-        return {
-            "name": source.name,
-            "format": source.format,
-            "first": first,
-            "last": last,
-            "left_out": len(query_rows) - (last - first),
-        }
+        rows = {"first": first, "last": last, "left_out": len(query_rows) - (last - first)}
+        return {"name": source.name, "format": source.format, **rows}
 
-    def _read_example(self, reading: _SourceReading, example: Example) -> bool:
+    def _add_statistics(self, reading: SourceReading, positives: int, negatives: int) -> None:
+        self._queries.finish()
+        self._passages.finish()
+        self._statistics.append(reading.statistics(positives, negatives))
+        if self._progress:
+            print(reading.described(self._statistics[-1]), flush=True)
+
+    def _read_example(self, reading: SourceReading, example: Example) -> bool:
         """Adds the example's pairs; returns whether its query is new."""
         name, digest = reading.source.name, _digest(example.query)
         number = reading.queries.setdefault(example.query_id, len(reading.queries))
@@ -133,7 +125,7 @@ class StoreBuilder:
 
     def _add_pairs(
         self,
-        reading: _SourceReading,
+        reading: SourceReading,
         pairs: PairBuffer,
         number: int,
         passages: Sequence[Passage],
@@ -145,14 +137,14 @@ class StoreBuilder:
             rows = [row for row in rows if row != BLANK]
         pairs.extend(number, rows, scores)
 
-    def _passage(self, reading: _SourceReading, passage: Passage) -> int:
+    def _passage(self, reading: SourceReading, passage: Passage) -> int:
         """The passage's row where its text is at hand, else a reference to be looked up."""
         if passage.text is not None:
             return self._row(reading, passage)
         assert passage.id is not None  # every reader gives a text or an id
         return REFERENCE | reading.references.setdefault(passage.id, len(reading.references))
 
-    def _row(self, reading: _SourceReading, passage: Passage) -> int:
+    def _row(self, reading: SourceReading, passage: Passage) -> int:
         """The row of the passage's final text, which is written to the store the first time; BLANK for a blank text."""
         data = self._config.data
         text = final_text(passage, data.title, data.title_separator)
@@ -162,6 +154,8 @@ class StoreBuilder:
         digest = _digest(text)
         key = _of_kind(digest, reading.kind)
         row = self._passage_rows.get(key)
+        reading.passages += 1
+        reading.repeated_passages += row is not None
         if row is None:
             row = self._passage_rows[key] = len(self._passage_rows)
             self._passages.add(passage.id, reading.passage_prompt + text)
@@ -175,7 +169,7 @@ class StoreBuilder:
         keys = (_of_kind(digest, kind) for kind in range(max(self._kinds) + 1))
         return [self._passage_rows[key] for key in keys if key in self._passage_rows]
 
-    def _look_up(self, reading: _SourceReading) -> np.ndarray:
+    def _look_up(self, reading: SourceReading) -> np.ndarray:
         """The rows [references] int64 of the passages named by id. Raises DataError for an id that the corpus lacks."""
         source, references = reading.source, reading.references
         rows = np.full(len(references), _MISSING, np.int64)
@@ -198,7 +192,7 @@ class StoreBuilder:
             raise DataError(self._missing_message(reading, missing))
         return rows
 
-    def _missing_message(self, reading: _SourceReading, missing: np.ndarray) -> str:
+    def _missing_message(self, reading: SourceReading, missing: np.ndarray) -> str:
         name, passage_ids, query_ids = reading.source.name, list(reading.references), list(reading.queries)
         for kind, pairs in (("positive", reading.positives), ("negative", reading.negatives)):
             keys = pairs.references()
@@ -210,7 +204,7 @@ class StoreBuilder:
         where = "its corpus" if reading.source.corpus_tables else "no corpus: data.train.<n>.corpus names one"
         return f"source {name!r}: {len(missing):,} passage ids are not in {where}; the first is {first}"
 
-    def _write_queries(self, reading: _SourceReading, spool: Path, passage_rows: np.ndarray) -> np.ndarray:
+    def _write_queries(self, reading: SourceReading, spool: Path, passage_rows: np.ndarray) -> np.ndarray:
         """Writes the queries with a positive. Returns the row of every query [queries] int64, -1 for the others."""
         source, count, before = reading.source, len(reading.queries), len(self._query_digests)
         kept = reading.positives.queries(count, passage_rows)

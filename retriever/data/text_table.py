@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,34 @@ class TextTable(TokenRows):
         return pa.ipc.open_file(pa.memory_map(str(self._folder / "ids.arrow"))).read_all()["id"]
 
 
+@dataclass
+class Lengths:
+    """The lengths of texts that are written, in tokens, special ones included."""
+
+    limit: int  # longer texts will be cut
+    texts: int = 0
+    tokens: int = 0
+    cut: int = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Counts texts of `tokens` [n]."""
+        self.texts += len(tokens)
+        self.tokens += int(tokens.sum())
+        self.cut += int((tokens > self.limit).sum())
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / max(1, self.texts)
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the texts that will be cut."""
+        return self.cut / max(1, self.texts)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} tokens ({self.cut_share:.1%} cut at {self.limit})"
+
+
 class TextTableWriter:
     """Writes a TextTable text by text; what it holds in memory does not grow with the table.
 
@@ -83,12 +112,13 @@ class TextTableWriter:
         folder.mkdir(parents=True)
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype = token_dtype(tokenizer)
-        self._adds_nothing = TokenTemplate.from_tokenizer(tokenizer).special_tokens == 0
+        self._special_tokens = TokenTemplate.from_tokenizer(tokenizer).special_tokens
         self._ids: list[str | None] = []
         self._texts: list[str] = []
         self._characters = 0
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenise")
-        self._pending: deque[tuple[list[str | None], Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+        self._pending: deque[tuple[list[str | None], Lengths, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+        self._lengths = Lengths(0)
         self._tokens = _GrowingArray(folder / "tokens.npy", self._dtype)
         self._offsets = _GrowingArray(folder / "offsets.npy", np.dtype(np.int64))
         self._offsets.append(np.zeros(1, np.int64))
@@ -100,9 +130,7 @@ class TextTableWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._flush()
-                while self._pending:
-                    self._write_first()
+                self.finish()
         finally:
             self._workers.shutdown(cancel_futures=True)
             for file in (self._arrow, self._tokens, self._offsets):
@@ -119,21 +147,36 @@ class TextTableWriter:
         if len(self._texts) == _BATCH_TEXTS or self._characters >= _BATCH_CHARACTERS:
             self._flush()
 
+    def counted_from_now(self, limit: int) -> Lengths:
+        """The lengths of the texts that are added from now on until the next call; whole after `finish`."""
+        self._flush()
+        self._lengths = Lengths(limit)
+        return self._lengths
+
+    def finish(self) -> None:
+        """Writes what was added so far."""
+        self._flush()
+        while self._pending:
+            self._write_first()
+
     def _flush(self) -> None:
+        if not self._texts:
+            return
         tokens = self._workers.submit(tokenize_flat, self._tokenizer, self._texts, self._dtype)
-        self._pending.append((self._ids, tokens))
+        self._pending.append((self._ids, self._lengths, tokens))
         self._ids, self._texts, self._characters = [], [], 0
         if len(self._pending) > _WORKERS:
             self._write_first()
 
     def _write_first(self) -> None:
-        ids, result = self._pending.popleft()
+        ids, lengths, result = self._pending.popleft()
         tokens, counts = result.result()
-        if self._adds_nothing and not counts.all():
+        if not self._special_tokens and not counts.all():
             problem = (
                 "has no token, and the tokenizer adds none: it cannot be embedded; expected a text that is not empty"
             )
             raise DataError(f"text {ids[int(np.argmin(counts))]!r} {problem}")
+        lengths.add(counts + self._special_tokens)
         self._offsets.append(self._tokens.count + np.cumsum(counts))
         self._tokens.append(tokens)
         self._arrow.write_batch(pa.record_batch([pa.array(ids, pa.string())], schema=_ID_SCHEMA))

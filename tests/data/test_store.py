@@ -207,6 +207,43 @@ def test_queries_without_a_positive_are_left_out_and_counted(
         built(tmp_path, write(tmp_path / "f.jsonl", rows[0]))
 
 
+def test_first_figures_of_each_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths have prompt and special tokens; a text that another source brought is a repeated one."""
+    words = random_texts(12, longest=60, seed=5)
+    first = [{"anchor": words[i], "positive": words[6 + i % 4]} for i in (0, 1, 2, 3, 3, 4)]
+    second = {"query": words[5], "pos": [words[6]], "neg": [words[10], words[11], words[10]]}
+    sources = write(tmp_path / "pairs.jsonl", *first), write(tmp_path / "f.jsonl", second)
+    asked = config(tmp_path, *sources)
+    asked = replace(asked, model=replace(asked.model, query_max_tokens=24, passage_max_tokens=15))
+    store = build_or_open(asked, tiny_tokenizer(), progress=True)
+    found = json.loads((store.folder / "manifest.json").read_text())["statistics"]
+    queries, passages = (
+        np.array([len(tiny_tokenizer()(prompt + words[i])["input_ids"]) for i in rows])
+        for prompt, rows in (("find: ", (0, 1, 2, 3, 3, 4)), ("text: ", (6, 7, 8, 9)))
+    )
+    assert 0 < (queries > 24).mean() < 1 and 0 < (passages > 15).mean() < 1
+    assert found[0] == {
+        "queries": 6,
+        "repeated_queries": 1,
+        "positives": 6,
+        "negatives": 0,
+        "passages": 6,
+        "repeated_passages": 2,
+        "query_tokens": queries.mean(),
+        "passage_tokens": passages.mean(),
+        "queries_cut": (queries > 24).mean(),
+        "passages_cut": (passages > 15).mean(),
+    }
+    assert {name: found[1][name] for name in ("positives", "negatives", "passages", "repeated_passages")} == {
+        "positives": 1,
+        "negatives": 2,
+        "passages": 4,
+        "repeated_passages": 2,
+    }
+    said = capsys.readouterr().out
+    assert f"pairs.jsonl: 6 queries of {queries.mean():.1f} tokens ({(queries > 24).mean():.1%} cut at 24)" in said
+
+
 def test_an_id_that_the_corpus_lacks_is_named(tmp_path: Path, beir: Path) -> None:
     with (beir / "qrels/train.tsv").open("a") as qrels:
         qrels.write("q3\tgone\t1\nq4\tlost\t0\n")
