@@ -50,25 +50,42 @@ def randomisation_test(differences: np.ndarray, permutations: int = 10_000, seed
 def bootstrap_interval(
     differences: np.ndarray, clusters: Sequence[str] | None = None, *, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of mean(d) over queries drawn with replacement, or over whole clusters of them.
+    """Percentile interval of mean(d), by `bootstrap_means`."""
+    means = bootstrap_means(differences, clusters, seed=seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
+
+def bootstrap_test(differences: np.ndarray, clusters: Sequence[str] | None = None, *, seed: int = 0) -> float:
+    """p of mean(d) = 0: twice the share of `bootstrap_means` on the other side of 0, at least 1 / (resamples + 1)."""
+    means = bootstrap_means(differences, clusters, seed=seed)
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    return min(1.0, 2 * (int(beyond) + 1) / (len(means) + 1))
+
+
+def bootstrap_means(differences: np.ndarray, clusters: Sequence[str] | None = None, *, seed: int = 0) -> np.ndarray:
+    """[R] means of d over queries drawn with replacement, or over whole clusters of them.
+
+    differences [Q], or [S, Q] of S training seeds, which are drawn with replacement too, crossed with the queries.
     `clusters` [Q] names the cluster of each query; by default each is its own. Raises RefusedError where there are
-    fewer than two. (Field and Welsh 2007, the cluster bootstrap)
+    fewer than two. (Field and Welsh 2007, the cluster bootstrap; Owen 2007, crossed factors)
     """
-    d = _checked(differences)
-    names, members = np.unique(np.arange(len(d)) if clusters is None else clusters, return_inverse=True)
+    d = np.atleast_2d(np.asarray(differences, dtype=np.float64))
+    _checked(d.mean(axis=0))
+    names, members = np.unique(np.arange(d.shape[1]) if clusters is None else clusters, return_inverse=True)
     if len(names) < 2:
         raise RefusedError("1 cluster: expected at least two, one alone says nothing of how clusters differ")
-
-    def mean(sums: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-        return sums.sum(axis) / sizes.sum(axis)
-
-    of_clusters = np.bincount(members, weights=d), np.bincount(members)  # [C], [C]
-    drawn = {"n_resamples": _RESAMPLES, "batch": max(1, _AT_ONCE // len(names)), "rng": np.random.default_rng(seed)}
-    found = stats.bootstrap(
-        of_clusters, mean, paired=True, confidence_level=confidence, method="percentile", **drawn
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    sizes = np.bincount(members)  # [C]
+    sums = np.stack([np.bincount(members, weights=row) for row in d])  # [S, C]
+    rng, means = np.random.default_rng(seed), list[np.ndarray]()
+    rows = max(1, _AT_ONCE // sums.size)
+    for first in range(0, _RESAMPLES, rows):
+        count = min(rows, _RESAMPLES - first)
+        drawn = rng.integers(len(names), size=(count, len(names)))
+        seeds = rng.integers(len(d), size=(count, len(d)))
+        of_seeds = sums[seeds].mean(axis=1)  # [count, C]
+        means.append(np.take_along_axis(of_seeds, drawn, axis=1).sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(means)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from eval.significance import bootstrap_interval, holm, paired_t_test, randomisation_test
+from eval.significance import (
+    bootstrap_interval,
+    bootstrap_means,
+    bootstrap_test,
+    holm,
+    paired_t_test,
+    randomisation_test,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,6 +56,28 @@ def test_the_interval_is_the_normal_one_for_many_queries() -> None:
         pytest.approx(d.mean() - half, abs=0.1 * half),
         pytest.approx(d.mean() + half, abs=0.1 * half),
     )
+
+
+def test_seeds_are_drawn_crossed_with_clusters() -> None:
+    """The variance is that of the two-way model: between seeds, between clusters, and what is left."""
+    rng = np.random.default_rng(0)
+    of_seeds, of_clusters = rng.normal(0, 0.3, 12), rng.normal(0, 0.5, 30)
+    members = np.repeat(np.arange(30), 4)
+    clusters = [*map(str, members)]
+    d = 0.2 + of_seeds[:, None] + of_clusters[members] + rng.normal(0, 0.1, (12, 120))
+    expected = (of_seeds.var() / 12 + of_clusters.var() / 30) ** 0.5
+    assert bootstrap_means(d, clusters).std() == pytest.approx(expected, rel=0.1)
+    assert bootstrap_means(d.mean(axis=0), clusters).std() == pytest.approx((of_clusters.var() / 30) ** 0.5, rel=0.1)
+    low, high = bootstrap_interval(d, clusters)
+    assert low < d.mean() < high
+
+
+def test_the_bootstrap_p_value_is_about_the_t_tests() -> None:
+    rng = np.random.default_rng(1)
+    for shift in (0.0, 0.1, 0.2, 1.0):
+        d = rng.normal(shift, 1.0, 200)
+        assert bootstrap_test(d) == pytest.approx(paired_t_test(d)[1], abs=0.02)
+    assert bootstrap_test(np.ones(9)) == pytest.approx(2 / 10_001)
 
 
 def test_holm_corrects_step_by_step() -> None:
