@@ -1,7 +1,8 @@
 """Queries and passages from documented functions: the split into training and held-out functions, and their
 collections.
 
-Whole modules are held out, together with their twins. No text is on both sides, and every text stands once.
+Whole modules or whole packages are held out, together with their twins. No text is on both sides, and every text
+stands once.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import Literal
 from scipy.cluster.hierarchy import DisjointSet
 
 from retriever.files import write_text
+from scripts.code_pairs.near_duplicates import near_duplicates, words
 from scripts.code_pairs.sources import STDLIB, Function
 
 # Copies are told from coincidences ("Close the file.", `return self._name`) by their length.
 TIE_SUMMARY_WORDS = 6
 TIE_CODE_LINES = 3
+# Near-duplicates that tie packages.
+NEAR_SUMMARY_WORDS = 8
+NEAR_CODE_WORDS = 20
 
 _TWIN_PREFIX = re.compile(r"^_(py_?)?(?=[a-z])")
 _TWIN_SUFFIX = re.compile(r"_(abc|pure|py)$")
@@ -39,11 +44,17 @@ class Settings:
     dev_queries: int = 150
     max_test_per_module: int = 20
     max_held_out_module: int = 60
+    hold_out: Literal["modules", "packages"] = "modules"
+    searched: int | None = None  # passages of the folder to evaluate in; None: there is none
+
+    def unit(self, function: Function) -> str:
+        """What the split keeps together: the function's module or package."""
+        return function.unit if self.hold_out == "modules" else function.package
 
 
 @dataclass(frozen=True)
 class Split:
-    """The functions of each side. `family` maps a unit to the first of the units that it is tied to."""
+    """The functions of each side. `family` maps a function's id to the first of the units that its own is tied to."""
 
     train: list[Function]
     dev: list[Function]
@@ -59,8 +70,9 @@ def split_by_family(functions: Sequence[Function], settings: Settings) -> Split:
     most `max_test_per_module` queries. A held-out function is left out if its summary or its code is also on another
     side.
     """
-    family = _families(functions)
-    sizes = Counter(family[function.unit] for function in functions)
+    of_unit = _families(functions, settings)
+    family = {function.id: of_unit[settings.unit(function)] for function in functions}
+    sizes = Counter(family[function.id] for function in functions)
     small = [name for name in sizes if sizes[name] <= settings.max_held_out_module]
     side_of = dict.fromkeys(sizes, "train")
     wanted = {"test": settings.test_queries, "dev": settings.dev_queries}
@@ -72,7 +84,7 @@ def split_by_family(functions: Sequence[Function], settings: Settings) -> Split:
     sides: dict[str, list[Function]] = {"train": [], "test": [], "dev": []}
     taken: set[str] = set()
     for side, chosen in sides.items():
-        here = (function for function in functions if side_of[family[function.unit]] == side)
+        here = (function for function in functions if side_of[family[function.id]] == side)
         chosen += [function for function in here if side == "train" or not _texts(function) & taken]
         taken.update(*map(_texts, chosen))
     return Split(**sides, family=family)
@@ -92,15 +104,19 @@ def normal(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def _families(functions: Sequence[Function]) -> dict[str, str]:
-    """Maps each unit to the first, by name, of the units tied to it by a twin's name, a copied function or a copied
-    docstring.
+def _families(functions: Sequence[Function], settings: Settings) -> dict[str, str]:
+    """Maps each unit to the first, by name, of the units tied to it.
+
+    Modules are tied by a twin's name, a copied function or a copied docstring; packages by a near-duplicate of either.
     """
     tied = DisjointSet()
-    for function in functions:
-        for tie in _ties(function):
-            tied.add(tie)
-            tied.merge(("unit", function.unit), tie)
+    ties: Iterable[tuple[tuple[str, str], tuple[str, str]]] = _package_ties(functions)
+    if settings.hold_out == "modules":
+        ties = ((("unit", function.unit), tie) for function in functions for tie in _ties(function))
+    for unit, tie in ties:
+        tied.add(unit)
+        tied.add(tie)
+        tied.merge(unit, tie)
     family: dict[str, str] = {}
     for subset in tied.subsets():
         units = sorted(name for kind, name in subset if kind == "unit")
@@ -121,6 +137,17 @@ def _ties(function: Function) -> Iterator[tuple[str, str]]:
         yield "code", normal(code)
 
 
+def _package_ties(functions: Sequence[Function]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Pairs of packages with a near-duplicate summary or code of some length; every package also with itself."""
+    units = [("unit", function.package) for function in functions]
+    yield from ((unit, unit) for unit in dict.fromkeys(units))
+    texts = {NEAR_SUMMARY_WORDS: [f.summary for f in functions], NEAR_CODE_WORDS: [f.code for f in functions]}
+    for least, of in texts.items():
+        long = [place for place, text in enumerate(of) if len(words(text)) >= least]
+        for one, other in near_duplicates([of[place] for place in long]):
+            yield units[long[one]], units[long[other]]
+
+
 @dataclass
 class Collection:
     """A BEIR collection in the making."""
@@ -128,25 +155,26 @@ class Collection:
     corpus: dict[str, tuple[str, str]] = field(default_factory=dict)  # normalised text -> (id, text)
     queries: dict[str, tuple[str, str]] = field(
         default_factory=dict
-    )  # id -> (text, module it is held out or trained with)
+    )  # id -> (text, module or package it is held out or trained with)
     qrels: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # split -> (query id, passage id)
 
     def passage(self, passage_id: str, text: str) -> str:
         """Adds a text if it is new; returns the id of its passage."""
         return self.corpus.setdefault(normal(text), (passage_id, text))[0]
 
-    def bounded(self, name: str, passages: int, seed: int) -> Collection:
-        """The split `name` over a corpus of `passages` passages: all judged ones, and others drawn by the seed from
+    def bounded(self, names: Sequence[str], passages: int, seed: int) -> Collection:
+        """The splits `names` over a corpus of `passages` passages: all judged ones, and others drawn by the seed from
         every side.
         """
-        judged = {passage for _, passage in self.qrels[name]}
+        qrels = {name: self.qrels[name] for name in names}
+        judged = {passage for pairs in qrels.values() for _, passage in pairs}
         others = sorted(
             (passage for passage, _ in self.corpus.values() if passage not in judged),
             key=lambda passage: drawn(seed, passage),
         )
         kept = judged.union(others[: max(0, passages - len(judged))])
         corpus = {key: passage for key, passage in self.corpus.items() if passage[0] in kept}
-        return Collection(corpus, self.queries, {name: self.qrels[name]})
+        return Collection(corpus, self.queries, qrels)
 
     def files(self) -> dict[str, str]:
         """File name -> content, in BEIR's formats. The metadata of a query names its module."""
@@ -186,7 +214,7 @@ class Collection:
             if positives:
                 first = sharing[0]
                 query = f"{first.id}#summary"  # BEIR's evaluation drops a passage whose id is the query's
-                self.queries[query] = (first.summary, split.family[first.unit])
+                self.queries[query] = (first.summary, split.family[first.id])
                 judged += [(query, positive) for positive in positives]
 
 
@@ -233,7 +261,7 @@ def _at_most(limit: int, asked: list[list[Function]], split: Split, seed: int) -
     functions: Counter[str] = Counter()
     kept = []
     for position in sorted(range(len(asked)), key=lambda i: drawn(seed, asked[i][0].id)):
-        family = split.family[asked[position][0].unit]
+        family = split.family[asked[position][0].id]
         if functions[family] + len(asked[position]) <= limit:
             functions[family] += len(asked[position])
             kept.append(position)

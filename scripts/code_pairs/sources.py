@@ -12,13 +12,15 @@ import sysconfig
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from retriever.errors import RefusedError
 
 STDLIB = "stdlib"
+OUR_DISTRIBUTION = "bigbatch"
 
 # Large, documented packages a machine learning installation tends to hold: `--packages auto` takes those it finds.
 WELL_KNOWN = (
@@ -58,6 +60,19 @@ class Function:
         package, *parts = self.id.partition(":")[0].split(".")
         return parts[0] if package == STDLIB and parts else ".".join([package, *parts[:1]])
 
+    @property
+    def package(self) -> str:
+        """The import name of its package."""
+        return self.id.partition(":")[0].partition(".")[0]
+
+
+def every_package() -> list[str]:
+    """The standard library and the import name of every installed package but this project's, by name."""
+    found = _distributions()
+    names = (name for name, distributions in found.items() if OUR_DISTRIBUTION not in distributions)
+    named = sorted(name for name in names if name.isidentifier() and name not in _SKIPPED_FOLDERS)
+    return installed((STDLIB, *named))
+
 
 def installed(names: tuple[str, ...] = WELL_KNOWN) -> list[str]:
     """The packages among `names` that are installed, in the same order. Nothing is imported."""
@@ -68,8 +83,14 @@ def version(package: str) -> str:
     """The installed version of a package, by import name; `unknown` if it has no metadata."""
     if package == STDLIB:
         return platform.python_version()
-    distributions = importlib.metadata.packages_distributions().get(package)
+    distributions = _distributions().get(package)
     return importlib.metadata.version(distributions[0]) if distributions else "unknown"
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Import name -> names of the distributions that bring it."""
+    return importlib.metadata.packages_distributions()
 
 
 def python_files(package: str) -> Iterator[tuple[str, Path]]:

@@ -24,7 +24,7 @@ from retriever.run_folder import remove_run
 from scripts.code_pairs.pairs import Settings
 from scripts.code_pairs.sources import installed
 from scripts.demo.model import starting_model
-from scripts.make_code_pairs import build, summary
+from scripts.make_pairs import build, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     print(summary(manifest))
     searched, data = code, output / "data"
     if form.searched is not None:
-        searched, data = code.bounded("test", form.searched, form.pairs.seed), output / "search"
+        searched, data = code.bounded(["test"], form.searched, form.pairs.seed), output / "search"
         searched.write(data)
         own = f"the {manifest['counts']['test_queries']:,} queries' own among them"
         print(f"searched: {len(searched.corpus):,} of the functions, {own}")

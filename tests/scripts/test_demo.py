@@ -57,7 +57,7 @@ def test_the_bounded_collection_keeps_every_judged_passage() -> None:
     ids = [whole.passage(f"p{i}", f"text {i}") for i in range(50)]
 
     def kept(passages: int, seed: int) -> list[str]:
-        return [passage_id for passage_id, _ in whole.bounded("test", passages, seed).corpus.values()]
+        return [passage_id for passage_id, _ in whole.bounded(["test"], passages, seed).corpus.values()]
 
     first = kept(20, seed=0)
     assert len(first) == 20 and {"p7", "p49"} <= set(first) and first == kept(20, seed=0) != kept(20, seed=1)

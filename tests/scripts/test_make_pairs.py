@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,17 @@ from pathlib import Path
 import pytest
 
 from retriever.errors import RefusedError
-from scripts.code_pairs.pairs import Collection, Settings, split_by_family
-from scripts.code_pairs.sources import STDLIB, Function, documented_functions, python_files, without_name
-from scripts.make_code_pairs import build, main
+from scripts.code_pairs.near_duplicates import near_duplicates, words
+from scripts.code_pairs.pairs import Settings, split_by_family
+from scripts.code_pairs.sources import (
+    STDLIB,
+    Function,
+    documented_functions,
+    every_package,
+    python_files,
+    without_name,
+)
+from scripts.make_pairs import build, main
 from tests.commands import assert_refused
 
 SOURCE = '''
@@ -179,7 +188,7 @@ def test_bytes_depend_on_nothing_but_sources_and_settings(furniture: Path) -> No
         command = [
             sys.executable,
             "-m",
-            "scripts.make_code_pairs",
+            "scripts.make_pairs",
             "--output",
             str(furniture / hash_seed),
             "--packages",
@@ -226,11 +235,71 @@ def test_twins_and_copies_stay_on_one_side(first: str, second: str) -> None:
         modules["three"] += _function("equal", LONG, "return a == b")
         modules["four"] += _function("same", LONG, "return not a != b")
     for seed in range(8):
-        split = split_by_family(_functions(modules), Settings(seed=seed, test_queries=40, dev_queries=15))
+        functions = _functions(modules)
+        split = split_by_family(functions, Settings(seed=seed, test_queries=40, dev_queries=15))
         sides = [{function.unit for function in side} for side in (split.train, split.dev, split.test)]
-        assert split.family[first] == split.family[second]
+        families = [{split.family[f.id] for f in functions if f.unit == unit} for unit in (first, second)]
+        assert families[0] == families[1] and len(families[0]) == 1
         assert [first in side for side in sides] == [second in side for side in sides]
         assert sum(map(len, sides)) == 20 and all(sides)
+
+
+def _jaccard(one: str, other: str) -> float:
+    triples = [{tuple(words(text)[i : i + 3]) for i in range(len(words(text)) - 2)} for text in (one, other)]
+    return len(triples[0] & triples[1]) / len(triples[0] | triples[1])
+
+
+def test_near_duplicates_are_found_by_their_word_triples() -> None:
+    """Of texts with more and more words replaced, those of a similarity well above and well below the threshold."""
+    draw = random.Random(0)
+    texts, expected = list[str](), set[tuple[int, int]]()
+    for changed in (1, 2, 3, 20, 30):
+        for _ in range(10):
+            text = [f"word{draw.randrange(10**6)}" for _ in range(60)]
+            other = [f"new{draw.randrange(10**6)}" if i < changed else word for i, word in enumerate(text)]
+            texts += [" ".join(text).upper(), " ".join(other)]
+            if changed <= 3:
+                expected.add((len(texts) - 2, len(texts) - 1))
+            assert (_jaccard(*texts[-2:]) > 0.85) == (changed <= 3) and not 0.6 < _jaccard(*texts[-2:]) < 0.8
+    assert set(near_duplicates(texts)) == expected and not list(near_duplicates([]))
+
+
+def test_packages_with_a_near_duplicate_stay_on_one_side() -> None:
+    """A long copied function ties two packages, a short one does not; stdlib is one package."""
+    steps = [f"total{i} = first{i} + second{i}" for i in range(30)]
+    copy = _function("copied", "Weighs two boards.", *steps, "return total0")
+    near = copy.replace("second7", "third7")
+    short = _function("close", "Close the file.", "return a.close()")
+    modules = {f"package{p}.{module}": source for p in range(12) for module, source in _modules(2).items()}
+    distinct = {}
+    for name, source in modules.items():
+        own = name.replace(".", "_")
+        distinct[name] = source.replace("Adds number", f"Adds {own}").replace("return a", f"return {own} + a") + short
+    distinct["package0.module0"] += copy
+    distinct["package1.module1"] += near
+    functions = _functions(distinct)
+    for seed in range(4):
+        settings = Settings(seed=seed, hold_out="packages", test_queries=40, dev_queries=20)
+        split = split_by_family(functions, settings)
+        sides = [{function.package for function in side} for side in (split.train, split.dev, split.test)]
+        assert sum(map(len, sides)) == 12 and all(sides)
+        assert [("package0" in side, "package1" in side) for side in sides].count((True, True)) == 1
+        assert len(set(split.family.values())) == 11
+
+
+def test_a_smaller_corpus_holds_every_judged_passage(furniture: Path) -> None:
+    _, manifest = build(furniture / "out", _small(searched=20))
+    corpus, _, qrels = _read(furniture / "out" / "search")
+    whole, _, judged = _read(furniture / "out")
+    assert len(corpus) == 20 and corpus.items() <= whole.items() and set(qrels) == {"dev", "test"}
+    assert all(qrels[name] == judged[name] and {p for _, p in qrels[name]} <= corpus.keys() for name in qrels)
+    assert manifest["counts"]["test_files"] == 2
+
+
+def test_every_package_is_the_installed_ones_but_ours() -> None:
+    names = every_package()
+    assert names[0] == STDLIB and {"numpy", "torch"} <= set(names)
+    assert not {"retriever", "kernels", "scripts", "tests"} & set(names)
 
 
 def test_nothing_identical_stands_on_two_sides() -> None:
@@ -260,7 +329,7 @@ def test_a_shared_docstring_is_one_query_and_identical_code_one_passage(furnitur
 def test_the_standard_library_makes_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here of a third of its modules."""
     files = [(name, path) for name, path in python_files(STDLIB) if len(name) % 3 == 0]
-    monkeypatch.setattr("scripts.make_code_pairs.python_files", lambda package: iter(files))
+    monkeypatch.setattr("scripts.make_pairs.python_files", lambda package: iter(files))
     _, manifest = build(tmp_path, Settings(test_queries=233, dev_queries=50))
     corpus, queries, qrels = _read(tmp_path)
     counts = manifest["counts"]
@@ -298,7 +367,7 @@ def test_what_was_interrupted_is_written_again(
 ) -> None:
     whole = build(tmp_path / "whole", _small())[1]
     with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
-        interrupted.setattr(Collection, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupted.setattr("scripts.make_pairs.write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         build(tmp_path / "pairs", _small())
     for _ in range(2):
         assert build(tmp_path / "pairs", _small())[1] == whole
