@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -51,8 +51,10 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def line_chart(label: str, curves: Sequence[Curve]) -> str:
-    """An SVG of curves over the step; `label` says to screen readers what it shows."""
+def line_chart(label: str, curves: Sequence[Curve], across_names: Mapping[float, str] | None = None) -> str:
+    """An SVG of curves over the step; `label` says to screen readers what it shows. `across_names` has other ticks of
+    the axis than whole numbers, and their names.
+    """
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     across, up = _Axis.over(xs, _LEFT, _RIGHT), _Axis.over(ys, _BOTTOM, _TOP)
@@ -61,9 +63,8 @@ def line_chart(label: str, curves: Sequence[Curve]) -> str:
         y = up.at(value)
         parts.append(f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
         parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{name}</text>")
-    for value, name in across.ticks():
-        if not float(value).is_integer():
-            continue  # there is no half step
+    whole = ((value, name) for value, name in across.ticks() if float(value).is_integer())  # there is no half step
+    for value, name in whole if across_names is None else across_names.items():
         parts.append(f"<text x='{across.at(value):.1f}' y='{_BOTTOM + 18}' text-anchor='middle'>{name}</text>")
     for curve in curves:
         kind = "faint" if curve.faint else "dashed" if curve.dashed else ""
@@ -74,6 +75,13 @@ def line_chart(label: str, curves: Sequence[Curve]) -> str:
             place = f"cx='{across.at(x):.1f}' cy='{up.at(y):.1f}' r='5'"
             parts.append(f"<circle class='curve c{curve.colour % COLOURS}' {place}/>")
     return "".join((*parts, "</svg>"))
+
+
+def standalone(chart: str) -> str:
+    """A chart as the content of an SVG file, light or dark as its reader asks for."""
+    ink = "svg { color: #1a1a1a; } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6; } }"
+    head = f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{_HEIGHT}'"
+    return f"{head}{chart.removeprefix('<svg').replace('>', f'><style>{STYLE}{ink}</style>', 1)}\n"
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:

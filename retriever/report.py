@@ -220,13 +220,13 @@ def _environment(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found += [("device", gpu), ("system", f"{platform.system()}, Python {platform.python_version()}")]
     found += versions(_PACKAGES).items()
-    if (commit := _commit()) is not None:
-        found.append(("commit", commit))
+    if (made_by := commit()) is not None:
+        found.append(("commit", made_by))
     return found
 
 
 @cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this code, where it lies in its own checkout."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists() or shutil.which("git") is None:

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         results, earlier = list[dict[str, Any]](), _finished(args.output)
         for (i, number), config in configs.items():
             done = earlier.get(config.run.output_dir)
-            if done is None or done["config"] != _digest(config):
+            if done is None or done["config"] != digest(config):
                 done = _trained(config)
             results.append({**done, "settings": settings[i], "seed": number})
             write_summary(args.output, results, earlier)
@@ -134,7 +134,7 @@ def _finished(folder: Path) -> dict[str, dict[str, Any]]:
     return {run["folder"]: run for run in [*summary.get("others", []), *summary["runs"]]} if summary else {}
 
 
-def _digest(config: Config) -> str:
+def digest(config: Config) -> str:
     """A hash of everything that the configuration says."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
@@ -146,7 +146,7 @@ def _trained(config: Config) -> dict[str, Any]:
 
     folder, started = Path(config.run.output_dir), time.perf_counter()
     print(f"run     {folder}", flush=True)
-    done: dict[str, Any] = {"folder": str(folder), "config": _digest(config)}
+    done: dict[str, Any] = {"folder": str(folder), "config": digest(config)}
     try:
         Run(config).train()
     except FloatingPointError as error:  # it diverged, as some of a grid may

@@ -43,7 +43,9 @@ COMMANDS = {
     "scripts.demo.__main__": "--smallest --config {demo} --output-dir {out}",
     "scripts.pipeline": "{loop} output_dir={out}",
     "scripts.mine_negatives": "--data {data} --retrievers bm25 --output-dir {out}",
+    "scripts.make_pairs": "--output {out} --packages asyncio --test-queries 4 --dev-queries 2",
     "scripts.make_code_pairs": "--output {out} --packages asyncio --test-queries 4 --dev-queries 2",
+    "scripts.study.__main__": "{study} output_dir={out}",
     "scripts.hold_out": "--data {undivided} --output {out} --queries 2",
     "scripts.train_tokenizer": "--data {data} --output {out}/new --vocab-size 200",
     "scripts.plan_cluster": "--batches 1",
@@ -78,6 +80,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         f"{kind}_passages": [{"docid": kind, "title": "", "text": "a river"}] for kind in ("positive", "negative")
     }
     (folder / "mined.jsonl").write_text(json.dumps(mined) + "\n")
+    (folder / "study.yaml").write_text(
+        f"{{train: {folder}/run.yaml, dev: {{path: {folder}/data}}, arms: [{{setting: optim.lr, values: [1]}}]}}"
+    )
     (folder / "logged").mkdir()
     (folder / "logged" / "config.yaml").write_text("optim: {lr: 1.0}\n")
     (folder / "logged" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
@@ -105,7 +110,16 @@ evaluate: {{data: {folder}/data, options: {{split: [dev], metrics: ["nDCG@10"]}}
         ]
         assert encode.main(texts) == 0
     found = {name: folder / name for name in ("model", "data", "undivided", "marco", "queries", "passages", "logged")}
-    files = ("run.yaml", "loop.yaml", "questions.csv", "qrels.tsv", "first.trec", "second.trec", "mined.jsonl")
+    files = (
+        "run.yaml",
+        "loop.yaml",
+        "study.yaml",
+        "questions.csv",
+        "qrels.tsv",
+        "first.trec",
+        "second.trec",
+        "mined.jsonl",
+    )
     return found | {name.partition(".")[0]: folder / name for name in files} | {"demo": ROOT / "configs" / "demo.yaml"}
 
 

@@ -9,14 +9,21 @@ from pathlib import Path
 import pytest
 
 from retriever.config_file import load
+from scripts.study.config import load_study
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-TRAININGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith("loop_"))
+TRAININGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.name.startswith(("loop_", "study_")))
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_a_training_configuration_is_valid(path: Path) -> None:
     assert load(path).run.output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("study_*.yaml")), ids=lambda path: path.stem)
+def test_a_study_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    assert load_study(path, []).output_dir.startswith("runs/")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

@@ -75,7 +75,7 @@ def test_another_grid_keeps_what_was_trained(tmp_path: Path, monkeypatch: pytest
         trained.append(config.run.output_dir.rpartition("/")[2])
         if "lr=5" in trained[-1]:
             raise KeyboardInterrupt
-        done: dict[str, Any] = {"folder": config.run.output_dir, "config": sweep._digest(config)}
+        done: dict[str, Any] = {"folder": config.run.output_dir, "config": sweep.digest(config)}
         return done | ({"failed": "nan"} if "lr=2" in trained[-1] else {"seconds": 60.0, "measures": {"m": 0.5}})
 
     monkeypatch.setattr(sweep, "_trained", train)
