@@ -55,6 +55,7 @@ FLOORS = (
         "export",
         "model_card",
         "model_folder",
+        "onnx_export",
         "older_readers",
         "outputs",
         "preflight",
