@@ -58,14 +58,18 @@ def main(args: argparse.Namespace) -> None:
     configs = {
         (i, number): _config(args, values, number) for i, values in enumerate(settings) for number in args.seeds
     }  # all are read before the first one is trained
+    started, trained_s = time.perf_counter(), 0.0
     with working_in(args.output):
         results, earlier = list[dict[str, Any]](), _finished(args.output)
         for (i, number), config in configs.items():
             done = earlier.get(config.run.output_dir)
             if done is None or done["config"] != digest(config):
                 done = _trained(config)
+                trained_s += done["seconds"]
             results.append({**done, "settings": settings[i], "seed": number})
             write_summary(args.output, results, earlier)
+        beside_s = time.perf_counter() - started - trained_s
+        print(f"sweep   {trained_s:.1f} s in runs, {beside_s:.1f} s beside them", flush=True)
         chosen = best_setting(results)
         print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
         if args.test is not None:
@@ -151,7 +155,7 @@ def _trained(config: Config) -> dict[str, Any]:
         Run(config).train()
     except FloatingPointError as error:  # it diverged, as some of a grid may
         print(f"failed  {folder}: {error}", flush=True)
-        return {**done, "failed": str(error)}
+        return {**done, "seconds": time.perf_counter() - started, "failed": str(error)}
     best = read_json(folder / "best.json")["step"]
     lines = (line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == best)
     measures = {name.removeprefix("eval/"): v for line in lines for name, v in line.items() if name.startswith("eval/")}

@@ -59,6 +59,8 @@ def test_a_sweep_trains_once_chooses_by_dev_and_grows(
         f"| `optim.lr=1e-3` | {mean:.4f} | {statistics.stdev(best):.4f} | 2 |" in page
         and "chosen  optim.lr=1e-3" in said
     )
+    seconds = [run["seconds"] for run in json.loads(summary)["runs"] if run["settings"]["optim.lr"] == "1e30"]
+    assert f"sweep   {sum(seconds):.1f} s in runs, " in said, "those of this command"
     tested = json.loads(summary)["test"]["test"]
     assert tested["MRR@10"] == pytest.approx(mean, abs=2e-3), "the same queries"
     assert "`optim.lr=1e30`, seed 1, failed: step 2: " in page
@@ -75,8 +77,8 @@ def test_another_grid_keeps_what_was_trained(tmp_path: Path, monkeypatch: pytest
         trained.append(config.run.output_dir.rpartition("/")[2])
         if "lr=5" in trained[-1]:
             raise KeyboardInterrupt
-        done: dict[str, Any] = {"folder": config.run.output_dir, "config": sweep.digest(config)}
-        return done | ({"failed": "nan"} if "lr=2" in trained[-1] else {"seconds": 60.0, "measures": {"m": 0.5}})
+        done: dict[str, Any] = {"folder": config.run.output_dir, "config": sweep.digest(config), "seconds": 60.0}
+        return done | ({"failed": "nan"} if "lr=2" in trained[-1] else {"measures": {"m": 0.5}})
 
     monkeypatch.setattr(sweep, "_trained", train)
     command = ["--config", str(work / "run.yaml"), "--output", str(output), "--grid"]
