@@ -169,7 +169,7 @@ def _read(files: Sequence[tuple[str, Path]], names: str) -> tuple[list[Function]
         try:
             with tokenize.open(path) as source:
                 found = list(documented_functions(source.read(), module))
-        except (SyntaxError, ValueError):  # ValueError: null bytes, or not the encoding it declares
+        except (SyntaxError, ValueError, RecursionError):  # ValueError: null bytes, or not the encoding it declares
             unreadable.append(module)
             continue
         functions += map(without_name, found) if names == "hide" else found

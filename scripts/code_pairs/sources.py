@@ -76,7 +76,14 @@ def every_package() -> list[str]:
 
 def installed(names: tuple[str, ...] = WELL_KNOWN) -> list[str]:
     """The packages among `names` that are installed, in the same order. Nothing is imported."""
-    return [name for name in names if name == STDLIB or importlib.util.find_spec(name) is not None]
+    return [name for name in names if name == STDLIB or _can_be_found(name)]
+
+
+def _can_be_found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a module that was put into sys.modules without a spec
+        return False
 
 
 def version(package: str) -> str:
@@ -140,6 +147,7 @@ def documented_functions(source: str, module: str) -> Iterator[Function]:
         docstring = ast.get_docstring(node)
         if docstring is None or not _does_something(node):
             continue
+        docstring = docstring.encode("utf-8", "ignore").decode()  # without lone surrogates, which no file can hold
         summary, details = _paragraphs(docstring)
         code = _code_without_docstring(node, lines)
         in_words = len(re.findall(r"[A-Za-z]{2,}", summary)) >= MIN_SUMMARY_WORDS and not summary.startswith(_NOT_PROSE)

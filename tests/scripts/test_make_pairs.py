@@ -99,6 +99,17 @@ def test_a_function_that_repeats_its_docstring_is_no_pair(body: str) -> None:
     assert list(documented_functions(source.format(body.replace("disk", "diskette")), "furniture"))
 
 
+def test_what_no_file_can_hold_is_left_out(furniture: Path) -> None:
+    """A lone surrogate of a docstring, and a module nested too deeply for Python's parser to walk."""
+    odd = _function("odd", "Weighs two \\ud800 boards.", "return a + b")
+    deep = _function("deep", "Weighs three boards.", f"return {'-' * 5000}a")
+    _package(furniture / "site", "furniture", {"odd": odd, "deep": deep})
+    _, manifest = build(furniture / "out", _small())
+    corpus, queries, _ = _read(furniture / "out")
+    assert "furniture.odd:odd" in corpus and "Weighs two boards." in {query["text"] for query in queries.values()}
+    assert "furniture.deep" in manifest["unreadable_modules"]
+
+
 def test_a_name_in_other_characters_is_hidden() -> None:
     """Python takes a ligature for its letters: the two spellings are one name."""
     source = '\ndef \ufb01nd(shelf):\n    """Look for a board in a shelf."""\n    return \ufb01nd(find) or \ufb01nder\n'
