@@ -190,16 +190,23 @@ def test_sources_take_turns_in_batches_of_one_source(minimal: Path) -> None:
         load(minimal, ["data.sampling=round_robin", "batch.one_source=false"])
 
 
-@pytest.mark.parametrize("text", ["- a\n", "5\n", "model: [1,\n", "model: {}\nmodel: {}\n", "run:\n", "3: 4\n"])
-def test_a_file_that_is_no_configuration_is_refused_as_such(tmp_path: Path, text: str) -> None:
-    """A malformed file is a ConfigError with or without overrides, never a parser's traceback."""
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    for overrides in ((), ("run.seed=1",)):
-        if overrides and text == "run:\n":
-            continue  # the override gives the empty section its value
-        with pytest.raises(ConfigError):
-            load(path, overrides)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", r"--config .*run\.yaml: expected a mapping of sections, found a list"),
+        ("5\n", r"--config .*run\.yaml: expected a mapping of sections"),
+        ("model: [1,\n", r"--config .*run\.yaml: expected YAML .*, line 2"),
+        ("model: {}\nmodel: {}\n", r"--config .*run\.yaml: expected YAML .*duplicate key model"),
+        ("run:\n", "run: expected a mapping, received None"),
+        ("3: 4\n", "3: unknown key"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_as_such(tmp_path: Path, text: str, message: str) -> None:
+    """With or without overrides, never by a parser's traceback."""
+    (tmp_path / "run.yaml").write_text(text)
+    for overrides in ((), ("optim.lr=1",)):
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / "run.yaml", overrides)
 
 
 def test_overrides_reach_every_kind_of_value(minimal: Path) -> None:

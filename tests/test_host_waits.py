@@ -162,7 +162,7 @@ def test_the_watch_sees_waits(store: Store, launches: list[str]) -> None:
         loss(replace(targets, known_pairs=None), symmetric=True)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor|torch.nonzero|the host waits"):
         loss(targets, temperature=0.01)  # a constant shift might lose terms: sums are looked at
-    with pytest.raises(RuntimeError), _watched():
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"), _watched():
         ContrastiveObjective(LossConfig(), unit_norm=False)(q, p, targets, world)  # norms are asked for
     with pytest.raises(RuntimeError, match="the host waits"), _watched():
         targets.positives.to(NOWHERE)

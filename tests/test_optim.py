@@ -250,7 +250,8 @@ class Shared(torch.optim.Optimizer):
             group["count"] += 1
             group["size"] *= 0.7
             group["norms"] = group["norms"] / 3
-            rate = group["lr"] * group["size"] / group["norms"][0].item() / [1, 2, 3, 4][group["count"] - 1]
+            last_bits = group["size"] * 2**30 % 1  # float32 has none of them
+            rate = group["lr"] * last_bits / group["norms"][0].item() / [1, 2, 3, 4][group["count"] - 1]
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * rate)

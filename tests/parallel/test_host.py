@@ -56,6 +56,8 @@ def test_the_next_block_is_on_its_way_while_one_is_worked_on() -> None:
         log.events.append(f"work on {number}")
     there = ["copy 3, 3", "copy 3, 3", "work on 0", "copy 3", "copy 1, 1", "work on 1", "copy 3", "work on 2", "copy 1"]
     assert log.events == there
+    log.events.clear()
+    assert len(list(rows.read())) == 3 and log.events == ["copy 3", "copy 3", "copy 1"], "sums stay where they are"
 
 
 def test_two_blocks_are_held() -> None:
