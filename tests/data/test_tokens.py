@@ -109,16 +109,20 @@ class _Changed:
         return {"input_ids": self._full(bare) if add_special_tokens else bare}
 
 
-def test_tokenizers_without_a_template_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("full", "pad_id", "message"),
+    [
+        (lambda bare: [len(bare), *bare], 0, "different special tokens"),
+        (lambda bare: [1, *reversed(bare)], 0, "changes a text's tokens"),
+        (lambda bare: bare, None, "pad_token"),
+    ],
+)
+def test_tokenizers_without_a_template_are_refused(full: Any, pad_id: int | None, message: str) -> None:
     """A guessed template would train on other tokens than inference uses: each case is an error that says why."""
-    with pytest.raises(ValueError, match="different special tokens"):
-        TokenTemplate.from_tokenizer(_Changed(lambda bare: [len(bare), *bare]))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="changes a text's tokens"):
-        TokenTemplate.from_tokenizer(_Changed(lambda bare: [1, *reversed(bare)]))  # type: ignore[arg-type]
-    without_padding = _Changed(lambda bare: bare)
-    without_padding.pad_token_id = None
-    with pytest.raises(ValueError, match="pad_token"):
-        TokenTemplate.from_tokenizer(without_padding)  # type: ignore[arg-type]
+    tokenizer: Any = _Changed(full)
+    tokenizer.pad_token_id = pad_id
+    with pytest.raises(ValueError, match=message):
+        TokenTemplate.from_tokenizer(tokenizer)
 
 
 def test_a_tokenizer_without_special_tokens_has_an_empty_template() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -70,28 +70,8 @@ class Case:
         return self.views or self.batch_norm
 
     def __str__(self) -> str:
-        features = [
-            name
-            for name in (
-                "symmetric",
-                "learn_temperature",
-                "sharded",
-                "checkpointing",
-                "views",
-                "batch_norm",
-                "looked_up",
-            )
-            if getattr(self, name)
-        ]
-        features += [f"margin={self.margin}"] if self.margin is not None else []
-        features += [f"ignored={self.ignored}"] if self.ignored else []
-        features += [f"dims={self.dims}"] if self.dims else []
-        features += [f"pools{self.pools}"] if self.pools else []
-        features += [self.layers] if self.layers != "padded" else []
-        features += [f"retain{self.retain}"] if self.retain else []
-        features += [f"products{self.products}"] if self.products else []
-        features += [f"offload{self.block_rows}"] if self.block_rows is not None else []
-        return "-".join([self.strategy, f"chunk{self.tokens_per_chunk}", "tied" if self.tied else "untied", *features])
+        given = [f"{f.name}={value}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return ", ".join(given)
 
 
 # What a strategy makes of the representations, in each of its forms.

@@ -181,15 +181,18 @@ def test_our_own_file_decides_over_all_others(folder: Path) -> None:
     assert (settings.similarity, settings.prompt("query"), settings.max_tokens("passage")) == ("dot", "q ", 99)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"model {tmp_path}/nowhere: there is no such folder \(model\.name_or_path"):
-        read_settings(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is no folder or Hugging Face name of a loadable model"):
-        read_settings(tmp_path / "empty")
-    (tmp_path / "empty" / "export").mkdir()
-    with pytest.raises(ConfigError, match="did you mean .*empty/export"):
-        read_settings(tmp_path / "empty")
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ("", r"model \S+/named: there is no such folder \(model\.name_or_path"),
+        ("named", "is no folder or Hugging Face name of a loadable model"),
+        ("named/export", "did you mean .*named/export"),
+    ],
+)
+def test_a_folder_without_a_model_is_named(tmp_path: Path, folders: str, message: str) -> None:
+    (tmp_path / folders).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ConfigError, match=message):
+        read_settings(tmp_path / "named")
 
 
 @pytest.fixture

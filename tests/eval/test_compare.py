@@ -109,21 +109,29 @@ def test_a_collection_gives_judgments_and_texts(
     assert f"{query}  {texts.queries[query]}" in printed
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, qrels: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, other = str(write_run(tmp_path / "a.trec", 1, 1)), str(write_run(tmp_path / "b.trec", 1, 1))
-    for words in ([run], [run, run]):
-        assert_refused(main, [*words, "--qrels", str(qrels)], "expected at least two different runs")
-    assert_refused(main, [run, other, "--qrels", str(qrels), "--metrics", "F1"], "measure 'F1': expected one of")
-    assert_refused(
-        main,
-        [run, other, "--qrels", str(qrels), "--relevance", "0"],
-        "argument --relevance: expected a whole number of at least 1",
-    )
-    assert_refused(main, [run, str(tmp_path / "none"), "--qrels", str(qrels)], "no such file")
-    assert_refused(main, [run, other, "--data", str(tmp_path)], "--split None: expected one of dev, dl19, dl20")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a.trec --qrels qrels.tsv", "expected at least two different runs"),
+        ("a.trec a.trec --qrels qrels.tsv", "expected at least two different runs"),
+        ("a.trec b.trec --qrels qrels.tsv --metrics F1", "measure 'F1': expected one of"),
+        ("a.trec none --qrels qrels.tsv", "no such file"),
+        ("a.trec b.trec --data .", "--split None: expected one of dev, dl19, dl20"),
+        (
+            "a.trec b.trec --qrels dev.tsv",
+            r"a\.trec: none of the run's queries is judged in .*dev\.tsv; expected a run of the judged queries",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("qrels")
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, words: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.trec", "b.trec"):
+        write_run(tmp_path / name, 1, 1)
     (tmp_path / "dev.tsv").write_text("another 0 yes 1\n")
-    message = r"a\.trec: none of the run's queries is judged in .*dev\.tsv; expected a run of the judged queries"
-    assert_refused(main, [run, other, "--qrels", str(tmp_path / "dev.tsv")], message)
+    assert_refused(main, words.split(), message)
 
 
 def test_a_file_that_is_no_comparison_is_not_replaced(tmp_path: Path, qrels: Path) -> None:

@@ -83,10 +83,14 @@ def test_ids_the_format_cannot_hold_leave_no_file(tmp_path: Path, bad: str) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_a_ranking_needs_numbers_and_distinct_passages() -> None:
-    with pytest.raises(ValueError, match="passage 'a' stands twice"):
-        ranking(["a", "b", "a"], [1, 2, 3])
-    with pytest.raises(ValueError, match="passage 'b' has the score NaN"):
-        ranking(["a", "b"], [1.0, float("nan")])
-    with pytest.raises(ValueError, match="2 passage ids but 1 scores"):
-        ranking(["a", "b"], [1.0])
+@pytest.mark.parametrize(
+    ("passages", "scores", "message"),
+    [
+        (["a", "b", "a"], [1, 2, 3], "passage 'a' stands twice"),
+        (["a", "b"], [1.0, float("nan")], "passage 'b' has the score NaN"),
+        (["a", "b"], [1.0], "2 passage ids but 1 scores"),
+    ],
+)
+def test_a_ranking_needs_numbers_and_distinct_passages(passages: list[str], scores: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranking(passages, scores)
