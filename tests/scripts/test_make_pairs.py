@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -305,6 +306,45 @@ def test_a_smaller_corpus_holds_every_judged_passage(furniture: Path) -> None:
     assert len(corpus) == 20 and corpus.items() <= whole.items() and set(qrels) == {"dev", "test"}
     assert all(qrels[name] == judged[name] and {p for _, p in qrels[name]} <= corpus.keys() for name in qrels)
     assert manifest["counts"]["test_files"] == 2
+
+
+def test_other_sources_are_a_file_of_pairs_each(furniture: Path) -> None:
+    licence = "  1 This software and database is being provided to you\n"
+    lines = {
+        "noun": '00003553 03 n 02 whole 0 dining_room 1 000 | a room for meals; "we ate there"; "a whole room"  \n',
+        "verb": "00001740 29 v 01 breathe 0 000 01 + 02 00 | draw air into the lungs  \n",
+        "adj": "00001740 00 a 01 afraid(p) 0 000 | filled with fear  \n",
+        "adv": "",
+    }
+    for part, line in lines.items():
+        (furniture / f"data.{part}").write_text(licence + line)
+    leads = {"1": {"title": "Oak (tree)", "extract": "An oak is a tree. Oaks and OAK wood."}}
+    (furniture / "leads.json").write_text(json.dumps(leads))
+    (furniture / "packages").write_text(
+        "Package: shelf\nDescription-md5: 12\nDescription-en: keeps books\n Keeps books\n .\n on boards.\nTag: x\n\n"
+        "Package: board\nDescription: no long one\n"
+    )
+    paths = {"wordnet": furniture, "wikipedia": furniture / "leads.json", "debian": furniture / "packages"}
+    _, manifest = build(furniture / "out", _small(), paths)
+    found = {
+        kind: [
+            tuple(json.loads(line).values()) for line in (furniture / "out" / f"{kind}.jsonl").read_text().splitlines()
+        ]
+        for kind in paths
+    }
+    assert found["wordnet"] == [
+        ("whole", "a room for meals"),
+        ("dining room", "a room for meals"),
+        ("breathe", "draw air into the lungs"),
+        ("afraid", "filled with fear"),
+    ]
+    assert found["wikipedia"] == [("Oak", "An _ is a tree. Oaks and _ wood.")]
+    assert found["debian"] == [("keeps books", "Keeps books  on boards.")]
+    assert {kind: manifest["counts"][f"{kind}_pairs"] for kind in paths} == {"wordnet": 4, "wikipedia": 1, "debian": 1}
+    assert (
+        manifest["sha256"]["debian.jsonl"]
+        == hashlib.sha256((furniture / "out" / "debian.jsonl").read_bytes()).hexdigest()
+    )
 
 
 def test_every_package_is_the_installed_ones_but_ours() -> None:
