@@ -32,12 +32,13 @@ def write_page(folder: Path, config: StudyConfig, record: Record) -> None:
         points = _points(arm, record)
         if not points:
             continue
-        lines += [f"## {arm.name}", "", f"{config.metric} by {arm.setting}.", ""]
+        lines += [f"## {arm.name}", ""]
         for name in names:
-            file = f"{arm.name}-{name}.svg"
-            write_text(folder / file, _figure(f"{name}: {config.metric} by {arm.setting}", points, name))
-            lines.append(f"![{name}]({file})")
-        lines += ["", *_table(points, names), "", *_differences(points, names, record), ""]
+            file, said = f"{arm.name}-{name}.svg", f"{config.metric} on {name} by {arm.setting}"
+            write_text(folder / file, _figure(said, points, name))
+            lines += [f"{said}: means over seeds, and bars from the lowest seed to the highest.", ""]
+            lines += [f"![{said}]({file})", ""]
+        lines += [*_table(points, names), "", *_differences(points, names, record), ""]
     write_text(folder / "results.md", "\n".join(lines))
 
 
