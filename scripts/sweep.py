@@ -5,10 +5,9 @@
 
 Every run is an ordinary one, in a folder of OUTPUT that is named after its settings. Runs share the process, the
 tokenised data and what torch compiled. After an interruption the same command goes on; finished runs are not repeated,
-and a larger grid adds to them. OUTPUT/sweep.md has a row for each setting, with mean and standard deviation over the
-seeds of the best evaluation; sweep.json has every run and sweep.png the picture. Runs of another grid in OUTPUT stay in
-sweep.json, as `others`. The setting with the best mean is chosen. With --test its best models are measured on that
-split of eval.path, and no other model is.
+and a larger grid adds to them. OUTPUT/sweep.md has a row for each setting: mean and standard deviation over the seeds
+of the best evaluation. sweep.json has every run, those of another grid as `others`; sweep.png is drawn at the end. The
+setting with the best mean is chosen. With --test its best models alone are measured on that split of eval.path.
 """
 
 from __future__ import annotations
@@ -68,9 +67,10 @@ def main(args: argparse.Namespace) -> None:
                 trained_s += done["seconds"]
             results.append({**done, "settings": settings[i], "seed": number})
             write_summary(args.output, results, earlier)
+        chosen = best_setting(results)
+        _plot(args.output / "sweep.png", results)
         beside_s = time.perf_counter() - started - trained_s
         print(f"sweep   {trained_s:.1f} s in runs, {beside_s:.1f} s beside them", flush=True)
-        chosen = best_setting(results)
         print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
         if args.test is not None:
             folders = [Path(result["folder"]) for result in results if result["settings"] == chosen]
@@ -145,10 +145,10 @@ def digest(config: Config) -> str:
 
 def _trained(config: Config) -> dict[str, Any]:
     """Trains the run, or what is left of it; returns its folder, seconds, best step and measures, or why it failed."""
+    folder, started = Path(config.run.output_dir), time.perf_counter()  # with what the first run imports
     from retriever.run import Run
     from retriever.telemetry import read_metrics
 
-    folder, started = Path(config.run.output_dir), time.perf_counter()
     print(f"run     {folder}", flush=True)
     done: dict[str, Any] = {"folder": str(folder), "config": digest(config)}
     try:
@@ -193,11 +193,11 @@ def write_summary(
     earlier: Mapping[str, Mapping[str, Any]],
     tested: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """sweep.json, sweep.md and sweep.png of the runs so far; sweep.json keeps `earlier` ones too, by their folders."""
+    """sweep.json and sweep.md of the runs so far; sweep.json keeps `earlier` ones too, by their folders."""
     known = {result["folder"] for result in results}
     others = [run for name, run in earlier.items() if name not in known]
     rows = rows_of(results)
-    measure = next((next(iter(result["measures"])) for result in results if "measures" in result), "")
+    measure = _measure(results)
     summary = {"measure": measure, "runs": list(results), "test": dict(tested or {}), "others": others}
     write_json(folder / _SUMMARY, summary)
     lines = [f"| settings | {measure} | ± | runs | seconds a run |", "|---|---|---|---|---|"]
@@ -211,13 +211,17 @@ def write_summary(
         figures = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         lines += ["", f"The first row on {split}, mean over its seeds: {figures}"]
     write_text(folder / "sweep.md", "\n".join([*lines, ""]))
-    if rows:
-        _plot(folder / "sweep.png", rows, measure)
 
 
-def _plot(path: Path, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
+def _measure(results: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the first measure, empty where no run succeeded."""
+    return next((next(iter(result["measures"])) for result in results if "measures" in result), "")
+
+
+def _plot(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
+    rows, measure = rows_of(results), _measure(results)
     figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     means, deviations = [row["mean"] for row in rows], [row["deviation"] for row in rows]
