@@ -54,6 +54,13 @@ SEARCH = (
         help="an index on all GPUs, its passages divided or copied; needs one of faiss-gpu's builds",
     ),
     option(
+        "--rescore",
+        type=at_least_one,
+        default=0,
+        metavar="N",
+        help="score the N best passages of an index again, exactly, from the shards",
+    ),
+    option(
         "--verify",
         action="store_true",
         help="compare stored embeddings and indexes with their checksums though no file changed since last time",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ import pyarrow as pa
 
 from retriever.errors import RefusedError
 from retriever.shard_files import Stored
+
+_PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 
 
 class Embeddings(Protocol):
@@ -48,6 +51,42 @@ def leading(embeddings: Stored, dimension: int, *, unit_norm: bool) -> np.ndarra
     if unit_norm:
         cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
     return cut
+
+
+def pair_scores(
+    parts: Iterable[Stored], queries: np.ndarray, rows: np.ndarray, positions: np.ndarray, threads: int = 1
+) -> np.ndarray:
+    """⟨queries[rows], passages[positions]⟩ [P], summed in float64, as float32; `parts` are the collection's embeddings.
+
+    Reads each part once, in the order of its rows, and no row that is not asked for. Memory: 12 bytes a pair, and a
+    thousand pairs of embeddings a thread.
+    """
+    scores, start, done = np.empty(len(positions), dtype=np.float32), 0, 0
+    order = np.argsort(positions, kind="stable")
+    ordered = positions[order]
+    for part in parts:
+        end = done + int(np.searchsorted(ordered[done:], start + len(part)))
+        if end > done:
+            here = order[done:end]
+            scores[here] = inner_products(queries, part, rows[here], ordered[done:end] - start, threads)
+        start, done = start + len(part), end
+    return scores
+
+
+def inner_products(
+    queries: np.ndarray, block: Stored, rows: np.ndarray, columns: np.ndarray, threads: int
+) -> np.ndarray:
+    """⟨queries[rows], block[columns]⟩ [P], summed in float64, as float32."""
+    scores = np.empty(len(rows), dtype=np.float32)
+
+    def score(first: int) -> None:
+        part = slice(first, first + _PAIRS_AT_ONCE)
+        # einsum casts a buffer at a time: six times faster than float64 copies of the rows
+        scores[part] = np.einsum("pd,pd->p", queries[rows[part]], block[columns[part]], dtype=np.float64)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(score, range(0, len(rows), _PAIRS_AT_ONCE)))  # list: raises what a thread raised
+    return scores
 
 
 def slices_of(passages: Embeddings, rows: int) -> Iterator[tuple[int, np.ndarray]]:

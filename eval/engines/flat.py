@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.engines.embeddings import Embeddings, blocks_of
+from eval.engines.embeddings import Embeddings, blocks_of, inner_products
 from eval.engines.topk import PassageOrder, TopK
 
 _MARGIN = 32  # passages asked for beyond k, so that equal scores at the k-th place rarely need a second search
 _QUERIES_AT_ONCE = 8192
 _HITS_AT_ONCE = 2**23  # bounds what one search returns, 12 bytes each, even where thousands of passages are equal
-_PAIRS_AT_ONCE = 1024  # query-passage pairs one thread scores together
 
 
 def search_flat(
@@ -37,7 +35,8 @@ def search_flat(
             part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
             worst = best.worst_scores(part).numpy()
             for group, rows, columns in _candidates(searcher, queries[part], block, worst, k):
-                scores = torch.from_numpy(_inner_products(queries[first + group], block, rows, columns))
+                threads = faiss.omp_get_max_threads()
+                scores = torch.from_numpy(inner_products(queries[first + group], block, rows, columns, threads))
                 best.merge(first + group, torch.from_numpy(rows), scores, order.precedence[start + columns])
         bar.update(len(block))
     return best
@@ -69,17 +68,3 @@ def _candidates(
             yield group, rows, columns[rows, hits]
             unfinished.append(group[deeper])
         pending, wanted = np.concatenate(unfinished), min(2 * wanted, len(block))
-
-
-def _inner_products(queries: np.ndarray, block: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """⟨queries[rows], block[columns]⟩ [P], summed in float64, as float32."""
-    scores = np.empty(len(rows), dtype=np.float32)
-
-    def score(first: int) -> None:
-        part = slice(first, first + _PAIRS_AT_ONCE)
-        # einsum casts a buffer at a time: six times faster than float64 copies of the rows
-        scores[part] = np.einsum("pd,pd->p", queries[rows[part]], block[columns[part]], dtype=np.float64)
-
-    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:
-        list(pool.map(score, range(0, len(rows), _PAIRS_AT_ONCE)))  # list: raises what a thread raised
-    return scores

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.engines.embeddings import Embeddings, passage_ids
+from eval.engines.embeddings import Embeddings, pair_scores, passage_ids
 from eval.engines.faiss_gpu import GpuUse, to_gpus
 from eval.engines.faiss_index import index_spec, open_index
 from eval.engines.flat import search_flat
@@ -31,28 +31,40 @@ class SearchOptions:
 
     Of `index=flat`, `engine` says what searches: FAISS on the CPU (in blocks of `block_mib`), or torch on every rank's
     device within `memory_gib` of it; `auto` is torch where the ranks are on GPUs. Other indexes are those of
-    `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for.
+    `eval.engines.faiss_index`, on the GPUs that `faiss_gpu` asks for. The `rescore` passages that such an index finds
+    best (0: none) are scored again, exactly, from the embeddings themselves, and the k best of them are kept.
     """
 
     index: str = "flat"
     engine: Engine = "auto"
     memory_gib: float = 8.0
     faiss_gpu: GpuUse = "off"
+    rescore: int = 0
     block_mib: int = 256
     exclude_self: bool = False  # drops a passage whose id is the query's (BEIR's rule, for ArguAna and Quora)
     verify: bool = False  # compares a saved index with its checksum again
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rescore and self.index == "flat":
+            raise RefusedError(
+                f"--rescore {self.rescore}: expected an approximate --index, received flat, which is exact"
+            )
 
     def describe(self, passages: Embeddings, k: int) -> dict[str, Any]:
         """The index and all parameters that `search` uses for k passages."""
         if self.index == "flat":
             return {"index": "flat"}
         spec = index_spec(self.index, passages.rows, passages.dimension, self.depth(k))
-        return {"index": self.index, **asdict(spec)}
+        return {"index": self.index, **asdict(spec), **({"rescore": self.rescore} if self.rescore else {})}
+
+    def wanted(self, k: int) -> int:
+        """Passages to keep for each query so that k remain after the query's own is dropped."""
+        return k + self.exclude_self
 
     def depth(self, k: int) -> int:
-        """Passages to search for each query so that k remain after the query's own is dropped."""
-        return k + self.exclude_self
+        """Passages that an index is searched for."""
+        return max(self.wanted(k), self.rescore)
 
     def shortage(self, run: Run, passages: Embeddings, k: int) -> tuple[str, ...]:
         """A note if an approximate index found fewer than k passages for some queries."""
@@ -92,34 +104,40 @@ def search(
         return {}
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
     order = order or PassageOrder(passage_ids(passages))
-    depth, silent = options.depth(k), not (options.progress and is_first)
+    wanted, silent = options.wanted(k), not (options.progress and is_first)
     with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=silent) as bar:
         if on_torch:
             from eval.engines.streaming import search_streaming
 
             best = search_streaming(
-                queries, passages, order, depth, world=world, memory_gib=options.memory_gib, bar=bar
+                queries, passages, order, wanted, world=world, memory_gib=options.memory_gib, bar=bar
             )
         elif options.index == "flat":
-            best = search_flat(queries, passages, order, depth, options.block_mib, bar)
+            best = search_flat(queries, passages, order, wanted, options.block_mib, bar)
         else:
-            index = open_index(passages, options.index, depth, verify=options.verify)
-            best = _search_index(to_gpus(index, options.faiss_gpu, depth), queries, order, depth)
+            depth = options.depth(k)
+            index = to_gpus(open_index(passages, options.index, depth, verify=options.verify), options.faiss_gpu, depth)
+            best = TopK(len(queries), wanted)
+            for part, rows, positions, scores in _found(index, queries, depth):
+                if options.rescore:
+                    stored = (embeddings for embeddings, _ in passages)
+                    scores = pair_scores(stored, queries[part], rows, positions, faiss.omp_get_max_threads())
+                best.merge(part, torch.from_numpy(rows), torch.from_numpy(scores), order.precedence[positions])
     if not is_first:
         return {}
     excluded = query_ids if options.exclude_self else [None] * len(query_ids)
     return dict(zip(query_ids, _rankings(best, order, excluded, k), strict=True))
 
 
-def _search_index(searcher: faiss.Index, queries: np.ndarray, order: PassageOrder, k: int) -> TopK:
-    best = TopK(len(queries), k)
+def _found(
+    searcher: faiss.Index, queries: np.ndarray, k: int
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Some queries, and what the index finds for them: rows among them [P], ascending, positions and scores."""
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         part = slice(first, min(first + _QUERIES_AT_ONCE, len(queries)))
-        found = searcher.search(queries[part], min(k, searcher.ntotal))  # each [q, k]
-        scores, positions = map(torch.from_numpy, found)
+        scores, positions = searcher.search(queries[part], min(k, searcher.ntotal))  # each [q, k]
         there = positions >= 0  # -1 where it found fewer
-        best.merge(part, there.nonzero()[:, 0], scores[there], order.precedence[positions[there]])
-    return best
+        yield part, there.nonzero()[0], positions[there], scores[there]
 
 
 def _rankings(best: TopK, order: PassageOrder, excluded: Sequence[str | None], k: int) -> Iterator[Ranking]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,10 @@ def unit_vectors(n: int, dimension: int, seed: int, device: torch.device) -> Ten
     return torch.nn.functional.normalize(torch.randn(n, dimension, generator=generator, device=device))
 
 
-def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: torch.device) -> EmbeddingShards:
-    """Writes random unit vectors, made on `device`, as a finished folder of shards."""
+def write_shards(
+    folder: Path, rows: int, dimension: int, dtype: str, vectors: Callable[[int, int], Tensor]
+) -> EmbeddingShards:
+    """Writes `vectors`(rows of a shard, its number from 1) as a finished folder of shards."""
     named: dict[str, Any] = {
         "dimension": dimension,
         "dtype": dtype,
@@ -58,8 +60,8 @@ def write_shards(folder: Path, rows: int, dimension: int, dtype: str, device: to
 
     def write(shard: int) -> None:
         first, last = shard * _SHARD_ROWS, min(rows, (shard + 1) * _SHARD_ROWS)
-        vectors = unit_vectors(last - first, dimension, shard + 1, device).to(getattr(torch, dtype))
-        writer.write(shard, vectors.cpu().numpy(), list(map(str, range(first, last))))
+        stored = vectors(last - first, shard + 1).to(getattr(torch, dtype))
+        writer.write(shard, stored.cpu().numpy(), list(map(str, range(first, last))))
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         list(pool.map(write, range(-(-rows // _SHARD_ROWS))))  # list: raises what a thread raised
@@ -98,7 +100,11 @@ def measure_exact(table: Table, args: argparse.Namespace, device: torch.device) 
     with tempfile.TemporaryDirectory(
         prefix="search-", dir=args.folder or (_IN_MEMORY if in_memory else None)
     ) as folder:
-        write = partial(write_shards, Path(folder), args.passages, args.dimension, args.dtype, device)
+
+        def vectors(rows: int, seed: int) -> Tensor:
+            return unit_vectors(rows, args.dimension, seed, device)
+
+        write = partial(write_shards, Path(folder), args.passages, args.dimension, args.dtype, vectors)
         table.add(case, "shards", "written", timed(device, write).seconds[0], "s")
         passages = open_shards(folder)
         queries = unit_vectors(args.queries, args.dimension, 0, device).cpu().numpy()
@@ -179,6 +185,46 @@ def measure_indexes(table: Table, args: argparse.Namespace, device: torch.device
             table.add(case, f"{method} {setting}".strip(), "queries/s", rate, "1/s")
 
 
+def measure_from_disk(table: Table, args: argparse.Namespace) -> None:
+    """Adds an index over float16 shards on disk whose best passages are scored again from there: seconds, recall@100
+    against exact search, queries per second, and the host's memory.
+    """
+    case = f"{args.disk_passages:,} × {args.dimension} float16 on disk, clustered, {args.ann_queries:,} queries"
+    cpu = torch.device("cpu")
+    centres = unit_vectors(max(1, args.disk_passages // 100), args.dimension, 1, cpu)
+
+    def vectors(rows: int, seed: int) -> Tensor:
+        chosen = torch.randint(len(centres), (rows,), generator=torch.Generator().manual_seed(seed))
+        return torch.nn.functional.normalize(centres[chosen] + unit_vectors(rows, args.dimension, seed, cpu))
+
+    with tempfile.TemporaryDirectory(prefix="search-", dir=args.folder) as folder:
+        passages = write_shards(Path(folder), args.disk_passages, args.dimension, "float16", vectors)
+        queries, query_ids = vectors(args.ann_queries, 0).numpy(), list(map(str, range(args.ann_queries)))
+        exact = search(queries, query_ids, passages, 100)
+        add = partial(table.add, case, args.disk_index)
+        _forget_peak()
+        started = time.perf_counter()
+        open_index(passages, args.disk_index, 100)
+        add("built", time.perf_counter() - started, "s", f"{faiss.omp_get_max_threads()} threads")
+        add("host memory, peak", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
+        for rescore in (0, *args.rescore):
+            options = SearchOptions(index=args.disk_index, rescore=rescore)
+            started = time.perf_counter()
+            found = search(queries, query_ids, passages, 100, options)
+            rate = len(queries) / (time.perf_counter() - started)
+            common = [len({*found[i].passage_ids} & {*exact[i].passage_ids}) / 100 for i in query_ids]
+            add(f"recall@100, rescore {rescore}", float(np.mean(common)), "")
+            add(f"queries/s, rescore {rescore}", rate, "1/s", "reading and ordering of ids included")
+        add("host memory, peak at the end", _status_gib("VmHWM"), "GiB", "of the process, mapped shards included")
+        add("host memory, own", _status_gib("RssAnon"), "GiB", "at the end, without mapped shards")
+
+
+def _forget_peak() -> None:
+    """Starts VmHWM anew, where the system is a Linux."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _status_gib(field: str) -> float | None:
     """A field of /proc/self/status in GiB; None where the system has no such file."""
     path = Path("/proc/self/status")
@@ -206,6 +252,9 @@ def _status_gib(field: str) -> float | None:
     option("--ann-queries", type=int, default=1_000),
     option("--ann-dimension", type=int, default=128),
     option("--ef-construction", type=int, default=64, help="of HNSW"),
+    option("--disk-passages", type=int, default=0, help="an index over so many in shards on disk; 0: left out"),
+    option("--disk-index", default="ivfpq", help="name or FAISS factory string, parameters after a blank"),
+    option("--rescore", type=int, nargs="+", default=[200, 1000], help="of the index over shards on disk"),
     option("--output", type=Path, default=Path("docs/bench/search.json")),
 )
 def main(args: argparse.Namespace) -> None:
@@ -217,6 +266,8 @@ def main(args: argparse.Namespace) -> None:
         measure_exact(table, args, device)
     if args.ann_passages:
         measure_indexes(table, args, device)
+    if args.disk_passages:
+        measure_from_disk(table, args)
 
 
 if __name__ == "__main__":

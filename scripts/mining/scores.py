@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.engines.bm25 import Bm25
-from eval.engines.embeddings import load_queries
+from eval.engines.embeddings import load_queries, pair_scores
 from retriever.config import ConfigError
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
@@ -54,17 +54,7 @@ def model_judge(queries: EmbeddingShards, passages: EmbeddingShards) -> Judge:
     """The inner product of a pair's embeddings, summed in float64. Passages are read from their shards."""
     embedded, _ = load_queries(queries)  # [Q, D]
     parts = [embeddings for embeddings, _ in passages]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def judge(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        found = np.empty((len(numbers), embedded.shape[1]), dtype=np.float32)
-        part_of = np.searchsorted(starts, numbers, side="right") - 1
-        for part in np.unique(part_of):
-            here = part_of == part
-            found[here] = parts[part][numbers[here] - starts[part]]
-        return np.einsum("nd,nd->n", embedded[rows], found, dtype=np.float64).astype(np.float32)
-
-    return judge
+    return lambda rows, numbers: pair_scores(parts, embedded, rows, numbers)
 
 
 def _standardised(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
