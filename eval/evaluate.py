@@ -41,6 +41,7 @@ class EvalOptions(SearchOptions):
     k: int = 1000  # passages a query
     batch: int | None = None  # tokens the encoder sees at once; None: by device
     dims: tuple[int, ...] = ()  # leading dimensions that are measured too
+    on_result: Callable[[EvalResult], None] | None = None  # is called with each collection's, on the first rank
     quantize: tuple[str, ...] = ()  # int8, binary, hamming: measured too
 
 
@@ -143,6 +144,7 @@ def evaluate_collection(
             cache=True,
             verify=options.verify,
             progress=options.progress,
+            total=rows,
         )
         named = fingerprint([side, *made_of])
         return open_shards(encode_to_shards(bundle, stream, side, shards_dir / folder, named, shards, world))
@@ -176,9 +178,11 @@ def evaluate_collection(
     notes = collection.notes(passage_id for _, ids in passages for passage_id in ids)
     notes += options.shortage(run, passages, options.k)
     index = options.describe(passages, options.k)
-    return EvalResult(
-        collection, collection.measure(run, metrics), run, passages.rows, encoding, index, notes, at_dims, quantized
-    )
+    scores = collection.measure(run, metrics)
+    result = EvalResult(collection, scores, run, passages.rows, encoding, index, notes, at_dims, quantized)
+    if options.on_result is not None:
+        options.on_result(result)
+    return result
 
 
 def _counted(texts: Iterable[tuple[str, str]]) -> tuple[Iterator[tuple[str, str]], int | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from retriever import checkpoint, launch, preflight, resume
+from retriever import checkpoint, launch, preflight, resume, trackers
 from retriever.config import Config, differences
 from retriever.data.batch import BatchLoader
 from retriever.data.planner import Planner
@@ -26,6 +26,7 @@ from retriever.loss.bank import Bank
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.custom import CustomLoss, Loss, load_loss
 from retriever.loss.offload import BLOCK_ROWS
+from retriever.named import check_named
 from retriever.optim import Optimizer, freeze
 from retriever.outputs import Outputs
 from retriever.parallel.sharded import PlacedEncoder
@@ -36,6 +37,7 @@ from retriever.plan.report import plan_lines, plan_table
 from retriever.plan.sizes import StepPlanner
 from retriever.rng import RngState
 from retriever.run_folder import held
+from retriever.screen import Kind, say
 from retriever.signals import die_with_launcher
 from retriever.summary import summary
 from retriever.text_vectors import vectors_of
@@ -59,14 +61,14 @@ class Prepared:
         launch.agree(world, checkpoint=start, data=self.store.fingerprint, configuration=configuration)
 
 
-def _prepare(config: Config) -> Prepared:
+def _prepare(config: Config, loss: Loss | None) -> Prepared:
     """Finds the checkpoint to go on from, and tokenises the texts before the ranks meet: however long it takes, no
     collective waits for it.
     """
     last = resume.find(config.run)
     if last is not None:
         config = resume.continued(config, last)
-    preflight.check_paths(config)
+    check_named(config, loss)
     tokenizer = training_tokenizer(config.model)
     check_source_prompts(tokenizer, config)
     config = replace(config, model=replace(config.model, append_eos=ends_texts(tokenizer)))
@@ -106,12 +108,12 @@ def assembled(config: Config, check: Callable[[Config], EvalQueries], loss: Loss
     `check` is called before they are built, and returns the queries of the evaluations. `loss`: the function that
     `loss.custom` names, if it is at hand.
 
-    Prints the plan if `run.preflight=only` asks for nothing else. Afterwards environment, process group and random
+    Says what would run if `run.preflight=only` asks for nothing else. Afterwards environment, process group and random
     generators are as they were.
     """
     die_with_launcher()
     with held(config), launch.environment_restored():
-        prepared = _prepare(config)
+        prepared = _prepare(config, loss)
         with (
             launch.joined(prepared.config) as (accelerator, world),
             RngState.capture(world.device).restored(),
@@ -120,8 +122,8 @@ def assembled(config: Config, check: Callable[[Config], EvalQueries], loss: Loss
             prepared.agree(world)
             eval_queries = check(prepared.config)
             parts = _assemble(prepared, accelerator, world, loss, eval_queries)
-            if config.run.preflight == "only" and parts.forecast is not None:
-                accelerator.print(plan_table(parts.forecast, parts.config, parts.total, usable_bytes(world.device)))
+            if config.run.preflight == "only":
+                _introduce(parts)
             yield parts
 
 
@@ -151,6 +153,8 @@ def _assemble(
     objective.bank = Bank.from_config(config, encoder, world)
     planner = Planner.from_config(store, config)
     template = TokenTemplate.from_tokenizer(prepared.tokenizer)
+    if world.device.type == "cuda" and world.is_first:
+        say("plan    measuring a step on the GPU")
     config, forecast = StepPlanner(config, encoder, objective, store, planner, template, world).decide()
     loader = BatchLoader(store, planner, template, config, world)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * planner.steps_per_epoch))
@@ -192,6 +196,7 @@ def open_folder(parts: Assembly) -> Opened:
     state = checkpoint.TrainingState(parts.encoder, parts.objective, optimizer, bank)
     done = 0 if last is None else checkpoint.load(last, state, prepared.store.fingerprint)
     outputs = Outputs(config, state, parts.placed, prepared.tokenizer, prepared.store, world)
+    trackers.start(parts.accelerator, config)
     _announce(parts, done)
     if last is None:
         return Opened(optimizer, outputs, done, saved=0)
@@ -202,22 +207,37 @@ def open_folder(parts: Assembly) -> Opened:
 
 def _announce(parts: Assembly, done: int) -> None:
     """Says what will run, checks the gradient if asked to, and says where the run goes on after `done` steps."""
-    config, prepared, total, say = parts.config, parts.prepared, parts.total, parts.accelerator.print
-    store, planner, last = prepared.store, parts.planner, prepared.last
-    if config.run.preflight != "off" and parts.world.is_first:
-        say(summary(config, parts.encoder, prepared.tokenizer, store, planner, total, parts.world))
-        if parts.forecast is not None:
-            say(plan_lines(parts.forecast, total))
-        most = planner.batch_queries[1]
-        found = preflight.warnings(config, parts.encoder, prepared.tokenizer, store, total, most)
-        found += data_warnings(config, prepared.tokenizer, store, planner, parts.eval_queries)
-        for warning in found:
-            say(f"warning: {warning}")
+    config, total, last = parts.config, parts.total, parts.prepared.last
+    if config.run.preflight != "off":
+        _introduce(parts)
     if config.run.verify and done < total:
-        say(f"verify  {preflight.verify(config, parts.encoder, store, parts.template, parts.objective.custom)}")
+        check = preflight.verify(config, parts.encoder, parts.prepared.store, parts.template, parts.objective.custom)
+        _say(parts, f"verify  {check}", "summary")
     if last is None or not done:
         return
-    say(f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")
+    _say(parts, f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")
     if resume.length_of(checkpoint.config_of(last)) != resume.length_of(config):
         schedule = f"from here on the learning rate follows the schedule of {total:,} steps"
-        say(f"note: this run is longer than it was planned before: {schedule}")
+        _say(parts, f"note: this run is longer than it was planned before: {schedule}")
+
+
+def _introduce(parts: Assembly) -> None:
+    """Says what a run is made of, how long a step takes, and what is probably not meant."""
+    if not parts.world.is_first:
+        return
+    config, prepared, total, forecast = parts.config, parts.prepared, parts.total, parts.forecast
+    store, planner, tokenizer = prepared.store, parts.planner, prepared.tokenizer
+    alone = config.run.preflight == "only"  # then it is what was asked for
+    kind: Kind = "end" if alone else "summary"
+    _say(parts, summary(config, parts.encoder, tokenizer, store, planner, total, parts.world), kind)
+    if forecast is not None:
+        table = plan_table(forecast, config, total, usable_bytes(parts.world.device)) if alone else None
+        _say(parts, table or plan_lines(forecast, total), kind)
+    found = preflight.warnings(config, parts.encoder, tokenizer, store, total, planner.batch_queries[1])
+    for warning in [*found, *data_warnings(config, tokenizer, store, planner, parts.eval_queries)]:
+        _say(parts, f"warning: {warning}", "warning")
+
+
+def _say(parts: Assembly, text: str, kind: Kind = "remark") -> None:
+    if parts.world.is_first:
+        say(text, kind)

@@ -1,4 +1,4 @@
-"""Line charts as SVG: no library, no script, colours from the page's style."""
+"""Line charts and heat maps as SVG: no library, no script, colours from the page's style."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Point = tuple[float, float]
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 436, 12, 200  # of the plot
 _MOST_POINTS = 600  # of a curve; more cannot be told apart
+_MOST_COLUMNS = 60  # of a heat map
 COLOURS = 6  # classes c0 to c5 of the style
 
 STYLE = """
@@ -24,6 +25,7 @@ svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-seri
 svg text { fill: currentColor; } svg .grid { stroke: currentColor; opacity: .15; }
 svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .faint { opacity: .35; stroke-width: 1; }
 svg .dashed { stroke-dasharray: 5 4; stroke-width: 1.2; }
+svg .cell { fill: var(--c0); stroke: none; } svg .cell.c1 { fill: var(--c1); }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); }
 .c3 { stroke: var(--c3); } .c4 { stroke: var(--c4); } .c5 { stroke: var(--c5); }
 """
@@ -58,14 +60,7 @@ def line_chart(label: str, curves: Sequence[Curve], across_names: Mapping[float,
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     across, up = _Axis.over(xs, _LEFT, _RIGHT), _Axis.over(ys, _BOTTOM, _TOP)
-    parts = [f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{html.escape(label, quote=True)}'>"]
-    for value, name in up.ticks():
-        y = up.at(value)
-        parts.append(f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
-        parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{name}</text>")
-    whole = ((value, name) for value, name in across.ticks() if float(value).is_integer())  # there is no half step
-    for value, name in whole if across_names is None else across_names.items():
-        parts.append(f"<text x='{across.at(value):.1f}' y='{_BOTTOM + 18}' text-anchor='middle'>{name}</text>")
+    parts = _frame(label, across, up, across_names)
     for curve in curves:
         kind = "faint" if curve.faint else "dashed" if curve.dashed else ""
         places = [f"{across.at(x):.1f} {up.at(y):.1f}" for x, y in _thinned(curve.points)]
@@ -82,6 +77,41 @@ def standalone(chart: str) -> str:
     ink = "svg { color: #1a1a1a; } @media (prefers-color-scheme: dark) { svg { color: #e6e6e6; } }"
     head = f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{_HEIGHT}'"
     return f"{head}{chart.removeprefix('<svg').replace('>', f'><style>{STYLE}{ink}</style>', 1)}\n"
+
+
+def heat_map(label: str, columns: Sequence[tuple[int, Sequence[int]]], shown: range, colour: int) -> str:
+    """An SVG of histograms over the step: a cell is the darker, the larger its share of its column.
+
+    columns: (step, counts), the bins from -1 to 1. `shown`: the bins that are drawn.
+    """
+    every = -(-len(columns) // _MOST_COLUMNS)
+    merged = [columns[i : i + every] for i in range(0, len(columns), every)]
+    bins, width, height = len(columns[0][1]), (_RIGHT - _LEFT) / len(merged), (_BOTTOM - _TOP) / len(shown)
+    across = _Axis.over([step for step, _ in columns], _LEFT + width / 2, _RIGHT - width / 2)
+    up = _Axis.over([2 * shown.start / bins - 1, 2 * shown.stop / bins - 1], _BOTTOM, _TOP)
+    parts = _frame(label, across, up)
+    for place, group in enumerate(merged):
+        counts = [sum(column[i] for _, column in group) for i in shown]
+        for row, count in enumerate(counts):
+            if count:
+                at = f"x='{_LEFT + place * width:.1f}' y='{_BOTTOM - (row + 1) * height:.1f}'"
+                size = f"width='{width + 0.2:.1f}' height='{height + 0.2:.1f}'"
+                opacity = f"fill-opacity='{0.08 + 0.92 * count / max(counts):.2f}'"
+                parts.append(f"<rect class='cell c{colour}' {at} {size} {opacity}/>")
+    return "".join((*parts, "</svg>"))
+
+
+def _frame(label: str, across: _Axis, up: _Axis, across_names: Mapping[float, str] | None = None) -> list[str]:
+    """The beginning of an SVG: its label, its grid and the numbers at its axes, or these names."""
+    parts = [f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='{html.escape(label, quote=True)}'>"]
+    for value, name in up.ticks():
+        y = up.at(value)
+        parts.append(f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
+        parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{name}</text>")
+    whole = ((value, name) for value, name in across.ticks() if float(value).is_integer())  # there is no half step
+    for value, name in whole if across_names is None else across_names.items():
+        parts.append(f"<text x='{across.at(value):.1f}' y='{_BOTTOM + 18}' text-anchor='middle'>{name}</text>")
+    return parts
 
 
 def _thinned(points: Sequence[Point]) -> Sequence[Point]:

@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from retriever.files import alone, make_folder, read_object, write_json
+from retriever.screen import say
 
 CHECKSUMS = "checksums.json"
 _ALGORITHM = "xxh3_64"
@@ -124,7 +125,7 @@ def _recorded(folder: Path) -> dict[str, str] | None:
 @cache
 def _tell_once(note: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: {note}", flush=True)
+        say(f"note: {note}")
 
 
 @contextmanager

@@ -20,18 +20,20 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from retriever.environment import check_environment
-from retriever.errors import INTERRUPTED, PIPE_CLOSED, REFUSED, TERMINATED, RankError, RefusedError, Stopped
+from retriever.errors import PIPE_CLOSED, TERMINATED, RankError, RefusedError, Stopped, Terminated, speaks, told
+from retriever.screen import shown_as
 
+_CONSOLE = "bigbatch-"  # how the console commands of pyproject.toml begin
 Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser, or to a group of one
 
 
@@ -67,10 +69,6 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RefusedError(f"{message} (see {self.prog} --help)")
-
-
-class _Terminated(BaseException):
-    """The process received SIGTERM."""
 
 
 def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
@@ -146,12 +144,16 @@ class Command:
         `args.command` is the command as it was typed. After a lost rank the process ends here.
         """
         words = list(sys.argv[1:] if arguments is None else arguments)
+        usual, typed = self.parser.prog, Path(sys.argv[0]).name
+        if typed.startswith(_CONSOLE):
+            self.parser.prog = typed
         try:
             with _terminable():
-                args = self.parser.parse_args(words)
+                args = self.parser.parse_intermixed_args(words)
                 args.command = f"{self.parser.prog} {shlex.join(words)}"
                 check_environment()
-                self.body(args)
+                with shown_as("json" if getattr(args, "log_json", False) else "quiet" if args.quiet else None):
+                    self.body(args)
         except SystemExit as ended:  # --help, or a command that this one ran: it has said why
             if not isinstance(ended.code, int):
                 raise
@@ -160,16 +162,18 @@ class Command:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return PIPE_CLOSED
         except BaseException as error:
-            status, message = _told(error, self.resumes, self.lower)
+            status, message = told(error, self.resumes, self.lower)
             if not status:
                 raise
             if "--debug" in words:
                 traceback.print_exception(error)
-            if _speaks(error):
+            if speaks(error):
                 tell(message, "" if isinstance(error, Stopped) else "error: ")
             if isinstance(error, RankError):
                 os._exit(status)  # an ordinary end would wait for the rank that is no more
             return status
+        finally:
+            self.parser.prog = usual
         return 0
 
 
@@ -178,7 +182,11 @@ def command(
 ) -> Callable[[Body], Command]:
     """Makes the function below it the body of a command that is started as `prog`; the others are `Command`'s."""
     parser = _Parser(prog=prog, description=about, formatter_class=_Help)
-    _add(parser, (*options, option("--debug", action="store_true", help="print the traceback of an error too")))
+    shared = (
+        option("--quiet", action="store_true", help="show warnings, results and errors alone: no bars, no remarks"),
+        option("--debug", action="store_true", help="print the traceback of an error too"),
+    )
+    _add(parser, (*options, *shared))
     return lambda body: Command(parser, body, resumes, lower)
 
 
@@ -188,41 +196,6 @@ def tell(message: str, prefix: str = "error: ") -> None:
         bar.close()
     sys.stdout.flush()
     print(f"{prefix}{message}", file=sys.stderr, flush=True)
-
-
-def _told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:
-    """(exit status, message); status 0 where the error is a bug."""
-    after = f": {resumes}" if resumes else ""
-    match error:
-        case Stopped():
-            return error.status, str(error)
-        case RankError():
-            return error.verdict.status, str(error)
-        case KeyboardInterrupt():
-            return INTERRUPTED, f"interrupted{after}"
-        case _Terminated():
-            return TERMINATED, f"terminated{after}"
-        case subprocess.CalledProcessError(cmd=command, returncode=status):
-            return (
-                status if status > 0 else 128 - status,
-                f"{shlex.join(map(str, command[:6]))} … ended with status {status}",
-            )
-        case OSError(filename=str(name), strerror=str(reason)):
-            return REFUSED, f"{name}: {reason}"
-    if _out_of_memory(error):
-        return REFUSED, f"out of memory: lower {lower} ({'. '.join(str(error).split('. ')[:2]) or 'no size given'})"
-    return REFUSED if isinstance(error, (RefusedError, FloatingPointError, OSError)) else 0, str(error)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)))
-
-
-def _speaks(error: BaseException) -> bool:
-    """What all ranks meet is told once a node; a file or memory that fails one of them, by that one."""
-    if isinstance(error, RankError):
-        return error.speaks
-    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError) or _out_of_memory(error)
 
 
 @contextmanager
@@ -240,7 +213,7 @@ def _terminable() -> Iterator[None]:
     def terminate(*_: object) -> None:
         if os.getpid() != owner:  # a forked worker, which its parent ends
             os._exit(TERMINATED)
-        raise _Terminated
+        raise Terminated
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:

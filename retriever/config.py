@@ -42,10 +42,14 @@ class RunConfig:
     # Experiment trackers that accelerate logs to: tensorboard, wandb, mlflow, trackio, aim, clearml, comet_ml, dvclive,
     # swanlab, or all that are installed.
     trackers: tuple[str, ...] = ("tensorboard",)
+    # What trackers call the run. null: the last part of output_dir.
+    name: str | None = None
+    # The project of the run, for trackers that have projects.
+    project: str = "bigbatch"
     # Before step 1, compare the gradient with the whole batch's by autograd, in float64, on a small batch of the data.
     verify: bool = False
-    # auto: measure the step on a GPU and print the plan; only: print it and stop, leaving nothing behind; off: measure
-    # what other settings leave to auto, and print nothing.
+    # Before step 1. auto: print a summary, warnings and, measured on a GPU, the plan of a step; only: print them and
+    # stop, leaving nothing behind, as `--dry-run` does; off: measure what other settings leave to auto, print nothing.
     preflight: Literal["auto", "only", "off"] = "auto"
     # Seconds that a rank may keep the others waiting in a collective. Then the run ends and names that rank.
     timeout_s: Seconds = 1800
@@ -456,9 +460,16 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The keys that differ, as `key: old -> new`."""
-    before, after = flat(old), flat(new)
+    before, after = (flatten(_numbered(to_dict(config))) for config in (old, new))
     keys = sorted(before.keys() | after.keys())
     return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _numbered(tree: Any) -> Any:
+    """`tree` with lists of sections as sections of numbers: data.train.0.path."""
+    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        tree = dict(enumerate(tree))
+    return {name: _numbered(value) for name, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from retriever.command import ENCODER, at_least_one, command, option
 from retriever.data.collection import corpus_tables, once, query_tables
 from retriever.data.formats import DataError, final_text, read_corpus, read_queries
 from retriever.data.records import shortened_note
+from retriever.errors import RefusedError
 from retriever.files import read_json
 from retriever.wording import counted
 
@@ -75,6 +76,8 @@ def main(args: argparse.Namespace) -> None:
     from retriever.encoder.bundle import load_encoder
     from retriever.launch import launched
 
+    if not args.input.exists():
+        raise RefusedError(f"--input {args.input}: no such file or folder")
     with launched() as world:
         bundle = load_encoder(
             args.model,

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, mode_of
 from retriever.lock import working_in
 from retriever.parallel.world import World
+from retriever.screen import Bar
 from retriever.shards import Dtype, ShardJob, ShardWriter
 
 SHARD_ROWS = 65_536
@@ -36,6 +36,7 @@ class ShardOptions:
     cache: bool = False  # replace shards of another cache, and let another replace these
     verify: bool = False  # compare shards that are there with their checksums again
     progress: bool = True
+    total: int | None = None  # texts, where their number is known, for the bar
 
 
 _DEFAULTS = ShardOptions()
@@ -92,7 +93,8 @@ def encode_to_shards(
             texts, job.shard_rows, lambda shard: shard % world.size == world.rank and not writer.has(shard)
         )
         silent = not (options.progress and world.is_first)
-        with tqdm(unit=" texts", desc=f"encode {side}", disable=silent) as bar:
+        mine = None if options.total is None else -(-options.total // world.size)
+        with Bar(total=mine, unit=" texts", desc=f"encode {side}", disable=silent) as bar:
             encoded = bundle.encode_batches(
                 reading.batches(), side, tokens_per_chunk=options.tokens_per_chunk, progress=bar.update
             )

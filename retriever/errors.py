@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 RESUMES = "the same command goes on from the last checkpoint, if there is one yet (train.save_every)"
@@ -46,3 +49,42 @@ class Stopped(Exception):
         before = "stopped before the end of step 1: there was nothing to save. The same command starts again"
         super().__init__(f"{signal.Signals(number).name}: {saved if step else before}")
         self.status = 128 + number
+
+
+class Terminated(BaseException):
+    """The process received SIGTERM."""
+
+
+def told(error: BaseException, resumes: str, lower: str) -> tuple[int, str]:
+    """(exit status, message); status 0 where the error is a bug."""
+    after = f": {resumes}" if resumes else ""
+    match error:
+        case Stopped():
+            return error.status, str(error)
+        case RankError():
+            return error.verdict.status, str(error)
+        case KeyboardInterrupt():
+            return INTERRUPTED, f"interrupted{after}"
+        case Terminated():
+            return TERMINATED, f"terminated{after}"
+        case subprocess.CalledProcessError(cmd=command, returncode=status):
+            return (
+                status if status > 0 else 128 - status,
+                f"{shlex.join(map(str, command[:6]))} … ended with status {status}",
+            )
+        case OSError(filename=str(name), strerror=str(reason)):
+            return REFUSED, f"{name}: {reason}"
+    if _out_of_memory(error):
+        return REFUSED, f"out of memory: lower {lower} ({'. '.join(str(error).split('. ')[:2]) or 'no size given'})"
+    return REFUSED if isinstance(error, (RefusedError, FloatingPointError, OSError)) else 0, str(error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)))
+
+
+def speaks(error: BaseException) -> bool:
+    """What all ranks meet is told once a node; a file or memory that fails one of them, by that one."""
+    if isinstance(error, RankError):
+        return error.speaks
+    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError) or _out_of_memory(error)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,9 +14,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from retriever.config import Config, ConfigError, flat
+from retriever import trackers
+from retriever.config import Config, ConfigError
 from retriever.config_rules import check_sharded
 from retriever.parallel.world import World
+from retriever.screen import say
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _TAKEN = ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")  # by `join`
@@ -99,10 +100,8 @@ def join(config: Config) -> tuple[Accelerator, World]:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # without it, processes launched on a CPU do not join one another
             mixed_precision="no",
-            log_with=list(config.run.trackers) or None,
-            project_config=ProjectConfiguration(
-                project_dir=config.run.output_dir, logging_dir=str(Path(config.run.output_dir) / "logs")
-            ),
+            log_with=trackers.asked(config) or None,
+            project_config=ProjectConfiguration(project_dir=config.run.output_dir, logging_dir=trackers.logs(config)),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_s))],
         )
     except dist.DistError as error:
@@ -111,21 +110,22 @@ def join(config: Config) -> tuple[Accelerator, World]:
             f"run.timeout_s={config.run.timeout_s}: {error} All nodes must be started and reach "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         ) from error
-    if asked not in ("no", config.optim.precision):
-        accelerator.print(f"note: accelerate asks for {asked}; optim.precision={config.optim.precision} is used")
-    if accelerator.device.type == "cpu" and config.optim.precision != "fp32":
-        accelerator.print(f"note: on most CPUs {config.optim.precision} is slower than fp32 (optim.precision=fp32)")
-    if accumulation != "1":
-        accelerator.print(
-            f"note: accelerate asks for {accumulation} accumulation steps; "
-            f"batch.queries={config.batch.queries} is one step"
-        )
-    if accelerator.is_main_process:
-        loggable = {key: value for key, value in flat(config).items() if isinstance(value, (bool, int, float, str))}
-        accelerator.init_trackers("bigbatch", config=loggable)
-    several = accelerator.num_processes > 1
-    if sharded and not several:
-        accelerator.print("note: accelerate asks for FSDP of one process; it holds the encoder whole")
+    several, queries = accelerator.num_processes > 1, config.batch.queries
+    notes = {
+        f"accelerate asks for {asked}; optim.precision={config.optim.precision} is used": (
+            asked not in ("no", config.optim.precision)
+        ),
+        f"on most CPUs {config.optim.precision} is slower than fp32 (optim.precision=fp32)": (
+            accelerator.device.type == "cpu" and config.optim.precision != "fp32"
+        ),
+        f"accelerate asks for {accumulation} accumulation steps; batch.queries={queries} is one step": (
+            accumulation != "1"
+        ),
+        "accelerate asks for FSDP of one process; it holds the encoder whole": sharded and not several,
+    }
+    for note, holds in notes.items():
+        if holds and accelerator.is_main_process:
+            say(f"note: {note}")
     return accelerator, World(
         accelerator.device, accelerator.process_index, accelerator.num_processes, sharded=sharded and several
     )

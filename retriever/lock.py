@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from retriever.errors import REFUSED, RefusedError
 from retriever.files import alone, make_folder
+from retriever.screen import say
 
 LOCK = ".lock"  # the name of a folder's lock file
 _BEAT_S, _STALE_S, _POLL_S = 10.0, 60.0, 0.2
@@ -80,7 +81,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         if not wait:
             raise LockedError(f"{what} is in use by {holder}: wait until it ends, end it, or choose another folder")
         if not waiting:
-            print(f"{what} is built by {holder}: waiting for it", flush=True)
+            say(f"{what} is built by {holder}: waiting for it")
         waiting = True
         time.sleep(_POLL_S)
     _held[path] = here

@@ -1,4 +1,4 @@
-"""Before step 1: resolves `auto` values from the model and the machine, checks paths, warns, checks the gradient."""
+"""Before step 1: resolves `auto` values from the model and the machine, warns, checks the gradient."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from retriever import checkpoint
 from retriever.config import Config, ConfigError, ModelConfig
 from retriever.config_sources import hard_negatives, text_kinds
 from retriever.data.batch import BatchLoader
-from retriever.data.files import exists
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import SIDES, TokenTemplate
 from retriever.encoder.batch_norm import batch_norms
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import has_dropout
-from retriever.encoder.settings import read_model_config
 from retriever.loss.custom import CustomLoss
 from retriever.parallel.cost import exchange_for
 from retriever.parallel.world import World
@@ -35,28 +33,6 @@ _VERIFY_QUERIES = 32
 _VERIFY_BLOCK_ROWS = 12  # several blocks, the last one shorter
 _VERIFY_BOUND = 1e-9
 _VERIFY_TOKENS_PER_CHUNK = 256
-
-
-def check_paths(config: Config) -> None:
-    """Checks that the files and folders that the configuration names exist, before anything is loaded or downloaded.
-
-    Raises ConfigError with the key.
-    """
-    paths = {
-        f"data.train.{i}.path": source.path for i, source in enumerate(config.data.train) if source.path is not None
-    }
-    if config.eval is not None:
-        paths["eval.path"] = config.eval.path
-        paths |= {f"eval.also.{i}.path": asked.path for i, asked in enumerate(config.eval.also)}
-    for key, path in paths.items():
-        if not exists(Path(path).expanduser()):
-            raise ConfigError(f"{key}: there is no file or folder {path}")
-    cache = Path(config.data.cache_dir).expanduser()
-    if cache.exists() and not cache.is_dir():
-        raise ConfigError(f"data.cache_dir: {cache} is a file; expected a folder, which need not exist yet")
-    for name in (config.model.name_or_path, config.loss.guide, config.loss.teacher):
-        if name is not None:
-            read_model_config(name)
 
 
 def resolve(config: Config, encoder: DualEncoder, world: World) -> Config:

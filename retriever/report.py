@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import html
-import math
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from retriever.charts import COLOURS, STYLE, Curve, Point, line_chart, smoothed
-from retriever.config import Config, flat, to_dict
+from retriever.charts import COLOURS, STYLE, Curve, heat_map, line_chart, smoothed
+from retriever.config import Config, EvalConfig, LoraConfig, ModelConfig, flat, to_dict
 from retriever.config_tree import flatten
 from retriever.environment import versions
 from retriever.files import write_text
+from retriever.history import ABOVE_CHANCE, LoggedRun
 from retriever.model_card import TrainingFacts
+from retriever.plan.report import duration
+from retriever.report_examples import STYLE as EXAMPLES_STYLE
+from retriever.report_examples import won_and_lost
 from retriever.wording import without_folders
 
 # Settings that may be paths.
 _PATHS = {"output_dir", "resume", "name_or_path", "cache_dir", "path", "corpus", "queries"}
 _TITLES = {
     "train/loss": "Loss",
+    ABOVE_CHANCE: "Loss − log(candidates); at chance it is 0",
     "train/accuracy": "Accuracy among 100 passages",
     "train/grad_norm": "Gradient norm, before clipping",
     "train/temperature": "Temperature",
@@ -38,8 +41,9 @@ _TITLES = {
     "train/waited_share": "Share of time spent waiting for data",
     "train/peak_gib": "Peak memory, GiB",
 }
-_SMOOTHED = {"train/loss", "train/grad_norm", "train/accuracy"}
-RECORDED = {"step", "epoch", "time"}  # when the other values of a line were recorded
+_SMOOTHED = {"train/loss", ABOVE_CHANCE, "train/grad_norm", "train/accuracy"}
+_PEAK, _PLANNED, _TEMPERATURE = "train/peak_gib", "train/planned_gib", "train/temperature"
+_NO_CHART = {"train/candidates", _PLANNED}
 PAGE = "<!doctype html><html lang=en><meta charset=utf-8>"  # how each page begins
 _PACKAGES = ("bigbatch", "torch", "transformers", "accelerate", "numpy")
 
@@ -51,6 +55,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
   color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem; }
+.charts + .charts { margin-top: 1rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
 pre { background: var(--soft); padding: 1rem; overflow: auto; font-size: 13px; overflow-wrap: normal; }
@@ -66,64 +71,28 @@ summary { cursor: pointer; font-weight: 600; margin: 1.5rem 0 .5rem; }
 """
 
 
-@dataclass(frozen=True)
-class LoggedRun:
-    """The log of a run, under the name that a page shows."""
+def write_report(
+    path: Path, config: Config, facts: TrainingFacts, run: LoggedRun, examples: Mapping[str, Any] | None = None
+) -> None:
+    """Curves, evaluations, data, environment and settings of a run. Of absolute paths only the last part is shown.
 
-    name: str
-    lines: Sequence[Mapping[str, Any]]
-
-    @cached_property
-    def curves(self) -> dict[str, list[Point]]:
-        """Each logged quantity: its name -> (step, value), in the order of the lines; only finite values."""
-        found = dict[str, list[Point]]()
-        for line in self.lines:
-            for key, value in line.items():
-                if key not in RECORDED and isinstance(value, (int, float)) and math.isfinite(value):
-                    found.setdefault(key, []).append((line["step"], value))
-        return found
-
-    @cached_property
-    def best_step(self) -> int | None:
-        """The step, of those trained, of the best evaluation by its first measure; the later of equal ones."""
-        first = [(line[_measures(line)[0]], line["step"]) for line in self.evaluations if line["step"] > 0]
-        return max(first)[1] if first else None
-
-    @property
-    def best(self) -> str | None:
-        """The first measure of the best evaluation, as it is told."""
-        line = next((line for line in self.evaluations if line["step"] == self.best_step), None)
-        if line is None:
-            return None
-        name = _measures(line)[0]
-        return f"{name.removeprefix('eval/')} {line[name]:.4f} at step {line['step']:,}"
-
-    @cached_property
-    def evaluations(self) -> list[Mapping[str, Any]]:
-        """The lines with measures."""
-        return [line for line in self.lines if _measures(line)]
-
-
-def write_report(path: Path, config: Config, facts: TrainingFacts, lines: Sequence[dict[str, Any]]) -> None:
-    """Curves, evaluations, data, environment and settings of a run, from the lines of its `metrics.jsonl`.
-
-    Of absolute paths only the last part is shown.
+    `examples`: queries won and lost, as `eval.examples` keeps them.
     """
-    run = LoggedRun("", lines)
     title = ": ".join(map(without_folders, (config.run.output_dir, config.model.name_or_path)))
-    said = [f"{facts}", config.loss.title]
+    said = [f"{facts}", f"{config.loss.title}, temperature {config.loss.temperature:g}"]
     if run.best is not None:
         said.insert(0, f"best {run.best}")
     if losses := run.curves.get("train/loss"):
         said.insert(0, f"step {losses[-1][0]:,}, loss {losses[-1][1]:.4f}")
-    parts = [f"<p>{html.escape('; '.join(said))}</p>", *charts([run])]
+    parts = [f"<p>{html.escape('; '.join(said))}</p>", *charts([run]), *_heat_maps(run)]
     if run.evaluations:
         parts.append(f"<h2>Evaluations</h2>{_evaluations(run)}")
+    parts.append(won_and_lost(examples or {}))
     sources = [(name, f"{queries:,}") for name, queries in facts.sources]
     parts.append(f"<h2>Data</h2>{table(sources, ('source', 'queries'), numbers=1)}")
-    parts.append(f"<h2>Environment</h2>{table(_environment(lines))}")
+    parts.append(f"<h2>Environment</h2>{table(_environment(run.lines))}")
     tree = _without_folders(to_dict(config))
-    defaults, settings = flat(Config()), flatten(tree)
+    defaults, settings = flat(_defaults(config)), flatten(tree)
     changed = [
         (key, spelled(defaults.get(key)), spelled(value))
         for key, value in settings.items()
@@ -136,12 +105,19 @@ def write_report(path: Path, config: Config, facts: TrainingFacts, lines: Sequen
     write_text(path, page(title, parts))
 
 
+def _defaults(config: Config) -> Config:
+    """The default settings; of a section that is null by default, those of the section."""
+    model = ModelConfig(lora=None if config.model.lora is None else LoraConfig())
+    return Config(model=model, eval=None if config.eval is None else EvalConfig())
+
+
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole page with a title and its parts, which are HTML."""
     head = f"{PAGE}<meta name=viewport content='width=device-width'>"
     heading = html.escape(title)
     body = "\n".join(parts)
-    return f"{head}<title>{heading}</title><style>{STYLE}{_STYLE}</style><h1>{heading}</h1>\n{body}\n</html>\n"
+    styles = f"<style>{STYLE}{EXAMPLES_STYLE}{_STYLE}</style>"
+    return f"{head}<title>{heading}</title>{styles}<h1>{heading}</h1>\n{body}\n</html>\n"
 
 
 def charts(runs: Sequence[LoggedRun]) -> list[str]:
@@ -149,7 +125,8 @@ def charts(runs: Sequence[LoggedRun]) -> list[str]:
     logged = dict.fromkeys(key for run in runs for key in run.curves)
     measures = [key for key in logged if key.startswith("eval/")]
     ordered = dict.fromkeys([*measures, *(key for key in _TITLES if key in logged), *logged])
-    figures = (_figure(key, runs) for key in ordered)
+    told = {_TEMPERATURE} if len({value for run in runs for _, value in run.curves.get(_TEMPERATURE, ())}) < 2 else ()
+    figures = (_figure(key, runs) for key in ordered if key not in _NO_CHART and key not in told)
     names = "".join(_legend(run.name, colour) for colour, run in enumerate(runs))
     legend = [f"<ul class=legend>{names}</ul>"] if len(runs) > 1 else []
     return [*legend, f"<div class=charts>{''.join(figures)}</div>"] if logged else []
@@ -179,13 +156,17 @@ def _figure(key: str, runs: Sequence[LoggedRun]) -> str:
         if points is None:
             continue
         if key.startswith("eval/"):
-            best = next((point for point in points if point[0] == run.best_step), None)
+            best = next((point for point in points if run.best and point[0] == run.best.step), None)
             curves.append(Curve(points, colour, marked=best))
             if points[0][0] == 0:
                 curves.append(Curve([points[0], (points[-1][0], points[0][1])], colour, dashed=True))
             if best is not None and len(runs) == 1:
-                said += f": {best[1]:.4f} at step {best[0]:,}, the best"
-                said += f"; {points[0][1]:.4f} before training" if points[0][0] == 0 else ""
+                chooses = run.best is not None and key.removeprefix("eval/") == run.best.measure
+                said += f": {'best ' if chooses else ''}{best[1]:.4f} at step {best[0]:,}"
+                said += f", {points[0][1]:.4f} before" if points[0][0] == 0 else ""
+        elif key == _PEAK and _PLANNED in run.curves:
+            curves += [Curve(points, colour), Curve(run.curves[_PLANNED], colour, dashed=True)]
+            said += "; dashed: as planned" if len(runs) == 1 else ""
         elif key in _SMOOTHED:
             curves += [Curve(points, colour, faint=True), Curve(smoothed(points), colour)]
         else:
@@ -194,20 +175,31 @@ def _figure(key: str, runs: Sequence[LoggedRun]) -> str:
     return f"<figure><figcaption>{label}</figcaption>{line_chart(f'{said} by step', curves)}</figure>"
 
 
+def _heat_maps(run: LoggedRun) -> list[str]:
+    """Histograms of similarities over the step, all over the same bins."""
+    counts = [counts for columns in run.histograms.values() for _, counts in columns]
+    if not counts:
+        return []
+    filled = [i for i, column in enumerate(zip(*counts, strict=True)) if any(column)]
+    shown = range(filled[0], filled[-1] + 1)
+    figures = "".join(
+        f"<figure><figcaption>{name.capitalize()}</figcaption>{heat_map(f'{name} by step', columns, shown, colour)}"
+        "</figure>"
+        for colour, (name, columns) in enumerate(run.histograms.items())
+    )
+    return [f"<div class=charts>{figures}</div>"]
+
+
 def _evaluations(run: LoggedRun) -> str:
     """Every evaluation's measures; the best step is named."""
-    names = list(dict.fromkeys(key for line in run.evaluations for key in _measures(line)))
+    best, measured = run.best, run.evaluations
+    names = list(dict.fromkeys(name for measures in measured.values() for name in measures))
     rows = [
-        [f"{line['step']:,}{' (best)' if line['step'] == run.best_step else ''}"]
-        + [f"{line[name]:.4f}" if line.get(name) is not None else "" for name in names]
-        for line in run.evaluations
+        [f"{step:,}{' (best)' if best is not None and step == best.step else ''}"]
+        + [f"{measures[name]:.4f}" if name in measures else "" for name in names]
+        for step, measures in measured.items()
     ]
-    return table(rows, ["step", *(name.removeprefix("eval/") for name in names)], numbers=len(names))
-
-
-def _measures(line: Mapping[str, Any]) -> list[str]:
-    """The names of a line's measures; the first chooses the best."""
-    return [key for key, value in line.items() if key.startswith("eval/") and isinstance(value, (int, float))]
+    return table(rows, ["step", *names], numbers=len(names))
 
 
 def _environment(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -215,8 +207,8 @@ def _environment(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     times = [datetime.fromtimestamp(line["time"], UTC) for line in lines if "time" in line]
     found = []
     if times:
-        seconds = int((times[-1] - times[0]).total_seconds())
-        found.append(("logged", f"{times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC ({seconds:,} s)"))
+        took = duration((times[-1] - times[0]).total_seconds())
+        found.append(("logged", f"{times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC ({took})"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found += [("device", gpu), ("system", f"{platform.system()}, Python {platform.python_version()}")]
     found += versions(_PACKAGES).items()

@@ -12,7 +12,8 @@ from retriever.damage import damage
 _LENGTHS = ("train.max_steps", "train.epochs")
 # What may differ between the runs that write one checkpoint after the other.
 _FREE = (
-    *("run.output_dir", "run.resume", "run.trackers", "run.verify", "run.preflight", "run.timeout_s"),
+    *("run.output_dir", "run.resume", "run.trackers", "run.name", "run.project"),
+    *("run.verify", "run.preflight", "run.timeout_s"),
     *("data.cache_dir", "data.verify"),
     *("train.log_every", "train.save_every", "train.keep_last", "train.eval_every"),
     *("eval.at_start", "eval.patience"),
@@ -48,8 +49,11 @@ def _find_named(run: RunConfig, root: Path, last: Path | None) -> Path:
         begun_from = Path(config_of(_undamaged(last)).run.resume)
         if begun_from.resolve() == named.resolve():
             return last  # the other run may have removed its own by now
+    if not named.is_dir():
+        raise ConfigError(f"run.resume: there is no folder {named}; expected auto, never or a checkpoint's folder")
     if (found := damage(named)) is not None:
-        raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}")
+        expected = "expected a folder as checkpoints/step-00000500 of a run"
+        raise ConfigError(f"run.resume: {named} is no checkpoint to go on from: {found}; {expected}")
     if another:
         raise ConfigError(
             f"run.resume: {named} is of another run than the one in {run.output_dir}; run.resume=auto goes on with "

@@ -1,7 +1,4 @@
-"""A training run from Python: `Run`, which `retriever/train.py` trains with too. docs/run.md shows its use.
-
-This is the only module of `retriever` that imports `eval`: a run evaluates while it trains.
-"""
+"""A training run from Python: `Run`, which `retriever/train.py` trains with too. docs/run.md shows its use."""
 
 from __future__ import annotations
 
@@ -14,19 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from eval.evaluate import EvalOptions
-from eval.several import check_evaluation, evaluate_all
-from retriever.assembly import EvalQueries, assembled, open_folder
+from retriever import evaluation
+from retriever.assembly import assembled, open_folder
 from retriever.callbacks import Callback
 from retriever.config import Config, ConfigError
 from retriever.data.batch import Batch
-from retriever.encoder.bundle import EncoderBundle
-from retriever.encoder.settings import SETTINGS_FILE, settings_of
+from retriever.encoder.settings import SETTINGS_FILE
 from retriever.errors import Stopped
+from retriever.history import RECORDED
 from retriever.inputs import Eval, Train, configuration
 from retriever.loss.custom import Loss
-from retriever.report import RECORDED
 from retriever.retention import Retention
+from retriever.screen import say
 from retriever.signals import StopSignals
 from retriever.step import Backward, StepReport, forward_backward, update
 from retriever.telemetry import Telemetry
@@ -226,14 +222,14 @@ class Run:
         written. Empty on ranks other than the first. Raises ConfigError where there is no section `eval`.
         """
         if not self._running:
-            return self._measures(None)
+            return evaluation.evaluate(self._parts, self.optimizer, None, self.done)
         unsaved = self._saved != self.done and self.config.eval is not None
         if unsaved:
             self._begin_save()  # a failed evaluation costs no training
         with self._stop.between_steps(), self._telemetry.paused("evaluate"):
-            measures = self._measures(self._outputs.embeddings)
+            measures = evaluation.evaluate(self._parts, self.optimizer, self._outputs.embeddings, self.done)
         self._record(measures)
-        if self.done and self.world.is_first:
+        if self.world.is_first:
             with self._telemetry.paused("record"):
                 self._outputs.publish_best(self.done)
         self.should_stop = self._has_lost_patience() or self.should_stop  # asked of all ranks, whoever wants to stop
@@ -241,17 +237,6 @@ class Run:
         if unsaved:
             self._call("on_save")
         return measures
-
-    def _measures(self, folder: Path | None) -> dict[str, float]:
-        asked, world = self.config.eval, self.world
-        if asked is None:
-            raise ConfigError("eval: expected a section with a path; received null")
-        settings = settings_of(self.config, self.encoder.pooling, self.encoder.truncate_dim)
-        options = EvalOptions(index=asked.index, k=asked.k, dims=asked.dims, progress=world.is_first)
-        with self.optimizer.averaged():
-            bundle = EncoderBundle(self._parts.placed.whole(world.device), self._parts.prepared.tokenizer, settings)
-            measured = evaluate_all(bundle, asked, self.objective.temperature, folder, options, world)
-        return {f"eval/{name}": value for name, value in measured.items()}
 
     def record(self, values: Mapping[str, float | None]) -> None:
         """Writes `values` of the steps that are done to `metrics.jsonl` and the trackers, on the first rank.
@@ -286,7 +271,7 @@ class Run:
     def _live(self) -> Iterator[None]:
         self.should_stop, self._stopping, self._backward = False, 0, None
         self._why = "run.should_stop"
-        with assembled(self._asked, _check_evaluation, self._loss) as parts:
+        with assembled(self._asked, evaluation.check, self._loss) as parts:
             self._parts, self.world, self.config, self.total = parts, parts.world, parts.config, parts.total
             self.encoder, self.objective = parts.encoder, parts.objective
             self.retention = Retention.from_config(parts.config.batch)
@@ -302,7 +287,7 @@ class Run:
         opened = open_folder(self._parts)
         self.optimizer, self._outputs, self.done = opened.optimizer, opened.outputs, opened.done
         self._begun_at, self._saved = opened.done, opened.saved
-        self._telemetry = Telemetry(self._parts.accelerator, self._outputs.metrics, self._parts.forecast)
+        self._telemetry = Telemetry(self._parts.accelerator, self._outputs.history, self._parts.forecast)
         if self.world.watch is not None:
             self.world.watch.before_leaving = partial(self._outputs.close, _LAST_WRITE_S)
         self._stop = StopSignals(self.world, self._outputs.save_last_update)
@@ -313,8 +298,8 @@ class Run:
             yield
             if self._stops() and self._saved != self.done:
                 self.save()
-            if self.should_stop and self.done < self.total:
-                self._parts.accelerator.print(f"ended after step {self.done:,} of {self.total:,}: {self._why}")
+            if self.should_stop and self.done < self.total and self.world.is_first:
+                say(f"ended after step {self.done:,} of {self.total:,}: {self._why}", "end")
             with self._stop.between_steps():
                 self._outputs.finish()
                 self._call("on_train_end")
@@ -323,7 +308,3 @@ class Run:
         """Calls every callback; the telemetry last, so that a step's own events come before those of its logging."""
         for callback in (*self._callbacks, self._telemetry):
             getattr(callback, event)(self, *arguments)
-
-
-def _check_evaluation(config: Config) -> EvalQueries:
-    return {} if config.eval is None else check_evaluation(config.eval)

@@ -17,10 +17,10 @@ from retriever.config import Config, ConfigError
 from retriever.files import read_json, remove, write_json
 from retriever.lock import working_in
 
-CHECKPOINTS, EMBEDDINGS, _LOGS = "checkpoints", "embeddings", "logs"
+CHECKPOINTS, EMBEDDINGS, EXAMPLES, _LOGS = "checkpoints", "embeddings", "examples.json", "logs"
 _MANIFEST, _CONFIG = ".bigbatch", "config.yaml"
 _OF_EVERY_RUN = (_CONFIG, CHECKPOINTS, "metrics.jsonl", "export", "export.json", "report.html")
-_OF_EVALUATIONS = ("best", "best.json", EMBEDDINGS)
+_OF_EVALUATIONS = ("best", "best.json", EXAMPLES, EMBEDDINGS)
 RUN_FILES = (*_OF_EVERY_RUN, *_OF_EVALUATIONS, _LOGS)
 _FOLDERS = {CHECKPOINTS, "export", "best", EMBEDDINGS, _LOGS}  # the others are files
 _SECTIONS = {"run", "model", "data", "batch", "loss", "optim", "train"}  # of the configuration that a run writes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from retriever.data.accuracy import BINS, COUNTS
 from retriever.data.batch import Batch
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
@@ -23,11 +24,12 @@ class Backward:
 
     step: int
     loss: Tensor  # []: mean over all queries of the global batch, the same on every rank
-    ranked_first: Tensor  # [2]: queries whose target is the first of `CANDIDATES` passages, and queries, of all ranks
+    ranked: Tensor  # [COUNTS]: as `Ranking.counts` has them, of all ranks
     temperature: float
     queries: int  # of the global batch
     tokens: int  # of this rank, padding not counted
     waited_s: float  # this rank's, for chunks that were not ready
+    candidates: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class StepReport:
     tokens: int  # of this rank, padding not counted
     waited_s: float = field(compare=False)  # this rank's, for chunks that were not ready
     accuracy: float | None = None  # share of queries whose target is the first of `CANDIDATES` passages
+    candidates: float = 0.0  # passages that a query is contrasted with, its target included; 0: not known
+    # Queries by the similarity of their target, and by that of their most similar other candidate, in `BINS` bins.
+    similarities: tuple[list[int], list[int]] | None = None
 
 
 def train_step(
@@ -82,16 +87,16 @@ def forward_backward(
     # 2. The loss over all ranks' passages, and its gradient at the representations.
     loss, gradients = representation_gradients(objective, representations, batch, world, gradient_scale, temperature)
 
-    ranked_first = loss.new_zeros(2)
+    ranked = loss.new_zeros(COUNTS)
     if batch.ranking is not None:
-        ranked_first = batch.ranking.counts(representations.query, representations.passage).to(loss.dtype)
+        ranked = batch.ranking.counts(representations.query, representations.passage).to(loss.dtype)
 
     # 3. Encode each chunk again under its RNG state, with a graph, or take the graph it kept. Backpropagate its rows of
     # the gradient.
     backward_through_encoder(encoder, batch, gradients, first)
     queries, waited_s = batch.targets.global_queries, batch.chunks.waited_s
-    sums = world.sum(torch.stack([loss, *ranked_first]))
-    return Backward(batch.step, sums[0], sums[1:], temperature, queries, batch.tokens, waited_s)
+    sums = world.sum(torch.cat([loss[None], ranked]))
+    return Backward(batch.step, sums[0], sums[1:], temperature, queries, batch.tokens, waited_s, batch.candidates)
 
 
 def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport:
@@ -100,7 +105,7 @@ def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport
     world.sum_gradients(optimizer.parameters)
     lr = optimizer.set_learning_rate(backward.step)
     grad_norm = optimizer.clip_and_step(backward.step)
-    first, ranked = backward.ranked_first.tolist()
+    first, queries, *similarities = map(int, backward.ranked.tolist())
     return StepReport(
         backward.step,
         backward.loss.item(),
@@ -110,5 +115,7 @@ def update(backward: Backward, optimizer: Optimizer, world: World) -> StepReport
         backward.queries,
         backward.tokens,
         backward.waited_s,
-        first / ranked if ranked else None,
+        first / queries if queries else None,
+        backward.candidates,
+        (similarities[:BINS], similarities[BINS:]) if queries else None,
     )

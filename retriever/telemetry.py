@@ -2,58 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from retriever.callbacks import Callback
-from retriever.config import ConfigError
-from retriever.files import append_text, json_value, write_text
+from retriever.history import HISTOGRAMS, History
 from retriever.plan.forecast import Forecast
+from retriever.screen import Bar, is_json, say
 from retriever.step import StepReport
 from retriever.wording import counted
 
 _DESCRIPTION = "train"
 _SETTLING_STEPS = 2  # compile, tune and allocate
 _COMPARED_STEPS = 5
+_NOTABLE_WAIT = 0.01  # share of the time
 _NOTABLE = 0.1  # relative difference between what was expected and what is
 
 
 class Telemetry(Callback):
     """Reports a run's steps on the first rank."""
 
-    def __init__(self, accelerator: Accelerator, metrics: Path, forecast: Forecast | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, history: History, forecast: Forecast | None = None) -> None:
         """`forecast`: is held against the first steps once they have settled."""
-        self._accelerator, self._metrics, self._forecast = accelerator, metrics, forecast
+        self._accelerator, self._history, self._forecast = accelerator, history, forecast
+        self._planned_bytes = forecast.peak_bytes if forecast is not None and forecast.working_bytes else None
         self._first = accelerator.is_main_process
         self._applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
         self._told = False
         self._step_seconds = list[float]()
         self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
+        self._histograms = dict[str, list[int]]()  # of the line that is being logged
 
     def on_train_begin(self, run: Any) -> None:
         """Shows the bar, and drops what was logged of steps that are done again."""
         self._begun_at = run.done
-        self._bar = tqdm(
-            total=run.total,
-            initial=run.done,
-            desc=_DESCRIPTION,
-            unit=" steps",
-            disable=not self._first or run.done == run.total,
-            dynamic_ncols=True,
-        )
+        hidden = not self._first or run.done == run.total
+        self._bar = Bar(total=run.total, initial=run.done, desc=_DESCRIPTION, unit=" steps", delay=0, disable=hidden)
         self._since = self._step_started = time.perf_counter()
         if self._first:
-            _forget_after(self._metrics, run.done)
+            self._history.forget_after(run.done)
 
     def on_step_end(self, run: Any, report: StepReport) -> None:
         """Advances the bar, and logs every `train.log_every` steps."""
@@ -65,32 +59,58 @@ class Telemetry(Callback):
         if report.grad_norm == 0 and not self._told and self._first:
             self._told = True
             cause = _cause(report.loss)
-            self._bar.write(f"warning: step {run.done}: the gradient is 0, so nothing is learned: {cause}")
-        elapsed = now - self._since
-        speed = sum(step.queries for step in self._reports) / elapsed
-        waited = sum(step.waited_s for step in self._reports) / elapsed
-        self._bar.set_postfix_str(
-            f"loss {report.loss:.4f}, {speed:,.{0 if speed >= 10 else 1}f} pairs/s, {waited:.1%} waiting for data",
-            refresh=False,
-        )
+            say(f"warning: step {run.done}: the gradient is 0, so nothing is learned: {cause}", "warning")
+        values = self._values(now - self._since)
+        self._bar.set_postfix_str(self._postfix(values), refresh=False)
         self._bar.update()
         if run.done % run.config.train.log_every and run.done != run.total:
             return
+        if run.config.model.normalize:
+            self._histograms = _added([report.similarities for report in self._reports if report.similarities])
+        run.record({f"train/{name}": value for name, value in values.items()})
+        self._since, self._reports, self._histograms = time.perf_counter(), [], {}
+
+    def _values(self, elapsed: float) -> dict[str, float | None]:
+        """What a line says of the steps since the last one: means, and the last learning rate and temperature."""
+        reports = self._reports
+        norms = [report.grad_norm for report in reports if math.isfinite(report.grad_norm)]
         values = {
-            "loss": report.loss,
-            "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,  # an fp16 step that was skipped
-            "lr": report.lr,
-            "temperature": report.temperature,
-            "pairs_per_s": speed,
-            "tokens_per_s": sum(step.tokens for step in self._reports) / elapsed,  # of this rank
-            "waited_share": waited,
+            "loss": statistics.fmean(report.loss for report in reports),
+            "grad_norm": statistics.fmean(norms) if norms else None,  # fp16 skips steps whose gradient overflows
+            "lr": reports[-1].lr,
+            "temperature": reports[-1].temperature,
+            "pairs_per_s": sum(report.queries for report in reports) / elapsed,
+            "tokens_per_s": sum(report.tokens for report in reports) / elapsed,  # of this rank
+            "waited_share": sum(report.waited_s for report in reports) / elapsed,
         }
-        if report.accuracy is not None:  # not in batches of few passages
-            values["accuracy"] = report.accuracy
+        if reports[-1].candidates:
+            values["candidates"] = statistics.fmean(report.candidates for report in reports)
+        accuracies = [report.accuracy for report in reports if report.accuracy is not None]
+        if accuracies:  # not in batches of few passages
+            values["accuracy"] = statistics.fmean(accuracies)
         if torch.cuda.is_available():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        run.record({f"train/{name}": value for name, value in values.items()})
-        self._since, self._reports = time.perf_counter(), []
+            if self._planned_bytes is not None:
+                values["planned_gib"] = self._planned_bytes / 2**30
+        return values
+
+    def _postfix(self, values: dict[str, float | None]) -> str:
+        """What stands behind the bar, the more important first: a narrow terminal cuts the rest off."""
+        speed, norm, waited = values["pairs_per_s"] or 0.0, values["grad_norm"], values["waited_share"] or 0.0
+        logged = self._history.logged
+        parts = [f"loss {values['loss']:.4f}", f"{speed:,.{0 if speed >= 10 else 1}f} pairs/s"]
+        if logged.best is not None:
+            last = next(reversed(logged.trained.values()))[logged.best.measure]
+            parts.append(f"{logged.best.measure} {last:.4f} (best {logged.best.value:.4f} at {logged.best.step:,})")
+        if "accuracy" in values:
+            parts.append(f"accuracy {values['accuracy']:.0%}")
+        parts.append("no update" if norm is None else f"gradient {norm:.3g}")
+        parts.append(f"temperature {values['temperature']:.3g}")
+        if "peak_gib" in values:
+            parts.append(f"{values['peak_gib']:.1f} GiB")
+        if waited >= _NOTABLE_WAIT:
+            parts.append(f"{waited:.1%} waiting for data")
+        return ", ".join(parts)
 
     def _compare(self, seconds: float) -> None:
         """Says once, where the first settled steps took notably more or less than was forecast, by how much."""
@@ -106,13 +126,16 @@ class Telemetry(Callback):
             )
         for what, measured, expected, unit in found:
             if abs(measured / expected - 1) > _NOTABLE:
-                self._bar.write(f"plan    {what} {measured:.3g} {unit}, where {expected:.3g} {unit} were expected")
+                say(f"plan    {what} {measured:.3g} {unit}, where {expected:.3g} {unit} were expected")
         self._forecast = None
 
     def on_log(self, run: Any, values: dict[str, Any]) -> None:
         """Writes `metrics.jsonl` and the trackers."""
-        line = {"step": run.done, "epoch": round(run.epoch, 4), "time": round(time.time(), 3), **values}
-        append_text(self._metrics, json.dumps(line) + "\n")
+        when = {"step": run.done, "epoch": round(run.epoch, 4), "time": round(time.time(), 3)}
+        line = {**when, **values, **self._histograms}
+        self._history.append(line)
+        if is_json():
+            say(f"step {run.done:,}", "step", **line)
         self._accelerator.log(values, step=run.done)
 
     @contextmanager
@@ -123,6 +146,7 @@ class Telemetry(Callback):
         yield
         self._bar.set_description_str(_DESCRIPTION)
         inside = time.perf_counter() - started
+        self._bar.leave_out(inside)
         self._since, self._step_started = self._since + inside, self._step_started + inside
 
     def on_train_end(self, run: Any) -> None:
@@ -138,8 +162,15 @@ class Telemetry(Callback):
                 f"no update was made in {counted(run.total, 'step')}: the gradients overflowed in fp16; "
                 "set optim.precision=bf16, or train for more steps"
             )
-        export, report = self._metrics.with_name("export"), self._metrics.with_name("report.html")
-        self._accelerator.print(f"finished {counted(run.total, 'step')}: model in {export}, curves in {report}")
+        if self._first:
+            export, report = (self._history.path.with_name(name) for name in ("export", "report.html"))
+            say(f"finished {counted(run.total, 'step')}: model in {export}, curves in {report}", "end")
+
+
+def _added(histograms: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
+    """Histograms of the similarities of targets, and of hardest candidates, over several steps."""
+    each = zip(HISTOGRAMS, zip(*histograms, strict=True), strict=False)
+    return {name: [sum(counts) for counts in zip(*of_steps, strict=True)] for name, of_steps in each}
 
 
 def _cause(loss: float) -> str:
@@ -148,30 +179,3 @@ def _cause(loss: float) -> str:
         return "no query of the batch has a negative (data.train, data.negatives, loss.false_negative_margin)"
     equal = "all embeddings are equal: the texts are, once cut at their length, or the model has collapsed"
     return f"{equal} (optim.lr, model.*_max_tokens)"
-
-
-def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, without a last one that a kill cut short. Raises ConfigError where another line is
-    none of ours.
-    """
-    if not metrics.exists():
-        return []
-    records, lines = [], metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json_value(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{metrics}:{number} is damaged ({error}); remove the line, and the run goes on"
-            ) from error
-        records.append(record)
-    return records
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drops lines of steps that a resumed run does again, and a last line that a kill cut short."""
-    if metrics.exists():
-        kept = [record for record in read_metrics(metrics) if record["step"] <= step]
-        write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels.infonce.rules import guide_vectors
 from retriever.checksums import damaged, own_cache, write_checksums
@@ -26,6 +25,7 @@ from retriever.data.tokens import SIDES, Side, TokenTemplate
 from retriever.encoder.bundle import EncoderBundle, Precision, load_encoder
 from retriever.encoder.text_batches import BATCH_TEXTS, BatchEncoder, inference
 from retriever.files import make_folder, replace_folder, write_json
+from retriever.screen import Bar
 
 
 def vectors_of(config: Config, store: Store, kind: Literal["guide", "teacher"]) -> TextVectors:
@@ -94,7 +94,7 @@ def _vectors(bundle: EncoderBundle, texts: TokenRows, side: Side) -> Iterator[tu
     budget = 131_072 if bundle.encoder.device.type == "cuda" else 8_192
     max_tokens, template = bundle.settings.max_tokens(side), TokenTemplate.from_tokenizer(bundle.tokenizer)
     encoder = BatchEncoder(bundle.encoder, bundle.tokenizer, side, "", max_tokens, budget)
-    with inference(bundle.encoder), tqdm(total=len(texts), unit=" texts", desc=f"encode {side}") as bar:
+    with inference(bundle.encoder), Bar(total=len(texts), unit=" texts", desc=f"encode {side}") as bar:
         for start in range(0, len(texts), BATCH_TEXTS):
             rows = np.arange(start, min(start + BATCH_TEXTS, len(texts)))
             tokens, counts = texts.gather(rows, max_tokens, keep_end=template.keep_end)

@@ -26,6 +26,13 @@ from retriever.errors import RESUMES
         metavar="section",
         help="print the settings with their meanings, of one section or all, and exit",
     ),
+    option(
+        "--dry-run",
+        action="store_true",
+        help="check settings and data, print the summary, the warnings and the plan of a step, and stop; the same as "
+        "run.preflight=only",
+    ),
+    option("--log-json", action="store_true", help="print every remark, logged step and evaluation as a line of JSON"),
     option("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"),
     resumes=RESUMES,
     lower="batch.tokens_per_chunk, batch.retain or batch.retain_products",
@@ -35,7 +42,8 @@ def main(args: argparse.Namespace) -> None:
     if args.help_settings is not None:
         print(config_help.settings_text(args.help_settings))
         return
-    config = load(args.config, args.overrides)  # what is wrong with it is told before torch is imported
+    dry = ["run.preflight=only"] if args.dry_run else []
+    config = load(args.config, [*args.overrides, *dry])  # what is wrong with it is told before torch is imported
     from retriever.run import Run
 
     Run(config).train()

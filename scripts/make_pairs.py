@@ -29,11 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from retriever.command import at_least_one, command, option, seed
 from retriever.errors import RefusedError
 from retriever.files import write_json, write_text
+from retriever.screen import Bar
 from scripts.code_pairs.pairs import Collection, Settings, code_collection, details_collection, split_by_family
 from scripts.code_pairs.processes import spread
 from scripts.code_pairs.sources import (
@@ -167,7 +166,7 @@ def read_functions(settings: Settings) -> tuple[list[Function], list[str]]:
     functions: list[Function] = []
     unreadable: list[str] = []
     read = spread(partial(_read, names=settings.names), blocks)
-    for found, failed in tqdm(read, "reading", total=len(blocks), unit=" blocks", delay=2, leave=False):
+    for found, failed in Bar(read, "reading", total=len(blocks), unit=" blocks", delay=2, leave=False):
         functions += found
         unreadable += failed
     return functions, unreadable

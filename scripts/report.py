@@ -20,8 +20,8 @@ from retriever.command import command, option
 from retriever.config import ConfigError
 from retriever.config_tree import flatten
 from retriever.files import write_text
-from retriever.report import PAGE, LoggedRun, charts, page, spelled, table
-from retriever.telemetry import read_metrics
+from retriever.history import LoggedRun, read_metrics
+from retriever.report import PAGE, charts, page, spelled, table
 
 
 @command(
@@ -63,7 +63,7 @@ def _results(run: LoggedRun) -> tuple[str, ...]:
     losses = run.curves.get("train/loss", [])
     last = f"{losses[-1][1]:.4f}" if losses else ""
     steps = f"{run.lines[-1]['step']:,}" if run.lines else "0"
-    return run.name, steps, last, run.best or ""
+    return run.name, steps, last, str(run.best or "")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.collections.collection import file_fingerprint, fingerprint
 from retriever.checksums import CHECKSUMS, damaged, unfinish, write_checksums
@@ -22,6 +21,7 @@ from retriever.config import ConfigError
 from retriever.files import clean, read_json, read_object, remove, write_array, write_json
 from retriever.lock import working_in
 from retriever.parallel.world import World
+from retriever.screen import Bar
 
 MANIFEST, _JOB = "manifest.json", "job.json"
 STAGE_FILES = (_JOB, MANIFEST, CHECKSUMS)  # in the folder of every stage
@@ -90,7 +90,7 @@ def write_parts(
     """
     files = [f"{part:05d}.npy" for part in range(-(-rows // rows_a_part))]
     mine = range(world.rank, len(files), world.size)
-    for part in tqdm(mine, desc=bar, unit=" parts", disable=not world.is_first):
+    for part in Bar(mine, desc=bar, unit=" parts", disable=not world.is_first):
         if not (folder / files[part]).exists():
             write_array(folder / files[part], compute(slice(part * rows_a_part, (part + 1) * rows_a_part)))
     return files

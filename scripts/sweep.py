@@ -146,8 +146,8 @@ def digest(config: Config) -> str:
 def _trained(config: Config) -> dict[str, Any]:
     """Trains the run, or what is left of it; returns its folder, seconds, best step and measures, or why it failed."""
     folder, started = Path(config.run.output_dir), time.perf_counter()  # with what the first run imports
+    from retriever.history import read_metrics
     from retriever.run import Run
-    from retriever.telemetry import read_metrics
 
     print(f"run     {folder}", flush=True)
     done: dict[str, Any] = {"folder": str(folder), "config": digest(config)}

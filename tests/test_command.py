@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -149,6 +150,17 @@ def test_the_table_has_every_command() -> None:
         if re.search("^(def main\\(|if __name__ ==)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert mains == {ROOT / f"{name.replace('.', '/')}.py" for name in COMMANDS}
+
+
+def test_console_commands_are_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each calls itself by its own name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert len(project["scripts"]) >= 10
+    for name, entry in project["scripts"].items():
+        module, _, attribute = entry.partition(":")
+        monkeypatch.setattr(sys, "argv", [f"/usr/bin/{name}"])
+        assert attribute == "main" and main_of(module)(["--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -328,7 +328,7 @@ def test_the_default_configuration_lacks_only_what_nobody_can_guess() -> None:
 
 
 def test_differences_lists_each_changed_key_once_and_nothing_else() -> None:
-    """Old and new value of every changed leaf, lists whole, a section that came or went."""
+    """Old and new value of every changed leaf, of a source's too, lists whole, a section that came or went."""
     old = from_dict({"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a"}]}})
     assert differences(old, old) == []
     new = replace(old, optim=replace(old.optim, lr=1.0), data=replace(old.data, train=()), eval=EvalConfig(path="x"))
@@ -338,10 +338,13 @@ def test_differences_lists_each_changed_key_once_and_nothing_else() -> None:
     assert {line.partition(":")[0] for line in found} <= {
         "optim.lr",
         "data.train",
+        *(f"data.train.0.{f.name}" for f in fields(SourceConfig)),
         "eval",
         *(f"eval.{f.name}" for f in fields(EvalConfig)),
     }
     assert any(line.startswith("data.train: ") for line in found)
+    other = replace(old, data=replace(old.data, train=(replace(old.data.train[0], format="dpr"),)))
+    assert differences(old, other) == ["data.train.0.format: 'auto' -> 'dpr'"]
 
 
 def test_adopt_auto_replaces_auto_and_nothing_else() -> None:

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 from retriever.config import Config, DataConfig, EvalCollectionConfig, EvalConfig, ModelConfig, RunConfig, SourceConfig
 from retriever.encoder.settings import EncoderSettings
+from retriever.history import LoggedRun
 from retriever.model_card import TrainingFacts, evaluation_section, model_card
 from retriever.report import write_report
 
@@ -114,7 +115,7 @@ def test_what_a_run_trains_on_is_counted(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_report_shows_no_folders_of_its_machine(tmp_path: Path) -> None:
     config = Config(RunConfig("/home/anna/runs/a"), ModelConfig("/home/anna/base", query_prompt="/find "))
     line = {"step": 3, "train/loss": 1.0, "train/lr": 0.1, "train/pairs_per_s": 9.0}
-    write_report(tmp_path / "report.html", config, FACTS, [line])
+    write_report(tmp_path / "report.html", config, FACTS, LoggedRun("", [line]))
     page = (tmp_path / "report.html").read_text()
     assert "<h1>a: base</h1>" in page and "/home" not in page and "query_prompt: '/find '" in html.unescape(page)
     assert "1,700 passages; batches of 60 to 61 queries, no hard negatives" in page

@@ -18,6 +18,7 @@ from retriever.config import Config, OptimConfig, RunConfig
 from retriever.optim import Optimizer
 from retriever.outputs import Outputs
 from retriever.parallel.world import World
+from retriever.published import Published
 
 
 class _Run:
@@ -37,8 +38,8 @@ class _Run:
         monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: self.events.append("copied"))
         monkeypatch.setattr(checkpoint, "save", self._save)
         monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda encoder, *_: self.events.append(encoder)))
-        monkeypatch.setattr(Outputs, "_publish_export", lambda outputs, step: None)
-        monkeypatch.setattr(Outputs, "_report", lambda outputs: None)
+        monkeypatch.setattr(Published, "export", lambda published, step: None)
+        monkeypatch.setattr(Published, "report", lambda published: None)
         self.outputs = Outputs(*arguments)
 
     @contextmanager

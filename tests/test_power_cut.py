@@ -21,11 +21,13 @@ from retriever.checkpoint import Snapshot
 from retriever.config import Config, DataConfig, RunConfig, SourceConfig, TrainConfig
 from retriever.damage import damage
 from retriever.data.store import build_or_open
+from retriever.history import read_metrics
 from retriever.lock import LOCK
+from retriever.model_card import TrainingFacts
 from retriever.outputs import Outputs
 from retriever.parallel.world import World
 from retriever.shards import ShardError, ShardWriter, open_shards
-from retriever.telemetry import Telemetry, read_metrics
+from retriever.telemetry import Telemetry
 from scripts.stages import run_stage
 from tests.power_cut import PowerCuts
 from tests.test_shards import JOB, _fill
@@ -52,7 +54,7 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
     """Of a run whose only weight is the number of the step."""
 
     def weight() -> dict[str, torch.Tensor]:
-        return {"step": torch.tensor(float(_steps(run.metrics)[-1]))}
+        return {"step": torch.tensor(float(_steps(run.history.path)[-1]))}
 
     def export(encoder: Any, tokenizer: Any, config: Config, folder: Path, *_: Any) -> None:
         with files.replace_folder(folder) as writing:
@@ -61,8 +63,8 @@ def _outputs(config: Config, monkeypatch: pytest.MonkeyPatch) -> Outputs:
 
     monkeypatch.setattr(outputs, "export", export)
     monkeypatch.setattr(outputs, "Probe", SimpleNamespace(of=lambda *_: None))
-    facts = outputs.TrainingFacts((), 1, (1, 1), 0)
-    monkeypatch.setattr(outputs.TrainingFacts, "of", lambda *_: facts)
+    facts = TrainingFacts((), 1, (1, 1), 0)
+    monkeypatch.setattr(TrainingFacts, "of", lambda *_: facts)
     monkeypatch.setattr(checkpoint, "snapshot", lambda state, keep: Snapshot(weight(), {}, {}, ""))
     placed, store = (
         SimpleNamespace(whole=lambda *_: None, copy=lambda keep: None),
@@ -95,7 +97,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
 
     with PowerCuts(disk) as cuts:
         run = _outputs(config(disk), monkeypatch)
-        telemetry, state = Telemetry(Accelerator(), run.metrics), SimpleNamespace(done=0, total=4, epoch=0)
+        telemetry, state = Telemetry(Accelerator(), run.history), SimpleNamespace(done=0, total=4, epoch=0)
         telemetry.on_train_begin(state)
         for step, value in _EVALUATED.items():
             state.done = step
@@ -121,7 +123,7 @@ def test_a_run_keeps_a_checkpoint_its_metrics_and_its_exports(
         lines = [line for line in _steps(folder / "metrics.jsonl") if line <= step]
         again = _outputs(config(root), monkeypatch)
         assert checkpoint.steps(found.parent) == [found]
-        telemetry, state = Telemetry(Accelerator(), again.metrics), SimpleNamespace(done=step, total=4, epoch=0)
+        telemetry, state = Telemetry(Accelerator(), again.history), SimpleNamespace(done=step, total=4, epoch=0)
         telemetry.on_train_begin(state)
         if lacking := again.lacks_evaluation(step):
             lines += [step]

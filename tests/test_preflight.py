@@ -187,13 +187,14 @@ def test_only_prints_the_plan_and_leaves_nothing(
             "train.max_steps=30",
             "optim.precision=fp32",
             f"run.output_dir={tmp_path}/run",
-            "run.preflight=only",
         ),
+        "--dry-run",
         *(f"eval.path={tmp_path}/help", "eval.split=test", "eval.at_start=true", "eval.patience=1"),  # comes later
     ]
     write_beir(tmp_path / "help", help_texts())
     assert main(arguments) == 0
     out = capsys.readouterr().out
+    assert "\nmodel   " in out and "warning: eval.split=test: " in out
     assert "a step" in out and "30 steps" in out and "20  " in out and "encoded once" in out
     assert not (tmp_path / "run").exists()
 

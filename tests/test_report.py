@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from retriever.charts import Curve, line_chart, smoothed
-from retriever.config import Config, ModelConfig, OptimConfig, RunConfig, to_yaml
+from retriever.config import Config, EvalConfig, ModelConfig, OptimConfig, RunConfig, to_yaml
+from retriever.history import HISTOGRAMS, LoggedRun
 from retriever.model_card import TrainingFacts
-from retriever.report import LoggedRun, write_report
+from retriever.report import write_report
 from scripts.report import main
 from tests.commands import assert_refused
 
@@ -43,20 +44,47 @@ def _run(folder: Path, name: str, lr: float, best: float) -> str:
 
 
 def test_a_report_shows_the_run(tmp_path: Path) -> None:
-    config = Config(run=RunConfig("r"), model=ModelConfig(HOSTILE), optim=OptimConfig(lr=3e-4))
+    config = Config(
+        run=RunConfig("r"), model=ModelConfig(HOSTILE), optim=OptimConfig(lr=3e-4), eval=EvalConfig("c", "test")
+    )
     facts = TrainingFacts(((HOSTILE, 120),), 1700, (60, 61), 3)
-    write_report(tmp_path / "report.html", config, facts, _lines())
+    write_report(tmp_path / "report.html", config, facts, LoggedRun("", _lines()))
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count(html.escape(HOSTILE)) >= 3
     assert not re.search(r"(src|href)=|url\(|@import|https?:", page), "it needs a network"
     shown = re.findall("<figcaption>(.*?)</figcaption>", page)
-    assert shown[0] == "nDCG@10: 0.5000 at step 4, the best; 0.2500 before training"
-    assert shown[1:] == ["Loss", "Gradient norm, before clipping", "Temperature", "Pairs a second", "own/drift"]
+    assert shown[0] == "nDCG@10: best 0.5000 at step 4, 0.2500 before"
+    assert shown[1:] == ["Loss", "Gradient norm, before clipping", "Pairs a second", "own/drift"]
     assert "step 8, loss 0.2500; best nDCG@10 0.5000 at step 4; 1,700 passages" in page
-    assert "<td>4 (best)<td class=n>0.5000" in page and "2001-09-09 01:46 to 2001-09-09 01:54 UTC (490 s)" in page
+    assert "<td>4 (best)<td class=n>0.5000" in page and "2001-09-09 01:46 to 2001-09-09 01:54 UTC (8 min 10 s)" in page
     changed, _, folded = page.partition("<details>")
     assert "<td>optim.lr<td>2.0e-05<td>0.0003" in changed and "optim.warmup" not in changed and "warmup: 0.1" in folded
+    assert "<td>eval.split<td>dev<td>test" in changed and "eval.metrics" not in changed
     assert "nan" not in "".join(re.findall("<svg.*?</svg>", page))
+
+
+def test_a_report_shows_similarities_memory_and_examples(tmp_path: Path) -> None:
+    """Heat maps over the same bins; of one run, what memory was planned; hostile texts."""
+    lines = _lines()
+    for line in lines[1:]:
+        counts = [[0] * 40 for _ in HISTOGRAMS]
+        counts[0][30], counts[1][24], counts[0][31] = 5, 6, line["step"]
+        line |= dict(zip(HISTOGRAMS, counts, strict=True)) | {"train/candidates": 100.0}
+        line |= {"train/peak_gib": 10.0 + line["step"], "train/planned_gib": 12.0}
+    query = {"query": HOSTILE, "before": None, "after": 3, "relevant": f"one {HOSTILE}", "first": "another"}
+    examples = {"collection": HOSTILE, "before": 0, "after": 8, "won": [query], "lost": []}
+    facts = TrainingFacts((("pairs", 120),), 1700, (60, 61), 3)
+    write_report(tmp_path / "report.html", Config(), facts, LoggedRun("", lines), examples)
+    page = (tmp_path / "report.html").read_text()
+    shown = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert shown[-2:] == ["Similarity of positives", "Similarity of hardest negatives"] and len(shown) == 9
+    assert "Peak memory, GiB; dashed: as planned" in shown and shown[2].startswith("Loss − log(candidates); ")
+    maps = [re.findall("<rect class='cell c(.)' x='(.*?)' y='(.*?)'", svg) for svg in page.split("<figure>")[-2:]]
+    assert [len(cells) for cells in maps] == [2 * len(lines[1:]), len(lines[1:])]
+    assert {colour for cells in maps for colour, _, _ in cells} == {"0", "1"}
+    assert min(float(y) for _, _, y in maps[0]) == 12.0 and max(float(y) for _, _, y in maps[1]) < 200
+    assert "<script" not in page and page.count(html.escape(HOSTILE)) == 3
+    assert "not found → 3" in page and "<i>now first:</i> another" in page and "<p>none</p>" in page
 
 
 def test_smoothing_keeps_a_mean_and_a_straight_line() -> None:
@@ -80,10 +108,10 @@ def test_a_chart_of_any_range_stays_in_its_frame(values: list[float]) -> None:
     assert steps and all(float(step.replace(",", "")).is_integer() for step in steps)
 
 
-def test_the_later_of_equal_evaluations_after_training_is_the_best() -> None:
+def test_the_first_of_equal_evaluations_after_training_is_the_best() -> None:
     lines = [{"step": step, "eval/MRR@10": value} for step, value in ((0, 0.9), (1, 0.5), (2, 0.75), (3, 0.75))]
-    assert LoggedRun("", lines).best_step == 3 and LoggedRun("", lines).best == "MRR@10 0.7500 at step 3"
-    assert LoggedRun("", lines[:1]).best_step is LoggedRun("", []).best is None
+    assert str(LoggedRun("", lines).best) == "MRR@10 0.7500 at step 2" and LoggedRun("", lines).since_best == 1
+    assert LoggedRun("", lines[:1]).best is LoggedRun("", []).best is None and LoggedRun("", []).since_best == 0
 
 
 def test_several_runs_on_one_page(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_averaged_weights_are_evaluated_and_exported_and_frozen_ones_stay(
         temperatures.append(temperature)
         return several.evaluate_all(bundle, asked, temperature, *others)
 
-    monkeypatch.setattr("retriever.run.evaluate_all", evaluate_all)
+    monkeypatch.setattr("retriever.evaluation.evaluate_all", evaluate_all)
     settings = [
         "optim.ema=0.6",
         "optim.freeze=[embeddings]",
@@ -352,7 +352,7 @@ def test_a_run_evaluates_at_the_start_and_ends_where_patience_does(
         assert "ended after step 4 of 20: the last 1 evaluation brought" in capsys.readouterr().out
     lines = [line for line in metrics(workplace / "patient") if "eval/MRR@10" in line]
     assert [line["step"] for line in lines] == [0, 2, 4]
-    assert json.loads((workplace / "patient" / "best.json").read_text())["step"] == 4, "the later of equal ones"
+    assert json.loads((workplace / "patient" / "best.json").read_text())["step"] == 2, "the first of equal ones"
 
 
 def test_an_error_in_the_loop_ends_the_run_and_is_raised(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

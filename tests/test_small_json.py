@@ -13,9 +13,9 @@ from retriever.config import Config, ConfigError, RunConfig
 from retriever.damage import read_state
 from retriever.encoder.model_files import one_line
 from retriever.files import read_json
+from retriever.history import read_metrics
 from retriever.run_folder import held
 from retriever.shards import ShardError, open_shards
-from retriever.telemetry import read_metrics
 
 TEXTS = {
     "deep": "[" * 100_000,

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from retriever import screen
 from retriever import telemetry as module
 from retriever.config import Config, TrainConfig
+from retriever.history import History
 from retriever.step import StepReport
 from retriever.telemetry import Telemetry
 
@@ -55,6 +57,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     yield clock
 
 
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
+    """What is written is captured, and bars take it for a terminal."""
+    monkeypatch.setattr(screen, "is_terminal", lambda: True)
+    return capsys
+
+
 def _report(step: int, waited_s: float = 0.0) -> StepReport:
     return StepReport(
         step, loss=1.5, grad_norm=2.0, lr=1e-3, temperature=0.02, queries=64, tokens=5000, waited_s=waited_s
@@ -68,7 +77,7 @@ class Run:
 
     def __init__(self, folder: Path, forecast: Any = None, done: int = 0) -> None:
         self.done = done
-        self.telemetry = Telemetry(Accelerator(), folder / "metrics.jsonl", forecast)
+        self.telemetry = Telemetry(Accelerator(), History(folder / "metrics.jsonl"), forecast)
         self.telemetry.on_train_begin(self)
 
     def step(self, report: StepReport) -> None:
@@ -113,22 +122,23 @@ def test_pauses_are_left_out(tmp_path: Path, clock: Clock) -> None:
     assert [line["train/pairs_per_s"] for line in _lines(tmp_path)] == [64, 32]
 
 
-def test_the_bar_says_how_much_was_waited(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_says_how_much_was_waited(tmp_path: Path, clock: Clock, terminal: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path)
     clock.now += 1.0
     run.step(_report(0, waited_s=0.125))
     run.close()
-    assert "64 pairs/s, 12.5% waiting for data" in capsys.readouterr().err
+    said = terminal.readouterr().err
+    assert "loss 1.5000, 64 pairs/s, gradient 2, temperature 0.02, 12.5% waiting for data" in said
 
 
-def test_the_bar_says_what_a_pause_is_for(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_says_what_a_pause_is_for(tmp_path: Path, clock: Clock, terminal: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path)
     clock.now += 1.0
     run.step(_report(0))
     with run.telemetry.paused("write checkpoint and export"):
-        assert "\rwrite checkpoint and export: " in capsys.readouterr().err
+        assert "\rwrite checkpoint and export: " in terminal.readouterr().err
     run.close()
-    assert "\rtrain: " in capsys.readouterr().err
+    assert "\rtrain: " in terminal.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -183,3 +193,32 @@ def test_a_run_without_an_update_is_refused_at_its_end(tmp_path: Path, clock: Cl
         run.done = run.total
         with pytest.raises(FloatingPointError, match="no update was made") if refused else nullcontext():
             run.close()
+
+
+def test_a_line_has_the_means_of_its_steps(tmp_path: Path, clock: Clock) -> None:
+    """A step whose gradient overflowed counts for the loss only."""
+    run = Run(tmp_path)
+    for step, (loss, norm, accuracy) in enumerate(
+        ((3.0, 2.0, 0.5), (2.0, math.inf, None), (1.0, 4.0, None), (0.5, 1.0, None))
+    ):
+        clock.now += 1
+        run.step(replace(_report(step), loss=loss, grad_norm=norm, accuracy=accuracy))
+    run.close()
+    first, second = _lines(tmp_path)
+    assert (first["train/loss"], first["train/grad_norm"], first["train/accuracy"]) == (2.5, 2.0, 0.5)
+    assert (second["train/loss"], second["train/grad_norm"]) == (0.75, 2.5) and "train/accuracy" not in second
+
+
+def test_the_bar_names_the_last_and_the_best_evaluation(
+    tmp_path: Path, clock: Clock, terminal: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path)
+    for step, value in enumerate((0.25, 0.75, 0.5)):
+        clock.now += 1
+        run.step(replace(_report(step), accuracy=0.625))
+        run.record({"eval/nDCG@10": value, "eval/MRR@10": 0.9})
+    clock.now += 1
+    run.step(_report(3))
+    run.close()
+    said = terminal.readouterr().err.rsplit("\r", 1)[-1]
+    assert "pairs/s, nDCG@10 0.5000 (best 0.7500 at 2), accuracy 62%, gradient 2" in said

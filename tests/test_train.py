@@ -34,7 +34,7 @@ def undisturbed(workplace: Path) -> Path:
     assert error < 1e-9
     scores = {line["step"]: line["eval/MRR@10"] for line in metrics(workplace / "undisturbed") if "eval/MRR@10" in line}
     for step, score in scores.items():
-        best = max((value, at) for at, value in scores.items() if at <= step)
+        best = max(((value, at) for at, value in scores.items() if at <= step), key=lambda found: found[0])
         assert f"eval    step {step}: MRR@10 {score:.4f}, Recall@20 " in finished.said
         assert f"; best MRR@10 {best[0]:.4f} at step {best[1]}\n" in finished.said
     assert f"best    MRR@10 {best[0]:.4f} at step {best[1]}: model in {workplace}/undisturbed/best\n" in finished.said
@@ -306,7 +306,7 @@ def test_an_evaluation_that_fails_costs_no_training(
         raise OSError(5, "Input/output error", "corpus.jsonl")
 
     with monkeypatch.context() as patch:
-        patch.setattr("retriever.run.evaluate_all", fail)
+        patch.setattr("retriever.evaluation.evaluate_all", fail)
         assert _train(workplace, "unevaluated") == 2
     run = workplace / "unevaluated"
     assert max(folder.name for folder in (run / "checkpoints").iterdir()) == "step-00000010"

@@ -147,3 +147,24 @@ def test_a_wrong_setting_is_refused_before_torch_is_imported(workplace: Path, ov
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith(f"error: {override.partition('=')[0]}: ") and ended.stderr.count("\n") == 1
     assert not (workplace / "fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name_or_path={}/modle", "model.name_or_path: there is no folder {0}/modle; did you mean {0}/model?"),
+        ("loss.custom=tests.tiny:no_loss", "loss.custom: expected package.module:function, which can be imported"),
+        ("optim.name=torch.optim.Adamm", "optim.name: expected the import path of an optimizer"),
+        (
+            "optim={{name: torch.optim.NAdam, arguments: {{beta: 1}}}}",
+            "optim.arguments: torch.optim.NAdam does not take",
+        ),
+    ],
+)
+def test_what_is_named_wrongly_is_told_before_texts_are_tokenised(
+    workplace: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [override.format(workplace), f"data.cache_dir={workplace}/untouched", "loss.learn_temperature=false"]
+    assert _train(workplace, "fresh", *asked) == 2
+    assert message.format(workplace) in capsys.readouterr().err
+    assert not (workplace / "untouched").exists()

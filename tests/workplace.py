@@ -32,7 +32,7 @@ data: {{train: [{{path: {folder}/data}}], cache_dir: {folder}/cache}}
 batch: {{queries: 24, tokens_per_chunk: 192}}
 loss: {{temperature: 0.05, learn_temperature: true}}
 optim: {{lr: 1.0e-3, precision: fp32}}
-train: {{max_steps: {STEPS}, save_every: 3, eval_every: 10, log_every: 5}}
+train: {{max_steps: {STEPS}, save_every: 3, eval_every: 10, log_every: 1}}
 eval: {{path: {folder}/data, split: dev, metrics: [MRR@10, "Recall@20"], k: 50}}
 """
     )

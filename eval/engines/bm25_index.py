@@ -16,10 +16,10 @@ from pathlib import Path
 
 import bm25s
 import numpy as np
-from tqdm import tqdm
 
 from retriever.data.records import DataError
 from retriever.files import write_array, write_text
+from retriever.screen import Bar
 
 FILES, SPOOL = ("rows.npy", "weights.npy", "starts.npy", "words.json"), "numbers.tmp"  # the latter while it is made
 _BATCH_TEXTS = 512
@@ -53,12 +53,12 @@ def write_index(
     Raises DataError where there are no texts, or none has a word.
     """
     spool = folder / SPOOL
-    lengths, words = _spool(tqdm(texts, desc="BM25: words", unit=" texts", disable=not progress), spool, tokenise)
+    lengths, words = _spool(Bar(texts, desc="BM25: words", unit=" texts", disable=not progress), spool, tokenise)
     if not words:
         raise DataError(f"{len(lengths)} passages without a single word: BM25 needs text")
     index = bm25s.BM25(k1=k1, b=b)
     tokens = bm25s.tokenization.Tokenized(ids=_Numbers(spool, lengths), vocab=words)
-    index.index(tokens, create_empty_token=False, show_progress=progress)
+    index.index(tokens, create_empty_token=False, show_progress=False)
     spool.unlink()
     for name, found in (("rows", "indices"), ("weights", "data"), ("starts", "indptr")):
         write_array(folder / f"{name}.npy", index.scores[found])

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import faiss
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, blocks_of, inner_products
 from eval.engines.topk import PassageOrder, TopK
+from retriever.screen import Bar
 
 _MARGIN = 32  # passages asked for beyond k, so that equal scores at the k-th place rarely need a second search
 _QUERIES_AT_ONCE = 8192
@@ -18,7 +18,7 @@ _HITS_AT_ONCE = 2**23  # bounds what one search returns, 12 bytes each, even whe
 
 
 def search_flat(
-    queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, block_mib: int, bar: tqdm
+    queries: np.ndarray, passages: Embeddings, order: PassageOrder, k: int, block_mib: int, bar: Bar
 ) -> TopK:
     """The k passages of largest inner product for each query [Q, D] float32; `order` breaks ties.
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, pair_scores, passage_ids
 from eval.engines.faiss_gpu import GpuUse, to_gpus
@@ -19,6 +18,7 @@ from eval.engines.topk import PassageOrder, TopK
 from eval.trec import Ranking, Run
 from retriever.errors import RefusedError
 from retriever.parallel.world import World
+from retriever.screen import Bar
 from retriever.wording import counted
 
 Engine = Literal["auto", "faiss", "torch"]
@@ -105,7 +105,7 @@ def search(
     queries = np.ascontiguousarray(queries, dtype=np.float32)  # [Q, D]
     order = order or PassageOrder(passage_ids(passages))
     wanted, silent = options.wanted(k), not (options.progress and is_first)
-    with tqdm(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=silent) as bar:
+    with Bar(total=passages.rows, desc="search", unit=" passages", unit_scale=True, disable=silent) as bar:
         if on_torch:
             from eval.engines.streaming import search_streaming
 

@@ -23,13 +23,13 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.engines.embeddings import Embeddings, not_finite, slices_of
 from eval.engines.topk import PassageOrder, TopK
 from kernels.matmul import float32_products
 from retriever.config import ConfigError
 from retriever.parallel.world import World
+from retriever.screen import Bar
 
 _MOST_ROWS = 65_536  # of a block: more gain nothing
 _PAIR_BYTES = 64  # of a query-passage pair, should all pass: score, mask, places, keys, and their sort
@@ -71,7 +71,7 @@ def search_streaming(
     *,
     world: World | None,
     memory_gib: float,
-    bar: tqdm,
+    bar: Bar,
 ) -> TopK:
     """The k best passages of each query [Q, D] float32, on every rank; a score is the inner product in float64, rounded
     to float32.

@@ -1,4 +1,4 @@
-"""Accuracy of a batch among a fixed number of candidates, so that batches of different sizes can be compared."""
+"""Accuracy and similarities among a fixed number of candidates, so that batches of different sizes can be compared."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kernels.infonce.exclusions import Exclusions, known_pairs
 from retriever.data.layout import OfTensors
 
 CANDIDATES = 100  # passages that a query is ranked among, its target included
+BINS = 40  # of similarities, from -1 to 1
+COUNTS = 2 + 2 * BINS
 _QUERIES = 128  # of a rank that are ranked, at most
 
 
@@ -39,9 +41,19 @@ class Ranking(OfTensors):
         return Ranking(positives[:n], excluded)
 
     def counts(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """[2] of the dtype of queries [B, D] and passages [N, D]: queries whose target comes first, and queries."""
+        """[COUNTS] of the dtype of queries [B, D] and passages [N, D]: queries whose target comes first, and queries;
+        how many have the similarity of their target in each bin, and that of their most similar other candidate.
+        """
         here = self.to(queries.device)
         q = queries[: len(here.positives)]
         others = (q @ passages[:CANDIDATES].T).masked_fill(here.excluded, -torch.inf)
-        first = (q * passages[here.positives]).sum(dim=1) > others.amax(dim=1)
-        return torch.stack([first.sum(), torch.ones_like(first).sum()]).to(q.dtype)
+        target, hardest = (q * passages[here.positives]).sum(dim=1), others.amax(dim=1)  # [n]
+        first = target > hardest
+        counts = torch.stack([first.sum(), torch.ones_like(first).sum()])
+        return torch.cat([counts, _histogram(target), _histogram(hardest)]).to(q.dtype)
+
+
+def _histogram(similarities: Tensor) -> Tensor:
+    """[BINS] int64: how many of `similarities` [n] are in each bin; the first and the last take what lies outside."""
+    places = ((similarities + 1) * (BINS / 2)).clamp(0, BINS - 1).long()
+    return (places[:, None] == torch.arange(BINS, device=places.device)).sum(dim=0)

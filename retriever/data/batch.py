@@ -122,6 +122,7 @@ class Batch:
     sizes: tuple[int, int]  # B, N
     tokens: int  # special tokens included, padding not
     ranking: Ranking | None = None  # what its accuracy is counted over
+    candidates: float = 0.0  # passages that a query is contrasted with, its target included, on average; 0: it depends
 
 
 class BatchLoader:
@@ -187,7 +188,16 @@ class BatchLoader:
         builders = self._queries.builders(mine.queries, most[0]) + self._passages.builders(mine.passages, most[1])
         tokens = int(self._queries.lengths(mine.queries).sum() + self._passages.lengths(mine.passages).sum())
         chunks, sizes = Chunks(builders, self._world.device), (len(mine.queries), len(mine.passages))
-        return Batch(step, whole.epoch, whole.source, chunks, targets, sizes, tokens, ranking)
+        return Batch(
+            step, whole.epoch, whole.source, chunks, targets, sizes, tokens, ranking, self._candidates(whole, targets)
+        )
+
+    def _candidates(self, whole: GlobalBatch, targets: Targets) -> float:
+        if targets.in_batch is not None or self._loss.bank != "none" or self._loss.custom is not None:
+            return 0.0
+        if whole.query_pools is None or whole.passage_pools is None:
+            return float(len(whole.passages))
+        return float(np.bincount(whole.passage_pools)[whole.query_pools].mean())
 
     def _contrasts(self, whole: GlobalBatch, mine: RankSlice, known: Csr) -> dict[str, Any]:
         """The fields of Targets that the batch's sources decide."""

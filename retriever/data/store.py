@@ -30,6 +30,7 @@ from retriever.data.text_vectors import TextVectors
 from retriever.data.tokens import SIDES, Side, TokenTemplate, described_tokenizer
 from retriever.files import clean, make_folder, read_json, remove, replace_folder
 from retriever.lock import LockedError, locked
+from retriever.screen import say
 
 __all__ = ["Csr", "Store", "StoredSource", "TextTable", "build_or_open"]
 
@@ -131,7 +132,7 @@ def build_or_open(config: Config, tokenizer: PreTrainedTokenizerBase, *, progres
         """Builds under another name and renames: the folder is there complete or not at all. The lock is held."""
         _remove_abandoned(cache)
         if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in ("false", "0", "off", "no", "n", "f"):
-            print("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores", flush=True)
+            say("TOKENIZERS_PARALLELISM turns parallel tokenising off: unset it to tokenise on all cores")
         train = [{k: v for k, v in asdict(source).items() if k != "weight"} for source in data.train]
         manifest = settings | {"fingerprint": fingerprint, "tokenizer": described, "train": train}
         with replace_folder(folder) as building:
@@ -162,7 +163,7 @@ def _encoded(folder: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -
     if not os.access(folder.parent, os.W_OK) and problem() is not None:
         encoded = own_cache() / "encoded" / name
         if not encoded.exists():
-            print(f"data.cache_dir={folder.parent} is read-only: {name} is made in {encoded.parent}", flush=True)
+            say(f"data.cache_dir={folder.parent} is read-only: {name} is made in {encoded.parent}")
         make_folder(encoded.parent)
 
     def make() -> None:
@@ -185,7 +186,7 @@ def made_once(folder: Path, find_problem: Callable[[], str | None], make: Callab
         problem = find_problem()
         if problem is not None:
             if folder.exists():
-                print(f"{folder}{problem} and is built again", flush=True)
+                say(f"{folder}{problem} and is built again")
                 remove(folder)
             make()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retriever.checksums import write_checksums
@@ -36,6 +35,7 @@ from retriever.data.source_reading import SourceReading
 from retriever.data.text_table import TextTableWriter
 from retriever.data.tokens import SIDES
 from retriever.files import write_json
+from retriever.screen import Bar, say
 from retriever.wording import counted
 
 QUERIES, PASSAGES, MANIFEST = "queries", "passages", "manifest.json"
@@ -69,7 +69,7 @@ class StoreBuilder:
         if self._several_kinds:
             np.save(self._folder / PASSAGES / KINDS, np.array(self._kind_of, np.int64), allow_pickle=False)
         if note := shortened_note():
-            print(note, flush=True)
+            say(note)
         written = sorted(path for path in self._folder.rglob("*") if path.is_file())
         files = {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in written}
         write_json(
@@ -94,7 +94,7 @@ class StoreBuilder:
         query_rows = self._write_queries(reading, spool, passage_rows)
         spool.unlink()
         if reading.blank:
-            print(f"{source.name}: {counted(reading.blank, 'passage')} left out, without a text", flush=True)
+            say(f"{source.name}: {counted(reading.blank, 'passage')} left out, without a text")
         self._positives.append(reading.positives.resolved(query_rows, passage_rows))
         self._negatives.append(reading.negatives.resolved(query_rows, passage_rows))
         self._add_statistics(reading, len(self._positives[-1].keys), len(self._negatives[-1].keys))
@@ -107,7 +107,7 @@ class StoreBuilder:
         self._passages.finish()
         self._statistics.append(reading.statistics(positives, negatives))
         if self._progress:
-            print(reading.described(self._statistics[-1]), flush=True)
+            say(reading.described(self._statistics[-1]))
 
     def _read_example(self, reading: SourceReading, example: Example) -> bool:
         """Adds the example's pairs; returns whether its query is new."""
@@ -212,7 +212,7 @@ class StoreBuilder:
             raise DataError(f"source {source.name!r}: none of its queries ({count:,}) has a positive passage")
         if not kept.all():
             left_out = f"{count - int(kept.sum()):,} of {counted(count, 'query')}"
-            print(f"{source.name}: {left_out} left out, without a positive passage", flush=True)
+            say(f"{source.name}: {left_out} left out, without a positive passage")
         with spool.open(encoding="utf-8") as stream:
             for number, line in enumerate(self._bar(stream, f"{source.name}: queries", count)):
                 if kept[number]:
@@ -232,8 +232,9 @@ class StoreBuilder:
         negatives = negatives.kept(absent(negatives.keys, known))
         write_relations(self._folder, len(self._query_digests), positives, Pairs(known, None), negatives)
 
-    def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> tqdm:
-        return tqdm(items, desc=description, total=total, disable=not self._progress, unit_scale=True, mininterval=0.5)
+    def _bar(self, items: Iterable[Any] | None, description: str, total: int | None = None) -> Bar:
+        unit = f" {description.rpartition(' ')[2]}"
+        return Bar(items, desc=description, total=total, unit=unit, disable=not self._progress, unit_scale=True)
 
 
 def _of_kind(digest: bytes, kind: int) -> bytes:

@@ -13,7 +13,6 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from retriever.config import ConfigError, ModelConfig
@@ -27,6 +26,7 @@ from retriever.encoder.settings import EncoderSettings, read_model_config, read_
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, Key
 from retriever.encoder.tokenizer import check_prompt, load_tokenizer
 from retriever.encoder.towers import load_tower
+from retriever.screen import Bar
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST_DTYPES: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +64,7 @@ class EncoderBundle:
         """
         embeddings = np.zeros((len(texts), self.dimension), dtype=np.float32)
         batches = ((start, texts[start : start + BATCH_TEXTS]) for start in range(0, len(texts), BATCH_TEXTS))
-        with tqdm(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
+        with Bar(total=len(texts), unit=" texts", desc=f"encode {side}", disable=progress is not True) as bar:
             done = progress if callable(progress) else bar.update
             with closing(
                 self.encode_batches(batches, side, tokens_per_chunk=tokens_per_chunk, progress=done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -17,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from retriever.config import ConfigError
 from retriever.config_tree import build
 from retriever.files import read_json as read_json_file
+from retriever.screen import say
 
 _SAID_BY = "model.name_or_path, --model or --teacher"
 _LONGEST_REASON = 300  # characters of another library's message
@@ -107,10 +107,7 @@ def _hub_file(name: str, file: str) -> str | None:
             reason = "the hub was not reached, and the model is not in the cache"
             raise ConfigError(f"model {name!r} is no folder, and cannot be fetched: {reason} ({_SAID_BY})") from error
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(
-                f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none",
-                file=sys.stderr,
-            )
+            say(f"note: {name}: the hub was not reached; the cache has no {file}, so the model counts as having none")
         return None
     except EntryNotFoundError:
         return None

@@ -50,10 +50,14 @@ def batch_loss(function: Any) -> Any:
 
 
 def load_loss(name: str) -> Loss:
-    """The function of `loss.custom`: `package.module:function`; a class is called without arguments to make it.
+    """The function of `loss.custom`; a class is called without arguments to make it. Raises as `find_loss`."""
+    found = find_loss(name)
+    loss: Loss = found() if isinstance(found, type) else found
+    return loss
 
-    Raises ConfigError if it cannot be imported.
-    """
+
+def find_loss(name: str) -> Any:
+    """What `loss.custom` names as `package.module:function`. Raises ConfigError if it cannot be imported."""
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -63,8 +67,7 @@ def load_loss(name: str) -> Loss:
         raise ConfigError(
             f"loss.custom: expected package.module:function, which can be imported; received {name!r} ({error})"
         ) from error
-    loss: Loss = found() if isinstance(found, type) else found
-    return loss
+    return found
 
 
 class CustomLoss(nn.Module):

@@ -27,7 +27,7 @@ def plan_lines(forecast: Forecast, total: int) -> str:
         f"plan    a step of {forecast.workload.tokens:,} tokens a rank in {counted(len(forecast.costs), 'chunk')}, "
         f"{forecast.share('graph'):.0%} encoded once, {forecast.share('products'):.0%} again in part{peak}\n"
         f"        first pass, loss, second pass, update {stages}: {forecast.pairs_per_s:,.0f} pairs/s, "
-        f"{_duration(total * forecast.step_s)} for {counted(total, 'step')}"
+        f"{duration(total * forecast.step_s)} for {counted(total, 'step')}"
     )
 
 
@@ -67,7 +67,7 @@ def plan_table(forecast: Forecast, config: Config, total: int, usable_bytes: flo
         ("a step", f"{forecast.step_s:.3f} s", f"{forecast.pairs_per_s:,.0f} pairs/s"),
         (
             "the run",
-            _duration(total * forecast.step_s),
+            duration(total * forecast.step_s),
             f"{counted(total, 'step')}; evaluations and checkpoints not counted",
         ),
         ("", "", ""),
@@ -98,7 +98,7 @@ def size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Hours and minutes, or minutes and seconds."""
     hours, minutes, rest = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
     return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -30,13 +30,13 @@ from retriever.command import command, option
 from retriever.config import Config
 from retriever.config_file import load
 from retriever.data.batch import Batch
+from retriever.history import read_metrics
 from retriever.loss.strategies import STRATEGIES, Problem
 from retriever.parallel.world import World
 from retriever.retention import EVERYTHING, NOTHING, Retention
 from retriever.rng import RngState
 from retriever.run import Run
 from retriever.step import forward_backward
-from retriever.telemetry import read_metrics
 from scripts.bench.tables import Table
 
 _PACKAGES = ("torch", "triton", "transformers")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import BatchEncoding
 
 from retriever.config import ConfigError, OptimConfig, SourceConfig
@@ -22,6 +21,7 @@ from retriever.encoder.bundle import AUTOCAST_DTYPES
 from retriever.files import replace_folder
 from retriever.optim import Optimizer
 from retriever.rng import seed_step
+from retriever.screen import Bar
 from scripts.mining.teacher import check_pair_length, load_classifier
 
 
@@ -89,7 +89,7 @@ def train_cross_encoder(
     optimizer = Optimizer(optim, [model.to(device).train()], len(steps), device)
     autocast = AUTOCAST_DTYPES[optim.precision]
     seen = []
-    for step, chosen in enumerate(tqdm(steps, desc="train cross-encoder", unit=" steps", mininterval=2)):
+    for step, chosen in enumerate(Bar(steps, desc="train cross-encoder", unit=" steps", mininterval=2)):
         seed_step(training.seed, step, 0)
         inputs, sizes = _pairs([groups[i] for i in chosen], training, tokenizer)
         optimizer.set_learning_rate(step)

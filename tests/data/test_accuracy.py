@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from kernels.infonce.exclusions import Exclusions
-from retriever.data.accuracy import CANDIDATES, Ranking
+from retriever.data.accuracy import BINS, CANDIDATES, Ranking
 
 
 @pytest.mark.parametrize("passages", [150, 1500])
@@ -23,12 +24,17 @@ def test_a_query_is_ranked_among_its_target_and_the_first_other_passages(passage
     exclusions = Exclusions(ids, ptr, torch.tensor([i for row in known for i in sorted(row)]))
     ranking = Ranking.of(positives, exclusions)
     assert ranking is not None
-    expected = 0
+    expected, similarities = 0, list[tuple[float, float]]()
     for i, target in enumerate(positives.tolist()):
         others = [c for c in range(passages) if c != target][: CANDIDATES - 1]
         negatives = [c for c in others if int(ids[c]) not in known[i]]
-        expected += bool(q[i] @ p[target] > max(q[i] @ p[c] for c in negatives))
-    assert ranking.counts(q, p).tolist() == [expected, 60] and 5 < expected < 55
+        similarities.append((float(q[i] @ p[target]), max(float(q[i] @ p[c]) for c in negatives)))
+        expected += similarities[-1][0] > similarities[-1][1]
+    first, queries, *histograms = ranking.counts(q, p).tolist()
+    assert (first, queries) == (expected, 60) and 5 < expected < 55
+    for side, found in enumerate((histograms[:BINS], histograms[BINS:])):
+        values = [both[side] for both in similarities]
+        assert found == np.histogram(values, BINS, (-1.0, 1.0))[0].tolist() and sum(found) == 60
 
 
 def test_a_batch_of_too_few_passages_is_not_ranked() -> None:

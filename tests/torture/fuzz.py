@@ -125,7 +125,7 @@ def _work(number: int, folder: Path, seconds: float, seed: int) -> None:
 
 
 def _read(target: Target, work: Path, file: Path, found: dict[str, Any]) -> None:
-    from retriever.command import _told
+    from retriever.errors import told
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.alarm(_HANGS_S)
@@ -134,7 +134,7 @@ def _read(target: Target, work: Path, file: Path, found: dict[str, Any]) -> None
         found["read"] += 1
     except BaseException as error:
         signal.alarm(0)
-        status, line = _told(error, "", "")
+        status, line = told(error, "", "")
         found["refused"] += 1
         if not status or "\n" in line.strip():
             frames = traceback.extract_tb(error.__traceback__)

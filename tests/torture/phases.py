@@ -22,9 +22,9 @@ PHASES = {
     "resume": "retriever.outputs:Outputs.__init__",
     "any moment": "retriever.train:main.body",
     "save": "retriever.outputs:Outputs._write",
-    "export": "retriever.outputs:Outputs._publish_export",
+    "export": "retriever.published:Published.export",
     "evaluation": "retriever.run:Run.evaluate",
-    "publish of best": "retriever.outputs:Outputs._publish_best",
+    "publish of best": "retriever.published:Published.best",
     "report": "retriever.outputs:write_report",
 }
 HELD = "the fourth step begins"

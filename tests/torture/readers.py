@@ -26,9 +26,9 @@ from retriever.data.collection import passages_of
 from retriever.data.formats import open_source
 from retriever.data.store import build_or_open
 from retriever.encoder.bundle import load_encoder
+from retriever.history import read_metrics
 from retriever.run_folder import take
 from retriever.shards import ShardJob, ShardWriter, open_shards
-from retriever.telemetry import read_metrics
 from scripts.loop.config import load_loop
 from tests.malformed.cases import FORMATS
 from tests.tiny import save_tiny_model, tiny_tokenizer
