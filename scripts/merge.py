@@ -2,8 +2,10 @@
 
     python -m scripts.merge runs/a/export runs/b/export --output merged
     python -m scripts.merge runs/a/checkpoints/step-* --output merged --weights 1 2 --data data/scifact --split dev
+    python -m scripts.merge base runs/a/export --output merged --weights 0.3 0.7  # base: the model that a began with
 
-Each model is a folder that `retriever/train.py` exported, or a checkpoint, whose export is taken. They must agree in
+Each model is a folder that `retriever/train.py` exported, or a checkpoint, whose export is taken, or the folder of a
+starting model, which is taken to have the prompts, lengths and pooling of the first export. They must agree in
 everything but the weights. Of a LoRA run, the exports have the adapters merged. The result is written once it was
 loaded again and gave the embeddings of the averaged weights. With --data, all models and the result are evaluated.
 """
@@ -14,7 +16,8 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,17 +52,18 @@ _PARITY = 1e-5
 def main(args: argparse.Namespace) -> None:
     """The command `python -m scripts.merge`."""
     if len(args.models) < 2 or len(args.weights or args.models) != len(args.models):
-        received = f"{len(args.models)} and {len(args.weights or ())} weights"
+        received = f"{counted(len(args.models), 'model')} and {counted(len(args.weights or ()), 'weight')}"
         raise RefusedError(f"expected two or more models and a weight for each, or none; received {received}")
     if args.output.exists():
         raise RefusedError(f"--output {args.output}: exists; expected the name of a new folder")
-    folders = [_export_of(model) for model in args.models]
-    total = sum(args.weights or [1.0] * len(folders))
-    shares = [weight / total for weight in args.weights or [1.0] * len(folders)]
-    merge(folders, shares, args.output)
-    print(f"{args.output}: the mean of {len(folders)} models", flush=True)
-    if args.data is not None:
-        _evaluate([*folders, args.output], args)
+    total = sum(args.weights or [1.0] * len(args.models))
+    shares = [weight / total for weight in args.weights or [1.0] * len(args.models)]
+    with tempfile.TemporaryDirectory(prefix="bigbatch-") as aside:
+        folders = _exports_of(args.models, Path(aside))
+        merge(folders, shares, args.output)
+        print(f"{args.output}: the mean of {len(folders)} models", flush=True)
+        if args.data is not None:
+            _evaluate(dict(zip([*map(str, args.models), str(args.output)], [*folders, args.output], strict=True)), args)
 
 
 def merge(folders: Sequence[Path], shares: Sequence[float], output: Path) -> None:
@@ -115,11 +119,40 @@ def average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dic
     return averaged
 
 
-def _export_of(model: Path) -> Path:
-    folder = model / "export" if (model / "export").is_dir() else model
-    if not (folder / "bigbatch.json").is_file():
-        raise RefusedError(f"{model}: expected an exported model or a checkpoint; it has no bigbatch.json")
-    return folder
+def _exports_of(models: Sequence[Path], aside: Path) -> list[Path]:
+    """The exports of exported models and checkpoints; those of starting models are made in `aside`."""
+    folders = [model / "export" if (model / "export").is_dir() else model for model in models]
+    exported = next((folder for folder in folders if (folder / "bigbatch.json").is_file()), None)
+    for place, (model, folder) in enumerate(zip(models, folders, strict=True)):
+        if (folder / "bigbatch.json").is_file():
+            continue
+        if exported is None or not (folder / "config.json").is_file():
+            missing = "config.json" if exported is not None else "bigbatch.json"
+            raise RefusedError(
+                f"{model}: expected an exported model, a checkpoint or, beside one, the folder of a starting model; "
+                f"it has no {missing}"
+            )
+        folders[place] = _export_like(exported, folder, aside / str(place))
+    return folders
+
+
+def _export_like(exported: Path, start: Path, output: Path) -> Path:
+    """The weights of a starting model in an export that is otherwise as `exported`."""
+    from transformers import AutoModel
+
+    from retriever.encoder.pretrained import quiet_transformers
+
+    shutil.copytree(exported, output)
+    with quiet_transformers():
+        AutoModel.from_pretrained(start, dtype="float32").save_pretrained(output / "start")
+    for file in output.rglob(_WEIGHTS):
+        if file.parent.name == "start":
+            continue
+        if "model_type" not in read_json(file.with_name("config.json")):
+            raise RefusedError(f"{exported / file.relative_to(output)}: a projection, which {start} lacks")
+        shutil.copyfile(output / "start" / _WEIGHTS, file)
+    shutil.rmtree(output / "start")
+    return output
 
 
 def _check_alike(first: Path, other: Path) -> None:
@@ -156,17 +189,17 @@ def _check_parity(written: Path, folders: Sequence[Path], shares: Sequence[float
             raise RefusedError(f"reloaded, a {side} embedding differs by {much}")
 
 
-def _evaluate(folders: Sequence[Path], args: argparse.Namespace) -> None:
+def _evaluate(folders: Mapping[str, Path], args: argparse.Namespace) -> None:
     from eval.evaluate import EvalOptions, evaluate
     from eval.report import format_table
     from retriever.encoder.bundle import load_encoder
 
     rows = {}
-    for folder in folders:
+    for name, folder in folders.items():
         options = EvalOptions(batch=args.batch, progress=True)
         result = evaluate(load_encoder(folder), args.data, args.split, args.metrics, options)
         assert result is not None
-        rows[str(folder)] = result.means
+        rows[name] = result.means
     print(format_table(rows), flush=True)
 
 

@@ -59,6 +59,19 @@ def test_the_mean_of_weights_is_written_and_evaluated(
     np.testing.assert_allclose(load_encoder(output, device="cpu").encode(texts, "passage"), theirs, atol=1e-5)
 
 
+def test_a_starting_model_is_taken_in_the_form_of_an_export(models: list[Path], tmp_path: Path) -> None:
+    """The mean lies between the weights that training began with and those that it ended with."""
+    start, output = models[0].parent / "start0", tmp_path / "merged"
+    moved = shutil.copytree(models[1], tmp_path / "trained")
+    command = [str(start), str(moved), "--output", str(output), "--weights", "1", "3"]
+    assert merge.main(command) == 0
+    first, second, found = (load_file(folder / "model.safetensors") for folder in (start, moved, output))
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in models[0].iterdir())
+    assert_refused(merge.main, [str(start), str(start), "--output", str(tmp_path / "no")], "it has no bigbatch.json")
+
+
 def test_what_cannot_be_averaged_is_refused(models: list[Path], tmp_path: Path) -> None:
     wider = shutil.copytree(models[0], tmp_path / "wider")
     weights = load_file(wider / "model.safetensors")
@@ -66,7 +79,7 @@ def test_what_cannot_be_averaged_is_refused(models: list[Path], tmp_path: Path) 
     other = shutil.copytree(models[0], tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"river"', '"rivers"'))
     for second, message in (
-        (tmp_path, "expected an exported model or a checkpoint"),
+        (tmp_path, "expected an exported model, a checkpoint or, beside one"),
         (other, "other/tokenizer.json differs from that of"),
         (wider, "weight 'embeddings.word_embeddings.weight': expected one shape"),
     ):
