@@ -143,7 +143,7 @@ def _number(text: str, path: str | Path, line: int) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"score {shown(text)}; expected a finite number", path, line)
+        raise DataError(f"score {shown(text)}; expected a finite number, as in '{TREC_LINE}'", path, line)
     return value
 
 

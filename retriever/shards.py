@@ -183,7 +183,7 @@ def open_shards(folder: str | Path, *, again: bool = False) -> EmbeddingShards:
         state = (
             "its encoding was interrupted; run it again"
             if (folder / _JOB).is_file()
-            else "not a folder of embedding shards"
+            else "not a folder of embedding shards, which retriever/encode.py writes"
         )
         raise ShardError(f"{folder}: no {MANIFEST}: {state}")
     if manifest.get("format_version") != FORMAT_VERSION:
