@@ -15,7 +15,17 @@ from eval.trec import write_msmarco, write_trec
 from retriever import environment
 from retriever.files import write_text
 
-_VERSIONS = ("bigbatch", "torch", "transformers", "numpy", "faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "bm25s")
+_VERSIONS = (
+    "bigbatch",
+    "torch",
+    "transformers",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "faiss-gpu-cu12",
+    "faiss-gpu-cu11",
+    "bm25s",
+)
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
