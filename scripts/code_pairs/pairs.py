@@ -63,8 +63,8 @@ class Split:
 
 
 def split_by_family(functions: Sequence[Function], settings: Settings) -> Split:
-    """Assigns whole families to test until it can hold `test_queries`, then to dev, and the rest to train. The seed
-    draws their order.
+    """Assigns whole families to test until it can hold `test_queries`, then to dev, and the rest to train. Of packages,
+    each goes to the side that lacks more of its queries, as there may be too few for both. The seed draws their order.
 
     A family of more than `max_held_out_module` functions always trains: holding it out would cost many pairs and add at
     most `max_test_per_module` queries. A held-out function is left out if its summary or its code is also on another
@@ -75,9 +75,13 @@ def split_by_family(functions: Sequence[Function], settings: Settings) -> Split:
     sizes = Counter(family[function.id] for function in functions)
     small = [name for name in sizes if sizes[name] <= settings.max_held_out_module]
     side_of = dict.fromkeys(sizes, "train")
-    wanted = {"test": settings.test_queries, "dev": settings.dev_queries}
+    asked = {"test": settings.test_queries, "dev": settings.dev_queries}
+    wanted = dict(asked)
     for name in sorted(small, key=lambda name: drawn(settings.seed, name)):
-        side = next((side for side, missing in wanted.items() if missing > 0), "train")
+        lacking = [side for side, missing in wanted.items() if missing > 0]
+        if settings.hold_out == "packages":
+            lacking.sort(key=lambda side: -wanted[side] / asked[side])
+        side = lacking[0] if lacking else "train"
         side_of[name] = side
         if side in wanted:
             wanted[side] -= min(sizes[name], settings.max_test_per_module)

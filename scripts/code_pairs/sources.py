@@ -21,6 +21,7 @@ from retriever.errors import RefusedError
 
 STDLIB = "stdlib"
 OUR_DISTRIBUTION = "bigbatch"
+_CHECKOUT = Path(__file__).resolve().parents[2]  # another distribution may bring a package called scripts
 
 # Large, documented packages a machine learning installation tends to hold: `--packages auto` takes those it finds.
 WELL_KNOWN = (
@@ -71,7 +72,8 @@ def every_package() -> list[str]:
     found = _distributions()
     names = (name for name, distributions in found.items() if OUR_DISTRIBUTION not in distributions)
     named = sorted(name for name in names if name.isidentifier() and name not in _SKIPPED_FOLDERS)
-    return installed((STDLIB, *named))
+    found_here = (name for name in installed((STDLIB, *named)) if name != STDLIB)
+    return [STDLIB, *(name for name in found_here if all(root.parent != _CHECKOUT for root in _roots(name)))]
 
 
 def installed(names: tuple[str, ...] = WELL_KNOWN) -> list[str]:

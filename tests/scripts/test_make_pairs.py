@@ -347,10 +347,23 @@ def test_other_sources_are_a_file_of_pairs_each(furniture: Path) -> None:
     )
 
 
-def test_every_package_is_the_installed_ones_but_ours() -> None:
+def test_dev_and_test_share_packages_that_are_too_few_for_both() -> None:
+    functions = _functions({f"package{p}.module": _own(f"package{p}") for p in range(12)})
+    split = split_by_family(functions, Settings(hold_out="packages", test_queries=100, dev_queries=50))
+    assert [len({f.package for f in side}) for side in (split.train, split.dev, split.test)] == [0, 4, 8]
+
+
+def _own(name: str) -> str:
+    return _modules(1)["module0"].replace("Adds number", f"Adds {name}").replace("return a", f"return {name} + a")
+
+
+def test_every_package_is_the_installed_ones_but_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     names = every_package()
     assert names[0] == STDLIB and {"numpy", "torch"} <= set(names)
     assert not {"retriever", "kernels", "scripts", "tests"} & set(names)
+    found = {"scripts": ["another"], "numpy": ["numpy"]}
+    monkeypatch.setattr("scripts.code_pairs.sources._distributions", lambda: found)
+    assert every_package() == [STDLIB, "numpy"]
 
 
 def test_nothing_identical_stands_on_two_sides() -> None:
