@@ -11,8 +11,9 @@ import pytest
 from retriever.config import ConfigError
 from scripts.study.__main__ import main
 from scripts.study.config import load_study
+from scripts.study.page import write_page
 from scripts.study.record import Record
-from tests.workplace import make_workplace
+from tests.workplace import ROOT, make_workplace
 
 
 @pytest.fixture
@@ -71,6 +72,19 @@ def test_a_study_chooses_on_dev_and_measures_other_seeds_once(study: Path, capsy
     capsys.readouterr()
     assert main([str(study)]) == 0
     assert Record.open(folder).runs == record.runs and "train" not in capsys.readouterr().err
+
+
+def test_the_published_page_is_that_of_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    results = ROOT / "docs" / "results"
+    write_page(tmp_path, load_study("configs/study_batch.yaml", []), Record.open(results))
+    made, _, _ = (tmp_path / "results.md").read_text().partition("## batch")
+    rows = [line for line in made.splitlines() if line.startswith("|")]
+    published = (ROOT / "docs" / "results.md").read_text()
+    assert len(rows) == 14 and all(f"\n{row}\n" in published for row in rows)
+    for picture in results.glob("*.svg"):
+        drawn = [file.read_text().partition("</style>")[2] for file in (picture, tmp_path / picture.name)]
+        assert drawn[0] == drawn[1] != ""
 
 
 def test_what_a_study_cannot_run_is_refused(study: Path) -> None:
