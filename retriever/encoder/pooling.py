@@ -31,7 +31,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, mode: str) -> Tensor:
             position = real.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
         else:
             raise ValueError(f"pooling is {mode!r}; expected one of {', '.join(MODES)} (model.pooling)")
-        return hidden[torch.arange(len(hidden), device=hidden.device), position].to(dtype)  # [n, H]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), position].to(dtype)  # [n, H]
 
 
 def pool_packed(hidden: Tensor, starts: Tensor, mode: str) -> Tensor:
