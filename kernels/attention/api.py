@@ -63,6 +63,12 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, m
     return found
 
 
+def turns_heads(query: Tensor, key: Tensor, longest: int) -> bool:
+    """Whether `attention_forward` and `attention_backward` turn queries and keys by `Texts.angles` where these are."""
+    kernels = _kernels(query, key, longest)
+    return hasattr(kernels, "turns_heads") and bool(kernels.turns_heads(query))
+
+
 def attention_backward(
     dout: Tensor, qkv: Heads, forward: tuple[Tensor, Tensor], texts: Texts, mask: Mask, into: Heads | None = None
 ) -> Heads:

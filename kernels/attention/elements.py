@@ -47,6 +47,42 @@ def load_rows(base, stride, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def load_angles(cos, sin, rows, inside, D: tl.constexpr):
+    """cos and sin [R, D] of the angle of each pair of dimensions (j, j + D/2); sin is negated in the left half."""
+    dims = tl.arange(0, D)
+    at = rows[:, None] * (D // 2) + (dims % (D // 2))[None, :]
+    s = tl.load(sin + at, inside[:, None], other=0.0)
+    return tl.load(cos + at, inside[:, None], other=0.0), tl.where((dims < D // 2)[None, :], -s, s)
+
+
+@triton.jit
+def load_turned(base, stride, rows, inside, c, s, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_rows`, turned by the angles of `load_angles` unless they are None."""
+    x = load_rows(base, stride, rows, inside, D, BLOCK_D)
+    if c is None:
+        return x
+    else:
+        swapped = (tl.arange(0, D) + D // 2) % D
+        other = tl.load(base + rows[:, None] * stride + swapped[None, :], inside[:, None], other=0.0)
+        return (x.to(tl.float32) * c + other.to(tl.float32) * s).to(x.dtype)
+
+
+@triton.jit
+def store_turned_back(base, stride, rows, inside, x, cos, sin, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the gradient at the rows in memory, given x, the gradient at what `load_turned` made of them."""
+    if cos is None:
+        store_rows(base, stride, rows, inside, x, D, BLOCK_D)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, D // 2)), (0, 2, 1)))
+        dims, mask = tl.arange(0, D // 2), inside[:, None]
+        at = rows[:, None] * (D // 2) + dims[None, :]
+        c, s = tl.load(cos + at, mask, other=0.0), tl.load(sin + at, mask, other=0.0)
+        to = base + rows[:, None] * stride + dims[None, :]
+        tl.store(to, (left * c + right * s).to(base.dtype.element_ty), mask)
+        tl.store(to + D // 2, (right * c - left * s).to(base.dtype.element_ty), mask)
+
+
+@triton.jit
 def store_rows(base, stride, rows, inside, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes what `load_rows` reads."""
     dims = tl.arange(0, BLOCK_D)

@@ -49,6 +49,7 @@ class Texts(NamedTuple):
 
     starts: Tensor  # int32 [n + 1]
     longest: int  # no text has more tokens
+    angles: tuple[Tensor, Tensor] | None = None  # cos and sin [T, d/2], where attention turns queries and keys itself
 
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query [T, H, d], key and value [T, G, d], or their gradients
@@ -92,7 +93,7 @@ def backward(dout: Tensor, qkv: Heads, forward: tuple[Tensor, Tensor], into: Hea
 
 
 def _groups(texts: Texts, tokens: int, heads: int) -> Iterator[_Padded]:
-    starts, longest = texts
+    starts, longest, _ = texts
     bounds = starts.tolist()
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:

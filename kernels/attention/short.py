@@ -7,7 +7,8 @@ A program holds the tokens of a few consecutive texts as the rows and columns of
     −∞ O = P̃ V,   P̃ = keep ∘ P / (1 − dropout) dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout),   dS = P ∘ (dP −
     Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
-The backward computes P again, from lse. All sums are within a program, so runs repeat bitwise.
+The backward computes P again, from lse. All sums are within a program, so runs repeat bitwise. Where there are angles,
+queries and keys are turned by them as they are loaded, and their gradients turned back as they are stored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.elements import LOG2E, constants, head_key, kept, load_rows, store_rows
+from kernels.attention.elements import (
+    LOG2E,
+    constants,
+    head_key,
+    kept,
+    load_angles,
+    load_rows,
+    load_turned,
+    store_rows,
+    store_turned_back,
+)
 from kernels.attention.reference import Heads, Mask, Texts
 
 READS_OUTPUT = False  # whether `backward` reads what `forward` gave first
@@ -35,6 +46,11 @@ class Tile:
     backward_registers: int | None = (
         None  # most of a thread, so that more programs share a multiprocessor; None: as many as it wants
     )
+
+    @property
+    def turning_warps(self) -> int:
+        """Of a forward pass that turns heads: enough that angles and heads fit the registers."""
+        return max(self.forward_warps, self.block // 16)
 
 
 # By the width of a head, then by the longest text. Several short texts share a tile. With 128 registers two programs of
@@ -58,6 +74,11 @@ def most_tokens(query: Tensor, key: Tensor) -> int:
     """The longest text whose tile, with its gradients, fits the registers; 0: none does."""
     width, grouped, wide = query.shape[2], key.shape[1] < query.shape[1], query.dtype == torch.float32
     return 128 >> ((width > 64) + grouped + 2 * wide) if width <= 128 else 0
+
+
+def turns_heads(query: Tensor) -> bool:
+    """Whether queries and keys of this width can be turned as they are loaded: wider ones would spill registers."""
+    return query.shape[2] in (32, 64)
 
 
 def tile_for(query: Tensor, longest: int) -> Tile:
@@ -106,6 +127,8 @@ def _forward_tiles(
     out,  # [T, H, d], contiguous
     lse,  # [H, T]
     starts,  # [n + 1] int32
+    cos,  # [T, d / 2] float32, as sin, where queries and keys are to be turned; else None
+    sin,
     seed,  # [1] int64 or None
     n,
     per,  # texts of a tile
@@ -124,8 +147,11 @@ def _forward_tiles(
         return
     inside = rows < count
     token = start.to(tl.int64)
-    q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
-    k = load_rows(key + token * key_stride + head // GROUP * key_head, key_stride, rows, inside, D, BLOCK_D)
+    c, s = None, None
+    if cos is not None:
+        c, s = load_angles(cos + token * (D // 2), sin + token * (D // 2), rows, inside, D)
+    q = load_turned(query + token * query_stride + head * query_head, query_stride, rows, inside, c, s, D, BLOCK_D)
+    k = load_turned(key + token * key_stride + head // GROUP * key_head, key_stride, rows, inside, c, s, D, BLOCK_D)
     v = load_rows(value + token * value_stride + head // GROUP * value_head, value_stride, rows, inside, D, BLOCK_D)
     x = _scores(q, k, segments, rows, inside, window, CAUSAL, TEXTS, PRECISION)
     top = tl.max(x, 1) * scale_log2
@@ -147,6 +173,8 @@ def _backward_tiles(
     dkey,  # [T, G, d], each token's heads contiguous
     dvalue,
     starts,
+    cos,
+    sin,
     seed,
     n,
     per,
@@ -166,13 +194,18 @@ def _backward_tiles(
         return
     inside = rows < count
     token = start.to(tl.int64)
-    k = load_rows(key + token * key_stride + group * key_head, key_stride, rows, inside, D, BLOCK_D)
+    c, s = None, None
+    if cos is not None:
+        cos += token * (D // 2)
+        sin += token * (D // 2)
+        c, s = load_angles(cos, sin, rows, inside, D)
+    k = load_turned(key + token * key_stride + group * key_head, key_stride, rows, inside, c, s, D, BLOCK_D)
     v = load_rows(value + token * value_stride + group * value_head, value_stride, rows, inside, D, BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for member in range(GROUP):
         head = group * GROUP + member
-        q = load_rows(query + token * query_stride + head * query_head, query_stride, rows, inside, D, BLOCK_D)
+        q = load_turned(query + token * query_stride + head * query_head, query_stride, rows, inside, c, s, D, BLOCK_D)
         do = load_rows(dout + token * dout_stride + head * dout_head, dout_stride, rows, inside, D, BLOCK_D)
         row_lse = tl.load(lse + head.to(tl.int64) * tokens + start + rows, inside, other=float("inf"))
         x = _scores(q, k, segments, rows, inside, window, CAUSAL, TEXTS, PRECISION)
@@ -189,8 +222,10 @@ def _backward_tiles(
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
         dq = tl.dot(ds, k, input_precision=PRECISION) * (scale * KEEP_SCALE)
-        store_rows(dquery + token * dquery_stride + head * D, dquery_stride, rows, inside, dq, D, BLOCK_D)
-    store_rows(dkey + token * dkey_stride + group * D, dkey_stride, rows, inside, dk * (scale * KEEP_SCALE), D, BLOCK_D)
+        to = dquery + token * dquery_stride + head * D
+        store_turned_back(to, dquery_stride, rows, inside, dq, cos, sin, D, BLOCK_D)
+    dk *= scale * KEEP_SCALE
+    store_turned_back(dkey + token * dkey_stride + group * D, dkey_stride, rows, inside, dk, cos, sin, D, BLOCK_D)
 
 
 def forward(
@@ -206,10 +241,11 @@ def forward(
     heads = query.shape[1]
     if n and len(query):
         _forward_tiles[(triton.cdiv(n, per) * heads,)](
-            query, key, value, out, lse, texts.starts, mask.seed, n, per, len(query), heads,
+            query, key, value, out, lse, texts.starts, *(texts.angles or (None, None)), mask.seed,
+            n, per, len(query), heads,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], mask.scale * LOG2E, mask.window,
             **constants(query, key, mask), TEXTS=triton.next_power_of_2(per), BLOCK=tile.block,
-            num_warps=tile.forward_warps,
+            num_warps=tile.forward_warps if texts.angles is None else tile.turning_warps,
         )  # fmt: skip
     return out, lse
 
@@ -233,7 +269,8 @@ def backward(
     per = tile.block // texts.longest
     if n and len(query):
         _backward_tiles[(triton.cdiv(n, per) * key.shape[1],)](
-            dout, *qkv, forward[1], *into, texts.starts, mask.seed, n, per, len(query), key.shape[1],
+            dout, *qkv, forward[1], *into, texts.starts, *(texts.angles or (None, None)), mask.seed,
+            n, per, len(query), key.shape[1],
             *dout.stride()[:2], *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], into[0].stride(0),
             into[1].stride(0),
             mask.scale, mask.scale * LOG2E, mask.window,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from kernels.attention.api import attention_backward, attention_forward
+from kernels.attention.api import attention_backward, attention_forward, turns_heads
 from kernels.attention.reference import Heads, Mask, Texts
 from kernels.layers.api import (
     Activation,
@@ -148,13 +148,21 @@ class LayerSettings(NamedTuple):
         scale = width**-0.5 if kind.scale is None else kind.scale
         return Mask(scale, dropout, seed if dropout > 0 else None, kind.causal, kind.window)
 
-    def rotary(self, query_weight: Tensor | None, key_weight: Tensor | None) -> Rotary | None:
-        """The rotation of the heads; the weights are those of the heads' norms."""
+    def rotation(
+        self, heads: Tensor, query_weight: Tensor | None, key_weight: Tensor | None
+    ) -> tuple[Texts, Rotary | None]:
+        """The texts for attention, with angles where attention turns heads itself; else what turns them before.
+
+        heads [T, H + 2 G, d]; the weights are those of their norms.
+        """
         kind = self.kind
         if self.angles is None:
-            return None
+            return self.texts, None
+        query, key, _ = _query_key_value(heads, heads, kind)
+        if query_weight is None and turns_heads(query, key, self.texts.longest):
+            return self.texts._replace(angles=self.angles), None
         weights = self._whole(query_weight), self._whole(key_weight)
-        return Rotary(*self.angles, kind.heads, kind.key_heads, *weights, kind.eps)
+        return self.texts, Rotary(*self.angles, kind.heads, kind.key_heads, *weights, kind.eps)
 
     def norm(self, place: int, added: tuple[Tensor | None, ...], residual: Tensor, weight: Tensor) -> Norm:
         """The norm behind attention (place 1) or behind the feed-forward part (place 2).
@@ -283,11 +291,11 @@ def _forward(
     x: Any = stream if rounded is None else rounded
     kind = layer.kind
     heads = linear(x, read.qkv, read.qkv_bias).unflatten(1, (kind.heads + 2 * kind.key_heads, -1))  # [T, H + 2 G, d]
-    rotary = layer.rotary(p.query_norm_weight, p.key_norm_weight)
+    texts, rotary = layer.rotation(heads, p.query_norm_weight, p.key_norm_weight)
     rotated = heads if rotary is None else rotate_heads(heads, rotary)
     if known is None:
         qkv = _query_key_value(heads, rotated, kind)
-        context, lse = attention_forward(*qkv, layer.texts, layer.mask(heads.shape[2]))
+        context, lse = attention_forward(*qkv, texts, layer.mask(heads.shape[2]))
     else:
         if known.ffn_out.shape != x.shape:
             raise ValueError(f"expected products of {list(x.shape)} numbers, received of {list(known.ffn_out.shape)}")
@@ -409,9 +417,9 @@ class _Layer(torch.autograd.Function):
         del dattention_out
         dheads, mask = torch.empty_like(heads), layer.mask(heads.shape[2])
         qkv, into = (_query_key_value(h, r, kind) for h, r in ((heads, rotated), (dheads, dheads)))
-        attention_backward(dcontext, qkv, (context, lse), layer.texts, mask, into)
+        texts, rotary = layer.rotation(heads, query_norm_weight, key_norm_weight)
+        attention_backward(dcontext, qkv, (context, lse), texts, mask, into)
         del dcontext, context, qkv, rotated
-        rotary = layer.rotary(query_norm_weight, key_norm_weight)
         of_heads = None if rotary is None else rotate_heads_backward(dheads, heads, rotary)
         del heads
         dqkv = dheads.flatten(1)  # [T, (H + 2 G) d]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention import short
+from kernels.attention.reference import Mask, Texts
 from tests.gpu.devices import toy
-from tests.kernels.attention_oracle import Heads, attend, each, errors, heads_of, texts
+from tests.kernels.attention_oracle import Heads, attend, each, errors, heads_of, texts, turned_errors
 from tests.kernels.oracle import relative_error
 
 SHORT = [3, 0, 5, 7, 1, 9, 4, 0, 12]
@@ -51,6 +52,22 @@ def test_matches_float64(case: int, dtype: torch.dtype, dropout: float, device: 
     inputs = heads_of(int(starts[-1]), heads, groups, d, dtype, device, fused=dropout > 0)
     found = errors(inputs, starts, longest, scale=d**-0.5, dropout=dropout, seed=seed(device), **options)
     assert max(found.values()) < BOUNDS[dtype], found
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of the first backward pass in a process
+@pytest.mark.parametrize(
+    ("lengths", "H", "G", "d"),
+    [(SHORT, 12, 12, 64), ([90, 70, 0, 96], 12, 12, 64), ([100, 65, 128], 12, 12, 64), ([30, 32, 20], 8, 2, 64)],
+)
+def test_turned_heads_match_float64(lengths: list[int], H: int, G: int, d: int, device: str) -> None:
+    """A GPU turns them inside the kernels of attention."""
+    lengths = [min(n, 12) for n in lengths] if device == "cpu" else lengths
+    given = Texts(*texts(lengths, device))
+    heads = torch.randn(sum(lengths), H + 2 * G, d, generator=torch.Generator().manual_seed(d)).to(
+        device, torch.bfloat16
+    )
+    found, turns = turned_errors(heads, H, G, given, Mask(d**-0.5, 0.1, seed(device), window=9))
+    assert max(found.values()) < 6e-3 and turns == (device == "cuda"), (found, turns)
 
 
 def run(inputs: Heads, starts: Tensor, longest: int) -> list[Tensor]:

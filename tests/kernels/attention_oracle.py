@@ -8,8 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.attention.api import packed_attention
-from kernels.attention.reference import Mask, kept
+from kernels.attention.api import attention_backward, attention_forward, packed_attention
+from kernels.attention.reference import Mask, Texts, kept
+from kernels.layers.api import rotate_heads, rotate_heads_backward
+from kernels.layers.layer import LayerKind, LayerSettings
 from tests.kernels.oracle import relative_error
 
 NAMES = ("output", "dquery", "dkey", "dvalue")
@@ -54,6 +56,36 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, m
         survivors = kept(mask.seed, torch.arange(H, device=query.device), token, token, mask.dropout)
         probabilities = probabilities * survivors / (1 - mask.dropout)
     return torch.einsum("hij,jhd->ihd", probabilities, value.repeat_interleave(share, dim=1))
+
+
+def turned_errors(heads: Tensor, H: int, G: int, texts: Texts, mask: Mask) -> tuple[dict[str, float], bool]:
+    """As `errors`, of a layer's attention between heads [T, H + 2 G, d] that it turns by random angles; and whether
+    attention itself turned them. In the oracle, pairs of a head's dimensions are complex numbers.
+    """
+    T, _, d = heads.shape
+    angles = torch.randn(T, d // 2, generator=torch.Generator().manual_seed(2)).to(heads.device)
+    layer = LayerSettings(
+        LayerKind(H, G, 0.0), texts, (0.0, 0.0, 0.0), (None, None, None), (angles.cos(), angles.sin())
+    )
+    exact = heads.detach().double().requires_grad_()
+    pairs = torch.complex(*exact[:, : H + G].chunk(2, 2)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    turned = torch.cat([pairs.real, pairs.imag], 2)
+    want = dense_attention(turned[:, :H], turned[:, H:], exact[:, H + G :], texts.starts, mask)
+    weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(heads)
+    (expected,) = torch.autograd.grad(want, exact, weights.double())
+    given, rotary = layer.rotation(heads, None, None)
+    turns = rotary is None
+    if rotary is not None:
+        heads = rotate_heads(heads.clone(), rotary)
+    qkv = heads[:, :H], heads[:, H : H + G], heads[:, H + G :]
+    dheads = torch.empty_like(heads)
+    output, lse = attention_forward(*qkv, given, mask)
+    into = dheads[:, :H], dheads[:, H : H + G], dheads[:, H + G :]
+    attention_backward(weights, qkv, (output, lse), given, mask, into)
+    if rotary is not None:
+        rotate_heads_backward(dheads, heads, rotary)
+    assert expected.norm() > 0
+    return {"output": relative_error(output, want), "dheads": relative_error(dheads, expected)}, turns
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, **mask: Any) -> Tensor:
