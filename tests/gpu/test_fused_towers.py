@@ -56,7 +56,8 @@ def make_encoder(name: str, device: str, *, fused: bool) -> DualEncoder:
     sizes = (own | (_WIDE if wide else _NARROW)) if own else ARCHITECTURES[architecture]
     sizes = sizes | {"num_hidden_layers": 2, "vocab_size": 100}
     if architecture in ("gemma", "gemma3_text", "qwen3"):
-        sizes["head_dim"] = 128 if wide else 24  # heads together wider than the stream
+        own_width = 256 if architecture == "gemma3_text" else 128
+        sizes["head_dim"] = own_width if wide else 24  # heads together wider than the stream
     config = AutoConfig.for_model(architecture, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
     tower = AutoModel.from_config(config).to(device).train()
     with torch.no_grad():
