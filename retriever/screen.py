@@ -47,8 +47,8 @@ def is_json() -> bool:
 
 
 def is_terminal() -> bool:
-    """Whether bars are drawn."""
-    return sys.stderr.isatty()
+    """Whether bars are drawn: on a terminal and in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def say(text: str, kind: Kind = "remark", **values: Any) -> None:

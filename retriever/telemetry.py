@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ class Telemetry(Callback):
         self._first = accelerator.is_main_process
         self._applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
         self._told = False
+        self._shown = dict[str, float | None]()  # behind the bar
         self._step_seconds = list[float]()
         self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
         self._histograms = dict[str, list[int]]()  # of the line that is being logged
@@ -60,7 +61,7 @@ class Telemetry(Callback):
             self._told = True
             cause = _cause(report.loss)
             say(f"warning: step {run.done}: the gradient is 0, so nothing is learned: {cause}", "warning")
-        values = self._values(now - self._since)
+        self._shown = values = self._values(now - self._since)
         self._bar.set_postfix_str(self._postfix(values), refresh=False)
         self._bar.update()
         if run.done % run.config.train.log_every and run.done != run.total:
@@ -137,6 +138,11 @@ class Telemetry(Callback):
         if is_json():
             say(f"step {run.done:,}", "step", **line)
         self._accelerator.log(values, step=run.done)
+
+    def on_evaluate(self, run: Any, measures: Mapping[str, float]) -> None:
+        """Shows the measure in the bar, too."""
+        if self._shown:
+            self._bar.set_postfix_str(self._postfix(self._shown))
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:

@@ -217,8 +217,7 @@ def test_the_bar_names_the_last_and_the_best_evaluation(
         clock.now += 1
         run.step(replace(_report(step), accuracy=0.625))
         run.record({"eval/nDCG@10": value, "eval/MRR@10": 0.9})
-    clock.now += 1
-    run.step(_report(3))
+        run.telemetry.on_evaluate(run, {})
     run.close()
     said = terminal.readouterr().err.rsplit("\r", 1)[-1]
     assert "pairs/s, nDCG@10 0.5000 (best 0.7500 at 2), accuracy 62%, gradient 2" in said
