@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
             results.append({**done, "settings": settings[i], "seed": number})
             write_summary(args.output, results, earlier)
         chosen = best_setting(results)
-        _plot(args.output / "sweep.png", results)
+        _plot(args.output / "sweep.png", rows_of(results))
         beside_s = time.perf_counter() - started - trained_s
         print(f"sweep   {trained_s:.1f} s in runs, {beside_s:.1f} s beside them", flush=True)
         print(f"chosen  {label(chosen)}: {args.output / 'sweep.md'}", flush=True)
@@ -179,11 +179,12 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         runs = [result for result in results if result["settings"] == settings]
         if any("failed" in result for result in runs):
             continue
-        values = [next(iter(result["measures"].values())) for result in runs]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        seconds = statistics.fmean(result["seconds"] for result in runs)
-        mean = statistics.fmean(values)
-        rows.append({"settings": settings, "mean": mean, "deviation": deviation, "seconds": seconds, "runs": len(runs)})
+        measure = next(iter(runs[0]["measures"]))
+        values = [result["measures"][measure] for result in runs]
+        row = {"settings": settings, "measure": measure, "mean": statistics.fmean(values), "runs": len(runs)}
+        row["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        row["seconds"] = statistics.fmean(result["seconds"] for result in runs)
+        rows.append(row)
     return rows
 
 
@@ -197,7 +198,7 @@ def write_summary(
     known = {result["folder"] for result in results}
     others = [run for name, run in earlier.items() if name not in known]
     rows = rows_of(results)
-    measure = _measure(results)
+    measure = rows[0]["measure"] if rows else ""
     summary = {"measure": measure, "runs": list(results), "test": dict(tested or {}), "others": others}
     write_json(folder / _SUMMARY, summary)
     lines = [f"| settings | {measure} | ± | runs | seconds a run |", "|---|---|---|---|---|"]
@@ -213,22 +214,16 @@ def write_summary(
     write_text(folder / "sweep.md", "\n".join([*lines, ""]))
 
 
-def _measure(results: Sequence[Mapping[str, Any]]) -> str:
-    """The name of the first measure, empty where no run succeeded."""
-    return next((next(iter(result["measures"])) for result in results if "measures" in result), "")
-
-
-def _plot(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+def _plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    rows, measure = rows_of(results), _measure(results)
     figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     means, deviations = [row["mean"] for row in rows], [row["deviation"] for row in rows]
     axes.errorbar(means, range(len(rows)), xerr=deviations, fmt="o", color="#1f5fbf", capsize=3)
     axes.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{measure}, mean and standard deviation over {counted(rows[0]['runs'], 'seed')}")
+    axes.set_xlabel(f"{rows[0]['measure']}, mean and standard deviation over {counted(rows[0]['runs'], 'seed')}")
     axes.spines[["top", "right"]].set_visible(False)
     with replace_file(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
