@@ -64,8 +64,8 @@ def joined(config: Config) -> Iterator[tuple[Accelerator, World]]:
 
 @contextmanager
 def launched() -> Iterator[World]:
-    """This process among those that `accelerate launch` started; alone, one rank. Leaves the process group at the
-    end.
+    """This process among those that `accelerate launch` started; alone, one rank. At the end the process group is left
+    and accelerate forgets its state.
     """
     # Every rank needs the whole model; with this variable transformers would leave weights out.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -75,6 +75,7 @@ def launched() -> Iterator[World]:
         yield World(state.device, state.process_index, state.num_processes)
     finally:
         state.destroy_process_group()
+        PartialState._reset_state()
 
 
 def join(config: Config) -> tuple[Accelerator, World]:
