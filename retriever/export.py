@@ -89,7 +89,9 @@ def export(
     settings = settings_of(config, encoder.pooling, encoder.truncate_dim)
 
     def write_card(folder: Path, side: Side | None = None) -> None:
-        card = model_card(settings, config, encoder.dimension, side, training)
+        part = encoder if side is None else encoder.query_tower if side == "query" else encoder.passage_tower
+        parameters = sum(tensor.numel() for name, tensor in part.named_parameters() if ".lora_" not in name)
+        card = model_card(settings, config, encoder.dimension, side, training, parameters)
         write_text(folder / CARD, card)
 
     prompts = {"query": settings.query_prompt, "document": settings.passage_prompt, **named_prompts(config)}

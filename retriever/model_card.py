@@ -6,15 +6,17 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from retriever.config import Config
+from retriever.config import Config, to_dict
 from retriever.config_sources import hard_negatives
 from retriever.data.planner import Planner
 from retriever.data.store import Store
 from retriever.data.tokens import Side
 from retriever.encoder.settings import EncoderSettings
+from retriever.environment import versions
 from retriever.wording import counted, without_folders
 
 _HEADER = """---
@@ -25,7 +27,24 @@ tags:
 - feature-extraction
 - sentence-similarity
 - dense-retrieval
----
+{base}---
+"""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PACKAGES = ("bigbatch", "torch", "transformers", "tokenizers")
+
+_LICENCE_AND_CITATION = """## Licence and citation
+
+The licences of the base model and of the training data hold for what was made from them. The gradient over a whole
+batch is computed by the gradient cache:
+
+```bibtex
+@inproceedings{gao-etal-2021-scaling,
+  title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+  author = {Gao, Luyu and Zhang, Yunyi and Han, Jiawei and Callan, Jamie},
+  booktitle = {Proceedings of the 6th Workshop on Representation Learning for NLP},
+  year = {2021}
+}
+```
 """
 
 _TIED_USE = """from sentence_transformers import SentenceTransformer
@@ -74,10 +93,12 @@ def model_card(
     dimension: int,
     side: Side | None = None,
     training: tuple[int, TrainingFacts] | None = None,
+    parameters: int | None = None,
 ) -> str:
     """The model card: Markdown with the Hugging Face Hub's metadata. One run always gives the same text.
 
     `side`: the tower described, if there are two. `training`: the number of steps made, and the facts of their data.
+    `parameters`: the encoder's, both towers' where there are two.
     """
     described = "A dense retriever: queries and passages as vectors, compared by their dot product."
     if side is not None:
@@ -87,7 +108,10 @@ def model_card(
     optim, loss = config.optim, config.loss
     learned = " (learned)" if loss.learn_temperature else ""
     passage = f"title + {_cell(settings.title_separator)} + text" if settings.title == "join" else "text without title"
-    return f"""{_HEADER}
+    name = config.model.name_or_path
+    base = f"base_model: {name}\n" if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
+    size = "" if parameters is None else f", {parameters:,} parameters"
+    return f"""{_HEADER.format(base=base)}
 # Dense retriever
 
 {described}
@@ -98,7 +122,7 @@ def model_card(
 | tokens at most, prompt and special tokens included | {settings.query_max_tokens} | {settings.passage_max_tokens} |
 | text | the query | {passage} |
 
-Dimension {dimension}, {settings.pooling} pooling over all tokens (the prompt's too), {unit}, \
+Dimension {dimension}{size}, {settings.pooling} pooling over all tokens (the prompt's too), {unit}, \
 similarity: {settings.similarity}.
 
 ```python
@@ -108,11 +132,14 @@ similarity: {settings.similarity}.
 {_lengths(settings)}
 `bigbatch.json` holds all of these settings; `retriever/encode.py` and the eval commands of bigbatch read it.
 
+{_LICENCE_AND_CITATION}
 ## Training
 
-Contrastive training with bigbatch from {_code(without_folders(config.model.name_or_path))}: {_trained(training)}\
+Contrastive training with bigbatch from {_code(without_folders(name))}: {_trained(training)}\
 temperature {loss.temperature:g}{learned}, {optim.name} with learning rate {optim.lr:g} ({optim.schedule}), \
 precision {optim.precision}, seed {config.run.seed}.
+
+Loss: {_loss(config)}. Versions: {", ".join(f"{name} {v}" for name, v in versions(_PACKAGES).items())}.
 """
 
 
@@ -128,6 +155,13 @@ def evaluation_section(config: Config, step: int, measures: Mapping[str, float])
             where += f"; figures without a collection's name are those of {best}"
     rows = "\n".join(f"| {_code(name)} | {value:.4f} |" for name, value in measures.items())
     return f"\n## Evaluation\n\nAfter step {step:,}{where}:\n\n| measure | value |\n|---|---|\n{rows}\n"
+
+
+def _loss(config: Config) -> str:
+    """The loss by the settings that are not the defaults; a custom loss and models of others by their names alone."""
+    usual, own = to_dict(Config())["loss"], to_dict(config)["loss"]
+    changed = [f"loss.{key}={without_folders(str(value))}" for key, value in own.items() if value != usual[key]]
+    return f"InfoNCE with {', '.join(map(_code, changed))}" if changed else "InfoNCE with the default settings"
 
 
 def _trained(training: tuple[int, TrainingFacts] | None) -> str:

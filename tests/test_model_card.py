@@ -13,9 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from markdown_it import MarkdownIt
 
-from retriever.config import Config, DataConfig, EvalCollectionConfig, EvalConfig, ModelConfig, RunConfig, SourceConfig
+from retriever.config import (
+    Config,
+    DataConfig,
+    EvalCollectionConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+)
 from retriever.encoder.settings import EncoderSettings
 from retriever.history import LoggedRun
 from retriever.model_card import TrainingFacts, evaluation_section, model_card
@@ -67,6 +77,18 @@ def test_what_a_longer_text_gets_elsewhere_is_said() -> None:
     assert "A passage of more than 20 tokens" in model_card(replace(SETTINGS, passage_max_tokens=20), Config(), 32)
     assert "Both lengths are" in model_card(replace(SETTINGS, query_max_tokens=40), Config(), 32)
     assert "Each tower has its own" in model_card(replace(SETTINGS, tied=False), Config(), 32)
+
+
+def test_a_card_tells_size_loss_versions_and_base() -> None:
+    base, loss = ModelConfig("intfloat/e5-small"), LossConfig(symmetric=True, kl_weight=0.5)
+    card = model_card(SETTINGS, Config(model=base, loss=loss), 32, parameters=1_234_567)
+    assert "\nbase_model: intfloat/e5-small\n---\n" in card and "base_model" not in MODEL_CARD_HEADER
+    assert "Dimension 32, 1,234,567 parameters, mean pooling" in card
+    assert "Loss: InfoNCE with `loss.symmetric=True`, `loss.kl_weight=0.5`. Versions: " in card
+    assert f"torch {torch.__version__}" in card and "@inproceedings{gao-etal-2021-scaling," in card
+    guided = model_card(SETTINGS, Config(loss=LossConfig(guide="/home/anna/guide")), 32)
+    assert "`loss.guide=guide`" in guided and "/home" not in guided
+    assert "Loss: InfoNCE with the default settings." in model_card(SETTINGS, Config(), 32)
 
 
 FACTS = TrainingFacts((("pairs", 120), ("more", 1)), 1700, (60, 61), 0)
