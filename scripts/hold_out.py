@@ -49,7 +49,7 @@ def _drawn_by_text(qrels: Collection[str], texts: Mapping[str, str], wanted: int
     """At most `wanted` queries, drawn by the seed. Queries with the same text are drawn together; a query without a
     text is drawn alone.
     """
-    from scripts.code_pairs.pairs import drawn, normal
+    from scripts.code_pairs.split import drawn, normal
 
     together = defaultdict[str, list[str]](list)
     for query in qrels:

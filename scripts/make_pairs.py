@@ -33,7 +33,7 @@ from retriever.command import at_least_one, command, option, seed
 from retriever.errors import RefusedError
 from retriever.files import write_json, write_text
 from retriever.screen import Bar
-from scripts.code_pairs.pairs import Collection, Settings, code_collection, details_collection, split_by_family
+from scripts.code_pairs.pairs import Collection, code_collection, details_collection
 from scripts.code_pairs.processes import spread
 from scripts.code_pairs.sources import (
     STDLIB,
@@ -45,6 +45,7 @@ from scripts.code_pairs.sources import (
     version,
     without_name,
 )
+from scripts.code_pairs.split import Settings, split_by_family
 from scripts.code_pairs.texts import READERS, Pair, pairs_of
 
 _BLOCK_FILES = 50

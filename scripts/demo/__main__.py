@@ -21,8 +21,8 @@ from retriever.command import command, one_of, option
 from retriever.config_file import load
 from retriever.files import write_json
 from retriever.run_folder import remove_run
-from scripts.code_pairs.pairs import Settings
 from scripts.code_pairs.sources import installed
+from scripts.code_pairs.split import Settings
 from scripts.demo.model import starting_model
 from scripts.make_pairs import build, summary
 

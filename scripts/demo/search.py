@@ -10,7 +10,7 @@ from eval.engines.nearest import search
 from eval.trec import Ranking
 from retriever.encoder.bundle import EncoderBundle
 from retriever.shards import EmbeddingShards
-from scripts.code_pairs.pairs import drawn
+from scripts.code_pairs.split import drawn
 
 WIDTH = 96  # columns
 _LINES = 3  # of a passage

@@ -19,7 +19,7 @@ from retriever.data.tokens import Side
 from retriever.encode_shards import SHARD_ROWS, ShardOptions, encode_to_shards
 from retriever.parallel.world import World
 from retriever.shards import EmbeddingShards
-from scripts.code_pairs.pairs import drawn, normal
+from scripts.code_pairs.split import drawn, normal
 from scripts.mining.pool import Pool
 from scripts.mining.settings import MiningSettings
 from scripts.stages import write_parts

@@ -19,7 +19,8 @@ from eval.significance import bootstrap_interval
 from eval.trec import Ranking
 from retriever.errors import RefusedError
 from retriever.train import main as train
-from scripts.code_pairs.pairs import Collection, Settings
+from scripts.code_pairs.pairs import Collection
+from scripts.code_pairs.split import Settings
 from scripts.demo import parts
 from scripts.demo.report import outcome
 from scripts.demo.search import WIDTH, Searcher, answer_own_queries, sample_queries

@@ -15,7 +15,6 @@ import pytest
 
 from retriever.errors import RefusedError
 from scripts.code_pairs.near_duplicates import near_duplicates, words
-from scripts.code_pairs.pairs import Settings, split_by_family
 from scripts.code_pairs.sources import (
     STDLIB,
     Function,
@@ -24,6 +23,7 @@ from scripts.code_pairs.sources import (
     python_files,
     without_name,
 )
+from scripts.code_pairs.split import Settings, split_by_family
 from scripts.make_pairs import build, main
 from tests.commands import assert_refused
 
