@@ -70,10 +70,11 @@ def row(architecture: str, folder: Path, *, onnx: bool = False) -> tuple[list[st
     cells["transformers 4.57"] = "yes" if architecture in CASES else "no"
     if architecture not in CASES:
         refusals.append(f"- {architecture}, transformers 4.57: it has this architecture as code of the hub alone")
-    refusal = _onnx_refusal(written) if onnx else None
-    cells["ONNX"] = ("no" if refusal else "yes") if onnx else present(architecture)[COLUMNS.index("ONNX")]
-    if refusal:
-        refusals.append(f"- {architecture}, ONNX: {refusal}")
+    cells["ONNX"] = present(architecture)[COLUMNS.index("ONNX")]
+    if onnx:
+        found = [f"- {architecture}, ONNX: {line}" for line in _onnx_refusals(written)]
+        cells["ONNX"] = "no" if found else "yes"
+        refusals += found
     return [cells[column] for column in COLUMNS], refusals
 
 
@@ -128,14 +129,14 @@ def _compare_export(encoder: DualEncoder, model: ModelConfig, folder: Path) -> P
     return written
 
 
-def _onnx_refusal(written: Path) -> str | None:
+def _onnx_refusals(written: Path) -> list[str]:
     from retriever.onnx_export import OnnxError, export_onnx
 
     try:
         export_onnx(load_encoder(written, device="cpu"), written)
     except OnnxError as refusal:
-        return ": ".join(str(refusal).split(": ")[:2])  # without the exporter's own page of advice
-    return None
+        return [": ".join(str(refusal).split(": ")[:2])]  # without the exporter's own page of advice
+    return []
 
 
 def main() -> None:
