@@ -94,11 +94,16 @@ def test_a_shown_command_is_understood(page: str, command: str, monkeypatch: pyt
         main = _main_of(module)
         args = main.parser.parse_args(rest)
         if module == "retriever.train":
-            load(args.config, args.overrides)
+            load(
+                "configs/my_pairs.yaml" if args.config == "run.yaml" else args.config, args.overrides
+            )  # the reader's own
 
 
 def _module_of(words: list[str]) -> tuple[str | None, list[str]]:
     """The module that a command starts, and its arguments."""
+    installed = _project()["scripts"]
+    if words[0] in installed:
+        return installed[words[0]].removesuffix(":main"), words[1:]
     for at, word in enumerate(words):
         if re.fullmatch(r"retriever/\w+\.py", word):
             return word.removesuffix(".py").replace("/", "."), words[at + 1 :]
@@ -122,9 +127,16 @@ def _is_make(words: list[str]) -> bool:
 
 def _is_pip(words: list[str]) -> bool:
     """Whether it installs the project with extras that there are."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     asked = re.fullmatch(r"\.\[([\w,-]+)\]", words[-1])
-    return words[:2] == ["pip", "install"] and asked is not None and {*asked[1].split(",")} <= extras.keys()
+    return (
+        words[:2] == ["pip", "install"]
+        and asked is not None
+        and {*asked[1].split(",")} <= _project()["optional-dependencies"].keys()
+    )
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=lambda block: block.name)

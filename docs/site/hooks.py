@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -56,10 +57,13 @@ def commands() -> str:
     """A page with the help of every command."""
     sys.path.insert(0, str(ROOT))
     files = [path for package in ("retriever", "eval", "scripts") for path in sorted((ROOT / package).rglob("*.py"))]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {module: name for name, module in project["scripts"].items()}
     parts = ["# Commands\n", "What each command prints with `--help`. `--debug` adds the traceback of an error.\n"]
     for path in files:
         if _COMMAND.search(path.read_text(encoding="utf-8")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             parser = importlib.import_module(module).main.parser
-            parts.append(f"## {parser.prog}\n\n```text\n{parser.format_help()}```\n")
+            short = f"Installed as `{installed[f'{module}:main']}`.\n\n" if f"{module}:main" in installed else ""
+            parts.append(f"## {parser.prog}\n\n{short}```text\n{parser.format_help()}```\n")
     return "\n".join(parts)
