@@ -46,6 +46,7 @@ class Mixture(NamedTuple):
     """The share of each source in an epoch, and whether batches mix sources."""
 
     per_epoch: Sequence[int] | None = None  # queries of each source; None: all of its queries
+    one_source: bool = True  # in a batch
     takes_turns: bool = False  # batches of one source come from each in turn
     apart: Sequence[int] = ()  # numbers of the sources that see their own passages only
 
@@ -70,7 +71,6 @@ class Planner:
         negatives: int | Sequence[int],
         seed: int,
         positives: int = 1,
-        one_source: bool = True,
         pool: int | None = None,
         mixture: Mixture = _EVERY_QUERY_ONCE,
     ) -> None:
@@ -79,14 +79,14 @@ class Planner:
         self._negatives = np.broadcast_to(np.asarray(negatives, np.int64), len(store.sources))
         self._pool = pool
         self._key = hashed(np.uint64(seed), np.uint64(int(store.fingerprint[:16], 16)))
-        self._one_source = one_source
+        self._one_source = mixture.one_source
         self._sizes = [source.last - source.first for source in store.sources]
         for source, size in zip(store.sources, self._sizes, strict=True):
             if size == 0:
                 raise ConfigError(f"data.train: {source.name} has no query with a positive; expected at least one")
         # Constant, so that a step's epoch needs no running sum.
         self._per_epoch = list(self._sizes if mixture.per_epoch is None else mixture.per_epoch)
-        self._taken = self._per_epoch if one_source else [sum(self._per_epoch)]  # the sources apart or as one mixture
+        self._taken = self._per_epoch if mixture.one_source else [sum(self._per_epoch)]  # or the whole mixture
         self._batches = [-(-taken // queries) for taken in self._taken]
         self._schedule = lru_cache(maxsize=2)(self._make_schedule)
         self._pass_order = lru_cache(maxsize=2 * len(self._sizes))(self._make_pass_order)
@@ -101,10 +101,10 @@ class Planner:
             negatives=hard_negatives(config.data),
             seed=config.run.seed,
             positives=config.loss.positives,
-            one_source=config.batch.one_source,
             pool=config.batch.pool,
             mixture=Mixture(
                 queries_per_epoch(config.data, [source.last - source.first for source in store.sources]),
+                one_source=config.batch.one_source,
                 takes_turns=config.data.sampling == "round_robin",
                 apart=[number for number, source in enumerate(config.data.train) if source.apart],
             ),

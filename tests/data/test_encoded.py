@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from retriever.config import Config, DataConfig, ModelConfig, SourceConfig
 from retriever.data import encoded, slices
 from retriever.data.encoded import first_of_equal
-from retriever.data.planner import Planner
+from retriever.data.planner import Mixture, Planner
 from retriever.data.slices import known_positives, slice_for_rank
 from retriever.data.store import Store, build_or_open
 from retriever.data.text_table import TokenRows
@@ -141,7 +141,7 @@ def test_queries_of_one_text_know_the_positives_of_all_over_sources(
         assert related(store, "negatives", query) == {ids("ocean")}
         assert related(store, "positives", query) == {ids(f"river {query}")}
     assert related(store, "negatives", 5) == {ids("river 2")}
-    batch = Planner(store, queries=6, negatives=0, seed=0, one_source=False).plan(0)
+    batch = Planner(store, queries=6, negatives=0, seed=0, mixture=Mixture(one_source=False)).plan(0)
     part = slice_for_rank(batch, np.ones(6), np.ones(len(batch.passages)), 0, 1)
     found = known_positives(store, part, True)
     for row, query in enumerate(part.queries.tolist()):

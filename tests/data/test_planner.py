@@ -78,7 +78,7 @@ def test_every_query_once_per_pass_in_even_batches(
     exceeds `queries`.
     """
     store = _store(*sizes)
-    planner = Planner(store, queries=queries, negatives=negatives, seed=seed, one_source=one_source)
+    planner = Planner(store, queries=queries, negatives=negatives, seed=seed, mixture=Mixture(one_source=one_source))
     for epoch in range(2):
         batches = _epoch(planner, epoch)
         assert {batch.epoch for batch in batches} == {epoch}
@@ -119,7 +119,7 @@ def test_several_positives_of_a_query(positives: int) -> None:
 
 def test_sources_mix_in_proportion_where_asked() -> None:
     """With one_source false every batch of a large epoch holds queries of every source, about as many as its share."""
-    planner = Planner(_store(300, 100), queries=40, negatives=0, seed=5, one_source=False)
+    planner = Planner(_store(300, 100), queries=40, negatives=0, seed=5, mixture=Mixture(one_source=False))
     shares = [np.mean(batch.queries < 300) for batch in _epoch(planner, 0)]
     assert min(shares) > 0.5 and max(shares) < 0.95
 
@@ -219,9 +219,7 @@ def test_batches_of_one_query_need_negatives(one_source: bool, named: str) -> No
 @pytest.mark.parametrize("one_source", [True, False])
 def test_a_weight_is_passes_per_epoch(one_source: bool) -> None:
     """Weight 0.5 visits a fresh half every epoch, weight 2 every query twice, weight 1 once, in every epoch."""
-    planner = Planner(
-        _store(20, 6, 10), queries=8, negatives=1, seed=4, mixture=Mixture([10, 12, 10]), one_source=one_source
-    )
+    planner = Planner(_store(20, 6, 10), queries=8, negatives=1, seed=4, mixture=Mixture([10, 12, 10], one_source))
     epochs = [Counter(_queries(_epoch(planner, epoch))) for epoch in range(4)]
     for counts in epochs:
         assert [counts[q] for q in range(20, 36)] == [2] * 6 + [1] * 10
@@ -250,7 +248,7 @@ def test_resuming_costs_the_same_at_any_step(monkeypatch: pytest.MonkeyPatch, on
     """Step 10**9 is planned with as many shuffles as step 0, a handful, and is what a planner on its way gets."""
     shuffle = Mock(wraps=planner_module.hashed_order)
     monkeypatch.setattr(planner_module, "hashed_order", shuffle)
-    arguments: dict[str, Any] = {"queries": 8, "negatives": 2, "seed": 1, "one_source": one_source}
+    arguments: dict[str, Any] = {"queries": 8, "negatives": 2, "seed": 1, "mixture": Mixture(one_source=one_source)}
     far = Planner(_store(50, 30), **arguments).plan(10**9)
     assert 0 < shuffle.call_count <= 5
     walking = Planner(_store(50, 30), **arguments)

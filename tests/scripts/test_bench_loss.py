@@ -94,8 +94,7 @@ def test_wrong_gradients_are_not_timed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_silent_ranks_do_the_same_work() -> None:
     """Their neighbours' rows have the right numbers, and ids that no two ranks share."""
-    world, ids = Silent.__new__(Silent), torch.arange(3)
-    world.device, world.rank, world.size = torch.device("cpu"), 1, 4
+    world, ids = Silent(torch.device("cpu"), rank=1, size=4), torch.arange(3)
     gathered = world.gather_rows(ids)
     assert gathered.rows[gathered.own].equal(ids) and len(gathered.rows.unique()) == 12
     first = world.pass_on(ids, torch.empty_like(ids), 1).wait()
