@@ -31,6 +31,9 @@ DECODERS = frozenset({"gemma", "gemma3_text", "gpt2", "llama", "mistral", "qwen2
 # These hand the boundaries of packed texts through to their attention; the others run padded.
 PACKED = (ENCODERS | DECODERS) - {"deberta-v2", "mpnet", "t5"}
 
+# RMSNorms of these compute in float32 whatever their input is, gradients of their weights included.
+FLOAT32_NORMS = frozenset({"gemma", "gemma3_text"})
+
 # Position ids of these start behind the padding token's id, so that many fewer positions are left for tokens.
 _OFFSET_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
 
