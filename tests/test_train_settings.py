@@ -103,7 +103,13 @@ def test_vectors_are_trusted_to_be_unit_vectors_where_they_are(
 def test_a_language_model_is_trained_evaluated_and_exported_with_an_end_and_fewer_dimensions(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["model.truncate_dim=12", "run.verify=true", "train.eval_every=0", "train.max_steps=1", "run.trackers=[]"]
+    settings = [
+        "model.truncate_dim=12",
+        "run.verify=true",
+        "train.eval_every=0",
+        "train.max_steps=1",
+        "run.trackers=[]",
+    ]
     gemma, llama = (
         f"model.name_or_path={save_plain_model(workplace / architecture, architecture)}"
         for architecture in ("gemma", "llama")  # Gemma's norms compute in float32, in the check of the gradient too
