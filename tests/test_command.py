@@ -53,6 +53,7 @@ COMMANDS = {
     "scripts.merge": "{model} {model} --output {out}",
     "scripts.sweep": "--config {run} --output {out}",
     "scripts.serve.__main__": "{model} --data {data} --split dev --port 0 --output-dir {out}",
+    "scripts.push_to_hub": "--model {model} --repo me/model",
     "scripts.report": "{logged} --output {out}/report.html",
     "scripts.train_cross_encoder": "--model {model} --data {mined} --output-dir {out}",
 }
