@@ -29,7 +29,7 @@ from retriever.encoder.settings import SETTINGS_FILE, SETTINGS_VERSION, EncoderS
 from retriever.errors import RefusedError
 from retriever.files import replace_folder, write_json, write_text
 from retriever.model_card import TrainingFacts, model_card
-from retriever.model_folder import ROUTES, write_described, write_router, write_tower
+from retriever.model_folder import ADAPTER, ROUTES, write_adapter, write_described, write_router, write_tower
 from retriever.rng import OwnGenerator, RngState
 from retriever.wording import without_folders
 
@@ -117,6 +117,9 @@ def export(
                 write_card(writing / side, side)
             write_router(writing)
             write_described(writing, settings, prompts)
+        if config.model.lora is not None:
+            for name, tower in encoder.towers.items():
+                write_adapter(writing / ("" if encoder.tied else name) / ADAPTER, tower, config.model)
         write_json(
             writing / SETTINGS_FILE,
             {"format_version": SETTINGS_VERSION, **asdict(settings), **_origin(settings, config)},

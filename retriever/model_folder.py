@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retriever.config import ModelConfig
 from retriever.data.tokens import Side
-from retriever.encoder.lora import merged_state
+from retriever.encoder.lora import LoraLinear, merged_state
 from retriever.encoder.pretrained import quiet_transformers
 from retriever.encoder.settings import EncoderSettings
 from retriever.files import read_json, write_json
 from retriever.older_readers import name_older_tokenizer, older_config_keys
+from retriever.wording import without_folders
 
 ROUTES: dict[Side, str] = {"query": "query", "passage": "document"}  # the sides' names in sentence-transformers
+ADAPTER = "adapter"  # the sub-folder of the low-rank parts
 _POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 _UNUSED_FLAGS = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens")
 
@@ -61,6 +65,32 @@ def write_tower(
     pooling = {"word_embedding_dimension": int(tower.config.hidden_size), **flags, "include_prompt": True}
     write_json(folder / "1_Pooling" / "config.json", pooling)
     write_described(folder, settings, prompts)
+
+
+def write_adapter(folder: Path, tower: nn.Module, model: ModelConfig) -> None:
+    """The low-rank parts of a tower alone, as PEFT reads them beside the model that the training began with."""
+    assert model.lora is not None
+    adapted = {name: module for name, module in tower.named_modules() if isinstance(module, LoraLinear)}
+    parts = {"lora_A": "lora_a", "lora_B": "lora_b"}  # names there and here
+    weights = {
+        f"base_model.model.{name}.{theirs}.weight": _as_fp32(module.get_parameter(ours))
+        for name, module in adapted.items()
+        for theirs, ours in parts.items()
+    }
+    described = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": without_folders(model.name_or_path),
+        "r": model.lora.r,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": sorted(adapted),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", described)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def write_described(folder: Path, settings: EncoderSettings, prompts: dict[str, str]) -> None:

@@ -78,7 +78,8 @@ def merge(folders: Sequence[Path], shares: Sequence[float], output: Path) -> Non
     for folder in folders[1:]:
         _check_alike(folders[0], folder)
     with replace_folder(output) as writing:
-        shutil.copytree(folders[0], writing, dirs_exist_ok=True)
+        others = shutil.ignore_patterns("adapter", "onnx")  # of the first model alone
+        shutil.copytree(folders[0], writing, dirs_exist_ok=True, ignore=others)
         for file in files:
             states = [load_file(folder / file) for folder in folders]
             save_file(average(states, shares), writing / file, metadata={"format": "pt"})

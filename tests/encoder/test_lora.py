@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -128,6 +129,7 @@ def test_targets_choose_layers_by_the_end_of_their_names(tmp_path: Path) -> None
         _encoder(save_tiny_model(tmp_path / "gpt2", "gpt2"))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_is_an_ordinary_model_of_merged_weights(tied: bool, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
@@ -148,3 +150,13 @@ def test_an_export_is_an_ordinary_model_of_merged_weights(tied: bool, tmp_path: 
         written = exported if tied else exported / side
         assert load_file(written / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
         assert type(AutoModel.from_pretrained(written).encoder.layer[0].output.dense) is nn.Linear
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), written / "adapter").eval()
+        tokens = load_tokenizer(folder)(TEXTS, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            found, merged, started = (
+                model(**tokens).last_hidden_state
+                for model in (adapted, AutoModel.from_pretrained(written), AutoModel.from_pretrained(folder))
+            )
+        real = tokens["attention_mask"].bool()
+        assert (merged - started)[real].abs().max() > 1e-2
+        torch.testing.assert_close(found[real], merged[real], rtol=0, atol=1e-4)
