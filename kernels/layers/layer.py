@@ -19,7 +19,7 @@ arXiv:1810.04805; Xiong et al. 2020, arXiv:2002.04745)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,76 +40,15 @@ from kernels.layers.api import (
     rotate_heads,
     rotate_heads_backward,
 )
-from kernels.layers.gelu_product import gelu_product, gelu_product_backward, transposed
-
-
-class Parameters(NamedTuple):
-    """The layer's own, as they are trained: W [out, in], b [out]; None: the layer has none.
-
-    D is the width of the stream, F that of the feed-forward part; H query heads and G key heads are d wide. Where key
-    and value (up) are None, `query_weight` (`ffn_in_weight`) holds their rows too, one part below another.
-    """
-
-    query_weight: Tensor  # [H d, D]
-    query_bias: Tensor | None
-    key_weight: Tensor | None  # [G d, D]
-    key_bias: Tensor | None
-    value_weight: Tensor | None  # [G d, D]
-    value_bias: Tensor | None
-    attention_out_weight: Tensor  # [D, H d]
-    attention_out_bias: Tensor | None
-    attention_norm_weight: Tensor  # [D]: of the norm behind attention
-    attention_norm_bias: Tensor | None
-    ffn_in_weight: Tensor  # [F, D]: of the gate, where there is one
-    ffn_in_bias: Tensor | None  # needed without a gate; a gated part has none
-    ffn_out_weight: Tensor  # [D, F]
-    ffn_out_bias: Tensor | None
-    ffn_norm_weight: Tensor  # [D]: of the norm behind the feed-forward part
-    ffn_norm_bias: Tensor | None
-    ffn_up_weight: Tensor | None = None  # [F, D]: of what a gate multiplies
-    query_norm_weight: Tensor | None = None  # [d]
-    key_norm_weight: Tensor | None = None
-    attention_added_weight: Tensor | None = None  # [D]: of an RMSNorm of what attention adds
-    ffn_added_weight: Tensor | None = None  # [D]: of an RMSNorm of what the feed-forward part adds; both or none
-
-
-class Adapter(NamedTuple):
-    """A trained low-rank part of a weight: W + scale · up down is in the place of W."""
-
-    down: Tensor  # [r, in]
-    up: Tensor  # [out, r]
-    scale: float
-
-
-Adapters = Mapping[str, Adapter]  # by the field of `Parameters` that holds the weight
-
-# The weights that each product reads, one below another.
-_PARTS = {
-    "qkv": ("query_weight", "key_weight", "value_weight"),
-    "attention_out": ("attention_out_weight",),
-    "ffn_in": ("ffn_in_weight", "ffn_up_weight"),
-    "ffn_out": ("ffn_out_weight",),
-}
-
-
-class LowRank(NamedTuple):
-    """The adapters of a product's weights beside each other, in the computing dtype: what gradients at them read."""
-
-    down: Tensor  # [R, in]: scale · down of each, one below another
-    up: Tensor  # [out, R]: scale · up of each, where its rows and its columns meet; else 0
-
-
-class RoundedWeights(NamedTuple):
-    """The parameters of the matrix products, in the computing dtype; adapters are added before they are rounded."""
-
-    qkv: Tensor  # [(H + 2 G) d, D]
-    qkv_bias: Tensor | None
-    attention_out: Tensor  # [D, H d]
-    ffn_in: Tensor  # [F, D], or [2 F, D]: gate and up
-    ffn_in_bias: Tensor | None  # [F]
-    ffn_out: Tensor  # [D, F]
-    ffn_out_transposed: Tensor  # [F, D], as `gelu_product_backward` reads it
-    low_rank: Mapping[str, LowRank] = {}  # by product
+from kernels.layers.gelu_product import gelu_product, gelu_product_backward
+from kernels.layers.weights import (
+    Adapters,
+    Parameters,
+    RoundedWeights,
+    adapter_gradients,
+    low_rank_gradients,
+    weight_gradient,
+)
 
 
 class LayerKind(NamedTuple):
@@ -188,51 +127,6 @@ class SavedActivations(NamedTuple):
     context: Tensor  # [T, H, d]: what attention makes of the values
     lse: Tensor  # its log-sum-exp, as `attention_forward` gives it
     ffn_out: Tensor  # [T, D]: of the second product of the feed-forward part, before its bias
-
-
-@torch.no_grad()
-def rounded_weights(parameters: Parameters, dtype: torch.dtype, adapters: Adapters | None = None) -> RoundedWeights:
-    """`parameters` as matrix products in `dtype` read them; no gradient flows back through this."""
-    adapters = adapters or {}
-    merged: dict[str, Any] = {
-        name: torch.addmm(getattr(parameters, name), up, down, alpha=scale)
-        for name, (down, up, scale) in adapters.items()
-    }
-    detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in parameters]
-    p = Parameters(*detached)._replace(**merged)
-    low_rank = {
-        product: _low_rank(parameters, names, dtype, adapters)
-        for product, names in _PARTS.items()
-        if any(name in adapters for name in names)
-    }
-    ffn_out = p.ffn_out_weight.to(dtype)
-    qkv = _joined((p.query_weight, p.key_weight, p.value_weight), dtype)
-    qkv_bias = _joined((p.query_bias, p.key_bias, p.value_bias), dtype)
-    ffn_in, ffn_in_bias = _joined((p.ffn_in_weight, p.ffn_up_weight), dtype), _joined((p.ffn_in_bias,), dtype)
-    assert qkv is not None and ffn_in is not None
-    turned = ffn_out.T if ffn_in_bias is None else transposed(ffn_out)
-    attention_out = p.attention_out_weight.to(dtype)
-    return RoundedWeights(qkv, qkv_bias, attention_out, ffn_in, ffn_in_bias, ffn_out, turned, low_rank)
-
-
-def _low_rank(p: Parameters, names: Sequence[str], dtype: torch.dtype, adapters: Adapters) -> LowRank:
-    """The adapters of the weights called `names`, beside each other."""
-    ups = []
-    for name in names:
-        if name in adapters:
-            ups.append(adapters[name].scale * adapters[name].up)
-        elif (weight := getattr(p, name)) is not None:
-            ups.append(weight.new_zeros(len(weight), 0))
-    downs = [adapters[name].scale * adapters[name].down for name in names if name in adapters]
-    return LowRank(torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype))
-
-
-def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """The parts that are not None, concatenated in `dtype`; a single part is not copied without need."""
-    given = [part.to(dtype) for part in parts if part is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-    return torch.cat(given)
 
 
 def transformer_layer(
@@ -390,19 +284,19 @@ class _Layer(torch.autograd.Function):
         dffn_out, dmiddle, of_norm2 = norm_backward(dout, dout_rounded, norm2, statistics2)
         del norm2, ffn_out, middle
         if kind.gate is None:
-            dffn_out_weight = _weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
-            low_rank["ffn_out"] = _low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
+            dffn_out_weight = weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
+            low_rank["ffn_out"] = low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
             del activated
             dffn_in, dffn_in_bias = gelu_product_backward(dffn_out, read.ffn_out_transposed, ffn_in)
         else:
             dffn_in, activated = gated_backward(dffn_out @ read.ffn_out, ffn_in, kind.gate)
-            dffn_out_weight = _weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
-            low_rank["ffn_out"] = _low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
+            dffn_out_weight = weight_gradient(dffn_out, activated) if needs.ffn_out_weight else None
+            low_rank["ffn_out"] = low_rank_gradients(dffn_out, activated, read.low_rank.get("ffn_out"))
             dffn_in_bias = None
             del activated
         del dffn_out, ffn_in
-        dffn_in_weight = _weight_gradient(dffn_in, y) if needs.ffn_in_weight or needs.ffn_up_weight else None
-        low_rank["ffn_in"] = _low_rank_gradients(dffn_in, y, read.low_rank.get("ffn_in"))
+        dffn_in_weight = weight_gradient(dffn_in, y) if needs.ffn_in_weight or needs.ffn_up_weight else None
+        low_rank["ffn_in"] = low_rank_gradients(dffn_in, y, read.low_rank.get("ffn_in"))
         dmiddle, dmiddle_rounded = _to_both(dmiddle, dffn_in @ read.ffn_in, ctx.is_rounded or kind.pre_norm)
         del dffn_in, y
         added = attention_out, attention_out_bias, attention_added_weight
@@ -410,8 +304,8 @@ class _Layer(torch.autograd.Function):
         dattention_out, dstream, of_norm1 = norm_backward(dmiddle, dmiddle_rounded, norm1, statistics1)
         del norm1, added, dmiddle, dmiddle_rounded, attention_out, stream
         flat = context.flatten(1)
-        dattention_out_weight = _weight_gradient(dattention_out, flat) if needs.attention_out_weight else None
-        low_rank["attention_out"] = _low_rank_gradients(dattention_out, flat, read.low_rank.get("attention_out"))
+        dattention_out_weight = weight_gradient(dattention_out, flat) if needs.attention_out_weight else None
+        low_rank["attention_out"] = low_rank_gradients(dattention_out, flat, read.low_rank.get("attention_out"))
         del flat
         dcontext = (dattention_out @ read.attention_out).view(context.shape)
         del dattention_out
@@ -426,12 +320,12 @@ class _Layer(torch.autograd.Function):
         needs_weight = needs.query_weight or needs.key_weight or needs.value_weight
         needs_bias = needs.query_bias or needs.key_bias or needs.value_bias
         weights = _by_rows(
-            _weight_gradient(dqkv, x) if needs_weight else None, (rows.query_weight, rows.key_weight, rows.value_weight)
+            weight_gradient(dqkv, x) if needs_weight else None, (rows.query_weight, rows.key_weight, rows.value_weight)
         )
         biases = _by_rows(
             dqkv.sum(0, dtype=of_norm1.dtype) if needs_bias else None, (rows.query_bias, rows.key_bias, rows.value_bias)
         )
-        low_rank["qkv"] = _low_rank_gradients(dqkv, x, read.low_rank.get("qkv"))
+        low_rank["qkv"] = low_rank_gradients(dqkv, x, read.low_rank.get("qkv"))
         drounded = None
         if needs_stream or needs_rounded:
             dstream, drounded = _to_both(dstream, dqkv @ read.qkv, ctx.is_rounded)
@@ -447,32 +341,8 @@ class _Layer(torch.autograd.Function):
             *(None if weight is None else sums[-1] for weight, sums in (
                 (attention_added_weight, of_norm1), (ffn_added_weight, of_norm2),
             )),
-            *_of_adapters(low_rank, rows, ctx.ranks),
+            *adapter_gradients(low_rank, rows, ctx.ranks),
         )  # fmt: skip
-
-
-def _low_rank_gradients(dy: Tensor, x: Tensor, low_rank: LowRank | None) -> tuple[Tensor, Tensor] | None:
-    """The gradients at the matrices of a product's adapters, beside each other as in `LowRank`: [R, in], [out, R]."""
-    if low_rank is None:
-        return None
-    return _weight_gradient(dy @ low_rank.up, x), _weight_gradient(dy, x @ low_rank.down.T)
-
-
-def _of_adapters(
-    found: Mapping[str, tuple[Tensor, Tensor] | None], rows: Any, ranks: Mapping[str, int]
-) -> list[Tensor]:
-    """The gradients at `down` and `up` of each adapter, in the order of `ranks`; `rows` of each parameter."""
-    gradients: dict[str, tuple[Tensor, Tensor]] = {}
-    for product, both in found.items():
-        if both is None:
-            continue
-        ddown, dup = both
-        row = rank = 0
-        for name in _PARTS[product]:
-            below, beside = row + getattr(rows, name), rank + ranks.get(name, 0)
-            gradients[name] = ddown[rank:beside], dup[row:below, rank:beside]
-            row, rank = below, beside
-    return [matrix for name in ranks for matrix in gradients[name]]
 
 
 def _by_rows(gradient: Tensor | None, rows: Sequence[Any]) -> Sequence[Tensor | None]:
@@ -490,12 +360,3 @@ def _of_norm(sums: Tensor, needs_bias: bool, needs_norm_bias: bool) -> tuple[Ten
 def _to_both(dstream: Tensor, dread: Tensor, is_rounded: bool) -> tuple[Tensor, Tensor | None]:
     """The gradients at a stream and at what matrix products read of it; where that is the stream, their sum."""
     return (dstream, dread) if is_rounded else (dstream.add_(dread), None)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x [out, in], accumulated and kept in float32 where dy and x are half precision."""
-    if dy.dtype not in (torch.bfloat16, torch.float16):
-        return dy.T @ x
-    if dy.is_cuda:
-        return torch.mm(dy.T, x, out_dtype=torch.float32)
-    return dy.T.float() @ x.float()

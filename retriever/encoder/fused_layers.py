@@ -18,16 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kernels.attention.reference import Texts
-from kernels.layers.layer import (
-    Adapters,
-    LayerSettings,
-    Parameters,
-    RoundedWeights,
-    SavedActivations,
-    rounded_weights,
-    transformer_layer,
-    without_graph,
-)
+from kernels.layers.layer import LayerSettings, SavedActivations, transformer_layer, without_graph
+from kernels.layers.weights import Adapters, Parameters, RoundedWeights, rounded_weights
 from retriever.encoder.fused_embeddings import CHANGE_FIRST, FusedEmbeddings, has_plain_embeddings
 from retriever.encoder.fused_specs import BERT_FAMILY, LayerSpec, angles, layer_specs
 from retriever.encoder.packed_attention import draw_seeds

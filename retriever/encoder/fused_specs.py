@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from kernels.dispatch import WIDEST_ROW
 from kernels.layers.api import Activation
-from kernels.layers.layer import Adapter, LayerKind, Parameters
+from kernels.layers.layer import LayerKind
+from kernels.layers.weights import Adapter, Parameters
 from retriever.encoder.lora import LoraLinear
 from retriever.encoder.packed_attention import attention_window
 

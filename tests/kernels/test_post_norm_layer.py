@@ -12,15 +12,8 @@ from torch.nn.functional import gelu, layer_norm, linear
 from kernels.attention.reference import Mask, Texts
 from kernels.dropout import keep_mask
 from kernels.layers import layer as module
-from kernels.layers.layer import (
-    LayerKind,
-    LayerSettings,
-    Parameters,
-    SavedActivations,
-    rounded_weights,
-    transformer_layer,
-    without_graph,
-)
+from kernels.layers.layer import LayerKind, LayerSettings, SavedActivations, transformer_layer, without_graph
+from kernels.layers.weights import Parameters, rounded_weights
 from tests.kernels.attention_oracle import dense_attention, texts
 from tests.kernels.oracle import gradient, relative_error
 
@@ -152,8 +145,8 @@ def test_frozen_parameters_cost_nothing(
     weights = torch.randn(stream.shape, dtype=torch.float64)
     (run(stream, layer, p, torch.float64) * weights).sum().backward()
     some = Parameters(*(v.detach().requires_grad_(name in trained) for name, v in zip(FIELDS, given(p), strict=True)))
-    weight_gradient = Mock(wraps=module._weight_gradient)
-    monkeypatch.setattr(module, "_weight_gradient", weight_gradient)
+    weight_gradient = Mock(wraps=module.weight_gradient)
+    monkeypatch.setattr(module, "weight_gradient", weight_gradient)
     beside = stream.detach().requires_grad_(from_stream)
     (run(beside, layer, some, torch.float64) * weights).sum().backward()
     assert weight_gradient.call_count == products
