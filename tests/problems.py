@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.infonce.rules import Guide, Lists, Pairs, Pools, guide_vectors
-from retriever.data.batch import Batch, KnownPairs, Targets
+from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks, filler, plan_chunks
 from retriever.data.layout import pack_rows, pad_rows
+from retriever.data.targets import KnownPairs, Targets
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World

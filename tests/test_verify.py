@@ -17,7 +17,8 @@ from kernels.infonce.reference import Block
 from kernels.layers.layer import SavedActivations, without_graph
 from retriever import verify
 from retriever.config import Direction, LossConfig, ModelConfig
-from retriever.data.batch import Batch, Groups
+from retriever.data.batch import Batch
+from retriever.data.teacher import Groups
 from retriever.data.text_vectors import TeacherVectors
 from retriever.encoder import fused_layers
 from retriever.encoder.dual_encoder import DualEncoder

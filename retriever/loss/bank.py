@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from kernels.infonce.exclusions import Exclusions
 from retriever.config import Config, LossConfig
-from retriever.data.batch import Batch, Targets
+from retriever.data.batch import Batch
+from retriever.data.targets import Targets
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.parallel.world import World
 

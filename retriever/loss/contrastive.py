@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kernels.infonce.api import Hardness
 from kernels.infonce.reference import rounded
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.targets import Targets
 from retriever.loss.bank import Bank
 from retriever.loss.custom import CustomLoss
 from retriever.loss.distill import contrast_own, distill

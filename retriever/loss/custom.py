@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.infonce.api import Exclusions
 from retriever.config import ConfigError
-from retriever.data.batch import Groups
+from retriever.data.teacher import Groups
 from retriever.loss.distill import columns_of
 from retriever.loss.problem import Problem
 from retriever.loss.strategies import excluded_pairs, exclusions_of_all_rows

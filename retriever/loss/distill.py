@@ -28,7 +28,8 @@ from torch import Tensor
 
 from kernels.infonce.terms import log_one_plus_exp
 from retriever.config import LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.targets import Targets
+from retriever.data.teacher import Groups
 from retriever.loss.problem import Problem
 from retriever.parallel.world import World
 

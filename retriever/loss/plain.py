@@ -8,7 +8,8 @@ from torch.nn.functional import kl_div, mse_loss, normalize
 
 from kernels.infonce.api import Lists
 from retriever.config import LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.targets import Targets
+from retriever.data.teacher import Groups
 from retriever.loss.contrastive import false_negatives_from
 from retriever.loss.custom import CustomLoss, LossTargets
 from retriever.loss.embedding import distances

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.infonce.api import Block, Exclusions, Hardness, MaskTables, Precision, block_of
 from kernels.infonce.two_pass import Passages, Source, first_pass, second_pass
-from retriever.data.batch import KnownPairs
+from retriever.data.targets import KnownPairs
 
 _QUERY_TO_PASSAGE = ("query_to_passage",)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from kernels.infonce.rules import Pairs
 from kernels.layers.layer import SavedActivations
 from retriever.config import OptimConfig
-from retriever.data.batch import Groups, KnownPairs, Targets
 from retriever.data.layout import Packed, Padded, pack_rows, pad_rows
+from retriever.data.targets import KnownPairs, Targets
+from retriever.data.teacher import Groups
 from retriever.data.tokens import Side
 from retriever.encoder.batch_norm import running_values_kept
 from retriever.encoder.dual_encoder import DualEncoder

@@ -30,8 +30,9 @@ from transformers import BertConfig
 
 from kernels.infonce.rules import Pairs
 from retriever.command import command, option
-from retriever.data.batch import Batch, KnownPairs, Targets
+from retriever.data.batch import Batch
 from retriever.data.chunks import Chunk, Chunks
+from retriever.data.targets import KnownPairs, Targets
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.offload import host_bytes
 from retriever.retention import NOTHING, Retention

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from kernels.infonce.api import Exclusions, infonce
 from kernels.matmul import float32_products
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.targets import Targets
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import BLOCK_ROWS
 from retriever.loss.strategies import STRATEGIES

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from kernels.infonce.api import Exclusions
 from kernels.infonce.exclusions import known_pairs
 from kernels.infonce.rules import Guide, Pairs, guide_vectors
-from retriever.data.batch import KnownPairs
+from retriever.data.targets import KnownPairs
 from retriever.loss import problem as strategy
 from retriever.parallel.host import host_rows
 from retriever.parallel.world import World

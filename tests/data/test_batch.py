@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from retriever.config import BatchConfig, Config, DataConfig, LossConfig, ModelConfig, SourceConfig
-from retriever.data.batch import Batch, BatchLoader, Targets
+from retriever.data.batch import Batch, BatchLoader
 from retriever.data.layout import Padded
 from retriever.data.planner import Planner
 from retriever.data.store import Store, build_or_open
+from retriever.data.targets import Targets
 from retriever.data.tokens import TokenTemplate
 from retriever.parallel.world import World
 from tests.tiny import random_texts, tiny_tokenizer

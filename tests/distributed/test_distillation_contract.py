@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss, normalize
 
 from retriever.config import LossConfig, ModelConfig
-from retriever.data.batch import Groups
+from retriever.data.teacher import Groups
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.loss import distill as distill_module
 from retriever.loss.contrastive import ContrastiveObjective

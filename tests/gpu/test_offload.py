@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from retriever.config import LossConfig, ModelConfig
-from retriever.data.batch import Targets
 from retriever.data.chunks import Chunks
+from retriever.data.targets import Targets
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.gradcache import backward_through_encoder, encode_without_graph, representation_gradients
 from retriever.loss.contrastive import ContrastiveObjective

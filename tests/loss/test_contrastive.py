@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.targets import Targets
 from retriever.data.text_vectors import TeacherVectors
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES

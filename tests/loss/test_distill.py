@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from retriever.config import LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.targets import Targets
+from retriever.data.teacher import Groups
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 

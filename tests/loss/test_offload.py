@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retriever.config import LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.targets import Targets
+from retriever.data.teacher import Groups
 from retriever.loss import offload as module
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.offload import offloaded

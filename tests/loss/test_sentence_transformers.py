@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 
 from kernels.infonce.rules import Guide, Lists, guide_vectors
 from retriever.config import Direction, LossConfig
-from retriever.data.batch import Groups, Targets
+from retriever.data.targets import Targets
+from retriever.data.teacher import Groups
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.parallel.world import World
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retriever.config import LossConfig
-from retriever.data.batch import Targets
+from retriever.data.targets import Targets
 from retriever.loss.contrastive import ContrastiveObjective
 from retriever.loss.strategies import STRATEGIES
 from retriever.parallel.world import World
