@@ -173,11 +173,11 @@ def test_whoever_waits_goes_on_when_the_other_ends(tmp_path: Path, monkeypatch: 
     path, said = tmp_path / ".lock", list[str]()
     with _holder(path) as first:
 
-        def end_the_first(message: str, *, flush: bool) -> None:
+        def end_the_first(message: str) -> None:
             said.append(message)
             first.kill()
 
-        monkeypatch.setattr(lock, "print", end_the_first, raising=False)
+        monkeypatch.setattr(lock, "say", end_the_first)
         with locked(path, "the store", wait=True):
             assert first.wait(30) == -signal.SIGKILL
     assert len(said) == 1 and said[0].startswith(f"the store is built by process {first.pid} on ")

@@ -225,4 +225,4 @@ def test_a_cached_model_whose_files_cannot_be_asked_for_is_told(
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda name, file: str(folder / file))
     assert tower_folder("some/model", "passage") == ""
     assert asked == ["bigbatch.json", "modules.json"]
-    assert "note: some/model: the hub was not reached; the cache has no modules.json" in capsys.readouterr().err
+    assert "note: some/model: the hub was not reached; the cache has no modules.json" in capsys.readouterr().out

@@ -25,7 +25,7 @@ PHASES = {
     "export": "retriever.published:Published.export",
     "evaluation": "retriever.run:Run.evaluate",
     "publish of best": "retriever.published:Published.best",
-    "report": "retriever.outputs:write_report",
+    "report": "retriever.published:write_report",
 }
 HELD = "the fourth step begins"
 OF_EVERY_RANK = ("any moment", "evaluation")
