@@ -79,6 +79,11 @@ def test_a_number_that_no_cluster_has_is_refused_by_its_option(
 def test_all_options_are_held_to_that(capsys: pytest.CaptureFixture[str]) -> None:
     """One GPU of a laptop may have less than one of a unit."""
     assert main(["--help"]) == 0
-    assert set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) == {*_WHOLE, *_REAL, "--debug", "--quiet"}
+    assert set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) == {
+        *_WHOLE,
+        *_REAL,
+        "--debug",
+        "--quiet",
+    }
     main(["--batches", "1", "--gpus", "1", "--between-gb-s", "0.5", "--pairs-per-s", "0.1", "--memory-gib", "0.5"])
     assert "| 1 |" in capsys.readouterr().out
