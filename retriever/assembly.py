@@ -215,7 +215,10 @@ def _announce(parts: Assembly, done: int) -> None:
         _say(parts, f"verify  {check}", "summary")
     if last is None or not done:
         return
-    _say(parts, f"{'already finished' if done == total else 'resuming'} at step {done:,} of {total:,}: {last}")
+    if done == total:
+        _say(parts, f"already finished at step {done:,} of {total:,}: {last}", "end")
+    else:
+        _say(parts, f"resuming at step {done:,} of {total:,}: {last}")
     if resume.length_of(checkpoint.config_of(last)) != resume.length_of(config):
         schedule = f"from here on the learning rate follows the schedule of {total:,} steps"
         _say(parts, f"note: this run is longer than it was planned before: {schedule}")

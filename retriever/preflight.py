@@ -148,9 +148,13 @@ def warnings(
             "model.pooling=last, but the tokenizer appends nothing to a text, so its last word is what is pooled; "
             "model.append_eos=true appends the end-of-text token",
         ),
-        (
-            (share := cut_share(config, tokenizer, store, "query")) > 0.5,
-            f"model.query_max_tokens={model.query_max_tokens} cuts {share:.0%} of the queries: raise it",
+        *(
+            (
+                (share := cut_share(config, tokenizer, store, side)) > 0.5,
+                f"model.{side}_max_tokens={getattr(model, f'{side}_max_tokens')} cuts {share:.0%} of the {plural}: "
+                "raise it",
+            )
+            for side, plural in zip(SIDES, ("queries", "passages"), strict=True)
         ),
     ]
     return (

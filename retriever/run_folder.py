@@ -37,6 +37,10 @@ def held(config: Config) -> Iterator[None]:
         raise ConfigError(f"run.output_dir: {folder} is a file; expected a folder, which need not exist yet")
     if config.model.name_or_path and model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
         raise ConfigError(f"run.output_dir: {folder} is in the model folder {model}; expected a folder elsewhere")
+    evaluated = [asked.path for asked in config.eval.collections] if config.eval is not None else []
+    for path in [*(source.path for source in config.data.train), *evaluated]:
+        if path and folder.exists() and Path(path).expanduser().resolve() == folder.resolve():
+            raise ConfigError(f"run.output_dir: {folder} holds the data; expected a folder elsewhere")
     if os.environ.get("RANK", "0") != "0" or config.run.preflight == "only":
         yield
         return

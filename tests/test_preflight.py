@@ -125,11 +125,12 @@ def test_what_needs_no_measuring_is_resolved(folder: Path) -> None:
         preflight.resolve(replace(CONFIG, eval=cut), encoder, World(torch.device("cpu")))
 
 
-def _store(negatives: int = 1, query_tokens: tuple[int, ...] = (4, 9)) -> Any:
+def _store(negatives: int = 1, query_tokens: tuple[int, ...] = (4, 9), passage_tokens: tuple[int, ...] = (9,)) -> Any:
     """As much of a store as warnings look at."""
     lengths, negatives_of = SimpleNamespace(lengths=np.array(query_tokens)), SimpleNamespace(ids=np.arange(negatives))
     limits = lambda config, side: getattr(config.model, f"{side}_max_tokens")  # noqa: E731
-    return SimpleNamespace(queries=lengths, negatives=negatives_of, limits=limits)
+    passages = SimpleNamespace(lengths=np.array(passage_tokens))
+    return SimpleNamespace(queries=lengths, passages=passages, negatives=negatives_of, limits=limits)
 
 
 def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +153,9 @@ def test_what_is_probably_not_meant_is_said(folder: Path, monkeypatch: pytest.Mo
     own = SourceConfig(path="x", query_prompt="a b c d e f g h", query_max_tokens=12)
     (text,) = found(Config(data=DataConfig(train=(SourceConfig(path="y"), own))), _store())
     assert text.startswith("data.train.1.query_prompt takes 8 of the 12 tokens of query_max_tokens")
+    assert found(Config(data=data), _store(passage_tokens=(40, 600))) == []
+    (text,) = found(Config(data=data), _store(passage_tokens=(40, 600, 600)))
+    assert text.startswith("model.passage_max_tokens=") and text.endswith("cuts 67% of the passages: raise it")
     odd = Config(
         model=ModelConfig("m", normalize=False, query_prompt="a b c d e", query_max_tokens=8),
         batch=BatchConfig(9000),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever.config import Config, ConfigError, EvalConfig, ModelConfig, RunConfig, to_yaml
+from retriever.config import Config, ConfigError, EvalConfig, ModelConfig, RunConfig, SourceConfig, to_yaml
 from retriever.lock import LockedError
 from retriever.run_folder import held, remove_embeddings, remove_run, take
 from retriever.train import main
@@ -194,6 +194,10 @@ def test_a_place_where_no_run_can_write_is_refused(config: Config, tmp_path: Pat
             == f"run.output_dir: {place} is in the model folder {tmp_path / 'model'}; expected a folder elsewhere"
         )
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+    _put(tmp_path / "pairs" / "corpus.jsonl")
+    run, train = RunConfig(output_dir=f"{tmp_path}/pairs"), (SourceConfig(f"{tmp_path}/x/../pairs"),)
+    onto = replace(config, run=run, data=replace(config.data, train=train))
+    assert _refused(onto) == f"run.output_dir: {tmp_path}/pairs holds the data; expected a folder elsewhere"
 
 
 def test_a_damaged_list_is_told(config: Config, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def find_qrels(folder: Path, split: str) -> Path:
         return found[0]
     there = found or [*data_files(folder / "qrels"), *data_files(folder, "qrels")]
     names = ", ".join(f.relative_to(folder).as_posix() for f in there) or "no qrels"
-    raise DataError(f"expected one file qrels/{split}.tsv or qrels.{split}.tsv, found {names}", folder)
+    another = "; name another split" if there else ""
+    raise DataError(f"expected one file qrels/{split}.tsv or qrels.{split}.tsv, found {names}{another}", folder)
 
 
 def example_files(path: Path, split: str) -> list[Path]:

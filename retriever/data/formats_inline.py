@@ -124,6 +124,8 @@ def column_roles(record: Record, asked: Sequence[str] | None, by_id: bool = Fals
     if asked is None and {"anchor", "positive"} <= set(names):
         prompt = "prompt" if "prompt" in there else None
         names = ["anchor", "positive", *(name for name in names if name.startswith("negative"))]
+    elif asked is None and not {"anchor", "positive"}.isdisjoint(names):
+        names = ["anchor", "positive"]  # one of them is missing, which is told
     if problem := _problem_of_columns(record, names, asked is None, by_id):
         columns = f"the columns are {', '.join(there)}; name those to use in data.train.<n>.columns"
         raise record.refusal(f"{problem}: {columns}")

@@ -129,7 +129,9 @@ def read_model_config(name_or_path: str | Path, side: Side = "passage") -> Any:
     folder = tower_folder(name, side)
     file = str(PurePosixPath(folder) / "config.json")
     if read_json(name, file) is None:
-        hint = f"; did you mean {name}/export?" if (Path(name) / "export").is_dir() else f": it has no {file}"
+        exported = (f"{name}/{folder}" for folder in ("best", "export") if (Path(name) / folder).is_dir())
+        found = next(exported, None)
+        hint = f": it has no {file}" if found is None else f"; did you mean {found}?"
         raise ConfigError(f"model {name!r} is no folder or Hugging Face name of a loadable model{hint}")
     config = read_config(name, folder)
     check_architecture(config, name)

@@ -67,6 +67,8 @@ def _collection(args: argparse.Namespace) -> EvalCollectionConfig:
     """The collection to search: `--data`, else what the first run evaluates on."""
     if args.data is not None:
         return EvalCollectionConfig(path=str(args.data), format=args.format, split=args.split or "test")
+    if not Path(args.runs[0]).is_dir():
+        raise ConfigError(f"there is no folder {args.runs[0]}: expected --data, or a run's folder")
     file = Path(args.runs[0]) / "config.yaml"
     evaluated = yaml.safe_load(file.read_text(encoding="utf-8")).get("eval") if file.is_file() else None
     if not evaluated:

@@ -313,6 +313,11 @@ def test_a_folder_gives_the_files_of_its_split_in_order_with_one_numbering(tmp_p
         ),
         (
             "c.jsonl",
+            [{"anchor": "a", "text": "b"}],
+            "no column 'positive': the columns are anchor, text; name those to use in data.train.<n>.columns",
+        ),
+        (
+            "c.jsonl",
             [{"anchor": "a", "positive": None, "x": "y"}],
             "line 1: field 'positive': expected text or a list of texts, received None",
         ),

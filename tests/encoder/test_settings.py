@@ -187,6 +187,7 @@ def test_our_own_file_decides_over_all_others(folder: Path) -> None:
         ("", r"model \S+/named: there is no such folder \(model\.name_or_path"),
         ("named", "is no folder or Hugging Face name of a loadable model"),
         ("named/export", "did you mean .*named/export"),
+        ("named/best", "did you mean .*named/best"),
     ],
 )
 def test_a_folder_without_a_model_is_named(tmp_path: Path, folders: str, message: str) -> None:

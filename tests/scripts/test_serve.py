@@ -125,6 +125,7 @@ def test_what_cannot_be_served_is_refused(served: tuple[Path, TestClient], monke
     folder, _ = served
     model, data = str(folder / "model0"), ["--data", str(folder / "data")]
     assert_refused(main, [model, model, model, *data], "3 runs: expected one, or two")
+    assert_refused(main, [f"{model}/x"], f"there is no folder {model}/x: expected --data, or a run's folder")
     assert_refused(main, [model], "names no collection: expected --data, or a run's folder with `eval`")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
