@@ -1,7 +1,8 @@
 """Embeddings of one byte or one bit a dimension, in the conventions of sentence-transformers and FAISS.
 
-- `int8`: the range of each dimension in a shard is cut into 256 equal steps. A code is the number of its step less 128,
-  as in sentence-transformers' `quantize_embeddings`. It is read as the middle of the step, as in FAISS's `SQ8`.
+- `int8`: the range of each dimension in a shard is cut into 255 equal steps. A code is the number of its step less 128,
+  as in sentence-transformers' `quantize_embeddings`. It is read as the middle of the step, as in FAISS's `SQ8`;
+  a dimension of one value is read as that value.
 - `binary`: signs, eight to a byte (uint8), as in sentence-transformers' `ubinary` and FAISS's binary indexes. They are
   read as ±1/√D.
 """
@@ -35,7 +36,7 @@ class Codes:
         if self.ranges is None:
             signs = np.unpackbits(codes, axis=1, count=self.shape[1]).astype(np.float32)
             return (2 * signs - 1) / np.float32(self.shape[1] ** 0.5)
-        low, step = _steps(self.ranges)
+        low, step = self.ranges[0], _steps(self.ranges)
         return low + (codes.astype(np.float32) + np.float32(128.5)) * step
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
@@ -47,13 +48,13 @@ def quantize(embeddings: np.ndarray, to: Quantization) -> Codes:
     if to == "binary":
         return Codes(np.packbits(embeddings > 0, axis=1), embeddings.shape[1], None)
     ranges = np.stack([embeddings.min(axis=0), embeddings.max(axis=0)]).astype(np.float32)
-    low, step = _steps(ranges)
-    codes = np.clip(np.floor((embeddings - low) / step), 0, 255) - 128
+    step = _steps(ranges)
+    step[step == 0] = 1  # codes of -128, as in sentence-transformers
+    codes = np.clip(np.floor((embeddings - ranges[0]) / step), 0, 255) - 128
     return Codes(codes.astype(np.int8), embeddings.shape[1], ranges)
 
 
-def _steps(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest value and width of a step, each [D]; 1 for a dimension of one value, as in sentence-transformers."""
+def _steps(ranges: np.ndarray) -> np.ndarray:
+    """[D] widths of a step; 0 for a dimension of one value."""
     low, high = ranges
-    step = (high - low) / 255
-    return low, np.where(step == 0, np.float32(1), step)
+    return (high - low) / 255

@@ -34,6 +34,18 @@ def test_codes_are_those_of_sentence_transformers(to: Quantization, theirs: Any)
     np.testing.assert_array_equal(quantize(vectors, to).codes, quantize_embeddings(vectors, theirs))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_dimension_of_one_value_is_decoded_to_it(rows: int) -> None:
+    """In a shard of one row every dimension is such."""
+    vectors = np.random.default_rng(0).standard_normal((rows, 5)).astype(np.float32)
+    vectors[:, 1] = 0.25
+    found = quantize(vectors, "int8")[:]
+    constant = vectors.min(axis=0) == vectors.max(axis=0)
+    np.testing.assert_array_equal(found[:, constant], vectors[:, constant])
+    step = (vectors.max(axis=0) - vectors.min(axis=0)) / 255
+    assert constant.sum() == (5 if rows == 1 else 1) and (np.abs(found - vectors) <= 0.5001 * step).all()
+
+
 def test_int8_is_decoded_as_by_faiss() -> None:
     """Within a step: FAISS cuts at the same places but for rounding."""
     vectors = np.delete(_vectors(500, 21), 1, axis=1)  # FAISS spreads one value over a range of 1e-6
