@@ -57,7 +57,7 @@ def bootstrap_interval(
 
 
 def bootstrap_test(differences: np.ndarray, clusters: Sequence[str] | None = None, *, seed: int = 0) -> float:
-    """p of mean(d) = 0: twice the share of `bootstrap_means` on the other side of 0, at least 1 / (resamples + 1)."""
+    """p of mean(d) = 0: twice the share of `bootstrap_means` on the other side of 0, at least 2 / (resamples + 1)."""
     means = bootstrap_means(differences, clusters, seed=seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     return min(1.0, 2 * (int(beyond) + 1) / (len(means) + 1))
