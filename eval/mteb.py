@@ -8,6 +8,7 @@ python -m eval.mteb --model runs/demo/export --data datasets/scifact
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,11 @@ if TYPE_CHECKING:
         type=Path,
         help="for results as mteb's leaderboard takes them (default: evaluations/<model>/mteb)",
     ),
-    option("--overwrite", action="store_true", help="run tasks again that have results of this model's weights"),
+    option(
+        "--overwrite",
+        action="store_true",
+        help="run tasks again that have results of this model and its settings",
+    ),
     BATCH,
     *ENCODER,
     group("encoding", *ENCODING, about="each by default what the model folder says"),
@@ -55,7 +60,12 @@ def main(args: argparse.Namespace) -> None:
     from eval.mteb_adapter import MtebEncoder
     from eval.report import format_table
 
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise RefusedError(f"WORLD_SIZE {ranks}: expected 1; mteb runs in one process, start it without a launcher")
     name = args.name or model_label(args.model)
+    if "/" not in name:
+        raise RefusedError(f"--name {name}: expected organisation/model")
     bundle = load_bundle(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tasks = _tasks(args, bundle)
     folder = args.output_dir or Path("evaluations") / name.replace("/", "-") / "mteb"

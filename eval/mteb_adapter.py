@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import datasets
@@ -15,10 +15,11 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from eval.collections.collection import Collection
+from eval.collections.collection import Collection, fingerprint
 from retriever.data.records import Passage, final_text
 from retriever.data.tokens import Side
 from retriever.encoder.bundle import EncoderBundle
+from retriever.encoder.text_batches import mode_of
 
 
 class MtebEncoder:
@@ -34,7 +35,7 @@ class MtebEncoder:
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=name,
-            revision=bundle.model_hash()[:40],
+            revision=_revision(bundle),
             release_date=None,
             languages=None,
             n_parameters=sum(parameter.numel() for parameter in bundle.encoder.parameters()),
@@ -79,6 +80,12 @@ class MtebEncoder:
 
     def _tensor(self, embeddings: Any) -> torch.Tensor:
         return torch.atleast_2d(torch.as_tensor(embeddings, device=self._bundle.encoder.device))
+
+
+def _revision(bundle: EncoderBundle) -> str:
+    """A hash of all that the embeddings depend on: mteb takes results of the same name and revision as its own."""
+    settings = asdict(bundle.settings)
+    return fingerprint([bundle.model_hash(), settings, bundle.precision, mode_of(bundle.encoder)])
 
 
 def local_task(collection: Collection, bundle: EncoderBundle) -> AbsTaskRetrieval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import mteb as package
 import numpy as np
 import pytest
+import torch
 from mteb.types import PromptType
 
 from eval import beir, mteb
@@ -46,15 +48,27 @@ def test_a_retrieval_task_gives_the_figures_of_eval_beir(
         assert theirs[key] == pytest.approx(ours[name], abs=1e-4), name
     assert 0.05 < theirs["main_score"] < 0.95 and f"{theirs['main_score']:.4f}" in capsys.readouterr().out
     meta = json.loads((file.parent / "model_meta.json").read_text(encoding="utf-8"))
-    bundle = load_encoder(model, device="cpu")
     assert (meta["name"], meta["revision"], meta["embed_dim"]) == ("us/tiny", file.parent.name, 32)
-    assert file.parent.name == bundle.model_hash()[:40]
 
 
 @pytest.fixture(scope="module")
 def bundle(folders: tuple[Path, Path]) -> EncoderBundle:
     more: Any = {"query_prompt": "query: ", "passage_prompt": "find ", "query_max_tokens": 9, "passage_max_tokens": 12}
     return load_encoder(folders[0], device="cpu", **more)
+
+
+def test_results_of_other_settings_are_not_taken_for_these(bundle: EncoderBundle) -> None:
+    def revision(one: EncoderBundle) -> str | None:
+        return MtebEncoder(one, "us/tiny").mteb_model_meta.revision
+
+    changes: list[dict[str, Any]] = [{"query_prompt": "ask "}, {"passage_max_tokens": 8}, {"title": "drop"}]
+    others = [replace(bundle, settings=replace(bundle.settings, **change)) for change in changes]
+    for name, value in (("autocast_dtype", torch.bfloat16), ("packed", True)):
+        encoder = copy(bundle.encoder)
+        setattr(encoder, name, value)
+        others.append(replace(bundle, encoder=encoder))
+    assert len({revision(one) for one in (bundle, *others)}) == 1 + len(others)
+    assert revision(replace(bundle)) == revision(bundle)
 
 
 def test_sides_and_titles_are_encoded_as_the_model_does(bundle: EncoderBundle) -> None:
@@ -102,6 +116,11 @@ def test_benchmarks_and_tasks_go_by_mtebs_names(
 def test_what_mteb_does_not_know_is_refused(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(mteb.main, ["--model", str(folders[0]), "--tasks", "SciFactt"], "mteb 2.*SciFactt")
     assert_refused(mteb.main, ["--model", str(folders[0]), "--benchmark", "NanoBIER"], "mteb 2.*NanoBIER")
+    asked = ["--model", str(folders[0]), "--tasks", "SciFact"]
+    assert_refused(mteb.main, [*asked, "--name", "tiny"], "--name tiny: expected organisation/model")
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        assert_refused(mteb.main, asked, "WORLD_SIZE 2: expected 1")
     monkeypatch.setattr("retriever.environment._is_installed", lambda name: name != "mteb")
     expected = r"mteb not installed: run `pip install '.\[mteb\]'`"
     assert_refused(mteb.main, ["--model", str(folders[0]), "--tasks", "SciFact"], expected)
