@@ -58,7 +58,7 @@ SEARCH = (
         type=at_least_one,
         default=0,
         metavar="N",
-        help="score the N best passages of an index again, exactly, from the shards",
+        help="score the N best passages of an index again, exactly, from the shards; at least k are",
     ),
     option(
         "--verify",
@@ -109,7 +109,8 @@ def evaluation_command(
             choices=("int8", "binary", "hamming"),
             default=[],
             help="measure embeddings of fewer bits too: passages of a byte or a bit a dimension, their queries in "
-            "float32; hamming: queries of a bit too",
+            "float32; hamming: queries of a bit too; int8 takes its ranges from the evaluation's shards, whose sizes "
+            "differ from those of encode.py in collections below 262,144 passages",
         ),
         option("--k", type=at_least_one, default=1000, help="passages a query in the run"),
         option(
