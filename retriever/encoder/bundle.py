@@ -20,8 +20,9 @@ from retriever.data.tokens import SIDES, Side, described_tokenizer
 from retriever.encoder.architectures import check_lengths
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.execution import apply_execution
+from retriever.encoder.lora import LoraLinear
 from retriever.encoder.pooling import PoolingMode
-from retriever.encoder.projection import load_projections
+from retriever.encoder.projection import Dense, load_projections
 from retriever.encoder.settings import EncoderSettings, read_model_config, read_settings
 from retriever.encoder.text_batches import BATCH_TEXTS, Arriving, BatchEncoder, Key
 from retriever.encoder.tokenizer import check_prompt, load_tokenizer
@@ -112,6 +113,11 @@ class EncoderBundle:
         pooled = {"pooling": self.encoder.pooling, "normalize": self.encoder.normalize}
         cut = {} if self.encoder.truncate_dim is None else {"truncate_dim": self.encoder.truncate_dim}
         digest.update(_canonical(pooled | cut))
+        for name, module in self.encoder.named_modules():  # what their tensors do not tell
+            if isinstance(module, LoraLinear):
+                digest.update(_canonical({"name": name, "scale": module.scale}))
+            elif isinstance(module, Dense):
+                digest.update(_canonical({"name": name, "activation": str(module.activation)}))
         return digest.hexdigest()
 
 
@@ -156,7 +162,7 @@ def load_encoder(
     query_tower = passage_tower if settings.tied else load_tower(name, "query")
     pooled: Any = {key: getattr(settings, key) for key in ("pooling", "normalize", "truncate_dim")}
     encoder = DualEncoder(query_tower, passage_tower, **pooled, autocast_dtype=AUTOCAST_DTYPES[precision])
-    encoder.projections.update(load_projections(name, tied=settings.tied))
+    encoder.projections.update(load_projections(name, encoder.towers))
     encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = encoder.device.type == "cuda"
     packed = attention == "packed" or (attention == "auto" and gpu and encoder.can_pack)

@@ -70,11 +70,6 @@ class DualEncoder(nn.Module):
         model_config = read_model_config(name)
         check_lengths(model_config, config.query_max_tokens, config.passage_max_tokens)
         truncate_dim = read_truncate_dim(name) if config.truncate_dim == "auto" else config.truncate_dim
-        if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > model_config.hidden_size:
-            whole = model_config.hidden_size
-            raise ConfigError(
-                f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}"
-            )
         if config.tied and tower_folder(name, "query") != tower_folder(name, "passage"):
             raise ConfigError(
                 f"model.tied: true, but {name} holds two towers; set it to false, or name one tower's folder"
@@ -91,7 +86,12 @@ class DualEncoder(nn.Module):
         for tower in encoder.each_tower:
             set_bidirectional(tower.config, config.bidirectional, name)
         if not config.from_scratch:
-            encoder.projections.update(load_projections(name, tied=config.tied))
+            encoder.projections.update(load_projections(name, encoder.towers))
+        whole = config.projection or encoder.dimension
+        if truncate_dim is not None and config.truncate_dim != "auto" and truncate_dim > whole:
+            raise ConfigError(
+                f"model.truncate_dim: expected at most {whole}, the model's dimension; received {truncate_dim}"
+            )
         if config.gradient_checkpointing:
             encoder.enable_gradient_checkpointing()
         return encoder

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from retriever.config import ConfigError
 from retriever.data.tokens import Side
@@ -72,12 +73,15 @@ def new_projection(hidden_size: int, dimension: int, name: str) -> nn.Sequential
     return nn.Sequential(Dense(weight, None, nn.Identity()))
 
 
-def load_projections(name_or_path: str | Path, *, tied: bool) -> dict[str, nn.Sequential]:
-    """The heads of a model folder by tower, none where it has none. Raises ConfigError where one of two towers has
-    none, for an unknown kind of module, and for weights that cannot be read.
+def load_projections(name_or_path: str | Path, towers: nn.ModuleDict) -> dict[str, nn.Sequential]:
+    """The heads of a model folder for `towers`, none where it has none. Raises ConfigError where one of two towers has
+    none, for an unknown kind of module, weights that cannot be read, and sizes that do not follow each other.
     """
-    sides: dict[str, Side] = {"shared": "passage"} if tied else {"query": "query", "passage": "passage"}
-    found = {tower: _load_projection(str(name_or_path), side) for tower, side in sides.items()}
+    found = {}
+    for name, tower in towers.items():
+        side: Side = "query" if name == "query" else "passage"
+        width = cast(PreTrainedModel, tower).config.hidden_size
+        found[name] = _load_projection(str(name_or_path), side, width)
     heads = {tower: nn.Sequential(*layers) for tower, layers in found.items() if layers}
     if heads and len(heads) < len(found):
         raise ConfigError(f"model {name_or_path}: expected Dense modules in both towers or in none")
@@ -105,10 +109,21 @@ def write_projection(folder: Path, projection: nn.Module) -> None:
     write_json(folder / "modules.json", [module | {"idx": i, "name": str(i)} for i, module in enumerate(modules)])
 
 
-def _load_projection(name: str, side: Side) -> list[Dense]:
+def _load_projection(name: str, side: Side, width: int) -> list[Dense]:
+    """The Dense modules of a side, the first of which takes vectors of `width`."""
     folder = own_folder(name, side)
     paths = [module.path for module in read_modules(name, folder) or () if module.kind == "Dense"]
-    return [_load_dense(name, PurePosixPath(folder) / path) for path in paths]
+    layers = []
+    for path in paths:
+        layer = _load_dense(name, PurePosixPath(folder) / path)
+        if layer.in_features != width:
+            file, found = f"{name}/{PurePosixPath(folder) / path}/config.json", layer.in_features
+            raise ConfigError(
+                f"{file}: in_features: expected {width}, the size of the vectors before it; received {found}"
+            )
+        width = layer.out_features
+        layers.append(layer)
+    return layers
 
 
 def _load_dense(name: str, path: PurePosixPath) -> Dense:

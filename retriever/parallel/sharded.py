@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from retriever.config import ConfigError
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.towers import repeated_layers
 from retriever.parallel.world import World
@@ -86,6 +87,8 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _shard(encoder: DualEncoder, world: World) -> None:
+    if encoder.projections:
+        raise ConfigError("model.name_or_path: names a model with Dense modules; expected one without them with FSDP")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for tower in encoder.each_tower:
         for layer in repeated_layers(tower):

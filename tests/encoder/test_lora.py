@@ -113,6 +113,17 @@ def test_the_start_is_a_function_of_the_seed_and_the_layer(tmp_path: Path) -> No
     assert len({first[name].double().sum().item() for name in drawn}) == len(drawn) == 24
 
 
+def test_the_hash_follows_the_scale(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    model = ModelConfig(str(folder), query_max_tokens=64, passage_max_tokens=64)
+    hashes = set()
+    for alpha in (6.0, 12.0):
+        encoder = _encoder(folder, LoraConfig(r=4, alpha=alpha))
+        settings = settings_of(Config(model=model), encoder.pooling)
+        hashes.add(EncoderBundle(encoder, load_tokenizer(folder), settings).model_hash())
+    assert len(hashes) == 2
+
+
 def test_targets_choose_layers_by_the_end_of_their_names(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     for targets, count in (

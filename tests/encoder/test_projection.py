@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense as STDense
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -18,8 +20,11 @@ from retriever.config import Config, ConfigError, ModelConfig
 from retriever.data.layout import pad_rows
 from retriever.encoder.bundle import load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
+from retriever.encoder.projection import Dense
 from retriever.encoder.tokenizer import training_tokenizer
 from retriever.export import Probe, export
+from retriever.parallel.sharded import PlacedEncoder
+from retriever.parallel.world import World
 from tests.tiny import save_tiny_model
 
 TEXTS = ["river and mountain", "a question about the ocean"]
@@ -70,6 +75,28 @@ def test_the_export_is_sentence_transformers_dense_module(exported: tuple[Path, 
         assert torch.equal(parameter, before[name]) and torch.equal(parameter, encoder.projections.get_parameter(name))
     again.project(8, seed=9)
     assert again.dimension == 8
+
+
+def test_truncation_is_measured_by_the_head_that_is_used(exported: tuple[Path, DualEncoder]) -> None:
+    folder, encoder = exported
+    model = ModelConfig(str(folder), tied=encoder.tied, truncate_dim=13)
+    with pytest.raises(ConfigError, match="truncate_dim: expected at most 12, the model's dimension; received 13"):
+        DualEncoder.from_pretrained(model)
+    assert DualEncoder.from_pretrained(replace(model, projection=40)).truncate_dim == 13
+
+
+def test_the_hash_follows_the_activation(exported: tuple[Path, DualEncoder]) -> None:
+    bundle = load_encoder(exported[0], device="cpu")
+    before = bundle.model_hash()
+    for layer in bundle.encoder.projections.modules():
+        if isinstance(layer, Dense):
+            layer.activation = Tanh()
+    assert bundle.model_hash() != before
+
+
+def test_a_head_of_the_folder_is_refused_in_shards(exported: tuple[Path, DualEncoder]) -> None:
+    with pytest.raises(ConfigError, match="names a model with Dense modules; expected one without them with FSDP"):
+        PlacedEncoder(exported[1], World(torch.device("cpu"), sharded=True))
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(12, True), (4, False)])
@@ -132,6 +159,12 @@ def test_another_dense_module_is_refused(exported: tuple[Path, DualEncoder]) -> 
         file.write_text(json.dumps(json.loads(found) | change))
         with pytest.raises(ConfigError, match=message):
             load_encoder(folder, device="cpu")
+    weights = load_file(file.with_name("model.safetensors"))
+    save_file({"linear.weight": torch.zeros(12, 31)}, file.with_name("model.safetensors"))
+    file.write_text(json.dumps(json.loads(found) | {"in_features": 31}))
+    with pytest.raises(ConfigError, match=r"2_Dense/config.json: in_features: expected 32, .*; received 31"):
+        load_encoder(folder, device="cpu")
+    save_file(weights, file.with_name("model.safetensors"))
     file.write_text(json.dumps(json.loads(found) | {"out_features": 13}))
     with pytest.raises(ConfigError, match=r"linear.weight: expected shape \[13, 32\], received \[12, 32\]"):
         load_encoder(folder, device="cpu")
