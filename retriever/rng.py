@@ -4,6 +4,7 @@ masks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class OwnGenerator(TorchDispatchMode):
         if any(argument.name == "generator" for argument in func._schema.arguments):
             kwargs = {**(kwargs or {}), "generator": self._generator}
         return func(*args, **(kwargs or {}))
+
+
+def named_generator(name: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of `name`, so that ranks and devices agree."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.rng import RngState, seed_step
+from retriever.rng import RngState, named_generator, seed_step
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,11 @@ def test_capture_is_a_snapshot() -> None:
     saved = state.cpu.clone()
     torch.rand(7)
     assert torch.equal(state.cpu, saved)
+
+
+def test_a_name_gives_the_numbers_that_it_always_gave() -> None:
+    """Low-rank parts and projections start from them."""
+    assert named_generator("0 shared.layer").initial_seed() == 27_420_775_495_443_142
 
 
 def _first_draw(seed: int, step: int, rank: int) -> int:

@@ -6,7 +6,6 @@ arXiv:2106.09685).
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retriever.config import ConfigError, LoraConfig
+from retriever.rng import named_generator
 
 
 class LoraLinear(nn.Linear):
@@ -58,9 +58,8 @@ def adapt(towers: nn.ModuleDict, config: LoraConfig, seed: int) -> None:
             raise ConfigError(f"model.lora: a {type(tower).__name__} has no torch.nn.Linear to adapt; set it to null")
         for name, module in linear.items():
             if not config.targets or any(_is_called(name, target) for target in config.targets):
-                tower.set_submodule(
-                    name, LoraLinear(module, config, _generator(f"{seed} {tower_name}.{name}")).train(module.training)
-                )
+                adapted = LoraLinear(module, config, named_generator(f"{seed} {tower_name}.{name}"))
+                tower.set_submodule(name, adapted.train(module.training))
 
 
 def merged_state(tower: nn.Module) -> dict[str, Tensor]:
@@ -77,7 +76,3 @@ def merged_state(tower: nn.Module) -> dict[str, Tensor]:
 def _is_called(name: str, target: str) -> bool:
     """Whether the dotted `name` ends in `target`: `dense` or, more exactly, `attention.output.dense`."""
     return name == target or name.endswith(f".{target}")
-
-
-def _generator(text: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()))

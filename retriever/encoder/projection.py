@@ -5,7 +5,6 @@ In a model folder they are sentence-transformers' Dense modules between Pooling 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
@@ -21,6 +20,7 @@ from retriever.encoder.model_files import file_of, one_line, read_fields
 from retriever.encoder.peer_files import read_modules
 from retriever.encoder.settings import own_folder
 from retriever.files import read_json, write_json
+from retriever.rng import named_generator
 
 _WEIGHTS, _MODULE = "model.safetensors", "sentence_transformers.models.Dense"
 _ACTIVATIONS = {
@@ -68,8 +68,7 @@ class Dense(nn.Linear):
 
 def new_projection(hidden_size: int, dimension: int, name: str) -> nn.Sequential:
     """A random matrix [dimension, hidden_size], a function of `name`, so that ranks and devices agree."""
-    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()))
-    weight = torch.randn(dimension, hidden_size, generator=draw) / hidden_size**0.5
+    weight = torch.randn(dimension, hidden_size, generator=named_generator(name)) / hidden_size**0.5
     return nn.Sequential(Dense(weight, None, nn.Identity()))
 
 
