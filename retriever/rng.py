@@ -47,7 +47,7 @@ class RngState:
 
 class OwnGenerator(TorchDispatchMode):
     """Inside, what this thread draws on the CPU comes from a generator of its own: other threads' draws are as if
-    nothing were drawn.
+    nothing were drawn. Dropout's masks take no generator and are no part of this.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -55,9 +55,12 @@ class OwnGenerator(TorchDispatchMode):
         self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if any(argument.name == "generator" for argument in func._schema.arguments):
-            kwargs = {**(kwargs or {}), "generator": self._generator}
-        return func(*args, **(kwargs or {}))
+            return func(*args, **{**kwargs, "generator": self._generator})
+        if any(name.endswith("generator") for name in func.overloadpacket.overloads()):  # those of torch.randn
+            return func.overloadpacket(*args, **kwargs, generator=self._generator)
+        return func(*args, **kwargs)
 
 
 def named_generator(name: str) -> torch.Generator:

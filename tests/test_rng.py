@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever.rng import RngState, named_generator, seed_step
+from retriever.rng import OwnGenerator, RngState, named_generator, seed_step
 
 CPU = torch.device("cpu")
 
@@ -58,6 +58,32 @@ def test_capture_is_a_snapshot() -> None:
 def test_a_name_gives_the_numbers_that_it_always_gave() -> None:
     """Low-rank parts and projections start from them."""
     assert named_generator("0 shared.layer").initial_seed() == 27_420_775_495_443_142
+
+
+def _every_kind_of_draw() -> list[torch.Tensor]:
+    x = torch.zeros(3)
+    fresh = [torch.rand(3), torch.randn(3, dtype=torch.float64), torch.randint(99, (3,)), torch.randint(5, 99, (3,))]
+    like = [torch.rand_like(x), torch.randn_like(x), torch.randint_like(x, 99), torch.randint_like(x, 5, 99)]
+    out = [
+        torch.randn(3, out=torch.empty(3)),
+        torch.randperm(9),
+        torch.normal(0.0, 1.0, (3,)),
+        x.new_empty(3).normal_(),
+    ]
+    return [*fresh, *like, *out, torch.bernoulli(x + 0.5), torch.multinomial(x + 1, 2), x.clone().uniform_()]
+
+
+def test_an_own_generator_serves_every_function_that_takes_one() -> None:
+    """The seed decides what is drawn, whatever the global state, which stays."""
+    drawn = []
+    for state, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(state)
+        outside = torch.get_rng_state()
+        with OwnGenerator(seed):
+            drawn.append(_every_kind_of_draw())
+        assert torch.equal(torch.get_rng_state(), outside)
+    first, same, other = drawn
+    assert all(map(torch.equal, first, same)) and not any(map(torch.equal, first[:8], other[:8]))
 
 
 def _first_draw(seed: int, step: int, rank: int) -> int:
