@@ -166,8 +166,5 @@ def _origin(settings: EncoderSettings, config: Config) -> dict[str, Any]:
     trained = {section: plain[section] for section in ("model", "batch", "loss", "optim", "train")}
     trained["seed"] = config.run.seed
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
-    return {
-        "similarity": settings.similarity,
-        "base_model": without_folders(config.model.name_or_path),
-        "config_sha256": digest,
-    }
+    base = {} if config.model.from_scratch else {"base_model": without_folders(config.model.name_or_path)}
+    return {"similarity": settings.similarity, **base, "config_sha256": digest}

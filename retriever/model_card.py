@@ -31,11 +31,17 @@ tags:
 """
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _PACKAGES = ("bigbatch", "torch", "transformers", "tokenizers")
+_DISTILLATION = {
+    "kl_weight": "KL divergence from a teacher's scores",
+    "margin_mse_weight": "margin MSE against a teacher's scores",
+    "cosent_weight": "CoSENT",
+    "embedding_weight": "distance to a teacher's embeddings",
+}
 
 _LICENCE_AND_CITATION = """## Licence and citation
 
-The licences of the base model and of the training data hold for what was made from them. The gradient over a whole
-batch is computed by the gradient cache:
+The licences of the training data, and of the base model if there is one, hold for what was made from them. The gradient
+over a whole batch is computed by the gradient cache:
 
 ```bibtex
 @inproceedings{gao-etal-2021-scaling,
@@ -109,7 +115,9 @@ def model_card(
     learned = " (learned)" if loss.learn_temperature else ""
     passage = f"title + {_cell(settings.title_separator)} + text" if settings.title == "join" else "text without title"
     name = config.model.name_or_path
-    base = f"base_model: {name}\n" if _HUB_NAME.fullmatch(name) and not Path(name).exists() else ""
+    new = config.model.from_scratch
+    base = f"base_model: {name}\n" if _HUB_NAME.fullmatch(name) and not Path(name).exists() and not new else ""
+    start = f"{'random weights of the architecture of ' if new else ''}{_code(without_folders(name))}"
     size = "" if parameters is None else f", {parameters:,} parameters"
     return f"""{_HEADER.format(base=base)}
 # Dense retriever
@@ -135,7 +143,7 @@ similarity: {settings.similarity}.
 {_LICENCE_AND_CITATION}
 ## Training
 
-Contrastive training with bigbatch from {_code(without_folders(name))}: {_trained(training)}\
+Training with bigbatch from {start}: {_trained(training)}\
 temperature {loss.temperature:g}{learned}, {optim.name} with learning rate {optim.lr:g} ({optim.schedule}), \
 precision {optim.precision}, seed {config.run.seed}.
 
@@ -158,10 +166,14 @@ def evaluation_section(config: Config, step: int, measures: Mapping[str, float])
 
 
 def _loss(config: Config) -> str:
-    """The loss by the settings that are not the defaults; a custom loss and models of others by their names alone."""
+    """The loss by name and the settings that are not the defaults; models of others by their names alone."""
     usual, own = to_dict(Config())["loss"], to_dict(config)["loss"]
+    custom = own.pop("custom")
+    name = "InfoNCE" if custom is None else f"the custom loss {_code(custom)}"
+    if config.loss.contrastive_weight == 0:
+        name = " and ".join(title for key, title in _DISTILLATION.items() if own[key] > 0)
     changed = [f"loss.{key}={without_folders(str(value))}" for key, value in own.items() if value != usual[key]]
-    return f"InfoNCE with {', '.join(map(_code, changed))}" if changed else "InfoNCE with the default settings"
+    return f"{name} with {', '.join(map(_code, changed))}" if changed else f"{name} with the default settings"
 
 
 def _trained(training: tuple[int, TrainingFacts] | None) -> str:

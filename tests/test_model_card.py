@@ -91,6 +91,31 @@ def test_a_card_tells_size_loss_versions_and_base() -> None:
     assert "Loss: InfoNCE with the default settings." in model_card(SETTINGS, Config(), 32)
 
 
+def test_random_weights_have_no_base() -> None:
+    card = model_card(SETTINGS, Config(model=ModelConfig("intfloat/e5-small", from_scratch=True)), 32)
+    assert "base_model" not in card
+    assert "from random weights of the architecture of `intfloat/e5-small`: temperature" in card
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (LossConfig(custom="mine.losses:margin"), "the custom loss `mine.losses:margin` with the default settings"),
+        (
+            LossConfig(contrastive_weight=0, kl_weight=1, cosent_weight=2),
+            "KL divergence from a teacher's scores and CoSENT with `loss.contrastive_weight=0",
+        ),
+        (
+            LossConfig(contrastive_weight=0, margin_mse_weight=1, embedding_weight=1),
+            "margin MSE against a teacher's scores and distance to a teacher's embeddings with ",
+        ),
+    ],
+)
+def test_a_card_names_the_loss_that_was_used(loss: LossConfig, told: str) -> None:
+    card = model_card(SETTINGS, Config(loss=loss), 32)
+    assert f"Loss: {told}" in card and "InfoNCE" not in card
+
+
 FACTS = TrainingFacts((("pairs", 120), ("more", 1)), 1700, (60, 61), 0)
 
 

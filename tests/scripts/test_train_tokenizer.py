@@ -94,6 +94,7 @@ def test_an_encoder_is_trained_from_scratch(workplace: Path) -> None:
     lines = [json.loads(line) for line in (workplace / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses[-1] < 0.9 * losses[0]
+    assert "base_model" not in (written / "bigbatch.json").read_text() + (written / "README.md").read_text()
     texts = ["a river in the mountain", "water"]
     theirs = SentenceTransformer(str(written), device="cpu").encode(texts)
     np.testing.assert_allclose(load_encoder(written, device="cpu").encode(texts, "passage"), theirs, rtol=0, atol=1e-5)
