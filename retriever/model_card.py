@@ -56,15 +56,15 @@ over a whole batch is computed by the gradient cache:
 _TIED_USE = """from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{folder}")
-queries = model.encode(["a query"], prompt_name="query")
-passages = model.encode(["a passage"], prompt_name="document")
+queries = model.encode(["a query"], prompt_name="query"{unit})
+passages = model.encode(["a passage"], prompt_name="document"{unit})
 scores = model.similarity(queries, passages)"""
 
 _UNTIED_USE = """from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{folder}")  # {folder}/query and {folder}/passage are models of one tower each
-queries = model.encode_query(["a query"])
-passages = model.encode_document(["a passage"])
+queries = model.encode_query(["a query"]{unit})
+passages = model.encode_document(["a passage"]{unit})
 scores = model.similarity(queries, passages)"""
 
 
@@ -109,7 +109,9 @@ def model_card(
     described = "A dense retriever: queries and passages as vectors, compared by their dot product."
     if side is not None:
         described = f"The {side} tower of a dense retriever with two towers; the other one lies beside it."
-    use = (_TIED_USE if settings.tied else _UNTIED_USE).format(folder=".." if side is not None else ".")
+    # sentence-transformers truncates what its Normalize gave.
+    again = ", normalize_embeddings=True" if settings.normalize and settings.truncate_dim is not None else ""
+    use = (_TIED_USE if settings.tied else _UNTIED_USE).format(folder=".." if side is not None else ".", unit=again)
     unit = "unit vectors" if settings.normalize else "vectors of any length"
     optim, loss = config.optim, config.loss
     learned = " (learned)" if loss.learn_temperature else ""

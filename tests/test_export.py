@@ -116,6 +116,18 @@ def test_a_truncated_model_stays_truncated(tmp_path: Path) -> None:
         DualEncoder.from_pretrained(ModelConfig(str(folder), truncate_dim=33))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_use_on_the_card_of_a_truncated_model_gives_our_vectors(tied: bool, tmp_path: Path) -> None:
+    encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"), truncate_dim=12, tied=tied)
+    folder = export(encoder, tokenizer, config, tmp_path / "export", Probe.of(encoder, tokenizer, config, PROBES))
+    use = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(use.replace('SentenceTransformer(".")', f'SentenceTransformer("{folder}", device="cpu")'), found)
+    ours = load_encoder(folder, device="cpu")
+    np.testing.assert_allclose(found["queries"], ours.encode(["a query"], "query"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["passages"], ours.encode(["a passage"], "passage"), rtol=0, atol=1e-5)
+
+
 def test_the_check_sees_the_length_of_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No probe that a run draws needs to be as long as that."""
     encoder, tokenizer, config = _trained(save_tiny_model(tmp_path / "start"))
