@@ -56,9 +56,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
 def attention_forward(query: Tensor, key: Tensor, value: Tensor, texts: Texts, mask: Mask) -> tuple[Tensor, Tensor]:
     """The output [T, H, d], and on a GPU the log₂-sum-exp of every row, [H, T] float32 (else empty); no graph is made.
 
-    Arguments as `packed_attention` has them, not checked here.
+    Arguments as `packed_attention` has them, not checked here. Raises ValueError for angles where `turns_heads` is
+    false.
     """
     kernels, mask = _kernels(query, key, texts.longest), _narrowed(mask, texts.longest)
+    if texts.angles is not None and not turns_heads(query, key, texts.longest):
+        raise ValueError("expected no angles: heads of this width, device and length are turned before attention")
     found: tuple[Tensor, Tensor] = kernels.forward(query, key, value, texts, mask)
     return found
 

@@ -3,9 +3,12 @@
 
 A program holds the tokens of a few consecutive texts as the rows and columns of one tile of scores, for one head:
 
-    P_ij = 2^(x_ij − lse_i),   lse_i = log₂ Σ_j 2^x_ij,   x = scale · log₂e · Q Kᵀ where i and j are of one text, else
-    −∞ O = P̃ V,   P̃ = keep ∘ P / (1 − dropout) dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout),   dS = P ∘ (dP −
-    Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
+    x = scale · log₂e · Q Kᵀ where i and j are of one text, else −∞
+    P_ij = 2^(x_ij − lse_i),   lse_i = log₂ Σ_j 2^x_ij
+    O = P̃ V,   P̃ = keep ∘ P / (1 − dropout)
+
+    dV = P̃ᵀ dO,   dP = keep ∘ (dO Vᵀ) / (1 − dropout)
+    dS = P ∘ (dP − Σ_j P_ij dP_ij),   dQ = scale · dS K,   dK = scale · dSᵀ Q
 
 The backward computes P again, from lse. All sums are within a program, so runs repeat bitwise. Where there are angles,
 queries and keys are turned by them as they are loaded, and their gradients turned back as they are stored.

@@ -117,7 +117,7 @@ def rotate_heads(heads: Tensor, rotary: Rotary) -> Tensor:
     reads them as they were: then the first H + G are new, [T, H + G, d]. Raises ValueError where shapes, dtypes or
     strides do not fit.
     """
-    _check_heads(heads, rotary)
+    check_heads(heads, rotary.cos, rotary.sin)
     rotated = rotary.query_heads + rotary.key_heads
     out = heads if rotary.query_weight is None else heads.new_empty(len(heads), rotated, heads.shape[2])
     _kernels("rotary", heads).rotate_heads(heads, rotary, out)
@@ -130,7 +130,7 @@ def rotate_heads_backward(dheads: Tensor, heads: Tensor, rotary: Rotary) -> Tens
     Returns the gradients at the weights of the norms of queries and keys, [2, d] float32 (float64 of float64); None
     where there are none.
     """
-    _check_heads(dheads, rotary)
+    check_heads(dheads, rotary.cos, rotary.sin)
     return _kernels("rotary", dheads).rotate_heads_backward_(dheads, heads, rotary)
 
 
@@ -140,12 +140,13 @@ def _check_gate(gate_up: Tensor) -> None:
         raise ValueError(f"expected gate_up [T, 2 F], received {_described(gate_up)}")
 
 
-def _check_heads(heads: Tensor, rotary: Rotary) -> None:
+def check_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError where heads [T, heads, d] cannot be turned by cos and sin [T, d/2]."""
     T, _, d = heads.shape
     if d % 2 or not heads.is_contiguous():
         raise ValueError(f"expected heads [T, heads, even], contiguous, received {_described(heads)}")
     wide = torch.float64 if heads.dtype == torch.float64 else torch.float32
-    for table in (rotary.cos, rotary.sin):
+    for table in (cos, sin):
         if table.shape != (T, d // 2) or table.dtype != wide or not table.is_contiguous():
             raise ValueError(f"expected cos and sin {wide} [{T}, {d // 2}], contiguous, received {_described(table)}")
 

@@ -33,6 +33,7 @@ from kernels.layers.api import (
     Activation,
     Norm,
     Rotary,
+    check_heads,
     gated_backward,
     gated_forward,
     norm_backward,
@@ -98,6 +99,7 @@ class LayerSettings(NamedTuple):
         if self.angles is None:
             return self.texts, None
         query, key, _ = _query_key_value(heads, heads, kind)
+        check_heads(heads, *self.angles)
         if query_weight is None and turns_heads(query, key, self.texts.longest):
             return self.texts._replace(angles=self.angles), None
         weights = self._whole(query_weight), self._whole(key_weight)

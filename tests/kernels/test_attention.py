@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention import api as attention
 from kernels.attention import reference
-from kernels.attention.reference import kept
+from kernels.attention.reference import Mask, Texts, kept
 from tests.kernels.attention_oracle import attend, each, errors, heads_of, texts
 
 SEED = torch.tensor([-(2**40) - 7])
@@ -206,3 +206,11 @@ def test_errors_name_what_was_received(case: str) -> None:
     change, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         attend(**(_good() | change))
+
+
+def test_angles_that_nobody_turns_by_are_an_error() -> None:
+    """The references turn heads before attention; silence would leave the positions out."""
+    heads, angles = torch.zeros(3, 2, 8), torch.zeros(3, 4)
+    texts = Texts(torch.tensor([0, 3], dtype=torch.int32), 3, (angles, angles))
+    with pytest.raises(ValueError, match="expected no angles: heads of this width, device and length are turned"):
+        attention.attention_forward(heads, heads, heads, texts, Mask(1.0))
