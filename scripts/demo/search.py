@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Container, Mapping
 from typing import TextIO
 
-from eval.engines.nearest import search
+from eval.engines.embeddings import passage_ids
+from eval.engines.nearest import SearchOptions, search
+from eval.engines.topk import PassageOrder
 from eval.trec import Ranking
 from retriever.encoder.bundle import EncoderBundle
 from retriever.shards import EmbeddingShards
@@ -22,10 +24,13 @@ class Searcher:
 
     def __init__(self, bundle: EncoderBundle, passages: EmbeddingShards, texts: Mapping[str, str]) -> None:
         self._bundle, self._passages, self.texts = bundle, passages, texts
+        self._order = PassageOrder(passage_ids(passages))
 
-    def __call__(self, query: str, k: int = 3) -> Ranking:
-        """The k best passages for a query."""
-        return search(self._bundle.encode([query], "query"), [query], self._passages, k)[query]
+    def __call__(self, query: str, k: int = 3, excluded: str | None = None) -> Ranking:
+        """The k best passages for a query, without the passage `excluded`."""
+        options, own = SearchOptions(exclude_self=excluded is not None), excluded or ""
+        found = search(self._bundle.encode([query], "query"), [own], self._passages, k, options, order=self._order)
+        return found[own]
 
     def answer(self, query: str, right: Container[str] = (), k: int = 3) -> str:
         """The k best passages as text of at most WIDTH columns. Passages in `right` are marked."""

@@ -33,7 +33,7 @@ _NEEDED = ("fastapi", "uvicorn")
     option("runs", nargs="+", metavar="RUN", help="one model, or two to compare"),
     option("--data", type=Path, help="the collection's folder (default: eval.path of the first run)"),
     option("--split", help="of the queries and judgments (default: the run's eval.split, else test)"),
-    option("--format", choices=("beir", "msmarco"), default="beir", help="of the folder"),
+    option("--format", choices=("beir", "msmarco"), help="of --data (default: beir)"),
     option("--port", type=whole(0, 65535), default=8000, help="of 127.0.0.1; 0: any that is free"),
     option("--output-dir", type=Path, default=Path("evaluations"), help="for embeddings (default: %(default)s)"),
     BATCH,
@@ -52,12 +52,12 @@ def main(args: argparse.Namespace) -> None:
 
     from eval.several import read_collection
     from scripts.serve.app import application
-    from scripts.serve.models import open_model, texts_of
+    from scripts.serve.models import open_models, texts_of
 
     with _listening(args.port) as listening:  # before anything is encoded
         collection = read_collection(asked)
         collection.check()
-        models = [open_model(name, _model_folder(name), collection, args) for name in args.runs]
+        models = open_models(args.runs, [*map(_model_folder, args.runs)], collection, args)
         app = application(models, collection, texts_of(collection, models[0]))
         print(f"http://{_HOST}:{listening.getsockname()[1]}  (Ctrl-C ends)", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
@@ -66,7 +66,9 @@ def main(args: argparse.Namespace) -> None:
 def _collection(args: argparse.Namespace) -> EvalCollectionConfig:
     """The collection to search: `--data`, else what the first run evaluates on."""
     if args.data is not None:
-        return EvalCollectionConfig(path=str(args.data), format=args.format, split=args.split or "test")
+        return EvalCollectionConfig(path=str(args.data), format=args.format or "beir", split=args.split or "test")
+    if args.format is not None:
+        raise ConfigError(f"--format {args.format}: expected --data, of which it is the format")
     if not Path(args.runs[0]).is_dir():
         raise ConfigError(f"there is no folder {args.runs[0]}: expected --data, or a run's folder")
     file = Path(args.runs[0]) / "config.yaml"

@@ -57,7 +57,9 @@ class _Answers:
     def __init__(self, models: Sequence[Model], collection: Collection, texts: Mapping[str, str]) -> None:
         self._models, self._collection, self._texts = models, collection, texts
         self._searchers = [Searcher(model.bundle, model.passages, texts) for model in models]
-        self._ids = {_plain(text): query_id for query_id, text in collection.queries.items()}
+        self._ids = dict[str, list[str]]()  # of the queries with one text
+        for query_id, text in collection.queries.items():
+            self._ids.setdefault(_plain(text), []).append(query_id)
         self._one_at_a_time = threading.Lock()  # tokenizers keep their truncation in themselves
 
     def about(self) -> dict[str, Any]:
@@ -72,12 +74,17 @@ class _Answers:
         return about | {"models": models, "queries": queries}
 
     def search(self, query: str, k: int) -> dict[str, Any]:
-        """Each model's k best passages, and those judged relevant that are not among them."""
-        query_id = self._ids.get(_plain(query))
-        grades = self._collection.qrels.get(query_id, {}) if query_id is not None else {}
+        """Each model's k best passages, and those judged relevant that are not among them.
+
+        Of queries with one text, the judgments are put together; the passage of the first one's id is left out where
+        the collection's measures leave it out.
+        """
+        ids = self._ids.get(_plain(query), [])
+        grades = {p: grade for query_id in ids for p, grade in self._collection.qrels.get(query_id, {}).items()}
+        excluded = ids[0] if ids and self._collection.exclude_self else None
         relevant = {p for p, grade in grades.items() if grade >= self._collection.relevance and p in self._texts}
         with self._one_at_a_time:
-            found = [_Found.by(searcher, query) for searcher in self._searchers]
+            found = [_Found.by(searcher, query, excluded) for searcher in self._searchers]
 
         def shown(passage_id: str, one: _Found) -> dict[str, Any]:
             return {
@@ -96,7 +103,7 @@ class _Answers:
             below = sorted(relevant.difference(best), key=one.order)
             listed = {name: [shown(p, one) for p in ids] for name, ids in (("passages", best), ("below", below))}
             models.append({"seconds": one.seconds, **listed})
-        return {"judged": query_id is not None, "relevant": len(relevant), "depth": DEPTH, "models": models}
+        return {"judged": bool(ids), "relevant": len(relevant), "depth": DEPTH, "models": models}
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,10 @@ class _Found:
     seconds: float
 
     @classmethod
-    def by(cls, searcher: Searcher, query: str) -> _Found:
+    def by(cls, searcher: Searcher, query: str, excluded: str | None) -> _Found:
         """What the searcher finds."""
         started = time.perf_counter()
-        ids, scores = searcher(query, DEPTH)
+        ids, scores = searcher(query, DEPTH, excluded)
         ranks = {passage_id: rank for rank, passage_id in enumerate(ids, 1)}
         return cls(ranks, dict(zip(ids, map(float, scores), strict=True)), time.perf_counter() - started)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from eval.arguments import options_of
 from eval.collections.collection import Collection
-from eval.commands import label
+from eval.commands import model_label
 from eval.evaluate import EvalOptions, evaluate_collection
 from retriever.encoder.bundle import EncoderBundle, load_encoder
 from retriever.lock import working_in
@@ -29,11 +30,21 @@ class Model:
     per_query: Mapping[str, float]  # query id -> the first of MEASURES
 
 
-def open_model(name: str, folder: str, collection: Collection, args: argparse.Namespace) -> Model:
-    """Loads the model and evaluates it on the collection; embeddings of an earlier evaluation are reused."""
+def open_models(
+    names: Sequence[str], folders: Sequence[str], collection: Collection, args: argparse.Namespace
+) -> list[Model]:
+    """Loads the models and evaluates them on the collection; embeddings of an earlier evaluation are reused."""
+    labels = [model_label(folder).replace("/", "-") for folder in folders]
+    if len(set(labels)) < len(labels):  # two folders of one name must not share embeddings
+        labels = [f"{label}-{number}" for number, label in enumerate(labels, start=1)]
+    return [
+        _open(name, folder, args.output_dir / label / collection.name, collection, args)
+        for name, folder, label in zip(names, folders, labels, strict=True)
+    ]
+
+
+def _open(name: str, folder: str, shards: Path, collection: Collection, args: argparse.Namespace) -> Model:
     bundle = load_encoder(folder, precision=args.precision, attention=args.attention)
-    short = label(argparse.Namespace(bm25=False, run=None, model=folder)).replace("/", "-")
-    shards = args.output_dir / short / collection.name
     options = options_of(EvalOptions, args, k=DEPTH, progress=True)
     with working_in(shards):
         result = evaluate_collection(bundle, collection, MEASURES, shards, options)

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ class _Canned(Searcher):
             "furniture.a:b": "x = " + "1" * 200,
         }
 
-    def __call__(self, query: str, k: int = 3) -> Ranking:
+    def __call__(self, query: str, k: int = 3, excluded: str | None = None) -> Ranking:
         return Ranking(list(self.texts), np.array([0.71234, 0.5], dtype=np.float32))
 
 
@@ -204,7 +205,7 @@ def test_every_part_in_a_row(
     pairs = Settings(packages=("toy",), test_queries=30, dev_queries=5)
     monkeypatch.setattr(command, "form_called", lambda name: command.Form(pairs, 60, ("train.max_steps=5",)))
     monkeypatch.setattr(command, "starting_model", lambda: save_tiny_model(tmp_path / "model"))
-    monkeypatch.setattr(parts.subprocess, "run", _train_here)
+    monkeypatch.setattr(parts, "subprocess", SimpleNamespace(run=_train_here))
     (tmp_path / "demo.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
 

@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from eval.evaluate import evaluate
 from retriever.encoder.bundle import load_encoder
 from scripts.serve.__main__ import main
 from scripts.serve.app import application
-from scripts.serve.models import open_model, texts_of
+from scripts.serve.models import open_models, texts_of
 from tests.beir import write_beir
 from tests.commands import assert_refused
 from tests.tiny import random_texts, save_tiny_model
@@ -36,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TestClient]:
     args = argparse.Namespace(output_dir=folder / "evaluations", batch=None, precision="fp32", attention="auto")
     names = [str(save_tiny_model(folder / f"model{seed}", seed=seed)) for seed in range(2)]
     collection = read_beir(folder / "data")
-    models = [open_model(name, name, collection, args) for name in names]
+    models = open_models(names, names, collection, args)
     app = application(models, collection, texts_of(collection, models[0]))
     return folder, TestClient(app, base_url=ADDRESS)
 
@@ -85,6 +86,39 @@ def test_a_query_of_ones_own_has_no_judgments(served: tuple[Path, TestClient]) -
     assert {passage["grade"] for found in answer["models"] for passage in found["passages"]} == {None}
 
 
+def test_the_passage_that_a_query_is_is_left_out(served: tuple[Path, TestClient]) -> None:
+    """As the measures leave it out; two queries with one text show the judgments of both."""
+    folder, _ = served
+    names, collection = [str(folder / "model0")], read_beir(folder / "data")
+    args = argparse.Namespace(output_dir=folder / "evaluations", batch=None, precision="fp32", attention="auto")
+    models = open_models(names, names, collection, args)
+    texts = texts_of(collection, models[0])
+    queries, qrels = {"d7": texts["d7"], "d8": texts["d7"]}, {"d7": {"d9": 1}, "d8": {"d10": 1}}
+    own = replace(collection, queries=queries, qrels=qrels)
+    client = TestClient(application(models, own, texts), base_url=ADDRESS)
+    answer = client.get("/search", params={"query": texts["d7"]}).json()
+    assert "d7" not in {passage["id"] for passage in answer["models"][0]["passages"]} and answer["relevant"] == 2
+    best = served[1].get("/search", params={"query": texts["d7"]}).json()["models"][0]["passages"][0]
+    assert best["id"] == "d7"
+
+
+def test_two_runs_of_one_name_have_embeddings_of_their_own(served: tuple[Path, TestClient], tmp_path: Path) -> None:
+    folder, client = served
+    folders = [str(tmp_path / side / "mine" / "best") for side in "ab"]
+    for i, place in enumerate(folders):
+        shutil.copytree(folder / f"model{i}", place)
+    collection = read_beir(folder / "data")
+    args = argparse.Namespace(output_dir=tmp_path / "evaluations", batch=None, precision="fp32", attention="auto")
+    models = open_models(folders, folders, collection, args)
+    both = TestClient(application(models, collection, texts_of(collection, models[0])), base_url=ADDRESS)
+    asked = {"query": "ocean storm"}
+    scores = [
+        [[p["score"] for p in model["passages"]] for model in one.get("/search", params=asked).json()["models"]]
+        for one in (both, client)
+    ]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("query", ["", " \n", "x" * 10_001])
 def test_what_is_no_query_is_refused(query: str, served: tuple[Path, TestClient]) -> None:
     assert served[1].get("/search", params={"query": query}).status_code == 422
@@ -126,6 +160,7 @@ def test_what_cannot_be_served_is_refused(served: tuple[Path, TestClient], monke
     model, data = str(folder / "model0"), ["--data", str(folder / "data")]
     assert_refused(main, [model, model, model, *data], "3 runs: expected one, or two")
     assert_refused(main, [f"{model}/x"], f"there is no folder {model}/x: expected --data, or a run's folder")
+    assert_refused(main, [model, "--format", "msmarco"], "--format msmarco: expected --data, of which it is the format")
     assert_refused(main, [model], "names no collection: expected --data, or a run's folder with `eval`")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
