@@ -15,12 +15,13 @@ from retriever.data.relations import PASSAGE_BITS
 from retriever.data.store import Store
 from retriever.data.text_table import TokenRows
 from retriever.data.tokens import SIDES, tokenize_flat
+from retriever.summary import prompt_tokens
 from retriever.wording import counted
 
 _PAIRS = 1 << 21  # that are compared with one another, about
 _QUERIES = 1 << 21  # that evaluation queries are compared with
 _TEXTS = 20_000  # of a side whose tokens are counted
-_TOKENS = 64  # of a text that are looked at
+_TOKENS = 64  # of a text that are looked at, behind its prompt
 _BATCHES = 3
 _REPEATED, _SHARED, _UNKNOWN, _LEAKED = 0.01, 0.2, 0.01, 0.01  # shares that are told
 
@@ -53,16 +54,21 @@ def _repeated_pairs(store: Store) -> Iterator[str]:
 
 def _shared_texts(config: Config, store: Store, planner: Planner) -> Iterator[str]:
     """Queries of the first batches that bring no passage, or no text, of their own."""
-    shared = total = 0
+    shared = unmasked = total = 0
     for step in range(min(_BATCHES, planner.steps_per_epoch)):
         batch = planner.plan(step)
         rows, first = np.unique(batch.queries, return_index=True)
-        again = _is_repeated(store.same_text[rows]) | _is_repeated(batch.targets[first])
-        shared, total = shared + int(again.sum()), total + len(rows)
-    found = f"{shared / total:.1%} of the queries of a batch share their text or positive with another query of it"
-    if shared and not config.loss.mask_known_positives:
+        texts, targets = store.same_text[rows], batch.targets[first]
+        shared += int((_is_repeated(texts) | _is_repeated(targets)).sum())
+        different = np.unique(texts << PASSAGE_BITS | targets) >> PASSAGE_BITS  # a text for each of its positives
+        unmasked += int(np.isin(texts, different[_is_repeated(different)]).sum())
+        total += len(rows)
+    of_batch = "of the queries of a batch share their text"
+    if unmasked and not config.loss.mask_known_positives:
+        found = f"{unmasked / total:.1%} {of_batch} with another query of it"
         yield f"loss.mask_known_positives=false: {found}, whose positive is a negative of theirs then; set it to true"
     elif shared >= _SHARED * total:
+        found = f"{shared / total:.1%} {of_batch} or positive with another query of it"
         yield f"data.train: {found}, and bring it no negative; remove repeated texts, or lower batch.queries"
 
 
@@ -96,17 +102,20 @@ def _leaked_queries(
     """Evaluation queries with the tokens of a training query, behind the prompt of any source."""
     if not eval_queries:
         return
-    trained = row_hashes(store.queries, _sampled(len(store.queries), _QUERIES), _TOKENS)
+    prompts = {kind.prompt for kind in text_kinds(config, "query")}
+    most = _TOKENS + max(prompt_tokens(tokenizer, prompt) for prompt in prompts)
+    trained = row_hashes(store.queries, _sampled(len(store.queries), _QUERIES), most)
+    least = "at least " if len(store.queries) > _QUERIES else ""
     for name, texts in eval_queries.items():
         found = np.zeros(len(texts), bool)
-        for prompt in {kind.prompt for kind in text_kinds(config, "query")}:
+        for prompt in prompts:
             tokens, counts = tokenize_flat(tokenizer, [prompt + text for text in texts])
             rows = TokenRows(tokens, np.concatenate([[0], np.cumsum(counts)]))
-            found |= np.isin(row_hashes(rows, np.arange(len(rows)), _TOKENS), trained)
+            found |= np.isin(row_hashes(rows, np.arange(len(rows)), most), trained)
         if found.mean() >= _LEAKED:
-            first = texts[int(found.argmax())][:60]
+            first, count = texts[int(found.argmax())][:60], f"{least}{found.sum():,}"
             yield (
-                f"eval: {found.sum():,} of {counted(len(texts), 'query')} of {name} are training queries too, first "
+                f"eval: {count} of {counted(len(texts), 'query')} of {name} are training queries too, first "
                 f"{first!r}: their scores say nothing about new queries; take them out of data.train"
             )
 

@@ -27,12 +27,17 @@ _PAIRS = [(text, text + " bridge") for text in _TEXTS]
 
 
 def _warnings(
-    folder: Path, pairs: Sequence[tuple[str, str]], queries: Sequence[str] = (), *, masked: bool = True
+    folder: Path,
+    pairs: Sequence[tuple[str, str]],
+    queries: Sequence[str] = (),
+    *,
+    masked: bool = True,
+    prompt: str = "find ",
 ) -> list[str]:
     with (folder / "pairs.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("anchor", "positive"), *pairs])
     config = Config(
-        model=ModelConfig("m", query_prompt="find "),
+        model=ModelConfig("m", query_prompt=prompt, query_max_tokens=512),
         data=DataConfig(train=(SourceConfig(path=str(folder / "pairs.csv")),), cache_dir=str(folder / "cache")),
         batch=BatchConfig(queries=50),
         loss=LossConfig(mask_known_positives=masked),
@@ -54,11 +59,12 @@ def _warnings(
             ["data.train: 100.0% of the queries of a batch share their text or positive with another query of it"],
         ),
         (
-            [*_PAIRS, (_TEXTS[0], _TEXTS[1] + " of its own"), (_TEXTS[2], _TEXTS[3] + " of its own")] * 2,
+            [*_PAIRS, *((query, passage + " of its own") for query, passage in _PAIRS)],
             [],
             False,
-            ["data.train: 50.0% of the pairs", "loss.mask_known_positives=false: "],
+            ["loss.mask_known_positives=false: "],
         ),
+        (_PAIRS * 2, [], False, ["data.train: 50.0% of the pairs"]),  # a passage stands once in a batch
         (
             [(query, "ДВА 二 " + passage) for query, passage in _PAIRS],
             [],
@@ -72,7 +78,7 @@ def _warnings(
             [f"eval: 2 of 4 queries of held out are training queries too, first {_TEXTS[7].upper()[:60]!r}: "],
         ),
     ],
-    ids=["good", "repeated", "shared", "unmasked", "unknown", "leaked"],
+    ids=["good", "repeated", "shared", "unmasked", "one positive", "unknown", "leaked"],
 )
 def test_what_is_wrong_with_the_data_is_said(
     tmp_path: Path, pairs: Sequence[tuple[str, str]], queries: Sequence[str], masked: bool, said: Sequence[str]
@@ -81,6 +87,14 @@ def test_what_is_wrong_with_the_data_is_said(
     assert [text[: len(start)] for text, start in zip(found, said, strict=True)] == said
     if said and "m: " in said[0]:
         assert "of the tokens of the passages are unknown to its tokenizer ([UNK])" in found[0]
+
+
+def test_a_long_prompt_makes_no_leak(tmp_path: Path) -> None:
+    """Texts are compared behind it; one that is a training query is found."""
+    found = _warnings(tmp_path, _PAIRS, ["a query of its own"], prompt="find a river " * 40)
+    assert found == []
+    (said,) = _warnings(tmp_path, _PAIRS, ["a query of its own", _TEXTS[7]], prompt="find a river " * 40)
+    assert said.startswith("eval: 1 of 2 queries of held out are training queries too")
 
 
 def test_a_million_pairs_take_seconds() -> None:
