@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from retriever.callbacks import Callback
-from retriever.history import HISTOGRAMS, History
+from retriever.history import HISTOGRAMS, History, LoggedRun
 from retriever.plan.forecast import Forecast
 from retriever.screen import Bar, is_json, say
 from retriever.step import StepReport
@@ -37,6 +37,7 @@ class Telemetry(Callback):
         self._applied = False  # whether a step made an update; fp16 leaves out those whose gradient overflows
         self._told = False
         self._shown = dict[str, float | None]()  # behind the bar
+        self._score = ""  # the last and the best evaluation, there too
         self._step_seconds = list[float]()
         self._reports = list[StepReport]()  # of the steps not logged yet, which began at `_since`
         self._histograms = dict[str, list[int]]()  # of the line that is being logged
@@ -49,6 +50,7 @@ class Telemetry(Callback):
         self._since = self._step_started = time.perf_counter()
         if self._first:
             self._history.forget_after(run.done)
+            self._score = _score(self._history.logged)
 
     def on_step_end(self, run: Any, report: StepReport) -> None:
         """Advances the bar, and logs every `train.log_every` steps."""
@@ -98,11 +100,9 @@ class Telemetry(Callback):
     def _postfix(self, values: dict[str, float | None]) -> str:
         """What stands behind the bar, the more important first: a narrow terminal cuts the rest off."""
         speed, norm, waited = values["pairs_per_s"] or 0.0, values["grad_norm"], values["waited_share"] or 0.0
-        logged = self._history.logged
         parts = [f"loss {values['loss']:.4f}", f"{speed:,.{0 if speed >= 10 else 1}f} pairs/s"]
-        if logged.best is not None:
-            last = next(reversed(logged.trained.values()))[logged.best.measure]
-            parts.append(f"{logged.best.measure} {last:.4f} (best {logged.best.value:.4f} at {logged.best.step:,})")
+        if self._score:
+            parts.append(self._score)
         if "accuracy" in values:
             parts.append(f"accuracy {values['accuracy']:.0%}")
         parts.append("no update" if norm is None else f"gradient {norm:.3g}")
@@ -141,6 +141,8 @@ class Telemetry(Callback):
 
     def on_evaluate(self, run: Any, measures: Mapping[str, float]) -> None:
         """Shows the measure in the bar, too."""
+        if self._first:
+            self._score = _score(self._history.logged)
         if self._shown:
             self._bar.set_postfix_str(self._postfix(self._shown))
 
@@ -171,6 +173,14 @@ class Telemetry(Callback):
         if self._first:
             export, report = (self._history.path.with_name(name) for name in ("export", "report.html"))
             say(f"finished {counted(run.total, 'step')}: model in {export}, curves in {report}", "end")
+
+
+def _score(logged: LoggedRun) -> str:
+    """The last evaluation and the best one; nothing before the first."""
+    if (best := logged.best) is None:
+        return ""
+    last = next(reversed(logged.trained.values()))[best.measure]
+    return f"{best.measure} {last:.4f} (best {best.value:.4f} at {best.step:,})"
 
 
 def _added(histograms: Sequence[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
