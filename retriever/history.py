@@ -114,7 +114,7 @@ class History:
 
 
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` holds, but for a last line that a kill cut short. Raises ConfigError where another line is
+    """The lines of `metrics.jsonl`, but for a last line that a kill cut short. Raises ConfigError where another line is
     none of ours.
     """
     if not metrics.exists():
@@ -123,6 +123,8 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json_value(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("expected an object with a step")
         except ValueError as error:
             if number == len(lines):
                 break

@@ -38,6 +38,7 @@ def _check(folder: Path) -> None:
 # Well-formed, but not what the file holds.
 WRONG = {
     ".bigbatch": ['{"taken": ["export", 1.5]}', '{"taken": "export"}', '{"taken": 3}', "[]"],
+    "metrics.jsonl": ['5\n{"step": 2}\n', '{}\n{"step": 2}\n', '{"step": "1"}\n{"step": 2}\n'],
     CHECKSUMS: [
         '{"algorithm": "xxh3_64", "files": {"a\\nb": "1"}}',
         '{"algorithm": "xxh3_64", "files": {"../b": "1"}}',
