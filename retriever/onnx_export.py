@@ -7,7 +7,9 @@ finished embedding. The prompt is a part of the text.
 
 from __future__ import annotations
 
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from retriever.files import replace_folder
 
 FOLDER, _FILE = "onnx", "model.onnx"
 _PARITY = 1e-4  # how far an embedding may be from torch's, in units of the largest entry or of 1
+_LONGEST = 512  # tokens of a text that is compared: attention's memory grows with their square
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _TEXTS = ("a", "What causes the aurora?", "Charged particles from the sun excite oxygen and nitrogen, which glow. " * 9)
 
 
@@ -36,7 +40,10 @@ def export_onnx(bundle: EncoderBundle, folder: Path) -> dict[Path, float]:
     A file gets its name after it was compared. Raises OnnxError where torch cannot export the architecture, onnxruntime
     cannot run it, or an embedding differs by more than 1e-4.
     """
-    tied = bundle.settings.tied
+    settings = bundle.settings
+    tied = settings.tied
+    query, passage = (min(settings.max_tokens(side), _LONGEST) for side in SIDES)
+    bundle = replace(bundle, settings=replace(settings, query_max_tokens=query, passage_max_tokens=passage))
     places: dict[Path, tuple[Side, ...]]
     places = {folder: SIDES} if tied else {folder / side: (side,) for side in SIDES}
     differences = {}
@@ -96,7 +103,8 @@ def _difference(bundle: EncoderBundle, side: Side, file: Path) -> float:
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         (whole,) = session.run(["sentence_embedding"], inputs)
-        (alone,) = session.run(["sentence_embedding"], {name: rows[:1] for name, rows in inputs.items()})
+        width = inputs["attention_mask"][0].sum()
+        (alone,) = session.run(["sentence_embedding"], {name: rows[:1, :width] for name, rows in inputs.items()})
     except Exception as error:  # onnxruntime's own have no other base
         raise OnnxError(f"{file}: onnxruntime {onnxruntime.__version__} cannot run it: {_line(error)}") from error
     found = np.concatenate([whole, alone])
@@ -118,5 +126,8 @@ def _tokens(bundle: EncoderBundle, side: Side) -> Padded:
     return Padded(tokens.input_ids.long(), tokens.attention_mask.long())
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _line(error: BaseException) -> str:
+    """The first line of an error, or of what caused it: torch's own begins with advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _COLOURS.sub("", str(error)).strip().partition("\n")[0][:300]

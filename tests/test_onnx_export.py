@@ -16,6 +16,7 @@ from retriever.encoder.bundle import load_encoder
 from retriever.encoder.dual_encoder import DualEncoder
 from retriever.encoder.tokenizer import training_tokenizer
 from retriever.export import Probe, export
+from retriever.onnx_export import OnnxError, export_onnx
 from scripts.export_onnx import main
 from tests.commands import assert_refused
 from tests.tiny import random_texts, save_tiny_model
@@ -67,12 +68,14 @@ def test_both_towers_are_theirs_in_onnxruntime(folder: Path, capsys: pytest.Capt
 
 
 def test_what_differs_or_cannot_be_exported_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_tiny_model(tmp_path / "model")
+    model = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
+    shapes: list[tuple[int, int]] = []
 
     class Other:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
         def run(self, _: Any, inputs: Any) -> list[np.ndarray]:
+            shapes.append(inputs["input_ids"].shape)
             return [np.full((len(inputs["input_ids"]), 32), np.nan)]
 
     class Written:
@@ -86,13 +89,19 @@ def test_what_differs_or_cannot_be_exported_is_not_written(tmp_path: Path, monke
         assert_refused(
             main, ["--model", str(model)], "an embedding differs from torch's by nan; expected at most 1e-04"
         )
+        shapes.clear()
+        with pytest.raises(OnnxError, match="differs from torch's by nan"):
+            export_onnx(load_encoder(model, device="cpu", query_max_tokens=1024, passage_max_tokens=1024), model)
+        assert shapes == [(4, 512), (1, 3)] * 2
 
     def refusing(*_: Any, **__: Any) -> None:
-        raise torch.onnx.errors.OnnxExporterError("no such operator\nand more")
+        heading = "Failed to export. \x1b[96mThis is step 1/3\x1b[0m\n"
+        cause = RuntimeError("\x1b[31mno such operator\x1b[0m\nand more")
+        raise torch.onnx.errors.OnnxExporterError(heading) from cause
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.onnx, "export", refusing)
-        assert_refused(main, ["--model", str(model)], r"onnx: torch 2.* cannot export BertModel: no such operator")
+        assert_refused(main, ["--model", str(model)], r"onnx: torch 2.* cannot export BertModel: no such operator$")
         patched.setattr("retriever.environment._is_installed", lambda name: name != "onnxscript")
         assert_refused(main, ["--model", str(model)], r"onnxscript not installed: run `pip install '.\[onnx\]'`")
     assert not (model / "onnx").exists()
