@@ -129,13 +129,17 @@ def tokenizer_of(pieces: bytes, lower_case: bool, max_tokens: int) -> PreTrained
 
 
 def describe(architecture: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The config.json of an encoder for `tokenizer`. Raises ConfigError for an architecture that is not verified."""
+    """The config.json of an encoder for `tokenizer`. Raises ConfigError for an architecture that is not verified, and
+    where no model can be built or it has fewer embeddings than tokens.
+    """
+    import torch
     from omegaconf import OmegaConf
     from transformers import AutoConfig
 
     from retriever.config import ConfigError
     from retriever.encoder.architectures import check_architecture
     from retriever.encoder.model_files import one_line
+    from retriever.encoder.towers import build_tower
 
     settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(architecture)))
     if "model_type" not in settings:
@@ -148,7 +152,15 @@ def describe(architecture: Sequence[str], tokenizer: PreTrainedTokenizerFast) ->
     unknown = [key for key in settings if key != "model_type" and key not in type(config)().to_dict()]
     if unknown:
         raise ConfigError(f"--architecture: a {config.model_type} model has no setting {unknown[0]!r}")
-    return config.to_dict()
+    if config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"--architecture: vocab_size: expected at least {len(tokenizer)}, the tokenizer's tokens; "
+            f"received {config.vocab_size}"
+        )
+    described = config.to_dict()
+    with torch.device("meta"):
+        build_tower(config, "--architecture")
+    return described
 
 
 def _normalizer(lower_case: bool) -> Any:

@@ -37,11 +37,16 @@ def load_tower(name_or_path: str | Path, side: Side) -> PreTrainedModel:
 
 def new_tower(name_or_path: str | Path, side: Side, seed: int) -> PreTrainedModel:
     """As `load_tower`, with random weights, a function of `seed` and the architecture."""
-    config = read_model_config(name_or_path, side)
-    with one_line(f"{name_or_path}/config.json: no {config.model_type} model can be built from it"), OwnGenerator(seed):
-        model = _auto_class(config).from_config(config, dtype=torch.float32)
+    with OwnGenerator(seed):
+        model = build_tower(read_model_config(name_or_path, side), f"{name_or_path}/config.json")
     detach_pooler(model)
     return cast(PreTrainedModel, model.train())
+
+
+def build_tower(config: Any, where: str) -> Any:
+    """A transformer of random weights in fp32. Raises ConfigError, which begins with `where`, if there can be none."""
+    with one_line(f"{where}: no {config.model_type} model can be built from it"):
+        return _auto_class(config).from_config(config, dtype=torch.float32)
 
 
 def _auto_class(config: Any) -> Any:

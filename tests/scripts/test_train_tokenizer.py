@@ -131,6 +131,8 @@ def test_the_same_texts_give_the_same_bytes(workplace: Path, tmp_path: Path) -> 
         (["--architecture", "model_type=roformer"], "is a 'roformer' model, an architecture on which"),
         (["--architecture", "model_type=none"], "no configuration of a model that transformers knows"),
         (["--architecture", "model_type=bert", "layers=3"], "a bert model has no setting 'layers'"),
+        ([*BERT, "hidden_size=33"], r"--architecture: no bert model can be built from it: The hidden size \(33\)"),
+        (["--vocab-size", "120", *BERT, "vocab_size=119"], "vocab_size: expected at least 120, .*; received 119"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(words: list[str], message: str, workplace: Path, tmp_path: Path) -> None:
