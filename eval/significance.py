@@ -15,6 +15,7 @@ from retriever.errors import RefusedError
 
 _AT_ONCE = 2**21  # float64 values that one batch of resamples holds
 _RESAMPLES = 10_000
+LEAST_P = 2 / (_RESAMPLES + 1)  # of `bootstrap_test`
 
 
 def paired_t_test(differences: np.ndarray) -> tuple[float, float]:
@@ -57,7 +58,7 @@ def bootstrap_interval(
 
 
 def bootstrap_test(differences: np.ndarray, clusters: Sequence[str] | None = None, *, seed: int = 0) -> float:
-    """p of mean(d) = 0: twice the share of `bootstrap_means` on the other side of 0, at least 2 / (resamples + 1)."""
+    """p of mean(d) = 0: twice the share of `bootstrap_means` on the other side of 0, at least `LEAST_P`."""
     means = bootstrap_means(differences, clusters, seed=seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     return min(1.0, 2 * (int(beyond) + 1) / (len(means) + 1))

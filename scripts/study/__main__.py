@@ -41,10 +41,8 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(config.output_dir)
     with working_in(folder):
         record = Record.open(folder)
-        record.facts = record.facts or {
-            **environment(config.train),
-            "command": " ".join(["python -m scripts.study", *sys.argv[1:]]),
-        }
+        command = " ".join(["python -m scripts.study", *sys.argv[1:]])
+        record.begin({**environment(config.train), "command": command})
         Study(config, record, args.seconds - (time.perf_counter() - started)).run()
         write_page(folder, config, record)
         print(f"{folder / 'results.md'}", flush=True)

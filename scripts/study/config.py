@@ -81,6 +81,7 @@ def load_study(path: str | Path, overrides: list[str]) -> StudyConfig:
     for number, arm in enumerate(config.arms):
         key = f"arms.{number}"
         require(len(arm.values) > 0, f"{key}.values", "at least one", [])
+        require(0 not in arm.seeds, f"{key}.seeds", "other seeds than 0, which chooses the learning rate", arm.seeds)
         require(len(arm.factors) > 0, f"{key}.factors", "at least one", [])
         among = set(arm.choose_at or ()) <= set(arm.values)
         require(among, f"{key}.choose_at", f"some of {list(arm.values)}", arm.choose_at)

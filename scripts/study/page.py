@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.significance import bootstrap_interval, bootstrap_test, holm
+from eval.significance import LEAST_P, bootstrap_interval, bootstrap_test, holm
 from retriever.charts import Curve, line_chart, standalone
 from retriever.files import write_text
 from scripts.study.config import ArmConfig, StudyConfig
@@ -43,10 +43,13 @@ def write_page(folder: Path, config: StudyConfig, record: Record) -> None:
 
 
 def _points(arm: ArmConfig, record: Record) -> dict[int, Runs]:
-    """Value -> its runs with the arm's seeds, one of each seed."""
+    """Value -> its runs with the arm's seeds at the rate that was chosen, one of each seed."""
+    rates = record.rates.get(arm.name, {})
     found: dict[int, list[Mapping[str, Any]]] = {}
     for run in record.runs:
         if arm.name in run.get("arms", ()) and run["seed"] in arm.seeds and "scores" in run:
+            if rates.get(str(run["x"]), run["lr"]) != run["lr"]:
+                continue  # of an earlier grid
             found.setdefault(run["x"], []).append(run)
     return {x: sorted(found[x], key=lambda run: run["seed"]) for x in sorted(found)}
 
@@ -101,8 +104,9 @@ def _differences(points: Mapping[int, Runs], names: Sequence[str], record: Recor
             d = _paired(points[low], points[high], name)
             interval = bootstrap_interval(d, record.queries[name]["clusters"])
             cells.append(f"{d.mean():+.4f} [{interval[0]:+.4f}, {interval[1]:+.4f}]")
-        holms = f"{corrected[place]:.4f}" if place < len(corrected) else ""
-        lines.append(_row([*cells, f"{p_values[place]:.4f}", holms]))
+        least = "≤ " if p_values[place] <= LEAST_P else ""  # what so many resamples can tell
+        holms = f"{least}{corrected[place]:.4f}" if place < len(corrected) else ""
+        lines.append(_row([*cells, f"{least}{p_values[place]:.4f}", holms]))
     return lines
 
 

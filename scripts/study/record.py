@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from retriever.errors import RefusedError
 from retriever.files import read_object, write_text
 
 FILE = "study.json"
+_PARTS: dict[str, type] = {"facts": dict, "runs": list, "queries": dict, "rates": dict}
 
 
 @dataclass
@@ -23,12 +25,31 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)  # hardware, versions, data
     runs: list[dict[str, Any]] = field(default_factory=list)
     queries: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # collection -> ids, clusters
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)  # arm -> value -> the chosen learning rate
 
     @classmethod
     def open(cls, folder: Path) -> Record:
         """The record in a folder, or a new one."""
         content = read_object(folder / FILE) or {}
-        return cls(folder, content.get("facts", {}), content.get("runs", []), content.get("queries", {}))
+        return cls(folder, *(content.get(name, kind()) for name, kind in _PARTS.items()))
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Adds runs made under `facts`, as `scripts.study.runs.environment` has them, to those that are here.
+
+        A commit may be another one, and is named too. Raises RefusedError where anything else of it is: such runs
+        cannot be compared.
+        """
+        free = {"commit", "command"}
+        if other := sorted(name for name in (self.facts | facts).keys() - free if self._differs(name, facts)):
+            raise RefusedError(
+                f"{self.folder / FILE} has runs of another {' and '.join(other)}; move it elsewhere, or choose another "
+                "output_dir"
+            )
+        commits = dict.fromkeys([*str(self.facts.get("commit", facts["commit"])).split(", "), str(facts["commit"])])
+        self.facts = {**facts, **self.facts, "commit": ", ".join(commits)}
+
+    def _differs(self, name: str, facts: dict[str, Any]) -> bool:
+        return bool(self.facts) and self.facts.get(name) != facts.get(name)
 
     def run(self, digest: str) -> dict[str, Any] | None:
         """The run of a configuration, if it was made."""
@@ -37,7 +58,8 @@ class Record:
     def write(self) -> None:
         """Writes the file, a run a line."""
         runs = ",\n".join(json.dumps(run) for run in self.runs)
-        head = f'"facts": {json.dumps(self.facts)},\n"queries": {json.dumps(self.queries)}'
+        parts = {name: getattr(self, name) for name in _PARTS if name != "runs"}
+        head = ",\n".join(f'"{name}": {json.dumps(part)}' for name, part in parts.items())
         write_text(self.folder / FILE, f'{{{head},\n"runs": [\n{runs}\n]}}\n')
 
 

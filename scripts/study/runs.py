@@ -97,6 +97,8 @@ class Study:
             for value in arm.values:
                 x = config.x(arm, value)
                 lr = chosen.get(x) or float(np.exp(np.interp(np.log(x), places, rates)))
+                lr = float(f"{lr:.6g}")
+                self._record.rates.setdefault(arm.name, {})[str(x)] = lr
                 self._done(arm, value, lr, seed, tests=True)
 
     def _chosen_lr(self, arm: ArmConfig, value: int | None) -> float:

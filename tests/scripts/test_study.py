@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retriever.config import ConfigError
+from retriever.errors import RefusedError
 from scripts.study.__main__ import main
 from scripts.study.config import load_study
 from scripts.study.page import write_page
@@ -92,6 +93,32 @@ def test_what_a_study_cannot_run_is_refused(study: Path) -> None:
         ("arms.0.values=[]", r"arms\.0\.values: expected at least one"),
         ("arms.0.choose_at=[7]", r"arms\.0\.choose_at: expected some of"),
         ("arms.0.setting=batch.pol", "batch.pol"),
+        ("arms.0.seeds=[0,1]", r"arms\.0\.seeds: expected other seeds than 0, which chooses the learning rate"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_study(study, [override])
+
+
+def test_runs_of_an_earlier_grid_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, record = load_study("configs/study_batch.yaml", []), Record.open(ROOT / "docs" / "results")
+    write_page(tmp_path, config, record)
+    page = (tmp_path / "results.md").read_text()
+    record.rates = {"negatives": {"64": 3e-4}}
+    earlier = next(run for run in record.runs if run["x"] == 64 and run["seed"] == 1)
+    zeros = {name: [0.0] * len(values) for name, values in earlier["scores"].items()}
+    record.runs.append({**earlier, "lr": 1e-4, "scores": zeros})
+    write_page(tmp_path, config, record)
+    assert (tmp_path / "results.md").read_text() == page
+
+
+def test_runs_of_other_data_are_not_added_to(tmp_path: Path) -> None:
+    facts = {"device": "a GPU", "commit": "1", "command": "study", "data": {"every": {"content_sha256": "x"}}}
+    record = Record(tmp_path)
+    record.begin(facts)
+    record.begin({**facts, "commit": "2", "command": "study --seconds 9"})
+    assert record.facts == {**facts, "commit": "1, 2"}
+    record.write()
+    with pytest.raises(RefusedError, match="study.json has runs of another data; move it elsewhere, or choose another"):
+        Record.open(tmp_path).begin({**facts, "data": {"every": {"content_sha256": "y"}}})
+    assert Record.open(tmp_path).facts == record.facts
