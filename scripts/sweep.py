@@ -5,9 +5,11 @@
 
 Every run is an ordinary one, in a folder of OUTPUT that is named after its settings. Runs share the process, the
 tokenised data and what torch compiled. After an interruption the same command goes on; finished runs are not repeated,
-and a larger grid adds to them. OUTPUT/sweep.md has a row for each setting: mean and standard deviation over the seeds
-of the best evaluation. sweep.json has every run, those of another grid as `others`; sweep.png is drawn at the end. The
-setting with the best mean is chosen. With --test its best models alone are measured on that split of eval.path.
+and a larger grid adds to them. A run counts as finished by its settings: for other data name another OUTPUT.
+
+OUTPUT/sweep.md has a row for each setting: mean and standard deviation over the seeds of the best evaluation.
+sweep.json has every run, those of another grid as `others`; sweep.png is drawn at the end. The setting with the best
+mean is chosen. With --test its best models alone are measured on that split of eval.path.
 """
 
 from __future__ import annotations
@@ -182,7 +184,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         measure = next(iter(runs[0]["measures"]))
         values = [result["measures"][measure] for result in runs]
         row = {"settings": settings, "measure": measure, "mean": statistics.fmean(values), "runs": len(runs)}
-        row["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        row["deviation"] = statistics.stdev(values) if len(values) > 1 else None  # one seed has none
         row["seconds"] = statistics.fmean(result["seconds"] for result in runs)
         rows.append(row)
     return rows
@@ -203,7 +205,8 @@ def write_summary(
     write_json(folder / _SUMMARY, summary)
     lines = [f"| settings | {measure} | ± | runs | seconds a run |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: -row["mean"]):
-        figures = f"{row['mean']:.4f} | {row['deviation']:.4f} | {row['runs']} | {row['seconds']:.1f}"
+        deviation = "–" if row["deviation"] is None else f"{row['deviation']:.4f}"
+        figures = f"{row['mean']:.4f} | {deviation} | {row['runs']} | {row['seconds']:.1f}"
         lines.append(f"| `{label(row['settings'])}` | {figures} |")
     failed = [result for result in results if "failed" in result]
     lines += ["" for _ in failed[:1]]
@@ -219,7 +222,7 @@ def _plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    means, deviations = [row["mean"] for row in rows], [row["deviation"] for row in rows]
+    means, deviations = [row["mean"] for row in rows], [row["deviation"] or 0.0 for row in rows]
     axes.errorbar(means, range(len(rows)), xerr=deviations, fmt="o", color="#1f5fbf", capsize=3)
     axes.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
     axes.invert_yaxis()

@@ -134,3 +134,9 @@ def test_a_sweep_without_an_evaluation_is_refused(tmp_path: Path) -> None:
         "train.eval_every=0",
     ]
     assert_refused(sweep.main, command, "eval: expected a section")
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    run = {"folder": "a", "config": "x", "settings": {"a": "1"}, "seed": 0, "seconds": 1.0, "measures": {"MRR@10": 0.5}}
+    sweep.write_summary(tmp_path, [run], {})
+    assert "| `a=1` | 0.5000 | – | 1 | 1.0 |" in (tmp_path / "sweep.md").read_text()
