@@ -68,14 +68,9 @@ FORMAT = 2  # raised where the same sources would give other pairs
     option("--seed", type=seed, default=Settings.seed, help="draws what is held out"),
     option("--hold-out", choices=("modules", "packages"), default=Settings.hold_out, help="default: %(default)s"),
     option("--names", choices=("hide", "keep"), default=Settings.names, help="a function's own name in its source"),
-    option(
-        "--test-queries",
-        type=at_least_one,
-        default=Settings.test_queries,
-        help="held out, about",
-    ),
+    option("--test-queries", type=at_least_one, default=Settings.test_queries, help="held out, about"),
+    option("--dev-queries", type=at_least_one, default=Settings.dev_queries, help="held out too, about"),
     option("--searched", type=at_least_one, help="passages of OUTPUT/search (default: no such folder)"),
-    option("--dev-queries", type=at_least_one, default=Settings.dev_queries, help="likewise"),
     option(
         "--max-test-per-module",
         type=at_least_one,
@@ -93,12 +88,11 @@ FORMAT = 2  # raised where the same sources would give other pairs
     ),
 )
 def main(args: argparse.Namespace) -> None:
-    """The command `python -m scripts.make_code_pairs`."""
-    named = {"auto": installed, "every": every_package}
-    packages = named[args.packages[0]]() if args.packages[0] in named else args.packages
-    settings = Settings(
-        packages=tuple(packages), **{field.name: getattr(args, field.name) for field in fields(Settings)[1:]}
-    )
+    """The command `python -m scripts.make_pairs`."""
+    groups = {"auto": installed, "every": every_package}
+    packages = [package for name in args.packages for package in (groups[name]() if name in groups else [name])]
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)[1:]}
+    settings = Settings(packages=tuple(dict.fromkeys(packages)), **given)
     texts = {kind: path for kind in READERS if (path := getattr(args, kind)) is not None}
     print(f"{args.output}: {summary(build(args.output, settings, texts)[1])}")
 

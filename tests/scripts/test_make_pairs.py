@@ -440,3 +440,11 @@ def test_what_was_interrupted_is_written_again(
 def test_an_unknown_package_is_named(tmp_path: Path) -> None:
     arguments = ["--output", str(tmp_path), "--packages", "no_such_package"]
     assert_refused(main, arguments, "--packages no_such_package: no module of this name is installed")
+
+
+def test_groups_of_packages_stand_beside_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.make_pairs.installed", lambda: ["stdlib", "json"])
+    arguments = ["--output", str(tmp_path), "--packages", "json", "auto", "no_such_package"]
+    monkeypatch.setattr("scripts.make_pairs.build", lambda _, settings, __: pytest.fail(" ".join(settings.packages)))
+    with pytest.raises(pytest.fail.Exception, match="^json stdlib no_such_package$"):
+        main(arguments)
